@@ -1,0 +1,55 @@
+"""One exception tree, named after boundaries.
+
+* AgentLightningError
+  + UserError           bad input from a person: one line, exit code 2
+    - ConfigError       a key, a type or a value of the config
+    - DataError         a task file or row
+  + RolloutError        something a rollout did; becomes an outcome, never a crash
+    - UnknownRollout    a key that is not open: never admitted, ended, or an older attempt
+    - RewardError       a reward that is not a number in the declared range
+    - AgentProcessError the agent's process died
+  + EngineError         the policy's engine could not do what was asked
+  + StepFailed          a whole step of rollouts failed: the run stops, with the reasons counted
+"""
+
+from __future__ import annotations
+
+
+class AgentLightningError(Exception):
+    """Root of everything this package raises on purpose."""
+
+
+class UserError(AgentLightningError):
+    """Bad input from a person. The message is one line that says what to do."""
+
+
+class ConfigError(UserError):
+    """A config key, type or value that cannot be used. The message names the key's path."""
+
+
+class DataError(UserError):
+    """A task file or row that cannot be read. The message names file and line."""
+
+
+class RolloutError(AgentLightningError):
+    """Something a rollout did. Becomes an outcome."""
+
+
+class UnknownRollout(RolloutError):
+    """The key is not open: never admitted, already ended, or of an older attempt."""
+
+
+class RewardError(RolloutError):
+    """The reward is not a finite number in the declared range."""
+
+
+class AgentProcessError(RolloutError):
+    """The agent's process ended with an error."""
+
+
+class EngineError(AgentLightningError):
+    """The policy's engine could not do what was asked."""
+
+
+class StepFailed(AgentLightningError):
+    """Every rollout of a step failed. The message counts the reasons."""

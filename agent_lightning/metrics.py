@@ -1,0 +1,84 @@
+"""Metric values that merge: functions return them, the loop logs one merged record a step.
+
+Example:
+
+    merge({"reward": Mean.of([1.0, 0.0])}, {"reward": Mean.of([1.0])})["reward"].value  # 0.6666…
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+
+class Metric(Protocol):
+    """A value that can be combined with another of its kind."""
+
+    @property
+    def value(self) -> float: ...
+
+    def merge(self, other: Self) -> Self: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """An average that remembers how many values it stands for."""
+
+    total: float
+    count: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Mean:
+        listed = list(values)
+        return cls(float(sum(listed)), float(len(listed)))
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count if self.count else float("nan")
+
+    def merge(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    value: float
+
+    def merge(self, other: Sum) -> Sum:
+        return Sum(self.value + other.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Max:
+    value: float
+
+    def merge(self, other: Max) -> Max:
+        return Max(max(self.value, other.value))
+
+
+Metrics = Mapping[str, Mean | Sum | Max]
+
+
+def merge(*records: Metrics) -> dict[str, Mean | Sum | Max]:
+    """Combine records key by key. Raises TypeError where one key has two kinds."""
+    merged: dict[str, Mean | Sum | Max] = {}
+    for record in records:
+        for name, value in record.items():
+            old = merged.get(name)
+            if old is None:
+                merged[name] = value
+            elif isinstance(old, Mean) and isinstance(value, Mean):
+                merged[name] = old.merge(value)
+            elif isinstance(old, Sum) and isinstance(value, Sum):
+                merged[name] = old.merge(value)
+            elif isinstance(old, Max) and isinstance(value, Max):
+                merged[name] = old.merge(value)
+            else:
+                raise TypeError(f"metric {name!r} is both {type(old).__name__} and {type(value).__name__}")
+    return merged
+
+
+def values(metrics: Metrics) -> dict[str, float]:
+    """The plain numbers of a record."""
+    return {name: metric.value for name, metric in metrics.items()}

@@ -1,0 +1,215 @@
+"""The nouns of the system: frozen dataclasses over read-only NumPy arrays.
+
+Shape legend, used as a suffix of names: `_T` tokens of one sequence, `_N` rows of a batch, `_G` groups,
+`_R` rollouts of a group. `token_NT` has shape [N, T].
+
+Arrays are made read-only on construction, because Ray hands them back read-only: a test on a laptop
+then fails in the same way a cluster would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+Split = Literal["train", "val"]
+
+
+class Outcome(StrEnum):
+    """How a rollout ended. Exactly one for each admitted rollout."""
+
+    FINISHED = "finished"
+    """The agent returned and its reward is a number in the declared range."""
+    AGENT_ERROR = "agent_error"
+    """The agent raised, or its process exited with an error."""
+    TIMEOUT = "timeout"
+    """The deadline of the rollout passed."""
+    NO_MODEL_CALL = "no_model_call"
+    """The agent returned without one recorded call of the policy."""
+    OVERLONG_PROMPT = "overlong_prompt"
+    """A prompt did not fit in the model's context."""
+    ENGINE_ERROR = "engine_error"
+    """The engine failed to answer a call."""
+    TOO_MANY_CALLS = "too_many_calls"
+    """The agent asked for more model calls than a rollout may make."""
+    BAD_REWARD = "bad_reward"
+    """The reward is None, not a number, not finite, or outside the declared range."""
+    CANCELLED = "cancelled"
+    """The run stopped, or the rollout's group was given up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A row of data."""
+
+    task_id: str
+    payload: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class RolloutKey:
+    """One attempt at one rollout.
+
+    Example:
+
+        key = RolloutKey(split="train", group=12, index=3, attempt=0)
+        key.group_id    # "train-12"
+        key.rollout_id  # "train-12-3"
+    """
+
+    split: Split
+    group: int
+    """Number of the group in its split, counted from 0 in the order of admission."""
+    index: int
+    """Which of the group's rollouts, from 0."""
+    attempt: int = 0
+
+    @property
+    def group_id(self) -> str:
+        return f"{self.split}-{self.group}"
+
+    @property
+    def rollout_id(self) -> str:
+        return f"{self.split}-{self.group}-{self.index}"
+
+    @classmethod
+    def parse(cls, rollout_id: str, attempt: int) -> RolloutKey:
+        """Read a key back from the two parts of a URL. Raises ValueError."""
+        split, group, index = rollout_id.split("-")
+        if split not in ("train", "val"):
+            raise ValueError(f"unknown split {split!r} in rollout id {rollout_id!r}")
+        return cls(split="train" if split == "train" else "val", group=int(group), index=int(index), attempt=attempt)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The versioned thing an agent may depend on: an endpoint, a model name, and how it samples."""
+
+    version: int
+    base_url: str
+    """OpenAI base URL of this rollout, ending in /v1: it carries rollout, attempt, secret and agent name."""
+    model: str
+    api_key: str = "agent-lightning"
+    """Any string: the secret is in the URL."""
+    sampling: Mapping[str, float | int] = field(default_factory=dict)
+    """What the gateway asks of the engine, e.g. {"temperature": 1.0, "max_tokens": 64}."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCall:
+    """A span: one call of the policy, with exactly what the engine read and sampled."""
+
+    key: RolloutKey
+    call_id: str
+    """Unique in the run; the id of the reply that the agent saw."""
+    agent: str
+    """Name of the agent that called, from the URL."""
+    policy_version: int
+    prompt_T: Ints
+    response_T: Ints
+    """Sampled tokens, the end-of-turn token included where it was sampled."""
+    logprob_T: Floats
+    """Of each token of `response_T`, as the engine sampled it; natural logarithm."""
+    finish_reason: str
+    """stop, length, tool_calls, …: the engine's word."""
+    started_at: float
+    """Unix seconds."""
+    ended_at: float
+    request: str = ""
+    """JSON text of the messages that the agent sent."""
+    reply: str = ""
+    """JSON text of the message that the agent got."""
+
+    def __post_init__(self) -> None:
+        if self.response_T.shape != self.logprob_T.shape:
+            raise ValueError(
+                f"call {self.call_id}: {self.response_T.shape[0]} tokens but {self.logprob_T.shape[0]} log-probabilities"
+            )
+        _freeze(self.prompt_T, self.response_T, self.logprob_T)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """The ordered calls of one finished attempt, its reward and its outcome."""
+
+    key: RolloutKey
+    task_id: str
+    calls: tuple[ModelCall, ...]
+    reward: float | None
+    """None where the outcome gives no reward."""
+    outcome: Outcome
+    error: str = ""
+    """One line: what went wrong; empty for FINISHED."""
+    output: str = ""
+    """What the agent returned, as text cut to a sensible length."""
+    started_at: float = 0.0
+    ended_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """All rollouts of one task, in the order of their index."""
+
+    group_id: str
+    task: Task
+    trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One flat training row: a chain of calls whose prompts extend each other.
+
+    Example: prompt [5 6], response [7 8], next prompt [5 6 7 8 9], response [4] become
+
+        token_T      5  6  7  8  9  4
+        mask_T       0  0  1  1  0  1
+    """
+
+    key: RolloutKey
+    policy_version: int
+    """The oldest version among the calls of the chain."""
+    token_T: Ints
+    mask_T: Bools
+    """True where the policy sampled the token and it is trained."""
+    logprob_T: Floats
+    """The engine's log-probability where `mask_T`, else 0."""
+    advantage_T: Floats
+    """Where `mask_T`, else 0."""
+
+    def __post_init__(self) -> None:
+        shapes = {a.shape for a in (self.token_T, self.mask_T, self.logprob_T, self.advantage_T)}
+        if len(shapes) != 1:
+            raise ValueError(f"sample of {self.key.rollout_id}: arrays of different shapes {sorted(shapes)}")
+        _freeze(self.token_T, self.mask_T, self.logprob_T, self.advantage_T)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Right-padded samples of one optimiser step. Rows of one rollout are never split between batches."""
+
+    token_NT: Ints
+    mask_NT: Bools
+    logprob_NT: Floats
+    advantage_NT: Floats
+    weight_NT: Floats
+    """How much each trained token counts in the loss; sums to 1 over the batch: each rollout weighs the same
+    (1 / rollouts), spread evenly over its trained tokens. All-zero rows are padding."""
+    length_N: Ints
+    """Tokens of each row before padding."""
+    num_rollouts: int
+
+    def __post_init__(self) -> None:
+        _freeze(self.token_NT, self.mask_NT, self.logprob_NT, self.advantage_NT, self.weight_NT, self.length_N)
+
+
+def _freeze(*arrays: NDArray[Any]) -> None:
+    for array in arrays:
+        array.flags.writeable = False

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Create .venv and install the locked CPU set. Safe to run again: it does nothing where the lock has not changed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+stamp=.venv/.installed
+want=$(cat requirements/cpu.lock pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)
+[ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && exit 0
+
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+  for candidate in python3.11 python3.12 python3; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then python=$candidate; break; fi
+  done
+fi
+[ -n "$python" ] || { echo "setup: needs Python 3.11 or 3.12 on the PATH (or PYTHON=/path/to/python make …)" >&2; exit 2; }
+
+echo "setup: .venv with $("$python" --version), about 2 minutes the first time"
+"$python" -m venv --clear .venv
+pip=.venv/bin/pip
+"$pip" install -q --disable-pip-version-check uv
+# The CPU build of torch: from wherever pip is configured to look, or from PyTorch's own index. Never the plain
+# build, which would bring several GB of CUDA packages.
+"$pip" install -q --no-deps torch==2.13.0+cpu 2>/dev/null ||
+  "$pip" install -q --no-deps torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu
+# uv is about eight times faster than pip; pip reads configuration that uv does not, so it is the second try.
+.venv/bin/uv pip install -q --native-tls --no-deps -r requirements/cpu.lock 2>/dev/null ||
+  "$pip" install -q --no-deps -r requirements/cpu.lock
+"$pip" install -q --no-deps --no-build-isolation --editable . 2>/dev/null || "$pip" install -q --no-deps --editable .
+echo "$want" > "$stamp"
