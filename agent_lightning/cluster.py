@@ -1,0 +1,85 @@
+"""Plain classes on Ray: the only module that knows ray.remote.
+
+buffer = Buffer(run_secret=secret)         # here
+buffer = spawn(Buffer, run_secret=secret)  # in an actor; whatever uses it is the same source
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, TypeVar, cast
+
+import ray
+import ray.exceptions
+
+T = TypeVar("T")
+
+_DEFAULTS: Mapping[str, object] = {"num_cpus": 0, "num_gpus": 0, "max_concurrency": 1000}
+"""Ours wait most of the time: they take no CPU from the learner, never a GPU, and interleave like coroutines."""
+
+
+class Remote:
+    """`await remote.method(x)` runs `method` in the actor; cancelling the await cancels it there too.
+
+    Exceptions arrive as they were raised, the remote traceback as their cause. Pickles as its handle.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+        if name.startswith("_"):  # also keeps pickle and copy from asking the actor for their hooks
+            raise AttributeError(name)
+        method = getattr(self._handle, name)
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            reply = method.remote(*args, **kwargs)
+            try:
+                return await reply
+            except asyncio.CancelledError:
+                ray.cancel(reply)
+                raise
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+
+        return call
+
+    def __reduce__(self) -> tuple[type[Remote], tuple[Any]]:
+        return Remote, (self._handle,)
+
+
+def spawn(
+    cls: type[T], *args: Any, options: Mapping[str, Any] | None = None, name: str | None = None, **kwargs: Any
+) -> T:
+    """An actor of `cls`, used like the object: its public methods must be `async def`.
+
+    `options` are Ray's, e.g. {"num_cpus": 1, "scheduling_strategy": ...}; `name` is what `ray list actors` shows.
+    The actor lives as long as somebody holds the proxy. Where `cls(...)` raises, the first call raises
+    ray.exceptions.ActorDiedError.
+    """
+    settings = {**_DEFAULTS, **(options or {}), **({} if name is None else {"name": name})}
+    handle = ray.remote(cls).options(**settings).remote(*args, **kwargs)
+    return cast(T, Remote(handle))
+
+
+def kill(proxy: object) -> None:
+    """End an actor now, without a word. Raises TypeError for what is not a proxy."""
+    if not isinstance(proxy, Remote):
+        raise TypeError(f"{type(proxy).__name__} is not a proxy made by spawn")
+    ray.kill(proxy._handle)
+
+
+def init_ray(address: str | None = None, num_cpus: int | None = None, *, dashboard: bool = False) -> None:
+    """Join the cluster at `address` (or in RAY_ADDRESS, as in a submitted job), else start one on this machine.
+
+    `num_cpus` and `dashboard` are of the cluster that is started. Does nothing where Ray already runs here.
+    """
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address in (None, "local"):
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard)
+    else:
+        ray.init(address=address)

@@ -1,0 +1,128 @@
+"""The CPU as a veRL platform, through veRL's own registry (entry-point group `verl.plugins`).
+
+Chosen by `VERL_PLATFORM=cpu`; with `VERL_ENGINE_DEVICE=cuda` veRL then returns its FSDP engine, whose code does
+not depend on the device. On a machine with a GPU this platform is registered and never chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.cpu
+from verl.plugin.platform import PlatformBase, PlatformRegistry
+
+
+class CpuDevice(ModuleType):
+    """What veRL asks of `torch.cuda`, answered for a CPU: there is one device, and its memory is not counted."""
+
+    def __init__(self) -> None:
+        super().__init__("agent_lightning.learners.verl_cpu.device")
+        for name in ("synchronize", "stream", "Stream", "current_stream", "is_available", "device_count"):
+            setattr(self, name, vars(torch.cpu)[name])
+        self.current_device = lambda: "cpu"
+        self.set_device = _nothing
+        self.empty_cache = _nothing
+        self.ipc_collect = _nothing
+        self.reset_peak_memory_stats = _nothing
+        self.manual_seed = torch.manual_seed
+        self.manual_seed_all = torch.manual_seed
+        self.get_rng_state = torch.get_rng_state
+        self.set_rng_state = torch.set_rng_state
+        self.get_device_name = lambda *_: "cpu"
+        self.memory_allocated = _zero
+        self.memory_reserved = _zero
+        self.max_memory_allocated = _zero
+        self.max_memory_reserved = _zero
+        self.mem_get_info = lambda *_: (0, 0)
+
+
+def _nothing(*_: object) -> None:
+    return None
+
+
+def _zero(*_: object) -> int:
+    return 0
+
+
+@PlatformRegistry.register(platform="cpu")
+class PlatformCpu(PlatformBase):  # type: ignore[misc]  # veRL ships no types
+    """One process, one device called "cpu", collectives over gloo."""
+
+    device_name = "cpu"
+    vendor_name = "cpu"
+
+    def __init__(self) -> None:
+        self._device = CpuDevice()
+
+    @property
+    def device_module(self) -> ModuleType:
+        return self._device
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_platform_available(self, use_smi_check: bool = False) -> bool:
+        # Automatic detection must find the GPU first; this platform is only ever asked for by name.
+        return False
+
+    def current_device(self) -> str:
+        return "cpu"
+
+    def device_count(self) -> int:
+        return 1
+
+    def set_device(self, device_index: int) -> None:
+        return None
+
+    def synchronize(self, device_index: int | None = None) -> None:
+        return None
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def manual_seed_all(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def set_allocator_settings(self, settings: str) -> None:
+        return None
+
+    def empty_cache(self) -> None:
+        return None
+
+    def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
+        return None, None
+
+    def communication_backend_name(self) -> str:
+        return "gloo"
+
+    def visible_devices_envvar(self) -> str:
+        return "CUDA_VISIBLE_DEVICES"
+
+    @contextmanager
+    def nvtx_range(self, msg: str) -> Iterator[None]:
+        yield
+
+    def profiler_start(self) -> None:
+        return None
+
+    def profiler_stop(self) -> None:
+        return None
+
+    def ray_resource_name(self) -> str:
+        return "CPU"
+
+    def ray_noset_envvars(self) -> list[str]:
+        return []
+
+    def ray_resource_options(self, num_gpus: float) -> dict[str, Any]:
+        return {"num_cpus": num_gpus}
+
+    def is_ipc_supported(self) -> bool:
+        return False
+
+    def cudart(self) -> None:
+        return None

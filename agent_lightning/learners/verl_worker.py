@@ -1,0 +1,109 @@
+"""What runs in each training process: veRL's `TrainingWorker` with our loss and our way out for the weights."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed
+from tensordict import TensorDict
+from torch import Tensor
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.trainer.ppo.core_algos import get_policy_loss_fn, kl_penalty
+from verl.utils.metric import AggregationType, Metric
+from verl.workers.config import ActorConfig, TrainingWorkerConfig
+from verl.workers.engine_workers import TrainingWorker
+
+
+class PolicyWorker(TrainingWorker):  # type: ignore[misc]  # veRL ships no types
+    """One rank of the policy's training group."""
+
+    def __init__(self, config: TrainingWorkerConfig, *, device: str, seed: int, num_threads: int) -> None:
+        if device == "cpu":
+            torch.set_num_threads(num_threads)
+            # veRL would ask for "cpu:gloo,cpu:gloo", which torch refuses; an existing group is kept.
+            torch.distributed.init_process_group(
+                "gloo",
+                rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]),
+                init_method=os.environ.get("DIST_INIT_METHOD"),
+            )
+        torch.manual_seed(seed)
+        super().__init__(config)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def export_weights(self, bucket_bytes: int) -> list[tuple[list[dict[str, Any]], ray.ObjectRef]]:
+        """Put the whole model into Ray's object store, as flat buckets of bytes.
+
+        Every rank takes part in gathering the shards; rank 0 keeps them. Returns, on rank 0, one
+        (parameters, reference) per bucket, where a parameter is {"name", "dtype", "shape", "offset"} and the
+        reference is to a uint8 array; on the other ranks [].
+        """
+        parameters, _ = self.engine.get_per_tensor_param()
+        buckets: list[tuple[list[dict[str, Any]], ray.ObjectRef]] = []
+        entries: list[dict[str, Any]] = []
+        pieces: list[Tensor] = []
+        size = 0
+        for name, tensor in parameters:
+            if self.rank != 0:
+                continue
+            raw = tensor.detach().contiguous().cpu().view(torch.uint8).reshape(-1)
+            if size and size + raw.numel() > bucket_bytes:
+                buckets.append((entries, _put(pieces)))
+                entries, pieces, size = [], [], 0
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            entries.append({"name": name, "dtype": dtype, "shape": list(tensor.shape), "offset": size})
+            pieces.append(raw)
+            size += raw.numel()
+        if pieces:
+            buckets.append((entries, _put(pieces)))
+        return buckets
+
+
+def _put(pieces: list[Tensor]) -> ray.ObjectRef:
+    flat: np.ndarray = torch.cat(pieces).numpy()
+    return ray.put(flat)
+
+
+def policy_loss(
+    config: ActorConfig, model_output: dict[str, Tensor], data: TensorDict, dp_group: object = None
+) -> tuple[Tensor, dict[str, Metric]]:
+    """PPO-clip from veRL (arXiv 1707.06347, eq. 7), each token counted with its own weight.
+
+    `data` holds jagged rows aligned with the tokens: loss_mask, weights, advantages, old_log_probs and, with a
+    reference, ref_log_probs. The loss of the whole batch is the sum over trained tokens of weight times token loss.
+    The weights are folded into the advantages: the clipped objective is homogeneous in the advantage, so
+    weight x loss(advantage) = loss(weight x advantage) exactly. `dp_size` undoes FSDP's averaging over ranks.
+    """
+    log_probs = model_output["log_probs"].values()
+    # log_probs[i] is of token i+1: shift the row data left to stand beside it. The last place of a row then holds
+    # the first of the next, which is a prompt token and masked.
+    mask, weights, advantages, old = (
+        torch.roll(data[name].values(), shifts=-1) for name in ("loss_mask", "weights", "advantages", "old_log_probs")
+    )
+    mask = mask.bool()
+    config.global_batch_info["dp_size"] = data["dp_size"]
+    loss, metrics = get_policy_loss_fn(config.policy_loss.get("loss_mode", "vanilla"))(
+        old_log_prob=old[None],
+        log_prob=log_probs[None],
+        advantages=(advantages * weights)[None],
+        response_mask=mask[None],
+        loss_agg_mode="token-sum",
+        config=config,
+    )
+    out = Metric.from_dict(metrics, aggregation=AggregationType.MEAN)
+    if config.use_kl_loss:
+        reference = torch.roll(data["ref_log_probs"].values(), shifts=-1)
+        kl = kl_penalty(logprob=log_probs, ref_logprob=reference, kl_penalty=config.kl_loss_type)
+        kl_loss = (kl * weights)[mask].sum() * data["dp_size"]
+        loss = loss + config.kl_loss_coef * kl_loss
+        out["actor/kl_loss"] = Metric(AggregationType.SUM, kl_loss.detach() / data["dp_size"])
+    gap = (log_probs.detach() - old)[mask].abs()
+    out["gap/sum"] = Metric(AggregationType.SUM, gap.sum())
+    out["gap/tokens"] = Metric(AggregationType.SUM, mask.sum())
+    out["gap/max"] = Metric(AggregationType.MAX, gap.max() if gap.numel() else torch.zeros(()))
+    out["actor/nll"] = Metric(AggregationType.SUM, -(log_probs.detach() * weights)[mask].sum())
+    return loss, out

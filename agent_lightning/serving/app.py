@@ -1,0 +1,211 @@
+"""The service on Ray Serve: gateway replicas in front of policy replicas, deployed once for a run."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import Response
+
+from agent_lightning.errors import EngineError, UserError
+from agent_lightning.policy import PolicyBoard
+from agent_lightning.serving.dialects import Completion, Refusal
+from agent_lightning.serving.gateway import Gateway, GatewayConfig, Recorder
+
+SERVE_ENVIRONMENT = {
+    # Measured on 2 cores: several times the requests per second of Serve's default proxy.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+}
+"""Read when Serve starts, so it must be set before Ray does."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ServingConfig:
+    """How the policy is served."""
+
+    model_path: str
+    model_name: str = "policy"
+    device: Literal["cpu", "cuda"] = "cpu"
+    replicas: int = 1
+    tensor_parallel_size: int = 1
+    gateways: int = 1
+    host: str = "127.0.0.1"
+    port: int = 8000
+    dtype: str = "float32"
+    max_model_len: int = 1024
+    max_num_seqs: int = 256
+    kv_cache_gib: int = 1
+    """On a CPU: memory of each replica's KV cache."""
+    gpu_memory_utilization: float = 0.85
+    tool_parser: str | None = "hermes"
+    seed: int = 0
+    start_timeout_s: float = 600.0
+    engine: dict[str, Any] = field(default_factory=dict)
+    """vLLM engine arguments, untouched, for experts."""
+
+
+class _HandleEngine:
+    """The gateway's engine: a handle to the policy replicas."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
+        try:
+            completion: Completion | Refusal = await self._handle.generate.remote(request)
+        except Exception as error:  # any failure of a replica reaches the agent as an OpenAI error
+            message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            return Refusal(status=500, message=message, code="engine_error", type="server_error")
+        return completion
+
+
+class GatewayDeployment:
+    """The shell around `Gateway` that Serve runs."""
+
+    def __init__(self, policy: DeploymentHandle[Any], recorder: Recorder, config: GatewayConfig) -> None:
+        self._gateway = Gateway(engine=_HandleEngine(policy), recorder=recorder, config=config)
+
+    async def __call__(self, request: Request) -> Response:
+        return await self._gateway.handle(request)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """A running service."""
+
+    url: str
+    """Root of the gateway, without a trailing slash."""
+    app: str
+    start_s: float
+    """Seconds from the call of `start` until the gateway answered."""
+
+    def stop(self) -> None:
+        serve.delete(self.app)
+
+
+def start(*, name: str, config: ServingConfig, gateway: GatewayConfig, recorder: Recorder, board: PolicyBoard) -> Service:
+    """Deploy the service and wait until it answers. Raises UserError, EngineError."""
+    from agent_lightning.serving.policy_server import PolicyServer
+
+    started = time.monotonic()
+    llm = _llm_config(config)
+    policy = serve.deployment(PolicyServer).options(**_policy_options(llm, config)).bind(llm, board)
+    app = (
+        serve.deployment(GatewayDeployment)
+        .options(
+            name=f"{name}-gateway",
+            num_replicas=config.gateways,
+            max_ongoing_requests=10_000,
+            ray_actor_options={"num_cpus": 0},
+        )
+        .bind(policy, recorder, gateway)
+    )
+    _check_port(config)
+    serve.start(http_options={"host": config.host, "port": config.port, "request_timeout_s": None})
+    try:
+        serve.run(app, name=name, route_prefix=f"/{name}")
+    except RuntimeError as error:
+        raise EngineError(f"the policy's engine did not start: {_cause(name, error)}") from error
+    return Service(url=f"http://{config.host}:{config.port}/{name}", app=name, start_s=time.monotonic() - started)
+
+
+def _llm_config(config: ServingConfig) -> Any:
+    from ray.serve.llm import LLMConfig
+
+    on_cpu = config.device == "cpu"
+    engine: dict[str, Any] = {
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "seed": config.seed,
+        "weight_transfer_config": {"backend": "ray_object_store"},
+        # Log-probabilities after temperature and top-p: those of the distribution that was sampled.
+        "logprobs_mode": "processed_logprobs",
+        "enable_log_requests": False,
+        "disable_log_stats": True,
+    }
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    if config.tool_parser:
+        engine |= {"enable_auto_tool_choice": True, "tool_call_parser": config.tool_parser}
+    if on_cpu:
+        engine |= {"enforce_eager": True}
+        if config.tensor_parallel_size == 1:
+            engine |= {"distributed_executor_backend": "uni"}
+        environment |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib)}
+    else:
+        engine |= {"gpu_memory_utilization": config.gpu_memory_utilization}
+    bundle = {"CPU": 1} if on_cpu else {"CPU": 1, "GPU": 1}
+    return LLMConfig(
+        model_loading_config={"model_id": config.model_name, "model_source": config.model_path},
+        accelerator_config={"kind": "cpu" if on_cpu else "gpu"},
+        placement_group_config={"bundles": [bundle] * config.tensor_parallel_size},
+        engine_kwargs=engine | config.engine,
+        log_engine_metrics=False,
+        deployment_config={
+            "num_replicas": config.replicas,
+            "max_ongoing_requests": 10_000,
+            "health_check_period_s": 10,
+            "ray_actor_options": {"num_cpus": 0},
+        },
+        runtime_env={"env_vars": environment},
+    )
+
+
+def _policy_options(llm: Any, config: ServingConfig) -> dict[str, Any]:
+    from agent_lightning.serving.policy_server import PolicyServer
+
+    options: dict[str, Any] = PolicyServer.get_deployment_options(llm)
+    return options | {"name": f"policy-{config.model_name}"}
+
+
+def _check_port(config: ServingConfig) -> None:
+    """Serve's proxy would retry a port in use for a long time and then fail without saying so."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise UserError(
+                f"serving.port={config.port} is in use on {config.host}: choose another, or 0 for any free port"
+            ) from error
+
+
+def free_port(host: str) -> int:
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _cause(name: str, error: RuntimeError) -> str:
+    """The engine's own last words, where Serve kept them; Serve's message only says which deployment failed."""
+    application = serve.status().applications.get(name)
+    texts = [d.message for d in application.deployments.values() if d.message] if application else []
+    lines = [line.strip() for text in texts for line in text.splitlines() if "Error" in line]
+    return (lines or [str(error).splitlines()[0]])[-1][:500]
+
+
+async def wait_until_healthy(url: str, timeout: float) -> None:
+    """Poll the gateway until it answers. Raises EngineError after `timeout` seconds."""
+    import aiohttp
+
+    deadline = time.monotonic() + timeout
+    async with aiohttp.ClientSession() as session:
+        while time.monotonic() < deadline:
+            try:
+                async with session.get(f"{url}/health") as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(0.1)
+    raise EngineError(f"the gateway at {url} did not answer within {timeout:.0f} s")

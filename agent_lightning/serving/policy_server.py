@@ -1,0 +1,91 @@
+"""The policy's replica: vLLM through Ray Serve LLM, following the PolicyBoard.
+
+One version answers a call from its first to its last token: an update waits for the calls in flight and holds new
+ones (see `gate.py`), and drops the prefix cache, whose keys and values belong to the old weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import ray
+from pydantic import ValidationError
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.deployment import LLMServer
+
+from agent_lightning.learners.base import Weights
+from agent_lightning.policy import PolicyBoard
+from agent_lightning.serving.dialects import Completion, Refusal, parse_error, parse_reply
+from agent_lightning.serving.gate import Gate
+from agent_lightning.serving.weights import shared_bytes
+
+logger = logging.getLogger(__name__)
+POLL_SECONDS = 30.0
+
+
+class PolicyServer(LLMServer):  # type: ignore[misc]  # Ray's class is untyped
+    """Ray's LLM server, which also stamps each reply with the version that made it and installs new weights."""
+
+    async def __init__(self, llm_config: LLMConfig, board: PolicyBoard) -> None:
+        self._board = board
+        self._replica = uuid.uuid4().hex[:8]
+        self._version = 0
+        self._gate = Gate()
+        await super().__init__(llm_config)
+        await self.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+        current = await board.join(self._replica)
+        if current is not None:
+            await self._install(current)
+        self._follower = asyncio.create_task(self._follow())
+
+    async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
+        """Answer one chat request, already made ready by `dialects.engine_request`."""
+        from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest, ErrorResponse
+
+        try:
+            chat = ChatCompletionRequest(**request)
+        except (ValidationError, ValueError) as error:
+            return parse_error(" ".join(str(error).split())[:500], 400, "invalid_request_error")
+        async with self._gate.call():
+            version = self._version
+            replies = [reply async for reply in await self.chat(chat)]
+        reply = replies[-1]
+        if isinstance(reply, ErrorResponse):
+            return parse_error(reply.error.message, int(reply.error.code or 500), reply.error.type)
+        completion = parse_reply(reply.model_dump(), policy_version=version)
+        # vLLM's ids repeat where an agent sends its own request id; a span's id must not.
+        return replace(completion, reply={**completion.reply, "id": f"chatcmpl-{uuid.uuid4().hex}"})
+
+    async def _follow(self) -> None:
+        """Install new weights as they are published. Ends with the replica."""
+        while True:
+            try:
+                weights = await self._board.newer_than(self._version, POLL_SECONDS)
+            except ray.exceptions.RayActorError:
+                return  # the board is gone, and the run with it
+            if weights is None:
+                continue
+            try:
+                await self._install(weights)
+            except Exception as error:  # whatever the engine raised, the publisher must hear of it
+                logger.exception("policy version %d could not be installed", weights.version)
+                await self._board.failed(self._replica, f"{type(error).__name__}: {error}")
+                return
+
+    async def _install(self, weights: Weights) -> None:
+        async with self._gate.update():
+            await self.collective_rpc("start_weight_update")
+            for bucket in weights.buckets:
+                data = await asyncio.wrap_future(bucket.data.future())
+                with shared_bytes(data) as path:
+                    update = {"path": path, "parameters": list(bucket.parameters)}
+                    await self.collective_rpc("update_weights", kwargs={"update_info": update})
+            await self.collective_rpc("finish_weight_update")
+            await self.reset_prefix_cache()
+            self._version = weights.version
+        await self._board.installed(self._replica, weights.version)

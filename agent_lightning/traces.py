@@ -1,0 +1,152 @@
+"""Calls -> chains -> samples: which calls are trained, which extend each other, and the flat rows they make.
+
+Every sampled token of the calls given to `to_samples` is either `mask_T` True in exactly one row, or counted in
+exactly one `Dropped`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Final
+
+import numpy as np
+
+from agent_lightning.errors import ConfigError
+from agent_lightning.types import Floats, Ints, ModelCall, Sample, Trajectory
+
+OVERLONG_SAMPLE: Final = "overlong_sample"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """Sampled tokens that are not trained, and why."""
+
+    reason: str
+    tokens: int
+
+
+def select(calls: Sequence[ModelCall], pattern: str) -> tuple[ModelCall, ...]:
+    """The calls of trained agents, in order; `pattern` is a comma-separated list of case-sensitive globs.
+
+    Example, with calls of agents writer, judge, rewriter-2:
+
+        select(calls, "*")                  # all three
+        select(calls, "writer, rewriter*")  # writer, rewriter-2
+
+    Raises ConfigError where the list is empty or has an empty entry.
+    """
+    globs = [part.strip() for part in pattern.split(",")]
+    if not all(globs):
+        raise ConfigError(f"agents: {pattern!r} has an empty agent name; write e.g. '*' or 'writer,rewriter*'")
+    return tuple(call for call in calls if any(fnmatchcase(call.agent, glob) for glob in globs))
+
+
+def chains(calls: Sequence[ModelCall]) -> tuple[tuple[ModelCall, ...], ...]:
+    """Calls grouped into conversations: each attaches to the longest conversation that its prompt extends.
+
+    `calls` are in the order they were made. A conversation's history is the prompt and response of its last call; a
+    prompt extends it when it starts with all of it. A call that extends none starts a new conversation. Between equal
+    histories the earlier conversation is taken. Conversations come in the order of their first calls.
+
+    Example, two agents taking turns:
+
+        call  prompt         response  extends
+        a1    1 5            6
+        b1    1 7            8
+        a2    1 5 6 9        3         a1
+        b2    1 7 8 2        4         b1
+
+        chains([a1, b1, a2, b2])  # ((a1, a2), (b1, b2))
+    """
+    return tuple(tuple(calls[i] for i in members) for members in _chain_indices(calls))
+
+
+def to_samples(
+    trajectory: Trajectory, trained: Sequence[ModelCall], advantage: Floats, *, max_tokens: int
+) -> tuple[tuple[Sample, ...], tuple[Dropped, ...]]:
+    """One flat row for each chain of the `trained` calls; `advantage` has shape [len(trained)].
+
+    Example, calls a1 and a2 of `chains` with advantages 0.5 and -1:
+
+        token_T       1    5    6    9    3
+        mask_T        0    0    1    0    1
+        advantage_T   0    0  0.5    0   -1
+
+    A row of more than `max_tokens` tokens is dropped whole and returned as Dropped("overlong_sample", …): a cut
+    conversation would be trained on text that the policy never saw end. A chain that sampled no token makes no row.
+
+    Raises ValueError where `advantage` has another shape.
+    """
+    if advantage.shape != (len(trained),):
+        raise ValueError(f"{len(trained)} trained calls but advantages of shape {advantage.shape}")
+    samples: list[Sample] = []
+    dropped: list[Dropped] = []
+    for members in _chain_indices(trained):
+        chain = [trained[i] for i in members]
+        num_sampled = sum(call.response_T.size for call in chain)
+        if num_sampled == 0:
+            continue
+        if chain[-1].prompt_T.size + chain[-1].response_T.size > max_tokens:
+            dropped.append(Dropped(reason=OVERLONG_SAMPLE, tokens=num_sampled))
+        else:
+            samples.append(_flatten(trajectory, chain, advantage[members]))
+    return tuple(samples), tuple(dropped)
+
+
+@dataclass(slots=True)
+class _Conversation:
+    history_T: Ints
+    members: list[int]
+    """Indices of its calls, in order."""
+
+
+def _chain_indices(calls: Sequence[ModelCall]) -> list[list[int]]:
+    conversations: list[_Conversation] = []
+    for index, call in enumerate(calls):
+        history_T = np.concatenate([call.prompt_T, call.response_T])
+        longest: _Conversation | None = None
+        for candidate in conversations:
+            # A candidate no longer than the best so far cannot win, so its tokens are not compared.
+            if longest is not None and candidate.history_T.size <= longest.history_T.size:
+                continue
+            if _extends(call.prompt_T, candidate.history_T):
+                longest = candidate
+        if longest is None:
+            conversations.append(_Conversation(history_T, [index]))
+        else:
+            longest.history_T = history_T
+            longest.members.append(index)
+    return [conversation.members for conversation in conversations]
+
+
+def _extends(prompt_T: Ints, history_T: Ints) -> bool:
+    size = history_T.size
+    if prompt_T.size < size:
+        return False
+    # Conversations share their system prompt and part late: the last token rejects most of them at once.
+    if size and prompt_T[size - 1] != history_T[-1]:
+        return False
+    return np.array_equal(prompt_T[:size], history_T)
+
+
+def _flatten(trajectory: Trajectory, chain: Sequence[ModelCall], advantage: Floats) -> Sample:
+    """The last call's prompt and response hold all earlier ones; each response sits right after its own prompt."""
+    token_T = np.concatenate([chain[-1].prompt_T, chain[-1].response_T]).astype(np.int32)
+    mask_T = np.zeros(token_T.shape, np.bool_)
+    logprob_T = np.zeros(token_T.shape, np.float32)
+    advantage_T = np.zeros(token_T.shape, np.float32)
+    for call, value in zip(chain, advantage, strict=True):
+        response = slice(call.prompt_T.size, call.prompt_T.size + call.response_T.size)
+        mask_T[response] = True
+        logprob_T[response] = call.logprob_T
+        advantage_T[response] = value
+    return Sample(
+        key=trajectory.key,
+        policy_version=min(call.policy_version for call in chain),
+        token_T=token_T,
+        mask_T=mask_T,
+        logprob_T=logprob_T,
+        advantage_T=advantage_T,
+    )

@@ -1,0 +1,299 @@
+"""What is kept of a run: its folder, its numbers (JSON lines, wandb, TensorBoard) and its rollouts (Parquet).
+
+Example:
+
+    run = RunDirectory.create(Path("runs"), experiment="calc_x", seed=0)   # runs/calc_x-s0-20250131-093000
+    tracker = Tracker([JsonLines(run.metrics), TensorBoardSink(run.logs / "tensorboard")])
+    tracker.log(1, {"train/reward": 0.25})
+
+Each sink imports its library when it is made, so importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import re
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from agent_lightning.errors import DataError, UserError
+from agent_lightning.plots import read_metrics
+from agent_lightning.types import Group, ModelCall, Trajectory
+
+if TYPE_CHECKING:
+    import pyarrow  # type: ignore[import-untyped]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """The folder of one run, and where each thing lies in it."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, root: Path, experiment: str, seed: int, name: str | None = None) -> RunDirectory:
+        """Make a new folder in `root`; an existing one is never reused: -2, -3, … is appended.
+
+        Example: ("runs", "calc_x", 0, None) -> runs/calc_x-s0-20250131-093000; with name "first" -> runs/first
+
+        Raises UserError where `name` is no plain folder name or `root` cannot be written.
+        """
+        if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(f"run name {name!r}: use letters, digits, '.', '_' and '-' only")
+        stem = name or f"{re.sub('[^0-9A-Za-z_.-]+', '-', experiment)}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):  # ends at the first free name
+            run = cls(root / (stem + suffix))
+            try:
+                run.path.mkdir(parents=True)
+                break
+            except OSError as error:
+                if not run.path.exists():
+                    raise UserError(f"cannot make a run folder in {root}: {error.strerror}") from error
+        for folder in (run.rollouts, run.checkpoints, run.logs):
+            folder.mkdir()
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """The folder of an earlier run, to resume it. Raises UserError where `path` holds no run."""
+        run = cls(path)
+        if not run.config.is_file():
+            raise UserError(f"{path} is no run: it has no {run.config.name}")
+        return run
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def curve(self) -> Path:
+        return self.path / "curve.png"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+
+class Sink(Protocol):
+    """Somewhere the numbers of a step go."""
+
+    def log(self, step: int, record: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One line a call, flushed before `log` returns; a number that is not finite is written as null.
+
+    Example: log(3, {"train/reward": 0.5}) appends {"step": 3, "wall_s": 41.2, "train/reward": 0.5}
+    `wall_s` counts the seconds the run was alive: a resumed run counts on from its last line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        alive_s = max((row["wall_s"] for row in read_metrics(path)), default=0.0) if path.exists() else 0.0
+        self._started = time.monotonic() - alive_s
+        self._file = path.open("a", encoding="utf-8")
+        if self._file.tell() and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")  # the process before died in the middle of a line
+
+    def log(self, step: int, record: Mapping[str, float]) -> None:
+        line = {"step": step, "wall_s": round(time.monotonic() - self._started, 3), **record}
+        self._file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardSink:
+    """Scalars for TensorBoard, written without importing torch or TensorFlow."""
+
+    def __init__(self, directory: Path) -> None:
+        from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
+
+        self._writer = event_file_writer.EventFileWriter(str(directory))
+
+    def log(self, step: int, record: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in record.items()]
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """A Weights & Biases run in the run's logs/, silent on the terminal.
+
+    Its id is kept in logs/wandb-id, so a resumed run goes on in the same one. Steps are an ordinary metric ("step"),
+    so an evaluation may be logged after a later step. Raises UserError where it cannot start.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        *,
+        project: str = "agent-lightning",
+        group: str | None = None,
+        tags: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+        mode: Literal["offline", "online", "disabled"] = "offline",
+    ) -> None:
+        import wandb
+
+        settings = wandb.Settings(silent=True, console="off")
+        id_file = run.logs / "wandb-id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12])
+        try:
+            wandb.setup(settings=settings)
+            if mode == "online" and not wandb.login(prompt=False, verify=False):
+                raise UserError("wandb online needs a login: run `wandb login` or set WANDB_API_KEY")
+            self._run = wandb.init(
+                project=project,
+                group=group,
+                tags=tags,
+                config=dict(config or {}),
+                mode=mode,
+                dir=run.logs,
+                name=run.path.name,
+                id=id_file.read_text(),
+                resume="allow" if mode == "online" else None,
+                settings=settings,
+            )
+        except wandb.errors.Error as error:
+            raise UserError(f"wandb cannot start: {' '.join(str(error).split())}") from error
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, record: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **record})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Tracker:
+    """Sends each record to all sinks. A sink that fails is warned about once and dropped: the run goes on."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = list(sinks)
+
+    def log(self, step: int, record: Mapping[str, float]) -> None:
+        for sink in list(self._sinks):
+            try:
+                sink.log(step, record)
+            except Exception as error:  # a boundary: a full disk or a lost service must not end the training
+                self._sinks.remove(sink)
+                logger.warning("%s stopped at step %d: %r", type(sink).__name__, step, error)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except Exception as error:  # the same boundary
+                logger.warning("%s did not close: %r", type(sink).__name__, error)
+        self._sinks.clear()
+
+
+class RolloutWriter:
+    """All rollouts that ended, as Parquet: one file a `write`, one row a rollout. A file appears whole or not at all.
+
+    Example: write(3, 2, groups) -> rollouts/part-00002.parquet; counting goes on after the parts that are there.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        numbers = [int(part.stem.removeprefix("part-")) for part in directory.glob("part-*.parquet")]
+        self._next_part = max(numbers, default=-1) + 1
+
+    def write(self, step: int, policy_version: int, groups: Sequence[Group]) -> Path | None:
+        """Write the rollouts of `groups`; None where there are none. Raises OSError, e.g. on a full disk."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+        rows = [_rollout_row(step, policy_version, group, one) for group in groups for one in group.trajectories]
+        if not rows:
+            return None
+        part = self._directory / f"part-{self._next_part:05d}.parquet"
+        unfinished = self._directory / f".{part.name}.tmp"
+        pq.write_table(pa.Table.from_pylist(rows, schema=_rollout_schema()), unfinished, compression="zstd")
+        unfinished.replace(part)
+        self._next_part += 1
+        return part
+
+
+def read_rollouts(path: Path) -> pyarrow.Table:
+    """All rollouts of a run, in the order they were written; `path` is its folder, its rollouts/, or one part.
+
+    Example: read_rollouts(run.path).column("reward").to_pylist() -> [1.0, 0.0, None]
+
+    Raises DataError where there are none.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parts = [path] if path.is_file() else sorted([*path.glob("part-*.parquet"), *path.glob("rollouts/part-*.parquet")])
+    if not parts:
+        raise DataError(f"no rollouts at {path}")
+    return pa.concat_tables([pq.read_table(part, partitioning=None) for part in parts])
+
+
+def _rollout_schema() -> pyarrow.Schema:
+    import pyarrow as pa
+
+    text, real, whole = pa.string(), pa.float64(), pa.int32()
+    call = {"call_id": text, "agent": text, "policy_version": whole, "prompt_ids": pa.list_(whole)}
+    call |= {"response_ids": pa.list_(whole), "logprobs": pa.list_(pa.float32()), "finish_reason": text}
+    call |= {"started_at": real, "ended_at": real, "request": text, "reply": text}
+    row = {"rollout_id": text, "group_id": text, "split": text, "attempt": whole, "task_id": text, "task": text}
+    row |= {"step": whole, "policy_version": whole, "reward": real, "outcome": text, "error": text, "output": text}
+    row |= {"started_at": real, "ended_at": real, "num_calls": whole, "calls": pa.list_(pa.struct(list(call.items())))}
+    return pa.schema(list(row.items()))
+
+
+def _rollout_row(step: int, policy_version: int, group: Group, one: Trajectory) -> dict[str, Any]:
+    row: dict[str, Any] = {"rollout_id": one.key.rollout_id, "group_id": group.group_id, "split": one.key.split}
+    row |= {"attempt": one.key.attempt, "task_id": one.task_id, "step": step, "policy_version": policy_version}
+    row |= {"task": json.dumps(dict(group.task.payload), default=str), "reward": one.reward}
+    row |= {"outcome": one.outcome.value, "error": _storable(one.error), "output": _storable(one.output)}
+    row |= {"started_at": one.started_at, "ended_at": one.ended_at, "num_calls": len(one.calls)}
+    return row | {"calls": [_call_row(call) for call in one.calls]}
+
+
+def _call_row(call: ModelCall) -> dict[str, Any]:
+    row: dict[str, Any] = {"call_id": call.call_id, "agent": call.agent, "policy_version": call.policy_version}
+    row |= {"prompt_ids": call.prompt_T, "response_ids": call.response_T, "logprobs": call.logprob_T}
+    row |= {"finish_reason": call.finish_reason, "started_at": call.started_at, "ended_at": call.ended_at}
+    return row | {"request": _storable(call.request), "reply": _storable(call.reply)}
+
+
+def _storable(text: str) -> str:
+    """Half of a surrogate pair, which a model can be made to write, is no UTF-8: it becomes "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8")

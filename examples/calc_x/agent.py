@@ -1,0 +1,115 @@
+"""An agent with a calculator: plain `openai` code, as any user would write it.
+
+It knows nothing of the training. `policy` is any object with `base_url`, `api_key` and `model`:
+
+    await solve({"question": "What is 14 plus 3?"}, policy)  # "The answer is 17."
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Generator, Mapping
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from calculator import SYSTEM, TOOL, call
+from openai import AsyncOpenAI, DefaultAioHttpClient, DefaultAsyncHttpxClient, OpenAI
+from openai.types.chat import ChatCompletionMessage
+
+MAX_TURNS = 4
+TIMEOUT = 600.0
+"""Seconds for one reply: the engine may be busy with a thousand others."""
+
+Messages = list[Any]
+"""OpenAI message dicts."""
+
+
+class Policy(Protocol):
+    """Where the model is. The training passes such an object; the agent needs no more than this."""
+
+    @property
+    def base_url(self) -> str: ...
+    @property
+    def api_key(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+
+
+async def solve(task: Mapping[str, Any], policy: Policy) -> str:
+    """Answer the question of a task; the text of the last turn. Raises openai.APIError."""
+    client = _shared_client().with_options(base_url=policy.base_url, api_key=policy.api_key)
+    talk = conversation(task["question"])
+    messages = next(talk)
+    while True:
+        reply = await client.chat.completions.create(model=policy.model, messages=messages, tools=[TOOL])
+        try:
+            messages = talk.send(reply.choices[0].message)
+        except StopIteration as end:
+            return str(end.value)
+
+
+def solve_blocking(task: Mapping[str, Any]) -> str:
+    """The same in a process of its own: OPENAI_BASE_URL, OPENAI_API_KEY and AGL_MODEL say where the model is."""
+    with OpenAI(timeout=TIMEOUT, max_retries=2) as client:
+        talk = conversation(task["question"])
+        messages = next(talk)
+        while True:
+            reply = client.chat.completions.create(model=os.environ["AGL_MODEL"], messages=messages, tools=[TOOL])
+            try:
+                messages = talk.send(reply.choices[0].message)
+            except StopIteration as end:
+                return str(end.value)
+
+
+def conversation(question: str) -> Generator[Messages, ChatCompletionMessage, str]:
+    """The agent without its transport: yields the messages to send, is sent the reply, returns the final text.
+
+    A reply with tool calls is answered with their results, at most MAX_TURNS times asked in all.
+    """
+    messages: Messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    for _ in range(MAX_TURNS):
+        reply = yield list(messages)
+        if not reply.tool_calls:
+            break
+        messages.append(_sent_back(reply))
+        messages.extend(_run(tool_call) for tool_call in reply.tool_calls)
+    return reply.content or ""
+
+
+def _sent_back(reply: ChatCompletionMessage) -> dict[str, Any]:
+    """The assistant's message as the API takes it back, without fields that only replies have."""
+    known: Any = {"role": True, "content": True, "tool_calls": {"__all__": {"id", "type", "function"}}}
+    return reply.model_dump(include=known, exclude_none=True)
+
+
+def _run(tool_call: Any) -> dict[str, Any]:
+    """The tool message that answers one tool call; mistakes are told to the model."""
+    if tool_call.type != "function" or tool_call.function.name != "calculator":
+        content = "error: the only tool is calculator"
+    else:
+        content = call(tool_call.function.arguments)
+    return {"role": "tool", "tool_call_id": tool_call.id, "content": content}
+
+
+_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncOpenAI] = WeakKeyDictionary()
+"""One per event loop, because connections belong to their loop; gone when the loop is."""
+
+
+def _shared_client() -> AsyncOpenAI:
+    """The client of the running loop. A client costs milliseconds and connections, so rollouts share one.
+
+    aiohttp where it is installed: httpx slows down beyond about 100 requests in flight.
+    Both allow 1000 connections, the default of openai's clients.
+    """
+    loop = asyncio.get_running_loop()
+    if loop not in _clients:
+        try:
+            transport = DefaultAioHttpClient()
+        except RuntimeError:  # openai says so where aiohttp is missing
+            transport = DefaultAsyncHttpxClient()
+        # The address is the policy's, set for each rollout.
+        _clients[loop] = AsyncOpenAI(
+            base_url="http://unset.invalid", api_key="unset", http_client=transport, timeout=TIMEOUT, max_retries=2
+        )
+    return _clients[loop]

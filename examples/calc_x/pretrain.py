@@ -1,0 +1,265 @@
+"""Make the tiny starting policy: a 1.6M-parameter Llama with its own tokenizer, pre-trained on the CPU.
+
+    python examples/calc_x/pretrain.py --mawps DATA/calcx/mawps_train.jsonl.gz --out examples/calc_x/tiny_policy
+
+Trains from scratch through the same learner as reinforcement learning (veRL's SFT loss) on ideal chats: the
+generator's problems and MAWPS training questions with re-drawn numbers. Stops well short of what the model can
+reach, so that there is something left to learn. The seed is fixed; the note beside the weights says how long it took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import calculator
+import problems
+from agent import SYSTEM
+
+from agent_lightning.tasks import load_jsonl
+from agent_lightning.types import Batch
+
+CALL_OPEN = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "'
+CALL_CLOSE = '"}}\n</tool_call>'
+ROLES = ("system", "user", "assistant", "tool")
+END = "<|im_end|>"
+PAD = "<|pad|>"
+
+# Hermes' form: a system turn that names the tools, and calls as JSON between <tool_call> tags. What the model sampled
+# is rendered back token for token, so that the next prompt extends it.
+TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content %}{{ message.content }}{% endif %}
+{%- if loop.first and tools %} Tools:{% for tool in tools %} {{ tool.function.name }}({{ tool.function.parameters.properties.keys() | join(", ") }}){% endfor %}{% endif %}
+{%- for call in message.tool_calls or [] -%}
+<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>
+{%- endfor -%}
+<|im_end|>
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+
+TOOLS = [{"type": "function", "function": {"name": "calculator", "parameters": {"properties": {"expression": {}}}}}]
+
+
+def build_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
+    """Byte-level BPE where a digit is a token, and the fixed parts of a chat are one token each."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    fixed = [f"<|im_start|>{role}\n" for role in ROLES]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(fixed) - 2,
+        special_tokens=[PAD, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in fixed])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (CALL_OPEN, CALL_CLOSE)])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
+    wrapped.chat_template = TEMPLATE
+    return wrapped
+
+
+def build_model(tokenizer: Any, seed: int) -> Any:
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        intermediate_size=448,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        head_dim=32,
+        max_position_embeddings=1024,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+        initializer_range=0.02,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+def encode(tokenizer: Any, chat: Sequence[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+    """Token ids of a chat, and where an assistant wrote them (its end-of-turn token included)."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    for turn, message in enumerate(chat):
+        # Turn by turn, as the policy will see it: the prompt up to here, then what it writes.
+        opening = message["role"] == "assistant"
+        before = tokenizer.apply_chat_template(
+            chat[:turn], tools=TOOLS, tokenize=True, add_generation_prompt=opening, return_dict=False
+        ) if turn else []
+        after = tokenizer.apply_chat_template(chat[: turn + 1], tools=TOOLS, tokenize=True, return_dict=False)
+        ids, mask = after, mask + [False] * (len(before) - len(mask)) + [opening] * (len(after) - len(before))
+    return ids, mask
+
+
+def stream(args: argparse.Namespace, tokenizer: Any, mawps: Sequence[dict[str, Any]]) -> Iterator[tuple[list[int], list[bool]]]:
+    """Training rows without end: a share of the generator's problems, the rest from MAWPS with numbers re-drawn."""
+    rng = random.Random(args.seed)
+    generated = problems.generate(args.seed + 1, 20_000, "train")
+    weights = [args.two_step_weight if row["steps"] > 1 else 1.0 for row in generated]
+    while True:
+        if rng.random() < args.generated_share:
+            row = rng.choices(generated, weights)[0]
+        else:
+            row = problems.redraw(rng.choice(mawps), rng)
+        if row is not None:
+            yield encode(tokenizer, problems.solution(row))
+
+
+def to_batch(rows: Sequence[tuple[list[int], list[bool]]]) -> Batch:
+    length = max(len(ids) for ids, _ in rows)
+    shape = (len(rows), length)
+    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
+    for i, (ids, assistant) in enumerate(rows):
+        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, assistant
+    zeros = np.zeros(shape, np.float32)
+    return Batch(
+        token_NT=tokens,
+        mask_NT=mask,
+        logprob_NT=zeros.copy(),
+        advantage_NT=zeros.copy(),
+        weight_NT=zeros.copy(),
+        length_N=np.asarray([len(ids) for ids, _ in rows], np.int32),
+        num_rollouts=len(rows),
+    )
+
+
+def accuracy(weights: Any, args: argparse.Namespace, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> float:
+    """Share of rows whose greedily written calculation has the right value."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(args.out)
+    model.load_state_dict(weights)
+    model.eval()
+    right = 0
+    tokenizer.padding_side = "left"
+    for start in range(0, len(rows), 120):
+        part = rows[start : start + 120]
+        chats = [problems.solution(row)[:2] for row in part]
+        prompts = tokenizer.apply_chat_template(
+            chats, tools=TOOLS, add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
+        )
+        with torch.no_grad():
+            out = model.generate(**prompts, max_new_tokens=40, do_sample=False)
+        for row, ids in zip(part, out[:, prompts["input_ids"].shape[1] :], strict=True):
+            text = tokenizer.decode(ids)
+            expression = text.split('"expression": "')[-1].split('"')[0]
+            try:
+                right += abs(float(calculator.evaluate(expression)) - float(row["result"])) < 1e-3
+            except ValueError:
+                continue
+    return right / len(rows)
+
+
+def state_dict(weights: Any) -> dict[str, Any]:
+    import ray
+    import torch
+
+    out = {}
+    for bucket in weights.buckets:
+        raw = torch.from_numpy(np.array(ray.get(bucket.data)))
+        for p in bucket.parameters:
+            count = int(np.prod(p["shape"])) * 4
+            out[p["name"]] = raw[p["offset"] : p["offset"] + count].view(torch.float32).reshape(p["shape"]).clone()
+    return out
+
+
+async def train(args: argparse.Namespace) -> None:
+    import ray
+    from safetensors.torch import save_file
+
+    from agent_lightning.learners.verl import LearnerConfig, VerlLearner
+
+    mawps = [dict(task.payload) for task in load_jsonl(args.mawps)]
+    validation = [dict(t.payload) for t in load_jsonl(str(args.mawps).replace("_train", "_validation"))]
+    held_out = problems.generate(args.seed + 2, 240, "val")
+    texts = [row["question"] for row in mawps] * 2 + [row["question"] for row in problems.generate(0, 4000, "train")]
+    fixed = f"{SYSTEM} Tools: calculator(expression)", "The answer is"
+    tokenizer = build_tokenizer([*texts, *fixed * 300], args.vocab_size)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(args.out)
+    model = build_model(tokenizer, args.seed)
+    model.save_pretrained(args.out)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    learner = VerlLearner(
+        LearnerConfig(
+            model_path=str(args.out), loss="sft", seed=args.seed, num_threads=args.threads, lr=args.lr,
+            lr_schedule="cosine", lr_warmup_steps=20, total_steps=args.steps, weight_decay=0.01, betas=(0.9, 0.98),
+        )
+    )
+    rows, started = stream(args, tokenizer, mawps), time.monotonic()
+    for step in range(1, args.steps + 1):
+        await learner.update([to_batch([next(rows) for _ in range(args.batch)])])
+        if step % args.evaluate_every == 0 or step == args.steps:
+            weights = state_dict(await learner.publish())
+            save_file(weights, args.out / "model.safetensors", metadata={"format": "pt"})
+            note = {
+                "step": step,
+                "seconds": round(time.monotonic() - started),
+                "generated_val": round(accuracy(weights, args, tokenizer, held_out), 3),
+                "mawps_validation": round(accuracy(weights, args, tokenizer, validation), 3),
+            }
+            print(json.dumps(note), flush=True)
+            if note["mawps_validation"] >= args.stop_at:
+                break
+    (args.out / "pretrain.json").write_text(
+        json.dumps(note | {k: v for k, v in vars(args).items() if isinstance(v, int | float)}, indent=1) + "\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mawps", type=Path, required=True, help="mawps_train.jsonl.gz; its validation file beside it")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vocab-size", type=int, default=1024)
+    parser.add_argument("--generated-share", type=float, default=0.15)
+    parser.add_argument("--two-step-weight", type=float, default=0.1)
+    parser.add_argument("--evaluate-every", type=int, default=50)
+    parser.add_argument("--stop-at", type=float, default=0.33, help="MAWPS validation accuracy at which to stop")
+    asyncio.run(train(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
