@@ -59,6 +59,7 @@ class Stats:
     dropped: Mapping[str, int]  # reason -> how many
     failed: Mapping[Outcome, int]  # ended rollouts by outcome, FINISHED left out
     evaluated: int = 0  # val split: taken
+    ended: int = 0  # rollouts of both splits that have ended, ever
     retried: int = 0  # attempts given up for another one; both splits, as all below
     refused_spans: int = 0  # calls and marks for an attempt that was not open
     refused_finishes: int = 0
@@ -208,8 +209,7 @@ class Buffer:
         whole, seen = self._whole[split], self._cancels
         async with self._changed:  # the wait ends with finish, expire or cancel
             await self._changed.wait_for(lambda: len(whole) >= num_groups or self._cancelled or self._cancels > seen)
-            group_ids = [whole.popleft() for _ in range(min(num_groups, len(whole)))]
-            groups = [self._hand_out(group_id) for group_id in group_ids]
+            groups = [self._hand_out(whole.popleft()) for _ in range(min(num_groups, len(whole)))]
         return sorted(groups, key=lambda group: group.trajectories[0].key.group)
 
     async def advance(self, *, trained: int, dropped: Mapping[str, int]) -> None:
@@ -245,8 +245,7 @@ class Buffer:
         return len(over)
 
     async def stats(self) -> Stats:
-        phases = Counter[str](rollout.phase for rollout in self._all() if rollout.key.split == "train")
-        count = self._count + phases
+        count = self._count + Counter(str(r.phase) for r in self._all() if r.key.split == "train")
         return Stats(dropped=dict(self._dropped), failed=dict(self._failed), next_group=dict(self._next_group), **count)
 
     def _all(self) -> Iterator[_Rollout]:
@@ -277,6 +276,7 @@ class Buffer:
 
     def _complete(self, rollout: _Rollout, ending: _Ending) -> None:
         rollout.phase = "complete"
+        self._count["ended"] += 1
         rollout.trajectory = Trajectory(
             key=rollout.key,
             task_id=rollout.task.task_id,

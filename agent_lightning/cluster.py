@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import ray
@@ -71,6 +71,12 @@ def kill(proxy: object) -> None:
     ray.kill(proxy._handle)
 
 
+def kill_handles(handles: Sequence[Any]) -> None:
+    """End actors that another library started."""
+    for handle in handles:
+        ray.kill(handle)
+
+
 def init_ray(address: str | None = None, num_cpus: int | None = None, *, dashboard: bool = False) -> None:
     """Join the cluster at `address` (or in RAY_ADDRESS, as in a submitted job), else start one on this machine.
 
@@ -80,6 +86,12 @@ def init_ray(address: str | None = None, num_cpus: int | None = None, *, dashboa
         return
     address = address or os.environ.get("RAY_ADDRESS")
     if address in (None, "local"):
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard)
+        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, **quiet)
     else:
-        ray.init(address=address)
+        ray.init(address=address, log_to_driver=False)
+
+
+def shutdown_ray() -> None:
+    """Leave the cluster; one that `init_ray` started ends, with every process in it."""
+    ray.shutdown()

@@ -101,7 +101,7 @@ def load_hub(
     except ConnectionError as error:
         raise DataError(f"{asked}: no network; give a local folder that holds it: {_one_line(error)}") from error
     except ValueError as error:
-        raise DataError(f"{asked}, split {split!r}: check name and split: {_one_line(error)}") from error
+        raise DataError(f"{asked}, split {split!r}: check name, split and files: {_one_line(error)}") from error
     except (DatasetsError, OSError, RuntimeError) as error:
         raise DataError(f"{asked} cannot be read: {_one_line(error)}") from error
     for field in (question_field, result_field):

@@ -1,4 +1,7 @@
-"""Agents, rewards and a small gateway that the tests run for real."""
+"""Agents, rewards and a small gateway that the tests run for real.
+
+aiohttp is imported where it is used: a process that runs one of these agents starts in half the time without it.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,16 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from aiohttp import ClientSession, web
 
 from agent_lightning.buffer import Buffer, verify_secret
 from agent_lightning.errors import UnknownRollout
 from agent_lightning.types import ModelCall, Outcome, Policy, RolloutKey, Task
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 RUN_SECRET = b"a secret of the tests"
 Payload = Mapping[str, Any]
@@ -52,6 +57,8 @@ class SmallGateway:
         self._num_calls = 0
 
     async def chat(self, request: web.Request) -> web.Response:
+        from aiohttp import web
+
         match = request.match_info
         key = RolloutKey.parse(match["rollout"], int(match["attempt"]))
         if not verify_secret(RUN_SECRET, key, match["secret"]):
@@ -70,6 +77,8 @@ class SmallGateway:
 
 @asynccontextmanager
 async def small_gateway(buffer: Buffer) -> AsyncIterator[str]:
+    from aiohttp import web
+
     application = web.Application()
     path = "/rollout/{rollout}/attempt/{attempt}/{secret}/{agent}/v1/chat/completions"
     application.router.add_post(path, SmallGateway(buffer).chat)
@@ -83,6 +92,8 @@ async def small_gateway(buffer: Buffer) -> AsyncIterator[str]:
 
 
 async def ask(base_url: str, **body: object) -> int:
+    from aiohttp import ClientSession
+
     async with (
         ClientSession(raise_for_status=True) as http,
         http.post(f"{base_url}/chat/completions", json=body) as got,
@@ -223,9 +234,3 @@ def exits_quietly(payload: Payload, policy: Policy) -> float:
 
 def returns_the_payload(payload: Payload, policy: Policy) -> dict[str, object]:
     return {"payload": payload, "model": policy.model, "temperature": policy.sampling["temperature"]}
-
-
-def prints_forever(payload: Payload, policy: Policy) -> float:
-    for _ in range(payload["lines"]):
-        print("x" * 1000)
-    return 0.25

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,8 +27,11 @@ Make = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
+    this_module = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(this_module)  # pytest's sys.path is not that of the actors
     init_ray(num_cpus=2)
     yield
+    ray.cloudpickle.unregister_pickle_by_value(this_module)
     ray.shutdown()
 
 
@@ -124,7 +128,7 @@ async def test_a_cancelled_take_loses_nothing(make: Make) -> None:
 
 async def test_workers_run_agents_and_classify_what_they_do(make: Make) -> None:
     buffer = make(Buffer, run_secret=RUN_SECRET)
-    spec = AgentSpec(target=f"{agents.__file__}:does", mode="async", timeout_s=2.0)
+    spec = AgentSpec(target=f"{agents.__file__}:does", mode="async", timeout_s=1.0)
     ends = {
         "return": Outcome.FINISHED,
         "raise": Outcome.AGENT_ERROR,

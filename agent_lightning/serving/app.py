@@ -108,7 +108,6 @@ def start(*, name: str, config: ServingConfig, gateway: GatewayConfig, recorder:
         )
         .bind(policy, recorder, gateway)
     )
-    _check_port(config)
     serve.start(http_options={"host": config.host, "port": config.port, "request_timeout_s": None})
     try:
         serve.run(app, name=name, route_prefix=f"/{name}")
@@ -167,15 +166,15 @@ def _policy_options(llm: Any, config: ServingConfig) -> dict[str, Any]:
     return options | {"name": f"policy-{config.model_name}"}
 
 
-def _check_port(config: ServingConfig) -> None:
-    """Serve's proxy would retry a port in use for a long time and then fail without saying so."""
+def check_port(host: str, port: int) -> None:
+    """Serve's proxy would retry a port in use for a long time and then fail without saying so. Raises UserError."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((config.host, config.port))
+            probe.bind((host, port))
         except OSError as error:
             raise UserError(
-                f"serving.port={config.port} is in use on {config.host}: choose another, or 0 for any free port"
+                f"hardware.port={port} is in use on {host}: choose another, or 0 for any free port"
             ) from error
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 from calculator import SYSTEM, TOOL, call
 from openai import AsyncOpenAI, DefaultAioHttpClient, DefaultAsyncHttpxClient, OpenAI
@@ -38,7 +37,7 @@ class Policy(Protocol):
 
 async def solve(task: Mapping[str, Any], policy: Policy) -> str:
     """Answer the question of a task; the text of the last turn. Raises openai.APIError."""
-    client = _shared_client().with_options(base_url=policy.base_url, api_key=policy.api_key)
+    client = (await _shared_client()).with_options(base_url=policy.base_url, api_key=policy.api_key)
     talk = conversation(task["question"])
     messages = next(talk)
     while True:
@@ -92,12 +91,12 @@ def _run(tool_call: Any) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": tool_call.id, "content": content}
 
 
-_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncOpenAI] = WeakKeyDictionary()
-"""One per event loop, because connections belong to their loop; gone when the loop is."""
+_clients: dict[asyncio.AbstractEventLoop, tuple[AsyncOpenAI, AsyncGenerator[None, None]]] = {}
+"""One client per running event loop, because connections belong to their loop; with what closes it."""
 
 
-def _shared_client() -> AsyncOpenAI:
-    """The client of the running loop. A client costs milliseconds and connections, so rollouts share one.
+async def _shared_client() -> AsyncOpenAI:
+    """The client of the running loop. A client costs many milliseconds and its connections, so rollouts share one.
 
     aiohttp where it is installed: httpx slows down beyond about 100 requests in flight.
     Both allow 1000 connections, the default of openai's clients.
@@ -109,7 +108,19 @@ def _shared_client() -> AsyncOpenAI:
         except RuntimeError:  # openai says so where aiohttp is missing
             transport = DefaultAsyncHttpxClient()
         # The address is the policy's, set for each rollout.
-        _clients[loop] = AsyncOpenAI(
+        client = AsyncOpenAI(
             base_url="http://unset.invalid", api_key="unset", http_client=transport, timeout=TIMEOUT, max_retries=2
         )
-    return _clients[loop]
+        closer = _close_with(loop, client)
+        _clients[loop] = client, closer
+        await anext(closer)
+    return _clients[loop][0]
+
+
+async def _close_with(loop: asyncio.AbstractEventLoop, client: AsyncOpenAI) -> AsyncGenerator[None, None]:
+    """Close the client when the loop ends: `asyncio.run` then closes the generators that were begun in it."""
+    try:
+        yield
+    finally:
+        del _clients[loop]
+        await client.close()

@@ -105,9 +105,7 @@ def build_model(tokenizer: Any, seed: int) -> Any:
         bos_token_id=None,
     )
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model
 
 
@@ -118,15 +116,21 @@ def encode(tokenizer: Any, chat: Sequence[dict[str, Any]]) -> tuple[list[int], l
     for turn, message in enumerate(chat):
         # Turn by turn, as the policy will see it: the prompt up to here, then what it writes.
         opening = message["role"] == "assistant"
-        before = tokenizer.apply_chat_template(
-            chat[:turn], tools=TOOLS, tokenize=True, add_generation_prompt=opening, return_dict=False
-        ) if turn else []
+        before = (
+            tokenizer.apply_chat_template(
+                chat[:turn], tools=TOOLS, tokenize=True, add_generation_prompt=opening, return_dict=False
+            )
+            if turn
+            else []
+        )
         after = tokenizer.apply_chat_template(chat[: turn + 1], tools=TOOLS, tokenize=True, return_dict=False)
         ids, mask = after, mask + [False] * (len(before) - len(mask)) + [opening] * (len(after) - len(before))
     return ids, mask
 
 
-def stream(args: argparse.Namespace, tokenizer: Any, mawps: Sequence[dict[str, Any]]) -> Iterator[tuple[list[int], list[bool]]]:
+def stream(
+    args: argparse.Namespace, tokenizer: Any, mawps: Sequence[dict[str, Any]]
+) -> Iterator[tuple[list[int], list[bool]]]:
     """Training rows without end: a share of the generator's problems, the rest from MAWPS with numbers re-drawn."""
     rng = random.Random(args.seed)
     generated = problems.generate(args.seed + 1, 20_000, "train")
@@ -170,7 +174,9 @@ def accuracy(weights: Any, args: argparse.Namespace, tokenizer: Any, rows: Seque
     tokenizer.padding_side = "left"
     for start in range(0, len(rows), 120):
         part = rows[start : start + 120]
-        chats = [problems.solution(row)[:2] for row in part]
+        chats = [
+            [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["question"]}] for row in part
+        ]
         prompts = tokenizer.apply_chat_template(
             chats, tools=TOOLS, add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
         )
@@ -220,8 +226,16 @@ async def train(args: argparse.Namespace) -> None:
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     learner = VerlLearner(
         LearnerConfig(
-            model_path=str(args.out), loss="sft", seed=args.seed, num_threads=args.threads, lr=args.lr,
-            lr_schedule="cosine", lr_warmup_steps=20, total_steps=args.steps, weight_decay=0.01, betas=(0.9, 0.98),
+            model_path=str(args.out),
+            loss="sft",
+            seed=args.seed,
+            num_threads=args.threads,
+            lr=args.lr,
+            lr_schedule="cosine",
+            lr_warmup_steps=20,
+            total_steps=args.steps,
+            weight_decay=0.01,
+            betas=(0.9, 0.98),
         )
     )
     rows, started = stream(args, tokenizer, mawps), time.monotonic()

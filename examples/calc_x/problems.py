@@ -10,6 +10,7 @@ a number that is not needed, so that a question has to be read.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import random
@@ -25,13 +26,11 @@ LARGEST = 999
 """No result is larger."""
 MAX_TRIES = 400
 """Draws for one row to re-draw, before it is given up."""
-CONSTANTS = frozenset(
-    Fraction(text)
-    for text in "0.01 0.05 0.1 0.25 0.5 1 2 3 4 5 6 7 8 9 10 12 24 60 100".split()  # noqa: SIM905
-)
+_FRACTIONS = ("0.01", "0.05", "0.1", "0.25", "0.5")
+CONSTANTS = frozenset([*map(Fraction, _FRACTIONS), *map(Fraction, [*range(1, 11), 12, 24, 60, 100])])
 """Numbers that an equation may have without the question: conversions, or said in words ("half", "a week")."""
 
-_QUESTION_NUMBER = re.compile(r"(?<![\w.,-])[0-9]{1,3}(?:,[0-9]{3})+(?![\w,])|(?<![\w.])[0-9]+(?:\.[0-9]+)?(?!\w|\.[0-9])")
+_QUESTION_NUMBER = re.compile(r"(?<![\w.])(?<![0-9],)(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+(?:\.[0-9]+)?)(?!\w|[.,][0-9])")
 _EQUATION_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 
 
@@ -96,9 +95,9 @@ def redraw(row: Mapping[str, Any], rng: random.Random) -> dict[str, Any] | None:
     "Sam has 22 pens and loses 14. …", "X=22.0-14.0" -> "Sam has 31 pens and loses 9. …", "31-9", result "22".
     Equal numbers stay equal and different ones different; integers stay integers; sizes stay within a third and
     three times; no difference and no result becomes negative, and an integer result stays an integer. Numbers that
-    only the question has, and constants that only the equation has, stay. None where that cannot be done: the
-    equation cannot be evaluated or does not lead to the result, it has a number that is neither in the question
-    nor a constant, or no draw fits.
+    only the question has, and constants that only the equation has, stay. The id gets a suffix.
+    None where that cannot be done: the equation cannot be evaluated or does not lead to the result, it has a number
+    that is neither in the question nor a constant, or no draw fits.
     """
     question, equation = str(row["question"]), normalise_equation(str(row["equation"]))
     try:
@@ -117,10 +116,16 @@ def redraw(row: Mapping[str, Any], rng: random.Random) -> dict[str, Any] | None:
         new = {old: _near(old, spelled[old], rng) for old in drawn}
         if len({*new.values(), *kept}) < len(new) + len(kept):
             continue
-        candidate = _EQUATION_NUMBER.sub(lambda m: _swap(m[0], new, plain=True), equation)
+        candidate = _rewrite(_EQUATION_NUMBER, equation, new, plain=True)
         if _fits(candidate, integer=isinstance(value, int)):
-            asked = _QUESTION_NUMBER.sub(lambda m: _swap(m[0], new, plain=False), question)
-            return {**row, "question": asked, "equation": candidate, "result": render(evaluate(candidate))}
+            asked = _rewrite(_QUESTION_NUMBER, question, new, plain=False)
+            digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
+            return {
+                "id": f"{row['id']}-{digest}",
+                "question": asked,
+                "equation": candidate,
+                "result": render(evaluate(candidate)),
+            }
     return None
 
 
@@ -164,8 +169,10 @@ def _spelled(question: str) -> dict[Fraction, str]:
 
     A number before "twice" is left out: MAWPS writes "2 twice a number", where another number makes no sense.
     """
-    found = [m for m in _QUESTION_NUMBER.finditer(question) if not question[m.end() :].lstrip().startswith("twice")]
-    return {Fraction(m[0].replace(",", "")): m[0] for m in found}
+    found = list(_QUESTION_NUMBER.finditer(question))
+    fixed = {Fraction(m[0].replace(",", "")) for m in found if question[m.end() :].lstrip().startswith("twice")}
+    spelled = {Fraction(m[0].replace(",", "")): m[0] for m in found}
+    return {value: token for value, token in spelled.items() if value not in fixed}
 
 
 def _near(old: Fraction, token: str, rng: random.Random) -> Fraction:
@@ -176,22 +183,26 @@ def _near(old: Fraction, token: str, rng: random.Random) -> Fraction:
     return Fraction(rng.randint(low, high), scale)
 
 
-def _swap(token: str, new: Mapping[Fraction, Fraction], *, plain: bool) -> str:
-    """The text that replaces a number; where not `plain`, money keeps its decimals: "33.60" -> "41.20"."""
-    old = Fraction(token.replace(",", ""))
-    if old not in new:
-        return token
-    places = len(token.partition(".")[2])
-    if plain or places not in (1, 2):
-        return render(float(new[old]))
-    return f"{float(new[old]):.{places}f}"
+def _rewrite(pattern: re.Pattern[str], text: str, new: Mapping[Fraction, Fraction], *, plain: bool) -> str:
+    """A text with its numbers replaced; where not `plain`, money keeps its decimals: "33.60" -> "41.20"."""
+
+    def swap(found: re.Match[str]) -> str:
+        old = Fraction(found[0].replace(",", ""))
+        if old not in new:
+            return found[0]
+        places = len(found[0].partition(".")[2])
+        return render(float(new[old])) if plain or places not in (1, 2) else f"{float(new[old]):.{places}f}"
+
+    return pattern.sub(swap, text)
 
 
 def _fits(equation: str, *, integer: bool) -> bool:
     try:
         value = evaluate(equation)
-        return value >= 0 and (isinstance(value, int) or not integer) and all(
-            evaluate(part) >= 0 for part in _differences(equation)
+        return (
+            value >= 0
+            and (isinstance(value, int) or not integer)
+            and all(evaluate(part) >= 0 for part in _differences(equation))
         )
     except ValueError:
         return False
@@ -199,8 +210,6 @@ def _fits(equation: str, *, integer: bool) -> bool:
 
 def _differences(equation: str) -> Iterator[str]:
     """The parts of an expression that subtract, as text."""
-    import ast
-
     for node in ast.walk(ast.parse(equation, mode="eval")):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
             yield ast.unparse(node)

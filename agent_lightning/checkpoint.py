@@ -1,0 +1,42 @@
+"""What a checkpoint keeps beside the learner's files: one JSON file, written last, so that half a save is no save."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from agent_lightning.errors import UserError
+from agent_lightning.loop import State
+from agent_lightning.tasks import TaskCursor
+
+STATE = "state.json"
+_COUNTERS = ("dropped", "failed", "seconds")
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:06d}"
+
+
+def write_state(folder: Path, state: State) -> None:
+    """Atomic: a checkpoint is whole when this file is there."""
+    half = folder / f"{STATE}.half"
+    half.write_text(json.dumps(asdict(state), indent=1) + "\n")
+    os.replace(half, folder / STATE)
+
+
+def read_state(folder: Path) -> State:
+    values = json.loads((folder / STATE).read_text())
+    values["cursor"] = TaskCursor(**values["cursor"])
+    values["val_rewards"] = [(int(step), float(reward)) for step, reward in values["val_rewards"]]
+    return State(**{name: Counter(value) if name in _COUNTERS else value for name, value in values.items()})
+
+
+def newest(checkpoints: Path) -> Path:
+    """The newest whole checkpoint of a run. Raises UserError where there is none."""
+    whole = sorted(folder for folder in checkpoints.glob("step-*") if (folder / STATE).exists())
+    if not whole:
+        raise UserError(f"{checkpoints} holds no whole checkpoint: nothing to resume from")
+    return whole[-1]

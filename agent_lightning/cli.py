@@ -1,0 +1,113 @@
+"""agl: train, eval, serve, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from agent_lightning import __version__
+from agent_lightning.errors import AgentLightningError, UserError
+
+USER_ERROR = 2
+FAILED = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 the run failed, 2 bad input (one line says what to do), 130 stopped."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return asyncio.run(_run(options))
+    except UserError as error:
+        _say(f"agl: {_one_line(error)}")
+        return USER_ERROR
+    except AgentLightningError as error:
+        _say(f"agl: {_one_line(error)}")
+        return FAILED
+    except KeyboardInterrupt:
+        _say("agl: interrupted")
+        return 130
+
+
+async def _run(options: argparse.Namespace) -> int:
+    # Imported here, so that `agl --help` answers at once.
+    if options.command == "doctor":
+        from agent_lightning.doctor import doctor
+
+        return doctor()
+    from agent_lightning import commands
+
+    if options.command == "train":
+        overrides, resume = _resume(options.overrides)
+        return await commands.train(overrides, resume=resume)
+    if options.command == "eval":
+        return await commands.evaluate(options.overrides, split=options.split, out=options.out)
+    return await commands.serve(options.overrides)
+
+
+def _resume(overrides: Sequence[str]) -> tuple[list[str], Path | None]:
+    """`resume=RUN` is no key of the config: it says where the config comes from."""
+    found = [item.removeprefix("resume=") for item in overrides if item.startswith("resume=")]
+    rest = [item for item in overrides if not item.startswith("resume=")]
+    return rest, Path(found[-1]) if found else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="agl", description="Reinforcement learning for any LLM agent, on Ray.", formatter_class=_Raw
+    )
+    parser.add_argument("--version", action="version", version=f"agl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = _add(
+        commands,
+        "train",
+        "train a policy on the rollouts of an agent",
+        "agl train experiment=calc_tiny seed=1\n  agl train experiment=calc_mawps data.root=../shared/data/calcx\n"
+        "  agl train resume=runs/calc_tiny-s0-20260101-120000 steps=80",
+    )
+    evaluate = _add(
+        commands,
+        "eval",
+        "evaluate a model on a task set, without training",
+        "agl eval experiment=calc_tiny model.path=examples/calc_x/tiny_policy --out result.json",
+    )
+    evaluate.add_argument("--split", choices=("train", "val"), default="val", help="which tasks (default: val)")
+    evaluate.add_argument("--out", type=Path, help="also write the JSON here")
+    serve = _add(
+        commands,
+        "serve",
+        "start gateway and policy alone, to point your own agent at",
+        "agl serve experiment=calc_tiny hardware.port=8000",
+    )
+    for command in (train, evaluate, serve):
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
+    _add(commands, "doctor", "what is installed, what is wrong, and what to type", "agl doctor")
+    return parser
+
+
+class _Raw(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of examples."""
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, example: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name, help=help_text, description=help_text, epilog=f"example:\n  {example}", formatter_class=_Raw
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""What `agl train`, `agl eval` and `agl serve` do, below the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+
+from agent_lightning import checkpoint, launch
+from agent_lightning.config import Config, load, reload, to_yaml
+from agent_lightning.credit import FailurePolicy, Scale
+from agent_lightning.errors import UserError
+from agent_lightning.loop import Loop, Plan, State
+from agent_lightning.observer import RunObserver, summarise
+from agent_lightning.plots import plot_learning_curve
+from agent_lightning.report import Progress, Summary, report
+from agent_lightning.tasks import TaskCursor
+from agent_lightning.tracking import RunDirectory
+from agent_lightning.types import Split
+
+STOPPED = 130
+"""Exit code of a run that was stopped by a signal, after its checkpoint."""
+
+
+async def train(overrides: Sequence[str], *, resume: Path | None) -> int:
+    """Run the loop to its end; the exit code. Raises UserError, EngineError, StepFailed."""
+    console = Console()
+    config, run, state = _open(overrides, resume)
+    loaded = launch.preflight(config, ("train", "val"))
+    if run is None:
+        run = RunDirectory.create(Path(config.runs_dir), config.experiment, config.seed, config.name)
+        run.config.write_text(to_yaml(config))
+    progress = Progress(config.experiment, steps=config.steps, console=console)
+    observer = RunObserver(config=config, run=run, progress=progress)
+    progress.start()
+    progress.waiting_for("start: Ray, the policy's engine, the learner")
+    stopped = asyncio.Event()
+    started = time.monotonic()
+    try:
+        with _signals(stopped):
+            async with launch.system(
+                config, train=True, workers=config.rollout.workers, first_group=state.next_group
+            ) as system:
+                start_s = time.monotonic() - started
+                assert system.learner is not None
+                if resume is not None:
+                    await system.learner.restore(checkpoint.newest(run.checkpoints), state.version)
+                    weights = await system.learner.publish()
+                    await system.board.publish(weights, 300.0)
+                    state.version = weights.version
+                loop = Loop(
+                    plan=_plan(config),
+                    state=state,
+                    buffer=system.buffer,
+                    board=system.board,
+                    learner=system.learner,
+                    observer=observer,
+                    train_tasks=loaded["train"],
+                    val_tasks=loaded["val"],
+                    stop=stopped,
+                )
+                await loop.run()
+    finally:
+        progress.stop()
+        observer.close()
+    summary = summarise(config, state, val_rows=len(loaded["val"]), start_s=start_s)
+    _close_run(config, run, summary, console)
+    return STOPPED if stopped.is_set() else 0
+
+
+def _open(overrides: Sequence[str], resume: Path | None) -> tuple[Config, RunDirectory | None, State]:
+    if resume is None:
+        config = load(overrides)
+        return config, None, State(cursor=TaskCursor(seed=config.seed))
+    run = RunDirectory.open(resume)
+    config = reload(run.config, overrides)
+    state = checkpoint.read_state(checkpoint.newest(run.checkpoints))
+    if state.step >= config.steps:
+        raise UserError(f"{resume} has done its {state.step} steps: give steps=N with N above {state.step} to go on")
+    return config, run, state
+
+
+def _plan(config: Config) -> Plan:
+    algorithm = config.algorithm
+    return Plan(
+        steps=config.steps,
+        tasks_per_step=algorithm.tasks_per_step,
+        rollouts_per_task=algorithm.rollouts_per_task,
+        rollouts_per_batch=algorithm.rollouts_per_batch,
+        eval_every=config.eval_every,
+        agents=config.agent.trained,
+        failures=FailurePolicy.of(algorithm.failures),
+        scale=cast(Scale, algorithm.advantage_scale),
+        max_sample_tokens=config.model.max_len,
+        pad_token=0,
+        row_multiple=config.hardware.learner_processes,
+    )
+
+
+def _close_run(config: Config, run: RunDirectory, summary: Summary, console: Console) -> None:
+    summary.write(run.summary)
+    plot_learning_curve(run.metrics, run.curve, f"{config.experiment}, seed {config.seed}")
+    console.print(report(summary, run))
+
+
+@contextmanager
+def _signals(stopped: asyncio.Event) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks for a clean stop; a second one falls through to Python's own handling."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        stopped.set()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) -> int:
+    """Any model on any task set: prints a table's worth of JSON, and writes it where `out` says."""
+    config = load(overrides)
+    loaded = launch.preflight(config, (split,))[split]
+    async with launch.system(config, train=False, workers=config.rollout.workers) as system:
+        started = time.monotonic()
+        for task in loaded:
+            # As validation: greedy unless sampling.val or the agent says otherwise, and never trained.
+            await system.buffer.admit(task, split="val", num_rollouts=1)
+        groups = await system.buffer.take(len(loaded), split="val")
+        seconds = time.monotonic() - started
+    rollouts = [trajectory for group in groups for trajectory in group.trajectories]
+    rewards = [rollout.reward or 0.0 for rollout in rollouts]
+    result: dict[str, Any] = {
+        "model": config.model.path,
+        "experiment": config.experiment,
+        "split": split,
+        "rows": len(rewards),
+        "reward": sum(rewards) / len(rewards),
+        "outcomes": dict(Counter(rollout.outcome.value for rollout in rollouts)),
+        "calls_per_rollout": sum(len(rollout.calls) for rollout in rollouts) / len(rollouts),
+        "seconds": round(seconds, 2),
+    }
+    text = json.dumps(result, indent=1)
+    if out is not None:
+        out.write_text(text + "\n")
+    Console().print_json(text)
+    return 0
+
+
+async def serve(overrides: Sequence[str]) -> int:
+    """Gateway and policy alone, until Ctrl-C: prints base URLs for one's own agent."""
+    from agent_lightning.types import Task
+
+    config = load(overrides)
+    stopped = asyncio.Event()
+    console = Console()
+    with _signals(stopped):
+        async with launch.system(config, train=False, workers=0) as system:
+            # One rollout that stays open: whatever is called under its URL is recorded like a rollout's calls.
+            await system.buffer.admit(Task(task_id="serve", payload={}), split="val", num_rollouts=1)
+            (lease,) = await system.buffer.lease(1, 10.0)
+            key = lease.key
+            url = f"{system.service.url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{lease.secret}/agent/v1"
+            console.print(f"serving {config.model.path} as [b]policy[/b]; stop with Ctrl-C\n")
+            console.print(f"export OPENAI_BASE_URL={url}\nexport OPENAI_API_KEY=any\n", soft_wrap=True, highlight=False)
+            await stopped.wait()
+    return 0

@@ -1,0 +1,281 @@
+"""From a config to a running system and back to nothing: Ray, service, learner, rollout workers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from agent_lightning import tasks
+from agent_lightning.agents import Mode, load
+from agent_lightning.buffer import Buffer
+from agent_lightning.config import Config, SourceConfig, resolve_path
+from agent_lightning.errors import ConfigError, UserError
+from agent_lightning.policy import PolicyBoard
+from agent_lightning.rollout import AgentSpec, RolloutWorker
+from agent_lightning.types import Split, Task
+
+if TYPE_CHECKING:
+    from agent_lightning.learners.verl import VerlLearner
+    from agent_lightning.serving.app import Service
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class System:
+    """What runs. `learner` is None where nothing is trained."""
+
+    buffer: Buffer
+    board: PolicyBoard
+    service: Service
+    learner: VerlLearner | None
+    run_secret: bytes
+
+
+def load_tasks(config: Config, split: Split) -> list[Task]:
+    """The tasks of a split, as the config says. Raises DataError, ConfigError."""
+    source = config.data.train if split == "train" else config.data.val
+    loaded = _load(config, source, f"data.{split}")
+    if source.num is not None and source.kind != "generated":
+        loaded = tasks.sample(loaded, source.num, source.seed or 0)
+    if not loaded:
+        raise ConfigError(f"data.{split}: there are no tasks")
+    return loaded
+
+
+def _load(config: Config, source: SourceConfig, where: str) -> list[Task]:
+    if source.kind == "calcx":
+        return tasks.load_calcx(config.data.root, source.names)
+    if source.kind == "generated":
+        if source.target is None or source.num is None:
+            raise ConfigError(f"{where}: kind=generated needs target and num")
+        return tasks.make(load(source.target), seed=source.seed or 0, num=source.num, split=source.split or "train")
+    if source.path is None:
+        raise ConfigError(f"{where}.path: kind={source.kind} needs it")
+    if source.kind == "jsonl":
+        return tasks.load_jsonl(source.path)
+    return tasks.load_hub(
+        source.path,
+        name=source.name,
+        split=source.split or "train",
+        question_field=source.question_field or "question",
+        result_field=source.result_field or "result",
+    )
+
+
+def find_model(path: str) -> str:
+    """A folder with a model in it, or a hub id that can be reached. Raises UserError."""
+    found = resolve_path(path)
+    if Path(found).is_dir():
+        if not (Path(found) / "config.json").exists():
+            raise UserError(f"model.path={path}: {found} has no config.json; point to a folder in Hugging Face format")
+        return found
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"model.path={path}: no such folder; give a folder in Hugging Face format, or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"model.path={path}: neither a local folder nor reachable on the hub ({type(error).__name__}: {first})"
+        ) from error
+
+
+def check_memory(config: Config) -> None:
+    """The KV caches must fit in memory. Raises UserError."""
+    if config.hardware.device != "cpu":
+        return
+    available = _available_gib()
+    wanted = config.hardware.replicas * config.hardware.kv_cache_gib
+    if wanted > available:
+        raise UserError(
+            f"hardware.kv_cache_gib={config.hardware.kv_cache_gib} for each of {config.hardware.replicas} replicas "
+            f"needs {wanted} GiB, but {available:.1f} GiB of memory are free: lower it, or hardware.replicas"
+        )
+
+
+def _available_gib() -> float:
+    import psutil
+
+    return float(psutil.virtual_memory().available) / 2**30
+
+
+@asynccontextmanager
+async def system(
+    config: Config, *, train: bool, workers: int, first_group: dict[Split, int] | None = None
+) -> AsyncIterator[System]:
+    """Start everything, and stop it again however the block ends. Raises UserError, EngineError."""
+    from agent_lightning import cluster
+    from agent_lightning.serving import app
+
+    model = find_model(config.model.path)
+    check_memory(config)
+    hardware = config.hardware
+    port = hardware.port or app.free_port(hardware.host)
+    app.check_port(hardware.host, port)
+    _prepare_environment()
+    cpus = hardware.replicas * hardware.tensor_parallel_size + hardware.learner_processes * 2 + 1
+    async with AsyncExitStack() as stack:
+        await asyncio.to_thread(cluster.init_ray, hardware.address, cpus if hardware.device == "cpu" else None)
+        stack.callback(cluster.shutdown_ray)
+        run_secret = secrets.token_bytes(32)
+        buffer = cluster.spawn(
+            Buffer,
+            run_secret=run_secret,
+            max_attempts=config.agent.max_attempts,
+            max_calls=config.agent.max_calls,
+            first_group=first_group,
+        )
+        board = cluster.spawn(PolicyBoard)
+        name = f"agl-{secrets.token_hex(3)}"
+        serving = asyncio.to_thread(
+            app.start,
+            name=name,
+            config=_serving(config, model, port),
+            gateway=_gateway(config, run_secret),
+            recorder=buffer,
+            board=board,
+        )
+        learning = asyncio.to_thread(_build_learner, config, model) if train else _nothing()
+        service, learner = await asyncio.gather(serving, learning)
+        stack.callback(service.stop)
+        await app.wait_until_healthy(service.url, timeout=60.0)
+        await _start_workers(config, buffer, service, workers, stack)
+        yield System(buffer=buffer, board=board, service=service, learner=learner, run_secret=run_secret)
+
+
+async def _nothing() -> None:
+    return None
+
+
+def _prepare_environment() -> None:
+    """Settings that Ray's processes inherit from ours; one that is set already is kept."""
+    from agent_lightning.serving.app import SERVE_ENVIRONMENT
+
+    quiet = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
+    for key, value in (SERVE_ENVIRONMENT | quiet).items():
+        os.environ.setdefault(key, value)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+def _build_learner(config: Config, model: str) -> VerlLearner:
+    from agent_lightning.learners.verl import LearnerConfig, VerlLearner
+
+    algorithm, hardware = config.algorithm, config.hardware
+    return VerlLearner(
+        LearnerConfig(
+            model_path=model,
+            device=cast(Any, hardware.device),
+            world_size=hardware.learner_processes,
+            num_threads=hardware.learner_threads,
+            dtype=cast(Any, config.model.dtype),
+            seed=config.seed,
+            lr=algorithm.lr,
+            lr_warmup_steps=algorithm.lr_warmup_steps,
+            weight_decay=algorithm.weight_decay,
+            clip_grad=algorithm.clip_grad,
+            clip_ratio_low=algorithm.clip_ratio_low,
+            clip_ratio_high=algorithm.clip_ratio_high,
+            kl_coef=algorithm.kl_coef,
+            temperature=config.sampling.train.temperature,
+            max_tokens_per_micro_batch=hardware.max_tokens_per_micro_batch,
+            verl=config.verl,
+        )
+    )
+
+
+def _serving(config: Config, model: str, port: int) -> Any:
+    from agent_lightning.serving.app import ServingConfig
+
+    hardware = config.hardware
+    return ServingConfig(
+        model_path=model,
+        device=cast(Any, hardware.device),
+        replicas=hardware.replicas,
+        tensor_parallel_size=hardware.tensor_parallel_size,
+        gateways=hardware.gateways,
+        host=hardware.host,
+        port=port,
+        dtype=config.model.dtype,
+        max_model_len=config.model.max_len,
+        max_num_seqs=hardware.max_num_seqs,
+        kv_cache_gib=hardware.kv_cache_gib,
+        gpu_memory_utilization=hardware.gpu_memory_utilization,
+        tool_parser=config.model.tool_parser,
+        seed=config.seed,
+        engine=config.vllm,
+    )
+
+
+def _gateway(config: Config, run_secret: bytes) -> Any:
+    from agent_lightning.serving.gateway import GatewayConfig
+
+    sampling = {"train": asdict(config.sampling.train), "val": asdict(config.sampling.val)}
+    return GatewayConfig(model="policy", run_secret=run_secret, sampling=cast(Any, sampling))
+
+
+def agent_spec(config: Config) -> AgentSpec:
+    agent = config.agent
+    return AgentSpec(
+        target=agent.target,
+        mode=cast(Mode, agent.mode),
+        reward_target=agent.reward,
+        reward_range=(agent.reward_min, agent.reward_max),
+        timeout_s=agent.timeout_s,
+        concurrency=config.rollout.concurrency,
+    )
+
+
+async def _start_workers(
+    config: Config, buffer: Buffer, service: Service, number: int, stack: AsyncExitStack
+) -> None:
+    from agent_lightning import cluster
+
+    spec = agent_spec(config)
+    for _ in range(number):
+        worker = cluster.spawn(
+            RolloutWorker,
+            options={"scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": -1},
+            buffer=buffer,
+            agent=spec,
+            policy_url=service.url,
+            model="policy",
+        )
+        running = asyncio.create_task(worker.run())
+        running.add_done_callback(_report_worker)
+        stack.push_async_callback(_stop_worker, worker, running)
+
+
+async def _stop_worker(worker: RolloutWorker, running: asyncio.Task[None]) -> None:
+    running.remove_done_callback(_report_worker)
+    await worker.stop()
+    await asyncio.wait((running,), timeout=10.0)
+
+
+def _report_worker(running: asyncio.Task[None]) -> None:
+    if not running.cancelled() and (error := running.exception()) is not None:
+        logger.error("a rollout worker stopped: %s: %s", type(error).__name__, str(error).splitlines()[0])
+
+
+def preflight(config: Config, splits: Sequence[Split]) -> dict[Split, list[Task]]:
+    """Everything that can be checked before anything starts: agent, reward, model, tasks. Raises UserError."""
+    from agent_lightning.agents import check
+
+    check(config.agent.target, cast(Mode, config.agent.mode))
+    if config.agent.reward is not None:
+        load(config.agent.reward)
+    find_model(config.model.path)
+    check_memory(config)
+    return {split: load_tasks(config, split) for split in splits}
+

@@ -1,0 +1,325 @@
+"""The loop: generate, train, publish, evaluate.
+
+    generate   admits tasks, waits for whole groups      ends with the last rollout of the step, or with `stop`
+    train      credit -> samples -> batches -> update    ends with the optimiser's last step
+    publish    new weights to every replica              ends when all of them answer with the new version
+    evaluate   one rollout a held-out task               between steps, so one version answers all of it
+
+On-policy: a step's rollouts start when its version is live everywhere, and none outlives its step. The loop knows
+protocols only; it runs the same on plain objects in one process and on Ray actors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from agent_lightning import batching, credit
+from agent_lightning.buffer import Stats
+from agent_lightning.credit import Credit, FailurePolicy, Scale
+from agent_lightning.errors import StepFailed
+from agent_lightning.learners.base import Learner, Weights
+from agent_lightning.metrics import Metrics, merge, values
+from agent_lightning.tasks import TaskCursor
+from agent_lightning.types import Group, Outcome, Split, Task
+
+POLL_SECONDS = 0.5
+
+
+class LoopBuffer(Protocol):
+    """The part of the Buffer that the loop uses."""
+
+    async def admit(self, task: Task, *, split: Split, num_rollouts: int) -> str: ...
+    async def take(self, num_groups: int, *, split: Split) -> list[Group]: ...
+    async def advance(self, *, trained: int, dropped: Mapping[str, int]) -> None: ...
+    async def cancel(self, reason: str) -> int: ...
+    async def expire(self, now: float) -> int: ...
+    async def stats(self) -> Stats: ...
+
+
+class Board(Protocol):
+    """The part of the PolicyBoard that the loop uses."""
+
+    async def publish(self, weights: Weights, timeout: float) -> int: ...
+
+
+class Observer(Protocol):
+    """Who is told how the run goes: progress, metrics, rollouts on disk."""
+
+    def waiting_for(self, text: str) -> None: ...
+    def rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None: ...
+    def evaluated(self, step: int, reward: float, rows: int) -> None: ...
+    def step(self, step: int, record: Mapping[str, float]) -> None: ...
+    def checkpoint(self, state: State, *, force: bool) -> Path | None:
+        """The folder to save into after this step, or None; `force`: there will be no later step."""
+        ...
+
+    def saved(self, path: Path, state: State) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How long, how much, and how credit is given."""
+
+    steps: int
+    tasks_per_step: int
+    rollouts_per_task: int
+    rollouts_per_batch: int | None
+    """Rollouts of one optimiser step; None: all of the step's."""
+    eval_every: int
+    """Steps between evaluations; there is always one before the first step and one after the last."""
+    agents: str
+    failures: FailurePolicy
+    scale: Scale
+    max_sample_tokens: int
+    pad_token: int
+    row_multiple: int
+    publish_timeout_s: float = 300.0
+
+
+@dataclass(slots=True, kw_only=True)
+class State:
+    """What a checkpoint keeps beside the learner's own files. Counts are of the whole run."""
+
+    step: int = 0
+    version: int = 0
+    cursor: TaskCursor
+    next_group: dict[Split, int] = field(default_factory=dict)
+    val_rewards: list[tuple[int, float]] = field(default_factory=list)
+    """(step, mean held-out reward) of each evaluation."""
+    admitted: int = 0
+    trained: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    sampled_tokens: int = 0
+    trained_tokens: int = 0
+    gap_total: float = 0.0
+    gap_count: float = 0.0
+    gap_max: float = 0.0
+    seconds: Counter[str] = field(default_factory=Counter)
+    """Of all steps together: total, generate, update, publish, other."""
+    wall_s: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Loop:
+    """One run's parts, and where it is.
+
+    `stop` may be set at any time: the rollouts in flight are cancelled, the step is given up, and `run` returns
+    after a checkpoint.
+    """
+
+    plan: Plan
+    state: State
+    buffer: LoopBuffer
+    board: Board
+    learner: Learner
+    observer: Observer
+    train_tasks: Sequence[Task]
+    val_tasks: Sequence[Task]
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self) -> State:
+        """Run to the last step. Raises StepFailed, EngineError."""
+        started = time.monotonic() - self.state.wall_s
+        if not self.state.val_rewards:
+            await self.evaluate()
+        while self.state.step < self.plan.steps and not self.stop.is_set():
+            if not await self.step():
+                break
+            self.state.wall_s = time.monotonic() - started
+            last = self.state.step == self.plan.steps
+            if last or (self.plan.eval_every and self.state.step % self.plan.eval_every == 0):
+                await self.evaluate()
+            self.state.wall_s = time.monotonic() - started
+            await self.save(force=last)
+        if self.stop.is_set():
+            await self.save(force=True)
+        return self.state
+
+    async def step(self) -> bool:
+        """One step; False where it was given up because the run stops."""
+        clock = Clock()
+        before = replace(self.state.cursor)
+        tasks = self.state.cursor.next(self.train_tasks, self.plan.tasks_per_step)
+        groups = await self.generate(tasks, split="train", num_rollouts=self.plan.rollouts_per_task)
+        clock.lap("generate")
+        if groups is None:
+            self.state.cursor = before
+            return False
+        _check_alive(groups)
+        credits = [self._assign(group) for group in groups]
+        samples = [sample for one in credits for sample in one.samples]
+        batches = batching.pack(
+            samples,
+            rollouts_per_batch=self.plan.rollouts_per_batch,
+            pad_token=self.plan.pad_token,
+            row_multiple=self.plan.row_multiple,
+        )
+        clock.lap("other")
+        learned: Metrics = {}
+        if batches:
+            self.observer.waiting_for(f"update: {len(samples)} rows")
+            learned = await self.learner.update(batches)
+            clock.lap("update")
+            await self.publish()
+            clock.lap("publish")
+        await self._account(groups, credits, learned, clock)
+        return True
+
+    async def generate(self, tasks: Sequence[Task], *, split: Split, num_rollouts: int) -> list[Group] | None:
+        """Whole groups of these tasks; None where the run was stopped meanwhile."""
+        for task in tasks:
+            await self.buffer.admit(task, split=split, num_rollouts=num_rollouts)
+        self.state.admitted += len(tasks) * num_rollouts if split == "train" else 0
+        what, total = ("generate" if split == "train" else "evaluate"), len(tasks) * num_rollouts
+        async with self._watching(what, total):
+            taking = asyncio.ensure_future(self.buffer.take(len(tasks), split=split))
+            stopping = asyncio.ensure_future(self.stop.wait())
+            await asyncio.wait((taking, stopping), return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if not taking.done():
+                await self.buffer.cancel("the run was stopped")
+                cancelled = await taking
+                lost = sum(len(group.trajectories) for group in cancelled)
+                if split == "train":
+                    await self.buffer.advance(trained=0, dropped={"run_stopped": lost})
+                    self.state.dropped["run_stopped"] += lost
+                return None
+            return taking.result()
+
+    async def publish(self) -> None:
+        """Make the learner's weights the policy, everywhere."""
+        self.observer.waiting_for("publish")
+        weights = await self.learner.publish()
+        await self.board.publish(weights, self.plan.publish_timeout_s)
+        self.state.version = weights.version
+
+    async def evaluate(self) -> float:
+        """Mean reward over the held-out tasks, one rollout each; a rollout that failed counts as 0."""
+        groups = await self.generate(self.val_tasks, split="val", num_rollouts=1)
+        if groups is None:
+            return math.nan
+        rewards = [trajectory.reward or 0.0 for group in groups for trajectory in group.trajectories]
+        reward = sum(rewards) / len(rewards)
+        self.state.val_rewards.append((self.state.step, reward))
+        self.observer.rollouts(self.state.step, self.state.version, groups)
+        self.observer.evaluated(self.state.step, reward, len(rewards))
+        return reward
+
+    async def save(self, *, force: bool = False) -> None:
+        """Checkpoint, where the observer has a folder for one."""
+        folder = self.observer.checkpoint(self.state, force=force)
+        if folder is None:
+            return
+        self.state.next_group = dict((await self.buffer.stats()).next_group)
+        self.observer.waiting_for("checkpoint")
+        await self.learner.save(folder)
+        self.observer.saved(folder, self.state)
+
+    def _assign(self, group: Group) -> Credit:
+        return credit.assign(
+            group,
+            agents=self.plan.agents,
+            failures=self.plan.failures,
+            scale=self.plan.scale,
+            max_tokens=self.plan.max_sample_tokens,
+        )
+
+    async def _account(self, groups: list[Group], credits: list[Credit], learned: Metrics, clock: Clock) -> None:
+        """Close the books of a step: the buffer's, the run's, and the record that is logged."""
+        state = self.state
+        state.step += 1
+        trained = sum(one.trained_rollouts for one in credits)
+        dropped: Counter[str] = Counter()
+        for one in credits:
+            dropped.update(one.dropped_rollouts)
+        await self.buffer.advance(trained=trained, dropped=dropped)
+        failed = _failures(groups)
+        sampled = sum(one.sampled_tokens for one in credits)
+        state.trained += trained
+        state.dropped.update(dropped)
+        state.failed.update(failed)
+        state.sampled_tokens += sampled
+        tokens = sum(int(sample.mask_T.sum()) for one in credits for sample in one.samples)
+        state.trained_tokens += tokens
+        record = values(merge(*(one.metrics for one in credits), learned))
+        record["train/reward"] = record.pop("reward")
+        if "logprob_gap/mean_abs" in record:
+            state.gap_total += record["logprob_gap/mean_abs"] * tokens
+            state.gap_count += tokens
+            state.gap_max = max(state.gap_max, record["logprob_gap/max_abs"])
+        record |= {"tokens/sampled": sampled, "tokens/trained": tokens, "policy/version": state.version}
+        record |= {"rollouts/trained": trained}
+        record |= {f"rollouts/dropped/{reason}": count for reason, count in dropped.items()}
+        record |= {f"rollouts/failed/{outcome}": count for outcome, count in failed.items()}
+        self.observer.rollouts(state.step, state.version, groups)
+        seconds = clock.finish()
+        state.seconds.update(seconds)
+        record |= {f"time/{'step' if name == 'total' else name}": spent for name, spent in seconds.items()}
+        self.observer.step(state.step, record)
+
+    @asynccontextmanager
+    async def _watching(self, what: str, total: int) -> AsyncIterator[None]:
+        """Say how far the rollouts are, and give up those whose worker died, while the block runs."""
+        before = await self.buffer.stats()
+
+        async def watch() -> None:
+            while True:  # ends by cancellation, below
+                await self.buffer.expire(time.time())
+                stats = await self.buffer.stats()
+                self.observer.waiting_for(f"{what}: {stats.ended - before.ended}/{total} rollouts")
+                await asyncio.sleep(POLL_SECONDS)
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+
+
+@dataclass(slots=True)
+class Clock:
+    """Where the seconds of a step go. What no lap names is "other"."""
+
+    started: float = field(default_factory=time.monotonic)
+    last: float = field(default_factory=time.monotonic)
+    laps: Counter[str] = field(default_factory=Counter)
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] += now - self.last
+        self.last = now
+
+    def finish(self) -> dict[str, float]:
+        self.lap("other")
+        parts = {name: float(self.laps[name]) for name in ("generate", "update", "publish", "other")}
+        return {"total": self.last - self.started, **parts}
+
+
+def _failures(groups: Sequence[Group]) -> Counter[str]:
+    return Counter(
+        trajectory.outcome.value
+        for group in groups
+        for trajectory in group.trajectories
+        if trajectory.outcome is not Outcome.FINISHED
+    )
+
+
+def _check_alive(groups: Sequence[Group]) -> None:
+    """A whole step of failures would train on nothing. Raises StepFailed with the reasons counted."""
+    failed = _failures(groups)
+    total = sum(len(group.trajectories) for group in groups)
+    if sum(failed.values()) < total:
+        return
+    errors = Counter(trajectory.error for group in groups for trajectory in group.trajectories)
+    counted = ", ".join(f"{count} {name}" for name, count in failed.most_common())
+    raise StepFailed(f"all {total} rollouts of the step failed: {counted}. Most often: {errors.most_common(1)[0][0]}")
+
