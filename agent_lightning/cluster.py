@@ -86,8 +86,13 @@ def init_ray(address: str | None = None, num_cpus: int | None = None, *, dashboa
         return
     address = address or os.environ.get("RAY_ADDRESS")
     if address in (None, "local"):
-        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, **quiet)
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=dashboard,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     else:
         ray.init(address=address, log_to_driver=False)
 

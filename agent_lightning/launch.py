@@ -147,7 +147,11 @@ async def system(
             board=board,
         )
         learning = asyncio.to_thread(_build_learner, config, model) if train else _nothing()
-        service, learner = await asyncio.gather(serving, learning)
+        # Both to their end, also where one fails: a thread that outlived Ray would start a new one.
+        service, learner = await asyncio.gather(serving, learning, return_exceptions=True)
+        for part in (service, learner):
+            if isinstance(part, BaseException):
+                raise part
         stack.callback(service.stop)
         await app.wait_until_healthy(service.url, timeout=60.0)
         await _start_workers(config, buffer, service, workers, stack)
