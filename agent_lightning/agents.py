@@ -238,11 +238,10 @@ def _load_file(path: Path) -> ModuleType:
         sys.path.insert(0, str(path.parent))  # its siblings can be imported, as when it is run as a script
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up by name
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(sys.modules.pop, name, None)
         spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+        undo.pop_all()
     return module
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from agent_lightning.errors import UserError
 from agent_lightning.loop import State
@@ -23,15 +24,19 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 def write_state(folder: Path, state: State) -> None:
     """Atomic: a checkpoint is whole when this file is there."""
     half = folder / f"{STATE}.half"
-    half.write_text(json.dumps(asdict(state), indent=1) + "\n")
+    # Not asdict(): on Python 3.11 it turns a Counter into one of its items.
+    values = {item.name: getattr(state, item.name) for item in fields(state)} | {"cursor": asdict(state.cursor)}
+    half.write_text(json.dumps(values, indent=1) + "\n")
     os.replace(half, folder / STATE)
 
 
 def read_state(folder: Path) -> State:
-    values = json.loads((folder / STATE).read_text())
+    values: dict[str, Any] = json.loads((folder / STATE).read_text())
     values["cursor"] = TaskCursor(**values["cursor"])
     values["val_rewards"] = [(int(step), float(reward)) for step, reward in values["val_rewards"]]
-    return State(**{name: Counter(value) if name in _COUNTERS else value for name, value in values.items()})
+    for name in _COUNTERS:
+        values[name] = Counter(values[name])
+    return State(**values)
 
 
 def newest(checkpoints: Path) -> Path:

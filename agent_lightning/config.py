@@ -5,224 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+import difflib
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from agent_lightning.config_types import Config, SourceConfig
 from agent_lightning.errors import ConfigError
 
+__all__ = ["Config", "SourceConfig", "from_mapping", "load", "reload", "to_mapping", "to_yaml"]
 
-SOURCE_FIELDS = {
-    "generated": {"target", "num", "seed", "split"},
-    "calcx": {"names", "num", "seed"},
-    "jsonl": {"path", "num", "seed"},
-    "hub": {"path", "name", "split", "question_field", "result_field", "num", "seed"},
-}
-"""The kinds of source, and the fields that each reads."""
-
-
-@dataclass(slots=True, kw_only=True)
-class SourceConfig:
-    """Tasks of one split. A field that the kind does not read must be left out."""
-
-    kind: str = "jsonl"
-    """generated: rows from a function. calcx: normalised Calc-X files under data.root. jsonl: one file.
-    hub: a Hugging Face data set, by id or as a local folder."""
-    target: str | None = None
-    """generated: "path/to/file.py:function", called with seed, num and split; returns rows with an "id"."""
-    names: list[str] = field(default_factory=list)
-    path: str | None = None
-    name: str | None = None
-    split: str | None = None
-    question_field: str | None = None
-    result_field: str | None = None
-    num: int | None = None
-    """At most this many tasks, drawn with `seed`; None: all."""
-    seed: int | None = None
-
-    def check(self, where: str) -> None:
-        """Raise ConfigError for a field that this kind does not read."""
-        _one_of(f"{where}.kind", self.kind, tuple(SOURCE_FIELDS))
-        used = SOURCE_FIELDS[self.kind] | {"kind"}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name not in used and value not in (None, []):
-                raise ConfigError(f"{where}.{item.name}: not read by kind={self.kind}; remove it")
-
-
-@dataclass(slots=True, kw_only=True)
-class DataConfig:
-    root: str = "data"
-    """Folder of the calcx files."""
-    train: SourceConfig = field(default_factory=SourceConfig)
-    val: SourceConfig = field(default_factory=SourceConfig)
-
-
-@dataclass(slots=True, kw_only=True)
-class ModelConfig:
-    path: str
-    """A local folder or a hub id of a causal language model. Relative paths: from here, else from the project."""
-    max_len: int = 1024
-    """Longest conversation in tokens, prompt and reply together."""
-    dtype: str = "float32"
-    tool_parser: str | None = "hermes"
-
-
-@dataclass(slots=True, kw_only=True)
-class AgentConfig:
-    target: str
-    """"path/to/file.py:function", "package.module:function", or a command line."""
-    mode: str = "async"
-    """async, thread, process, or command."""
-    reward: str | None = None
-    """"path/to/file.py:function" called with (task, output); null: the agent returns its reward."""
-    reward_min: float = 0.0
-    reward_max: float = 1.0
-    timeout_s: float = 120.0
-    """Of one rollout, its scoring included."""
-    max_calls: int = 32
-    """Model calls of one rollout."""
-    max_attempts: int = 2
-    """Tries at a rollout whose engine failed or whose worker died."""
-    trained: str = "*"
-    """Names of the agents that are trained: globs, comma separated."""
-
-
-@dataclass(slots=True, kw_only=True)
-class AlgorithmConfig:
-    tasks_per_step: int = 16
-    rollouts_per_task: int = 8
-    rollouts_per_batch: int | None = None
-    """Rollouts of one optimiser step; null: all of the step's in one."""
-    advantage_scale: str = "std"
-    """std: GRPO; none: Dr. GRPO, which leaves the group's spread in."""
-    lr: float = 1e-6
-    lr_warmup_steps: int = 0
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.2
-    kl_coef: float = 0.0
-    """Weight of the KL to the starting policy; 0 keeps no reference model."""
-    failures: dict[str, float | None] = field(default_factory=dict)
-    """Reward of a rollout by outcome, e.g. {timeout: null}; null masks it. See credit.FailurePolicy."""
-
-
-@dataclass(slots=True, kw_only=True)
-class SamplingConfig:
-    """What the engine is asked for. Training: these govern. Validation: the agent's own wish comes first."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int = 64
-
-
-@dataclass(slots=True, kw_only=True)
-class SamplingSplits:
-    train: SamplingConfig = field(default_factory=SamplingConfig)
-    val: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
-
-
-@dataclass(slots=True, kw_only=True)
-class RolloutConfig:
-    workers: int = 1
-    concurrency: int = 64
-    """Rollouts at a time in each worker."""
-
-
-@dataclass(slots=True, kw_only=True)
-class HardwareConfig:
-    device: str = "cpu"
-    """cpu or cuda; of the policy and of the learner."""
-    address: str | None = None
-    """Of a running Ray cluster; null starts one here (or joins RAY_ADDRESS)."""
-    replicas: int = 1
-    """Copies of the policy's engine."""
-    tensor_parallel_size: int = 1
-    gateways: int = 1
-    learner_processes: int = 1
-    learner_threads: int = 2
-    """On a CPU: threads of each learner process."""
-    host: str = "127.0.0.1"
-    port: int = 0
-    """Of the gateway; 0 takes a free one."""
-    max_num_seqs: int = 256
-    kv_cache_gib: int = 1
-    """On a CPU: memory of each engine's KV cache."""
-    gpu_memory_utilization: float = 0.85
-    max_tokens_per_micro_batch: int = 16384
-
-
-@dataclass(slots=True, kw_only=True)
-class TrackingConfig:
-    wandb: str = "offline"
-    """offline, online, or disabled."""
-    project: str = "agent-lightning"
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
-    tensorboard: bool = True
-
-
-@dataclass(slots=True, kw_only=True)
-class Config:
-    """A whole run."""
-
-    experiment: str
-    seed: int = 0
-    steps: int = 50
-    eval_every: int = 10
-    """Steps between evaluations on data.val; 0: before and after only."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0: only after the last step, and when the run is stopped."""
-    runs_dir: str = "runs"
-    name: str | None = None
-    """Of the run's folder; null makes one from experiment, seed and time."""
-    model: ModelConfig
-    data: DataConfig = field(default_factory=DataConfig)
-    agent: AgentConfig
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    sampling: SamplingSplits = field(default_factory=SamplingSplits)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    verl: dict[str, Any] = field(default_factory=dict)
-    """Fields of veRL's FSDPEngineConfig, untouched, for experts."""
-    vllm: dict[str, Any] = field(default_factory=dict)
-    """vLLM engine arguments, untouched, for experts."""
-
-    def check(self) -> None:
-        """What types cannot say. Raises ConfigError with the key's path."""
-        self.data.train.check("data.train")
-        self.data.val.check("data.val")
-        _one_of("agent.mode", self.agent.mode, ("async", "thread", "process", "command"))
-        _one_of("algorithm.advantage_scale", self.algorithm.advantage_scale, ("std", "none"))
-        _one_of("hardware.device", self.hardware.device, ("cpu", "cuda"))
-        _one_of("model.dtype", self.model.dtype, ("float32", "bfloat16"))
-        _one_of("tracking.wandb", self.tracking.wandb, ("offline", "online", "disabled"))
-        for key, value, low in (
-            ("steps", self.steps, 0),
-            ("eval_every", self.eval_every, 0),
-            ("checkpoint_every", self.checkpoint_every, 0),
-            ("algorithm.tasks_per_step", self.algorithm.tasks_per_step, 1),
-            ("algorithm.rollouts_per_task", self.algorithm.rollouts_per_task, 2),
-            ("rollout.workers", self.rollout.workers, 1),
-            ("rollout.concurrency", self.rollout.concurrency, 1),
-            ("agent.max_calls", self.agent.max_calls, 1),
-            ("agent.max_attempts", self.agent.max_attempts, 1),
-            ("hardware.replicas", self.hardware.replicas, 1),
-            ("hardware.gateways", self.hardware.gateways, 1),
-            ("hardware.learner_processes", self.hardware.learner_processes, 1),
-        ):
-            if value < low:
-                raise ConfigError(f"{key}={value}: must be at least {low}")
-        if self.agent.reward_min >= self.agent.reward_max:
-            raise ConfigError("agent.reward_min must be below agent.reward_max")
-        if self.agent.timeout_s <= 0:
-            raise ConfigError(f"agent.timeout_s={self.agent.timeout_s}: must be above 0")
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 def project_folder(name: str) -> Path:
@@ -249,33 +49,53 @@ def load(overrides: Sequence[str]) -> Config:
         load(["experiment=calc_tiny", "steps=20", "algorithm.lr=1e-3"]).algorithm.lr  # 0.001
     """
     from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
 
+    conf = project_folder("conf")
+    prepared = [_prepare(override, conf) for override in overrides]
+    if not any(override.startswith("experiment=") for override in prepared):
+        raise ConfigError(f"experiment: missing; give experiment=NAME, one of {_options(conf / 'experiment')}")
     try:
-        with initialize_config_dir(config_dir=str(project_folder("conf")), version_base="1.3"):
-            node = compose("train", overrides=list(overrides))
-    except HydraException as error:
-        raise ConfigError(_explain(error)) from error
-    return from_mapping(OmegaConf.to_container(node, resolve=True))
+        with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
+            node = compose("train", overrides=prepared)
+        values = OmegaConf.to_container(node, resolve=True)
+    except OverrideParseException as error:
+        given = error.override.removeprefix("++")
+        raise ConfigError(f"{given}: cannot be read; quote a value that has special characters") from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(_one_line(error)) from error
+    return from_mapping(values)
 
 
 def reload(path: Path, overrides: Sequence[str]) -> Config:
     """A run's own config.yaml with dotted overrides on top: what `resume` starts from. Raises ConfigError."""
+    for override in overrides:
+        key, _ = _split(override)
+        if key == "experiment":
+            raise ConfigError(f"{override}: a resumed run keeps its own experiment; leave it out")
     try:
         node = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        return from_mapping(OmegaConf.to_container(node, resolve=True))
-    except (OmegaConfBaseException, OSError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+        values = OmegaConf.to_container(node, resolve=True)
+    except (OmegaConfBaseException, OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {_one_line(error)}") from error
+    return from_mapping(values)
 
 
 def from_mapping(values: Any) -> Config:
-    """Check keys and types. Raises ConfigError naming the key's path."""
+    """Check keys and types. Raises ConfigError naming the key's path.
+
+    Example:
+
+        {"algorithm": {"lrr": 1}}   -> ConfigError: algorithm.lrr: no such key; did you mean algorithm.lr?
+        {"algorithm": {"lr": "x"}}  -> ConfigError: algorithm.lr=x: must be a number
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError("the config must be a mapping of keys to values")
+    _check_keys(values, Config, "")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
-        config = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
     except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise ConfigError(f"{key}{str(error).splitlines()[0]}") from error
+        raise ConfigError(_explain(error, values)) from error
     assert isinstance(config, Config)
     config.check()
     return config
@@ -293,17 +113,98 @@ def to_mapping(config: Config) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")
+def _split(override: str) -> tuple[str, str]:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override}: must have the form key=value")
+    return key, value
 
 
-def _explain(error: Exception) -> str:
-    """Hydra's message as one line, with what there is to choose from where it names options."""
-    causes: list[BaseException] = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    lines = [line.strip() for cause in causes for line in str(cause).splitlines() if line.strip()]
-    unique = list(dict.fromkeys(line for line in lines if "Set the environment variable" not in line))
-    return "; ".join(unique)[:600]
+def _prepare(override: str, conf: Path) -> str:
+    """The override as Hydra wants it: the choice of a file as it is, a value with "++".
 
+    Hydra takes a plain key only where a file has it already, but many keys have their default in a dataclass. Which
+    keys there are is checked later, against the dataclasses.
+    """
+    key, value = _split(override)
+    if key[0] in "+~":
+        return override
+    if not (conf / key).is_dir():
+        return f"++{override}"
+    if not (conf / key / f"{value}.yaml").is_file():
+        raise ConfigError(f"{override}: unknown; choose one of {_options(conf / key)}")
+    return override
+
+
+def _options(folder: Path) -> str:
+    return ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+
+
+def _check_keys(values: Mapping[Any, Any], section: type, prefix: str) -> None:
+    """Raise ConfigError for a key that `section` does not have, and for a value where a section belongs."""
+    hints = get_type_hints(section)
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if key not in hints:
+            raise ConfigError(f"{path}: no such key{_suggestion(path)}")
+        origin = get_origin(hints[key])
+        if (origin is list and not isinstance(value, list)) or (origin is dict and not isinstance(value, Mapping)):
+            raise ConfigError(f"{path}={'null' if value is None else value}: must be {_in_words(hints[key])}")
+        if is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                example = next(_keys(hints[key], f"{path}."))
+                raise ConfigError(f"{path}={value}: is a section; set one of its keys, such as {example}")
+            _check_keys(value, hints[key], f"{path}.")
+
+
+def _keys(section: type, prefix: str = "") -> Iterator[str]:
+    """The dotted path of every value below a section."""
+    for name, hint in get_type_hints(section).items():
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from _keys(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _suggestion(path: str) -> str:
+    known = [*_keys(Config), *get_type_hints(Config)]
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+    last_parts = {key.rpartition(".")[2]: key for key in reversed(known)}
+    close += [last_parts[name] for name in difflib.get_close_matches(path.rpartition(".")[2], last_parts, n=1)]
+    return f"; did you mean {close[0]}?" if close else "; config_types.py and conf/ say which there are"
+
+
+def _explain(error: OmegaConfBaseException, values: Mapping[str, Any]) -> str:
+    """A wrong type as one line: where, what was given, what belongs there."""
+    if not error.full_key:
+        return _one_line(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}: missing; give it a value"
+    parts = re.split(r"[.\[\]]+", str(error.full_key).rstrip("]"))
+    hint: Any = Config
+    given: Any = values
+    for part in parts:
+        # Below a section is a field; below a list or a mapping, an item.
+        hint = get_type_hints(hint)[part] if is_dataclass(hint) else get_args(hint)[-1]
+        given = given[int(part)] if isinstance(given, list) else given[part]
+    return f"{error.full_key}={'null' if given is None else given}: must be {_in_words(hint)}"
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_in_words(option) for option in get_args(hint))
+    if get_origin(hint) is list:
+        return f"a list; each item {_in_words(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        return "a mapping"
+    return _WORDS.get(hint, str(hint))
+
+
+def _one_line(error: Exception) -> str:
+    """The first line of what the deepest cause says, and the key where it is known."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    key = f"{cause.full_key}: " if isinstance(cause, OmegaConfBaseException) and cause.full_key else ""
+    return key + " ".join(lines[:1] or [type(cause).__name__])

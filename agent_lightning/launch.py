@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import secrets
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -56,7 +57,8 @@ def _load(config: Config, source: SourceConfig, where: str) -> list[Task]:
     if source.kind == "generated":
         if source.target is None or source.num is None:
             raise ConfigError(f"{where}: kind=generated needs target and num")
-        return tasks.make(load(source.target), seed=source.seed or 0, num=source.num, split=source.split or "train")
+        rows = cast(Any, load(source.target))
+        return tasks.make(rows, seed=source.seed or 0, num=source.num, split=source.split or "train")
     if source.path is None:
         raise ConfigError(f"{where}.path: kind={source.kind} needs it")
     if source.kind == "jsonl":
@@ -104,6 +106,18 @@ def check_memory(config: Config) -> None:
         )
 
 
+def check_port(config: Config) -> None:
+    """Serve's proxy would retry a port in use for a long time and then fail without saying so. Raises UserError."""
+    host, port = config.hardware.host, config.hardware.port
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            message = f"hardware.port={port} cannot be used on {host} ({error.strerror}): choose another, or 0 for any"
+            raise UserError(message) from error
+
+
 def _available_gib() -> float:
     import psutil
 
@@ -115,15 +129,16 @@ async def system(
     config: Config, *, train: bool, workers: int, first_group: dict[Split, int] | None = None
 ) -> AsyncIterator[System]:
     """Start everything, and stop it again however the block ends. Raises UserError, EngineError."""
+    model = find_model(config.model.path)
+    check_memory(config)
+    check_port(config)
+    # Ray's own imports take seconds: after what can be refused at once.
     from agent_lightning import cluster
     from agent_lightning.serving import app
 
-    model = find_model(config.model.path)
-    check_memory(config)
     hardware = config.hardware
     port = hardware.port or app.free_port(hardware.host)
-    app.check_port(hardware.host, port)
-    _prepare_environment()
+    prepare_environment()
     cpus = hardware.replicas * hardware.tensor_parallel_size + hardware.learner_processes * 2 + 1
     async with AsyncExitStack() as stack:
         await asyncio.to_thread(cluster.init_ray, hardware.address, cpus if hardware.device == "cpu" else None)
@@ -149,9 +164,10 @@ async def system(
         learning = asyncio.to_thread(_build_learner, config, model) if train else _nothing()
         # Both to their end, also where one fails: a thread that outlived Ray would start a new one.
         service, learner = await asyncio.gather(serving, learning, return_exceptions=True)
-        for part in (service, learner):
-            if isinstance(part, BaseException):
-                raise part
+        if isinstance(service, BaseException):
+            raise service
+        if isinstance(learner, BaseException):
+            raise learner
         stack.callback(service.stop)
         await app.wait_until_healthy(service.url, timeout=60.0)
         await _start_workers(config, buffer, service, workers, stack)
@@ -162,7 +178,7 @@ async def _nothing() -> None:
     return None
 
 
-def _prepare_environment() -> None:
+def prepare_environment() -> None:
     """Settings that Ray's processes inherit from ours; one that is set already is kept."""
     from agent_lightning.serving.app import SERVE_ENVIRONMENT
 
@@ -241,9 +257,7 @@ def agent_spec(config: Config) -> AgentSpec:
     )
 
 
-async def _start_workers(
-    config: Config, buffer: Buffer, service: Service, number: int, stack: AsyncExitStack
-) -> None:
+async def _start_workers(config: Config, buffer: Buffer, service: Service, number: int, stack: AsyncExitStack) -> None:
     from agent_lightning import cluster
 
     spec = agent_spec(config)
@@ -273,7 +287,7 @@ def _report_worker(running: asyncio.Task[None]) -> None:
 
 
 def preflight(config: Config, splits: Sequence[Split]) -> dict[Split, list[Task]]:
-    """Everything that can be checked before anything starts: agent, reward, model, tasks. Raises UserError."""
+    """What can be checked before anything starts: agent, reward, model, memory, port, tasks. Raises UserError."""
     from agent_lightning.agents import check
 
     check(config.agent.target, cast(Mode, config.agent.mode))
@@ -281,5 +295,5 @@ def preflight(config: Config, splits: Sequence[Split]) -> dict[Split, list[Task]
         load(config.agent.reward)
     find_model(config.model.path)
     check_memory(config)
+    check_port(config)
     return {split: load_tasks(config, split) for split in splits}
-

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -291,7 +291,7 @@ class Clock:
 
     started: float = field(default_factory=time.monotonic)
     last: float = field(default_factory=time.monotonic)
-    laps: Counter[str] = field(default_factory=Counter)
+    laps: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def lap(self, name: str) -> None:
         now = time.monotonic()
@@ -300,7 +300,7 @@ class Clock:
 
     def finish(self) -> dict[str, float]:
         self.lap("other")
-        parts = {name: float(self.laps[name]) for name in ("generate", "update", "publish", "other")}
+        parts = {name: self.laps[name] for name in ("generate", "update", "publish", "other")}
         return {"total": self.last - self.started, **parts}
 
 
@@ -322,4 +322,3 @@ def _check_alive(groups: Sequence[Group]) -> None:
     errors = Counter(trajectory.error for group in groups for trajectory in group.trajectories)
     counted = ", ".join(f"{count} {name}" for name, count in failed.most_common())
     raise StepFailed(f"all {total} rollouts of the step failed: {counted}. Most often: {errors.most_common(1)[0][0]}")
-

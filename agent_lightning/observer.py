@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from agent_lightning import checkpoint
 from agent_lightning.config import Config, to_mapping
@@ -44,7 +45,7 @@ class RunObserver:
                     group=config.tracking.group,
                     tags=config.tracking.tags,
                     config=to_mapping(config),
-                    mode=config.tracking.wandb,
+                    mode=cast(Any, config.tracking.wandb),
                 )
             )
         self._tracker = Tracker(sinks)

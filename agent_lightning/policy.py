@@ -49,7 +49,8 @@ class PolicyBoard:
 
         async with self._changed:
             try:
-                await asyncio.wait_for(self._changed.wait_for(ready), timeout)
+                async with asyncio.timeout(timeout):
+                    await self._changed.wait_for(ready)
             except TimeoutError:
                 return None
             return self._weights
@@ -80,7 +81,8 @@ class PolicyBoard:
                 return bool(self._failed) or all(v >= weights.version for v in self._installed.values())
 
             try:
-                await asyncio.wait_for(self._changed.wait_for(settled), timeout)
+                async with asyncio.timeout(timeout):  # ends with installed, failed or leave of the last one
+                    await self._changed.wait_for(settled)
             except TimeoutError:
                 late = sorted(name for name, v in self._installed.items() if v < weights.version)
                 raise EngineError(

@@ -86,11 +86,8 @@ def load_hub(
     """
     try:
         # Heavy, and needed only here.
-        import datasets  # type: ignore[import-untyped]
-        from datasets.exceptions import (  # type: ignore[import-untyped]
-            DatasetNotFoundError,
-            DatasetsError,
-        )
+        import datasets
+        from datasets.exceptions import DatasetNotFoundError, DatasetsError
     except ImportError:
         raise DataError("reading from the hub needs the datasets library: pip install datasets") from None
     asked = f"data set {path_or_id!r}" + (f" ({name})" if name else "")

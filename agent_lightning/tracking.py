@@ -18,8 +18,9 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -28,7 +29,7 @@ from agent_lightning.plots import read_metrics
 from agent_lightning.types import Group, ModelCall, Trajectory
 
 if TYPE_CHECKING:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
 
 logger = logging.getLogger(__name__)
 
@@ -133,13 +134,13 @@ class TensorBoardSink:
     """Scalars for TensorBoard, written without importing torch or TensorFlow."""
 
     def __init__(self, directory: Path) -> None:
-        from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
+        from tensorboard.summary.writer import event_file_writer
 
         self._writer = event_file_writer.EventFileWriter(str(directory))
 
     def log(self, step: int, record: Mapping[str, float]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
-        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in record.items()]
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
@@ -207,19 +208,23 @@ class Tracker:
 
     def log(self, step: int, record: Mapping[str, float]) -> None:
         for sink in list(self._sinks):
-            try:
-                sink.log(step, record)
-            except Exception as error:  # a boundary: a full disk or a lost service must not end the training
+            if not _survives(f"stopped at step {step}", sink, partial(sink.log, step, record)):
                 self._sinks.remove(sink)
-                logger.warning("%s stopped at step %d: %r", type(sink).__name__, step, error)
 
     def close(self) -> None:
         for sink in self._sinks:
-            try:
-                sink.close()
-            except Exception as error:  # the same boundary
-                logger.warning("%s did not close: %r", type(sink).__name__, error)
+            _survives("did not close", sink, sink.close)
         self._sinks.clear()
+
+
+def _survives(what: str, sink: Sink, action: Callable[[], None]) -> bool:
+    """Whether the action succeeds. A boundary: a full disk or a lost service must not end the training."""
+    try:
+        action()
+    except Exception as error:
+        logger.warning("%s %s: %r", type(sink).__name__, what, error)
+        return False
+    return True
 
 
 class RolloutWriter:
@@ -236,7 +241,7 @@ class RolloutWriter:
     def write(self, step: int, policy_version: int, groups: Sequence[Group]) -> Path | None:
         """Write the rollouts of `groups`; None where there are none. Raises OSError, e.g. on a full disk."""
         import pyarrow as pa
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+        import pyarrow.parquet as pq
 
         rows = [_rollout_row(step, policy_version, group, one) for group in groups for one in group.trajectories]
         if not rows:

@@ -131,7 +131,7 @@ class ModelCall:
     def __post_init__(self) -> None:
         if self.response_T.shape != self.logprob_T.shape:
             raise ValueError(
-                f"call {self.call_id}: {self.response_T.shape[0]} tokens but {self.logprob_T.shape[0]} log-probabilities"
+                f"call {self.call_id}: {self.response_T.size} tokens but {self.logprob_T.size} log-probabilities"
             )
         _freeze(self.prompt_T, self.response_T, self.logprob_T)
 

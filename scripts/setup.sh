@@ -2,9 +2,16 @@
 # Create .venv and install the locked CPU set. Safe to run again: it does nothing where the lock has not changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-stamp=.venv/.installed
-want=$(cat requirements/cpu.lock pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)
-[ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && exit 0
+install_project() { # the entry points and commands of this checkout; a second, and again where pyproject.toml changed
+  .venv/bin/pip install -q --no-deps --no-build-isolation --editable . 2>/dev/null ||
+    .venv/bin/pip install -q --no-deps --editable .
+  sha256sum pyproject.toml > .venv/.project
+}
+locked=$(cat requirements/cpu.lock scripts/setup.sh | sha256sum)
+if [ -f .venv/.locked ] && [ "$(cat .venv/.locked)" = "$locked" ]; then
+  sha256sum --check --status .venv/.project 2>/dev/null || install_project
+  exit 0
+fi
 
 python=${PYTHON:-}
 if [ -z "$python" ]; then
@@ -14,7 +21,7 @@ if [ -z "$python" ]; then
 fi
 [ -n "$python" ] || { echo "setup: needs Python 3.11 or 3.12 on the PATH (or PYTHON=/path/to/python make …)" >&2; exit 2; }
 
-echo "setup: .venv with $("$python" --version), about 2 minutes the first time"
+echo "setup: .venv with $("$python" --version), half a minute to two minutes, once"
 "$python" -m venv --clear .venv
 pip=.venv/bin/pip
 "$pip" install -q --disable-pip-version-check uv
@@ -25,5 +32,5 @@ pip=.venv/bin/pip
 # uv is about eight times faster than pip; pip reads configuration that uv does not, so it is the second try.
 .venv/bin/uv pip install -q --native-tls --no-deps -r requirements/cpu.lock 2>/dev/null ||
   "$pip" install -q --no-deps -r requirements/cpu.lock
-"$pip" install -q --no-deps --no-build-isolation --editable . 2>/dev/null || "$pip" install -q --no-deps --editable .
-echo "$want" > "$stamp"
+install_project
+echo "$locked" > .venv/.locked

@@ -21,6 +21,7 @@ from agent_lightning.types import Batch
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
+    from verl.workers.config import TrainingWorkerConfig
 
 CPU_ENVIRONMENT = {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "TORCH_COMPILE_DISABLE": "1"}
 """What makes veRL choose our platform and its device-neutral FSDP engine."""
@@ -144,15 +145,32 @@ def _worker_group(config: LearnerConfig, *, name: str, forward_only: bool = Fals
     """Start the training processes and load the model."""
     import ray
     from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
-    from verl.trainer.config import CheckpointConfig
-    from verl.workers.config import (
-        FSDPEngineConfig,
-        FSDPOptimizerConfig,
-        HFModelConfig,
-        TrainingWorkerConfig,
-    )
 
     from agent_lightning.learners.verl_worker import PolicyWorker
+
+    on_cpu = config.device == "cpu"
+    threads = str(config.num_threads)
+    group = RayWorkerGroup(
+        RayResourcePool([config.world_size], use_gpu=not on_cpu, max_colocate_count=1),
+        RayClassWithInitArgs(
+            ray.remote(PolicyWorker),
+            config=_training(config, forward_only=forward_only),
+            device=config.device,
+            seed=config.seed,
+            num_threads=config.num_threads,
+        ),
+        name_prefix=name,
+        device_name=config.device,
+        worker_env=CPU_ENVIRONMENT | {"OMP_NUM_THREADS": threads} if on_cpu else {},
+    )
+    group.reset()
+    return group
+
+
+def _training(config: LearnerConfig, *, forward_only: bool) -> TrainingWorkerConfig:
+    """What veRL's TrainingWorker is told."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 
     on_cpu = config.device == "cpu"
     engine = {
@@ -167,7 +185,7 @@ def _worker_group(config: LearnerConfig, *, name: str, forward_only: bool = Fals
         "max_token_len_per_gpu": config.max_tokens_per_micro_batch,
         "infer_max_token_len_per_gpu": config.max_tokens_per_micro_batch,
     }
-    training = TrainingWorkerConfig(
+    return TrainingWorkerConfig(
         model_type="language_model",
         model_config=HFModelConfig(
             path=config.model_path,
@@ -188,22 +206,6 @@ def _worker_group(config: LearnerConfig, *, name: str, forward_only: bool = Fals
         ),
         checkpoint_config=CheckpointConfig(),
     )
-    threads = str(config.num_threads)
-    group = RayWorkerGroup(
-        RayResourcePool([config.world_size], use_gpu=not on_cpu, max_colocate_count=1),
-        RayClassWithInitArgs(
-            ray.remote(PolicyWorker),
-            config=training,
-            device=config.device,
-            seed=config.seed,
-            num_threads=config.num_threads,
-        ),
-        name_prefix=name,
-        device_name=config.device,
-        worker_env=CPU_ENVIRONMENT | {"OMP_NUM_THREADS": threads} if on_cpu else {},
-    )
-    group.reset()
-    return group
 
 
 def _to_tensordict(batch: Batch, config: LearnerConfig) -> TensorDict:
@@ -239,7 +241,7 @@ def _to_tensordict(batch: Batch, config: LearnerConfig) -> TensorDict:
 
 def _metrics(raw: dict[str, Any], *, gap: bool) -> Metrics:
     def number(name: str, reduce: Any = np.mean) -> float:
-        return float(reduce(np.concatenate([np.ravel(_plain(v)) for v in _listed(raw.get(name, []))] or [[0.0]])))
+        return float(reduce(np.concatenate([np.ravel(_plain(v)) for v in _listed(raw.get(name, []))] or [np.zeros(1)])))
 
     metrics: dict[str, Any] = {
         "learner/loss": Mean.of([number("loss")]),

@@ -49,7 +49,7 @@ def _zero(*_: object) -> int:
 
 
 @PlatformRegistry.register(platform="cpu")
-class PlatformCpu(PlatformBase):  # type: ignore[misc]  # veRL ships no types
+class PlatformCpu(PlatformBase):
     """One process, one device called "cpu", collectives over gloo."""
 
     device_name = "cpu"

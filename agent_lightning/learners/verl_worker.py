@@ -18,7 +18,7 @@ from verl.workers.config import ActorConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
 
-class PolicyWorker(TrainingWorker):  # type: ignore[misc]  # veRL ships no types
+class PolicyWorker(TrainingWorker):
     """One rank of the policy's training group."""
 
     def __init__(self, config: TrainingWorkerConfig, *, device: str, seed: int, num_threads: int) -> None:

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
-from agent_lightning.errors import EngineError, UserError
+from agent_lightning.errors import EngineError
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.serving.dialects import Completion, Refusal
 from agent_lightning.serving.gateway import Gateway, GatewayConfig, Recorder
@@ -67,6 +67,22 @@ class _HandleEngine:
         return completion
 
 
+class PolicyDeployment:
+    """The shell around `PolicyServer`. vLLM is imported in the replica, so the driver is spared its ten seconds."""
+
+    async def __init__(self, settings: Mapping[str, Any], board: PolicyBoard) -> None:  # type: ignore[misc]
+        from agent_lightning.serving.policy_server import PolicyServer
+
+        self._server = PolicyServer(settings, board)
+        await self._server.start()
+
+    async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
+        return await self._server.generate(request)
+
+    async def check_health(self) -> None:
+        await self._server.check_health()
+
+
 class GatewayDeployment:
     """The shell around `Gateway` that Serve runs."""
 
@@ -91,13 +107,12 @@ class Service:
         serve.delete(self.app)
 
 
-def start(*, name: str, config: ServingConfig, gateway: GatewayConfig, recorder: Recorder, board: PolicyBoard) -> Service:
-    """Deploy the service and wait until it answers. Raises UserError, EngineError."""
-    from agent_lightning.serving.policy_server import PolicyServer
-
+def start(
+    *, name: str, config: ServingConfig, gateway: GatewayConfig, recorder: Recorder, board: PolicyBoard
+) -> Service:
+    """Deploy the service and wait until it answers. Raises EngineError."""
     started = time.monotonic()
-    llm = _llm_config(config)
-    policy = serve.deployment(PolicyServer).options(**_policy_options(llm, config)).bind(llm, board)
+    policy = serve.deployment(PolicyDeployment).options(**_policy_options(config)).bind(_llm_settings(config), board)
     app = (
         serve.deployment(GatewayDeployment)
         .options(
@@ -116,9 +131,8 @@ def start(*, name: str, config: ServingConfig, gateway: GatewayConfig, recorder:
     return Service(url=f"http://{config.host}:{config.port}/{name}", app=name, start_s=time.monotonic() - started)
 
 
-def _llm_config(config: ServingConfig) -> Any:
-    from ray.serve.llm import LLMConfig
-
+def _llm_settings(config: ServingConfig) -> dict[str, Any]:
+    """The fields of Ray's LLMConfig, as plain values: its class brings vLLM with it."""
     on_cpu = config.device == "cpu"
     engine: dict[str, Any] = {
         "dtype": config.dtype,
@@ -132,50 +146,47 @@ def _llm_config(config: ServingConfig) -> Any:
         "enable_log_requests": False,
         "disable_log_stats": True,
     }
-    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     if config.tool_parser:
         engine |= {"enable_auto_tool_choice": True, "tool_call_parser": config.tool_parser}
     if on_cpu:
         engine |= {"enforce_eager": True}
         if config.tensor_parallel_size == 1:
             engine |= {"distributed_executor_backend": "uni"}
-        environment |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib)}
     else:
         engine |= {"gpu_memory_utilization": config.gpu_memory_utilization}
-    bundle = {"CPU": 1} if on_cpu else {"CPU": 1, "GPU": 1}
-    return LLMConfig(
-        model_loading_config={"model_id": config.model_name, "model_source": config.model_path},
-        accelerator_config={"kind": "cpu" if on_cpu else "gpu"},
-        placement_group_config={"bundles": [bundle] * config.tensor_parallel_size},
-        engine_kwargs=engine | config.engine,
-        log_engine_metrics=False,
-        deployment_config={
-            "num_replicas": config.replicas,
-            "max_ongoing_requests": 10_000,
-            "health_check_period_s": 10,
-            "ray_actor_options": {"num_cpus": 0},
-        },
-        runtime_env={"env_vars": environment},
-    )
+    return {
+        "model_loading_config": {"model_id": config.model_name, "model_source": config.model_path},
+        "accelerator_config": {"kind": "cpu" if on_cpu else "gpu"},
+        "placement_group_config": {"bundles": _bundles(config)},
+        "engine_kwargs": engine | config.engine,
+        "log_engine_metrics": False,
+        "runtime_env": {"env_vars": _environment(config)},
+    }
 
 
-def _policy_options(llm: Any, config: ServingConfig) -> dict[str, Any]:
-    from agent_lightning.serving.policy_server import PolicyServer
+def _environment(config: ServingConfig) -> dict[str, str]:
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    if config.device == "cpu":
+        environment |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib)}
+    return environment
 
-    options: dict[str, Any] = PolicyServer.get_deployment_options(llm)
-    return options | {"name": f"policy-{config.model_name}"}
+
+def _bundles(config: ServingConfig) -> list[dict[str, float]]:
+    """What one replica takes: the first bundle holds the replica itself and its first engine worker."""
+    bundle: dict[str, float] = {"CPU": 1} if config.device == "cpu" else {"CPU": 1, "GPU": 1}
+    return [dict(bundle) for _ in range(config.tensor_parallel_size)]
 
 
-def check_port(host: str, port: int) -> None:
-    """Serve's proxy would retry a port in use for a long time and then fail without saying so. Raises UserError."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(
-                f"hardware.port={port} is in use on {host}: choose another, or 0 for any free port"
-            ) from error
+def _policy_options(config: ServingConfig) -> dict[str, Any]:
+    return {
+        "name": f"policy-{config.model_name}",
+        "num_replicas": config.replicas,
+        "max_ongoing_requests": 10_000,
+        "health_check_period_s": 10,
+        "placement_group_bundles": _bundles(config),
+        "placement_group_strategy": "PACK",
+        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": _environment(config)}},
+    }
 
 
 def free_port(host: str) -> int:
@@ -189,7 +200,7 @@ def _cause(name: str, error: RuntimeError) -> str:
     """The engine's own last words, where Serve kept them; Serve's message only says which deployment failed."""
     application = serve.status().applications.get(name)
     texts = [d.message for d in application.deployments.values() if d.message] if application else []
-    lines = [line.strip() for text in texts for line in text.splitlines() if "Error" in line]
+    lines: list[str] = [line.strip() for text in texts for line in text.splitlines() if "Error" in line]
     return (lines or [str(error).splitlines()[0]])[-1][:500]
 
 

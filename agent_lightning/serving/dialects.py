@@ -1,7 +1,8 @@
 """OpenAI JSON in and out: what is added to a request, what is taken from a reply. Pure.
 
-The rule for sampling: in training the policy's sampling parameters govern (what the agent asks for is replaced; the
-smaller `max_tokens` wins); in validation the agent's own parameters are respected and the policy's fill the gaps.
+The rule for sampling: in training the policy's sampling parameters govern (what the agent asks for is replaced or,
+where the policy has no word on it, left out); in validation the agent's own parameters are respected and the policy's
+fill the gaps. In both the smaller `max_tokens` wins.
 """
 
 from __future__ import annotations
@@ -16,6 +17,21 @@ import numpy as np
 from agent_lightning.types import Floats, Ints, Split
 
 MAX_TOKENS = ("max_tokens", "max_completion_tokens")
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "min_tokens",
+    "use_beam_search",
+    "seed",
+)
+"""What an agent may not choose in training: the learner would believe in another distribution than was sampled, and
+with one seed all rollouts of a group would be the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +81,14 @@ def engine_request(
         engine_request({"messages": m, "temperature": 0.2}, model="policy", split="train", sampling={"temperature": 1})
         # {"messages": m, "temperature": 1, "model": "policy", "stream": False, "logprobs": True, …}
     """
-    request = dict(body)
+    request = {name: value for name, value in body.items() if split == "val" or name not in SAMPLING}
     for name, value in sampling.items():
         if name in MAX_TOKENS:
             asked = [int(body[key]) for key in MAX_TOKENS if body.get(key) is not None]
             for key in MAX_TOKENS:
                 request.pop(key, None)
             request["max_tokens"] = min([*asked, int(value)])
-        elif split == "train" or request.get(name) is None:
+        elif request.get(name) is None:
             request[name] = value
     request.update(model=model, stream=False, logprobs=True, top_logprobs=body.get("top_logprobs") or 0)
     request["return_token_ids"] = True
@@ -92,7 +108,9 @@ def agent_reply(body: Mapping[str, Any], completion: Completion, *, model: str) 
 def parse_reply(raw: Mapping[str, Any], *, policy_version: int) -> Completion:
     """Split vLLM's reply into OpenAI JSON and arrays. Raises ValueError where token ids or log-probabilities lack."""
     reply = {key: value for key, value in raw.items() if key not in ("prompt_token_ids", "prompt_logprobs")}
-    prompt_T = np.asarray(raw["prompt_token_ids"] or (), dtype=np.int32)
+    if raw.get("prompt_token_ids") is None:
+        raise ValueError("the engine's reply has no token ids of the prompt")
+    prompt_T = np.asarray(raw["prompt_token_ids"], dtype=np.int32)
     choices, kept = [], []
     for choice in raw["choices"]:
         tokens, logprobs = choice.get("token_ids"), choice.get("logprobs")
@@ -104,9 +122,7 @@ def parse_reply(raw: Mapping[str, Any], *, policy_version: int) -> Completion:
             raise ValueError(
                 f"the engine's reply has {response_T.size} token ids and {logprob_T.size} log-probabilities"
             )
-        choices.append(
-            Choice(response_T=response_T, logprob_T=logprob_T, finish_reason=str(choice["finish_reason"]))
-        )
+        choices.append(Choice(response_T=response_T, logprob_T=logprob_T, finish_reason=str(choice["finish_reason"])))
         kept.append({key: value for key, value in choice.items() if key not in ("token_ids", "stop_reason")})
     reply["choices"] = kept
     return Completion(reply=reply, prompt_T=prompt_T, choices=tuple(choices), policy_version=policy_version)

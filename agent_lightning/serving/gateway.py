@@ -10,19 +10,30 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from agent_lightning.buffer import verify_secret
 from agent_lightning.errors import UnknownRollout
-from agent_lightning.serving.dialects import Completion, Refusal, agent_reply, compact, engine_request
+from agent_lightning.serving.dialects import (
+    MAX_TOKENS,
+    Completion,
+    Refusal,
+    agent_reply,
+    compact,
+    engine_request,
+)
 from agent_lightning.types import ModelCall, Outcome, RolloutKey, Split
+
+logger = logging.getLogger(__name__)
 
 RETRY_HEADER = "x-stainless-retry-count"
 """OpenAI's client libraries count their retries here."""
@@ -60,8 +71,11 @@ class GatewayConfig:
 class _Attempt:
     """What the gateway remembers of an attempt that it has seen."""
 
-    calls_left: int = 1
+    calls_left: int = sys.maxsize
+    """The least that the buffer ever told: its answers to calls in flight may come back in any order."""
     in_flight: int = 0
+    ended: str = ""
+    """Why the buffer knows this attempt no more: the engine does not work for those that run on."""
 
 
 class Gateway:
@@ -72,7 +86,7 @@ class Gateway:
         self._recorder = recorder
         self._config = config
         self._attempts: OrderedDict[RolloutKey, _Attempt] = OrderedDict()
-        self._answers: OrderedDict[tuple[RolloutKey, bytes], asyncio.Future[Response]] = OrderedDict()
+        self._answers: OrderedDict[tuple[RolloutKey, str, bytes], asyncio.Future[Response]] = OrderedDict()
 
     async def handle(self, request: Request) -> Response:
         parts = [part for part in request.url.path.split("/") if part]
@@ -90,15 +104,29 @@ class Gateway:
             return JSONResponse({"object": "list", "data": [self._model_card()]})
         if rest != ["v1", "chat", "completions"] or request.method != "POST":
             return _refuse(Refusal(status=404, message=f"no such endpoint: /{'/'.join(rest)}", code="not_found"))
-        raw = await request.body()
+        raw = await self._read(request)
+        if isinstance(raw, Refusal):
+            return _refuse(raw)
         return await self._once(key, agent, raw, retry=request.headers.get(RETRY_HEADER, "0") != "0")
+
+    async def _read(self, request: Request) -> bytes | Refusal:
+        """The body, never more of it in memory than it may have."""
+        limit, raw = self._config.max_body_bytes, bytearray()
+        try:
+            async for part in request.stream():
+                raw += part
+                if len(raw) > limit:
+                    return Refusal(status=413, message=f"the request is over {limit} bytes", code="size")
+        except ClientDisconnect:
+            return Refusal(status=400, message="the client went away", code="disconnected")
+        return bytes(raw)
 
     async def _once(self, key: RolloutKey, agent: str, raw: bytes, *, retry: bool) -> Response:
         """Answer a client library's retry with the first answer, so that it makes no second span.
 
         Only a request that says it is a retry is matched: an agent may well ask the same thing twice on purpose.
         """
-        digest = (key, hashlib.sha256(raw).digest())
+        digest = (key, agent, hashlib.sha256(raw).digest())
         first = self._answers.get(digest) if retry else None
         if first is not None:
             return await asyncio.shield(first)
@@ -106,13 +134,15 @@ class Gateway:
         self._answers[digest] = answer
         while len(self._answers) > 4096:
             self._answers.popitem(last=False)
-        try:
-            # Shielded: a client that times out and retries must find the work still going.
-            response = await asyncio.shield(answer)
-        finally:
-            if answer.done() and (answer.cancelled() or answer.exception() or answer.result().status_code >= 500):
-                self._answers.pop(digest, None)
-        return response
+
+        def forget_failure(done: asyncio.Future[Response]) -> None:
+            failed = done.cancelled() or done.exception() is not None or done.result().status_code >= 500
+            if failed and self._answers.get(digest) is done:
+                del self._answers[digest]  # a retry asks the engine again
+
+        answer.add_done_callback(forget_failure)
+        # Shielded: a client that times out and retries must find the work still going.
+        return await asyncio.shield(answer)
 
     async def _answer(self, key: RolloutKey, agent: str, raw: bytes) -> Response:
         body = self._parse(raw)
@@ -121,9 +151,24 @@ class Gateway:
         attempt = self._attempts.setdefault(key, _Attempt())
         while len(self._attempts) > 65536:
             self._attempts.popitem(last=False)
-        if attempt.calls_left <= 0 or attempt.in_flight >= self._config.max_concurrent_calls:
+        if attempt.ended:
+            return _refuse(Refusal(status=409, message=attempt.ended, code="rollout_ended"))
+        try:
+            return await self._admit(key, agent, body, attempt)
+        except UnknownRollout as error:
+            attempt.ended = str(error)
+            return _refuse(Refusal(status=409, message=attempt.ended, code="rollout_ended"))
+        except Exception as error:  # whatever fails behind the gateway, the agent gets an OpenAI error
+            logger.exception("a call of rollout %s could not be answered", key.rollout_id)
+            message = f"the gateway failed: {type(error).__name__}"
+            return _refuse(Refusal(status=500, message=message, code="engine_error", type="server_error"))
+
+    async def _admit(self, key: RolloutKey, agent: str, body: dict[str, Any], attempt: _Attempt) -> Response:
+        """Call the engine, where this attempt may call it once more. Raises UnknownRollout."""
+        spent = attempt.calls_left <= attempt.in_flight
+        if spent or attempt.in_flight >= self._config.max_concurrent_calls:
             error = "this rollout has made all the model calls that it may make"
-            if attempt.calls_left > 0:
+            if not spent:
                 error = f"this rollout has {attempt.in_flight} model calls in flight, and may have no more"
             await self._recorder.mark(key, Outcome.TOO_MANY_CALLS, error)
             # 400, not 429: client libraries retry 429, and it would not get better.
@@ -145,26 +190,28 @@ class Gateway:
                 outcome = Outcome.OVERLONG_PROMPT if long else Outcome.ENGINE_ERROR
                 await self._recorder.mark(key, outcome, completion.message)
             return _refuse(completion)
-        try:
-            for call in _calls(key, agent, body, completion, started):
-                attempt.calls_left = await self._recorder.record(call)
-        except UnknownRollout as error:
-            return _refuse(Refusal(status=409, message=str(error), code="rollout_ended"))
+        for call in _calls(key, agent, body, completion, started):
+            left = await self._recorder.record(call)
+            attempt.calls_left = min(attempt.calls_left, left)
         return JSONResponse(agent_reply(body, completion, model=config.model))
 
     def _parse(self, raw: bytes) -> dict[str, Any] | Refusal:
-        if len(raw) > self._config.max_body_bytes:
-            return Refusal(status=413, message=f"the request is over {self._config.max_body_bytes} bytes", code="size")
         try:
             body = json.loads(raw)
+            compact(body).encode()  # fails where a span could not be written down: half a surrogate pair
         except (ValueError, RecursionError):
             return Refusal(status=400, message="the request is not JSON", code="invalid_request")
         if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
             return Refusal(status=400, message="the request has no list of messages", code="invalid_request")
+        if not isinstance(body.get("model"), str | None):
+            return Refusal(status=400, message="model must be a text", code="invalid_request")
+        for name in MAX_TOKENS:
+            if body.get(name) is not None and (type(body[name]) is not int or body[name] < 1):
+                return Refusal(status=400, message=f"{name} must be a number from 1", code="invalid_request")
         if body.get("stream"):
             return Refusal(status=400, message="ask without stream: answers come whole", code="unsupported")
         choices = body.get("n") or 1
-        if not isinstance(choices, int) or not 1 <= choices <= self._config.max_choices:
+        if type(choices) is not int or not 1 <= choices <= self._config.max_choices:
             message = f"n must be a number from 1 to {self._config.max_choices}"
             return Refusal(status=400, message=message, code="invalid_request")
         return body
@@ -199,4 +246,6 @@ def _calls(
 
 
 def _refuse(refusal: Refusal) -> JSONResponse:
-    return JSONResponse(refusal.body(), status_code=refusal.status)
+    # OpenAI's client libraries obey the header: they would repeat a 409, and it would not get better.
+    headers = {"x-should-retry": "false"} if refusal.status < 500 else {}
+    return JSONResponse(refusal.body(), status_code=refusal.status, headers=headers)

@@ -22,26 +22,36 @@ from agent_lightning.learners.base import Weights
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.serving.dialects import Completion, Refusal, parse_error, parse_reply
 from agent_lightning.serving.gate import Gate
-from agent_lightning.serving.weights import shared_bytes
+from agent_lightning.serving.shared import shared_bytes
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 30.0
 
 
-class PolicyServer(LLMServer):  # type: ignore[misc]  # Ray's class is untyped
+class PolicyServer:
     """Ray's LLM server, which also stamps each reply with the version that made it and installs new weights."""
 
-    async def __init__(self, llm_config: LLMConfig, board: PolicyBoard) -> None:
+    def __init__(self, settings: Mapping[str, Any], board: PolicyBoard) -> None:
+        """`settings`: the fields of Ray's LLMConfig."""
+        self._server = LLMServer.sync_init(LLMConfig(**settings))
         self._board = board
         self._replica = uuid.uuid4().hex[:8]
         self._version = 0
         self._gate = Gate()
-        await super().__init__(llm_config)
-        await self.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
-        current = await board.join(self._replica)
+        self._follower: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Load the model, take the current weights, and follow the board from then on."""
+        await self._server.start()
+        await self._server.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+        current = await self._board.join(self._replica)
         if current is not None:
             await self._install(current)
         self._follower = asyncio.create_task(self._follow())
+
+    async def check_health(self) -> None:
+        """Raises where the engine is dead: Serve then replaces the replica."""
+        await self._server.check_health()
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
         """Answer one chat request, already made ready by `dialects.engine_request`."""
@@ -53,7 +63,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]  # Ray's class is untyped
             return parse_error(" ".join(str(error).split())[:500], 400, "invalid_request_error")
         async with self._gate.call():
             version = self._version
-            replies = [reply async for reply in await self.chat(chat)]
+            replies = [reply async for reply in await self._server.chat(chat)]
         reply = replies[-1]
         if isinstance(reply, ErrorResponse):
             return parse_error(reply.error.message, int(reply.error.code or 500), reply.error.type)
@@ -79,13 +89,13 @@ class PolicyServer(LLMServer):  # type: ignore[misc]  # Ray's class is untyped
 
     async def _install(self, weights: Weights) -> None:
         async with self._gate.update():
-            await self.collective_rpc("start_weight_update")
+            await self._server.collective_rpc("start_weight_update")
             for bucket in weights.buckets:
                 data = await asyncio.wrap_future(bucket.data.future())
                 with shared_bytes(data) as path:
                     update = {"path": path, "parameters": list(bucket.parameters)}
-                    await self.collective_rpc("update_weights", kwargs={"update_info": update})
-            await self.collective_rpc("finish_weight_update")
-            await self.reset_prefix_cache()
+                    await self._server.collective_rpc("update_weights", kwargs={"update_info": update})
+            await self._server.collective_rpc("finish_weight_update")
+            await self._server.reset_prefix_cache()
             self._version = weights.version
         await self._board.installed(self._replica, weights.version)

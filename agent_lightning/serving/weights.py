@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -26,23 +24,12 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 BACKEND = "ray_object_store"
-SHARED_MEMORY = Path("/dev/shm")
 
 
 def register() -> None:
     """Make the backend known to vLLM. Safe to call twice: vLLM loads its plug-ins in every process."""
     with suppress(ValueError):  # vLLM's word for: registered already
         WeightTransferEngineFactory.register_engine(BACKEND, ObjectStoreEngine)
-
-
-@contextmanager
-def shared_bytes(data: Any) -> Iterator[str]:
-    """A file in memory holding `data` (a uint8 array) while the block runs; yields its path."""
-    folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-    with NamedTemporaryFile(prefix="agl-weights-", dir=folder) as file:
-        file.write(memoryview(data))
-        file.flush()
-        yield file.name
 
 
 @dataclass
@@ -60,7 +47,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     """{"name", "dtype", "shape", "offset"} of each parameter in the file."""
 
 
-class ObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[misc]
+class ObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """The receiving side, in each vLLM worker."""
 
     init_info_cls = InitInfo

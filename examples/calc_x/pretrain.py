@@ -16,6 +16,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,17 @@ TOOLS = [{"type": "function", "function": {"name": "calculator", "parameters": {
 
 
 def build_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
-    """Byte-level BPE where a digit is a token, and the fixed parts of a chat are one token each."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    """Byte-level BPE where two digits are a token, and the fixed parts of a chat are one token each."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            # "124" is "12" and "4": most numbers are then copied in one step, which a small model learns sooner.
+            pre_tokenizers.Split(Regex(r"\d{1,2}"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     fixed = [f"<|im_start|>{role}\n" for role in ROLES]
@@ -111,37 +116,48 @@ def build_model(tokenizer: Any, seed: int) -> Any:
 
 def encode(tokenizer: Any, chat: Sequence[dict[str, Any]]) -> tuple[list[int], list[bool]]:
     """Token ids of a chat, and where an assistant wrote them (its end-of-turn token included)."""
-    ids: list[int] = []
-    mask: list[bool] = []
-    for turn, message in enumerate(chat):
-        # Turn by turn, as the policy will see it: the prompt up to here, then what it writes.
-        opening = message["role"] == "assistant"
-        before = (
-            tokenizer.apply_chat_template(
-                chat[:turn], tools=TOOLS, tokenize=True, add_generation_prompt=opening, return_dict=False
-            )
-            if turn
-            else []
-        )
-        after = tokenizer.apply_chat_template(chat[: turn + 1], tools=TOOLS, tokenize=True, return_dict=False)
-        ids, mask = after, mask + [False] * (len(before) - len(mask)) + [opening] * (len(after) - len(before))
+    chat = [_as_the_engine_reads(message) for message in chat]
+    ids = tokenizer.apply_chat_template(chat, tools=TOOLS, tokenize=True, return_dict=False)
+    opening, end = tokenizer.convert_tokens_to_ids(["<|im_start|>assistant\n", END])
+    mask, writing = [], False
+    for token in ids:
+        mask.append(writing)
+        writing = token == opening or (writing and token != end)
     return ids, mask
+
+
+def _as_the_engine_reads(message: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of tool calls travel as JSON text; engines hand templates the object."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
+        for call in message.get("tool_calls") or ()
+    ]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def stream(
     args: argparse.Namespace, tokenizer: Any, mawps: Sequence[dict[str, Any]]
-) -> Iterator[tuple[list[int], list[bool]]]:
-    """Training rows without end: a share of the generator's problems, the rest from MAWPS with numbers re-drawn."""
+) -> Iterator[list[tuple[list[int], list[bool]]]]:
+    """Batches without end: a share of the generator's problems, the rest from MAWPS with numbers re-drawn.
+
+    Rows of a batch are of like length: eight batches are drawn at once, sorted and dealt out in random order.
+    """
     rng = random.Random(args.seed)
     generated = problems.generate(args.seed + 1, 20_000, "train")
-    weights = [args.two_step_weight if row["steps"] > 1 else 1.0 for row in generated]
+    weights = list(accumulate(args.two_step_weight if row["steps"] > 1 else 1.0 for row in generated))
     while True:
-        if rng.random() < args.generated_share:
-            row = rng.choices(generated, weights)[0]
-        else:
-            row = problems.redraw(rng.choice(mawps), rng)
-        if row is not None:
-            yield encode(tokenizer, problems.solution(row))
+        rows: list[tuple[list[int], list[bool]]] = []
+        while len(rows) < 8 * args.batch:
+            if rng.random() < args.generated_share:
+                row = rng.choices(generated, cum_weights=weights)[0]
+            else:
+                row = problems.redraw(rng.choice(mawps), rng)
+            if row is not None:
+                rows.append(encode(tokenizer, problems.solution(row)))
+        rows.sort(key=lambda row: len(row[0]))
+        batches = [rows[i : i + args.batch] for i in range(0, len(rows), args.batch)]
+        rng.shuffle(batches)
+        yield from batches
 
 
 def to_batch(rows: Sequence[tuple[list[int], list[bool]]]) -> Batch:
@@ -174,9 +190,7 @@ def accuracy(weights: Any, args: argparse.Namespace, tokenizer: Any, rows: Seque
     tokenizer.padding_side = "left"
     for start in range(0, len(rows), 120):
         part = rows[start : start + 120]
-        chats = [
-            [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["question"]}] for row in part
-        ]
+        chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["question"]}] for row in part]
         prompts = tokenizer.apply_chat_template(
             chats, tools=TOOLS, add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
         )
@@ -215,7 +229,8 @@ async def train(args: argparse.Namespace) -> None:
     validation = [dict(t.payload) for t in load_jsonl(str(args.mawps).replace("_train", "_validation"))]
     held_out = problems.generate(args.seed + 2, 240, "val")
     texts = [row["question"] for row in mawps] * 2 + [row["question"] for row in problems.generate(0, 4000, "train")]
-    fixed = f"{SYSTEM} Tools: calculator(expression)", "The answer is"
+    numbers = " ".join(str(number) for number in range(100))
+    fixed = f"{SYSTEM} Tools: calculator(expression)", "The answer is", numbers
     tokenizer = build_tokenizer([*texts, *fixed * 300], args.vocab_size)
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(args.out)
@@ -238,9 +253,9 @@ async def train(args: argparse.Namespace) -> None:
             betas=(0.9, 0.98),
         )
     )
-    rows, started = stream(args, tokenizer, mawps), time.monotonic()
+    batches, started = stream(args, tokenizer, mawps), time.monotonic()
     for step in range(1, args.steps + 1):
-        await learner.update([to_batch([next(rows) for _ in range(args.batch)])])
+        await learner.update([to_batch(next(batches))])
         if step % args.evaluate_every == 0 or step == args.steps:
             weights = state_dict(await learner.publish())
             save_file(weights, args.out / "model.safetensors", metadata={"format": "pt"})
@@ -268,9 +283,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--generated-share", type=float, default=0.15)
-    parser.add_argument("--two-step-weight", type=float, default=0.1)
-    parser.add_argument("--evaluate-every", type=int, default=50)
+    parser.add_argument("--generated-share", type=float, default=0.4)
+    parser.add_argument("--two-step-weight", type=float, default=0.4)
+    parser.add_argument("--evaluate-every", type=int, default=100)
     parser.add_argument("--stop-at", type=float, default=0.33, help="MAWPS validation accuracy at which to stop")
     asyncio.run(train(parser.parse_args()))
 

@@ -1,0 +1,47 @@
+# `make` alone lists what there is to make.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help venv train test test-pure test-slow test-gpu check bench lock clean
+
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -q --durations=10 --durations-min=1
+SOURCES := agent_lightning tests examples scripts $(wildcard benchmarks)
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+venv: ## create .venv and install the locked CPU set; does nothing where that is done
+	@bash scripts/setup.sh
+
+train: venv ## train the tiny policy on a CPU: make train ARGS="seed=1 steps=20"
+	$(BIN)/agl train experiment=calc_tiny $(ARGS)
+
+test: venv ## all tests but those marked slow or gpu
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+
+test-pure: venv ## the tests that start no Ray: seconds
+	$(PYTEST) -m "not stack and not slow and not gpu" $(ARGS)
+
+test-slow: venv ## the tests that take minutes each
+	$(PYTEST) -m slow $(ARGS)
+
+test-gpu: venv ## the tests that need a CUDA device
+	$(PYTEST) -m gpu $(ARGS)
+
+check: venv ## lint, format, types, import contracts, house figures
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy --strict agent_lightning
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python scripts/house.py
+
+bench: venv ## every benchmark, each one JSON line
+	for file in benchmarks/*.py; do $(BIN)/python "$$file" $(ARGS); done
+
+lock: ## resolve requirements/cpu.in into requirements/cpu.lock
+	bash scripts/lock.sh
+
+clean: ## remove caches and built files; .venv and runs stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find agent_lightning tests examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +

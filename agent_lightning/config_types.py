@@ -1,0 +1,235 @@
+"""The config's nouns: one dataclass for each section, and what types cannot say of their values.
+
+Every key of the config tree is a field here, with its default. Not frozen: OmegaConf refuses to merge into frozen ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from agent_lightning.errors import ConfigError
+from agent_lightning.types import Outcome
+
+SOURCE_FIELDS = {
+    "generated": {"target", "num", "seed", "split"},
+    "calcx": {"names", "num", "seed"},
+    "jsonl": {"path", "num", "seed"},
+    "hub": {"path", "name", "split", "question_field", "result_field", "num", "seed"},
+}
+"""The kinds of source, and the fields that each reads."""
+
+
+@dataclass(slots=True, kw_only=True)
+class SourceConfig:
+    """Tasks of one split. A field that the kind does not read must be left out."""
+
+    kind: str = "jsonl"
+    """generated: rows from a function. calcx: normalised Calc-X files under data.root. jsonl: one file.
+    hub: a Hugging Face data set, by id or as a local folder."""
+    target: str | None = None
+    """generated: "path/to/file.py:function", called with seed, num and split; returns rows with an "id"."""
+    names: list[str] = field(default_factory=list)
+    path: str | None = None
+    name: str | None = None
+    split: str | None = None
+    question_field: str | None = None
+    result_field: str | None = None
+    num: int | None = None
+    """At most this many tasks, drawn with `seed`; None: all."""
+    seed: int | None = None
+
+    def check(self, where: str) -> None:
+        """Raise ConfigError for a field that this kind does not read."""
+        _one_of(f"{where}.kind", self.kind, tuple(SOURCE_FIELDS))
+        used = SOURCE_FIELDS[self.kind] | {"kind"}
+        for name, value in asdict(self).items():
+            if name not in used and value not in (None, []):
+                raise ConfigError(f"{where}.{name}={value}: not read by kind={self.kind}; remove it")
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    root: str = "data"
+    """Folder of the calcx files."""
+    train: SourceConfig = field(default_factory=SourceConfig)
+    val: SourceConfig = field(default_factory=SourceConfig)
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    path: str
+    """A local folder or a hub id of a causal language model. Relative paths: from here, else from the project."""
+    max_len: int = 1024
+    """Longest conversation in tokens, prompt and reply together."""
+    dtype: str = "float32"
+    tool_parser: str | None = "hermes"
+
+
+@dataclass(slots=True, kw_only=True)
+class AgentConfig:
+    target: str
+    """"path/to/file.py:function", "package.module:function", or a command line."""
+    mode: str = "async"
+    """async, thread, process, or command."""
+    reward: str | None = None
+    """"path/to/file.py:function" called with (task, output); null: the agent returns its reward."""
+    reward_min: float = 0.0
+    reward_max: float = 1.0
+    timeout_s: float = 120.0
+    """Of one rollout, its scoring included."""
+    max_calls: int = 32
+    """Model calls of one rollout."""
+    max_attempts: int = 2
+    """Tries at a rollout whose engine failed or whose worker died."""
+    trained: str = "*"
+    """Names of the agents that are trained: globs, comma separated."""
+
+
+@dataclass(slots=True, kw_only=True)
+class AlgorithmConfig:
+    tasks_per_step: int = 16
+    rollouts_per_task: int = 8
+    rollouts_per_batch: int | None = None
+    """Rollouts of one optimiser step; null: all of the step's in one."""
+    advantage_scale: str = "std"
+    """std: GRPO; none: Dr. GRPO, which leaves the group's spread in."""
+    lr: float = 1e-6
+    lr_warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    kl_coef: float = 0.0
+    """Weight of the KL to the starting policy; 0 keeps no reference model."""
+    failures: dict[str, float | None] = field(default_factory=dict)
+    """Reward of a rollout by outcome, e.g. {timeout: null}; null masks it. See credit.FailurePolicy."""
+
+
+@dataclass(slots=True, kw_only=True)
+class SamplingConfig:
+    """What the engine is asked for. Training: these govern. Validation: the agent's own wish comes first."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 64
+
+
+@dataclass(slots=True, kw_only=True)
+class SamplingSplits:
+    train: SamplingConfig = field(default_factory=SamplingConfig)
+    val: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
+
+
+@dataclass(slots=True, kw_only=True)
+class RolloutConfig:
+    workers: int = 1
+    concurrency: int = 64
+    """Rollouts at a time in each worker."""
+
+
+@dataclass(slots=True, kw_only=True)
+class HardwareConfig:
+    device: str = "cpu"
+    """cpu or cuda; of the policy and of the learner."""
+    address: str | None = None
+    """Of a running Ray cluster; null starts one here (or joins RAY_ADDRESS)."""
+    replicas: int = 1
+    """Copies of the policy's engine."""
+    tensor_parallel_size: int = 1
+    gateways: int = 1
+    learner_processes: int = 1
+    learner_threads: int = 2
+    """On a CPU: threads of each learner process."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    """Of the gateway; 0 takes a free one."""
+    max_num_seqs: int = 256
+    kv_cache_gib: int = 1
+    """On a CPU: memory of each engine's KV cache."""
+    gpu_memory_utilization: float = 0.85
+    max_tokens_per_micro_batch: int = 16384
+
+
+@dataclass(slots=True, kw_only=True)
+class TrackingConfig:
+    wandb: str = "offline"
+    """offline, online, or disabled."""
+    project: str = "agent-lightning"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    tensorboard: bool = True
+
+
+@dataclass(slots=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    experiment: str
+    seed: int = 0
+    steps: int = 50
+    eval_every: int = 10
+    """Steps between evaluations on data.val; 0: before and after only."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: only after the last step, and when the run is stopped."""
+    runs_dir: str = "runs"
+    name: str | None = None
+    """Of the run's folder; null makes one from experiment, seed and time."""
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    agent: AgentConfig
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    sampling: SamplingSplits = field(default_factory=SamplingSplits)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    verl: dict[str, Any] = field(default_factory=dict)
+    """Fields of veRL's FSDPEngineConfig, untouched, for experts."""
+    vllm: dict[str, Any] = field(default_factory=dict)
+    """vLLM engine arguments, untouched, for experts."""
+
+    def check(self) -> None:
+        """What types cannot say. Raises ConfigError with the key's path."""
+        self.data.train.check("data.train")
+        self.data.val.check("data.val")
+        _one_of("agent.mode", self.agent.mode, ("async", "thread", "process", "command"))
+        _one_of("algorithm.advantage_scale", self.algorithm.advantage_scale, ("std", "none"))
+        _one_of("hardware.device", self.hardware.device, ("cpu", "cuda"))
+        _one_of("model.dtype", self.model.dtype, ("float32", "bfloat16"))
+        _one_of("tracking.wandb", self.tracking.wandb, ("offline", "online", "disabled"))
+        for key, value, low in (
+            ("steps", self.steps, 0),
+            ("eval_every", self.eval_every, 0),
+            ("checkpoint_every", self.checkpoint_every, 0),
+            ("algorithm.tasks_per_step", self.algorithm.tasks_per_step, 1),
+            ("algorithm.rollouts_per_task", self.algorithm.rollouts_per_task, 2),
+            ("rollout.workers", self.rollout.workers, 1),
+            ("rollout.concurrency", self.rollout.concurrency, 1),
+            ("agent.max_calls", self.agent.max_calls, 1),
+            ("agent.max_attempts", self.agent.max_attempts, 1),
+            ("hardware.replicas", self.hardware.replicas, 1),
+            ("hardware.gateways", self.hardware.gateways, 1),
+            ("hardware.learner_processes", self.hardware.learner_processes, 1),
+            ("hardware.learner_threads", self.hardware.learner_threads, 1),
+            ("hardware.tensor_parallel_size", self.hardware.tensor_parallel_size, 1),
+            ("hardware.kv_cache_gib", self.hardware.kv_cache_gib, 1),
+            ("model.max_len", self.model.max_len, 1),
+            ("sampling.train.max_tokens", self.sampling.train.max_tokens, 1),
+            ("sampling.val.max_tokens", self.sampling.val.max_tokens, 1),
+        ):
+            if value < low:
+                raise ConfigError(f"{key}={value}: must be at least {low}")
+        if not 0 <= self.hardware.port <= 65535:
+            raise ConfigError(f"hardware.port={self.hardware.port}: must be from 0 to 65535")
+        for outcome in self.algorithm.failures:
+            _one_of("algorithm.failures", outcome, [one.value for one in Outcome if one is not Outcome.FINISHED])
+        if self.agent.reward_min >= self.agent.reward_max:
+            raise ConfigError("agent.reward_min must be below agent.reward_max")
+        if self.agent.timeout_s <= 0:
+            raise ConfigError(f"agent.timeout_s={self.agent.timeout_s}: must be above 0")
+
+
+def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")

@@ -1,0 +1,285 @@
+"""The toy world: the whole system in one process and in seconds, without a GPU, Ray or vLLM.
+
+The policy is a table of logits: what was asked last chooses the row, and one word of a small vocabulary is the
+answer. Everything else is real: HTTP, gateway, buffer, rollout workers, credit, batches, weights and the loop.
+
+    async def solve(task, policy):
+        client = AsyncOpenAI(base_url=policy.base_url, api_key=policy.api_key)
+        messages = [{"role": "user", "content": task["question"]}]
+        reply = await client.chat.completions.create(model=policy.model, messages=messages)
+        return float(reply.choices[0].message.content == task["answer"])
+
+    tasks = [Task(task_id="sky", payload={"question": "The sky is", "answer": "blue"})]
+    async with ToyWorld(agent=solve, tasks=tasks, words=("red", "green", "blue")) as world:
+        state = await world.train(steps=20)
+        state.val_rewards  # [(0, 0.0), (20, 1.0)]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from agent_lightning import checkpoint
+from agent_lightning.agents import Agent
+from agent_lightning.buffer import Buffer
+from agent_lightning.credit import FailurePolicy
+from agent_lightning.loop import Loop, Plan, State
+from agent_lightning.policy import PolicyBoard
+from agent_lightning.rollout import AgentSpec, RolloutWorker
+from agent_lightning.serving.gateway import Gateway, GatewayConfig
+from agent_lightning.tasks import TaskCursor
+from agent_lightning.toy import END, FIRST_WORD, PAD, ToyEngine, ToyLanguage, ToyLearner
+from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
+
+__all__ = [
+    "END",
+    "FIRST_WORD",
+    "QuietObserver",
+    "ToyEngine",
+    "ToyLanguage",
+    "ToyLearner",
+    "ToyWorld",
+    "application",
+    "group",
+    "model_call",
+    "serve_locally",
+    "trajectory",
+]
+
+MODEL: Final = "policy"
+SAMPLING: Final[Mapping[Split, Mapping[str, float | int]]] = {
+    "train": {"temperature": 1.0, "max_tokens": 16},
+    "val": {"temperature": 0.0, "max_tokens": 16},
+}
+
+
+class QuietObserver:
+    """Keeps what it is told. Checkpoints, where it has a folder for them, only where there is no later step."""
+
+    def __init__(self, checkpoints: Path | None = None) -> None:
+        self.records: list[dict[str, float]] = []
+        """One of each training step."""
+        self.evaluations: list[tuple[int, float]] = []
+        self.groups: list[Group] = []
+        """Of training and evaluation, in the order in which they were done."""
+        self.doing = ""
+        self._checkpoints = checkpoints
+
+    def waiting_for(self, text: str) -> None:
+        self.doing = text
+
+    def rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
+        self.groups.extend(groups)
+
+    def evaluated(self, step: int, reward: float, rows: int) -> None:
+        self.evaluations.append((step, reward))
+
+    def step(self, step: int, record: Mapping[str, float]) -> None:
+        self.records.append(dict(record))
+
+    def checkpoint(self, state: State, *, force: bool) -> Path | None:
+        return checkpoint.folder_of(self._checkpoints, state.step) if force and self._checkpoints else None
+
+    def saved(self, path: Path, state: State) -> None:
+        checkpoint.write_state(path, state)
+
+
+@dataclass(slots=True, kw_only=True)
+class ToyWorld:
+    """A whole run, wired and started: `async with ToyWorld(agent=…, tasks=…, words=…) as world`.
+
+    In the block, `loop` is ready to run, `url` is the root of the gateway, and the other parts can be looked at.
+    """
+
+    agent: AgentSpec | Agent
+    """An async function that returns its reward, or anything that an AgentSpec can say."""
+    tasks: Sequence[Task]
+    words: Sequence[str]
+    """What the policy can answer."""
+    val_tasks: Sequence[Task] = ()
+    """Empty: the training tasks."""
+    rollouts_per_task: int = 8
+    max_calls: int = 20
+    max_attempts: int = 1
+    max_len: int = 4096
+    lr: float = 8.0
+    seed: int = 0
+    checkpoints: Path | None = None
+    resume: bool = False
+    """Go on from the newest checkpoint in `checkpoints`."""
+
+    buffer: Buffer = field(init=False)
+    board: PolicyBoard = field(init=False)
+    engine: ToyEngine = field(init=False)
+    learner: ToyLearner = field(init=False)
+    observer: QuietObserver = field(init=False)
+    loop: Loop = field(init=False)
+    url: str = field(init=False)
+    _stack: AsyncExitStack = field(init=False, repr=False)
+
+    async def __aenter__(self) -> Self:
+        state = State(cursor=TaskCursor(seed=self.seed))
+        if self.resume and self.checkpoints is not None:
+            state = checkpoint.read_state(checkpoint.newest(self.checkpoints))
+        language, run_secret = ToyLanguage(tuple(self.words)), secrets.token_bytes(32)
+        self.buffer = Buffer(
+            run_secret=run_secret,
+            max_attempts=self.max_attempts,
+            max_calls=self.max_calls,
+            first_group=state.next_group,
+        )
+        self.board = PolicyBoard()
+        self.engine = ToyEngine(language, seed=self.seed, max_len=self.max_len)
+        self.learner = ToyLearner(language, lr=self.lr)
+        self.observer = QuietObserver(self.checkpoints)
+        config = GatewayConfig(model=MODEL, run_secret=run_secret, sampling=SAMPLING)
+        gateway = Gateway(engine=self.engine, recorder=self.buffer, config=config)
+        self.loop = self._loop(state)
+        async with AsyncExitStack() as stack:
+            running = await stack.enter_async_context(asyncio.TaskGroup())
+            self.url = await stack.enter_async_context(serve_locally(gateway))
+            await self.engine.join(self.board)
+            stack.callback(running.create_task(self.engine.follow(self.board)).cancel)
+            worker = RolloutWorker(buffer=self.buffer, agent=self._spec(), policy_url=self.url, model=MODEL)
+            running.create_task(worker.run())
+            stack.push_async_callback(worker.stop)
+            if self.resume and self.checkpoints is not None:
+                await self.learner.restore(checkpoint.newest(self.checkpoints), state.version)
+                await self.loop.publish()
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        try:
+            return await self._stack.__aexit__(kind, error, trace)
+        except BaseExceptionGroup as several:
+            if several.exceptions == (error,):
+                return False  # the block's own error goes on as it is
+            raise
+
+    async def train(self, *, steps: int) -> State:
+        """Run the loop until `steps` steps are done in all. Raises StepFailed, EngineError."""
+        self.loop.plan = replace(self.loop.plan, steps=steps)
+        return await self.loop.run()
+
+    def stop(self) -> None:
+        """Give up the step that runs: `train` returns after a checkpoint."""
+        self.loop.stop.set()
+
+    def _spec(self) -> AgentSpec:
+        if isinstance(self.agent, AgentSpec):
+            return self.agent
+        return AgentSpec(target=self.agent, mode="async", timeout_s=10.0, concurrency=32)
+
+    def _loop(self, state: State) -> Loop:
+        plan = Plan(
+            steps=0,
+            tasks_per_step=len(self.tasks),
+            rollouts_per_task=self.rollouts_per_task,
+            rollouts_per_batch=None,
+            eval_every=0,
+            agents="*",
+            failures=FailurePolicy(),
+            scale="std",
+            max_sample_tokens=self.max_len,
+            pad_token=PAD,
+            row_multiple=1,
+        )
+        return Loop(
+            plan=plan,
+            state=state,
+            buffer=self.buffer,
+            board=self.board,
+            learner=self.learner,
+            observer=self.observer,
+            train_tasks=self.tasks,
+            val_tasks=self.val_tasks or self.tasks,
+        )
+
+
+class _QuietServer(uvicorn.Server):
+    """Signals stay the caller's: Ctrl-C in a test or a notebook must not only stop the server."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def application(gateway: Gateway) -> Starlette:
+    """An ASGI application that is nothing but the gateway."""
+    return Starlette(routes=[Route("/{path:path}", gateway.handle, methods=["GET", "POST"])])
+
+
+@asynccontextmanager
+async def serve_locally(gateway: Gateway) -> AsyncIterator[str]:
+    """A gateway on a free port of this machine, in this event loop; yields its root, "http://127.0.0.1:41234"."""
+    config = uvicorn.Config(
+        application(gateway), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
+    )
+    server = _QuietServer(config)
+    # The protocol by name: asyncio turns Nagle's 40 ms off only for sockets that say that they are TCP.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(2048)  # clients may connect before the server accepts
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await serving
+
+
+def model_call(
+    key: RolloutKey,
+    prompt: Sequence[int],
+    response: Sequence[int],
+    *,
+    agent: str = "agent",
+    version: int = 0,
+    started_at: float = 0.0,
+    logprobs: Sequence[float] | None = None,
+    call_id: str | None = None,
+) -> ModelCall:
+    """A call by its tokens: model_call(key, [1, 5], [6]). Without `logprobs`, each token's is -1."""
+    return ModelCall(
+        key=key,
+        call_id=call_id or f"{key.rollout_id}-{key.attempt}-{agent}-{started_at:g}-{list(prompt)}",
+        agent=agent,
+        policy_version=version,
+        prompt_T=np.array(prompt, np.int32),
+        response_T=np.array(response, np.int32),
+        logprob_T=np.array([-1.0] * len(response) if logprobs is None else logprobs, np.float32),
+        finish_reason="stop",
+        started_at=started_at,
+        ended_at=started_at,
+    )
+
+
+def trajectory(
+    key: RolloutKey, *calls: ModelCall, reward: float | None = 1.0, outcome: Outcome = Outcome.FINISHED
+) -> Trajectory:
+    """A finished attempt of these calls; an `outcome` other than FINISHED has no reward."""
+    rewarded = reward if outcome is Outcome.FINISHED else None
+    return Trajectory(key=key, task_id=key.group_id, calls=calls, reward=rewarded, outcome=outcome)
+
+
+def group(*trajectories: Trajectory) -> Group:
+    """The group of these trajectories, which share split and number; its task is made up."""
+    group_id = trajectories[0].key.group_id
+    task = Task(task_id=group_id, payload={})
+    return Group(group_id=group_id, task=task, trajectories=trajectories)

@@ -1,0 +1,254 @@
+"""A policy that is a table of logits: its language, its engine and its learner. See `testing.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent_lightning.learners.base import WeightBucket, Weights
+from agent_lightning.metrics import Max, Mean, Metrics, merge
+from agent_lightning.policy import PolicyBoard
+from agent_lightning.serving.dialects import Choice, Completion, Refusal
+from agent_lightning.serving.gate import Gate
+from agent_lightning.types import Batch, Ints
+
+PAD: Final = 0
+END: Final = 1
+"""Ends every message; sampled, with certainty, after the word."""
+ROLES: Final[Mapping[str, int]] = {"system": 2, "developer": 2, "user": 3, "assistant": 4, "tool": 5}
+FIRST_BYTE: Final = 8
+FIRST_WORD: Final = FIRST_BYTE + 256
+CALL: Final = "call:"
+"""A word that starts so is a tool call where the request has tools: "call:2+3" asks the first tool for 2+3."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToyLanguage:
+    """Text <-> tokens: a word of the vocabulary said by the assistant is one token, any other text is its bytes.
+
+    Example, words ("no", "yes"):
+
+        encode([{"role": "user", "content": "A"}])  # [3 73 1 4]: user "A" END assistant
+        # the policy answers yes END                  [265 1]; a next prompt starts with [3 73 1 4 265 1]
+    """
+
+    words: tuple[str, ...]
+    num_states: int = 1024
+
+    def encode(self, messages: Sequence[Mapping[str, Any]]) -> Ints:
+        """The prompt of a conversation. Raises KeyError, TypeError or ValueError for what is not text."""
+        tokens: list[int] = []
+        for message in messages:
+            text = message.get("content") or ""
+            for tool_call in message.get("tool_calls") or ():
+                text = CALL + json.loads(tool_call["function"]["arguments"])["expression"]
+            known = message["role"] == "assistant" and text in self.words
+            inside = [FIRST_WORD + self.words.index(text)] if known else [FIRST_BYTE + byte for byte in text.encode()]
+            tokens += [ROLES[message["role"]], *inside, END]
+        return np.array([*tokens, ROLES["assistant"]], np.int32)
+
+    def state(self, prompt_T: Ints) -> int:
+        """The row of the table that answers: a hash of the last message of the user or of a tool."""
+        starts = np.flatnonzero((prompt_T == ROLES["user"]) | (prompt_T == ROLES["tool"]))
+        message = prompt_T[starts[-1] + 1 :] if starts.size else prompt_T
+        end = int(np.argmax(message == END))
+        return zlib.crc32(message[:end].astype(np.int32).tobytes()) % self.num_states
+
+
+class ToyEngine:
+    """The policy's engine: exact token ids, true log-probabilities, and errors as vLLM would have them.
+
+    Knows `temperature` (0: the likeliest word, log-probability 0), `max_tokens` and `n`. As in the real engine, one
+    version answers a call from start to end.
+    """
+
+    def __init__(self, language: ToyLanguage, *, seed: int = 0, max_len: int = 4096, delay_s: float = 0.0) -> None:
+        """`max_len`: tokens of prompt and response. `delay_s`: seconds that an answer takes; may be changed."""
+        self.delay_s = delay_s
+        self.version = 0
+        self._language = language
+        self._max_len = max_len
+        self._random = np.random.default_rng(seed)
+        self._table = np.zeros((language.num_states, len(language.words)), np.float32)
+        self._gate = Gate()
+        self._failures = 0
+        self._name = f"toy-{uuid.uuid4().hex[:8]}"
+
+    def fail_next(self, num: int) -> None:
+        """Refuse the next `num` calls, as an engine that is broken does."""
+        self._failures = num
+
+    async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
+        """Answer one chat request."""
+        if self._failures > 0:
+            self._failures -= 1
+            await asyncio.sleep(self.delay_s)
+            return Refusal(status=500, message="the toy engine fails", code="engine_error", type="server_error")
+        try:
+            prompt_T = self._language.encode(request["messages"])
+            temperature, max_tokens = float(request.get("temperature", 1.0)), int(request.get("max_tokens", 2))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            return Refusal(status=400, message=f"{type(error).__name__}: {error}", code="invalid_request")
+        if prompt_T.size >= self._max_len:
+            message = f"This model's maximum context length is {self._max_len} tokens, the prompt has {prompt_T.size}"
+            return Refusal(status=400, message=message, code="context_length_exceeded")
+        if max_tokens < 1 or not temperature >= 0.0:
+            message = f"max_tokens={max_tokens} must be at least 1, temperature={temperature} at least 0"
+            return Refusal(status=400, message=message, code="invalid_request")
+        async with self._gate.call():
+            version = self.version
+            await asyncio.sleep(self.delay_s)
+            choices = tuple(self._sample(prompt_T, temperature, max_tokens) for _ in range(request.get("n") or 1))
+        reply = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": request["model"],
+            "choices": [self._render(index, choice, request) for index, choice in enumerate(choices)],
+            "usage": _usage(prompt_T.size, sum(choice.response_T.size for choice in choices)),
+        }
+        return Completion(reply=reply, prompt_T=prompt_T, choices=choices, policy_version=version)
+
+    async def install(self, weights: Weights) -> None:
+        """Answer with these weights, once the calls in flight are done."""
+        (bucket,) = weights.buckets
+        (entry,) = bucket.parameters
+        async with self._gate.update():
+            raw = np.asarray(bucket.data, np.uint8)[entry["offset"] :].tobytes()
+            self._table = np.frombuffer(raw, entry["dtype"]).reshape(entry["shape"])
+            self.version = weights.version
+
+    async def join(self, board: PolicyBoard) -> None:
+        """Become a replica that `publish` waits for."""
+        current = await board.join(self._name)
+        if current is not None:
+            await self.install(current)
+            await board.installed(self._name, current.version)
+
+    async def follow(self, board: PolicyBoard) -> None:
+        """Install what is published, until cancelled."""
+        try:
+            while True:
+                weights = await board.newer_than(self.version, timeout=60.0)
+                if weights is not None:
+                    await self.install(weights)
+                    await board.installed(self._name, weights.version)
+        finally:
+            await board.leave(self._name)
+
+    def _sample(self, prompt_T: Ints, temperature: float, max_tokens: int) -> Choice:
+        logits = self._table[self._language.state(prompt_T)]
+        if temperature == 0.0:
+            word, logprob = int(np.argmax(logits)), 0.0
+        else:
+            logprobs = _log_softmax(logits / temperature)
+            word = int(self._random.choice(logits.size, p=np.exp(logprobs)))
+            logprob = float(logprobs[word])
+        length = min(2, max_tokens, self._max_len - prompt_T.size)
+        return Choice(
+            response_T=np.array([FIRST_WORD + word, END][:length], np.int32),
+            logprob_T=np.array([logprob, 0.0][:length], np.float32),
+            finish_reason="stop" if length == 2 else "length",
+        )
+
+    def _render(self, index: int, choice: Choice, request: Mapping[str, Any]) -> dict[str, Any]:
+        """One choice as OpenAI JSON."""
+        word = self._language.words[int(choice.response_T[0]) - FIRST_WORD]
+        message: dict[str, Any] = {"role": "assistant", "content": word}
+        finish_reason = choice.finish_reason
+        if word.startswith(CALL) and request.get("tools"):
+            arguments = json.dumps({"expression": word.removeprefix(CALL)})
+            function = {"name": request["tools"][0]["function"]["name"], "arguments": arguments}
+            tool_call = {"id": f"call-{uuid.uuid4().hex[:8]}", "type": "function", "function": function}
+            message |= {"content": None, "tool_calls": [tool_call]}
+            finish_reason = "tool_calls"
+        texts = [word, "<end>"][: choice.response_T.size]
+        content = [
+            {"token": text, "logprob": float(logprob), "bytes": list(text.encode()), "top_logprobs": []}
+            for text, logprob in zip(texts, choice.logprob_T, strict=True)
+        ]
+        logprobs = {"content": content, "refusal": None}
+        return {"index": index, "message": message, "finish_reason": finish_reason, "logprobs": logprobs}
+
+
+class ToyLearner:
+    """The clipped policy gradient of PPO (arXiv 1707.06347, equation 7) on the table, by plain gradient ascent."""
+
+    def __init__(
+        self, language: ToyLanguage, *, lr: float = 8.0, clip_ratio: float = 0.2, temperature: float = 1.0
+    ) -> None:
+        """`temperature`: of the sampling that made the samples."""
+        self._language = language
+        self._lr = lr
+        self._clip_ratio = clip_ratio
+        self._temperature = temperature
+        self.table = np.zeros((language.num_states, len(language.words)), np.float32)
+        self._version = 0
+
+    async def update(self, batches: Sequence[Batch]) -> Metrics:
+        """One step per batch; the log-probability gap is of the first, whose sampler the table still is."""
+        return merge(*(self._step(batch, gap=index == 0) for index, batch in enumerate(batches)))
+
+    async def publish(self) -> Weights:
+        self._version += 1
+        entry = {"name": "table", "dtype": "float32", "shape": list(self.table.shape), "offset": 0}
+        data = np.frombuffer(self.table.tobytes(), np.uint8)
+        return Weights(version=self._version, buckets=(WeightBucket(parameters=(entry,), data=data),))
+
+    async def save(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        np.save(path / "table.npy", self.table)
+
+    async def restore(self, path: Path, version: int) -> None:
+        self.table = np.load(path / "table.npy")
+        self._version = version
+
+    def _step(self, batch: Batch, *, gap: bool) -> Metrics:
+        gradient = np.zeros(self.table.shape, np.float64)
+        objective, clipped, gaps = 0.0, [], []
+        for row, position in np.argwhere(batch.mask_NT):
+            word = int(batch.token_NT[row, position]) - FIRST_WORD
+            old = float(batch.logprob_NT[row, position])
+            if word < 0:  # END is certain: nothing to learn
+                gaps.append(abs(old))
+                continue
+            state = self._language.state(batch.token_NT[row, :position])
+            logprobs = _log_softmax(self.table[state] / self._temperature)
+            gaps.append(abs(float(logprobs[word]) - old))
+            ratio = float(np.exp(logprobs[word] - old))
+            advantage = float(batch.advantage_NT[row, position])
+            weight = float(batch.weight_NT[row, position])
+            bounded = float(np.clip(ratio, 1 - self._clip_ratio, 1 + self._clip_ratio))
+            objective += weight * min(ratio * advantage, bounded * advantage)
+            clipped.append(bounded * advantage < ratio * advantage)
+            if not clipped[-1]:
+                one_hot = np.arange(logprobs.size) == word
+                gradient[state] += weight * advantage * ratio / self._temperature * (one_hot - np.exp(logprobs))
+        self.table = (self.table + self._lr * gradient).astype(np.float32)
+        metrics: dict[str, Mean | Max] = {
+            "learner/loss": Mean.of([-objective]),
+            "learner/grad_norm": Mean.of([float(np.linalg.norm(gradient))]),
+            "learner/clip_fraction": Mean.of(clipped),
+        }
+        if gap:
+            metrics |= {"logprob_gap/mean_abs": Mean.of(gaps), "logprob_gap/max_abs": Max(max(gaps, default=0.0))}
+        return metrics
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()), np.float64)
+
+
+def _usage(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

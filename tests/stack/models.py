@@ -1,0 +1,86 @@
+"""Small random models in Hugging Face format, and what Hugging Face says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from agent_lightning.config import resolve_path
+from agent_lightning.learners.base import WeightBucket, Weights
+from agent_lightning.types import Batch, ModelCall
+
+
+def random_model(folder: Path, *, seed: int, tied: bool) -> LlamaForCausalLM:
+    """A Llama of 0.1M parameters with the tiny policy's tokenizer, saved to `folder`."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_path("examples/calc_x/tiny_policy"))
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        # Large enough that two models differ clearly in what they predict.
+        initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.eval()
+
+
+def as_weights(model: LlamaForCausalLM, version: int, put: Any) -> Weights:
+    """A model's parameters as a learner publishes them; `put` stores the bytes."""
+    entries, pieces, size = [], [], 0
+    for name, tensor in model.named_parameters():
+        raw = tensor.detach().contiguous().view(torch.uint8).reshape(-1).numpy()
+        entries.append({"name": name, "dtype": "float32", "shape": list(tensor.shape), "offset": size})
+        pieces.append(raw)
+        size += raw.size
+    bucket = WeightBucket(parameters=tuple(entries), data=put(np.concatenate(pieces)))
+    return Weights(version=version, buckets=(bucket,))
+
+
+def reference_logprobs(model: Any, call: ModelCall) -> np.ndarray:
+    """Of the call's response tokens, by Hugging Face: float32[T]."""
+    tokens = torch.tensor(np.concatenate([call.prompt_T, call.response_T]).astype(np.int64))[None]
+    with torch.no_grad():
+        logprobs = model(tokens).logits.float().log_softmax(-1)[0]
+    start = len(call.prompt_T)
+    return np.array([float(logprobs[start + i - 1, t]) for i, t in enumerate(call.response_T)], np.float32)
+
+
+def load(folder: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def random_batch(seed: int, *, rows: int, vocab: int) -> Batch:
+    """Rows of unequal length with about half of the later tokens trained, advantages of both signs."""
+    rng = np.random.default_rng(seed)
+    length = rng.integers(12, 32, rows).astype(np.int32)
+    shape = (rows, int(length.max()))
+    mask = np.zeros(shape, np.bool_)
+    for i, end in enumerate(length):
+        mask[i, 6:end] = rng.random(end - 6) < 0.5
+        mask[i, 6] = True
+    weight = mask / mask.sum(1, keepdims=True) / rows
+    return Batch(
+        token_NT=rng.integers(0, vocab, shape).astype(np.int32),
+        mask_NT=mask,
+        logprob_NT=np.where(mask, -rng.uniform(5, 9, shape), 0).astype(np.float32),
+        advantage_NT=np.where(mask, rng.normal(size=(rows, 1)), 0).astype(np.float32),
+        weight_NT=weight.astype(np.float32),
+        length_N=length,
+        num_rollouts=rows,
+    )

@@ -1,0 +1,190 @@
+"""The config: what composes, what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent_lightning.config import from_mapping, load, project_folder, reload, resolve_path, to_mapping, to_yaml
+from agent_lightning.errors import ConfigError
+
+CONF = project_folder("conf")
+
+
+def names(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(["experiment=calc_tiny", *overrides])
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("hardware", names("hardware"))
+@pytest.mark.parametrize("model", names("model"))
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_combination_composes(experiment: str, model: str, hardware: str) -> None:
+    config = load([f"experiment={experiment}", f"model={model}", f"hardware={hardware}"])
+    assert config.experiment == experiment
+    assert config.model.path
+    assert config.hardware.device == ("cpu" if hardware == "cpu" else "cuda")
+
+
+def test_an_experiment_chooses_its_own_data_and_overrides_come_last() -> None:
+    assert load(["experiment=calc_mawps"]).data.train.names == ["mawps_train"]
+    config = load(["steps=7", "experiment=calc_mawps", "algorithm.lr=1e-3", "data.root=/some where"])
+    assert (config.steps, config.algorithm.lr, config.data.root) == (7, 1e-3, "/some where")
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("hardware.port=8000", 8000),
+        ("tracking.tags=[a,b]", ["a", "b"]),
+        ("algorithm.failures.timeout=null", None),
+        ("verl.ulysses_sequence_parallel_size=2", 2),
+        ("vllm.max_num_batched_tokens=512", 512),
+        ("data.train.num=5", 5),
+    ],
+)
+def test_a_key_that_no_file_names_can_be_set(override: str, value: object) -> None:
+    found: object = to_mapping(load(["experiment=calc_tiny", override]))
+    for part in override.partition("=")[0].split("."):
+        assert isinstance(found, dict)
+        found = found[part]
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.lrr=1", "algorithm.lrr: no such key; did you mean algorithm.lr?"),
+        ("lr=1", "lr: no such key; did you mean algorithm.lr?"),
+        ("agnt=calc", "agnt: no such key; did you mean agent?"),
+        ("+data.train.nme=x", "data.train.nme: no such key; did you mean data.train.name?"),
+        ("algorithm.lr=fast", "algorithm.lr=fast: must be a number"),
+        ("steps=1.5", "steps=1.5: must be a whole number"),
+        ("steps=null", "steps=null: must be a whole number"),
+        ("tracking.tensorboard=perhaps", "tracking.tensorboard=perhaps: must be true or false"),
+        ("algorithm.rollouts_per_batch=x", "algorithm.rollouts_per_batch=x: must be a whole number or null"),
+        ("algorithm.failures.timeout=low", "algorithm.failures.timeout=low: must be a number or null"),
+        ("tracking.tags={a: 1}", "tracking.tags={'a': 1}: must be a list; each item text"),
+        ("verl=3", "verl=3: must be a mapping"),
+        ("algorithm=3", "algorithm=3: is a section; set one of its keys, such as algorithm.tasks_per_step"),
+        ("model.path=???", "model.path: missing; give it a value"),
+        ("name=${nowhere}", "name: Interpolation key 'nowhere' not found"),
+        ("steps", "steps: must have the form key=value"),
+        ("=3", "=3: must have the form key=value"),
+        ("steps=[1", "steps=[1: cannot be read; quote a value that has special characters"),
+        ("hardware=huge", "hardware=huge: unknown; choose one of cpu, gpu2, gpu8"),
+        ("experiment=nope", "experiment=nope: unknown; choose one of calc_mawps, calc_tiny, calc_x"),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_says_what_to_do(override: str, message: str) -> None:
+    assert refusal(override) == message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.rollouts_per_task=1", "algorithm.rollouts_per_task=1: must be at least 2"),
+        ("hardware.kv_cache_gib=0", "hardware.kv_cache_gib=0: must be at least 1"),
+        ("sampling.train.max_tokens=0", "sampling.train.max_tokens=0: must be at least 1"),
+        ("hardware.port=70000", "hardware.port=70000: must be from 0 to 65535"),
+        ("hardware.device=tpu", "hardware.device=tpu: must be one of cpu, cuda"),
+        ("agent.timeout_s=0", "agent.timeout_s=0.0: must be above 0"),
+        ("agent.reward_max=0", "agent.reward_min must be below agent.reward_max"),
+    ],
+)
+def test_a_value_out_of_range_names_the_key(override: str, message: str) -> None:
+    assert refusal(override) == message
+
+
+def test_an_outcome_that_is_no_failure_is_refused() -> None:
+    assert refusal("algorithm.failures.timout=0").startswith("algorithm.failures=timout: must be one of agent_error,")
+    assert refusal("algorithm.failures.finished=0").startswith("algorithm.failures=finished: must be one of")
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("generated", "path", "x.jsonl"),
+        ("generated", "names", ["mawps_train"]),
+        ("calcx", "target", "f.py:make"),
+        ("calcx", "split", "train"),
+        ("jsonl", "question_field", "q"),
+        ("hub", "names", ["a"]),
+    ],
+)
+def test_a_source_refuses_a_field_that_it_does_not_read(kind: str, field: str, value: object) -> None:
+    values = to_mapping(load(["experiment=calc_tiny"]))
+    values["data"]["val"] = {"kind": kind, field: value}
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(values)
+    assert str(caught.value) == f"data.val.{field}={value}: not read by kind={kind}; remove it"
+
+
+def test_a_kind_of_source_that_there_is_not_is_refused() -> None:
+    assert refusal("data.train.kind=csv") == "data.train.kind=csv: must be one of generated, calcx, jsonl, hub"
+
+
+def test_no_experiment_is_one_line_with_the_choices() -> None:
+    with pytest.raises(ConfigError, match=r"^experiment: missing; .* one of calc_mawps, calc_tiny, calc_x$"):
+        load(["steps=3"])
+
+
+def test_a_refusal_leaves_nothing_behind() -> None:
+    before = load(["experiment=calc_tiny"])
+    refusal("steps=[1")
+    refusal("algorithm.lrr=1")
+    assert load(["experiment=calc_tiny"]) == before
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    config = load(["experiment=calc_tiny", "steps=9", "tracking.tags=[a]", "algorithm.failures.timeout=null"])
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert reload(file, []) == config
+    assert from_mapping(to_mapping(config)) == config
+    assert reload(file, ["steps=12", "algorithm.lr=1e-4"]).steps == 12
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.lrr=1", "algorithm.lrr: no such key; did you mean algorithm.lr?"),
+        ("steps=many", "steps=many: must be a whole number"),
+        ("steps", "steps: must have the form key=value"),
+        ("hardware=gpu2", "hardware=gpu2: is a section; set one of its keys, such as hardware.device"),
+        ("experiment=calc_x", "experiment=calc_x: a resumed run keeps its own experiment; leave it out"),
+    ],
+)
+def test_reload_refuses_in_the_same_words(tmp_path: Path, override: str, message: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(load(["experiment=calc_tiny"])))
+    with pytest.raises(ConfigError) as caught:
+        reload(file, [override])
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("text", ["steps: [1", "- a\n- b\n", "stepz: 3\n", "steps: 3\n"])
+def test_a_damaged_config_file_is_one_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        reload(file, [])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_is_of_the_working_folder_else_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_path("examples/calc_x/agent.py") == str(project_folder("examples") / "calc_x" / "agent.py")
+    mine = tmp_path / "examples" / "calc_x" / "agent.py"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    assert resolve_path("examples/calc_x/agent.py") == str(mine)
+    assert resolve_path("some-org/some-model") == "some-org/some-model"

@@ -1,0 +1,186 @@
+"""Whatever an agent does becomes its outcome and is counted, and the other agents go on and learn."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import openai
+import pytest
+
+from agent_lightning.credit import FailurePolicy
+from agent_lightning.rollout import AgentSpec
+from agent_lightning.testing import ToyWorld
+from agent_lightning.types import Outcome, Policy, Task, Trajectory
+
+WORDS = ("0", "1", "2", "3")
+GOOD = [Task(task_id=f"good-{n}", payload={"do": "answer", "answer": str(n + 1)}) for n in range(2)]
+MAX_CALLS = 5
+FAULTS = {
+    "raise": Outcome.AGENT_ERROR,
+    "raise a timeout": Outcome.AGENT_ERROR,
+    "exit": Outcome.AGENT_ERROR,
+    "hang": Outcome.TIMEOUT,
+    "never stop": Outcome.TIMEOUT,
+    "nan": Outcome.BAD_REWARD,
+    "none": Outcome.BAD_REWARD,
+    "text": Outcome.BAD_REWARD,
+    "too much": Outcome.BAD_REWARD,
+    "ask nothing": Outcome.NO_MODEL_CALL,
+    "ask too long": Outcome.OVERLONG_PROMPT,
+    "ask nonsense": Outcome.AGENT_ERROR,
+    "ask for ever": Outcome.TOO_MANY_CALLS,
+    "ask many at once": Outcome.TOO_MANY_CALLS,
+}
+
+
+class Agent:
+    """Does what its task says: answers, or misbehaves."""
+
+    def __init__(self, client: openai.AsyncOpenAI) -> None:
+        self.client = client
+
+    async def ask(self, policy: Policy, text: object) -> str | None:
+        client = self.client.with_options(base_url=policy.base_url)
+        messages: Any = [{"role": "user", "content": text}]
+        return (await client.chat.completions.create(model=policy.model, messages=messages)).choices[0].message.content
+
+    async def __call__(self, task: Mapping[str, Any], policy: Policy) -> object:
+        if task["do"] == "ask nothing":
+            return 1.0
+        said = await self.ask(policy, f"{task['do']} {task.get('answer')}")
+        match task["do"]:
+            case "raise":
+                raise ValueError("a bug")
+            case "raise a timeout":
+                raise TimeoutError
+            case "exit":
+                raise SystemExit(1)
+            case "hang":
+                await asyncio.sleep(60)
+            case "never stop":
+                while True:
+                    try:
+                        await asyncio.sleep(0.2)
+                    except asyncio.CancelledError:
+                        return 1.0
+            case "nan":
+                return math.nan
+            case "none":
+                return None
+            case "text":
+                return said
+            case "too much":
+                return 2.0
+            case "ask too long":
+                await self.ask(policy, "word " * 1000)
+            case "ask nonsense":
+                await self.ask(policy, 5)
+            case "ask for ever":
+                while True:
+                    await self.ask(policy, "more")
+            case "ask many at once":
+                await asyncio.gather(*(self.ask(policy, "more") for _ in range(200)))
+            case "fail where wrong" if said != task["answer"]:
+                raise ValueError("the tool did not understand that")
+        return float(said == task.get("answer"))
+
+
+@pytest.fixture
+async def agent() -> AsyncIterator[AgentSpec]:
+    async with openai.AsyncOpenAI(base_url="http://unset.invalid", api_key="any", max_retries=0) as client:
+        yield AgentSpec(target=Agent(client), mode="async", timeout_s=0.5, concurrency=64)
+
+
+def make_world(agent: AgentSpec, tasks: list[Task], **settings: Any) -> ToyWorld:
+    settings = {"rollouts_per_task": 8, "max_calls": MAX_CALLS, "max_len": 1024, **settings}
+    return ToyWorld(agent=agent, tasks=tasks, words=WORDS, val_tasks=GOOD, **settings)
+
+
+def trajectories_of(world: ToyWorld, name: str) -> list[Trajectory]:
+    return [t for group in world.observer.groups for t in group.trajectories if t.task_id == name]
+
+
+@pytest.mark.parametrize("kind", ["ends badly", "floods"])
+async def test_faulty_agents_are_counted_and_the_others_finish(agent: AgentSpec, kind: str) -> None:
+    floods = [name for name in FAULTS if name.startswith("ask ")]
+    names = floods if kind == "floods" else [name for name in FAULTS if name not in floods]
+    tasks = [*GOOD, *(Task(task_id=name, payload={"do": name}) for name in names)]
+    if kind == "floods":
+        agent = replace(agent, timeout_s=20.0)  # all of them share one event loop with the gateway
+    async with asyncio.timeout(25), make_world(agent, tasks, rollouts_per_task=4) as world:
+        state = await world.train(steps=1)
+        stats = await world.buffer.stats()
+    expected = Counter({FAULTS[name].value: 0 for name in names})
+    for name in names:
+        ended = trajectories_of(world, name)
+        assert {t.outcome for t in ended} == {FAULTS[name]}, (name, ended[0].error)
+        assert all(t.reward is None and t.error and "\n" not in t.error for t in ended)
+        expected[FAULTS[name].value] += len(ended)
+    assert state.failed == expected == Counter({outcome.value: num for outcome, num in stats.failed.items()})
+    record = world.observer.records[0]
+    assert {name: record[f"rollouts/failed/{name}"] for name in expected} == expected
+    assert state.admitted == state.trained + sum(state.dropped.values()) == 4 * len(tasks)
+    assert all(t.outcome is Outcome.FINISHED for task in GOOD for t in trajectories_of(world, task.task_id))
+
+
+async def test_the_others_learn_beside_them(agent: AgentSpec) -> None:
+    faults = ("raise", "nan", "ask nothing", "ask for ever")
+    tasks = [*GOOD, *(Task(task_id=name, payload={"do": name}) for name in faults)]
+    async with asyncio.timeout(25), make_world(agent, tasks) as world:
+        state = await world.train(steps=7)
+    assert state.val_rewards[0][1] == 0.0
+    assert state.val_rewards[-1][1] == 1.0
+    assert state.failed == {"agent_error": 56, "bad_reward": 56, "no_model_call": 56, "too_many_calls": 56}
+
+
+async def test_no_more_calls_are_sampled_than_a_rollout_may_make(agent: AgentSpec) -> None:
+    tasks = [Task(task_id=name, payload={"do": name}) for name in ("ask for ever", "ask many at once")]
+    agent = replace(agent, timeout_s=20.0)
+    async with make_world(agent, [*GOOD, *tasks], rollouts_per_task=2) as world:
+        await world.train(steps=1)
+    for name in ("ask for ever", "ask many at once"):
+        assert {len(t.calls) for t in trajectories_of(world, name)} == {MAX_CALLS}
+
+
+async def test_failures_are_learned_from(agent: AgentSpec) -> None:
+    """A failure is worth 0 by default: the policy learns what does not make its agent fail."""
+    tasks = [Task(task_id="t", payload={"do": "fail where wrong", "answer": "2"})]
+    async with make_world(agent, tasks, rollouts_per_task=16) as world:
+        world.loop.val_tasks = tasks
+        state = await world.train(steps=10)
+    assert (state.val_rewards[0][1], state.val_rewards[-1][1]) == (0.0, 1.0)
+    first, last = world.observer.records[0], world.observer.records[-1]
+    assert first["rollout/finished"] < 0.6 < 0.8 < last["rollout/finished"]
+
+
+async def test_failures_that_are_masked_are_not_learned_from(agent: AgentSpec) -> None:
+    tasks = [*GOOD, Task(task_id="t", payload={"do": "fail where wrong", "answer": "2"})]
+    async with make_world(agent, tasks) as world:
+        world.loop.plan = replace(world.loop.plan, failures=FailurePolicy.of({"agent_error": None}))
+        state = await world.train(steps=1)
+    assert state.dropped["masked_agent_error"] == state.failed["agent_error"] > 0
+
+
+async def test_engine_failures_are_nobodys_fault(agent: AgentSpec) -> None:
+    async with make_world(agent, GOOD) as world:
+        await world.loop.evaluate()
+        world.engine.fail_next(4)
+        state = await world.train(steps=1)
+    assert state.failed == {"engine_error": 4}
+    assert state.dropped["masked_engine_error"] == 4
+    assert world.observer.records[0]["rollout/finished"] == 12 / 16
+
+
+async def test_agents_that_time_out_all_together_cost_one_timeout(agent: AgentSpec) -> None:
+    tasks = [*GOOD, Task(task_id="hang", payload={"do": "hang"})]
+    async with make_world(agent, tasks, rollouts_per_task=16) as world:
+        started = time.monotonic()
+        state = await world.train(steps=1)
+        assert time.monotonic() - started < 2.5
+    assert state.failed == {"timeout": 16}
