@@ -153,6 +153,7 @@ async def system(
         )
         board = cluster.spawn(PolicyBoard)
         name = f"agl-{secrets.token_hex(3)}"
+        await asyncio.to_thread(app.start_proxy, hardware.host, port)
         serving = asyncio.to_thread(
             app.start,
             name=name,
@@ -264,7 +265,7 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
     for _ in range(number):
         worker = cluster.spawn(
             RolloutWorker,
-            options={"scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": -1},
+            options={"scheduling_strategy": "SPREAD"},
             buffer=buffer,
             agent=spec,
             policy_url=service.url,

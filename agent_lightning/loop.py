@@ -132,8 +132,12 @@ class Loop:
         if not self.state.val_rewards:
             await self.evaluate()
         while self.state.step < self.plan.steps and not self.stop.is_set():
-            if not await self.step():
-                break
+            try:
+                if not await self.step():
+                    break
+            except StepFailed:
+                await self.save(force=True)
+                raise
             self.state.wall_s = time.monotonic() - started
             last = self.state.step == self.plan.steps
             if last or (self.plan.eval_every and self.state.step % self.plan.eval_every == 0):
@@ -147,7 +151,7 @@ class Loop:
     async def step(self) -> bool:
         """One step; False where it was given up because the run stops."""
         clock = Clock()
-        before = replace(self.state.cursor)
+        before, version = replace(self.state.cursor), self.state.version
         tasks = self.state.cursor.next(self.train_tasks, self.plan.tasks_per_step)
         groups = await self.generate(tasks, split="train", num_rollouts=self.plan.rollouts_per_task)
         clock.lap("generate")
@@ -171,7 +175,7 @@ class Loop:
             clock.lap("update")
             await self.publish()
             clock.lap("publish")
-        await self._account(groups, credits, learned, clock)
+        await self._account(groups, version, credits, learned, clock)
         return True
 
     async def generate(self, tasks: Sequence[Task], *, split: Split, num_rollouts: int) -> list[Group] | None:
@@ -233,8 +237,10 @@ class Loop:
             max_tokens=self.plan.max_sample_tokens,
         )
 
-    async def _account(self, groups: list[Group], credits: list[Credit], learned: Metrics, clock: Clock) -> None:
-        """Close the books of a step: the buffer's, the run's, and the record that is logged."""
+    async def _account(
+        self, groups: list[Group], version: int, credits: list[Credit], learned: Metrics, clock: Clock
+    ) -> None:
+        """Close the books of a step whose rollouts are of `version`: the buffer's, the run's, and what is logged."""
         state = self.state
         state.step += 1
         trained = sum(one.trained_rollouts for one in credits)
@@ -256,11 +262,11 @@ class Loop:
             state.gap_total += record["logprob_gap/mean_abs"] * tokens
             state.gap_count += tokens
             state.gap_max = max(state.gap_max, record["logprob_gap/max_abs"])
-        record |= {"tokens/sampled": sampled, "tokens/trained": tokens, "policy/version": state.version}
+        record |= {"tokens/sampled": sampled, "tokens/trained": tokens, "policy/version": version}
         record |= {"rollouts/trained": trained}
         record |= {f"rollouts/dropped/{reason}": count for reason, count in dropped.items()}
         record |= {f"rollouts/failed/{outcome}": count for outcome, count in failed.items()}
-        self.observer.rollouts(state.step, state.version, groups)
+        self.observer.rollouts(state.step, version, groups)
         seconds = clock.finish()
         state.seconds.update(seconds)
         record |= {f"time/{'step' if name == 'total' else name}": spent for name, spent in seconds.items()}
@@ -282,6 +288,8 @@ class Loop:
         try:
             yield
         finally:
+            if watching.done():
+                watching.result()  # it only ends by itself with an error
             watching.cancel()
 
 

@@ -4,9 +4,9 @@ The policy is a table of logits: what was asked last chooses the row, and one wo
 answer. Everything else is real: HTTP, gateway, buffer, rollout workers, credit, batches, weights and the loop.
 
     async def solve(task, policy):
-        client = AsyncOpenAI(base_url=policy.base_url, api_key=policy.api_key)
         messages = [{"role": "user", "content": task["question"]}]
-        reply = await client.chat.completions.create(model=policy.model, messages=messages)
+        async with AsyncOpenAI(base_url=policy.base_url, api_key=policy.api_key) as client:
+            reply = await client.chat.completions.create(model=policy.model, messages=messages)
         return float(reply.choices[0].message.content == task["answer"])
 
     tasks = [Task(task_id="sky", payload={"question": "The sky is", "answer": "blue"})]

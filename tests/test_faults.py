@@ -85,7 +85,7 @@ class Agent:
                 while True:
                     await self.ask(policy, "more")
             case "ask many at once":
-                await asyncio.gather(*(self.ask(policy, "more") for _ in range(200)))
+                await asyncio.gather(*(self.ask(policy, "more") for _ in range(100)))
             case "fail where wrong" if said != task["answer"]:
                 raise ValueError("the tool did not understand that")
         return float(said == task.get("answer"))
@@ -94,7 +94,7 @@ class Agent:
 @pytest.fixture
 async def agent() -> AsyncIterator[AgentSpec]:
     async with openai.AsyncOpenAI(base_url="http://unset.invalid", api_key="any", max_retries=0) as client:
-        yield AgentSpec(target=Agent(client), mode="async", timeout_s=0.5, concurrency=64)
+        yield AgentSpec(target=Agent(client), mode="async", timeout_s=20.0, concurrency=64)
 
 
 def make_world(agent: AgentSpec, tasks: list[Task], **settings: Any) -> ToyWorld:
@@ -111,9 +111,9 @@ async def test_faulty_agents_are_counted_and_the_others_finish(agent: AgentSpec,
     floods = [name for name in FAULTS if name.startswith("ask ")]
     names = floods if kind == "floods" else [name for name in FAULTS if name not in floods]
     tasks = [*GOOD, *(Task(task_id=name, payload={"do": name}) for name in names)]
-    if kind == "floods":
-        agent = replace(agent, timeout_s=20.0)  # all of them share one event loop with the gateway
-    async with asyncio.timeout(25), make_world(agent, tasks, rollouts_per_task=4) as world:
+    # Long enough where nothing hangs: all share one event loop with the gateway.
+    agent = replace(agent, timeout_s=20.0 if kind == "floods" else 1.5)
+    async with asyncio.timeout(25), make_world(agent, tasks, rollouts_per_task=2) as world:
         state = await world.train(steps=1)
         stats = await world.buffer.stats()
     expected = Counter({FAULTS[name].value: 0 for name in names})
@@ -125,7 +125,7 @@ async def test_faulty_agents_are_counted_and_the_others_finish(agent: AgentSpec,
     assert state.failed == expected == Counter({outcome.value: num for outcome, num in stats.failed.items()})
     record = world.observer.records[0]
     assert {name: record[f"rollouts/failed/{name}"] for name in expected} == expected
-    assert state.admitted == state.trained + sum(state.dropped.values()) == 4 * len(tasks)
+    assert state.admitted == state.trained + sum(state.dropped.values()) == 2 * len(tasks)
     assert all(t.outcome is Outcome.FINISHED for task in GOOD for t in trajectories_of(world, task.task_id))
 
 
@@ -141,7 +141,6 @@ async def test_the_others_learn_beside_them(agent: AgentSpec) -> None:
 
 async def test_no_more_calls_are_sampled_than_a_rollout_may_make(agent: AgentSpec) -> None:
     tasks = [Task(task_id=name, payload={"do": name}) for name in ("ask for ever", "ask many at once")]
-    agent = replace(agent, timeout_s=20.0)
     async with make_world(agent, [*GOOD, *tasks], rollouts_per_task=2) as world:
         await world.train(steps=1)
     for name in ("ask for ever", "ask many at once"):
@@ -179,8 +178,8 @@ async def test_engine_failures_are_nobodys_fault(agent: AgentSpec) -> None:
 
 async def test_agents_that_time_out_all_together_cost_one_timeout(agent: AgentSpec) -> None:
     tasks = [*GOOD, Task(task_id="hang", payload={"do": "hang"})]
-    async with make_world(agent, tasks, rollouts_per_task=16) as world:
+    async with make_world(replace(agent, timeout_s=1.5), tasks, rollouts_per_task=16) as world:
         started = time.monotonic()
         state = await world.train(steps=1)
-        assert time.monotonic() - started < 2.5
+        assert time.monotonic() - started < 5
     assert state.failed == {"timeout": 16}

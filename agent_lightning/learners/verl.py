@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from tensordict import TensorDict
     from verl.workers.config import TrainingWorkerConfig
 
-CPU_ENVIRONMENT = {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "TORCH_COMPILE_DISABLE": "1"}
+CPU_ENVIRONMENT = {
+    "VERL_PLATFORM": "cpu",
+    "VERL_ENGINE_DEVICE": "cuda",
+    "VERL_LOGGING_LEVEL": "WARNING",
+    "TORCH_COMPILE_DISABLE": "1",
+}
 """What makes veRL choose our platform and its device-neutral FSDP engine."""
 
 

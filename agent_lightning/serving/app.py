@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
@@ -23,6 +24,12 @@ SERVE_ENVIRONMENT = {
     # Measured on 2 cores: several times the requests per second of Serve's default proxy.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # On a busy laptop a proxy takes longer to come up than Serve's few seconds, after which it would be killed.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120",
+    # Ray runs its workers at nice 15: a browser beside them would slow them many times over.
+    "RAY_worker_niceness": "0",
 }
 """Read when Serve starts, so it must be set before Ray does."""
 
@@ -107,6 +114,17 @@ class Service:
         serve.delete(self.app)
 
 
+def start_proxy(host: str, port: int) -> None:
+    """Start Serve and its HTTP proxy. Raises EngineError.
+
+    Before anything heavy: Serve gives its proxy a minute, which imports on all cores would use up.
+    """
+    try:
+        serve.start(http_options={"host": host, "port": port, "request_timeout_s": None})
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        raise EngineError(f"Ray Serve's proxy did not start on {host}:{port}: {type(error).__name__}") from error
+
+
 def start(
     *, name: str, config: ServingConfig, gateway: GatewayConfig, recorder: Recorder, board: PolicyBoard
 ) -> Service:
@@ -123,7 +141,6 @@ def start(
         )
         .bind(policy, recorder, gateway)
     )
-    serve.start(http_options={"host": config.host, "port": config.port, "request_timeout_s": None})
     try:
         serve.run(app, name=name, route_prefix=f"/{name}")
     except RuntimeError as error:
