@@ -180,7 +180,8 @@ def _training(config: LearnerConfig, *, forward_only: bool) -> TrainingWorkerCon
     on_cpu = config.device == "cpu"
     engine = {
         "strategy": "fsdp2",
-        "forward_only": forward_only,
+        # On a CPU veRL would pin the memory of a forward-only model, which needs an accelerator.
+        "forward_only": forward_only and config.device != "cpu",
         "use_torch_compile": False,
         "model_dtype": "fp32",
         "dtype": config.dtype,

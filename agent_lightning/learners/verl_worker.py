@@ -96,7 +96,7 @@ def policy_loss(
     )
     out = Metric.from_dict(metrics, aggregation=AggregationType.MEAN)
     if config.use_kl_loss:
-        reference = torch.roll(data["ref_log_probs"].values(), shifts=-1)
+        reference = data["ref_log_probs"].values()  # as the model gave them: aligned with log_probs already
         kl = kl_penalty(logprob=log_probs, ref_logprob=reference, kl_penalty=config.kl_loss_type)
         kl_loss = (kl * weights)[mask].sum() * data["dp_size"]
         loss = loss + config.kl_loss_coef * kl_loss

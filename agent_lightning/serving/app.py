@@ -167,8 +167,6 @@ def _llm_settings(config: ServingConfig) -> dict[str, Any]:
         engine |= {"enable_auto_tool_choice": True, "tool_call_parser": config.tool_parser}
     if on_cpu:
         engine |= {"enforce_eager": True}
-        if config.tensor_parallel_size == 1:
-            engine |= {"distributed_executor_backend": "uni"}
     else:
         engine |= {"gpu_memory_utilization": config.gpu_memory_utilization}
     return {
@@ -185,6 +183,8 @@ def _environment(config: ServingConfig) -> dict[str, str]:
     environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     if config.device == "cpu":
         environment |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib)}
+        # The cores are shared with the learner and the agents: pinning the engine to some would starve them.
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return environment
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from pydantic import ValidationError
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
@@ -28,12 +29,26 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 30.0
 
 
+class OneProcessEngine(VLLMEngine):
+    """Ray's vLLM engine with the model in the engine's own process.
+
+    Ray asks for a worker process of its own on a CPU; with one worker that is one more import of vLLM at the start,
+    and a message to and fro for every step.
+    """
+
+    def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
+        vllm_engine_config.parallel_config.distributed_executor_backend = "uni"
+        return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
+
+
 class PolicyServer:
     """Ray's LLM server, which also stamps each reply with the version that made it and installs new weights."""
 
     def __init__(self, settings: Mapping[str, Any], board: PolicyBoard) -> None:
         """`settings`: the fields of Ray's LLMConfig."""
-        self._server = LLMServer.sync_init(LLMConfig(**settings))
+        config = LLMConfig(**settings)
+        alone = config.accelerator_config.kind == "cpu" and len(settings["placement_group_config"]["bundles"]) == 1
+        self._server = LLMServer.sync_init(config, engine_cls=OneProcessEngine if alone else VLLMEngine)
         self._board = board
         self._replica = uuid.uuid4().hex[:8]
         self._version = 0
