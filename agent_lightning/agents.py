@@ -54,6 +54,10 @@ _LONGEST_VARIABLE = 100_000
 """Linux refuses environment variables of 128 KiB (MAX_ARG_STRLEN): a longer task is on stdin only."""
 
 
+_IMPORT_ERRORS = (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError, OSError)
+"""What a user's module raises on import when it is wrong."""
+
+
 def load(target: str) -> Agent:
     """The function that a target names. Raises ConfigError where there is none.
 
@@ -67,8 +71,8 @@ def load(target: str) -> Agent:
         raise ConfigError(f"{target!r} names no function: write package.module:function or path/to/file.py:function")
     try:
         module = _load_file(_find(where)) if where.endswith(".py") else importlib.import_module(where)
-    except ImportError as error:
-        raise ConfigError(f"{target!r} cannot be imported: {error}") from error
+    except _IMPORT_ERRORS as error:
+        raise ConfigError(f"{target!r} cannot be imported: {type(error).__name__}: {error}") from error
     found = vars(module).get(name)
     if not callable(found):
         raise ConfigError(f"{target!r}: there is no function {name!r} in {where}")

@@ -397,3 +397,11 @@ async def test_a_worker_whose_agent_is_missing_does_not_start() -> None:
             buffer=Buffer(run_secret=RUN_SECRET), agent=make_spec(f"{FILE}:nothing"), policy_url="http://x", model="m"
         )
     assert os.environ.get("AGL_TASK") is None  # nothing leaks into this process
+
+
+@pytest.mark.parametrize("text", ["def solve(:\n", "import no_such_module_at_all\n", "unknown_name\n"])
+def test_a_file_that_cannot_be_imported_is_a_config_error_in_one_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "agent.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        load(f"{file}:solve")
