@@ -89,6 +89,7 @@ async def test_one_and_two_ranks_and_plain_torch_give_the_same_update(tmp_path: 
     assert one_metrics["logprob_gap/max_abs"].value == pytest.approx(two_metrics["logprob_gap/max_abs"].value, rel=1e-3)
 
 
+@pytest.mark.slow
 async def test_kl_to_the_start_is_zero_at_first_then_grows_and_a_checkpoint_restores(tmp_path: Path) -> None:
     model = random_model(tmp_path / "model", seed=0, tied=False)
     batch = random_batch(1, rows=8, vocab=model.config.vocab_size)
