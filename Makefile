@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-pure test-slow test-gpu check bench lock clean
+.PHONY: help venv train test test-pure test-slow check bench lock clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --durations=10 --durations-min=1
@@ -25,9 +25,6 @@ test-pure: venv ## the tests that start no Ray: seconds
 
 test-slow: venv ## the tests that take minutes each
 	$(PYTEST) -m slow $(ARGS)
-
-test-gpu: venv ## the tests that need a CUDA device
-	$(PYTEST) -m gpu $(ARGS)
 
 check: venv ## lint, format, types, import contracts, house figures
 	$(BIN)/ruff check $(SOURCES)
