@@ -77,13 +77,14 @@ def kill_handles(handles: Sequence[Any]) -> None:
         ray.kill(handle)
 
 
-def init_ray(address: str | None = None, num_cpus: int | None = None, *, dashboard: bool = False) -> None:
+def init_ray(address: str | None = None, num_cpus: int | None = None, *, dashboard: bool = False) -> bool:
     """Join the cluster at `address` (or in RAY_ADDRESS, as in a submitted job), else start one on this machine.
 
     `num_cpus` and `dashboard` are of the cluster that is started. Does nothing where Ray already runs here.
+    Returns whether it started one, which then ends with `shutdown_ray`.
     """
     if ray.is_initialized():
-        return
+        return False
     address = address or os.environ.get("RAY_ADDRESS")
     if address in (None, "local"):
         ray.init(
@@ -93,8 +94,9 @@ def init_ray(address: str | None = None, num_cpus: int | None = None, *, dashboa
             log_to_driver=False,
             logging_level="ERROR",
         )
-    else:
-        ray.init(address=address, log_to_driver=False)
+        return True
+    ray.init(address=address, log_to_driver=False)
+    return False
 
 
 def shutdown_ray() -> None:

@@ -141,7 +141,7 @@ async def system(
     prepare_environment()
     cpus = hardware.replicas * hardware.tensor_parallel_size + hardware.learner_processes * 2 + 1
     async with AsyncExitStack() as stack:
-        await asyncio.to_thread(cluster.init_ray, hardware.address, cpus if hardware.device == "cpu" else None)
+        own = await asyncio.to_thread(cluster.init_ray, hardware.address, cpus if hardware.device == "cpu" else None)
         stack.callback(cluster.shutdown_ray)
         run_secret = secrets.token_bytes(32)
         buffer = cluster.spawn(
@@ -153,7 +153,6 @@ async def system(
         )
         board = cluster.spawn(PolicyBoard)
         name = f"agl-{secrets.token_hex(3)}"
-        await asyncio.to_thread(app.start_proxy, hardware.host, port)
         serving = asyncio.to_thread(
             app.start,
             name=name,
@@ -169,7 +168,8 @@ async def system(
             raise service
         if isinstance(learner, BaseException):
             raise learner
-        stack.callback(service.stop)
+        if not own:  # one's own cluster ends with all that is in it; Serve would take half a minute
+            stack.callback(service.stop)
         await app.wait_until_healthy(service.url, timeout=60.0)
         await _start_workers(config, buffer, service, workers, stack)
         yield System(buffer=buffer, board=board, service=service, learner=learner, run_secret=run_secret)

@@ -29,8 +29,9 @@ pip=.venv/bin/pip
 # build, which would bring several GB of CUDA packages.
 "$pip" install -q --no-deps torch==2.13.0+cpu 2>/dev/null ||
   "$pip" install -q --no-deps torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu
-# uv is about eight times faster than pip; pip reads configuration that uv does not, so it is the second try.
-.venv/bin/uv pip install -q --native-tls --no-deps -r requirements/cpu.lock 2>/dev/null ||
+# uv is about eight times faster than pip; pip reads configuration that uv does not, so it is the second try. Bytecode
+# is made here, as pip does: where PYTHONDONTWRITEBYTECODE is set, each of a dozen processes would compile its imports.
+.venv/bin/uv pip install -q --native-tls --compile-bytecode --no-deps -r requirements/cpu.lock 2>/dev/null ||
   "$pip" install -q --no-deps -r requirements/cpu.lock
 install_project
 echo "$locked" > .venv/.locked

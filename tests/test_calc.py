@@ -374,6 +374,7 @@ def test_solution_is_a_chat_that_the_agent_would_have(serve):
     assert json.loads(request["tool_calls"][0]["function"]["arguments"]) == {"expression": row["equation"]}
     assert tool["content"] == row["result"]
     assert reward.score(row, answer["content"]) == 1.0
+    assert problems.solution(row, in_the_head=True) == [system, user, answer]
     with pytest.raises(ValueError, match="2\\+2 does not lead to 5"):
         problems.solution({"question": "?", "equation": "2+2", "result": "5"})
 

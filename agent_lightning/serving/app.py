@@ -6,11 +6,13 @@ import asyncio
 import socket
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
 from ray import serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
@@ -114,17 +116,6 @@ class Service:
         serve.delete(self.app)
 
 
-def start_proxy(host: str, port: int) -> None:
-    """Start Serve and its HTTP proxy. Raises EngineError.
-
-    Before anything heavy: Serve gives its proxy a minute, which imports on all cores would use up.
-    """
-    try:
-        serve.start(http_options={"host": host, "port": port, "request_timeout_s": None})
-    except (ray.exceptions.RayError, TimeoutError) as error:
-        raise EngineError(f"Ray Serve's proxy did not start on {host}:{port}: {type(error).__name__}") from error
-
-
 def start(
     *, name: str, config: ServingConfig, gateway: GatewayConfig, recorder: Recorder, board: PolicyBoard
 ) -> Service:
@@ -141,11 +132,35 @@ def start(
         )
         .bind(policy, recorder, gateway)
     )
-    try:
-        serve.run(app, name=name, route_prefix=f"/{name}")
-    except RuntimeError as error:
-        raise EngineError(f"the policy's engine did not start: {_cause(name, error)}") from error
+    with ThreadPoolExecutor(1) as thread:
+        proxy = thread.submit(_start_proxy, config.host, config.port)
+        _wait_for_controller(proxy)
+        try:
+            # The replicas start while the proxy does: Serve's own `start` would have them wait for it.
+            serve.run(app, name=name, route_prefix=f"/{name}")
+        except RuntimeError as error:
+            raise EngineError(f"the policy's engine did not start: {_cause(name, error)}") from error
+        proxy.result()
     return Service(url=f"http://{config.host}:{config.port}/{name}", app=name, start_s=time.monotonic() - started)
+
+
+def _start_proxy(host: str, port: int) -> None:
+    """Start Serve and its HTTP proxy. Raises EngineError."""
+    try:
+        serve.start(http_options={"host": host, "port": port, "request_timeout_s": None})
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        raise EngineError(f"Ray Serve's proxy did not start on {host}:{port}: {type(error).__name__}") from error
+
+
+def _wait_for_controller(proxy: Future[None]) -> None:
+    """Until Serve's controller is there, or `serve.start` is over. Raises what that raised."""
+    while not proxy.done():
+        try:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            return
+        except ValueError:  # not yet
+            time.sleep(0.1)
+    proxy.result()
 
 
 def _llm_settings(config: ServingConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any
 
 import ray
 from pydantic import ValidationError
+from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
@@ -41,14 +43,30 @@ class OneProcessEngine(VLLMEngine):
         return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
 
 
+class _NothingToDownload(CallbackBase):
+    """For a model in a local folder: Ray's download step is a worker process more, and an import of vLLM in it."""
+
+    async def on_before_node_init(self) -> None:
+        self.ctx.run_init_node = False
+
+
+class _Server(LLMServer):
+    """Ray's LLM server without its usage report, which starts an actor and waits for it before the first call."""
+
+    async def _start_engine(self) -> None:
+        await self.engine.start()
+
+
 class PolicyServer:
     """Ray's LLM server, which also stamps each reply with the version that made it and installs new weights."""
 
     def __init__(self, settings: Mapping[str, Any], board: PolicyBoard) -> None:
         """`settings`: the fields of Ray's LLMConfig."""
         config = LLMConfig(**settings)
+        if os.path.isdir(config.model_loading_config.model_source):
+            config.callback_config.callback_class = _NothingToDownload
         alone = config.accelerator_config.kind == "cpu" and len(settings["placement_group_config"]["bundles"]) == 1
-        self._server = LLMServer.sync_init(config, engine_cls=OneProcessEngine if alone else VLLMEngine)
+        self._server = _Server.sync_init(config, engine_cls=OneProcessEngine if alone else VLLMEngine)
         self._board = board
         self._replica = uuid.uuid4().hex[:8]
         self._version = 0

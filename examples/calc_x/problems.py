@@ -53,30 +53,34 @@ def generate(seed: int, num: int, split: Literal["train", "val"]) -> list[dict[s
             "result": render(evaluate(equation)),
             "equation": equation,
             "kind": kind.name,
-            "steps": len(re.findall(r"[-+*/]", equation)),
+            "steps": operations(equation),
         }
     return list(rows.values())
 
 
-def solution(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The ideal chat for a row with question, equation and result: OpenAI messages.
+def solution(row: Mapping[str, Any], *, in_the_head: bool = False) -> list[dict[str, Any]]:
+    """A right chat for a row with question, equation and result: OpenAI messages.
 
     system, user, assistant with the tool call calculator(expression=row["equation"]), tool, and at last the
-    assistant's "The answer is 42.", which is the row's result.
+    assistant's "The answer is 42.", which is the row's result. `in_the_head`: that answer at once, without the tool.
     Raises ValueError where the equation does not lead to the result (within 1 %: some results are rounded).
     """
     equation, result = str(row["equation"]), evaluate(str(row["result"]))
     if abs(evaluate(equation) - result) > 0.01 * abs(result):
         raise ValueError(f"{equation} does not lead to {row['result']}")
+    asked = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["question"]}]
+    answer = {"role": "assistant", "content": f"The answer is {render(result)}."}
+    if in_the_head:
+        return [*asked, answer]
     arguments = json.dumps({"expression": equation})
     tool_call = {"id": "call_0", "type": "function", "function": {"name": "calculator", "arguments": arguments}}
-    return [
-        {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": row["question"]},
-        {"role": "assistant", "tool_calls": [tool_call]},
-        {"role": "tool", "tool_call_id": "call_0", "content": call(arguments)},
-        {"role": "assistant", "content": f"The answer is {render(result)}."},
-    ]
+    result_turn = {"role": "tool", "tool_call_id": "call_0", "content": call(arguments)}
+    return [*asked, {"role": "assistant", "tool_calls": [tool_call]}, result_turn, answer]
+
+
+def operations(equation: str) -> int:
+    """How many operations an equation has: "(14+3)*2" -> 2."""
+    return len(re.findall(r"[-+*/]", equation))
 
 
 def normalise_equation(text: str) -> str:

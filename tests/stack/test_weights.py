@@ -54,7 +54,6 @@ async def test_an_update_reaches_every_replica_exactly_also_with_tied_embeddings
         board = cluster.spawn(PolicyBoard)
         port = app.free_port("127.0.0.1")
         sampling = {"temperature": 1.0, "max_tokens": 16}
-        await asyncio.to_thread(app.start_proxy, "127.0.0.1", port)
         service = await asyncio.to_thread(
             app.start,
             name="weights",
