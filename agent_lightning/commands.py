@@ -15,8 +15,10 @@ from typing import Any, cast
 from rich.console import Console
 
 from agent_lightning import checkpoint, launch
+from agent_lightning.agents import load as load_target
+from agent_lightning.air import Air, Signal
 from agent_lightning.config import Config, load, reload, to_yaml
-from agent_lightning.credit import FailurePolicy, Scale
+from agent_lightning.credit import FailurePolicy
 from agent_lightning.errors import UserError
 from agent_lightning.loop import Loop, Plan, State
 from agent_lightning.observer import RunObserver, summarise
@@ -98,11 +100,19 @@ def _plan(config: Config) -> Plan:
         eval_every=config.eval_every,
         agents=config.agent.trained,
         failures=FailurePolicy.of(algorithm.failures),
-        scale=cast(Scale, algorithm.advantage_scale),
+        estimator=config.estimator(),
+        air=_air(config),
+        reward_range=config.agent.reward_max - config.agent.reward_min,
         max_sample_tokens=config.model.max_len,
         pad_token=0,
         row_multiple=config.hardware.learner_processes,
     )
+
+
+def _air(config: Config) -> Air | None:
+    if not config.air.enabled:
+        return None
+    return config.air_rules([cast(Signal, load_target(target)) for target in config.air.signals])
 
 
 def _close_run(config: Config, run: RunDirectory, summary: Summary, console: Console) -> None:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast, get_args
 
+from agent_lightning.air import DEFAULT_RULES, Air, Form, Rule, Signal
+from agent_lightning.credit import Estimator, Method
 from agent_lightning.errors import ConfigError
+from agent_lightning.estimators import Baseline, Scale
 from agent_lightning.types import Outcome
 
 SOURCE_FIELDS = {
@@ -93,8 +96,6 @@ class AlgorithmConfig:
     rollouts_per_task: int = 8
     rollouts_per_batch: int | None = None
     """Rollouts of one optimiser step; null: all of the step's in one."""
-    advantage_scale: str = "std"
-    """std: GRPO; none: Dr. GRPO, which leaves the group's spread in."""
     lr: float = 1e-6
     lr_warmup_steps: int = 0
     weight_decay: float = 0.0
@@ -105,6 +106,48 @@ class AlgorithmConfig:
     """Weight of the KL to the starting policy; 0 keeps no reference model."""
     failures: dict[str, float | None] = field(default_factory=dict)
     """Reward of a rollout by outcome, e.g. {timeout: null}; null masks it. See credit.FailurePolicy."""
+
+
+@dataclass(slots=True, kw_only=True)
+class CreditConfig:
+    """Rewards to advantages; the formulas are in estimators.py."""
+
+    method: str = "identical"
+    """identical, return_to_go, or same_state."""
+    scale: str = "std"
+    """std: GRPO; none: Dr. GRPO, which leaves the group's spread in."""
+    baseline: str = "mean"
+    """mean: of the group; leave_one_out: of the other rollouts (RLOO, with scale=none)."""
+    discount: float = 1.0
+    """Per model call, of return_to_go and same_state."""
+    state_weight: float = 1.0
+    """Of the advantage within a state; only same_state reads it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RuleConfig:
+    """What an event is worth; see air.Rule."""
+
+    on: str
+    value: float
+    cap: float
+    tool: str = "*"
+    match: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class AirConfig:
+    """Automatic intermediate rewards; see air.Air."""
+
+    enabled: bool = False
+    form: str = "sum"
+    """sum, or potential: shaping that leaves the best policy the best."""
+    bound: float = 0.3
+    """Most that they give or take in a rollout, as a share of the final reward's range."""
+    rules: list[RuleConfig] = field(default_factory=lambda: [RuleConfig(**asdict(rule)) for rule in DEFAULT_RULES])
+    """The first that applies to an event counts. A list given here replaces the default rules."""
+    signals: list[str] = field(default_factory=list)
+    """Functions of one's own, "path/to/file.py:function": an attempt's calls -> a reward for each."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -180,6 +223,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     agent: AgentConfig
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    air: AirConfig = field(default_factory=AirConfig)
     sampling: SamplingSplits = field(default_factory=SamplingSplits)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
@@ -194,7 +239,13 @@ class Config:
         self.data.train.check("data.train")
         self.data.val.check("data.val")
         _one_of("agent.mode", self.agent.mode, ("async", "thread", "process", "command"))
-        _one_of("algorithm.advantage_scale", self.algorithm.advantage_scale, ("std", "none"))
+        _one_of("credit.method", self.credit.method, get_args(Method))
+        _one_of("credit.scale", self.credit.scale, get_args(Scale))
+        _one_of("credit.baseline", self.credit.baseline, get_args(Baseline))
+        _one_of("air.form", self.air.form, get_args(Form))
+        # What they say of themselves they refuse themselves, with the key.
+        self.estimator()
+        self.air_rules()
         _one_of("hardware.device", self.hardware.device, ("cpu", "cuda"))
         _one_of("model.dtype", self.model.dtype, ("float32", "bfloat16"))
         _one_of("tracking.wandb", self.tracking.wandb, ("offline", "online", "disabled"))
@@ -228,6 +279,27 @@ class Config:
             raise ConfigError("agent.reward_min must be below agent.reward_max")
         if self.agent.timeout_s <= 0:
             raise ConfigError(f"agent.timeout_s={self.agent.timeout_s}: must be above 0")
+
+    def estimator(self) -> Estimator:
+        """Raises ConfigError."""
+        credit = self.credit
+        return Estimator(
+            method=cast(Method, credit.method),
+            scale=cast(Scale, credit.scale),
+            baseline=cast(Baseline, credit.baseline),
+            discount=credit.discount,
+            state_weight=credit.state_weight,
+        )
+
+    def air_rules(self, signals: Sequence[Signal] = ()) -> Air:
+        """Whether or not it is enabled. Raises ConfigError."""
+        air = self.air
+        return Air(
+            rules=tuple(Rule(**asdict(rule)) for rule in air.rules),
+            bound=air.bound,
+            form=cast(Form, air.form),
+            signals=tuple(signals),
+        )
 
 
 def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ calls or rows. What is not trained is counted under one of these reasons:
 
     masked_<outcome>   the outcome has no reward (FailurePolicy)
     no_selected_call   no call of a trained agent sampled a token
-    no_spread          all rewards of the group are equal: every advantage, and so the policy gradient, is zero
+    no_spread          every advantage of the group, and so its policy gradient, is zero
     overlong_sample    a row longer than `max_tokens`; the rollout too, where all of its rows are
 """
 
@@ -20,12 +20,21 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_lightning.air import Air
 from agent_lightning.errors import ConfigError
+from agent_lightning.estimators import (
+    Baseline,
+    Scale,
+    group_normalised,
+    normalised,
+    returns_to_go,
+    same_state,
+)
 from agent_lightning.metrics import Mean, Metrics
-from agent_lightning.traces import OVERLONG_SAMPLE, select, to_samples
-from agent_lightning.types import Bools, Floats, Group, ModelCall, Outcome, Sample, Trajectory
+from agent_lightning.traces import OVERLONG_SAMPLE, select, selects, to_samples
+from agent_lightning.types import Floats, Group, ModelCall, Outcome, Sample, Trajectory
 
-Scale = Literal["std", "none"]
+Method = Literal["identical", "return_to_go", "same_state"]
 
 NO_SPREAD: Final = "no_spread"
 NO_SELECTED_CALL: Final = "no_selected_call"
@@ -80,6 +89,29 @@ class FailurePolicy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Estimator:
+    """How rewards become the advantage of each call.
+
+    identical      every call has its rollout's: the total reward, normalised over the group. LightningRL, arXiv
+                   2508.03680 section 3.3, where the total is the final reward.
+    return_to_go   a call has what it and the calls after it earned, discounted per call, normalised over the group.
+    same_state     identical plus `state_weight` times how the call did among calls of other rollouts with the same
+                   prompt: GiGPO, arXiv 2505.10978 eq. 8.
+    """
+
+    method: Method = "identical"
+    scale: Scale = "std"
+    baseline: Baseline = "mean"
+    discount: float = 1.0
+    """Per call, of the returns of return_to_go and same_state."""
+    state_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.discount <= 1:
+            raise ConfigError(f"credit.discount={self.discount}: must be from 0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
     """What a group gives to train on, and an account of the rest.
 
@@ -101,48 +133,16 @@ class Credit:
     metrics: Metrics
 
 
-def identical(reward: float, num_calls: int) -> Floats:
-    """Every call of a rollout gets its final reward: the credit assignment of arXiv 2508.03680 (LightningRL).
-
-    Example:
-
-        identical(0.5, 3)  # [0.5 0.5 0.5]
-    """
-    return np.full(num_calls, reward, np.float32)
-
-
-def group_normalised(
-    rewards_R: NDArray[np.floating], valid_R: Bools, *, scale: Scale = "std", epsilon: float = 1e-6
-) -> Floats:
-    """How much better each rollout did than its group; shape [R], computed in float64.
-
-    "std" is GRPO, arXiv 2402.03300 section 4.1: (r - mean) / (std + epsilon), with the sample standard deviation
-    (ddof=1) and the epsilon of veRL's compute_grpo_outcome_advantage. "none" is Dr. GRPO, arXiv 2503.20783: r - mean.
-
-    Example:
-
-        rewards_R            1     0     0     7
-        valid_R              1     1     1     0
-        scale="std"       1.15 -0.58 -0.58     0
-        scale="none"      0.67 -0.33 -0.33     0
-
-    Mean and std are over valid rollouts. Invalid ones get 0, and so do all, exactly, where fewer than two are valid or
-    all valid rewards are equal. Raises ValueError for different shapes or a valid reward that is not finite.
-    """
-    if rewards_R.shape != valid_R.shape:
-        raise ValueError(f"rewards of shape {rewards_R.shape}, validity of shape {valid_R.shape}")
-    advantage_R = np.zeros(rewards_R.shape, np.float32)
-    valid = rewards_R[valid_R].astype(np.float64)
-    if not np.isfinite(valid).all():
-        raise ValueError(f"rewards {valid.tolist()} are not all finite")
-    if not _has_spread(valid):
-        return advantage_R
-    centred = valid - valid.mean()
-    advantage_R[valid_R] = centred / (valid.std(ddof=1) + epsilon) if scale == "std" else centred
-    return advantage_R
-
-
-def assign(group: Group, *, agents: str, failures: FailurePolicy, scale: Scale, max_tokens: int) -> Credit:
+def assign(
+    group: Group,
+    *,
+    agents: str,
+    failures: FailurePolicy,
+    max_tokens: int,
+    estimator: Estimator = Estimator(),
+    air: Air | None = None,
+    reward_range: float = 1.0,
+) -> Credit:
     """The samples of a group, with an advantage on every trained token, and an account of what is not trained.
 
     Example, one call a rollout, scale="none":
@@ -153,34 +153,88 @@ def assign(group: Group, *, agents: str, failures: FailurePolicy, scale: Scale, 
         2        engine_error    -          -       dropped_rollouts = {"masked_engine_error": 1}
 
     `agents` selects the trained agents as in `traces.select`, which raises ConfigError; rows of more than `max_tokens`
-    tokens are dropped.
+    tokens are dropped. `air` adds intermediate rewards, scaled by `reward_range`, the range of the final reward.
     """
     rewards = [failures.reward_of(trajectory) for trajectory in group.trajectories]
-    valid_R = np.array([reward is not None for reward in rewards], np.bool_)
-    reward_R = np.array([math.nan if reward is None else reward for reward in rewards], np.float64)
-    advantage_R = group_normalised(reward_R, valid_R, scale=scale)
-    spread = _has_spread(reward_R[valid_R])
+    earned = [
+        _earned(t, reward, air, estimator, reward_range) for t, reward in zip(group.trajectories, rewards, strict=True)
+    ]
+    selected = [select(trajectory.calls, agents) for trajectory in group.trajectories]
+    advantages = _advantages(group, earned, [reward is not None for reward in rewards], agents, estimator)
+    spread = any(advantage.any() for advantage in advantages)
 
-    shares: list[_Share] = []
-    selected: list[tuple[ModelCall, ...]] = []
-    for trajectory, valid, advantage in zip(group.trajectories, valid_R, advantage_R, strict=True):
-        calls = select(trajectory.calls, agents)
-        selected.append(calls)
-        shares.append(_share(trajectory, calls, bool(valid), spread, float(advantage), max_tokens))
-
-    dropped_tokens: Counter[str] = Counter()
-    for share in shares:
-        dropped_tokens.update(share.dropped_tokens)
+    shares = [
+        _share(trajectory, calls, reward is not None, spread, advantage, max_tokens)
+        for trajectory, calls, reward, advantage in zip(group.trajectories, selected, rewards, advantages, strict=True)
+    ]
+    dropped_tokens = sum((Counter(share.dropped_tokens) for share in shares), Counter[str]())
     samples = tuple(sample for share in shares for sample in share.samples)
+    valid = np.array([reward for reward in rewards if reward is not None], np.float64)
+    metrics = dict(_measure(group, selected, samples, valid, spread=spread))
+    if air is not None:
+        metrics["air/reward"] = Mean.of(float(one.intermediate_T.sum()) for one in earned)
     return Credit(
         samples=samples,
         trained_rollouts=sum(share.reason is None for share in shares),
         dropped_rollouts=dict(Counter(share.reason for share in shares if share.reason is not None)),
         dropped_tokens=dict(dropped_tokens),
         sampled_tokens=sum(_num_sampled(calls) for calls in selected),
-        reward_R=reward_R.astype(np.float32),
-        metrics=_measure(group, selected, samples, reward_R[valid_R]),
+        reward_R=np.array([math.nan if reward is None else reward for reward in rewards], np.float32),
+        metrics=metrics,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Earned:
+    """What a rollout earned: `T` are all of its calls, those of unselected agents included."""
+
+    intermediate_T: Floats
+    """By AIR; zeros without it."""
+    return_T: NDArray[np.float64]
+    """Discounted return of each call, the final reward included; NaN where the rollout is masked."""
+    total: float
+    """Undiscounted."""
+
+
+def _earned(
+    trajectory: Trajectory, reward: float | None, air: Air | None, estimator: Estimator, reward_range: float
+) -> Earned:
+    calls, discount = trajectory.calls, estimator.discount
+    if air is None:
+        intermediate_T = np.zeros(len(calls), np.float32)
+    else:
+        intermediate_T = air.rewards(calls, reward_range=reward_range, discount=discount)
+    final = math.nan if reward is None else reward
+    reward_T = intermediate_T.astype(np.float64)
+    reward_T[-1:] += final
+    return Earned(intermediate_T, returns_to_go(reward_T, discount), final + float(intermediate_T.sum()))
+
+
+def _advantages(
+    group: Group, earned: Sequence[Earned], valid: Sequence[bool], agents: str, estimator: Estimator
+) -> list[Floats]:
+    """Of each trajectory's selected calls; zeros where it is masked."""
+    valid_R = np.array(valid, np.bool_)
+    chosen = [[i for i, call in enumerate(t.calls) if selects(agents, call)] for t in group.trajectories]
+    rollout_C = np.array([r for r, indices in enumerate(chosen) for _ in indices], np.int64)
+    advantage_C = np.zeros(rollout_C.size, np.float64)
+    if estimator.method != "return_to_go":
+        total_R = np.array([one.total for one in earned], np.float64)
+        whole_R = group_normalised(total_R, valid_R, scale=estimator.scale, baseline=estimator.baseline)
+        advantage_C += whole_R[rollout_C]
+    if estimator.method != "identical":
+        counts_C = valid_R[rollout_C]
+        return_C = np.array([one.return_T[i] for one, indices in zip(earned, chosen, strict=True) for i in indices])
+        values, owners = return_C[counts_C], rollout_C[counts_C]
+        if estimator.method == "return_to_go":
+            own = normalised(values, owners, scale=estimator.scale, baseline=estimator.baseline)
+        else:
+            calls = [t.calls[i] for t, indices in zip(group.trajectories, chosen, strict=True) for i in indices]
+            states = [(c.agent, c.prompt_T.tobytes()) for c, counts in zip(calls, counts_C, strict=True) if counts]
+            own = estimator.state_weight * same_state(values, owners, states, scale=estimator.scale)
+        advantage_C[counts_C] += own
+    ends = np.cumsum([len(indices) for indices in chosen])
+    return [advantage_C[end - len(indices) : end].astype(np.float32) for indices, end in zip(chosen, ends, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +247,7 @@ class _Share:
 
 
 def _share(
-    trajectory: Trajectory, calls: Sequence[ModelCall], valid: bool, spread: bool, advantage: float, max_tokens: int
+    trajectory: Trajectory, calls: Sequence[ModelCall], valid: bool, spread: bool, advantage: Floats, max_tokens: int
 ) -> _Share:
     num_sampled = _num_sampled(calls)
     reason: str | None = None
@@ -205,16 +259,11 @@ def _share(
         reason = NO_SPREAD
     if reason is not None:
         return _Share((), reason, {reason: num_sampled} if num_sampled else {})
-    samples, dropped = to_samples(trajectory, calls, identical(advantage, len(calls)), max_tokens=max_tokens)
+    samples, dropped = to_samples(trajectory, calls, advantage, max_tokens=max_tokens)
     tokens: Counter[str] = Counter()
     for drop in dropped:
         tokens[drop.reason] += drop.tokens
     return _Share(samples, None if samples else OVERLONG_SAMPLE, tokens)
-
-
-def _has_spread(rewards: NDArray[np.float64]) -> bool:
-    # By extremes: the std of equal floats can be 1e-17 instead of 0, and dividing by it would make advantages of noise.
-    return bool(rewards.size >= 2 and rewards.max() > rewards.min())
 
 
 def _num_sampled(calls: Sequence[ModelCall]) -> int:
@@ -222,13 +271,18 @@ def _num_sampled(calls: Sequence[ModelCall]) -> int:
 
 
 def _measure(
-    group: Group, selected: Sequence[Sequence[ModelCall]], samples: Sequence[Sample], valid_rewards: NDArray[np.float64]
+    group: Group,
+    selected: Sequence[Sequence[ModelCall]],
+    samples: Sequence[Sample],
+    valid_rewards: NDArray[np.float64],
+    *,
+    spread: bool,
 ) -> Metrics:
     """Averages over: rewards that count, the group, its rollouts, the calls of trained agents, the trained rows."""
     calls = [call for calls in selected for call in calls]
     return {
         "reward": Mean.of(valid_rewards.tolist()),
-        "group/no_spread": Mean.of([not _has_spread(valid_rewards)]),
+        "group/no_spread": Mean.of([not spread]),
         "rollout/finished": Mean.of(t.outcome is Outcome.FINISHED for t in group.trajectories),
         "rollout/calls": Mean.of(len(calls) for calls in selected),
         "rollout/response_tokens": Mean.of(_num_sampled(calls) for calls in selected),

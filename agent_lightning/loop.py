@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Protocol
 
 from agent_lightning import batching, credit
+from agent_lightning.air import Air
 from agent_lightning.buffer import Stats
-from agent_lightning.credit import Credit, FailurePolicy, Scale
+from agent_lightning.credit import Credit, Estimator, FailurePolicy
 from agent_lightning.errors import StepFailed
 from agent_lightning.learners.base import Learner, Weights
 from agent_lightning.metrics import Metrics, merge, values
@@ -77,7 +78,10 @@ class Plan:
     """Steps between evaluations; there is always one before the first step and one after the last."""
     agents: str
     failures: FailurePolicy
-    scale: Scale
+    estimator: Estimator
+    air: Air | None
+    reward_range: float
+    """Width of the final reward's range; AIR is measured by it."""
     max_sample_tokens: int
     pad_token: int
     row_multiple: int
@@ -233,7 +237,9 @@ class Loop:
             group,
             agents=self.plan.agents,
             failures=self.plan.failures,
-            scale=self.plan.scale,
+            estimator=self.plan.estimator,
+            air=self.plan.air,
+            reward_range=self.plan.reward_range,
             max_tokens=self.plan.max_sample_tokens,
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -37,10 +38,22 @@ def select(calls: Sequence[ModelCall], pattern: str) -> tuple[ModelCall, ...]:
 
     Raises ConfigError where the list is empty or has an empty entry.
     """
-    globs = [part.strip() for part in pattern.split(",")]
+    _globs(pattern)  # also where there is no call
+    return tuple(call for call in calls if selects(pattern, call))
+
+
+def selects(pattern: str, call: ModelCall) -> bool:
+    """Whether `select` would keep this call. Raises ConfigError as it does."""
+    globs = _globs(pattern)
+    return any(fnmatchcase(call.agent, glob) for glob in globs)
+
+
+@lru_cache(maxsize=64)
+def _globs(pattern: str) -> tuple[str, ...]:
+    globs = tuple(part.strip() for part in pattern.split(","))
     if not all(globs):
         raise ConfigError(f"agents: {pattern!r} has an empty agent name; write e.g. '*' or 'writer,rewriter*'")
-    return tuple(call for call in calls if any(fnmatchcase(call.agent, glob) for glob in globs))
+    return globs
 
 
 def chains(calls: Sequence[ModelCall]) -> tuple[tuple[ModelCall, ...], ...]:

@@ -46,6 +46,21 @@ class Outcome(StrEnum):
     """The run stopped, or the rollout's group was given up."""
 
 
+class ToolStatus(StrEnum):
+    """How a tool call went."""
+
+    OK = "ok"
+    ERROR = "error"
+    """The tool said that it failed."""
+    INVALID_ARGUMENTS = "invalid_arguments"
+    """The arguments are not a JSON object, or the tool would not have them."""
+    TIMEOUT = "timeout"
+    EMPTY = "empty"
+    """The tool returned nothing."""
+    UNANSWERED = "unanswered"
+    """No later request had a result: the agent stopped, or did not run the tool."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """A row of data."""
@@ -134,6 +149,22 @@ class ModelCall:
                 f"call {self.call_id}: {self.response_T.size} tokens but {self.logprob_T.size} log-probabilities"
             )
         _freeze(self.prompt_T, self.response_T, self.logprob_T)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A span: one tool call that a reply asked for, and what became of it."""
+
+    call_id: str
+    """Of the ModelCall whose reply asked for it."""
+    tool_call_id: str
+    """The id in that reply, "" where it has none."""
+    name: str
+    arguments: str
+    """As the model wrote them: JSON text, if all is well."""
+    result: str = ""
+    """What the agent sent back to the model."""
+    status: ToolStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

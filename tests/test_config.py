@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from agent_lightning.air import Air, Rule
 from agent_lightning.config import from_mapping, load, project_folder, reload, resolve_path, to_mapping, to_yaml
+from agent_lightning.credit import Estimator
 from agent_lightning.errors import ConfigError
 
 CONF = project_folder("conf")
@@ -188,3 +191,31 @@ def test_a_path_is_of_the_working_folder_else_of_the_project(tmp_path: Path, mon
     mine.touch()
     assert resolve_path("examples/calc_x/agent.py") == str(mine)
     assert resolve_path("some-org/some-model") == "some-org/some-model"
+
+
+def test_credit_air_gives_each_call_what_it_earned() -> None:
+    config = load(["experiment=calc_tiny", "credit=air", "air.form=potential"])
+    assert (config.credit.method, config.air.enabled) == ("return_to_go", True)
+    assert config.air_rules() == Air(form="potential")
+    assert config.estimator() == Estimator(method="return_to_go")
+    assert not load(["experiment=calc_tiny"]).air.enabled
+
+
+def test_rules_of_air_are_data() -> None:
+    config = load(["experiment=calc_tiny", "air.rules=[{on: error, tool: sql*, value: -0.2, cap: 0.2}]"])
+    assert config.air_rules().rules == (Rule(on="error", tool="sql*", value=-0.2, cap=0.2),)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("air.bound=0.6", "air.bound=0.6: must be above 0 and below 0.5"),
+        ("air.form=mean", "air.form=mean: must be one of sum, potential"),
+        ("air.rules=[{on: good, value: 0.1, cap: 0.1}]", "air.rules: on=good: must be one of ok, error"),
+        ("credit.method=ppo", "credit.method=ppo: must be one of identical, return_to_go, same_state"),
+        ("credit.discount=2", "credit.discount=2.0: must be from 0 to 1"),
+    ],
+)
+def test_credit_that_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(["experiment=calc_tiny", override])

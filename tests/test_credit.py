@@ -3,15 +3,17 @@
 import math
 import pickle
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from agent_lightning.credit import Credit, FailurePolicy, Scale, assign, group_normalised, identical
+from agent_lightning.air import Air, Rule
+from agent_lightning.credit import Credit, Estimator, FailurePolicy, Method, assign
 from agent_lightning.errors import ConfigError
+from agent_lightning.estimators import Scale
 from agent_lightning.metrics import values
 from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
 
@@ -23,8 +25,13 @@ def trajectory(
     reward: float | None = None,
     outcome: Outcome = Outcome.FINISHED,
     agents: Sequence[str] = (),
+    cut: Sequence[int] = (),
+    states: Sequence[int] = (),
 ) -> Trajectory:
-    """A rollout with one call for each response length; prompts of 2 tokens that do not extend each other."""
+    """A rollout with one call for each response length; prompts of 2 tokens that do not extend each other.
+
+    `cut`: calls that ended at the length limit. `states`: calls with the same number have the same prompt.
+    """
     key = RolloutKey(split="train", group=0, index=index)
     calls = tuple(
         ModelCall(
@@ -32,10 +39,10 @@ def trajectory(
             call_id=f"{index}-{n}",
             agent=agents[n] if agents else "main",
             policy_version=0,
-            prompt_T=np.array([index, 100 + n], np.int32),
+            prompt_T=np.array([99, states[n]] if states else [index, 100 + n], np.int32),
             response_T=np.arange(length, dtype=np.int32),
             logprob_T=np.zeros(length, np.float32),
-            finish_reason="stop",
+            finish_reason="length" if n in cut else "stop",
             started_at=0.0,
             ended_at=0.0,
         )
@@ -49,110 +56,23 @@ def credit(
     agents: str = "*",
     failures: FailurePolicy | None = None,
     scale: Scale = "std",
+    estimator: Estimator | None = None,
+    air: Air | None = None,
     max_tokens: int = 10**6,
 ) -> Credit:
-    group = Group(group_id="train-0", task=Task(task_id="t", payload={}), trajectories=trajectories)
-    return assign(group, agents=agents, failures=failures or FailurePolicy(), scale=scale, max_tokens=max_tokens)
+    return assign(
+        Group(group_id="train-0", task=Task(task_id="t", payload={}), trajectories=trajectories),
+        agents=agents,
+        failures=failures or FailurePolicy(),
+        estimator=estimator or Estimator(scale=scale),
+        air=air,
+        max_tokens=max_tokens,
+    )
 
 
-# identical, group_normalised ------------------------------------------------------------------------------------------
-
-
-def test_every_call_gets_the_final_reward() -> None:
-    assert identical(0.5, 3).tolist() == [0.5, 0.5, 0.5]
-    assert identical(0.5, 0).shape == (0,)
-    assert identical(0.5, 3).dtype == np.float32
-
-
-# fmt: off
-NORMALISED: list[tuple[Scale, list[float], list[int], list[float]]] = [
-    ("none", [1, 0, 0, 7], [1, 1, 1, 0], [2 / 3, -1 / 3, -1 / 3, 0]),
-    ("std",  [1, 0, 0, 7], [1, 1, 1, 0], [1.1547, -.57735, -.57735, 0]),  # sample std of 1 0 0 is 0.57735
-    ("std",  [1, 0],       [1, 1],       [.7071, -.7071]),
-    ("std",  [1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]),                   # no spread among the valid
-    ("std",  [1, 0],       [1, 0],       [0, 0]),                         # one valid rollout
-    ("std",  [1, 0],       [0, 0],       [0, 0]),
-    ("std",  [],           [],           []),
-    ("std",  [math.nan, 1, 0], [0, 1, 1], [0, .7071, -.7071]),            # a masked reward may be anything
-]
-# fmt: on
-
-
-@pytest.mark.parametrize(("scale", "rewards", "valid", "expected"), NORMALISED)
-def test_group_normalised(scale: Scale, rewards: list[float], valid: list[int], expected: list[float]) -> None:
-    found = group_normalised(np.array(rewards, np.float64), np.array(valid, np.bool_), scale=scale)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
-def test_group_normalised_refuses_what_is_not_a_reward() -> None:
-    with pytest.raises(ValueError, match="not all finite"):
-        group_normalised(np.array([math.inf, 0.0]), np.ones(2, np.bool_))
-    with pytest.raises(ValueError, match="validity of shape"):
-        group_normalised(np.zeros(2), np.ones(3, np.bool_))
-
-
-rewards_and_valid = st.lists(
-    st.tuples(st.integers(-50, 50).map(lambda n: n / 10), st.booleans()), min_size=1, max_size=8
-).map(lambda rows: (np.array([r for r, _ in rows], np.float64), np.array([v for _, v in rows], np.bool_)))
-Rollouts = tuple[NDArray[np.float64], NDArray[np.bool_]]
-
-
-@settings(deadline=None, max_examples=50)
-@given(rewards_and_valid, st.floats(-10, 10), st.floats(0.1, 10))
-def test_advantages_do_not_depend_on_the_reward_s_unit(case: Rollouts, shift: float, factor: float) -> None:
-    rewards, valid = case
-    moved = group_normalised(rewards * factor + shift, valid)
-    np.testing.assert_allclose(moved, group_normalised(rewards, valid), atol=1e-3)
-    unscaled = group_normalised(rewards * factor + shift, valid, scale="none")
-    np.testing.assert_allclose(unscaled, factor * group_normalised(rewards, valid, scale="none"), rtol=1e-4, atol=1e-4)
-
-
-@settings(deadline=None, max_examples=50)
-@given(rewards_and_valid, st.integers(0, 999), st.sampled_from(["std", "none"]))
-def test_order_of_rollouts_does_not_matter(case: Rollouts, seed: int, scale: Scale) -> None:
-    rewards, valid = case
-    order = np.random.default_rng(seed).permutation(len(rewards))
-    shuffled = group_normalised(rewards[order], valid[order], scale=scale)
-    np.testing.assert_allclose(shuffled, group_normalised(rewards, valid, scale=scale)[order], atol=1e-5)
-
-
-@settings(deadline=None, max_examples=50)
-@given(rewards_and_valid, st.sampled_from(["std", "none"]))
-def test_advantages_balance_and_masked_rollouts_leave_no_trace(case: Rollouts, scale: Scale) -> None:
-    rewards, valid = case
-    found = group_normalised(rewards, valid, scale=scale)
-    assert abs(float(found.sum())) < 1e-4
-    assert not found[~valid].any()
-    np.testing.assert_array_equal(found[valid], group_normalised(rewards[valid], valid[valid], scale=scale))
-
-
-@pytest.mark.parametrize("scale", ["std", "none"])
-@settings(deadline=None, max_examples=50)
-@given(reward=st.floats(-1e3, 1e3), size=st.integers(1, 12))
-def test_equal_rewards_give_exactly_zero(scale: Scale, reward: float, size: int) -> None:
-    assert group_normalised(np.full(size, reward), np.ones(size, np.bool_), scale=scale).tolist() == [0.0] * size
-
-
-@pytest.mark.stack
-@pytest.mark.parametrize("scale", ["std", "none"])
-def test_group_normalised_agrees_with_verl(scale: Scale) -> None:
-    core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
-    torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(0)
-    for size in (2, 3, 8, 64):
-        rewards = rng.integers(0, 5, size).astype(np.float32)
-        rewards[0] += 1  # some spread, whatever was drawn
-        token_rewards = torch.zeros(size, 4)
-        token_rewards[:, -1] = torch.from_numpy(rewards)
-        theirs, _ = core_algos.compute_grpo_outcome_advantage(
-            token_rewards,
-            response_mask=torch.ones(size, 4),
-            index=np.zeros(size, np.int64),
-            norm_adv_by_std_in_grpo=scale == "std",
-        )
-        ours = group_normalised(rewards, np.ones(size, np.bool_), scale=scale)
-        np.testing.assert_allclose(ours, theirs[:, 0].numpy(), rtol=1e-4, atol=1e-5)
+def advantages(found: Credit, index: int) -> list[float]:
+    """The advantage of each trained row of a rollout; its calls make a row each here."""
+    return [float(s.advantage_T[-1]) for s in found.samples if s.key.index == index]
 
 
 # FailurePolicy --------------------------------------------------------------------------------------------------------
@@ -281,16 +201,81 @@ def groups(draw: st.DrawFn) -> list[Trajectory]:
         lengths = draw(st.lists(st.integers(0, 4), max_size=4))
         agents = draw(st.lists(st.sampled_from(["writer", "judge"]), min_size=len(lengths), max_size=len(lengths)))
         reward = float(draw(st.integers(0, 1))) if outcome is Outcome.FINISHED else None
-        trajectories.append(trajectory(index, lengths, reward=reward, outcome=outcome, agents=agents))
+        cut = draw(st.lists(st.integers(0, 3), max_size=2))
+        trajectories.append(trajectory(index, lengths, reward=reward, outcome=outcome, agents=agents, cut=cut))
     return trajectories
 
 
-@settings(deadline=None, max_examples=100)
-@given(groups(), st.sampled_from(["*", "writer", "nobody"]), st.integers(3, 8), st.sampled_from(["std", "none"]))
+# Calls that differ ----------------------------------------------------------------------------------------------------
+
+CUT = Air(rules=(Rule(on="cut", value=-0.2, cap=0.2),))
+"""Takes 0.2 from the calls that were cut at the length limit; `trajectory(..., cut=[1])` has such a call."""
+
+
+def test_with_air_a_call_gets_what_it_earned_and_what_followed() -> None:
+    cut, whole = trajectory(0, [1, 1, 1], reward=1.0, cut=[1]), trajectory(1, [1], reward=0.0)
+    to_go = Estimator(method="return_to_go", scale="none")
+    found = credit(cut, whole, estimator=to_go, air=CUT)
+    # Returns 0.8 0.8 1.0 and 0.0; mean over rollouts (0.8667 + 0) / 2.
+    assert advantages(found, 0) == pytest.approx([0.3667, 0.3667, 0.5667], abs=1e-4)
+    assert advantages(found, 1) == pytest.approx([-0.4333], abs=1e-4)
+    # The final reward alone is what is shown as the reward.
+    assert values(found.metrics)["reward"] == 0.5
+    assert values(found.metrics)["air/reward"] == pytest.approx(-0.1)
+
+
+def test_with_air_identical_credit_shares_the_total() -> None:
+    cut, whole = trajectory(0, [1, 1, 1], reward=1.0, cut=[1]), trajectory(1, [1], reward=0.0)
+    found = credit(cut, whole, scale="none", air=CUT)
+    assert advantages(found, 0) == pytest.approx([0.4] * 3)
+    assert advantages(found, 1) == pytest.approx([-0.4])
+
+
+def test_air_makes_spread_where_final_rewards_have_none() -> None:
+    cut, whole = trajectory(0, [1], reward=0.0, cut=[0]), trajectory(1, [1], reward=0.0)
+    assert credit(cut, whole).dropped_rollouts == {"no_spread": 2}
+    found = credit(cut, whole, air=CUT)
+    assert found.trained_rollouts == 2
+    assert advantages(found, 0)[0] < 0 < advantages(found, 1)[0]
+
+
+def test_what_an_unselected_agent_earned_later_counts_for_the_calls_before() -> None:
+    mixed = trajectory(0, [1, 1], reward=0.0, agents=["writer", "judge"], cut=[1])
+    other = trajectory(1, [1], reward=0.0, agents=["writer"])
+    found = credit(mixed, other, agents="writer", estimator=Estimator(method="return_to_go", scale="none"), air=CUT)
+    assert advantages(found, 0) == pytest.approx([-0.1])
+
+
+def test_same_state_compares_calls_with_the_same_prompt() -> None:
+    first = trajectory(0, [1, 1], reward=1.0, states=[7, 8])
+    second = trajectory(1, [1, 1], reward=0.0, states=[7, 9])
+    found = credit(first, second, estimator=Estimator(method="same_state", scale="none", state_weight=2.0))
+    assert advantages(found, 0) == pytest.approx([0.5 + 2 * 0.5, 0.5])
+    assert advantages(found, 1) == pytest.approx([-0.5 - 2 * 0.5, -0.5])
+
+
+def test_a_masked_rollout_changes_nothing_whatever_the_method() -> None:
+    good, bad = trajectory(0, [1, 1], reward=1.0), trajectory(1, [1], reward=0.0)
+    lost = trajectory(2, [1], outcome=Outcome.CANCELLED)
+    for method in get_args(Method):
+        with_it, without = (
+            credit(*rows, estimator=Estimator(method=method)) for rows in ((good, bad, lost), (good, bad))
+        )
+        assert [s.advantage_T.tolist() for s in with_it.samples] == [s.advantage_T.tolist() for s in without.samples]
+
+
+@settings(deadline=None, max_examples=1000)
+@given(
+    groups(),
+    st.sampled_from(["*", "writer", "nobody"]),
+    st.integers(3, 8),
+    st.builds(Estimator, method=st.sampled_from(get_args(Method)), scale=st.sampled_from(["std", "none"])),
+    st.sampled_from([None, CUT]),
+)
 def test_rollouts_and_tokens_are_conserved(
-    trajectories: list[Trajectory], agents: str, max_tokens: int, scale: Scale
+    trajectories: list[Trajectory], agents: str, max_tokens: int, estimator: Estimator, air: Air | None
 ) -> None:
-    found = credit(*trajectories, agents=agents, max_tokens=max_tokens, scale=scale)
+    found = credit(*trajectories, agents=agents, max_tokens=max_tokens, estimator=estimator, air=air)
     selected = [c for t in trajectories for c in t.calls if agents == "*" or c.agent == agents]
     assert found.sampled_tokens == sum(c.response_T.size for c in selected)
     trained_tokens = sum(int(s.mask_T.sum()) for s in found.samples)

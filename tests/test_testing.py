@@ -171,7 +171,7 @@ async def batch_of(engine: ToyEngine, text: str, rewards: dict[str, float], num:
             key, completion.prompt_T.tolist(), choice.response_T.tolist(), logprobs=choice.logprob_T.tolist()
         )
         ended.append(trajectory(key, call, reward=rewards[message_of(completion)["content"]]))
-    given = credit.assign(group(*ended), agents="*", failures=FailurePolicy(), scale="std", max_tokens=100)
+    given = credit.assign(group(*ended), agents="*", failures=FailurePolicy(), max_tokens=100)
     (batch,) = batching.pack(given.samples, rollouts_per_batch=None, pad_token=0)
     return batch
 
