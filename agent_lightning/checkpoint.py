@@ -14,7 +14,7 @@ from agent_lightning.loop import State
 from agent_lightning.tasks import TaskCursor
 
 STATE = "state.json"
-_COUNTERS = ("dropped", "failed", "seconds")
+_COUNTERS = ("dropped", "dropped_tokens", "failed", "seconds")
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from agent_lightning import checkpoint, launch
 from agent_lightning.agents import load as load_target
-from agent_lightning.air import Air, Signal
+from agent_lightning.air import Signal
 from agent_lightning.config import Config, load, reload, to_yaml
-from agent_lightning.credit import FailurePolicy
+from agent_lightning.credit_rules import CreditRules, FailurePolicy
 from agent_lightning.errors import UserError
 from agent_lightning.loop import Loop, Plan, State
 from agent_lightning.observer import RunObserver, summarise
@@ -97,22 +97,27 @@ def _plan(config: Config) -> Plan:
         tasks_per_step=algorithm.tasks_per_step,
         rollouts_per_task=algorithm.rollouts_per_task,
         rollouts_per_batch=algorithm.rollouts_per_batch,
+        epochs=algorithm.epochs,
         eval_every=config.eval_every,
-        agents=config.agent.trained,
-        failures=FailurePolicy.of(algorithm.failures),
-        estimator=config.estimator(),
-        air=_air(config),
-        reward_range=config.agent.reward_max - config.agent.reward_min,
-        max_sample_tokens=config.model.max_len,
+        rules=credit_rules(config),
         pad_token=0,
         row_multiple=config.hardware.learner_processes,
     )
 
 
-def _air(config: Config) -> Air | None:
-    if not config.air.enabled:
-        return None
-    return config.air_rules([cast(Signal, load_target(target)) for target in config.air.signals])
+def credit_rules(config: Config) -> CreditRules:
+    """Raises ConfigError, also where a signal of AIR cannot be loaded."""
+    air = None
+    if config.air.enabled:
+        air = config.air_rules([cast(Signal, load_target(target)) for target in config.air.signals])
+    return CreditRules(
+        agents=config.agent.trained,
+        failures=FailurePolicy.of(config.algorithm.failures),
+        estimator=config.estimator(),
+        air=air,
+        reward_range=config.agent.reward_max - config.agent.reward_min,
+        max_tokens=config.model.max_len,
+    )
 
 
 def _close_run(config: Config, run: RunDirectory, summary: Summary, console: Console) -> None:

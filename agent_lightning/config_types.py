@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast, get_args
 
 from agent_lightning.air import DEFAULT_RULES, Air, Form, Rule, Signal
-from agent_lightning.credit import Estimator, Method
+from agent_lightning.credit_rules import Estimator, Method
 from agent_lightning.errors import ConfigError
 from agent_lightning.estimators import Baseline, Scale
 from agent_lightning.types import Outcome
@@ -96,6 +96,10 @@ class AlgorithmConfig:
     rollouts_per_task: int = 8
     rollouts_per_batch: int | None = None
     """Rollouts of one optimiser step; null: all of the step's in one."""
+    epochs: int = 1
+    """Times that a step's batches are trained on; the clip keeps the later ones near the policy that sampled."""
+    loss: str = "vanilla"
+    """veRL's policy loss: vanilla (PPO-clip), gspo, or cispo."""
     lr: float = 1e-6
     lr_warmup_steps: int = 0
     weight_decay: float = 0.0
@@ -104,6 +108,7 @@ class AlgorithmConfig:
     clip_ratio_high: float = 0.2
     kl_coef: float = 0.0
     """Weight of the KL to the starting policy; 0 keeps no reference model."""
+    entropy_coef: float = 0.0
     failures: dict[str, float | None] = field(default_factory=dict)
     """Reward of a rollout by outcome, e.g. {timeout: null}; null masks it. See credit.FailurePolicy."""
 
@@ -239,6 +244,7 @@ class Config:
         self.data.train.check("data.train")
         self.data.val.check("data.val")
         _one_of("agent.mode", self.agent.mode, ("async", "thread", "process", "command"))
+        _one_of("algorithm.loss", self.algorithm.loss, ("vanilla", "gspo", "cispo"))
         _one_of("credit.method", self.credit.method, get_args(Method))
         _one_of("credit.scale", self.credit.scale, get_args(Scale))
         _one_of("credit.baseline", self.credit.baseline, get_args(Baseline))
@@ -254,6 +260,7 @@ class Config:
             ("eval_every", self.eval_every, 0),
             ("checkpoint_every", self.checkpoint_every, 0),
             ("algorithm.tasks_per_step", self.algorithm.tasks_per_step, 1),
+            ("algorithm.epochs", self.algorithm.epochs, 1),
             ("algorithm.rollouts_per_task", self.algorithm.rollouts_per_task, 2),
             ("rollout.workers", self.rollout.workers, 1),
             ("rollout.concurrency", self.rollout.concurrency, 1),

@@ -15,100 +15,19 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_lightning.air import Air
-from agent_lightning.errors import ConfigError
-from agent_lightning.estimators import (
-    Baseline,
-    Scale,
-    group_normalised,
-    normalised,
-    returns_to_go,
-    same_state,
-)
+from agent_lightning.credit_rules import CreditRules
+from agent_lightning.estimators import group_normalised, normalised, returns_to_go, same_state
 from agent_lightning.metrics import Mean, Metrics
 from agent_lightning.traces import OVERLONG_SAMPLE, select, selects, to_samples
 from agent_lightning.types import Floats, Group, ModelCall, Outcome, Sample, Trajectory
 
-Method = Literal["identical", "return_to_go", "same_state"]
-
 NO_SPREAD: Final = "no_spread"
 NO_SELECTED_CALL: Final = "no_selected_call"
-
-_DEFAULT_REWARDS: Final[Mapping[Outcome, float | None]] = {
-    Outcome.AGENT_ERROR: 0.0,
-    Outcome.TIMEOUT: 0.0,
-    Outcome.NO_MODEL_CALL: 0.0,
-    Outcome.OVERLONG_PROMPT: 0.0,
-    Outcome.TOO_MANY_CALLS: 0.0,
-    Outcome.BAD_REWARD: 0.0,
-    # Not the policy's doing: learning from these would teach it about the cluster.
-    Outcome.ENGINE_ERROR: None,
-    Outcome.CANCELLED: None,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class FailurePolicy:
-    """What a rollout that did not finish is worth.
-
-    Example:
-
-        FailurePolicy.of({"timeout": None, "agent_error": -1.0})  # the other outcomes keep their defaults
-    """
-
-    rewards: Mapping[Outcome, float | None] = field(default_factory=lambda: dict(_DEFAULT_REWARDS))
-    """For every outcome but FINISHED: a reward, or None: not in the group's statistics and not trained."""
-
-    def __post_init__(self) -> None:
-        if set(self.rewards) != set(_DEFAULT_REWARDS):
-            raise ConfigError(f"failures: needs exactly the outcomes {', '.join(_DEFAULT_REWARDS)}")
-        for outcome, reward in self.rewards.items():
-            if reward is not None and not math.isfinite(reward):
-                raise ConfigError(f"failures.{outcome}: {reward} is not a finite number")
-
-    @classmethod
-    def of(cls, overrides: Mapping[str, float | None]) -> FailurePolicy:
-        """The defaults with some outcomes changed. Raises ConfigError for an outcome that is not a failure."""
-        for name in overrides:
-            if name not in _DEFAULT_REWARDS:
-                raise ConfigError(f"failures.{name}: not a failure; use one of {', '.join(_DEFAULT_REWARDS)}")
-        return cls({**_DEFAULT_REWARDS, **{Outcome(name): reward for name, reward in overrides.items()}})
-
-    def reward_of(self, trajectory: Trajectory) -> float | None:
-        """The reward to learn from, or None where the rollout is masked. Raises ValueError: finished without one."""
-        if trajectory.outcome is not Outcome.FINISHED:
-            return self.rewards[trajectory.outcome]
-        if trajectory.reward is None:
-            raise ValueError(f"rollout {trajectory.key.rollout_id} finished without a reward")
-        return trajectory.reward
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimator:
-    """How rewards become the advantage of each call.
-
-    identical      every call has its rollout's: the total reward, normalised over the group. LightningRL, arXiv
-                   2508.03680 section 3.3, where the total is the final reward.
-    return_to_go   a call has what it and the calls after it earned, discounted per call, normalised over the group.
-    same_state     identical plus `state_weight` times how the call did among calls of other rollouts with the same
-                   prompt: GiGPO, arXiv 2505.10978 eq. 8.
-    """
-
-    method: Method = "identical"
-    scale: Scale = "std"
-    baseline: Baseline = "mean"
-    discount: float = 1.0
-    """Per call, of the returns of return_to_go and same_state."""
-    state_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.discount <= 1:
-            raise ConfigError(f"credit.discount={self.discount}: must be from 0 to 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,16 +52,7 @@ class Credit:
     metrics: Metrics
 
 
-def assign(
-    group: Group,
-    *,
-    agents: str,
-    failures: FailurePolicy,
-    max_tokens: int,
-    estimator: Estimator = Estimator(),
-    air: Air | None = None,
-    reward_range: float = 1.0,
-) -> Credit:
+def assign(group: Group, rules: CreditRules) -> Credit:
     """The samples of a group, with an advantage on every trained token, and an account of what is not trained.
 
     Example, one call a rollout, scale="none":
@@ -152,40 +62,91 @@ def assign(
         1        finished        0        -0.5      one sample
         2        engine_error    -          -       dropped_rollouts = {"masked_engine_error": 1}
 
-    `agents` selects the trained agents as in `traces.select`, which raises ConfigError; rows of more than `max_tokens`
-    tokens are dropped. `air` adds intermediate rewards, scaled by `reward_range`, the range of the final reward.
+    Raises ConfigError where the pattern of agents has an empty name.
     """
-    rewards = [failures.reward_of(trajectory) for trajectory in group.trajectories]
-    earned = [
-        _earned(t, reward, air, estimator, reward_range) for t, reward in zip(group.trajectories, rewards, strict=True)
-    ]
-    selected = [select(trajectory.calls, agents) for trajectory in group.trajectories]
-    advantages = _advantages(group, earned, [reward is not None for reward in rewards], agents, estimator)
-    spread = any(advantage.any() for advantage in advantages)
-
-    shares = [
-        _share(trajectory, calls, reward is not None, spread, advantage, max_tokens)
-        for trajectory, calls, reward, advantage in zip(group.trajectories, selected, rewards, advantages, strict=True)
-    ]
-    dropped_tokens = sum((Counter(share.dropped_tokens) for share in shares), Counter[str]())
-    samples = tuple(sample for share in shares for sample in share.samples)
-    valid = np.array([reward for reward in rewards if reward is not None], np.float64)
-    metrics = dict(_measure(group, selected, samples, valid, spread=spread))
-    if air is not None:
-        metrics["air/reward"] = Mean.of(float(one.intermediate_T.sum()) for one in earned)
+    books = _Books.of(group, rules)
+    dropped_tokens = sum((Counter(share.dropped_tokens) for share in books.shares), Counter[str]())
+    samples = tuple(sample for share in books.shares for sample in share.samples)
     return Credit(
         samples=samples,
-        trained_rollouts=sum(share.reason is None for share in shares),
-        dropped_rollouts=dict(Counter(share.reason for share in shares if share.reason is not None)),
+        trained_rollouts=sum(share.reason is None for share in books.shares),
+        dropped_rollouts=dict(Counter(share.reason for share in books.shares if share.reason is not None)),
         dropped_tokens=dict(dropped_tokens),
-        sampled_tokens=sum(_num_sampled(calls) for calls in selected),
-        reward_R=np.array([math.nan if reward is None else reward for reward in rewards], np.float32),
-        metrics=metrics,
+        sampled_tokens=sum(_num_sampled(calls) for calls in books.selected),
+        reward_R=np.array([math.nan if reward is None else reward for reward in books.rewards], np.float32),
+        metrics=_measure(group, books, samples, with_air=rules.air is not None),
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallCredit:
+    """What one call got, and what became of its tokens."""
+
+    call_id: str
+    intermediate: float
+    """Its AIR reward."""
+    return_to_go: float
+    """What it and the calls after it earned; NaN where the rollout is masked."""
+    advantage: float
+    """0 where it is not trained."""
+    tokens: int
+    """Sampled."""
+    fate: str
+    """"trained", "not selected", or the reason why it was dropped."""
+
+
+def examine(group: Group, index: int, rules: CreditRules) -> tuple[CallCredit, ...]:
+    """Call by call, what `assign` makes of the rollout at `index` of the group's trajectories."""
+    books = _Books.of(group, rules)
+    trajectory, earned, share = group.trajectories[index], books.earned[index], books.shares[index]
+    advantage = dict(zip((c.call_id for c in books.selected[index]), books.advantages[index], strict=True))
+    rows = []
+    for t, call in enumerate(trajectory.calls):
+        fate = "trained" if call.call_id in advantage else "not selected"
+        if fate == "trained":
+            fate = share.reason or share.dropped_calls.get(call.call_id, fate)
+        rows.append(
+            CallCredit(
+                call_id=call.call_id,
+                intermediate=float(earned.intermediate_T[t]),
+                return_to_go=float(earned.return_T[t]),
+                advantage=float(advantage[call.call_id]) if fate == "trained" else 0.0,
+                tokens=call.response_T.size,
+                fate=fate,
+            )
+        )
+    return tuple(rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Books:
+    """All that is worked out of a group, in the order of its trajectories."""
+
+    rewards: Sequence[float | None]
+    earned: Sequence[_Earned]
+    selected: Sequence[Sequence[ModelCall]]
+    advantages: Sequence[Floats]
+    """Of the selected calls."""
+    shares: Sequence[_Share]
+
+    @classmethod
+    def of(cls, group: Group, rules: CreditRules) -> _Books:
+        rewards = [rules.failures.reward_of(trajectory) for trajectory in group.trajectories]
+        earned = [_earned(t, reward, rules) for t, reward in zip(group.trajectories, rewards, strict=True)]
+        selected = [select(trajectory.calls, rules.agents) for trajectory in group.trajectories]
+        advantages = _advantages(group, earned, [reward is not None for reward in rewards], rules)
+        spread = any(advantage.any() for advantage in advantages)
+        shares = [
+            _share(trajectory, calls, reward is not None, spread, advantage, rules.max_tokens)
+            for trajectory, calls, reward, advantage in zip(
+                group.trajectories, selected, rewards, advantages, strict=True
+            )
+        ]
+        return cls(rewards=rewards, earned=earned, selected=selected, advantages=advantages, shares=shares)
+
+
 @dataclass(frozen=True, slots=True)
-class Earned:
+class _Earned:
     """What a rollout earned: `T` are all of its calls, those of unselected agents included."""
 
     intermediate_T: Floats
@@ -196,26 +157,23 @@ class Earned:
     """Undiscounted."""
 
 
-def _earned(
-    trajectory: Trajectory, reward: float | None, air: Air | None, estimator: Estimator, reward_range: float
-) -> Earned:
-    calls, discount = trajectory.calls, estimator.discount
-    if air is None:
+def _earned(trajectory: Trajectory, reward: float | None, rules: CreditRules) -> _Earned:
+    calls, discount = trajectory.calls, rules.estimator.discount
+    if rules.air is None:
         intermediate_T = np.zeros(len(calls), np.float32)
     else:
-        intermediate_T = air.rewards(calls, reward_range=reward_range, discount=discount)
+        intermediate_T = rules.air.rewards(calls, reward_range=rules.reward_range, discount=discount)
     final = math.nan if reward is None else reward
     reward_T = intermediate_T.astype(np.float64)
     reward_T[-1:] += final
-    return Earned(intermediate_T, returns_to_go(reward_T, discount), final + float(intermediate_T.sum()))
+    return _Earned(intermediate_T, returns_to_go(reward_T, discount), final + float(intermediate_T.sum()))
 
 
-def _advantages(
-    group: Group, earned: Sequence[Earned], valid: Sequence[bool], agents: str, estimator: Estimator
-) -> list[Floats]:
+def _advantages(group: Group, earned: Sequence[_Earned], valid: Sequence[bool], rules: CreditRules) -> list[Floats]:
     """Of each trajectory's selected calls; zeros where it is masked."""
+    estimator = rules.estimator
     valid_R = np.array(valid, np.bool_)
-    chosen = [[i for i, call in enumerate(t.calls) if selects(agents, call)] for t in group.trajectories]
+    chosen = [[i for i, call in enumerate(t.calls) if selects(rules.agents, call)] for t in group.trajectories]
     rollout_C = np.array([r for r, indices in enumerate(chosen) for _ in indices], np.int64)
     advantage_C = np.zeros(rollout_C.size, np.float64)
     if estimator.method != "return_to_go":
@@ -244,6 +202,8 @@ class _Share:
     samples: tuple[Sample, ...]
     reason: str | None
     dropped_tokens: Mapping[str, int]
+    dropped_calls: Mapping[str, str] = field(default_factory=dict)
+    """Call id -> reason, of calls whose row alone was dropped."""
 
 
 def _share(
@@ -263,30 +223,27 @@ def _share(
     tokens: Counter[str] = Counter()
     for drop in dropped:
         tokens[drop.reason] += drop.tokens
-    return _Share(samples, None if samples else OVERLONG_SAMPLE, tokens)
+    calls_of = {call_id: drop.reason for drop in dropped for call_id in drop.calls}
+    return _Share(samples, None if samples else OVERLONG_SAMPLE, tokens, calls_of)
 
 
 def _num_sampled(calls: Sequence[ModelCall]) -> int:
     return sum(call.response_T.size for call in calls)
 
 
-def _measure(
-    group: Group,
-    selected: Sequence[Sequence[ModelCall]],
-    samples: Sequence[Sample],
-    valid_rewards: NDArray[np.float64],
-    *,
-    spread: bool,
-) -> Metrics:
+def _measure(group: Group, books: _Books, samples: Sequence[Sample], *, with_air: bool) -> Metrics:
     """Averages over: rewards that count, the group, its rollouts, the calls of trained agents, the trained rows."""
-    calls = [call for calls in selected for call in calls]
-    return {
-        "reward": Mean.of(valid_rewards.tolist()),
-        "group/no_spread": Mean.of([not spread]),
+    calls = [call for calls in books.selected for call in calls]
+    metrics = {
+        "reward": Mean.of(reward for reward in books.rewards if reward is not None),
+        "group/no_spread": Mean.of([not any(advantage.any() for advantage in books.advantages)]),
         "rollout/finished": Mean.of(t.outcome is Outcome.FINISHED for t in group.trajectories),
-        "rollout/calls": Mean.of(len(calls) for calls in selected),
-        "rollout/response_tokens": Mean.of(_num_sampled(calls) for calls in selected),
+        "rollout/calls": Mean.of(len(calls) for calls in books.selected),
+        "rollout/response_tokens": Mean.of(_num_sampled(calls) for calls in books.selected),
         "call/prompt_tokens": Mean.of(call.prompt_T.size for call in calls),
         "call/response_tokens": Mean.of(call.response_T.size for call in calls),
         "sample/tokens": Mean.of(sample.token_T.size for sample in samples),
     }
+    if with_air:
+        metrics["air/reward"] = Mean.of(float(one.intermediate_T.sum()) for one in books.earned)
+    return metrics

@@ -10,6 +10,7 @@
     - AgentProcessError the agent's process died
   + EngineError         the policy's engine could not do what was asked
   + StepFailed          a whole step of rollouts failed: the run stops, with the reasons counted
+  + BooksError          what came in is not what was trained and dropped: a fault of this package
 """
 
 from __future__ import annotations
@@ -53,3 +54,7 @@ class EngineError(AgentLightningError):
 
 class StepFailed(AgentLightningError):
     """Every rollout of a step failed. The message counts the reasons."""
+
+
+class BooksError(AgentLightningError):
+    """Rollouts or tokens that came in are neither trained nor dropped, or both. The message has the totals."""

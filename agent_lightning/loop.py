@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Protocol
 
 from agent_lightning import batching, credit
-from agent_lightning.air import Air
 from agent_lightning.buffer import Stats
-from agent_lightning.credit import Credit, Estimator, FailurePolicy
-from agent_lightning.errors import StepFailed
+from agent_lightning.credit import Credit
+from agent_lightning.credit_rules import CreditRules
+from agent_lightning.errors import BooksError, StepFailed
 from agent_lightning.learners.base import Learner, Weights
 from agent_lightning.metrics import Metrics, merge, values
 from agent_lightning.tasks import TaskCursor
@@ -74,15 +74,11 @@ class Plan:
     rollouts_per_task: int
     rollouts_per_batch: int | None
     """Rollouts of one optimiser step; None: all of the step's."""
+    epochs: int
+    """Times that the batches of a step are trained on."""
     eval_every: int
     """Steps between evaluations; there is always one before the first step and one after the last."""
-    agents: str
-    failures: FailurePolicy
-    estimator: Estimator
-    air: Air | None
-    reward_range: float
-    """Width of the final reward's range; AIR is measured by it."""
-    max_sample_tokens: int
+    rules: CreditRules
     pad_token: int
     row_multiple: int
     publish_timeout_s: float = 300.0
@@ -101,6 +97,7 @@ class State:
     admitted: int = 0
     trained: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    dropped_tokens: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     sampled_tokens: int = 0
     trained_tokens: int = 0
@@ -150,6 +147,7 @@ class Loop:
             await self.save(force=last)
         if self.stop.is_set():
             await self.save(force=True)
+        check_books(self.state)
         return self.state
 
     async def step(self) -> bool:
@@ -163,7 +161,7 @@ class Loop:
             self.state.cursor = before
             return False
         _check_alive(groups)
-        credits = [self._assign(group) for group in groups]
+        credits = [credit.assign(group, self.plan.rules) for group in groups]
         samples = [sample for one in credits for sample in one.samples]
         batches = batching.pack(
             samples,
@@ -175,7 +173,7 @@ class Loop:
         learned: Metrics = {}
         if batches:
             self.observer.waiting_for(f"update: {len(samples)} rows")
-            learned = await self.learner.update(batches)
+            learned = await self.learner.update(batches * self.plan.epochs)
             clock.lap("update")
             await self.publish()
             clock.lap("publish")
@@ -232,17 +230,6 @@ class Loop:
         await self.learner.save(folder)
         self.observer.saved(folder, self.state)
 
-    def _assign(self, group: Group) -> Credit:
-        return credit.assign(
-            group,
-            agents=self.plan.agents,
-            failures=self.plan.failures,
-            estimator=self.plan.estimator,
-            air=self.plan.air,
-            reward_range=self.plan.reward_range,
-            max_tokens=self.plan.max_sample_tokens,
-        )
-
     async def _account(
         self, groups: list[Group], version: int, credits: list[Credit], learned: Metrics, clock: Clock
     ) -> None:
@@ -260,6 +247,8 @@ class Loop:
         state.dropped.update(dropped)
         state.failed.update(failed)
         state.sampled_tokens += sampled
+        for one in credits:
+            state.dropped_tokens.update(one.dropped_tokens)
         tokens = sum(int(sample.mask_T.sum()) for one in credits for sample in one.samples)
         state.trained_tokens += tokens
         record = values(merge(*(one.metrics for one in credits), learned))
@@ -316,6 +305,16 @@ class Clock:
         self.lap("other")
         parts = {name: self.laps[name] for name in ("generate", "update", "publish", "other")}
         return {"total": self.last - self.started, **parts}
+
+
+def check_books(state: State) -> None:
+    """Every admitted rollout and every sampled token was trained or dropped. Raises BooksError."""
+    for what, came, trained, dropped in (
+        ("rollouts", state.admitted, state.trained, state.dropped),
+        ("tokens", state.sampled_tokens, state.trained_tokens, state.dropped_tokens),
+    ):
+        if came != trained + sum(dropped.values()):
+            raise BooksError(f"{came} {what} came in, but {trained} were trained and {dict(dropped)} dropped")
 
 
 def _failures(groups: Sequence[Group]) -> Counter[str]:

@@ -35,7 +35,7 @@ from starlette.routing import Route
 from agent_lightning import checkpoint
 from agent_lightning.agents import Agent
 from agent_lightning.buffer import Buffer
-from agent_lightning.credit import Estimator, FailurePolicy
+from agent_lightning.credit_rules import CreditRules
 from agent_lightning.loop import Loop, Plan, State
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.rollout import AgentSpec, RolloutWorker
@@ -192,13 +192,9 @@ class ToyWorld:
             tasks_per_step=len(self.tasks),
             rollouts_per_task=self.rollouts_per_task,
             rollouts_per_batch=None,
+            epochs=1,
             eval_every=0,
-            agents="*",
-            failures=FailurePolicy(),
-            estimator=Estimator(),
-            air=None,
-            reward_range=1.0,
-            max_sample_tokens=self.max_len,
+            rules=CreditRules(max_tokens=self.max_len),
             pad_token=PAD,
             row_multiple=1,
         )

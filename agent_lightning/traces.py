@@ -26,6 +26,8 @@ class Dropped:
 
     reason: str
     tokens: int
+    calls: tuple[str, ...] = ()
+    """Ids of the calls that sampled them."""
 
 
 def select(calls: Sequence[ModelCall], pattern: str) -> tuple[ModelCall, ...]:
@@ -102,7 +104,8 @@ def to_samples(
         if num_sampled == 0:
             continue
         if chain[-1].prompt_T.size + chain[-1].response_T.size > max_tokens:
-            dropped.append(Dropped(reason=OVERLONG_SAMPLE, tokens=num_sampled))
+            ids = tuple(call.call_id for call in chain)
+            dropped.append(Dropped(reason=OVERLONG_SAMPLE, tokens=num_sampled, calls=ids))
         else:
             samples.append(_flatten(trajectory, chain, advantage[members]))
     return tuple(samples), tuple(dropped)

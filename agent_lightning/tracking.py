@@ -1,4 +1,4 @@
-"""What is kept of a run: its folder, its numbers (JSON lines, wandb, TensorBoard) and its rollouts (Parquet).
+"""What is kept of a run: its folder, and its numbers (JSON lines, wandb, TensorBoard).
 
 Example:
 
@@ -22,14 +22,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from agent_lightning.errors import DataError, UserError
+from agent_lightning.errors import UserError
 from agent_lightning.plots import read_metrics
-from agent_lightning.types import Group, ModelCall, Trajectory
-
-if TYPE_CHECKING:
-    import pyarrow
 
 logger = logging.getLogger(__name__)
 
@@ -225,80 +221,3 @@ def _survives(what: str, sink: Sink, action: Callable[[], None]) -> bool:
         logger.warning("%s %s: %r", type(sink).__name__, what, error)
         return False
     return True
-
-
-class RolloutWriter:
-    """All rollouts that ended, as Parquet: one file a `write`, one row a rollout. A file appears whole or not at all.
-
-    Example: write(3, 2, groups) -> rollouts/part-00002.parquet; counting goes on after the parts that are there.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        numbers = [int(part.stem.removeprefix("part-")) for part in directory.glob("part-*.parquet")]
-        self._next_part = max(numbers, default=-1) + 1
-
-    def write(self, step: int, policy_version: int, groups: Sequence[Group]) -> Path | None:
-        """Write the rollouts of `groups`; None where there are none. Raises OSError, e.g. on a full disk."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        rows = [_rollout_row(step, policy_version, group, one) for group in groups for one in group.trajectories]
-        if not rows:
-            return None
-        part = self._directory / f"part-{self._next_part:05d}.parquet"
-        unfinished = self._directory / f".{part.name}.tmp"
-        pq.write_table(pa.Table.from_pylist(rows, schema=_rollout_schema()), unfinished, compression="zstd")
-        unfinished.replace(part)
-        self._next_part += 1
-        return part
-
-
-def read_rollouts(path: Path) -> pyarrow.Table:
-    """All rollouts of a run, in the order they were written; `path` is its folder, its rollouts/, or one part.
-
-    Example: read_rollouts(run.path).column("reward").to_pylist() -> [1.0, 0.0, None]
-
-    Raises DataError where there are none.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    parts = [path] if path.is_file() else sorted([*path.glob("part-*.parquet"), *path.glob("rollouts/part-*.parquet")])
-    if not parts:
-        raise DataError(f"no rollouts at {path}")
-    return pa.concat_tables([pq.read_table(part, partitioning=None) for part in parts])
-
-
-def _rollout_schema() -> pyarrow.Schema:
-    import pyarrow as pa
-
-    text, real, whole = pa.string(), pa.float64(), pa.int32()
-    call = {"call_id": text, "agent": text, "policy_version": whole, "prompt_ids": pa.list_(whole)}
-    call |= {"response_ids": pa.list_(whole), "logprobs": pa.list_(pa.float32()), "finish_reason": text}
-    call |= {"started_at": real, "ended_at": real, "request": text, "reply": text}
-    row = {"rollout_id": text, "group_id": text, "split": text, "attempt": whole, "task_id": text, "task": text}
-    row |= {"step": whole, "policy_version": whole, "reward": real, "outcome": text, "error": text, "output": text}
-    row |= {"started_at": real, "ended_at": real, "num_calls": whole, "calls": pa.list_(pa.struct(list(call.items())))}
-    return pa.schema(list(row.items()))
-
-
-def _rollout_row(step: int, policy_version: int, group: Group, one: Trajectory) -> dict[str, Any]:
-    row: dict[str, Any] = {"rollout_id": one.key.rollout_id, "group_id": group.group_id, "split": one.key.split}
-    row |= {"attempt": one.key.attempt, "task_id": one.task_id, "step": step, "policy_version": policy_version}
-    row |= {"task": json.dumps(dict(group.task.payload), default=str), "reward": one.reward}
-    row |= {"outcome": one.outcome.value, "error": _storable(one.error), "output": _storable(one.output)}
-    row |= {"started_at": one.started_at, "ended_at": one.ended_at, "num_calls": len(one.calls)}
-    return row | {"calls": [_call_row(call) for call in one.calls]}
-
-
-def _call_row(call: ModelCall) -> dict[str, Any]:
-    row: dict[str, Any] = {"call_id": call.call_id, "agent": call.agent, "policy_version": call.policy_version}
-    row |= {"prompt_ids": call.prompt_T, "response_ids": call.response_T, "logprobs": call.logprob_T}
-    row |= {"finish_reason": call.finish_reason, "started_at": call.started_at, "ended_at": call.ended_at}
-    return row | {"request": _storable(call.request), "reply": _storable(call.reply)}
-
-
-def _storable(text: str) -> str:
-    """Half of a surrogate pair, which a model can be made to write, is no UTF-8: it becomes "?"."""
-    return text.encode("utf-8", "replace").decode("utf-8")

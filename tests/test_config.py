@@ -9,7 +9,7 @@ import pytest
 
 from agent_lightning.air import Air, Rule
 from agent_lightning.config import from_mapping, load, project_folder, reload, resolve_path, to_mapping, to_yaml
-from agent_lightning.credit import Estimator
+from agent_lightning.credit_rules import Estimator
 from agent_lightning.errors import ConfigError
 
 CONF = project_folder("conf")

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_lightning.air import Air, Rule
-from agent_lightning.credit import Credit, Estimator, FailurePolicy, Method, assign
+from agent_lightning.credit import Credit, assign
+from agent_lightning.credit_rules import CreditRules, Estimator, FailurePolicy, Method
 from agent_lightning.errors import ConfigError
 from agent_lightning.estimators import Scale
 from agent_lightning.metrics import values
@@ -62,11 +63,13 @@ def credit(
 ) -> Credit:
     return assign(
         Group(group_id="train-0", task=Task(task_id="t", payload={}), trajectories=trajectories),
-        agents=agents,
-        failures=failures or FailurePolicy(),
-        estimator=estimator or Estimator(scale=scale),
-        air=air,
-        max_tokens=max_tokens,
+        CreditRules(
+            agents=agents,
+            failures=failures or FailurePolicy(),
+            estimator=estimator or Estimator(scale=scale),
+            air=air,
+            max_tokens=max_tokens,
+        ),
     )
 
 

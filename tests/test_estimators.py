@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent_lightning.credit import Estimator
+from agent_lightning.credit_rules import Estimator
 from agent_lightning.errors import ConfigError
 from agent_lightning.estimators import Scale, group_normalised, normalised, returns_to_go, same_state
 

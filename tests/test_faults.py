@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from agent_lightning.credit import FailurePolicy
+from agent_lightning.credit_rules import CreditRules, FailurePolicy
 from agent_lightning.rollout import AgentSpec
 from agent_lightning.testing import ToyWorld
 from agent_lightning.types import Outcome, Policy, Task, Trajectory
@@ -161,7 +161,7 @@ async def test_failures_are_learned_from(agent: AgentSpec) -> None:
 async def test_failures_that_are_masked_are_not_learned_from(agent: AgentSpec) -> None:
     tasks = [*GOOD, Task(task_id="t", payload={"do": "fail where wrong", "answer": "2"})]
     async with make_world(agent, tasks) as world:
-        world.loop.plan = replace(world.loop.plan, failures=FailurePolicy.of({"agent_error": None}))
+        world.loop.plan = replace(world.loop.plan, rules=CreditRules(failures=FailurePolicy.of({"agent_error": None})))
         state = await world.train(steps=1)
     assert state.dropped["masked_agent_error"] == state.failed["agent_error"] > 0
 

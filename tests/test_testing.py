@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from agent_lightning import batching, credit
-from agent_lightning.credit import FailurePolicy
+from agent_lightning.credit_rules import CreditRules
 from agent_lightning.serving.dialects import Completion, Refusal
 from agent_lightning.testing import (
     END,
@@ -171,7 +171,7 @@ async def batch_of(engine: ToyEngine, text: str, rewards: dict[str, float], num:
             key, completion.prompt_T.tolist(), choice.response_T.tolist(), logprobs=choice.logprob_T.tolist()
         )
         ended.append(trajectory(key, call, reward=rewards[message_of(completion)["content"]]))
-    given = credit.assign(group(*ended), agents="*", failures=FailurePolicy(), max_tokens=100)
+    given = credit.assign(group(*ended), CreditRules(max_tokens=100))
     (batch,) = batching.pack(given.samples, rollouts_per_batch=None, pad_token=0)
     return batch
 

@@ -16,17 +16,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from agent_lightning.archive import RolloutWriter, read_rollouts
 from agent_lightning.errors import DataError, UserError
 from agent_lightning.plots import plot_learning_curve, read_metrics, smooth
 from agent_lightning.report import Progress, RolloutCounts, StepSeconds, Summary, duration, number, report, sparkline
 from agent_lightning.tracking import (
     JsonLines,
-    RolloutWriter,
     RunDirectory,
     TensorBoardSink,
     Tracker,
     WandbSink,
-    read_rollouts,
 )
 from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
 

@@ -37,8 +37,8 @@ class LearnerConfig:
     """How the policy is trained."""
 
     model_path: str
-    loss: Literal["ppo", "sft"] = "ppo"
-    """ppo: the clipped policy loss on advantages; sft: cross-entropy on the tokens under the mask."""
+    loss: Literal["vanilla", "gspo", "cispo", "sft"] = "vanilla"
+    """A policy loss on advantages by veRL's name (vanilla is PPO-clip), or sft: cross-entropy under the mask."""
     device: Literal["cpu", "cuda"] = "cpu"
     world_size: int = 1
     """Training processes; FSDP2 shards over them."""
@@ -59,6 +59,8 @@ class LearnerConfig:
     clip_ratio_high: float = 0.2
     kl_coef: float = 0.0
     """Weight of the KL to the starting policy; 0 builds no reference model."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus; 0 computes no entropy."""
     temperature: float = 1.0
     """Of the sampling that made the samples: log-probabilities are of the scaled logits."""
     max_tokens_per_micro_batch: int = 16384
@@ -126,7 +128,7 @@ class VerlLearner:
 def _loss(config: LearnerConfig) -> Any:
     from functools import partial
 
-    from verl.workers.config import ActorConfig, FSDPActorConfig
+    from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig
     from verl.workers.utils.losses import sft_loss
 
     from agent_lightning.learners.verl_worker import policy_loss
@@ -140,6 +142,8 @@ def _loss(config: LearnerConfig) -> Any:
         clip_ratio=config.clip_ratio_low,
         clip_ratio_low=config.clip_ratio_low,
         clip_ratio_high=config.clip_ratio_high,
+        policy_loss=PolicyLossConfig(loss_mode=config.loss),
+        entropy_coeff=config.entropy_coef,
         use_kl_loss=config.kl_coef > 0,
         kl_loss_coef=config.kl_coef,
     )
@@ -241,6 +245,7 @@ def _to_tensordict(batch: Batch, config: LearnerConfig) -> TensorDict:
             "temperature": config.temperature,
             "update_lr_scheduler": True,
             "compute_loss": False,
+            "calculate_entropy": config.entropy_coef > 0,
         },
     )
 
@@ -259,6 +264,8 @@ def _metrics(raw: dict[str, Any], *, gap: bool) -> Metrics:
     }
     if "actor/kl_loss" in raw:
         metrics["learner/kl_to_reference"] = Mean.of([number("actor/kl_loss", np.sum)])
+    if "actor/entropy" in raw:
+        metrics["learner/entropy"] = Mean.of([number("actor/entropy", np.sum)])
     if gap:
         metrics["logprob_gap/mean_abs"] = Mean(number("gap/sum", np.sum), number("gap/tokens", np.sum))
         metrics["logprob_gap/max_abs"] = Max(number("gap/max", np.max))

@@ -71,39 +71,49 @@ def _put(pieces: list[Tensor]) -> ray.ObjectRef:
 def policy_loss(
     config: ActorConfig, model_output: dict[str, Tensor], data: TensorDict, dp_group: object = None
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """PPO-clip from veRL (arXiv 1707.06347, eq. 7), each token counted with its own weight.
+    """veRL's policy loss (PPO-clip, arXiv 1707.06347 eq. 7; GSPO; CISPO), each token counted with its own weight.
 
     `data` holds jagged rows aligned with the tokens: loss_mask, weights, advantages, old_log_probs and, with a
     reference, ref_log_probs. The loss of the whole batch is the sum over trained tokens of weight times token loss.
-    The weights are folded into the advantages: the clipped objective is homogeneous in the advantage, so
+    The weights are folded into the advantages: the three losses are homogeneous in the advantage, so
     weight x loss(advantage) = loss(weight x advantage) exactly. `dp_size` undoes FSDP's averaging over ranks.
     """
-    log_probs = model_output["log_probs"].values()
-    # log_probs[i] is of token i+1: shift the row data left to stand beside it. The last place of a row then holds
-    # the first of the next, which is a prompt token and masked.
+    log_probs = _padded(model_output["log_probs"])
+    # log_probs[:, i] is of token i+1: shift the row data left to stand beside it. The last place of a row then holds
+    # its first token, which is of the prompt and masked.
     mask, weights, advantages, old = (
-        torch.roll(data[name].values(), shifts=-1) for name in ("loss_mask", "weights", "advantages", "old_log_probs")
+        torch.roll(_padded(data[name]), shifts=-1, dims=1)
+        for name in ("loss_mask", "weights", "advantages", "old_log_probs")
     )
     mask = mask.bool()
     config.global_batch_info["dp_size"] = data["dp_size"]
-    loss, metrics = get_policy_loss_fn(config.policy_loss.get("loss_mode", "vanilla"))(
-        old_log_prob=old[None],
-        log_prob=log_probs[None],
-        advantages=(advantages * weights)[None],
-        response_mask=mask[None],
+    loss, metrics = get_policy_loss_fn(config.policy_loss.loss_mode)(
+        old_log_prob=torch.where(mask, old, log_probs.detach()),
+        log_prob=log_probs,
+        advantages=advantages * weights,
+        response_mask=mask,
         loss_agg_mode="token-sum",
         config=config,
     )
     out = Metric.from_dict(metrics, aggregation=AggregationType.MEAN)
     if config.use_kl_loss:
-        reference = data["ref_log_probs"].values()  # as the model gave them: aligned with log_probs already
+        reference = _padded(data["ref_log_probs"])  # as the model gave them: aligned with log_probs already
         kl = kl_penalty(logprob=log_probs, ref_logprob=reference, kl_penalty=config.kl_loss_type)
         kl_loss = (kl * weights)[mask].sum() * data["dp_size"]
         loss = loss + config.kl_loss_coef * kl_loss
         out["actor/kl_loss"] = Metric(AggregationType.SUM, kl_loss.detach() / data["dp_size"])
+    if "entropy" in model_output:
+        entropy = (_padded(model_output["entropy"]) * weights)[mask].sum() * data["dp_size"]
+        loss = loss - config.entropy_coeff * entropy
+        out["actor/entropy"] = Metric(AggregationType.SUM, entropy.detach() / data["dp_size"])
     gap = (log_probs.detach() - old)[mask].abs()
     out["gap/sum"] = Metric(AggregationType.SUM, gap.sum())
     out["gap/tokens"] = Metric(AggregationType.SUM, mask.sum())
     out["gap/max"] = Metric(AggregationType.MAX, gap.max() if gap.numel() else torch.zeros(()))
     out["actor/nll"] = Metric(AggregationType.SUM, -(log_probs.detach() * weights)[mask].sum())
     return loss, out
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """Jagged rows as [N, T], zeros after the end of each."""
+    return torch.nested.to_padded_tensor(rows, 0.0) if rows.is_nested else rows

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from agent_lightning.tracking import read_rollouts
+from agent_lightning.archive import read_rollouts
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(580)]
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,85 @@
+"""The policy losses token by token, against the papers' formulas in plain torch; no Ray, no model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+
+from agent_lightning.learners.verl_worker import policy_loss
+
+pytestmark = pytest.mark.stack
+LENGTHS = (7, 4, 6)
+LOW, HIGH = 0.2, 0.3
+
+
+def nested(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def config(loss: str, entropy_coef: float = 0.0) -> FSDPActorConfig:
+    return FSDPActorConfig(
+        strategy="fsdp2",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio=LOW,
+        clip_ratio_low=LOW,
+        clip_ratio_high=HIGH,
+        policy_loss=PolicyLossConfig(loss_mode=loss),
+        entropy_coeff=entropy_coef,
+    )
+
+
+def formula(loss: str, new: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    """The loss of each trained token of one row."""
+    ratio = (new - old).exp()
+    if loss == "cispo":  # arXiv 2506.13585 eq. 4
+        return -ratio.clamp(1 - LOW, 1 + HIGH).detach() * advantage * new
+    if loss == "gspo":  # arXiv 2507.18071 eq. 15: the row's ratio, its gradient through each token
+        ratio = (new - old).mean().exp().detach() * (new - new.detach()).exp()
+    token = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - LOW, 1 + HIGH))
+    if loss == "vanilla":  # dual clip, arXiv 1912.09729 eq. 5
+        token = torch.where(advantage < 0, torch.minimum(token, -3.0 * advantage), token)
+    return token
+
+
+@pytest.mark.parametrize("loss", ["vanilla", "gspo", "cispo"])
+def test_loss_and_gradient_are_the_paper_s(loss: str) -> None:
+    torch.manual_seed(0)
+    rows = [torch.randn(length) for length in LENGTHS]  # position i is of token i + 1
+    masks = [torch.arange(length) >= 2 for length in LENGTHS]  # position i is of token i
+    old, advantages, weights = ([torch.rand(length) - shift for length in LENGTHS] for shift in (0.5, 0.5, 0.0))
+    data = TensorDict({}, batch_size=[])
+    for name, values in (("advantages", advantages), ("weights", weights), ("old_log_probs", old)):
+        data[name] = nested(values)
+    data["loss_mask"] = nested([mask.long() for mask in masks])
+    data["dp_size"] = 1
+
+    ours = [row.clone().requires_grad_() for row in rows]
+    found, metrics = policy_loss(config(loss), {"log_probs": nested(ours)}, data)
+    found.backward()
+
+    theirs = [row.clone().requires_grad_() for row in rows]
+    expected = torch.zeros(())
+    for new, mask, before, advantage, weight in zip(theirs, masks, old, advantages, weights, strict=True):
+        token = formula(loss, new[:-1][mask[1:]], before[1:][mask[1:]], advantage[1:][mask[1:]])
+        expected = expected + (weight[1:][mask[1:]] * token).sum()
+    expected.backward()
+
+    torch.testing.assert_close(found.detach(), expected.detach())
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert float(metrics["gap/tokens"].values[0]) == sum(length - 2 for length in LENGTHS)
+
+
+def test_the_entropy_bonus_is_weighted_like_the_loss() -> None:
+    data = TensorDict({}, batch_size=[])
+    for name in ("advantages", "old_log_probs"):
+        data[name] = nested([torch.zeros(3)])
+    data["weights"], data["loss_mask"] = nested([torch.full((3,), 0.5)]), nested([torch.tensor([0, 1, 1])])
+    data["dp_size"] = 1
+    output = {"log_probs": nested([torch.zeros(3)]), "entropy": nested([torch.tensor([1.0, 2.0, 9.0])])}
+    loss, metrics = policy_loss(config("vanilla", entropy_coef=0.1), output, data)
+    assert float(loss) == pytest.approx(-0.1 * 0.5 * (1 + 2))
+    assert float(metrics["actor/entropy"].values[0]) == pytest.approx(1.5)
