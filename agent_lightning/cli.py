@@ -1,16 +1,18 @@
-"""agl: train, eval, serve, doctor."""
+"""agl: train, eval, serve, runs, explain, doctor."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from agent_lightning import __version__
 from agent_lightning.errors import AgentLightningError, UserError
+from agent_lightning.types import Outcome
 
 USER_ERROR = 2
 FAILED = 1
@@ -41,6 +43,17 @@ async def _run(options: argparse.Namespace) -> int:
         return doctor()
     from agent_lightning import commands
 
+    if options.command == "explain":
+        return commands.show_rollout(options.run, options.rollout, tokens=options.tokens)
+    if options.command == "runs":
+        return commands.show_runs(
+            options.path,
+            split=options.split,
+            outcome=options.outcome,
+            min_reward=options.min_reward,
+            max_reward=options.max_reward,
+            limit=options.limit,
+        )
     if options.command == "train":
         overrides, resume = _resume(options.overrides)
         return await commands.train(overrides, resume=resume)
@@ -85,8 +98,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (train, evaluate, serve):
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
+    _add_reading(commands)
     _add(commands, "doctor", "what is installed, what is wrong, and what to type", "agl doctor")
     return parser
+
+
+def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The commands that read what a run wrote."""
+    runs = _add(
+        commands,
+        "runs",
+        "list runs, or the rollouts of a run",
+        "agl runs\n  agl runs runs/calc_tiny-s0-20260101-120000 --outcome timeout\n"
+        "  agl runs runs/calc_tiny-s0-20260101-120000 --split val --max-reward 0",
+    )
+    runs.add_argument("path", type=Path, nargs="?", default=Path("runs"), help="a folder of runs, or a run")
+    runs.add_argument("--split", choices=("train", "val"), default="train", help="which rollouts (default: train)")
+    runs.add_argument("--outcome", choices=[one.value for one in Outcome], help="only those that ended so")
+    runs.add_argument("--min-reward", type=float, default=-math.inf)
+    runs.add_argument("--max-reward", type=float, default=math.inf)
+    runs.add_argument("--limit", type=int, default=50, help="rows to show (default: 50)")
+    explain = _add(
+        commands,
+        "explain",
+        "everything that became of a rollout: spans, rewards, advantages, tokens",
+        "agl explain runs/calc_tiny-s0-20260101-120000 train-12-3 --tokens",
+    )
+    explain.add_argument("run", type=Path, help="the run's folder")
+    explain.add_argument("rollout", help="the rollout's id, as `agl runs RUN` lists it")
+    explain.add_argument("--tokens", action="store_true", help="also the sampled text, coloured by advantage")
 
 
 class _Raw(argparse.RawDescriptionHelpFormatter):

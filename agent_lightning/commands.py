@@ -14,10 +14,12 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from agent_lightning import checkpoint, launch
+from agent_lightning import checkpoint, explain, launch
 from agent_lightning.agents import load as load_target
 from agent_lightning.air import Signal
+from agent_lightning.archive import read_group
 from agent_lightning.config import Config, load, reload, to_yaml
+from agent_lightning.credit import examine
 from agent_lightning.credit_rules import CreditRules, FailurePolicy
 from agent_lightning.errors import UserError
 from agent_lightning.loop import Loop, Plan, State
@@ -192,4 +194,31 @@ async def serve(overrides: Sequence[str]) -> int:
             console.print(f"serving {config.model.path} as [b]policy[/b]; stop with Ctrl-C\n")
             console.print(f"export OPENAI_BASE_URL={url}\nexport OPENAI_API_KEY=any\n", soft_wrap=True, highlight=False)
             await stopped.wait()
+    return 0
+
+
+def show_rollout(run: Path, rollout_id: str, *, tokens: bool) -> int:
+    """`agl explain`. Raises UserError."""
+    config = reload(RunDirectory.open(run).config, [])
+    group = read_group(run, rollout_id)
+    index = next(i for i, one in enumerate(group.trajectories) if one.key.rollout_id == rollout_id)
+    rollout = group.trajectories[index]
+    credits = examine(group, index, credit_rules(config)) if rollout.key.split == "train" else None
+    console = Console()
+    console.print(explain.explain(rollout, group.task, credits))
+    if tokens and credits is not None:
+        model = Path(launch.find_model(config.model.path))
+        console.print(explain.coloured(rollout.calls, credits, model / "tokenizer.json"))
+    return 0
+
+
+def show_runs(path: Path, *, split: str, outcome: str | None, min_reward: float, max_reward: float, limit: int) -> int:
+    """`agl runs`: the runs in a folder, or the rollouts of a run. Raises UserError."""
+    if not (path / "config.yaml").is_file():
+        Console().print(explain.list_runs(path))
+        return 0
+    rollouts = explain.list_rollouts(
+        path, split=split, outcome=outcome, min_reward=min_reward, max_reward=max_reward, limit=limit
+    )
+    Console().print(rollouts)
     return 0

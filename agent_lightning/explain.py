@@ -1,0 +1,187 @@
+"""`agl explain` and `agl runs`: what became of a rollout, call by call and token by token, from a run's own files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Group as Lines
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from agent_lightning.air import events
+from agent_lightning.archive import read_rollouts
+from agent_lightning.credit import CallCredit
+from agent_lightning.errors import DataError
+from agent_lightning.report import Summary, duration, number
+from agent_lightning.tools import tool_calls
+from agent_lightning.tracking import RunDirectory
+from agent_lightning.types import ModelCall, Task, Trajectory
+
+BAR = 24
+"""Characters of the waterfall."""
+SAID = 100
+"""Characters of a reply that are shown."""
+
+
+def explain(rollout: Trajectory, task: Task, credits: Sequence[CallCredit] | None) -> RenderableType:
+    """The spans of a rollout as a waterfall, its rewards, and where its tokens went.
+
+    `credits` are of its calls, in order; None for a held-out rollout, which is never trained.
+    """
+    head = Text.assemble((rollout.key.rollout_id, "bold"), f"  attempt {rollout.key.attempt}  task {rollout.task_id}  ")
+    head.append(rollout.outcome.value, style="green" if rollout.reward else "yellow")
+    head.append(f"  reward {number(rollout.reward if rollout.reward is not None else math.nan)}")
+    parts: list[RenderableType] = [head, Text(_cut(json.dumps(dict(task.payload), default=str)), style="dim")]
+    if rollout.error:
+        parts.append(Text(rollout.error, style="red"))
+    parts.append(_waterfall(rollout))
+    if credits is not None:
+        parts += [_credits(rollout.calls, credits), ledger(credits)]
+    if rollout.output:
+        parts.append(Text(f"output: {_cut(rollout.output)}"))
+    return Lines(*parts)
+
+
+def _waterfall(rollout: Trajectory) -> Table:
+    """Model calls with their place in time; the tools that a reply asked for under it."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("at", "", "seconds", "span", "said"):
+        right = column in ("at", "seconds")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column == "span", overflow="fold")
+    seen = tool_calls(rollout.calls)
+    whole = max(rollout.ended_at - rollout.started_at, 1e-9)
+    for call in rollout.calls:
+        at, spent = call.started_at - rollout.started_at, call.ended_at - call.started_at
+        start = min(BAR - 1, max(0, round(BAR * at / whole)))
+        bar = " " * start + "━" * max(1, min(BAR - start, round(BAR * spent / whole)))
+        name = Text(f"model  {call.agent}  v{call.policy_version}", style="cyan")
+        table.add_row(f"{at:.2f}", Text(bar, style="cyan"), f"{spent:.2f}", name, _said(call))
+        for tool in (one for one in seen if one.call_id == call.call_id):
+            style = "green" if tool.status == "ok" else "yellow"
+            answer = Text(_cut(f"{tool.arguments} -> {tool.result}"))
+            table.add_row("", "", "", Text(f"  tool  {tool.name}  {tool.status.value}", style=style), answer)
+    return table
+
+
+def _credits(calls: Sequence[ModelCall], credits: Sequence[CallCredit]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("call", "events", "AIR", "return", "advantage", "tokens", "fate"):
+        table.add_column(column, justify="left" if column in ("events", "fate") else "right")
+    found = events(calls)
+    for t, one in enumerate(credits):
+        kinds = ", ".join(event.kind for event in found if event.call == t)
+        style = "green" if one.advantage > 0 else "red" if one.advantage < 0 else ""
+        table.add_row(
+            str(t),
+            kinds,
+            f"{one.intermediate:+.3f}" if one.intermediate else "",
+            number(one.return_to_go),
+            Text(f"{one.advantage:+.3f}", style=style),
+            str(one.tokens),
+            one.fate,
+        )
+    return table
+
+
+def ledger(credits: Sequence[CallCredit]) -> Text:
+    """Sampled tokens = trained + dropped, with the reasons; calls of unselected agents are shown beside.
+
+    Example: "tokens: 31 sampled = 20 trained + 11 overlong_sample; 7 not selected"
+    """
+    fates: Counter[str] = Counter()
+    for one in credits:
+        fates[one.fate] += one.tokens
+    beside = fates.pop("not selected", 0)
+    terms = [f"{fates.pop('trained', 0)} trained", *(f"{tokens} {reason}" for reason, tokens in fates.items())]
+    total = sum(one.tokens for one in credits) - beside
+    return Text(f"tokens: {total} sampled = {' + '.join(terms)}" + (f"; {beside} not selected" if beside else ""))
+
+
+def coloured(calls: Sequence[ModelCall], credits: Sequence[CallCredit], tokenizer: Path) -> RenderableType:
+    """What was sampled, one line a call, green where the advantage is positive and red where it is negative.
+
+    A token that the policy found unlikely (probability below 0.5) is underlined. `tokenizer`: a tokenizer.json. Raises
+    DataError where it cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        read = Tokenizer.from_file(str(tokenizer))
+    except Exception as error:  # the library raises nothing more exact
+        raise DataError(f"{tokenizer}: cannot be read as a tokenizer ({error})") from error
+    lines = []
+    for call, one in zip(calls, credits, strict=True):
+        colour = "green" if one.advantage > 0 else "red" if one.advantage < 0 else "dim"
+        line = Text(f"{one.advantage:+.3f}  ")
+        for token, logprob in zip(call.response_T.tolist(), call.logprob_T.tolist(), strict=True):
+            text = read.decode([token], skip_special_tokens=False).replace("\n", "⏎")
+            line.append(text, style=f"{colour} underline" if logprob < math.log(0.5) else colour)
+        lines.append(line)
+    return Lines(*lines)
+
+
+def list_runs(root: Path) -> Table:
+    """The runs in a folder, oldest first. Raises DataError where there is none."""
+    runs = sorted(
+        (p.parent for p in root.glob("*/config.yaml")), key=lambda p: p.joinpath("config.yaml").stat().st_mtime
+    )
+    if not runs:
+        raise DataError(f"no runs in {root}; give the folder that runs_dir= named, or a run")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("run", "experiment", "seed", "steps", "held out", "time"):
+        table.add_column(column, justify="left" if column in ("run", "experiment") else "right")
+    for path in runs:
+        run = RunDirectory(path)
+        if not run.summary.exists():
+            table.add_row(path.name, "", "", "", "not finished", "")
+            continue
+        one = Summary.read(run.summary)
+        rewards = f"{number(one.val_reward_first)} -> {number(one.val_reward_last)}"
+        table.add_row(path.name, one.experiment, str(one.seed), str(one.steps), rewards, duration(one.wall_s))
+    return table
+
+
+def list_rollouts(
+    run: Path, *, split: str, outcome: str | None, min_reward: float, max_reward: float, limit: int
+) -> RenderableType:
+    """Rollouts of a run that fit, in the order they were written. Raises DataError where the run has none at all."""
+    columns = ["rollout_id", "split", "step", "outcome", "reward", "num_calls", "error", "output"]
+    rows = read_rollouts(run).select(columns).to_pylist()
+    # A rollout without a reward fits where no bound was asked for.
+    unbounded = min_reward == -math.inf and max_reward == math.inf
+    fit = [
+        row
+        for row in rows
+        if row["split"] == split
+        and outcome in (None, row["outcome"])
+        and (unbounded if row["reward"] is None else min_reward <= row["reward"] <= max_reward)
+    ]
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("rollout", "step", "outcome", "reward", "calls", "what it said"):
+        table.add_column(column, justify="right" if column in ("step", "reward", "calls") else "left")
+    for row in fit[:limit]:
+        reward = number(math.nan if row["reward"] is None else row["reward"])
+        said = _cut(row["error"] or row["output"])
+        table.add_row(row["rollout_id"], str(row["step"]), row["outcome"], reward, str(row["num_calls"]), Text(said))
+    outcomes = ", ".join(f"{count:,} {name}" for name, count in Counter(row["outcome"] for row in fit).most_common())
+    return Lines(table, Text(f"{len(fit):,} of {len(rows):,} rollouts{': ' if fit else ''}{outcomes}", style="dim"))
+
+
+def _said(call: ModelCall) -> Text:
+    """A reply in a line; where it only asks for tools, nothing: they stand below."""
+    try:
+        reply = json.loads(call.reply)
+        said = str(reply.get("content") or "") if isinstance(reply, dict) else ""
+    except ValueError:
+        said = call.reply
+    return Text(_cut(said) + (f"  [{call.finish_reason}]" if call.finish_reason == "length" else ""))
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= SAID else line[: SAID - 1] + "…"
