@@ -85,7 +85,7 @@ class Rule:
 
 
 DEFAULT_RULES: Final = (
-    Rule(on="ok", value=0.1, cap=0.2),
+    Rule(on="ok", value=0.1, cap=0.3),
     Rule(on="error", value=-0.05, cap=0.1),
     Rule(on="invalid_arguments", value=-0.1, cap=0.2),
     Rule(on="timeout", value=-0.05, cap=0.1),

@@ -367,6 +367,14 @@ FIRST = {
 }
 
 
+def test_a_sheet_is_right_only_where_all_of_it_is():
+    (sheet, other) = problems.generate_sheets(0, 2, "val")
+    assert [len(one["rows"]) for one in (sheet, other)] == [problems.SHEET] * 2
+    answers = [f"The answer is {row['result']}." for row in sheet["rows"]]
+    assert reward.score_sheet(sheet, answers) == 1.0
+    assert reward.score_sheet(sheet, [*answers[:-1], "The answer is -1."]) == 0.0
+
+
 def test_solution_is_a_chat_that_the_agent_would_have(serve):
     row = problems.generate(3, 1, "train")[0]
     system, user, request, tool, answer = problems.solution(row)

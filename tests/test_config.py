@@ -84,7 +84,7 @@ def test_a_key_that_no_file_names_can_be_set(override: str, value: object) -> No
         ("=3", "=3: must have the form key=value"),
         ("steps=[1", "steps=[1: cannot be read; quote a value that has special characters"),
         ("hardware=huge", "hardware=huge: unknown; choose one of cpu, gpu2, gpu8"),
-        ("experiment=nope", "experiment=nope: unknown; choose one of calc_mawps, calc_tiny, calc_x"),
+        ("experiment=nope", "experiment=nope: unknown; choose one of calc_mawps, calc_sheet, calc_tiny, calc_x"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_says_what_to_do(override: str, message: str) -> None:
@@ -136,7 +136,7 @@ def test_a_kind_of_source_that_there_is_not_is_refused() -> None:
 
 
 def test_no_experiment_is_one_line_with_the_choices() -> None:
-    with pytest.raises(ConfigError, match=r"^experiment: missing; .* one of calc_mawps, calc_tiny, calc_x$"):
+    with pytest.raises(ConfigError, match=r"^experiment: missing; .* one of calc_mawps, calc_sheet, calc_tiny, calc_x$"):
         load(["steps=3"])
 
 

@@ -48,6 +48,11 @@ async def solve(task: Mapping[str, Any], policy: Policy) -> str:
             return str(end.value)
 
 
+async def solve_sheet(task: Mapping[str, Any], policy: Policy) -> list[str]:
+    """Answer a sheet of questions one after the other, each in a conversation of its own. Raises openai.APIError."""
+    return [await solve(row, policy) for row in task["rows"]]
+
+
 def solve_blocking(task: Mapping[str, Any]) -> str:
     """The same in a process of its own: OPENAI_BASE_URL, OPENAI_API_KEY and AGL_MODEL say where the model is."""
     with OpenAI(timeout=TIMEOUT, max_retries=2) as client:

@@ -24,6 +24,8 @@ from sentences import CONTAINERS, KINDS, NAMES, OBJECTS, Kind
 
 LARGEST = 999
 """No result is larger."""
+SHEET = 3
+"""Problems of a sheet."""
 MAX_TRIES = 400
 """Draws for one row to re-draw, before it is given up."""
 _FRACTIONS = ("0.01", "0.05", "0.1", "0.25", "0.5")
@@ -56,6 +58,15 @@ def generate(seed: int, num: int, split: Literal["train", "val"]) -> list[dict[s
             "steps": operations(equation),
         }
     return list(rows.values())
+
+
+def generate_sheets(seed: int, num: int, split: Literal["train", "val"]) -> list[dict[str, Any]]:
+    """`num` sheets of SHEET different problems each: {"id": "sheet-train-0-0", "rows": [problem, …]}."""
+    rows = generate(seed, SHEET * num, split)
+    return [
+        {"id": f"sheet-{split}-{seed}-{index}", "rows": rows[SHEET * index : SHEET * (index + 1)]}
+        for index in range(num)
+    ]
 
 
 def solution(row: Mapping[str, Any], *, in_the_head: bool = False) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ Ape210k's unevaluated results such as "660/(1+10%)".
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -39,6 +39,11 @@ def score(task: Mapping[str, Any], output: str) -> float:
     answers = _readings(output)
     right = any(_equal(answer, value) for answer in answers for value in expected)
     return float(right or _repeats(result, output))
+
+
+def score_sheet(task: Mapping[str, Any], output: Sequence[str]) -> float:
+    """1.0 if every question of a sheet is answered right, else 0.0."""
+    return float(all(score(row, answer) for row, answer in zip(task["rows"], output, strict=True)))
 
 
 def parse_answer(text: str) -> float | None:
