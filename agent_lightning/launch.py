@@ -181,10 +181,12 @@ async def _nothing() -> None:
 
 def prepare_environment() -> None:
     """Settings that Ray's processes inherit from ours; one that is set already is kept."""
-    from agent_lightning.serving.app import SERVE_ENVIRONMENT
+    from agent_lightning.serving.app import SERVE_ENVIRONMENT, free_port
 
     quiet = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
-    for key, value in (SERVE_ENVIRONMENT | quiet).items():
+    # Fixed by default: a second run on the machine could not start its proxy.
+    ports = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port("0.0.0.0")) for name in ("METRICS", "STATS")}
+    for key, value in (SERVE_ENVIRONMENT | quiet | ports).items():
         os.environ.setdefault(key, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
