@@ -102,6 +102,8 @@ class AlgorithmConfig:
     """veRL's policy loss: vanilla (PPO-clip), gspo, or cispo."""
     lr: float = 1e-6
     lr_warmup_steps: int = 0
+    lr_schedule: str = "constant"
+    """constant, or cosine: after the warm-up down to zero over the run."""
     weight_decay: float = 0.0
     clip_grad: float = 1.0
     clip_ratio_low: float = 0.2
@@ -244,6 +246,7 @@ class Config:
         self.data.train.check("data.train")
         self.data.val.check("data.val")
         _one_of("agent.mode", self.agent.mode, ("async", "thread", "process", "command"))
+        _one_of("algorithm.lr_schedule", self.algorithm.lr_schedule, ("constant", "cosine"))
         _one_of("algorithm.loss", self.algorithm.loss, ("vanilla", "gspo", "cispo"))
         _one_of("credit.method", self.credit.method, get_args(Method))
         _one_of("credit.scale", self.credit.scale, get_args(Scale))

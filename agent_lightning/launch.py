@@ -196,6 +196,8 @@ def _build_learner(config: Config, model: str) -> VerlLearner:
     from agent_lightning.learners.verl import LearnerConfig, VerlLearner
 
     algorithm, hardware = config.algorithm, config.hardware
+    rollouts = algorithm.tasks_per_step * algorithm.rollouts_per_task
+    batches = -(-rollouts // (algorithm.rollouts_per_batch or rollouts))
     return VerlLearner(
         LearnerConfig(
             model_path=model,
@@ -207,6 +209,8 @@ def _build_learner(config: Config, model: str) -> VerlLearner:
             loss=cast(Any, algorithm.loss),
             lr=algorithm.lr,
             lr_warmup_steps=algorithm.lr_warmup_steps,
+            lr_schedule=cast(Any, algorithm.lr_schedule),
+            total_steps=config.steps * algorithm.epochs * batches,
             weight_decay=algorithm.weight_decay,
             clip_grad=algorithm.clip_grad,
             clip_ratio_low=algorithm.clip_ratio_low,

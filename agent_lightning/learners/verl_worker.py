@@ -115,5 +115,5 @@ def policy_loss(
 
 
 def _padded(rows: Tensor) -> Tensor:
-    """Jagged rows as [N, T], zeros after the end of each."""
-    return torch.nested.to_padded_tensor(rows, 0.0) if rows.is_nested else rows
+    """Jagged rows as [N, T], zeros after the end of each. Not by `to_padded_tensor`: it trusts a cached length."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows.unbind()), batch_first=True)
