@@ -98,6 +98,7 @@ def _plan(config: Config) -> Plan:
         steps=config.steps,
         tasks_per_step=algorithm.tasks_per_step,
         rollouts_per_task=algorithm.rollouts_per_task,
+        refills=algorithm.refills,
         rollouts_per_batch=algorithm.rollouts_per_batch,
         epochs=algorithm.epochs,
         eval_every=config.eval_every,

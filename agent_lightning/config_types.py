@@ -94,6 +94,8 @@ class AgentConfig:
 class AlgorithmConfig:
     tasks_per_step: int = 16
     rollouts_per_task: int = 8
+    refills: int = 0
+    """More rounds of rollouts in a step, to make up for groups that give nothing to train on."""
     rollouts_per_batch: int | None = None
     """Rollouts of one optimiser step; null: all of the step's in one."""
     epochs: int = 1
@@ -264,6 +266,7 @@ class Config:
             ("checkpoint_every", self.checkpoint_every, 0),
             ("algorithm.tasks_per_step", self.algorithm.tasks_per_step, 1),
             ("algorithm.epochs", self.algorithm.epochs, 1),
+            ("algorithm.refills", self.algorithm.refills, 0),
             ("algorithm.rollouts_per_task", self.algorithm.rollouts_per_task, 2),
             ("rollout.workers", self.rollout.workers, 1),
             ("rollout.concurrency", self.rollout.concurrency, 1),

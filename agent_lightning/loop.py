@@ -72,6 +72,8 @@ class Plan:
     steps: int
     tasks_per_step: int
     rollouts_per_task: int
+    refills: int
+    """More rounds of rollouts in a step, for groups that give nothing to train on."""
     rollouts_per_batch: int | None
     """Rollouts of one optimiser step; None: all of the step's."""
     epochs: int
@@ -154,14 +156,13 @@ class Loop:
         """One step; False where it was given up because the run stops."""
         clock = Clock()
         before, version = replace(self.state.cursor), self.state.version
-        tasks = self.state.cursor.next(self.train_tasks, self.plan.tasks_per_step)
-        groups = await self.generate(tasks, split="train", num_rollouts=self.plan.rollouts_per_task)
+        gathered = await self._gather()
         clock.lap("generate")
-        if groups is None:
+        if gathered is None:
             self.state.cursor = before
             return False
+        groups, credits = gathered
         _check_alive(groups)
-        credits = [credit.assign(group, self.plan.rules) for group in groups]
         samples = [sample for one in credits for sample in one.samples]
         batches = batching.pack(
             samples,
@@ -180,6 +181,34 @@ class Loop:
         await self._account(groups, version, credits, learned, clock)
         return True
 
+    async def _gather(self) -> tuple[list[Group], list[Credit]] | None:
+        """The step's groups with their credit; None where the run was stopped.
+
+        Groups that give nothing to train on are made up for with new tasks, in at most `plan.refills` more rounds:
+        dynamic sampling of DAPO, arXiv 2503.14476 section 3.2.
+        """
+        groups: list[Group] = []
+        credits: list[Credit] = []
+        missing = self.plan.tasks_per_step
+        for _ in range(1 + self.plan.refills):
+            tasks = self.state.cursor.next(self.train_tasks, missing)
+            more = await self.generate(tasks, split="train", num_rollouts=self.plan.rollouts_per_task)
+            if more is None:
+                await self._give_up(groups)
+                return None
+            groups += more
+            credits += [credit.assign(group, self.plan.rules) for group in more]
+            missing = self.plan.tasks_per_step - sum(bool(one.samples) for one in credits)
+            if missing == 0:
+                break
+        return groups, credits
+
+    async def _give_up(self, groups: Sequence[Group]) -> None:
+        """Groups that were taken and will not be trained, because the run stops."""
+        lost = sum(len(group.trajectories) for group in groups)
+        await self.buffer.advance(trained=0, dropped={"run_stopped": lost})
+        self.state.dropped["run_stopped"] += lost
+
     async def generate(self, tasks: Sequence[Task], *, split: Split, num_rollouts: int) -> list[Group] | None:
         """Whole groups of these tasks; None where the run was stopped meanwhile."""
         for task in tasks:
@@ -194,10 +223,8 @@ class Loop:
             if not taking.done():
                 await self.buffer.cancel("the run was stopped")
                 cancelled = await taking
-                lost = sum(len(group.trajectories) for group in cancelled)
                 if split == "train":
-                    await self.buffer.advance(trained=0, dropped={"run_stopped": lost})
-                    self.state.dropped["run_stopped"] += lost
+                    await self._give_up(cancelled)
                 return None
             return taking.result()
 

@@ -191,6 +191,7 @@ class ToyWorld:
             steps=0,
             tasks_per_step=len(self.tasks),
             rollouts_per_task=self.rollouts_per_task,
+            refills=0,
             rollouts_per_batch=None,
             epochs=1,
             eval_every=0,

@@ -136,9 +136,7 @@ def test_a_kind_of_source_that_there_is_not_is_refused() -> None:
 
 
 def test_no_experiment_is_one_line_with_the_choices() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^experiment: missing; .* calc_mawps, calc_sheet, calc_tiny, calc_x$"
-    ):
+    with pytest.raises(ConfigError, match=r"^experiment: missing; .* calc_mawps, calc_sheet, calc_tiny, calc_x$"):
         load(["steps=3"])
 
 

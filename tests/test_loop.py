@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -290,3 +291,34 @@ async def test_a_step_with_nothing_to_learn_changes_nothing(client: openai.Async
         state = await world.train(steps=2)
         await check_accounts(world)
     assert (state.version, state.trained, state.dropped) == (0, 0, {"no_spread": 64})
+
+
+async def test_groups_with_nothing_to_learn_are_made_up_for(client: openai.AsyncOpenAI) -> None:
+    asked: Counter[str] = Counter()
+
+    async def easy_or_not(task: Mapping[str, Any], policy: Policy) -> float:
+        await Asks(client)(task, policy)
+        asked[task["question"]] += 1
+        # The first task is always right; of the others every second rollout is.
+        return float(task["answer"] == "1" or asked[task["question"]] % 2)
+
+    async with make_world(client, agent=easy_or_not) as world:
+        world.loop.plan = replace(world.loop.plan, refills=3)
+        state = await world.train(steps=1)
+        await check_accounts(world)
+    # Four tasks, of which one teaches nothing: one more is taken until four groups do.
+    assert state.trained == 32
+    assert state.dropped["no_spread"] >= 8
+    assert state.admitted == state.trained + state.dropped["no_spread"]
+
+
+async def test_refills_end_where_nothing_can_be_learned(client: openai.AsyncOpenAI) -> None:
+    async def always_right(task: Mapping[str, Any], policy: Policy) -> float:
+        await Asks(client)(task, policy)
+        return 1.0
+
+    async with make_world(client, agent=always_right) as world:
+        world.loop.plan = replace(world.loop.plan, refills=2)
+        state = await world.train(steps=1)
+        await check_accounts(world)
+    assert (state.step, state.trained, state.dropped) == (1, 0, {"no_spread": 3 * 32})
