@@ -185,14 +185,18 @@ async def serve(overrides: Sequence[str]) -> int:
     config = load(overrides)
     stopped = asyncio.Event()
     console = Console()
+    started = time.monotonic()
     with _signals(stopped):
         async with launch.system(config, train=False, workers=0) as system:
+            start_s = time.monotonic() - started
             # One rollout that stays open: whatever is called under its URL is recorded like a rollout's calls.
             await system.buffer.admit(Task(task_id="serve", payload={}), split="val", num_rollouts=1)
             (lease,) = await system.buffer.lease(1, 10.0)
             key = lease.key
             url = f"{system.service.url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{lease.secret}/agent/v1"
-            console.print(f"serving {config.model.path} as [b]policy[/b]; stop with Ctrl-C\n")
+            console.print(
+                f"serving {config.model.path} as [b]policy[/b], ready after {start_s:.0f} s; stop with Ctrl-C\n"
+            )
             console.print(f"export OPENAI_BASE_URL={url}\nexport OPENAI_API_KEY=any\n", soft_wrap=True, highlight=False)
             await stopped.wait()
     return 0
