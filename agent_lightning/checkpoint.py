@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agent_lightning.errors import UserError
-from agent_lightning.loop import State
+from agent_lightning.state import State
 from agent_lightning.tasks import TaskCursor
 
 STATE = "state.json"

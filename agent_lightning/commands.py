@@ -22,10 +22,11 @@ from agent_lightning.config import Config, load, reload, to_yaml
 from agent_lightning.credit import examine
 from agent_lightning.credit_rules import CreditRules, FailurePolicy
 from agent_lightning.errors import UserError
-from agent_lightning.loop import Loop, Plan, State
+from agent_lightning.loop import Loop
 from agent_lightning.observer import RunObserver, summarise
 from agent_lightning.plots import plot_learning_curve
 from agent_lightning.report import Progress, Summary, report
+from agent_lightning.state import Plan, State
 from agent_lightning.tasks import TaskCursor
 from agent_lightning.tracking import RunDirectory
 from agent_lightning.types import Split

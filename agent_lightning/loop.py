@@ -24,11 +24,10 @@ from typing import Protocol
 from agent_lightning import batching, credit
 from agent_lightning.buffer import Stats
 from agent_lightning.credit import Credit
-from agent_lightning.credit_rules import CreditRules
-from agent_lightning.errors import BooksError, StepFailed
+from agent_lightning.errors import StepFailed
 from agent_lightning.learners.base import Learner, Weights
 from agent_lightning.metrics import Metrics, merge, values
-from agent_lightning.tasks import TaskCursor
+from agent_lightning.state import Plan, State, check_books
 from agent_lightning.types import Group, Outcome, Split, Task
 
 POLL_SECONDS = 0.5
@@ -63,52 +62,6 @@ class Observer(Protocol):
         ...
 
     def saved(self, path: Path, state: State) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """How long, how much, and how credit is given."""
-
-    steps: int
-    tasks_per_step: int
-    rollouts_per_task: int
-    refills: int
-    """More rounds of rollouts in a step, for groups that give nothing to train on."""
-    rollouts_per_batch: int | None
-    """Rollouts of one optimiser step; None: all of the step's."""
-    epochs: int
-    """Times that the batches of a step are trained on."""
-    eval_every: int
-    """Steps between evaluations; there is always one before the first step and one after the last."""
-    rules: CreditRules
-    pad_token: int
-    row_multiple: int
-    publish_timeout_s: float = 300.0
-
-
-@dataclass(slots=True, kw_only=True)
-class State:
-    """What a checkpoint keeps beside the learner's own files. Counts are of the whole run."""
-
-    step: int = 0
-    version: int = 0
-    cursor: TaskCursor
-    next_group: dict[Split, int] = field(default_factory=dict)
-    val_rewards: list[tuple[int, float]] = field(default_factory=list)
-    """(step, mean held-out reward) of each evaluation."""
-    admitted: int = 0
-    trained: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    dropped_tokens: Counter[str] = field(default_factory=Counter)
-    failed: Counter[str] = field(default_factory=Counter)
-    sampled_tokens: int = 0
-    trained_tokens: int = 0
-    gap_total: float = 0.0
-    gap_count: float = 0.0
-    gap_max: float = 0.0
-    seconds: Counter[str] = field(default_factory=Counter)
-    """Of all steps together: total, generate, update, publish, other."""
-    wall_s: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -332,16 +285,6 @@ class Clock:
         self.lap("other")
         parts = {name: self.laps[name] for name in ("generate", "update", "publish", "other")}
         return {"total": self.last - self.started, **parts}
-
-
-def check_books(state: State) -> None:
-    """Every admitted rollout and every sampled token was trained or dropped. Raises BooksError."""
-    for what, came, trained, dropped in (
-        ("rollouts", state.admitted, state.trained, state.dropped),
-        ("tokens", state.sampled_tokens, state.trained_tokens, state.dropped_tokens),
-    ):
-        if came != trained + sum(dropped.values()):
-            raise BooksError(f"{came} {what} came in, but {trained} were trained and {dict(dropped)} dropped")
 
 
 def _failures(groups: Sequence[Group]) -> Counter[str]:

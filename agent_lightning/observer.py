@@ -11,8 +11,8 @@ from typing import Any, cast
 from agent_lightning import checkpoint
 from agent_lightning.archive import RolloutWriter
 from agent_lightning.config import Config, to_mapping
-from agent_lightning.loop import State
 from agent_lightning.report import Progress, RolloutCounts, StepSeconds, Summary
+from agent_lightning.state import State
 from agent_lightning.tracking import (
     JsonLines,
     RunDirectory,

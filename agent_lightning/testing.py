@@ -36,10 +36,11 @@ from agent_lightning import checkpoint
 from agent_lightning.agents import Agent
 from agent_lightning.buffer import Buffer
 from agent_lightning.credit_rules import CreditRules
-from agent_lightning.loop import Loop, Plan, State
+from agent_lightning.loop import Loop
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.rollout import AgentSpec, RolloutWorker
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
+from agent_lightning.state import Plan, State
 from agent_lightning.tasks import TaskCursor
 from agent_lightning.toy import END, FIRST_WORD, PAD, ToyEngine, ToyLanguage, ToyLearner
 from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory

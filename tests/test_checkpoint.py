@@ -9,7 +9,7 @@ import pytest
 
 from agent_lightning.checkpoint import STATE, folder_of, newest, read_state, write_state
 from agent_lightning.errors import UserError
-from agent_lightning.loop import State
+from agent_lightning.state import State
 from agent_lightning.tasks import TaskCursor
 
 

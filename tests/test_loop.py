@@ -17,9 +17,9 @@ import pytest
 from agent_lightning import checkpoint
 from agent_lightning.buffer import Buffer, attempt_secret
 from agent_lightning.errors import StepFailed
-from agent_lightning.loop import State
 from agent_lightning.rollout import AgentSpec
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
+from agent_lightning.state import State
 from agent_lightning.testing import SAMPLING, ToyEngine, ToyLanguage, ToyWorld, application
 from agent_lightning.types import ModelCall, Outcome, Policy, RolloutKey, Task
 
