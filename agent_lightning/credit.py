@@ -20,11 +20,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_lightning.credit_rules import CreditRules
+from agent_lightning.credit_rules import CreditRules, Estimator
 from agent_lightning.estimators import group_normalised, normalised, returns_to_go, same_state
 from agent_lightning.metrics import Mean, Metrics
-from agent_lightning.traces import OVERLONG_SAMPLE, select, selects, to_samples
-from agent_lightning.types import Floats, Group, ModelCall, Outcome, Sample, Trajectory
+from agent_lightning.traces import OVERLONG_SAMPLE, select, to_samples
+from agent_lightning.types import Bools, Floats, Group, ModelCall, Outcome, Sample, Trajectory
 
 NO_SPREAD: Final = "no_spread"
 NO_SELECTED_CALL: Final = "no_selected_call"
@@ -133,8 +133,12 @@ class _Books:
     def of(cls, group: Group, rules: CreditRules) -> _Books:
         rewards = [rules.failures.reward_of(trajectory) for trajectory in group.trajectories]
         earned = [_earned(t, reward, rules) for t, reward in zip(group.trajectories, rewards, strict=True)]
-        selected = [select(trajectory.calls, rules.agents) for trajectory in group.trajectories]
-        advantages = _advantages(group, earned, [reward is not None for reward in rewards], rules)
+        chosen = [select(trajectory.calls, rules.agents) for trajectory in group.trajectories]
+        selected = [[t.calls[i] for i in indices] for t, indices in zip(group.trajectories, chosen, strict=True)]
+        return_C = np.array([one.return_T[i] for one, indices in zip(earned, chosen, strict=True) for i in indices])
+        total_R = np.array([one.total for one in earned], np.float64)
+        valid_R = np.array([reward is not None for reward in rewards], np.bool_)
+        advantages = _advantages(selected, total_R, return_C, valid_R, rules.estimator)
         spread = any(advantage.any() for advantage in advantages)
         shares = [
             _share(trajectory, calls, reward is not None, spread, advantage, rules.max_tokens)
@@ -169,30 +173,31 @@ def _earned(trajectory: Trajectory, reward: float | None, rules: CreditRules) ->
     return _Earned(intermediate_T, returns_to_go(reward_T, discount), final + float(intermediate_T.sum()))
 
 
-def _advantages(group: Group, earned: Sequence[_Earned], valid: Sequence[bool], rules: CreditRules) -> list[Floats]:
-    """Of each trajectory's selected calls; zeros where it is masked."""
-    estimator = rules.estimator
-    valid_R = np.array(valid, np.bool_)
-    chosen = [[i for i, call in enumerate(t.calls) if selects(rules.agents, call)] for t in group.trajectories]
-    rollout_C = np.array([r for r, indices in enumerate(chosen) for _ in indices], np.int64)
+def _advantages(
+    selected: Sequence[Sequence[ModelCall]],
+    total_R: NDArray[np.float64],
+    return_C: NDArray[np.float64],
+    valid_R: Bools,
+    estimator: Estimator,
+) -> list[Floats]:
+    """Of each rollout's selected calls, of which `_C` are all, rollout after rollout; zeros where it is masked."""
+    rollout_C = np.array([r for r, calls in enumerate(selected) for _ in calls], np.int64)
     advantage_C = np.zeros(rollout_C.size, np.float64)
     if estimator.method != "return_to_go":
-        total_R = np.array([one.total for one in earned], np.float64)
         whole_R = group_normalised(total_R, valid_R, scale=estimator.scale, baseline=estimator.baseline)
         advantage_C += whole_R[rollout_C]
     if estimator.method != "identical":
         counts_C = valid_R[rollout_C]
-        return_C = np.array([one.return_T[i] for one, indices in zip(earned, chosen, strict=True) for i in indices])
         values, owners = return_C[counts_C], rollout_C[counts_C]
         if estimator.method == "return_to_go":
             own = normalised(values, owners, scale=estimator.scale, baseline=estimator.baseline)
         else:
-            calls = [t.calls[i] for t, indices in zip(group.trajectories, chosen, strict=True) for i in indices]
-            states = [(c.agent, c.prompt_T.tobytes()) for c, counts in zip(calls, counts_C, strict=True) if counts]
+            calls = [call for calls, valid in zip(selected, valid_R, strict=True) if valid for call in calls]
+            states = [(call.agent, call.prompt_T.tobytes()) for call in calls]
             own = estimator.state_weight * same_state(values, owners, states, scale=estimator.scale)
         advantage_C[counts_C] += own
-    ends = np.cumsum([len(indices) for indices in chosen])
-    return [advantage_C[end - len(indices) : end].astype(np.float32) for indices, end in zip(chosen, ends, strict=True)]
+    ends = np.cumsum([len(calls) for calls in selected])
+    return [advantage_C[end - len(calls) : end].astype(np.float32) for calls, end in zip(selected, ends, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

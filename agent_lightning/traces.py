@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -30,32 +29,20 @@ class Dropped:
     """Ids of the calls that sampled them."""
 
 
-def select(calls: Sequence[ModelCall], pattern: str) -> tuple[ModelCall, ...]:
-    """The calls of trained agents, in order; `pattern` is a comma-separated list of case-sensitive globs.
+def select(calls: Sequence[ModelCall], pattern: str) -> tuple[int, ...]:
+    """Indices of the calls of trained agents; `pattern` is a comma-separated list of case-sensitive globs.
 
     Example, with calls of agents writer, judge, rewriter-2:
 
-        select(calls, "*")                  # all three
-        select(calls, "writer, rewriter*")  # writer, rewriter-2
+        select(calls, "*")                  # 0, 1, 2
+        select(calls, "writer, rewriter*")  # 0, 2
 
     Raises ConfigError where the list is empty or has an empty entry.
     """
-    _globs(pattern)  # also where there is no call
-    return tuple(call for call in calls if selects(pattern, call))
-
-
-def selects(pattern: str, call: ModelCall) -> bool:
-    """Whether `select` would keep this call. Raises ConfigError as it does."""
-    globs = _globs(pattern)
-    return any(fnmatchcase(call.agent, glob) for glob in globs)
-
-
-@lru_cache(maxsize=64)
-def _globs(pattern: str) -> tuple[str, ...]:
-    globs = tuple(part.strip() for part in pattern.split(","))
+    globs = [part.strip() for part in pattern.split(",")]
     if not all(globs):
         raise ConfigError(f"agents: {pattern!r} has an empty agent name; write e.g. '*' or 'writer,rewriter*'")
-    return globs
+    return tuple(i for i, call in enumerate(calls) if any(fnmatchcase(call.agent, glob) for glob in globs))
 
 
 def chains(calls: Sequence[ModelCall]) -> tuple[tuple[ModelCall, ...], ...]:

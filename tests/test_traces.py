@@ -61,7 +61,7 @@ def samples_of(
 )
 def test_select(pattern: str, selected: str) -> None:
     calls = [call(agent, [1], [2], agent=agent) for agent in ("writer", "judge", "rewriter-2")]
-    assert " ".join(c.call_id for c in select(calls, pattern)) == selected
+    assert " ".join(calls[i].call_id for i in select(calls, pattern)) == selected
 
 
 @pytest.mark.parametrize("pattern", ["", "  ", ",", "writer,", "a,,b"])
