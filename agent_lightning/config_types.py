@@ -257,6 +257,7 @@ class Config:
         # What they say of themselves they refuse themselves, with the key.
         self.estimator()
         self.air_rules()
+        self._check_read()
         _one_of("hardware.device", self.hardware.device, ("cpu", "cuda"))
         _one_of("model.dtype", self.model.dtype, ("float32", "bfloat16"))
         _one_of("tracking.wandb", self.tracking.wandb, ("offline", "online", "disabled"))
@@ -292,6 +293,16 @@ class Config:
             raise ConfigError("agent.reward_min must be below agent.reward_max")
         if self.agent.timeout_s <= 0:
             raise ConfigError(f"agent.timeout_s={self.agent.timeout_s}: must be above 0")
+
+    def _check_read(self) -> None:
+        """A key that nothing would read is a mistake. Raises ConfigError."""
+        default, method = CreditConfig(), self.credit.method
+        if self.credit.discount != default.discount and method == "identical":
+            raise ConfigError("credit.discount: credit.method=identical does not read it; choose another method")
+        if self.credit.state_weight != default.state_weight and method != "same_state":
+            raise ConfigError(f"credit.state_weight: credit.method={method} does not read it; only same_state does")
+        if not self.air.enabled and self.air != AirConfig():
+            raise ConfigError("air: its keys are set but it is off; add air.enabled=true, or credit=air")
 
     def estimator(self) -> Estimator:
         """Raises ConfigError."""

@@ -202,13 +202,18 @@ def test_credit_air_gives_each_call_what_it_earned() -> None:
 
 
 def test_rules_of_air_are_data() -> None:
-    config = load(["experiment=calc_tiny", "air.rules=[{on: error, tool: sql*, value: -0.2, cap: 0.2}]"])
+    config = load(
+        ["experiment=calc_tiny", "air.enabled=true", "air.rules=[{on: error, tool: sql*, value: -0.2, cap: 0.2}]"]
+    )
     assert config.air_rules().rules == (Rule(on="error", tool="sql*", value=-0.2, cap=0.2),)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("air.bound=0.2", "air: its keys are set but it is off; add air.enabled=true, or credit=air"),
+        ("credit.discount=0.9", "credit.discount: credit.method=identical does not read it"),
+        ("credit.state_weight=2", "credit.state_weight: credit.method=identical does not read it"),
         ("air.bound=0.6", "air.bound=0.6: must be above 0 and below 0.5"),
         ("air.form=mean", "air.form=mean: must be one of sum, potential"),
         ("air.rules=[{on: good, value: 0.1, cap: 0.1}]", "air.rules: on=good: must be one of ok, error"),
