@@ -109,8 +109,6 @@ class Service:
     url: str
     """Root of the gateway, without a trailing slash."""
     app: str
-    start_s: float
-    """Seconds from the call of `start` until the gateway answered."""
 
     def stop(self) -> None:
         serve.delete(self.app)
@@ -120,7 +118,6 @@ def start(
     *, name: str, config: ServingConfig, gateway: GatewayConfig, recorder: Recorder, board: PolicyBoard
 ) -> Service:
     """Deploy the service and wait until it answers. Raises EngineError."""
-    started = time.monotonic()
     policy = serve.deployment(PolicyDeployment).options(**_policy_options(config)).bind(_llm_settings(config), board)
     app = (
         serve.deployment(GatewayDeployment)
@@ -141,7 +138,7 @@ def start(
         except RuntimeError as error:
             raise EngineError(f"the policy's engine did not start: {_cause(name, error)}") from error
         proxy.result()
-    return Service(url=f"http://{config.host}:{config.port}/{name}", app=name, start_s=time.monotonic() - started)
+    return Service(url=f"http://{config.host}:{config.port}/{name}", app=name)
 
 
 def _start_proxy(host: str, port: int) -> None:
