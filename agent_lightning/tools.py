@@ -40,21 +40,29 @@ def tool_calls(calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
     answers = [_answers(call) for call in calls]
     found: list[ToolCall] = []
     for index, requests in enumerate(asked):
-        for request in requests:
+        call = calls[index]
+        for number, request in enumerate(requests):
             function = _mapping(request.get("function"))
             identity = str(request.get("id") or "")
             arguments = _text(function.get("arguments"))
             # A conversation is sent whole each time: the first later request that has the id has this call's answer,
             # unless its own reply comes twice in it.
-            result = next((later[identity] for later in answers[index + 1 :] if identity in later), None)
+            after = next((i for i in range(index + 1, len(calls)) if identity in answers[i]), None)
+            result = None if after is None else answers[after][identity]
             found.append(
                 ToolCall(
-                    call_id=calls[index].call_id,
+                    key=call.key,
+                    span_id=f"{call.call_id}/{number}",
+                    parent_id=call.call_id,
+                    call_id=call.call_id,
                     tool_call_id=identity,
                     name=str(function.get("name") or ""),
                     arguments=arguments,
                     result=result or "",
                     status=status_of(arguments, result),
+                    started_at=call.ended_at,
+                    ended_at=call.ended_at if after is None else max(call.ended_at, calls[after].started_at),
+                    source="request",
                 )
             )
     return tuple(found)

@@ -21,6 +21,9 @@ Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 Split = Literal["train", "val"]
+Source = Literal["gateway", "trace", "request"]
+"""Where a span was seen: at the gateway; in a trace that the agent's side sent (OpenTelemetry); or in the next
+request, whose tool messages answer the last reply."""
 
 
 class Outcome(StrEnum):
@@ -142,6 +145,14 @@ class ModelCall:
     """JSON text of the messages that the agent sent."""
     reply: str = ""
     """JSON text of the message that the agent got."""
+    parent_id: str = ""
+    """Of the span above, "" where none is known."""
+    model: str = ""
+    """Its name in a trace; "" is the policy's."""
+    error: str = ""
+    """Why there is no reply, in a trace; "" where there is one."""
+    source: Source = "gateway"
+    """From a trace it is another model's call, or one of another run: it has no tokens and is never trained."""
 
     def __post_init__(self) -> None:
         if self.response_T.shape != self.logprob_T.shape:
@@ -153,23 +164,59 @@ class ModelCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """A span: one tool call that a reply asked for, and what became of it."""
+    """A span: one use of a tool, and what became of it."""
 
-    call_id: str
-    """Of the ModelCall whose reply asked for it."""
-    tool_call_id: str
+    key: RolloutKey
+    span_id: str
+    """Unique in the attempt."""
+    parent_id: str = ""
+    """Of the span above: the agent, or the model call that asked for it."""
+    call_id: str = ""
+    """Of the ModelCall that caused it: whose reply asked for it, or else the last one before it; "" where none was."""
+    tool_call_id: str = ""
     """The id in that reply, "" where it has none."""
     name: str
     arguments: str
     """As the model wrote them: JSON text, if all is well."""
     result: str = ""
-    """What the agent sent back to the model."""
+    """What the tool returned, as text; its error where it failed."""
     status: ToolStatus
+    started_at: float
+    """Unix seconds; read from requests: when the reply that asked for it was there."""
+    ended_at: float
+    source: Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """A span: a number that the agent's side gave to something that happened."""
+
+    key: RolloutKey
+    span_id: str
+    name: str = "reward"
+    """The dimension, e.g. "format"."""
+    value: float
+    about: str = ""
+    """The `call_id` of a ModelCall or the `span_id` of another span; "" is the whole rollout."""
+    at: float
+    """Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSpan:
+    """A span: an agent at work; its model calls, tools and sub-agents have it as parent."""
+
+    key: RolloutKey
+    span_id: str
+    parent_id: str = ""
+    name: str
+    started_at: float
+    ended_at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """The ordered calls of one finished attempt, its reward and its outcome."""
+    """The ordered spans of one finished attempt, its reward and its outcome."""
 
     key: RolloutKey
     task_id: str
@@ -183,6 +230,11 @@ class Trajectory:
     """What the agent returned, as text cut to a sensible length."""
     started_at: float = 0.0
     ended_at: float = 0.0
+    tools: tuple[ToolCall, ...] = ()
+    rewards: tuple[Reward, ...] = ()
+    """Those that the agent's side emitted; `reward` is the rollout's own."""
+    agents: tuple[AgentSpan, ...] = ()
+    """Where a trace showed them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
