@@ -1,13 +1,36 @@
-"""Spans as OpenTelemetry has them -> ours, by the attributes that instrumentors write. Pure."""
+"""Spans as OpenTelemetry has them -> ours, by the attributes that instrumentors write. Pure.
+
+`attributes` has the tables of names, `messages` reads the chat messages in them.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from agent_lightning.types import AgentSpan, ModelCall, Reward, ToolCall
+import numpy as np
+
+from agent_lightning.attributes import FIELDS, KINDS, PRESENT, Kind
+from agent_lightning.messages import Message, answer, as_json, conversation, parsed, text_of, tool_result_of
+from agent_lightning.tools import status_of, tool_calls
+from agent_lightning.types import AgentSpan, Floats, Ints, ModelCall, Reward, RolloutKey, ToolCall
+
+REASONS = {
+    "a span id for the second time": "the one with the most attributes is kept",
+    "a time that is not a number": "the span's start or end is infinite or no number",
+    "a reward that is not a finite number": "nothing can be learned from it",
+    "repaired: a parent that is its own descendant": "kept, as a span without parent",
+    "repaired: a request that is not understood": "kept; its `request` is empty",
+    "repaired: a reply that is not understood": "kept; its `reply` is empty",
+    "repaired: token ids out of any vocabulary": "kept without tokens: an id is not in [0, 2^31)",
+    "repaired: log-probabilities missing": "kept; those of its tokens that are not known are NaN",
+}
+"""Every reason that `read` counts, and what it means. Those with "repaired" are of spans that are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +55,515 @@ class Traced:
     """What raw spans say, in the order in which it happened. A `parent_id` is of a span that is kept, or ""."""
 
     calls: tuple[ModelCall, ...] = ()
-    """Without tokens, `source="trace"`; `call_id` is the reply's id where the span has it, else the span's."""
+    """`source="trace"`, without tokens unless the trace has them; `call_id` is the reply's id where the span has it,
+    else the span's."""
     tools: tuple[ToolCall, ...] = ()
     rewards: tuple[Reward, ...] = ()
     agents: tuple[AgentSpan, ...] = ()
     refused: Mapping[str, int] = field(default_factory=Counter)
-    """Reason -> how many spans are not among the above though they should be."""
+    """Reason (see REASONS) -> how many spans are not among the above though they should be, or were repaired."""
+    offered: Mapping[str, str] = field(default_factory=dict)
+    """`call_id` -> JSON text of the definitions of the tools that its request offered, in OpenAI's form."""
+    usage: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """`call_id` -> tokens of the prompt and of the reply, as the trace counts them."""
+
+
+def read(spans: Sequence[RawSpan], key: RolloutKey) -> Traced:
+    """The model calls, tool calls, rewards and agents among the spans of one attempt, in the order of their start.
+
+    A model call that wraps another one of the same event is one call with what both say. The order in which the spans
+    come does not matter. Never raises, whatever the attributes hold.
+
+    Example:
+
+        chat = RawSpan(span_id="1", name="chat", started_at=0.0, ended_at=1.0, attributes={
+            "gen_ai.operation.name": "chat", "gen_ai.request.model": "gpt-4o",
+            "gen_ai.prompt.0.role": "user", "gen_ai.prompt.0.content": "hi", "gen_ai.completion.0.content": "Hello!"})
+        read([chat], key).calls[0].reply  # '{"role": "assistant", "content": "Hello!"}'
+    """
+    refused: Counter[str] = Counter()
+    tree = _Tree(_unique(spans, refused), refused)
+    calls, offered, usage = _calls(tree, key, refused)
+    return Traced(
+        calls=calls,
+        tools=_tools(tree, key, calls),
+        rewards=_rewards(tree, key, refused),
+        agents=tuple(
+            AgentSpan(
+                key=key,
+                span_id=tree.kept_id[span.span_id],
+                parent_id=tree.parent_of(span),
+                name=_agent_name(span),
+                started_at=span.started_at,
+                ended_at=max(span.started_at, span.ended_at),
+            )
+            for span in tree.of(Kind.AGENT)
+        ),
+        refused=+refused,
+        offered=offered,
+        usage=usage,
+    )
+
+
+def kind_of(span: RawSpan) -> Kind:
+    """What a span is, by its attributes.
+
+    Example: kind_of(span with {"openinference.span.kind": "LLM"}) -> Kind.CALL
+    """
+    there = [kind for name, kind in PRESENT if _has(span.attributes, name)]
+    if Kind.REWARD in there:
+        return Kind.REWARD
+    for name, kinds in KINDS:
+        value = span.attributes.get(name)
+        if isinstance(value, str) and value in kinds:
+            return kinds[value]
+    if there:
+        return there[0]
+    if tool_result_of(_first(span, "result")) is not None:
+        return Kind.TOOL
+    return Kind.AGENT if _is_graph_node(span) else Kind.OTHER
+
+
+class _Tree:
+    """Unique spans in the order in which they started, and which of them are kept under which id."""
+
+    def __init__(self, spans: Sequence[RawSpan], refused: Counter[str]) -> None:
+        by_id = {span.span_id: span for span in spans}
+        self._parent = _parents(by_id, refused)
+        depth = {identity: sum(1 for _ in self._above(identity)) for identity in by_id}
+        # By start; on a tie the parent first. A child may start before its parent where clocks differ: it stays so.
+        self.spans = sorted(spans, key=lambda span: (span.started_at, depth[span.span_id], span.span_id))
+        self.by_id = by_id
+        self.kind = {span.span_id: kind_of(span) for span in spans}
+        self.wrappers: dict[str, list[RawSpan]] = {}
+        """Of a model call: the spans around it that tell of the same event, the nearest first."""
+        self.kept_id: dict[str, str] = {}
+        self._find_wrappers()
+        self._drop_idle_nodes()
+        for span in self.spans:
+            if self.kind[span.span_id] in (Kind.TOOL, Kind.AGENT):
+                self.kept_id[span.span_id] = str(_first(span, "span id") or span.span_id)
+
+    def of(self, kind: Kind) -> list[RawSpan]:
+        return [span for span in self.spans if self.kind[span.span_id] is kind]
+
+    def above(self, span: RawSpan) -> Iterator[RawSpan]:
+        """Its ancestors, the nearest first."""
+        return (self.by_id[identity] for identity in self._above(span.span_id))
+
+    def parent_of(self, span: RawSpan) -> str:
+        """The id of the nearest ancestor that is kept, or ""."""
+        own = self.kept_id.get(span.span_id)
+        above = (self.kept_id.get(identity) for identity in self._above(span.span_id))
+        return next((identity for identity in above if identity and identity != own), "")
+
+    def _above(self, identity: str) -> Iterator[str]:
+        while parent := self._parent[identity]:
+            yield parent
+            identity = parent
+
+    def _find_wrappers(self) -> None:
+        """Of model calls inside model calls the innermost is the call; those around it alone say more about it."""
+        inner: dict[str, list[str]] = {}
+        for span in self.of(Kind.CALL):
+            for around in self.above(span):
+                if self.kind[around.span_id] in (Kind.TOOL, Kind.AGENT):
+                    break
+                if self.kind[around.span_id] is Kind.CALL:
+                    inner.setdefault(around.span_id, []).append(span.span_id)
+                    break
+        for wrapper in reversed([span for span in self.spans if span.span_id in inner]):
+            self.kind[wrapper.span_id] = Kind.OTHER
+            leaf, only = wrapper.span_id, True
+            while leaf in inner and only:
+                only, leaf = len(inner[leaf]) == 1, inner[leaf][0]
+            if only:
+                self.wrappers.setdefault(leaf, []).append(wrapper)
+
+    def _drop_idle_nodes(self) -> None:
+        """A graph has nodes that call no model: those are no agents."""
+        busy = {around.span_id for span in self.of(Kind.CALL) for around in self.above(span)}
+        for span in self.of(Kind.AGENT):
+            if _is_graph_node(span) and span.span_id not in busy and _stated(span) is None:
+                self.kind[span.span_id] = Kind.OTHER
+
+
+def _unique(spans: Sequence[RawSpan], refused: Counter[str]) -> list[RawSpan]:
+    unique: dict[str, RawSpan] = {}
+    for span in spans:
+        if not (math.isfinite(span.started_at) and math.isfinite(span.ended_at)):
+            refused["a time that is not a number"] += 1
+            continue
+        if span.span_id in unique:
+            refused["a span id for the second time"] += 1
+            span = max(span, unique[span.span_id], key=lambda one: (len(one.attributes), repr(one)))
+        unique[span.span_id] = span
+    return list(unique.values())
+
+
+def _parents(by_id: Mapping[str, RawSpan], refused: Counter[str]) -> dict[str, str]:
+    """Span -> its parent among the spans, "" where there is none; a circle is cut at its smallest id."""
+    parent = {one: span.parent_id if span.parent_id in by_id else "" for one, span in by_id.items()}
+    settled: set[str] = set()
+    for start in by_id:
+        path: dict[str, None] = {}
+        at = start
+        while at and at not in settled and at not in path:
+            path[at] = None
+            at = parent[at]
+        if at in path:
+            walked = list(path)
+            parent[min(walked[walked.index(at) :])] = ""
+            refused["repaired: a parent that is its own descendant"] += 1
+        settled.update(path)
+    return parent
+
+
+def _calls(
+    tree: _Tree, key: RolloutKey, refused: Counter[str]
+) -> tuple[tuple[ModelCall, ...], dict[str, str], dict[str, tuple[int, int]]]:
+    spans = tree.of(Kind.CALL)
+    merged = [_merged(span, tree.wrappers.get(span.span_id, ())) for span in spans]
+    taken: set[str] = set()
+    for span in merged:
+        reply_id = str(_first(span, "reply id") or _mapping(parsed(_first(span, "reply"))).get("id") or "")
+        # An id that came before, of another reply, names nothing: some servers give all replies the same one.
+        call_id = reply_id if reply_id and reply_id not in taken else span.span_id
+        taken.add(call_id)
+        for one in (span, *tree.wrappers.get(span.span_id, ())):
+            tree.kept_id[one.span_id] = call_id
+    calls, offered, usage = [], {}, {}
+    for span in merged:
+        call_id = tree.kept_id[span.span_id]
+        request, tools = _request(span, refused)
+        reply = _reply(span, request, refused)
+        prompt_T, response_T, logprob_T = _tokens(span, refused)
+        calls.append(
+            ModelCall(
+                key=key,
+                call_id=call_id,
+                agent=_agent_of(tree, span),
+                policy_version=-1,
+                prompt_T=prompt_T,
+                response_T=response_T,
+                logprob_T=logprob_T,
+                finish_reason=_finish_reason(span),
+                started_at=span.started_at,
+                ended_at=max(span.started_at, span.ended_at),
+                request=_dump(request) if request else "",
+                reply=_dump(reply) if reply else "",
+                parent_id=tree.parent_of(span),
+                model=str(_first(span, "model") or _mapping(parsed(_first(span, "reply"))).get("model") or ""),
+                error=span.error,
+                source="trace",
+            )
+        )
+        if tools:
+            offered[call_id] = _dump(tools)
+        counted = (_whole(_first(span, "prompt tokens")), _whole(_first(span, "reply tokens")))
+        if any(counted):
+            usage[call_id] = counted
+    return tuple(calls), offered, usage
+
+
+def _merged(span: RawSpan, wrappers: Sequence[RawSpan]) -> RawSpan:
+    """A call with what the spans around it say and it does not; a field is taken whole, from one span."""
+    attributes = dict(span.attributes)
+    for wrapper in wrappers:
+        for names in FIELDS.values():
+            if not any(_has(attributes, name) for name in names):
+                attributes |= {n: v for n, v in wrapper.attributes.items() if any(_matches(n, name) for name in names)}
+    return replace(span, attributes=attributes)
+
+
+def _request(span: RawSpan, refused: Counter[str]) -> tuple[list[Message], list[Any]]:
+    """The messages that were sent, and the tools offered."""
+    values = list(_values(span, "request"))
+    found = next((one for one in map(conversation, values) if one is not None), None)
+    if found is None:
+        refused["repaired: a request that is not understood"] += any(values)
+        return [], _offered(span, ())
+    messages, tools = found
+    system = text_of(_first(span, "system prompt"))
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return messages, _offered(span, tools)
+
+
+def _offered(span: RawSpan, tools: Sequence[Any]) -> list[Any]:
+    """Definitions of tools in OpenAI's form, each once."""
+    given = parsed(next(_values(span, "tools offered"), None)) or tools
+    found: dict[str, Any] = {}
+    for one in given if isinstance(given, list | tuple) else ():
+        one = _mapping(parsed(_mapping(one).get("tool", one)))
+        one = _mapping(parsed(one.get("json_schema", one)))
+        function = _mapping(one.get("function")) or one
+        schema: Any = next((function[k] for k in ("parameters", "inputSchema", "input_schema") if function.get(k)), {})
+        name = str(function.get("name") or "")
+        if name:
+            described = {"description": function["description"]} if function.get("description") else {}
+            plain = {"name": name, **described, "parameters": parsed(schema)}
+            found.setdefault(name, {"type": "function", "function": plain})
+    return list(found.values())
+
+
+def _reply(span: RawSpan, request: Sequence[Message], refused: Counter[str]) -> Message | None:
+    text, calls = _first(span, "reply's text"), parsed(_first(span, "reply's tool calls"))
+    said: dict[str, Any] = {"role": "assistant", "content": text_of(text)} if text else {"role": "assistant"}
+    told = [{**said, "tool_calls": calls}] if isinstance(calls, list) and calls else [said] if text else []
+    values = [*told, *_values(span, "reply")]
+    found = next((one for one in (answer(value, request) for value in values) if one is not None), None)
+    refused["repaired: a reply that is not understood"] += found is None and any(values) and not span.error
+    return found
+
+
+def _finish_reason(span: RawSpan) -> str:
+    value = parsed(_first(span, "finish reason"))
+    if value is None:
+        reply = _mapping(parsed(_first(span, "reply")))
+        choices = reply.get("choices")
+        value = _mapping(choices[0] if isinstance(choices, list) and choices else reply).get("finish_reason")
+    while isinstance(value, list):
+        value = value[0] if value else None
+    word = str(value or "").lower().replace("-", "_")
+    return {"tool_call": "tool_calls", "max_tokens": "length", "end_turn": "stop"}.get(word, word)
+
+
+def _tokens(span: RawSpan, refused: Counter[str]) -> tuple[Ints, Ints, Floats]:
+    prompt, response = (_numbers(_first(span, name)) for name in ("prompt token ids", "reply token ids"))
+    if any(not isinstance(one, int) or not 0 <= one < 2**31 for one in (*prompt, *response)):
+        refused["repaired: token ids out of any vocabulary"] += 1
+        prompt, response = [], []
+    logprobs = [_logprob(one) for one in _numbers(_first(span, "log-probabilities"))]
+    if len(logprobs) != len(response):
+        logprobs = [math.nan] * len(response)
+    refused["repaired: log-probabilities missing"] += any(map(math.isnan, logprobs))
+    return np.array(prompt, np.int32), np.array(response, np.int32), np.array(logprobs, np.float32)
+
+
+def _numbers(value: Any) -> list[Any]:
+    value = parsed(value)
+    while isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], list | tuple):
+        value = value[0]
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def _logprob(value: Any) -> float:
+    value = value.get("logprob") if isinstance(value, Mapping) else value
+    number = _number(value)
+    return number if number <= 0 and math.isfinite(number) else math.nan
+
+
+def _agent_of(tree: _Tree, span: RawSpan) -> str:
+    own = next((span.attributes[name] for name in ("gen_ai.agent.name", "agent.name") if name in span.attributes), "")
+    above = (_agent_name(one) for one in tree.above(span) if tree.kind[one.span_id] is Kind.AGENT)
+    return str(own) or next(above, "")
+
+
+_AGENT_NAME = re.compile(r"(?:agent_run|invoke_agent)\s+\[?(.+?)\]?|(.+)\.(?:_execute_core|agent|run)")
+_CREW_ROLE = re.compile(r"\brole='([^']+)'")
+
+
+def _agent_name(span: RawSpan) -> str:
+    if _is_graph_node(span):
+        return span.name
+    role = _CREW_ROLE.search(str(span.attributes.get("input.value"))) if span.name == "Task._execute_core" else None
+    name = _first(span, "agent") or (role and role[1])
+    found = _AGENT_NAME.fullmatch(span.name)
+    return str(name or (found and (found[1] or found[2])) or span.name)
+
+
+def _is_graph_node(span: RawSpan) -> bool:
+    metadata = _mapping(parsed(span.attributes.get("metadata"))).get("langgraph_node")
+    return span.name in (_first(span, "graph node"), metadata)
+
+
+def _stated(span: RawSpan) -> Kind | None:
+    return next((kinds[v] for name, kinds in KINDS if (v := str(span.attributes.get(name))) in kinds), None)
+
+
+def _tools(tree: _Tree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
+    asked = list(tool_calls(calls))
+    tools = []
+    for span in tree.of(Kind.TOOL):
+        given = _first(span, "result")
+        message = tool_result_of(given) or {}
+        identity = str(_first(span, "tool call id") or message.get("tool_call_id") or "")
+        name = str(_first(span, "tool") or message.get("name") or span.name.removeprefix("execute_tool "))
+        before = [call.call_id for call in calls if call.started_at <= span.started_at]
+        arguments = _arguments(span)
+        match = _asked_for([one for one in asked if one.call_id in before], identity, name, arguments)
+        if match is not None:
+            asked.remove(match)
+            arguments = match.arguments
+        result = text_of(given) if given is not None else None if match is None else match.result or None
+        tools.append(
+            ToolCall(
+                key=key,
+                span_id=tree.kept_id[span.span_id],
+                parent_id=tree.parent_of(span),
+                call_id=match.call_id if match else before[-1] if before else "",
+                tool_call_id=match.tool_call_id if match else identity,
+                name=name,
+                arguments=arguments,
+                result=result or span.error,
+                status=status_of(arguments, f"error: {span.error}" if span.error else result),
+                started_at=span.started_at,
+                ended_at=max(span.started_at, span.ended_at),
+                source="trace",
+            )
+        )
+    return tuple(tools)
+
+
+def _asked_for(asked: Sequence[ToolCall], identity: str, name: str, arguments: str) -> ToolCall | None:
+    """Which of the tool calls in replies a span is: by its id, in the newest reply; or the oldest with its name and
+    arguments; or the only one with its name."""
+    same_id = [one for one in asked if one.tool_call_id == identity] if identity else []
+    if same_id:
+        return same_id[-1]
+    same_name = [one for one in asked if one.name == name]
+    same = [one for one in same_name if parsed(one.arguments) == parsed(arguments)]
+    return same[0] if same else same_name[0] if len(same_name) == 1 else None
+
+
+def _arguments(span: RawSpan) -> str:
+    given = _first(span, "arguments")
+    value = parsed(given)
+    if isinstance(value, Mapping) and len(value) == 1 and isinstance(inner := next(iter(value.values())), Mapping):
+        given = inner if next(iter(value)) in ("input", "inputs") else given
+    return as_json(given)
+
+
+def _rewards(tree: _Tree, key: RolloutKey, refused: Counter[str]) -> tuple[Reward, ...]:
+    rewards = []
+    for span in tree.of(Kind.REWARD):
+        about = str(_first(span, "what a reward is about") or "")
+        for number, (name, value) in enumerate(_dimensions(span)):
+            if not math.isfinite(_number(value)):
+                refused["a reward that is not a finite number"] += 1
+                continue
+            rewards.append(
+                Reward(
+                    key=key,
+                    span_id=f"{_first(span, 'span id') or span.span_id}{f'/{number}' if number else ''}",
+                    name=name,
+                    value=_number(value),
+                    about=tree.kept_id.get(about, about),
+                    at=span.started_at,
+                )
+            )
+    return tuple(rewards)
+
+
+def _dimensions(span: RawSpan) -> list[tuple[str, Any]]:
+    if "agl.reward.value" in span.attributes:
+        return [(str(_first(span, "reward's name") or "reward"), span.attributes["agl.reward.value"])]
+    parts = unflattened(span.attributes, "agentlightning.reward.")
+    return [(str(_mapping(one).get("name") or "reward"), _mapping(one).get("value")) for one in parts]
+
+
+def _values(span: RawSpan, what: str) -> Iterator[Any]:
+    """What the attributes of a field hold, the best first."""
+    for name in FIELDS[what]:
+        value = _value(span.attributes, name, what)
+        if value is not None and value != "" and value != []:
+            yield value
+
+
+def _first(span: RawSpan, what: str) -> Any:
+    return next(_values(span, what), None)
+
+
+def _value(attributes: Mapping[str, Any], name: str, what: str) -> Any:
+    if name == "gen_ai.events":
+        return _from_events(attributes.get(name), what)
+    if name == "agentlightning.link.*":
+        links = map(_mapping, unflattened(attributes, "agentlightning.link."))
+        return next((link.get("value_match") for link in links if link.get("key_match") == "span_id"), None)
+    if name.endswith(".*"):
+        return unflattened(attributes, name[:-1])
+    return attributes.get(name)
+
+
+_EVENT = re.compile(r"gen_ai\.(system|user|assistant|tool)\.message")
+
+
+def _from_events(events: Any, what: str) -> Any:
+    """Messages that are a span's events: one event with all of them, or one for each."""
+    messages: list[Any] = []
+    for event in map(_mapping, events if isinstance(events, list) else ()):
+        whole = next((event[name] for name in FIELDS[what] if event.get(name)), None)
+        if whole is not None:
+            return whole
+        found, choice = _EVENT.fullmatch(str(event.get("event.name"))), event.get("event.name") == "gen_ai.choice"
+        if found and what == "request":
+            fields = {"content": event.get("content"), "tool_calls": parsed(event.get("tool_calls"))}
+            messages.append({"role": found[1], **fields, "tool_call_id": event.get("id") or ""})
+        elif choice and what == "reply":
+            messages.append({**event, **_mapping(parsed(event.get("message"))), "role": "assistant"})
+    return messages
+
+
+def unflattened(attributes: Mapping[str, Any], prefix: str) -> list[Any]:
+    """The list whose items are spread over attributes.
+
+    Example: unflattened({"p.0.role": "user", "p.0.content": "hi"}, "p.") -> [{"role": "user", "content": "hi"}]
+    """
+    tree: dict[str, Any] = {}
+    for name, value in attributes.items():
+        path = name.removeprefix(prefix).split(".")
+        if not name.startswith(prefix) or len(path) > _MAX_PATH or not path[0].isdecimal():
+            continue
+        at = tree
+        for part in path[:-1]:
+            inner = at.setdefault(part, {})
+            at = inner if isinstance(inner, dict) else {}
+        at[path[-1]] = value
+    items = _listed(tree)
+    return items if isinstance(items, list) else []
+
+
+_MAX_PATH = 12
+_SHELLS = ("message", "message_content", "tool_call")
+
+
+def _listed(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if value and all(name.isdecimal() for name in value):
+        return [_listed(value[name]) for name in sorted(value, key=int)]
+    if len(value) == 1 and next(iter(value)) in _SHELLS and isinstance(inner := next(iter(value.values())), dict):
+        return _listed(inner)
+    return {name: _listed(part) for name, part in value.items()}
+
+
+def _has(attributes: Mapping[str, Any], name: str) -> bool:
+    if name.endswith(".*"):
+        return any(one.startswith(name[:-1]) for one in attributes)
+    return attributes.get(name) not in (None, "", [])
+
+
+def _matches(attribute: str, name: str) -> bool:
+    return attribute.startswith(name[:-1]) if name.endswith(".*") else attribute == name
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _number(value: Any) -> float:
+    """A number, also as text; NaN where it is none."""
+    try:
+        return math.nan if isinstance(value, bool) or value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _whole(value: Any) -> int:
+    number = _number(value)
+    return int(number) if math.isfinite(number) else 0
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,192 @@
+"""The span attributes that are understood, as tables: what a span is, and where it says what (docs/traces.md).
+
+Sources: OpenTelemetry's GenAI conventions with their older forms (OpenLLMetry, OpenLIT), OpenInference, Langfuse,
+LangSmith, the Vercel AI SDK, Google's ADK, Agent Lightning 0.x, and our own client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """What a span is."""
+
+    CALL = "model call"
+    TOOL = "tool call"
+    AGENT = "agent"
+    REWARD = "reward"
+    OTHER = "nothing of ours"
+
+
+KINDS: tuple[tuple[str, Mapping[str, Kind]], ...] = (
+    (
+        "gen_ai.operation.name",
+        {
+            "chat": Kind.CALL,
+            "text_completion": Kind.CALL,
+            "generate_content": Kind.CALL,
+            "execute_tool": Kind.TOOL,
+            "invoke_agent": Kind.AGENT,
+            "create_agent": Kind.AGENT,
+            "embeddings": Kind.OTHER,
+        },
+    ),
+    (
+        "openinference.span.kind",
+        {
+            "LLM": Kind.CALL,
+            "TOOL": Kind.TOOL,
+            "AGENT": Kind.AGENT,
+            "EMBEDDING": Kind.OTHER,
+            "RETRIEVER": Kind.OTHER,
+            "RERANKER": Kind.OTHER,
+        },
+    ),
+    (
+        "ai.operationId",
+        {
+            "ai.generateText": Kind.CALL,
+            "ai.generateText.doGenerate": Kind.CALL,
+            "ai.streamText": Kind.CALL,
+            "ai.streamText.doStream": Kind.CALL,
+            "ai.generateObject": Kind.CALL,
+            "ai.generateObject.doGenerate": Kind.CALL,
+            "ai.streamObject": Kind.CALL,
+            "ai.streamObject.doStream": Kind.CALL,
+            "ai.toolCall": Kind.TOOL,
+        },
+    ),
+    ("traceloop.span.kind", {"tool": Kind.TOOL, "agent": Kind.AGENT}),
+    ("llm.request.type", {"chat": Kind.CALL, "completion": Kind.CALL, "embedding": Kind.OTHER}),
+    ("langfuse.observation.type", {"generation": Kind.CALL, "tool": Kind.TOOL, "agent": Kind.AGENT}),
+    ("langsmith.span.kind", {"llm": Kind.CALL, "tool": Kind.TOOL}),
+)
+"""Attribute -> value -> kind. The first attribute whose value is listed decides, after PRESENT's rewards."""
+
+PRESENT: tuple[tuple[str, Kind], ...] = (
+    ("agl.reward.value", Kind.REWARD),
+    ("agentlightning.reward.*", Kind.REWARD),
+    ("gen_ai.tool.name", Kind.TOOL),
+    ("gen_ai.tool.call.id", Kind.TOOL),
+    ("ai.toolCall.name", Kind.TOOL),
+    ("gen_ai.output.messages", Kind.CALL),
+    ("gen_ai.completion.*", Kind.CALL),
+    ("gen_ai.completion", Kind.CALL),
+    ("llm.output_messages.*", Kind.CALL),
+    ("llm.hosted_vllm.prompt_token_ids", Kind.CALL),
+)
+"""Attributes that say by being there what a span is: a reward always, the others where KINDS has no answer."""
+
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "model": (
+        "gen_ai.response.model",
+        "ai.response.model",
+        "gen_ai.request.model",
+        "llm.model_name",
+        "ai.model.id",
+        "langfuse.observation.model.name",
+    ),
+    "reply id": ("gen_ai.response.id", "ai.response.id", "llm.response.id"),
+    "finish reason": (
+        "gen_ai.response.finish_reasons",
+        "ai.response.finishReason",
+        "llm.finish_reason",
+        "gen_ai.completion.0.finish_reason",
+    ),
+    "request": (
+        "gen_ai.input.messages",
+        "llm.input_messages.*",
+        "gen_ai.prompt.*",
+        "ai.prompt.messages",
+        "gcp.vertex.agent.llm_request",
+        "gen_ai.events",
+        "langfuse.observation.input",
+        "input.value",
+        "gen_ai.prompt",
+        "ai.prompt",
+        "traceloop.entity.input",
+    ),
+    "system prompt": ("gen_ai.system_instructions",),
+    "reply": (
+        "gen_ai.output.messages",
+        "llm.output_messages.*",
+        "gen_ai.completion.*",
+        "gcp.vertex.agent.llm_response",
+        "gen_ai.events",
+        "langfuse.observation.output",
+        "output.value",
+        "gen_ai.completion",
+        "traceloop.entity.output",
+    ),
+    "reply's text": ("ai.response.text", "ai.response.object"),
+    "reply's tool calls": ("ai.response.toolCalls",),
+    "tools offered": (
+        "gen_ai.tool.definitions",
+        "llm.tools.*",
+        "llm.request.functions.*",
+        "ai.prompt.tools",
+        "langfuse.observation.metadata.tools",
+    ),
+    "prompt tokens": (
+        "gen_ai.usage.input_tokens",
+        "gen_ai.usage.prompt_tokens",
+        "llm.token_count.prompt",
+        "ai.usage.promptTokens",
+        "ai.usage.inputTokens",
+        "langfuse.observation.usage_details.input",
+    ),
+    "reply tokens": (
+        "gen_ai.usage.output_tokens",
+        "gen_ai.usage.completion_tokens",
+        "llm.token_count.completion",
+        "ai.usage.completionTokens",
+        "ai.usage.outputTokens",
+        "langfuse.observation.usage_details.output",
+    ),
+    "prompt token ids": ("agl.prompt_token_ids", "prompt_token_ids", "llm.hosted_vllm.prompt_token_ids"),
+    "reply token ids": ("agl.response_token_ids", "response_token_ids", "llm.hosted_vllm.response_token_ids"),
+    "log-probabilities": ("agl.logprobs", "logprobs.content"),
+    "agent": (
+        "gen_ai.agent.name",
+        "agent.name",
+        "agent_role",
+        "graph.node.id",
+        "ai.telemetry.functionId",
+        "traceloop.entity.name",
+        "gen_ai.agent.id",
+    ),
+    "graph node": (
+        "langfuse.observation.metadata.langgraph_node",
+        "langsmith.metadata.langgraph_node",
+        "traceloop.association.properties.langgraph_node",
+        "metadata.langgraph_node",
+    ),
+    "tool": ("gen_ai.tool.name", "tool.name", "ai.toolCall.name", "tool_call.function.name", "traceloop.entity.name"),
+    "tool call id": ("gen_ai.tool.call.id", "ai.toolCall.id", "tool_call.id", "tool.id"),
+    "arguments": (
+        "gen_ai.tool.call.arguments",
+        "ai.toolCall.args",
+        "gcp.vertex.agent.tool_call_args",
+        "tool_call.function.arguments",
+        "langfuse.observation.input",
+        "input.value",
+        "tool.parameters",
+        "traceloop.entity.input",
+    ),
+    "result": (
+        "gen_ai.tool.call.result",
+        "ai.toolCall.result",
+        "gcp.vertex.agent.tool_response",
+        "langfuse.observation.output",
+        "output.value",
+        "traceloop.entity.output",
+    ),
+    "reward": ("agl.reward.value", "agentlightning.reward.*"),
+    "reward's name": ("agl.reward.name",),
+    "what a reward is about": ("agl.reward.about", "agentlightning.link.*"),
+    "span id": ("agl.span_id",),
+}
+"""What is read -> the attributes that may have it, the best first. One that ends in ".*" is flattened: `prefix.0.role`
+and so on; the value of any other may be JSON text."""
