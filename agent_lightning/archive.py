@@ -6,7 +6,7 @@ pyarrow is imported when it is used, so importing this module costs nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,19 @@ def read_group(path: Path, rollout_id: str) -> Group:
     ordered = sorted(latest.values(), key=lambda row: RolloutKey.parse(row["rollout_id"], 0))
     task = Task(task_id=ordered[0]["task_id"], payload=json.loads(ordered[0]["task"]))
     return Group(group_id=group_id, task=task, trajectories=tuple(_trajectory(row) for row in ordered))
+
+
+def read_trajectories(path: Path) -> Iterator[Trajectory]:
+    """The rollouts of a run, in the order they were written; `path` as in `read_rollouts`. Raises DataError.
+
+    Example: [one.reward for one in read_trajectories(run.path)] -> [1.0, 0.0, None]
+    """
+    table = read_rollouts(path)
+    # A stopped run that was resumed may have written a group again: the later one counts.
+    identities = zip(table.column("rollout_id").to_pylist(), table.column("step").to_pylist(), strict=True)
+    latest = {identity: index for index, identity in enumerate(identities)}
+    for batch in table.take(sorted(latest.values())).to_batches(max_chunksize=256):
+        yield from map(_trajectory, batch.to_pylist())
 
 
 def _trajectory(row: Mapping[str, Any]) -> Trajectory:

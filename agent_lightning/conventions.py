@@ -18,7 +18,7 @@ import numpy as np
 from agent_lightning.attributes import FIELDS, KINDS, PRESENT, Kind
 from agent_lightning.messages import Message, answer, as_json, conversation, parsed, text_of, tool_result_of
 from agent_lightning.tools import status_of, tool_calls
-from agent_lightning.types import AgentSpan, Floats, Ints, ModelCall, Reward, RolloutKey, ToolCall
+from agent_lightning.types import AgentSpan, Floats, Ints, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus
 
 REASONS = {
     "a span id for the second time": "the one with the most attributes is kept",
@@ -250,8 +250,8 @@ def _calls(
                 finish_reason=_finish_reason(span),
                 started_at=span.started_at,
                 ended_at=max(span.started_at, span.ended_at),
-                request=_dump(request) if request else "",
-                reply=_dump(reply) if reply else "",
+                request=str(_first(span, "request's own text") or (_dump(request) if request else "")),
+                reply=str(_first(span, "reply's own text") or (_dump(reply) if reply else "")),
                 parent_id=tree.parent_of(span),
                 model=str(_first(span, "model") or _mapping(parsed(_first(span, "reply"))).get("model") or ""),
                 error=span.error,
@@ -392,7 +392,10 @@ def _tools(tree: _Tree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[To
         name = str(_first(span, "tool") or message.get("name") or span.name.removeprefix("execute_tool "))
         before = [call.call_id for call in calls if call.started_at <= span.started_at]
         arguments = _arguments(span)
-        match = _asked_for([one for one in asked if one.call_id in before], identity, name, arguments)
+        cause = str(_first(span, "the call that asked") or "")
+        match = _asked_for(
+            [one for one in asked if one.call_id in ([cause] if cause else before)], identity, name, arguments
+        )
         if match is not None:
             asked.remove(match)
             arguments = match.arguments
@@ -402,18 +405,25 @@ def _tools(tree: _Tree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[To
                 key=key,
                 span_id=tree.kept_id[span.span_id],
                 parent_id=tree.parent_of(span),
-                call_id=match.call_id if match else before[-1] if before else "",
+                call_id=cause or (match.call_id if match else before[-1] if before else ""),
                 tool_call_id=match.tool_call_id if match else identity,
                 name=name,
                 arguments=arguments,
                 result=result or span.error,
-                status=status_of(arguments, f"error: {span.error}" if span.error else result),
+                status=_status(span, arguments, result),
                 started_at=span.started_at,
                 ended_at=max(span.started_at, span.ended_at),
                 source="trace",
             )
         )
     return tuple(tools)
+
+
+def _status(span: RawSpan, arguments: str, result: str | None) -> ToolStatus:
+    said = _first(span, "status")
+    if said in list(ToolStatus):
+        return ToolStatus(said)
+    return status_of(arguments, f"error: {span.error}" if span.error else result)
 
 
 def _asked_for(asked: Sequence[ToolCall], identity: str, name: str, arguments: str) -> ToolCall | None:
