@@ -1,11 +1,10 @@
 """Spans as OpenTelemetry has them -> ours, by the attributes that instrumentors write. Pure.
 
-`attributes` has the tables of names, `messages` reads the chat messages in them.
+`attributes` has the tables of names, `span_fields` what one span says; here is what spans say together.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -13,12 +12,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from agent_lightning.attributes import FIELDS, KINDS, PRESENT, Kind
-from agent_lightning.messages import Message, answer, as_json, conversation, parsed, text_of, tool_result_of
+from agent_lightning.messages import as_json, parsed, text_of, tool_result_of
+from agent_lightning.span_fields import (
+    as_mapping,
+    dump,
+    finish_reason_of,
+    first,
+    has,
+    matches,
+    number,
+    reply_of,
+    request_of,
+    tokens_of,
+    unflattened,
+    whole_number,
+)
 from agent_lightning.tools import status_of, tool_calls
-from agent_lightning.types import AgentSpan, Floats, Ints, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus
+from agent_lightning.types import AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus
 
 REASONS = {
     "a span id for the second time": "the one with the most attributes is kept",
@@ -110,7 +121,7 @@ def kind_of(span: RawSpan) -> Kind:
 
     Example: kind_of(span with {"openinference.span.kind": "LLM"}) -> Kind.CALL
     """
-    there = [kind for name, kind in PRESENT if _has(span.attributes, name)]
+    there = [kind for name, kind in PRESENT if has(span.attributes, name)]
     if Kind.REWARD in there:
         return Kind.REWARD
     for name, kinds in KINDS:
@@ -119,7 +130,7 @@ def kind_of(span: RawSpan) -> Kind:
             return kinds[value]
     if there:
         return there[0]
-    if tool_result_of(_first(span, "result")) is not None:
+    if tool_result_of(first(span.attributes, "result")) is not None:
         return Kind.TOOL
     return Kind.AGENT if _is_graph_node(span) else Kind.OTHER
 
@@ -142,7 +153,7 @@ class _Tree:
         self._drop_idle_nodes()
         for span in self.spans:
             if self.kind[span.span_id] in (Kind.TOOL, Kind.AGENT):
-                self.kept_id[span.span_id] = str(_first(span, "span id") or span.span_id)
+                self.kept_id[span.span_id] = str(first(span.attributes, "span id") or span.span_id)
 
     def of(self, kind: Kind) -> list[RawSpan]:
         return [span for span in self.spans if self.kind[span.span_id] is kind]
@@ -226,7 +237,9 @@ def _calls(
     merged = [_merged(span, tree.wrappers.get(span.span_id, ())) for span in spans]
     taken: set[str] = set()
     for span in merged:
-        reply_id = str(_first(span, "reply id") or _mapping(parsed(_first(span, "reply"))).get("id") or "")
+        reply_id = str(
+            first(span.attributes, "reply id") or as_mapping(parsed(first(span.attributes, "reply"))).get("id") or ""
+        )
         # An id that came before, of another reply, names nothing: some servers give all replies the same one.
         call_id = reply_id if reply_id and reply_id not in taken else span.span_id
         taken.add(call_id)
@@ -235,9 +248,10 @@ def _calls(
     calls, offered, usage = [], {}, {}
     for span in merged:
         call_id = tree.kept_id[span.span_id]
-        request, tools = _request(span, refused)
-        reply = _reply(span, request, refused)
-        prompt_T, response_T, logprob_T = _tokens(span, refused)
+        request, tools = request_of(span.attributes, refused)
+        # A call that failed has no reply that should be there.
+        reply = reply_of(span.attributes, request, Counter() if span.error else refused)
+        prompt_T, response_T, logprob_T = tokens_of(span.attributes, refused)
         calls.append(
             ModelCall(
                 key=key,
@@ -247,111 +261,30 @@ def _calls(
                 prompt_T=prompt_T,
                 response_T=response_T,
                 logprob_T=logprob_T,
-                finish_reason=_finish_reason(span),
+                finish_reason=finish_reason_of(span.attributes),
                 started_at=span.started_at,
                 ended_at=max(span.started_at, span.ended_at),
-                request=str(_first(span, "request's own text") or (_dump(request) if request else "")),
-                reply=str(_first(span, "reply's own text") or (_dump(reply) if reply else "")),
+                request=str(first(span.attributes, "request's own text") or (dump(request) if request else "")),
+                reply=str(first(span.attributes, "reply's own text") or (dump(reply) if reply else "")),
                 parent_id=tree.parent_of(span),
-                model=str(_first(span, "model") or _mapping(parsed(_first(span, "reply"))).get("model") or ""),
+                model=str(
+                    first(span.attributes, "model")
+                    or as_mapping(parsed(first(span.attributes, "reply"))).get("model")
+                    or ""
+                ),
                 error=span.error,
                 source="trace",
             )
         )
         if tools:
-            offered[call_id] = _dump(tools)
-        counted = (_whole(_first(span, "prompt tokens")), _whole(_first(span, "reply tokens")))
+            offered[call_id] = dump(tools)
+        counted = (
+            whole_number(first(span.attributes, "prompt tokens")),
+            whole_number(first(span.attributes, "reply tokens")),
+        )
         if any(counted):
             usage[call_id] = counted
     return tuple(calls), offered, usage
-
-
-def _merged(span: RawSpan, wrappers: Sequence[RawSpan]) -> RawSpan:
-    """A call with what the spans around it say and it does not; a field is taken whole, from one span."""
-    attributes = dict(span.attributes)
-    for wrapper in wrappers:
-        for names in FIELDS.values():
-            if not any(_has(attributes, name) for name in names):
-                attributes |= {n: v for n, v in wrapper.attributes.items() if any(_matches(n, name) for name in names)}
-    return replace(span, attributes=attributes)
-
-
-def _request(span: RawSpan, refused: Counter[str]) -> tuple[list[Message], list[Any]]:
-    """The messages that were sent, and the tools offered."""
-    values = list(_values(span, "request"))
-    found = next((one for one in map(conversation, values) if one is not None), None)
-    if found is None:
-        refused["repaired: a request that is not understood"] += any(values)
-        return [], _offered(span, ())
-    messages, tools = found
-    system = text_of(_first(span, "system prompt"))
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages, _offered(span, tools)
-
-
-def _offered(span: RawSpan, tools: Sequence[Any]) -> list[Any]:
-    """Definitions of tools in OpenAI's form, each once."""
-    given = parsed(next(_values(span, "tools offered"), None)) or tools
-    found: dict[str, Any] = {}
-    for one in given if isinstance(given, list | tuple) else ():
-        one = _mapping(parsed(_mapping(one).get("tool", one)))
-        one = _mapping(parsed(one.get("json_schema", one)))
-        function = _mapping(one.get("function")) or one
-        schema: Any = next((function[k] for k in ("parameters", "inputSchema", "input_schema") if function.get(k)), {})
-        name = str(function.get("name") or "")
-        if name:
-            described = {"description": function["description"]} if function.get("description") else {}
-            plain = {"name": name, **described, "parameters": parsed(schema)}
-            found.setdefault(name, {"type": "function", "function": plain})
-    return list(found.values())
-
-
-def _reply(span: RawSpan, request: Sequence[Message], refused: Counter[str]) -> Message | None:
-    text, calls = _first(span, "reply's text"), parsed(_first(span, "reply's tool calls"))
-    said: dict[str, Any] = {"role": "assistant", "content": text_of(text)} if text else {"role": "assistant"}
-    told = [{**said, "tool_calls": calls}] if isinstance(calls, list) and calls else [said] if text else []
-    values = [*told, *_values(span, "reply")]
-    found = next((one for one in (answer(value, request) for value in values) if one is not None), None)
-    refused["repaired: a reply that is not understood"] += found is None and any(values) and not span.error
-    return found
-
-
-def _finish_reason(span: RawSpan) -> str:
-    value = parsed(_first(span, "finish reason"))
-    if value is None:
-        reply = _mapping(parsed(_first(span, "reply")))
-        choices = reply.get("choices")
-        value = _mapping(choices[0] if isinstance(choices, list) and choices else reply).get("finish_reason")
-    while isinstance(value, list):
-        value = value[0] if value else None
-    word = str(value or "").lower().replace("-", "_")
-    return {"tool_call": "tool_calls", "max_tokens": "length", "end_turn": "stop"}.get(word, word)
-
-
-def _tokens(span: RawSpan, refused: Counter[str]) -> tuple[Ints, Ints, Floats]:
-    prompt, response = (_numbers(_first(span, name)) for name in ("prompt token ids", "reply token ids"))
-    if any(not isinstance(one, int) or not 0 <= one < 2**31 for one in (*prompt, *response)):
-        refused["repaired: token ids out of any vocabulary"] += 1
-        prompt, response = [], []
-    logprobs = [_logprob(one) for one in _numbers(_first(span, "log-probabilities"))]
-    if len(logprobs) != len(response):
-        logprobs = [math.nan] * len(response)
-    refused["repaired: log-probabilities missing"] += any(map(math.isnan, logprobs))
-    return np.array(prompt, np.int32), np.array(response, np.int32), np.array(logprobs, np.float32)
-
-
-def _numbers(value: Any) -> list[Any]:
-    value = parsed(value)
-    while isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], list | tuple):
-        value = value[0]
-    return list(value) if isinstance(value, list | tuple) else []
-
-
-def _logprob(value: Any) -> float:
-    value = value.get("logprob") if isinstance(value, Mapping) else value
-    number = _number(value)
-    return number if number <= 0 and math.isfinite(number) else math.nan
 
 
 def _agent_of(tree: _Tree, span: RawSpan) -> str:
@@ -368,14 +301,14 @@ def _agent_name(span: RawSpan) -> str:
     if _is_graph_node(span):
         return span.name
     role = _CREW_ROLE.search(str(span.attributes.get("input.value"))) if span.name == "Task._execute_core" else None
-    name = _first(span, "agent") or (role and role[1])
+    name = first(span.attributes, "agent") or (role and role[1])
     found = _AGENT_NAME.fullmatch(span.name)
     return str(name or (found and (found[1] or found[2])) or span.name)
 
 
 def _is_graph_node(span: RawSpan) -> bool:
-    metadata = _mapping(parsed(span.attributes.get("metadata"))).get("langgraph_node")
-    return span.name in (_first(span, "graph node"), metadata)
+    metadata = as_mapping(parsed(span.attributes.get("metadata"))).get("langgraph_node")
+    return span.name in (first(span.attributes, "graph node"), metadata)
 
 
 def _stated(span: RawSpan) -> Kind | None:
@@ -386,13 +319,15 @@ def _tools(tree: _Tree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[To
     asked = list(tool_calls(calls))
     tools = []
     for span in tree.of(Kind.TOOL):
-        given = _first(span, "result")
+        given = first(span.attributes, "result")
+        if given is None and any(name in span.attributes for name in FIELDS["result"]):
+            given = ""
         message = tool_result_of(given) or {}
-        identity = str(_first(span, "tool call id") or message.get("tool_call_id") or "")
-        name = str(_first(span, "tool") or message.get("name") or span.name.removeprefix("execute_tool "))
+        identity = str(first(span.attributes, "tool call id") or message.get("tool_call_id") or "")
+        name = str(first(span.attributes, "tool") or message.get("name") or span.name.removeprefix("execute_tool "))
         before = [call.call_id for call in calls if call.started_at <= span.started_at]
         arguments = _arguments(span)
-        cause = str(_first(span, "the call that asked") or "")
+        cause = str(first(span.attributes, "the call that asked") or "")
         match = _asked_for(
             [one for one in asked if one.call_id in ([cause] if cause else before)], identity, name, arguments
         )
@@ -420,7 +355,7 @@ def _tools(tree: _Tree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[To
 
 
 def _status(span: RawSpan, arguments: str, result: str | None) -> ToolStatus:
-    said = _first(span, "status")
+    said = first(span.attributes, "status")
     if said in list(ToolStatus):
         return ToolStatus(said)
     return status_of(arguments, f"error: {span.error}" if span.error else result)
@@ -438,7 +373,7 @@ def _asked_for(asked: Sequence[ToolCall], identity: str, name: str, arguments: s
 
 
 def _arguments(span: RawSpan) -> str:
-    given = _first(span, "arguments")
+    given = first(span.attributes, "arguments")
     value = parsed(given)
     if isinstance(value, Mapping) and len(value) == 1 and isinstance(inner := next(iter(value.values())), Mapping):
         given = inner if next(iter(value)) in ("input", "inputs") else given
@@ -448,17 +383,17 @@ def _arguments(span: RawSpan) -> str:
 def _rewards(tree: _Tree, key: RolloutKey, refused: Counter[str]) -> tuple[Reward, ...]:
     rewards = []
     for span in tree.of(Kind.REWARD):
-        about = str(_first(span, "what a reward is about") or "")
-        for number, (name, value) in enumerate(_dimensions(span)):
-            if not math.isfinite(_number(value)):
+        about = str(first(span.attributes, "what a reward is about") or "")
+        for index, (name, value) in enumerate(_dimensions(span)):
+            if not math.isfinite(number(value)):
                 refused["a reward that is not a finite number"] += 1
                 continue
             rewards.append(
                 Reward(
                     key=key,
-                    span_id=f"{_first(span, 'span id') or span.span_id}{f'/{number}' if number else ''}",
+                    span_id=f"{first(span.attributes, 'span id') or span.span_id}{f'/{index}' if index else ''}",
                     name=name,
-                    value=_number(value),
+                    value=number(value),
                     about=tree.kept_id.get(about, about),
                     at=span.started_at,
                 )
@@ -468,112 +403,16 @@ def _rewards(tree: _Tree, key: RolloutKey, refused: Counter[str]) -> tuple[Rewar
 
 def _dimensions(span: RawSpan) -> list[tuple[str, Any]]:
     if "agl.reward.value" in span.attributes:
-        return [(str(_first(span, "reward's name") or "reward"), span.attributes["agl.reward.value"])]
+        return [(str(first(span.attributes, "reward's name") or "reward"), span.attributes["agl.reward.value"])]
     parts = unflattened(span.attributes, "agentlightning.reward.")
-    return [(str(_mapping(one).get("name") or "reward"), _mapping(one).get("value")) for one in parts]
+    return [(str(as_mapping(one).get("name") or "reward"), as_mapping(one).get("value")) for one in parts]
 
 
-def _values(span: RawSpan, what: str) -> Iterator[Any]:
-    """What the attributes of a field hold, the best first."""
-    for name in FIELDS[what]:
-        value = _value(span.attributes, name, what)
-        if value is not None and value != "" and value != []:
-            yield value
-
-
-def _first(span: RawSpan, what: str) -> Any:
-    return next(_values(span, what), None)
-
-
-def _value(attributes: Mapping[str, Any], name: str, what: str) -> Any:
-    if name == "gen_ai.events":
-        return _from_events(attributes.get(name), what)
-    if name == "agentlightning.link.*":
-        links = map(_mapping, unflattened(attributes, "agentlightning.link."))
-        return next((link.get("value_match") for link in links if link.get("key_match") == "span_id"), None)
-    if name.endswith(".*"):
-        return unflattened(attributes, name[:-1])
-    return attributes.get(name)
-
-
-_EVENT = re.compile(r"gen_ai\.(system|user|assistant|tool)\.message")
-
-
-def _from_events(events: Any, what: str) -> Any:
-    """Messages that are a span's events: one event with all of them, or one for each."""
-    messages: list[Any] = []
-    for event in map(_mapping, events if isinstance(events, list) else ()):
-        whole = next((event[name] for name in FIELDS[what] if event.get(name)), None)
-        if whole is not None:
-            return whole
-        found, choice = _EVENT.fullmatch(str(event.get("event.name"))), event.get("event.name") == "gen_ai.choice"
-        if found and what == "request":
-            fields = {"content": event.get("content"), "tool_calls": parsed(event.get("tool_calls"))}
-            messages.append({"role": found[1], **fields, "tool_call_id": event.get("id") or ""})
-        elif choice and what == "reply":
-            messages.append({**event, **_mapping(parsed(event.get("message"))), "role": "assistant"})
-    return messages
-
-
-def unflattened(attributes: Mapping[str, Any], prefix: str) -> list[Any]:
-    """The list whose items are spread over attributes.
-
-    Example: unflattened({"p.0.role": "user", "p.0.content": "hi"}, "p.") -> [{"role": "user", "content": "hi"}]
-    """
-    tree: dict[str, Any] = {}
-    for name, value in attributes.items():
-        path = name.removeprefix(prefix).split(".")
-        if not name.startswith(prefix) or len(path) > _MAX_PATH or not path[0].isdecimal():
-            continue
-        at = tree
-        for part in path[:-1]:
-            inner = at.setdefault(part, {})
-            at = inner if isinstance(inner, dict) else {}
-        at[path[-1]] = value
-    items = _listed(tree)
-    return items if isinstance(items, list) else []
-
-
-_MAX_PATH = 12
-_SHELLS = ("message", "message_content", "tool_call")
-
-
-def _listed(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if value and all(name.isdecimal() for name in value):
-        return [_listed(value[name]) for name in sorted(value, key=int)]
-    if len(value) == 1 and next(iter(value)) in _SHELLS and isinstance(inner := next(iter(value.values())), dict):
-        return _listed(inner)
-    return {name: _listed(part) for name, part in value.items()}
-
-
-def _has(attributes: Mapping[str, Any], name: str) -> bool:
-    if name.endswith(".*"):
-        return any(one.startswith(name[:-1]) for one in attributes)
-    return attributes.get(name) not in (None, "", [])
-
-
-def _matches(attribute: str, name: str) -> bool:
-    return attribute.startswith(name[:-1]) if name.endswith(".*") else attribute == name
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _number(value: Any) -> float:
-    """A number, also as text; NaN where it is none."""
-    try:
-        return math.nan if isinstance(value, bool) or value is None else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-
-
-def _whole(value: Any) -> int:
-    number = _number(value)
-    return int(number) if math.isfinite(number) else 0
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _merged(span: RawSpan, wrappers: Sequence[RawSpan]) -> RawSpan:
+    """A call with what the spans around it say and it does not; a field is taken whole, from one span."""
+    attributes = dict(span.attributes)
+    for wrapper in wrappers:
+        for names in FIELDS.values():
+            if not any(has(attributes, name) for name in names):
+                attributes |= {n: v for n, v in wrapper.attributes.items() if any(matches(n, name) for name in names)}
+    return replace(span, attributes=attributes)

@@ -224,7 +224,7 @@ def test_a_tool_is_of_the_call_whose_reply_asked_for_it() -> None:
     assert found == [
         ("1", "b", '{"x":2}', "two", ToolStatus.OK),
         ("1", "a", '{"x":1}', "TimeoutError: timed out", ToolStatus.TIMEOUT),
-        ("2", "c", '{"x":3}', "", ToolStatus.UNANSWERED),
+        ("2", "c", '{"x":3}', "", ToolStatus.EMPTY),
         ("2", "", "{}", "[]", ToolStatus.EMPTY),
     ]
 
