@@ -1,4 +1,4 @@
-"""agl: train, eval, serve, runs, explain, doctor."""
+"""agl: train, eval, serve, runs, explain, import, export, doctor."""
 
 from __future__ import annotations
 
@@ -41,6 +41,12 @@ async def _run(options: argparse.Namespace) -> int:
         from agent_lightning.doctor import doctor
 
         return doctor()
+    if options.command in ("import", "export"):
+        from agent_lightning import exchange
+
+        if options.command == "import":
+            return exchange.import_traces(options.files, options.out)
+        return exchange.export_run(options.run, options.out, options.format)
     from agent_lightning import commands
 
     if options.command == "explain":
@@ -99,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (train, evaluate, serve):
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
     _add_reading(commands)
+    _add_exchange(commands)
     _add(commands, "doctor", "what is installed, what is wrong, and what to type", "agl doctor")
     return parser
 
@@ -127,6 +134,29 @@ def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     explain.add_argument("run", type=Path, help="the run's folder")
     explain.add_argument("rollout", help="the rollout's id, as `agl runs RUN` lists it")
     explain.add_argument("--tokens", action="store_true", help="also the sampled text, coloured by advantage")
+
+
+def _add_exchange(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The commands that read what other tools write, and write what they read."""
+    bring = _add(
+        commands,
+        "import",
+        "traces of other systems -> rollouts, and chats to warm-start a model with",
+        "agl import langfuse-*.json runs.jsonl --out imported",
+    )
+    bring.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE", help="traces; the format is seen from what is in it"
+    )
+    bring.add_argument("--out", type=Path, required=True, help="folder for rollouts.jsonl and sft.jsonl")
+    send = _add(
+        commands,
+        "export",
+        "the rollouts of a run as JSON lines, or as OpenTelemetry traces",
+        "agl export runs/calc_tiny-s0-20260101-120000 --out exported --format otlp",
+    )
+    send.add_argument("run", type=Path, help="the run's folder")
+    send.add_argument("--out", type=Path, required=True, help="folder for rollouts.jsonl or traces.jsonl")
+    send.add_argument("--format", choices=("jsonl", "otlp"), default="jsonl", help="(default: jsonl)")
 
 
 class _Raw(argparse.RawDescriptionHelpFormatter):

@@ -88,7 +88,8 @@ def write(reports: Sequence[Report], out: Path) -> tuple[int, int]:
 
 
 def conversations(rollouts: Sequence[Imported]) -> Iterator[dict[str, Any]]:
-    """Chats to warm-start a model with: every finished conversation once, and none that another one carries on.
+    """Chats to warm-start a model with: every finished conversation once, and none that another one carries on; with
+    the reward of its rollout where that has one.
 
     Left out are calls that failed, were cut at a limit, or whose messages the trace does not have.
 
@@ -109,7 +110,9 @@ def conversations(rollouts: Sequence[Imported]) -> Iterator[dict[str, Any]]:
             begun.update(
                 "\n".join(texts[:end]) for end in range(1, len(texts)) if messages[end - 1]["role"] == "assistant"
             )
-            rows.setdefault("\n".join(texts), {"messages": messages} | ({"tools": tools} if tools else {}))
+            row = {"messages": messages} | ({"tools": tools} if tools else {})
+            reward = rollout.trajectory.reward
+            rows.setdefault("\n".join(texts), row | ({} if reward is None else {"reward": reward}))
     yield from (row for text, row in rows.items() if text not in begun)
 
 
