@@ -2,28 +2,31 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-pure test-slow check bench lock clean
+.PHONY: help venv venv-examples train test test-pure test-slow check bench lock clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --durations=10 --durations-min=1
 SOURCES := agent_lightning tests examples scripts $(wildcard benchmarks)
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 venv: ## create .venv and install the locked CPU set; does nothing where that is done
 	@bash scripts/setup.sh
 
+venv-examples: ## and what the examples and their tests need: LangChain, OpenAI Agents, AutoGen, retrieval
+	@bash scripts/setup.sh examples
+
 train: venv ## train the tiny policy on a CPU: make train ARGS="seed=1 steps=20"
 	$(BIN)/agl train experiment=calc_tiny $(ARGS)
 
-test: venv ## all tests but those marked slow or gpu
+test: venv-examples ## all tests but those marked slow or gpu
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
-test-pure: venv ## the tests that start no Ray: seconds
+test-pure: venv-examples ## the tests that start no Ray: seconds
 	$(PYTEST) -m "not stack and not slow and not gpu" $(ARGS)
 
-test-slow: venv ## the tests that take minutes each
+test-slow: venv-examples ## the tests that take minutes each
 	$(PYTEST) -m slow $(ARGS)
 
 check: venv ## lint, format, types, import contracts, house figures

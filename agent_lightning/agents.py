@@ -9,7 +9,8 @@
 A thread cannot be killed in Python: an agent that may hang forever belongs in a process.
 
 Processes and commands find the policy in OPENAI_BASE_URL, OPENAI_API_KEY and AGL_MODEL, as most agents already
-do, and their rollout in AGL_ROLLOUT_ID; a function may then take `payload` alone. A command reads the payload as
+do, their rollout in AGL_ROLLOUT_ID and AGL_ATTEMPT, and where traces go in OpenTelemetry's own variables; a function
+may then take `payload` alone. A command reads the payload as
 JSON from stdin and from AGL_TASK, and its result is the last line that it prints.
 """
 
@@ -39,6 +40,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from agent_lightning.client import Rollout, current_rollout, flush, inside, install
 from agent_lightning.errors import AgentProcessError, ConfigError
 from agent_lightning.types import Policy, Task
 
@@ -103,8 +105,18 @@ def check(agent: str | Agent, mode: Mode) -> None:
         raise ConfigError(f"mode thread needs a plain `def`: {agent!r} is async; use mode async or process")
 
 
-async def run_agent(agent: str | Agent, mode: Mode, task: Task, policy: Policy, *, rollout_id: str = "") -> object:
+async def run_agent(
+    agent: str | Agent,
+    mode: Mode,
+    task: Task,
+    policy: Policy,
+    rollout: Rollout,
+    *,
+    instrumentors: Sequence[str] = (),
+) -> object:
     """What the agent returns for a task: an object, or in mode command a line of text.
+
+    `instrumentors` are turned on in a process; in the other modes they are the caller's.
 
     Raises what the agent raises, and AgentProcessError where its process fails or ends without a result.
     Cancel it to stop the agent: a process and all its descendants in its group are gone when this returns.
@@ -112,18 +124,20 @@ async def run_agent(agent: str | Agent, mode: Mode, task: Task, policy: Policy, 
     match mode:
         case "async" | "thread":
             function = load(agent) if isinstance(agent, str) else agent
-            return await call(function, *_arguments(function, dict(task.payload), policy))
+            with inside(rollout):
+                return await call(function, *_arguments(function, dict(task.payload), policy))
         case "process":
-            job = {"payload": dict(task.payload), "policy": dataclasses.asdict(policy)}
+            job: dict[str, object] = {"payload": dict(task.payload), "policy": dataclasses.asdict(policy)}
+            job["instrumentors"] = list(instrumentors)
             command = [sys.executable, "-m", "agent_lightning.agents", str(agent)]
-            text = await _run_child(command, stdin=_to_json(job), env=_environment(policy, rollout_id))
+            text = await _run_child(command, stdin=_to_json(job), env=_environment(policy, rollout))
             line = next((line for line in reversed(text.splitlines()) if line.startswith(_RESULT)), None)
             if line is None:
                 raise AgentProcessError("the agent's process ended without a result")
             return cast(object, json.loads(line.removeprefix(_RESULT)))
         case "command":
             payload = _to_json(dict(task.payload))
-            env = _environment(policy, rollout_id)
+            env = _environment(policy, rollout)
             if len(payload) <= _LONGEST_VARIABLE:
                 env["AGL_TASK"] = payload
             return _last_line(await _run_child(shlex.split(str(agent)), stdin=payload, env=env))
@@ -213,14 +227,9 @@ async def _drain(stream: asyncio.StreamReader, tail: bytearray) -> None:
         del tail[:-_TAIL]
 
 
-def _environment(policy: Policy, rollout_id: str) -> dict[str, str]:
-    return {
-        **os.environ,
-        "OPENAI_BASE_URL": policy.base_url,
-        "OPENAI_API_KEY": policy.api_key,
-        "AGL_MODEL": policy.model,
-        "AGL_ROLLOUT_ID": rollout_id,
-    }
+def _environment(policy: Policy, rollout: Rollout) -> dict[str, str]:
+    own = {"OPENAI_API_KEY": policy.api_key, "AGL_MODEL": policy.model}
+    return {**os.environ, **rollout.environment(), **own}
 
 
 def _find(path: str) -> Path:
@@ -281,10 +290,14 @@ def _to_json(value: object) -> str:
 def _main() -> None:
     """The child process of mode "process": a job on stdin, the result on the last line of stdout."""
     job = json.loads(sys.stdin.read())
+    rollout = current_rollout()
+    install(job["instrumentors"])
     function = load(sys.argv[1])
     result = function(*_arguments(function, job["payload"], Policy(**job["policy"])))
     if inspect.isawaitable(result):
         result = asyncio.run(_wait_for(cast(Awaitable[object], result)))
+    if rollout is not None:
+        flush(rollout)
     sys.stdout.write(f"\n{_RESULT}{_to_json(result)}\n")
 
 

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_lightning.errors import ConfigError
-from agent_lightning.tools import canonical_arguments, looks_like_tool_call, tool_calls
-from agent_lightning.types import Floats, ModelCall, ToolCall, ToolStatus
+from agent_lightning.tools import canonical_arguments, looks_like_tool_call
+from agent_lightning.types import Floats, ModelCall, ToolCall, ToolStatus, Trajectory
 
 REPEATED: Final = "repeated"
 UNPARSED: Final = "unparsed"
@@ -95,8 +95,8 @@ DEFAULT_RULES: Final = (
 )
 """For a final reward of range 1. An empty or missing result says nothing of who is to blame, so it is worth nothing."""
 
-Signal = Callable[[Sequence[ModelCall]], Floats]
-"""A signal of one's own: an attempt's calls -> a reward for each, before the bound."""
+Signal = Callable[[Trajectory], Floats]
+"""A signal of one's own: an attempt -> a reward for each of its calls, before the bound."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,15 +127,15 @@ class Air:
         if self.form not in ("sum", "potential"):
             raise ConfigError(f"air.form={self.form}: must be sum or potential")
 
-    def rewards(self, calls: Sequence[ModelCall], *, reward_range: float = 1.0, discount: float = 1.0) -> Floats:
-        """The intermediate reward of each call; shape [len(calls)].
+    def rewards(self, trajectory: Trajectory, *, reward_range: float = 1.0, discount: float = 1.0) -> Floats:
+        """The intermediate reward of each call; shape [len(trajectory.calls)].
 
         "sum": what a call's events are worth, the running total P clipped to +-bound. "potential": with P as
         potential, 0 before the first call and after the last, call t gets discount * P[t] - P[t-1]. Its discounted
         sum over the rollout is zero, so the order of policies by return is that of the final reward alone
         (Ng, Harada and Russell, 1999, theorem 1).
         """
-        total_T = _clipped_total(self._raw(calls), self.bound * reward_range)
+        total_T = _clipped_total(self._raw(trajectory), self.bound * reward_range)
         before_T = np.concatenate([np.zeros(1), total_T])[:-1]
         if self.form == "sum":
             return np.asarray(total_T - before_T, np.float32)
@@ -143,43 +143,42 @@ class Air:
         after_T[-1:] = 0.0
         return np.asarray(discount * after_T - before_T, np.float32)
 
-    def _raw(self, calls: Sequence[ModelCall]) -> NDArray[np.float64]:
-        """What rules and signals say, each rule within its cap; float64[len(calls)]."""
-        raw_T = np.zeros(len(calls), np.float64)
+    def _raw(self, trajectory: Trajectory) -> NDArray[np.float64]:
+        """What rules and signals say, each rule within its cap; one number for each call."""
+        raw_T = np.zeros(len(trajectory.calls), np.float64)
         spent: dict[Rule, float] = {}
-        for event in events(calls):
+        for event in events(trajectory):
             rule = next((rule for rule in self.rules if rule.applies(event)), None)
             if rule is None or spent.get(rule, 0.0) + abs(rule.value) > rule.cap + 1e-9:
                 continue
             spent[rule] = spent.get(rule, 0.0) + abs(rule.value)
             raw_T[event.call] += rule.value
         for signal in self.signals:
-            own = np.asarray(signal(calls), np.float64)
-            if own.shape != raw_T.shape or not np.isfinite(own).all():
-                name = getattr(signal, "__name__", type(signal).__name__)
-                raise ConfigError(f"air.signals: {name} must return {len(calls)} finite numbers, one for each call")
-            raw_T += own
+            raw_T += _own(signal, trajectory)
         return raw_T
 
 
-def events(calls: Sequence[ModelCall]) -> tuple[Event, ...]:
+def events(trajectory: Trajectory) -> tuple[Event, ...]:
     """What the system saw in an attempt, in the order of its calls."""
-    index = {call.call_id: i for i, call in enumerate(calls)}
-    found = [*_tool_events(tool_calls(calls), index), *_reply_events(calls)]
+    index = {call.call_id: i for i, call in enumerate(trajectory.calls)}
+    found = [*_tool_events(trajectory.tools, index), *_reply_events(trajectory.calls)]
     return tuple(sorted(found, key=lambda event: event.call))
 
 
-def _tool_events(called: Sequence[ToolCall], index: Mapping[str, int]) -> Iterator[Event]:
+def _tool_events(tools: Sequence[ToolCall], index: Mapping[str, int]) -> Iterator[Event]:
     done: set[tuple[str, str]] = set()
-    for tool_call in called:
-        action = tool_call.name, canonical_arguments(tool_call)
-        kind = REPEATED if action in done else tool_call.status.value
+    for tool in tools:
+        action = tool.name, canonical_arguments(tool)
+        kind = REPEATED if action in done else tool.status.value
         done.add(action)
-        yield Event(call=index[tool_call.call_id], kind=kind, tool=tool_call.name, text=tool_call.result)
+        if tool.call_id in index:
+            yield Event(call=index[tool.call_id], kind=kind, tool=tool.name, text=tool.result)
 
 
 def _reply_events(calls: Sequence[ModelCall]) -> Iterator[Event]:
     for i, call in enumerate(calls):
+        if call.source != "gateway":  # another model's: not ours to teach
+            continue
         if looks_like_tool_call(call):
             yield Event(call=i, kind=UNPARSED, text=call.reply)
         if call.finish_reason == "length":
@@ -193,3 +192,15 @@ def _clipped_total(raw_T: NDArray[np.float64], limit: float) -> NDArray[np.float
         total = min(limit, max(-limit, total + value))
         totals[i] = total
     return totals
+
+
+def _own(signal: Signal, trajectory: Trajectory) -> NDArray[np.float64]:
+    """What a signal of one's own says. Raises ConfigError where that is not one finite number for each call."""
+    name = getattr(signal, "__name__", type(signal).__name__)
+    try:
+        own = np.asarray(signal(trajectory), np.float64)
+    except Exception as error:  # a user's code may raise anything
+        raise ConfigError(f"air.signals: {name} raised {type(error).__name__}: {error}") from error
+    if own.shape != (len(trajectory.calls),) or not np.isfinite(own).all():
+        raise ConfigError(f"air.signals: {name} must return {len(trajectory.calls)} finite numbers, one for each call")
+    return own

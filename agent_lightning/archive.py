@@ -1,4 +1,4 @@
-"""The rollouts of a run on disk: Parquet, one row a rollout with all its calls, and back to the nouns.
+"""The rollouts of a run on disk: Parquet, one row a rollout with all its spans, and back to the nouns.
 
 pyarrow is imported when it is used, so importing this module costs nothing.
 """
@@ -7,13 +7,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from agent_lightning.errors import DataError
-from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
+from agent_lightning.types import (
+    AgentSpan,
+    Group,
+    ModelCall,
+    Outcome,
+    Reward,
+    RolloutKey,
+    Task,
+    ToolCall,
+    ToolStatus,
+    Trajectory,
+)
 
 if TYPE_CHECKING:
     import pyarrow
@@ -107,30 +119,44 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
         output=row["output"],
         started_at=row["started_at"],
         ended_at=row["ended_at"],
+        tools=tuple(ToolCall(key=key, **{**tool, "status": ToolStatus(tool["status"])}) for tool in row["tools"]),
+        rewards=tuple(Reward(key=key, **reward) for reward in row["rewards"]),
+        agents=tuple(AgentSpan(key=key, **agent) for agent in row["agents"]),
+        refused_spans=dict(row["refused_spans"]),
     )
 
 
 def _model_call(key: RolloutKey, row: Mapping[str, Any]) -> ModelCall:
-    same = ("call_id", "agent", "policy_version", "finish_reason", "started_at", "ended_at", "request", "reply")
-    return ModelCall(
-        key=key,
-        prompt_T=np.array(row["prompt_ids"], np.int32),
-        response_T=np.array(row["response_ids"], np.int32),
-        logprob_T=np.array(row["logprobs"], np.float32),
-        **{name: row[name] for name in same},
-    )
+    columns = [column for column, _ in _ARRAYS.values()]
+    values: dict[str, Any] = {name: value for name, value in row.items() if name not in columns}
+    values |= {name: np.array(row[column], kind) for name, (column, kind) in _ARRAYS.items()}
+    return ModelCall(key=key, **values)
+
+
+_ARRAYS: Mapping[str, tuple[str, type[np.generic]]] = {
+    "prompt_T": ("prompt_ids", np.int32),
+    "response_T": ("response_ids", np.int32),
+    "logprob_T": ("logprobs", np.float32),
+}
+"""Field of a ModelCall -> its column and kind of number."""
 
 
 def _rollout_schema() -> pyarrow.Schema:
     import pyarrow as pa
 
     text, real, whole = pa.string(), pa.float64(), pa.int32()
-    call = {"call_id": text, "agent": text, "policy_version": whole, "prompt_ids": pa.list_(whole)}
-    call |= {"response_ids": pa.list_(whole), "logprobs": pa.list_(pa.float32()), "finish_reason": text}
-    call |= {"started_at": real, "ended_at": real, "request": text, "reply": text}
+    kinds = {"str": text, "float": real, "int": whole, "ToolStatus": text, "Source": text, "Ints": pa.list_(whole)}
+    kinds |= {"Floats": pa.list_(pa.float32())}
+
+    def many(kind: type[ModelCall | ToolCall | Reward | AgentSpan]) -> pyarrow.DataType:
+        columns = [(_column(field.name), kinds[str(field.type)]) for field in fields(kind) if field.name != "key"]
+        return pa.list_(pa.struct(columns))
+
     row = {"rollout_id": text, "group_id": text, "split": text, "attempt": whole, "task_id": text, "task": text}
     row |= {"step": whole, "policy_version": whole, "reward": real, "outcome": text, "error": text, "output": text}
-    row |= {"started_at": real, "ended_at": real, "num_calls": whole, "calls": pa.list_(pa.struct(list(call.items())))}
+    row |= {"started_at": real, "ended_at": real, "num_calls": whole, "calls": many(ModelCall)}
+    row |= {"tools": many(ToolCall), "rewards": many(Reward), "agents": many(AgentSpan)}
+    row |= {"refused_spans": pa.map_(text, whole)}
     return pa.schema(list(row.items()))
 
 
@@ -140,14 +166,19 @@ def _rollout_row(step: int, policy_version: int, group: Group, one: Trajectory) 
     row |= {"task": json.dumps(dict(group.task.payload), default=str), "reward": one.reward}
     row |= {"outcome": one.outcome.value, "error": _storable(one.error), "output": _storable(one.output)}
     row |= {"started_at": one.started_at, "ended_at": one.ended_at, "num_calls": len(one.calls)}
-    return row | {"calls": [_call_row(call) for call in one.calls]}
+    row |= {"calls": [_row(call) for call in one.calls], "tools": [_row(tool) for tool in one.tools]}
+    row |= {"rewards": [_row(reward) for reward in one.rewards], "agents": [_row(agent) for agent in one.agents]}
+    return row | {"refused_spans": list(one.refused_spans.items())}
 
 
-def _call_row(call: ModelCall) -> dict[str, Any]:
-    row: dict[str, Any] = {"call_id": call.call_id, "agent": call.agent, "policy_version": call.policy_version}
-    row |= {"prompt_ids": call.prompt_T, "response_ids": call.response_T, "logprobs": call.logprob_T}
-    row |= {"finish_reason": call.finish_reason, "started_at": call.started_at, "ended_at": call.ended_at}
-    return row | {"request": _storable(call.request), "reply": _storable(call.reply)}
+def _row(span: ModelCall | ToolCall | Reward | AgentSpan) -> dict[str, Any]:
+    """A span as columns; its key is the row's."""
+    values = {field.name: getattr(span, field.name) for field in fields(span) if field.name != "key"}
+    return {_column(name): _storable(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+def _column(name: str) -> str:
+    return _ARRAYS[name][0] if name in _ARRAYS else name
 
 
 def _storable(text: str) -> str:

@@ -16,11 +16,13 @@ import itertools
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from agent_lightning.conventions import RawSpan, read
 from agent_lightning.errors import UnknownRollout
+from agent_lightning.spans import assemble, emitted
 from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 
 
@@ -61,7 +63,7 @@ class Stats:
     evaluated: int = 0  # val split: taken
     ended: int = 0  # rollouts of both splits that have ended, ever
     retried: int = 0  # attempts given up for another one; both splits, as all below
-    refused_spans: int = 0  # calls and marks for an attempt that was not open
+    refused_spans: int = 0  # calls, traces and marks for an attempt that was not open
     refused_finishes: int = 0
     calls: int = 0
     sampled_tokens: int = 0
@@ -87,6 +89,9 @@ class _Rollout:
     started_at: float = 0.0
     expires_at: float = math.inf
     calls: dict[str, ModelCall] = field(default_factory=dict)
+    raw: dict[str, RawSpan] = field(default_factory=dict)
+    """Spans that the agent's side sent, by id."""
+    refused: Counter[str] = field(default_factory=Counter)
     cause: _Ending | None = None
     trajectory: Trajectory | None = None
 
@@ -118,15 +123,18 @@ class Buffer:
         run_secret: bytes,
         max_attempts: int = 1,
         max_calls: int = 100,
+        max_spans: int = 10_000,
         retry_on: Collection[Outcome] = (Outcome.ENGINE_ERROR,),
         grace: float = 30.0,
         first_group: Mapping[Split, int] | None = None,
     ) -> None:
-        """`max_calls`: model calls of one attempt. `retry_on`: outcomes that are worth another attempt.
-        `grace`: seconds after a lease's deadline until its worker counts as dead. `first_group`: on resume."""
+        """`max_calls`: model calls of one attempt; `max_spans`: spans of its trace. `retry_on`: outcomes that are worth
+        another attempt. `grace`: seconds after a lease's deadline until its worker counts as dead. `first_group`: on
+        resume."""
         self._run_secret = run_secret
         self._max_attempts = max_attempts
         self._max_calls = max_calls
+        self._max_spans = max_spans
         self._retry_on = frozenset(retry_on)
         self._grace = grace
         self._next_group: dict[Split, int] = {"train": 0, "val": 0, **(first_group or {})}
@@ -180,6 +188,26 @@ class Buffer:
         if rollout.cause is not None and call.started_at > rollout.cause.at:
             rollout.cause = None  # the agent got over that error: it does not explain a later one
         return max(0, self._max_calls - len(rollout.calls))
+
+    async def record_spans(self, key: RolloutKey, spans: Sequence[RawSpan], faults: Mapping[str, int]) -> int:
+        """Keep what the agent's side sent of an open attempt; how many of `spans` were not kept. The same span twice
+        is one: the later account counts, as a span may be sent before it has ended. `faults`: those refused before."""
+        rollout = self._open(key, refused="refused_spans")
+        rollout.refused.update(faults)
+        full = 0
+        for span in spans:
+            if span.span_id not in rollout.raw and len(rollout.raw) >= self._max_spans:
+                full += 1
+            else:
+                rollout.raw[span.span_id] = span
+        if full:
+            rollout.refused[f"over {self._max_spans} in one attempt"] += full
+        return full
+
+    async def emitted(self, key: RolloutKey) -> float | None:
+        """The reward that the agent of an open attempt has emitted about it so far; see `spans.emitted`."""
+        rollout = self._open(key, refused="refused_spans")
+        return emitted(read(tuple(rollout.raw.values()), key).rewards)
 
     async def mark(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
         """Remember why the gateway refused a call: it explains the exception that the agent may raise next."""
@@ -277,17 +305,23 @@ class Buffer:
     def _complete(self, rollout: _Rollout, ending: _Ending) -> None:
         rollout.phase = "complete"
         self._count["ended"] += 1
+        seen = assemble(rollout.key, rollout.calls.values(), tuple(rollout.raw.values()))
         rollout.trajectory = Trajectory(
             key=rollout.key,
             task_id=rollout.task.task_id,
-            calls=tuple(sorted(rollout.calls.values(), key=lambda call: (call.started_at, call.call_id))),
+            calls=seen.calls,
             reward=ending.reward if ending.outcome is Outcome.FINISHED else None,
             outcome=ending.outcome,
             error=ending.error,
             output=ending.output,
             started_at=rollout.started_at,
             ended_at=time.time(),
+            tools=seen.tools,
+            rewards=seen.rewards,
+            agents=seen.agents,
+            refused_spans=dict(rollout.refused + Counter(seen.refused)),
         )
+        rollout.calls, rollout.raw = {}, {}
         if ending.outcome is not Outcome.FINISHED and rollout.key.split == "train":
             self._failed[ending.outcome] += 1
         if all(other.phase == "complete" for other in self._groups[rollout.key.group_id]):

@@ -119,6 +119,7 @@ def credit_rules(config: Config) -> CreditRules:
         failures=FailurePolicy.of(config.algorithm.failures),
         estimator=config.estimator(),
         air=air,
+        reward_weights=dict(config.credit.reward_weights),
         reward_range=config.agent.reward_max - config.agent.reward_min,
         max_tokens=config.model.max_len,
     )

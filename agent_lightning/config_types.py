@@ -5,6 +5,7 @@ Every key of the config tree is a field here, with its default. Not frozen: Omeg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast, get_args
@@ -84,6 +85,10 @@ class AgentConfig:
     """Of one rollout, its scoring included."""
     max_calls: int = 32
     """Model calls of one rollout."""
+    max_spans: int = 10_000
+    """Spans that the agent's side may send of one rollout (OpenTelemetry)."""
+    instrument: list[str] = field(default_factory=list)
+    """OpenTelemetry instrumentors to turn on where the agent runs, by their entry points' names, e.g. [langchain]."""
     max_attempts: int = 2
     """Tries at a rollout whose engine failed or whose worker died."""
     trained: str = "*"
@@ -131,6 +136,8 @@ class CreditConfig:
     """Per model call, of return_to_go and same_state."""
     state_weight: float = 1.0
     """Of the advantage within a state; only same_state reads it."""
+    reward_weights: dict[str, float] = field(default_factory=dict)
+    """Of rewards that an agent emits about its calls and tools, by name; 1 where a name is not here, 0 ignores it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -272,6 +279,7 @@ class Config:
             ("rollout.workers", self.rollout.workers, 1),
             ("rollout.concurrency", self.rollout.concurrency, 1),
             ("agent.max_calls", self.agent.max_calls, 1),
+            ("agent.max_spans", self.agent.max_spans, 0),
             ("agent.max_attempts", self.agent.max_attempts, 1),
             ("hardware.replicas", self.hardware.replicas, 1),
             ("hardware.gateways", self.hardware.gateways, 1),
@@ -287,6 +295,11 @@ class Config:
                 raise ConfigError(f"{key}={value}: must be at least {low}")
         if not 0 <= self.hardware.port <= 65535:
             raise ConfigError(f"hardware.port={self.hardware.port}: must be from 0 to 65535")
+        if self.agent.instrument and self.agent.mode == "command":
+            raise ConfigError("agent.instrument: a command sets up its own; its environment says where traces go")
+        for name, weight in self.credit.reward_weights.items():
+            if not math.isfinite(weight):
+                raise ConfigError(f"credit.reward_weights.{name}={weight}: must be a finite number")
         for outcome in self.algorithm.failures:
             _one_of("algorithm.failures", outcome, [one.value for one in Outcome if one is not Outcome.FINISHED])
         if self.agent.reward_min >= self.agent.reward_max:

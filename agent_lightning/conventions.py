@@ -266,6 +266,7 @@ def _calls(
                 ended_at=max(span.started_at, span.ended_at),
                 request=str(first(span.attributes, "request's own text") or (dump(request) if request else "")),
                 reply=str(first(span.attributes, "reply's own text") or (dump(reply) if reply else "")),
+                span_id=span.span_id,
                 parent_id=tree.parent_of(span),
                 model=str(
                     first(span.attributes, "model")

@@ -84,7 +84,7 @@ class CallCredit:
 
     call_id: str
     intermediate: float
-    """Its AIR reward."""
+    """What AIR and the agent's side gave it."""
     return_to_go: float
     """What it and the calls after it earned; NaN where the rollout is masked."""
     advantage: float
@@ -154,7 +154,7 @@ class _Earned:
     """What a rollout earned: `T` are all of its calls, those of unselected agents included."""
 
     intermediate_T: Floats
-    """By AIR; zeros without it."""
+    """By AIR, and by rewards that the agent's side emitted about a call or its tools."""
     return_T: NDArray[np.float64]
     """Discounted return of each call, the final reward included; NaN where the rollout is masked."""
     total: float
@@ -162,15 +162,31 @@ class _Earned:
 
 
 def _earned(trajectory: Trajectory, reward: float | None, rules: CreditRules) -> _Earned:
-    calls, discount = trajectory.calls, rules.estimator.discount
-    if rules.air is None:
-        intermediate_T = np.zeros(len(calls), np.float32)
-    else:
-        intermediate_T = rules.air.rewards(calls, reward_range=rules.reward_range, discount=discount)
+    discount = rules.estimator.discount
+    intermediate_T = emitted_rewards(trajectory, rules.reward_weights)
+    if rules.air is not None:
+        intermediate_T += rules.air.rewards(trajectory, reward_range=rules.reward_range, discount=discount)
     final = math.nan if reward is None else reward
     reward_T = intermediate_T.astype(np.float64)
     reward_T[-1:] += final
     return _Earned(intermediate_T, returns_to_go(reward_T, discount), final + float(intermediate_T.sum()))
+
+
+def emitted_rewards(trajectory: Trajectory, weights: Mapping[str, float]) -> Floats:
+    """What the agent's side said that each call was worth; shape [len(trajectory.calls)].
+
+    A reward about a tool goes to the call that caused it. `weights`: by name of the reward, 1 where it is not there.
+
+    Example: Reward(name="format", value=0.5, about="call-1") with weights {"format": 0.2} -> [0, 0.1]
+    """
+    reward_T = np.zeros(len(trajectory.calls), np.float32)
+    if trajectory.rewards:
+        index = {call.call_id: i for i, call in enumerate(trajectory.calls)}
+        index |= {tool.span_id: index[tool.call_id] for tool in trajectory.tools if tool.call_id in index}
+        for one in trajectory.rewards:
+            if one.about in index:
+                reward_T[index[one.about]] += weights.get(one.name, 1.0) * one.value
+    return reward_T
 
 
 def _advantages(
@@ -249,6 +265,9 @@ def _measure(group: Group, books: _Books, samples: Sequence[Sample], *, with_air
         "call/response_tokens": Mean.of(call.response_T.size for call in calls),
         "sample/tokens": Mean.of(sample.token_T.size for sample in samples),
     }
+    names = sorted({one.name for t in group.trajectories for one in t.rewards})
+    for name in names:
+        metrics[f"emitted/{name}"] = Mean.of(o.value for t in group.trajectories for o in t.rewards if o.name == name)
     if with_air:
         metrics["air/reward"] = Mean.of(float(one.intermediate_T.sum()) for one in books.earned)
     return metrics

@@ -95,6 +95,8 @@ class CreditRules:
     failures: FailurePolicy = field(default_factory=FailurePolicy)
     estimator: Estimator = field(default_factory=Estimator)
     air: Air | None = None
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
+    """Of rewards that the agent's side emitted about a call or a tool, by their name; 1 where a name is not here."""
     reward_range: float = 1.0
     """Width of the final reward's range; AIR is measured by it."""
     max_tokens: int = 2**31

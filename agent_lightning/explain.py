@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Group as Lines
@@ -18,7 +19,6 @@ from agent_lightning.archive import read_rollouts
 from agent_lightning.credit import CallCredit
 from agent_lightning.errors import DataError
 from agent_lightning.report import Summary, duration, number
-from agent_lightning.tools import tool_calls
 from agent_lightning.tracking import RunDirectory
 from agent_lightning.types import ModelCall, Task, Trajectory
 
@@ -40,39 +40,76 @@ def explain(rollout: Trajectory, task: Task, credits: Sequence[CallCredit] | Non
     if rollout.error:
         parts.append(Text(rollout.error, style="red"))
     parts.append(_waterfall(rollout))
+    for reason, count in rollout.refused_spans.items():
+        parts.append(Text(f"{count} spans of its trace: {reason}", style="yellow"))
     if credits is not None:
-        parts += [_credits(rollout.calls, credits), ledger(credits)]
+        parts += [_credits(rollout, credits), ledger(credits)]
     if rollout.output:
         parts.append(Text(f"output: {_cut(rollout.output)}"))
     return Lines(*parts)
 
 
 def _waterfall(rollout: Trajectory) -> Table:
-    """Model calls with their place in time; the tools that a reply asked for under it."""
+    """Every span with its place in time, under the span that it is a part of."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("at", "", "seconds", "span", "said"):
         right = column in ("at", "seconds")
         table.add_column(column, justify="right" if right else "left", no_wrap=column == "span", overflow="fold")
-    seen = tool_calls(rollout.calls)
     whole = max(rollout.ended_at - rollout.started_at, 1e-9)
-    for call in rollout.calls:
-        at, spent = call.started_at - rollout.started_at, call.ended_at - call.started_at
+    for row in sorted(_bars(rollout), key=lambda row: row.started_at):
+        at, spent = row.started_at - rollout.started_at, row.ended_at - row.started_at
         start = min(BAR - 1, max(0, round(BAR * at / whole)))
         bar = " " * start + "━" * max(1, min(BAR - start, round(BAR * spent / whole)))
-        name = Text(f"model  {call.agent}  v{call.policy_version}", style="cyan")
-        table.add_row(f"{at:.2f}", Text(bar, style="cyan"), f"{spent:.2f}", name, _said(call))
-        for tool in (one for one in seen if one.call_id == call.call_id):
-            style = "green" if tool.status == "ok" else "yellow"
-            answer = Text(_cut(f"{tool.arguments} -> {tool.result}"))
-            table.add_row("", "", "", Text(f"  tool  {tool.name}  {tool.status.value}", style=style), answer)
+        name = Text("  " * row.depth + row.name, style=row.style)
+        table.add_row(f"{at:.2f}", Text(bar, style=row.style), f"{spent:.2f}", name, row.said)
     return table
 
 
-def _credits(calls: Sequence[ModelCall], credits: Sequence[CallCredit]) -> Table:
+@dataclass(frozen=True, slots=True)
+class _Bar:
+    started_at: float
+    ended_at: float
+    depth: int
+    name: str
+    style: str
+    said: Text
+
+
+def _bars(rollout: Trajectory) -> Iterator[_Bar]:
+    above = {agent.span_id: agent.parent_id for agent in rollout.agents}
+    above |= {tool.span_id: tool.parent_id for tool in rollout.tools}
+    above |= {call.call_id: call.parent_id for call in rollout.calls}
+    above |= {call.span_id: call.parent_id for call in rollout.calls if call.span_id}
+
+    def depth(parent_id: str) -> int:
+        line: set[str] = set()
+        while parent_id in above and parent_id not in line:
+            line.add(parent_id)
+            parent_id = above[parent_id]
+        return len(line)
+
+    for agent in rollout.agents:
+        name = f"agent  {agent.name}"
+        yield _Bar(agent.started_at, agent.ended_at, depth(agent.parent_id), name, "bold", Text())
+    for call in rollout.calls:
+        version = f"v{call.policy_version}" if call.source == "gateway" else call.model
+        name = f"model  {call.agent}  {version}"
+        yield _Bar(call.started_at, call.ended_at, depth(call.parent_id), name, "cyan", _said(call))
+    for tool in rollout.tools:
+        style = "green" if tool.status == "ok" else "yellow"
+        said = Text(_cut(f"{tool.arguments} -> {tool.result}"))
+        name = f"tool  {tool.name}  {tool.status.value}"
+        yield _Bar(tool.started_at, tool.ended_at, depth(tool.parent_id), name, style, said)
+    for reward in rollout.rewards:
+        name = f"reward  {reward.name} {reward.value:+g}"
+        yield _Bar(reward.at, reward.at, 0, name, "magenta", Text(f"about {reward.about or 'the rollout'}"))
+
+
+def _credits(rollout: Trajectory, credits: Sequence[CallCredit]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("call", "events", "AIR", "return", "advantage", "tokens", "fate"):
+    for column in ("call", "events", "given", "return", "advantage", "tokens", "fate"):
         table.add_column(column, justify="left" if column in ("events", "fate") else "right")
-    found = events(calls)
+    found = events(rollout)
     for t, one in enumerate(credits):
         kinds = ", ".join(event.kind for event in found if event.call == t)
         style = "green" if one.advantage > 0 else "red" if one.advantage < 0 else ""

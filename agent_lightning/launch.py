@@ -149,6 +149,7 @@ async def system(
             run_secret=run_secret,
             max_attempts=config.agent.max_attempts,
             max_calls=config.agent.max_calls,
+            max_spans=config.agent.max_spans,
             first_group=first_group,
         )
         board = cluster.spawn(PolicyBoard)
@@ -263,6 +264,7 @@ def agent_spec(config: Config) -> AgentSpec:
         reward_range=(agent.reward_min, agent.reward_max),
         timeout_s=agent.timeout_s,
         concurrency=config.rollout.concurrency,
+        instrumentors=tuple(agent.instrument),
     )
 
 

@@ -241,6 +241,8 @@ class Loop:
         record |= {"rollouts/trained": trained}
         record |= {f"rollouts/dropped/{reason}": count for reason, count in dropped.items()}
         record |= {f"rollouts/failed/{outcome}": count for outcome, count in failed.items()}
+        refused = sum((Counter(t.refused_spans) for group in groups for t in group.trajectories), Counter[str]())
+        record |= {f"spans/refused/{reason}": count for reason, count in refused.items()}
         self.observer.rollouts(state.step, version, groups)
         seconds = clock.finish()
         state.seconds.update(seconds)

@@ -19,7 +19,10 @@ from typing import Any
 
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
@@ -108,6 +111,17 @@ def encode_json(spans: Sequence[RawSpan], *, trace_id: str, resource: Mapping[st
         for name in {"traceId", "spanId", "parentSpanId"} & span.keys():
             span[name] = base64.b64decode(span[name]).hex()
     return json.dumps(tree, separators=(",", ":"))
+
+
+def acknowledge(content_type: str, *, rejected: int, message: str) -> tuple[bytes, str]:
+    """The answer to an OTLP/HTTP request, in the encoding of the request, and its content type."""
+    answer = ExportTraceServiceResponse()
+    if rejected:
+        answer.partial_success.rejected_spans = rejected
+        answer.partial_success.error_message = message
+    if content_type.partition(";")[0].strip().lower() == JSON:
+        return json_format.MessageToJson(answer).encode(), JSON
+    return bytes(answer.SerializeToString()), PROTOBUF
 
 
 def _inflate(body: bytes, encoding: str, max_bytes: int) -> bytes:

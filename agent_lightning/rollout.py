@@ -16,8 +16,9 @@ import numpy as np
 
 from agent_lightning.agents import Agent, Mode, call, check, load, run_agent
 from agent_lightning.buffer import Lease
+from agent_lightning.client import Rollout, flush_async, install
 from agent_lightning.errors import RewardError, UnknownRollout
-from agent_lightning.types import Outcome, Policy, RolloutKey
+from agent_lightning.types import DEFAULT_AGENT, Outcome, Policy, RolloutKey
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +36,22 @@ class AgentSpec:
     """A name for `agents.load`, a command line, or the function itself."""
     mode: Mode
     reward_target: str | Agent | None = None
-    """`score(payload, output)`, async or plain; None where the agent returns its reward."""
+    """`score(payload, output)`, async or plain; None where the agent returns its reward or emits it."""
     reward_range: tuple[float, float] = (0.0, 1.0)
     timeout_s: float = 600.0
     """Of the agent and its scoring together."""
     concurrency: int = 8
     """Rollouts at a time in one worker."""
+    instrumentors: tuple[str, ...] = ()
+    """OpenTelemetry instrumentors to turn on, by the names of their entry points."""
 
 
 class RolloutBuffer(Protocol):
     """The part of the Buffer that a worker uses."""
 
     async def lease(self, num: int, timeout: float, *, deadline: float) -> list[Lease]: ...
+
+    async def emitted(self, key: RolloutKey) -> float | None: ...
 
     async def finish(
         self, key: RolloutKey, *, reward: float | None, outcome: Outcome, error: str, output: str, retry: bool
@@ -110,7 +115,7 @@ class RolloutWorker:
         agent: AgentSpec,
         policy_url: str,
         model: str,
-        agent_name: str = "agent",
+        agent_name: str = DEFAULT_AGENT,
     ) -> None:
         """`policy_url`: root of the gateway. `agent_name`: of the calls whose URL says no other."""
         check(agent.target, agent.mode)
@@ -125,7 +130,9 @@ class RolloutWorker:
         self._running: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Lease and run rollouts until `stop`. Raises where the buffer is gone."""
+        """Lease and run rollouts until `stop`. Raises where the buffer is gone; ConfigError for an instrumentor that is
+        not installed."""
+        install(self._agent.instrumentors)
         async with asyncio.TaskGroup() as group:
             feeding = group.create_task(self._feed(group))
             await self._stopping.wait()  # ends with stop(), or with cancellation where `feeding` failed
@@ -162,11 +169,17 @@ class RolloutWorker:
         agent, key, output = self._agent, lease.key, ""
         root = f"{self._policy_url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{lease.secret}"
         policy = Policy(version=_UNKNOWN_VERSION, base_url=f"{root}/{self._agent_name}/v1", model=self._model)
+        rollout = Rollout(rollout_id=key.rollout_id, attempt=key.attempt, base_url=policy.base_url)
         blame = Outcome.AGENT_ERROR
         clock = asyncio.timeout(agent.timeout_s)
         try:
             async with clock:
-                result = await run_agent(agent.target, agent.mode, lease.task, policy, rollout_id=key.rollout_id)
+                try:
+                    result = await run_agent(
+                        agent.target, agent.mode, lease.task, policy, rollout, instrumentors=agent.instrumentors
+                    )
+                finally:
+                    await flush_async(rollout)
                 output = _hide(str(result), lease.secret)[:2000]
                 blame = Outcome.BAD_REWARD
                 reward = to_reward(await self._value(lease, result), agent.reward_range)
@@ -185,6 +198,11 @@ class RolloutWorker:
         """What is to be the reward: the score, or the result; a command can only print its own as text."""
         if self._score is not None:
             return await call(self._score, dict(lease.task.payload), result)
+        if result is None or result == "":
+            emitted = await self._buffer.emitted(lease.key)
+            if emitted is None:
+                raise RewardError("the agent returned nothing and emitted no reward")
+            return emitted
         if self._agent.mode == "command" and isinstance(result, str):
             return float(result)
         return result

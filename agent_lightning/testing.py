@@ -42,6 +42,7 @@ from agent_lightning.rollout import AgentSpec, RolloutWorker
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.state import Plan, State
 from agent_lightning.tasks import TaskCursor
+from agent_lightning.tools import tool_calls
 from agent_lightning.toy import END, FIRST_WORD, PAD, ToyEngine, ToyLanguage, ToyLearner
 from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 
@@ -273,9 +274,11 @@ def model_call(
 def trajectory(
     key: RolloutKey, *calls: ModelCall, reward: float | None = 1.0, outcome: Outcome = Outcome.FINISHED
 ) -> Trajectory:
-    """A finished attempt of these calls; an `outcome` other than FINISHED has no reward."""
+    """A finished attempt of these calls and their tools; an `outcome` other than FINISHED has no reward."""
     rewarded = reward if outcome is Outcome.FINISHED else None
-    return Trajectory(key=key, task_id=key.group_id, calls=calls, reward=rewarded, outcome=outcome)
+    return Trajectory(
+        key=key, task_id=key.group_id, calls=calls, reward=rewarded, outcome=outcome, tools=tool_calls(calls)
+    )
 
 
 def group(*trajectories: Trajectory) -> Group:

@@ -98,10 +98,21 @@ def status_of(arguments: str, result: str | None) -> ToolStatus:
 
 def canonical_arguments(tool_call: ToolCall) -> str:
     """Arguments that mean the same have the same text: JSON with sorted keys, or else without outer blanks."""
-    try:
-        return json.dumps(json.loads(tool_call.arguments), sort_keys=True, separators=(",", ":"))
-    except (ValueError, RecursionError):
-        return tool_call.arguments.strip()
+    return _canonical(tool_call.arguments)
+
+
+def reply_identity(call: ModelCall) -> tuple[str, tuple[tuple[str, str], ...]] | None:
+    """What a reply says and asks for, so that two accounts of it can be compared; None where nothing is known of it.
+
+    Example: {"content": " 4 ", "tool_calls": [{"function": {"name": "f", "arguments": "{ }"}}]} gives
+    ("4", (("f", "{}"),)).
+    """
+    reply = _mapping(_json(call.reply))
+    asked = [_mapping(request.get("function")) for request in _asked(call)]
+    said = _text(reply.get("content")).strip()
+    if not said and not asked:
+        return None
+    return said, tuple((str(one.get("name") or ""), _canonical(_text(one.get("arguments")))) for one in asked)
 
 
 def looks_like_tool_call(call: ModelCall) -> bool:
@@ -115,6 +126,13 @@ def looks_like_tool_call(call: ModelCall) -> bool:
         return False
     text = content.strip()
     return "<tool_call>" in text or bool(re.match(r'(```(json)?\s*)?\{\s*"(name|function)"\s*:', text))
+
+
+def _canonical(arguments: str) -> str:
+    try:
+        return json.dumps(json.loads(arguments), sort_keys=True, separators=(",", ":"))
+    except (ValueError, RecursionError):
+        return arguments.strip()
 
 
 def _complaint(text: str) -> str | None:

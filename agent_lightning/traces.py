@@ -32,6 +32,8 @@ class Dropped:
 def select(calls: Sequence[ModelCall], pattern: str) -> tuple[int, ...]:
     """Indices of the calls of trained agents; `pattern` is a comma-separated list of case-sensitive globs.
 
+    Calls of other models, which only a trace has, are context: no pattern selects them.
+
     Example, with calls of agents writer, judge, rewriter-2:
 
         select(calls, "*")                  # 0, 1, 2
@@ -42,7 +44,11 @@ def select(calls: Sequence[ModelCall], pattern: str) -> tuple[int, ...]:
     globs = [part.strip() for part in pattern.split(",")]
     if not all(globs):
         raise ConfigError(f"agents: {pattern!r} has an empty agent name; write e.g. '*' or 'writer,rewriter*'")
-    return tuple(i for i, call in enumerate(calls) if any(fnmatchcase(call.agent, glob) for glob in globs))
+    return tuple(
+        i
+        for i, call in enumerate(calls)
+        if call.source == "gateway" and any(fnmatchcase(call.agent, glob) for glob in globs)
+    )
 
 
 def chains(calls: Sequence[ModelCall]) -> tuple[tuple[ModelCall, ...], ...]:

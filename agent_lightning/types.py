@@ -26,6 +26,10 @@ Source = Literal["gateway", "trace", "request"]
 request, whose tool messages answer the last reply."""
 
 
+DEFAULT_AGENT = "agent"
+"""The name in a rollout's URL where nobody chose another."""
+
+
 class Outcome(StrEnum):
     """How a rollout ended. Exactly one for each admitted rollout."""
 
@@ -129,7 +133,7 @@ class ModelCall:
     call_id: str
     """Unique in the run; the id of the reply that the agent saw."""
     agent: str
-    """Name of the agent that called, from the URL."""
+    """Name of the agent that called: from the header, the URL, or the agent span above."""
     policy_version: int
     prompt_T: Ints
     response_T: Ints
@@ -145,6 +149,8 @@ class ModelCall:
     """JSON text of the messages that the agent sent."""
     reply: str = ""
     """JSON text of the message that the agent got."""
+    span_id: str = ""
+    """Its own id in a trace, where one shows it."""
     parent_id: str = ""
     """Of the span above, "" where none is known."""
     model: str = ""
@@ -197,7 +203,7 @@ class Reward:
     """The dimension, e.g. "format"."""
     value: float
     about: str = ""
-    """The `call_id` of a ModelCall or the `span_id` of another span; "" is the whole rollout."""
+    """The `call_id` of a ModelCall or the `span_id` of a ToolCall; "" is the whole rollout."""
     at: float
     """Unix seconds."""
 
@@ -235,6 +241,8 @@ class Trajectory:
     """Those that the agent's side emitted; `reward` is the rollout's own."""
     agents: tuple[AgentSpan, ...] = ()
     """Where a trace showed them."""
+    refused_spans: Mapping[str, int] = field(default_factory=dict)
+    """Reason -> spans of its trace that are not among these, or that were repaired."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

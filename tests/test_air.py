@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from agent_lightning.air import DEFAULT_RULES, Air, Rule, events
 from agent_lightning.errors import ConfigError
+from agent_lightning.testing import trajectory
 from agent_lightning.tools import looks_like_tool_call, status_of, tool_calls
-from agent_lightning.types import ModelCall, RolloutKey, ToolStatus
+from agent_lightning.types import ModelCall, RolloutKey, ToolStatus, Trajectory
 
 KEY = RolloutKey(split="train", group=0, index=0)
 Asked = tuple[str, str, str | None]
@@ -51,6 +52,10 @@ def conversation(*turns: Sequence[Asked], answer: str = "done", ids: str = "tool
             if result is not None:
                 messages.append({"role": "tool", "tool_call_id": request["id"], "content": result})
     return (*calls, model_call(len(turns), request=messages, reply={"role": "assistant", "content": answer}))
+
+
+def seen(calls: Sequence[ModelCall]) -> Trajectory:
+    return trajectory(KEY, *calls)
 
 
 def test_tools_are_seen_with_no_instrumentation() -> None:
@@ -114,7 +119,7 @@ def test_events_of_a_rollout() -> None:
     same = ("sql", '{"q": 1, "db": 2}', "error: x")
     calls = conversation([same], [("sql", '{"db": 2,"q": 1}', "7")], answer="<tool_call>")
     cut = model_call(3, reply={"content": "and so on"}, finish_reason="length")
-    assert [(e.call, e.kind) for e in events([*calls, cut])] == [
+    assert [(e.call, e.kind) for e in events(seen([*calls, cut]))] == [
         (0, "error"),
         (1, "repeated"),
         (2, "unparsed"),
@@ -124,13 +129,13 @@ def test_events_of_a_rollout() -> None:
 
 def test_the_reward_goes_to_the_call_that_caused_it() -> None:
     calls = conversation([("sql", "{}", "error: x")], [("sql", "{}", "y")], [("sql", '{"q": 2}', "7")])
-    np.testing.assert_allclose(Air().rewards(calls), [-0.05, -0.05, 0.1, 0.0], atol=1e-6)
-    np.testing.assert_allclose(Air(form="potential").rewards(calls), [-0.05, -0.05, 0.1, 0.0], atol=1e-6)
+    np.testing.assert_allclose(Air().rewards(seen(calls)), [-0.05, -0.05, 0.1, 0.0], atol=1e-6)
+    np.testing.assert_allclose(Air(form="potential").rewards(seen(calls)), [-0.05, -0.05, 0.1, 0.0], atol=1e-6)
     # Twice the range of the final reward, twice the bound.
     many = conversation(*([("sql", json.dumps({"q": n}), "error: x")] for n in range(9)))
     worst = Air(rules=(Rule(on="error", value=-0.1, cap=9),))
-    assert worst.rewards(many).sum() == pytest.approx(-0.3)
-    assert worst.rewards(many, reward_range=2.0).sum() == pytest.approx(-0.6)
+    assert worst.rewards(seen(many)).sum() == pytest.approx(-0.3)
+    assert worst.rewards(seen(many), reward_range=2.0).sum() == pytest.approx(-0.6)
 
 
 def test_the_first_rule_that_applies_counts() -> None:
@@ -139,15 +144,17 @@ def test_the_first_rule_that_applies_counts() -> None:
         Rule(on="error", value=-0.05, cap=0.1),
     )
     calls = conversation([("sql_run", '{"a": 1}', "error: no such table"), ("web", '{"a": 2}', "error: no such host")])
-    assert Air(rules=rules).rewards(calls).tolist() == pytest.approx([-0.25, 0.0])
+    assert Air(rules=rules).rewards(seen(calls)).tolist() == pytest.approx([-0.25, 0.0])
 
 
 def test_a_signal_of_ones_own() -> None:
     calls = conversation([("sql", "{}", "7")])
-    air = Air(rules=(), signals=(lambda calls: np.array([0.01 * len(c.reply) < 99 for c in calls]) * 0.05,))
-    assert air.rewards(calls).tolist() == pytest.approx([0.05, 0.05])
+    air = Air(rules=(), signals=(lambda t: np.array([len(call.reply) > 1 for call in t.calls]) * 0.05,))
+    assert air.rewards(seen(calls)).tolist() == pytest.approx([0.05, 0.05])
     with pytest.raises(ConfigError, match="must return 2 finite numbers"):
-        Air(signals=(lambda calls: np.zeros(1, np.float32),)).rewards(calls)
+        Air(signals=(lambda _: np.zeros(1, np.float32),)).rewards(seen(calls))
+    with pytest.raises(ConfigError, match="raised ZeroDivisionError"):
+        Air(signals=(lambda t: np.full(len(t.calls), 1 / 0),)).rewards(seen(calls))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +209,7 @@ airs = st.builds(Air, rules=rules | st.just(DEFAULT_RULES), bound=st.floats(0.01
 @settings(max_examples=1000, deadline=None)
 @given(airs, turns)
 def test_the_total_stays_within_the_bound_at_every_call(air: Air, asked: list[list[Asked]]) -> None:
-    total = np.cumsum(air.rewards(conversation(*asked)).astype(np.float64))
+    total = np.cumsum(air.rewards(seen(conversation(*asked))).astype(np.float64))
     assert np.abs(total).max(initial=0.0) <= air.bound + 1e-6
 
 
@@ -211,7 +218,7 @@ def test_the_total_stays_within_the_bound_at_every_call(air: Air, asked: list[li
 def test_no_failed_rollout_overtakes_one_that_succeeded(
     air: Air, good: list[list[Asked]], bad: list[list[Asked]]
 ) -> None:
-    assert 1.0 + air.rewards(conversation(*good)).sum() > 0.0 + air.rewards(conversation(*bad)).sum()
+    assert 1.0 + air.rewards(seen(conversation(*good))).sum() > 0.0 + air.rewards(seen(conversation(*bad))).sum()
 
 
 @settings(max_examples=1000, deadline=None)
@@ -219,17 +226,17 @@ def test_no_failed_rollout_overtakes_one_that_succeeded(
 def test_doing_the_same_again_never_pays(air: Air, asked: list[list[Asked]], data: st.DataObject) -> None:
     name, arguments, _ = data.draw(st.sampled_from([one for turn in asked for one in turn]))
     again = [*asked, [(name, arguments, data.draw(st.sampled_from(RESULTS)))]]
-    assert air.rewards(conversation(*again)).sum() <= air.rewards(conversation(*asked)).sum() + 1e-6
+    assert air.rewards(seen(conversation(*again))).sum() <= air.rewards(seen(conversation(*asked))).sum() + 1e-6
 
 
 @settings(max_examples=1000, deadline=None)
 @given(airs, turns, st.floats(0.5, 1.0))
 def test_the_potential_form_changes_no_return(air: Air, asked: list[list[Asked]], discount: float) -> None:
     shaped = Air(rules=air.rules, bound=air.bound, form="potential")
-    reward_T = shaped.rewards(conversation(*asked), discount=discount).astype(np.float64)
+    reward_T = shaped.rewards(seen(conversation(*asked)), discount=discount).astype(np.float64)
     assert abs((reward_T * discount ** np.arange(reward_T.size)).sum()) < 1e-5
 
 
 def test_no_calls_no_rewards() -> None:
-    assert Air().rewards(()).shape == (0,)
-    assert Air(form="potential").rewards(()).shape == (0,)
+    assert Air().rewards(seen(())).shape == (0,)
+    assert Air(form="potential").rewards(seen(())).shape == (0,)

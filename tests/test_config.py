@@ -12,6 +12,8 @@ from agent_lightning.config import from_mapping, load, project_folder, reload, r
 from agent_lightning.credit_rules import Estimator
 from agent_lightning.errors import ConfigError
 
+EXPERIMENTS = ", ".join(sorted(path.stem for path in (Path(__file__).parents[1] / "conf/experiment").glob("*.yaml")))
+
 CONF = project_folder("conf")
 
 
@@ -84,7 +86,7 @@ def test_a_key_that_no_file_names_can_be_set(override: str, value: object) -> No
         ("=3", "=3: must have the form key=value"),
         ("steps=[1", "steps=[1: cannot be read; quote a value that has special characters"),
         ("hardware=huge", "hardware=huge: unknown; choose one of cpu, gpu2, gpu8"),
-        ("experiment=nope", "experiment=nope: unknown; choose one of calc_mawps, calc_sheet, calc_tiny, calc_x"),
+        ("experiment=nope", f"experiment=nope: unknown; choose one of {EXPERIMENTS}"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_says_what_to_do(override: str, message: str) -> None:
@@ -136,7 +138,7 @@ def test_a_kind_of_source_that_there_is_not_is_refused() -> None:
 
 
 def test_no_experiment_is_one_line_with_the_choices() -> None:
-    with pytest.raises(ConfigError, match=r"^experiment: missing; .* calc_mawps, calc_sheet, calc_tiny, calc_x$"):
+    with pytest.raises(ConfigError, match=rf"^experiment: missing; .* {EXPERIMENTS}$"):
         load(["steps=3"])
 
 

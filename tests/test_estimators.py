@@ -46,7 +46,7 @@ rewards_and_valid = st.lists(
 Rollouts = tuple[NDArray[np.float64], NDArray[np.bool_]]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=1000)
 @given(rewards_and_valid, st.floats(-10, 10), st.floats(0.1, 10))
 def test_advantages_do_not_depend_on_the_reward_s_unit(case: Rollouts, shift: float, factor: float) -> None:
     rewards, valid = case
@@ -56,7 +56,7 @@ def test_advantages_do_not_depend_on_the_reward_s_unit(case: Rollouts, shift: fl
     np.testing.assert_allclose(unscaled, factor * group_normalised(rewards, valid, scale="none"), rtol=1e-4, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=1000)
 @given(rewards_and_valid, st.integers(0, 999), st.sampled_from(["std", "none"]))
 def test_order_of_rollouts_does_not_matter(case: Rollouts, seed: int, scale: Scale) -> None:
     rewards, valid = case
@@ -65,7 +65,7 @@ def test_order_of_rollouts_does_not_matter(case: Rollouts, seed: int, scale: Sca
     np.testing.assert_allclose(shuffled, group_normalised(rewards, valid, scale=scale)[order], atol=1e-5)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=1000)
 @given(rewards_and_valid, st.sampled_from(["std", "none"]))
 def test_advantages_balance_and_masked_rollouts_leave_no_trace(case: Rollouts, scale: Scale) -> None:
     rewards, valid = case
@@ -76,7 +76,7 @@ def test_advantages_balance_and_masked_rollouts_leave_no_trace(case: Rollouts, s
 
 
 @pytest.mark.parametrize("scale", ["std", "none"])
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=1000)
 @given(reward=st.floats(-1e3, 1e3), size=st.integers(1, 12))
 def test_equal_rewards_give_exactly_zero(scale: Scale, reward: float, size: int) -> None:
     assert group_normalised(np.full(size, reward), np.ones(size, np.bool_), scale=scale).tolist() == [0.0] * size
@@ -130,7 +130,7 @@ def test_a_rollout_weighs_the_same_however_many_calls_it_made() -> None:
     assert left_out.tolist() == pytest.approx([0.0, -1.0, 0.5])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=1000)
 @given(rewards_and_valid, st.lists(st.integers(1, 5), min_size=8, max_size=8), st.sampled_from(["std", "none"]))
 def test_where_calls_share_their_rollout_s_value_it_is_the_group_s(
     case: Rollouts, counts: list[int], scale: Scale
@@ -142,7 +142,7 @@ def test_where_calls_share_their_rollout_s_value_it_is_the_group_s(
     np.testing.assert_allclose(found, whole[rollout_C], atol=1e-4)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=1000)
 @given(st.lists(st.tuples(st.integers(0, 4), st.floats(-5, 5)), min_size=1, max_size=20), st.integers(0, 99))
 def test_call_advantages_balance_over_rollouts_and_ignore_order(rows: list[tuple[int, float]], seed: int) -> None:
     rollout_C, value_C = np.array([r for r, _ in rows]), np.array([v for _, v in rows])

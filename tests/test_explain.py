@@ -13,6 +13,7 @@ from agent_lightning.cli import main
 from agent_lightning.config import load, to_yaml
 from agent_lightning.credit import CallCredit
 from agent_lightning.explain import coloured, ledger, list_runs
+from agent_lightning.tools import tool_calls
 from agent_lightning.tracking import RunDirectory
 from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
 
@@ -56,6 +57,7 @@ def trajectory(index: int, reward: float | None) -> Trajectory:
         output="The answer is 0." if finished else "",
         started_at=100.0,
         ended_at=103.0,
+        tools=tool_calls(calls),
     )
 
 

@@ -16,6 +16,7 @@ from agents_for_tests import RUN_SECRET, make_task, small_gateway
 
 from agent_lightning.agents import Mode, check, load, run_agent
 from agent_lightning.buffer import Buffer
+from agent_lightning.client import Rollout
 from agent_lightning.errors import AgentProcessError, ConfigError, RewardError
 from agent_lightning.rollout import AgentSpec, RolloutWorker, one_line, to_reward
 from agent_lightning.types import Outcome, Policy, Task, Trajectory
@@ -23,6 +24,8 @@ from agent_lightning.types import Outcome, Policy, Task, Trajectory
 HERE = Path(__file__).parent
 FILE = f"{HERE}/agents_for_tests.py"
 POLICY = Policy(version=1, base_url="http://127.0.0.1:9/v1", model="m", sampling={"temperature": 0.5})
+
+ROLLOUT = Rollout(rollout_id="train-0-0", attempt=0, base_url=POLICY.base_url)
 
 
 def make_spec(target: str | Callable[..., object], mode: Mode = "async", **settings: object) -> AgentSpec:
@@ -143,22 +146,22 @@ echo
 async def test_a_task_too_long_for_a_variable_is_on_stdin() -> None:
     code = "import os,sys; print('AGL_TASK' in os.environ, len(sys.stdin.read()) > 200000)"
     task = make_task(text="x" * 200_000)
-    assert await run_agent(f'{sys.executable} -c "{code}"', "command", task, POLICY) == "False True"
+    assert await run_agent(f'{sys.executable} -c "{code}"', "command", task, POLICY, ROLLOUT) == "False True"
 
 
 async def test_a_command_need_not_read_its_task() -> None:
-    assert await run_agent("echo done", "command", make_task(text="x" * 500_000), POLICY) == "done"
+    assert await run_agent("echo done", "command", make_task(text="x" * 500_000), POLICY, ROLLOUT) == "done"
 
 
 async def test_a_process_gets_the_payload_and_the_policy() -> None:
     task = Task(task_id="t", payload={"row": np.arange(2), "weight": np.float64(0.5)})
-    result = await run_agent(f"{FILE}:returns_the_payload", "process", task, POLICY)
+    result = await run_agent(f"{FILE}:returns_the_payload", "process", task, POLICY, ROLLOUT)
     assert result == {"payload": {"row": [0, 1], "weight": 0.5}, "model": "m", "temperature": 0.5}
 
 
 async def test_a_process_may_print_more_than_is_kept() -> None:
     code = "print(('x' * 1000 + chr(10)) * 5000); print(0.25)"
-    assert await run_agent(f'{sys.executable} -c "{code}"', "command", make_task(), POLICY) == "0.25"
+    assert await run_agent(f'{sys.executable} -c "{code}"', "command", make_task(), POLICY, ROLLOUT) == "0.25"
 
 
 async def test_processes_that_fail() -> None:
@@ -167,7 +170,7 @@ async def test_processes_that_fail() -> None:
         f"{FILE}:exits_quietly": "without a result",
         f"{FILE}:make_task": "cannot be handed",
     }
-    runs = [run_agent(target, "process", make_task(), POLICY) for target in failures]
+    runs = [run_agent(target, "process", make_task(), POLICY, ROLLOUT) for target in failures]
     for message, error in zip(failures.values(), await asyncio.gather(*runs, return_exceptions=True), strict=True):
         assert isinstance(error, AgentProcessError)
         assert message in str(error)
@@ -176,7 +179,7 @@ async def test_processes_that_fail() -> None:
 @pytest.mark.parametrize(("command", "message"), [("false", "exit code 1"), ("ls /no/such/folder", "No such file")])
 async def test_a_command_that_fails(command: str, message: str) -> None:
     with pytest.raises(AgentProcessError, match=message):
-        await run_agent(command, "command", make_task(), POLICY)
+        await run_agent(command, "command", make_task(), POLICY, ROLLOUT)
 
 
 def is_alive(pid: int) -> bool:
@@ -204,7 +207,7 @@ async def are_gone(pids: list[int]) -> bool:
 
 async def test_a_cancelled_process_is_gone_with_its_children(tmp_path: Path) -> None:
     file = tmp_path / "pids"
-    agent = run_agent(f"{FILE}:hangs_with_a_grandchild", "process", make_task(pids=str(file)), POLICY)
+    agent = run_agent(f"{FILE}:hangs_with_a_grandchild", "process", make_task(pids=str(file)), POLICY, ROLLOUT)
     running = asyncio.create_task(agent)
     pids = await read_pids(file)
     assert all(is_alive(pid) for pid in pids)
@@ -219,7 +222,7 @@ async def test_what_a_process_leaves_behind_is_gone_too_and_does_not_hold_its_re
     file = tmp_path / "pids"
     async with asyncio.timeout(10):
         task = make_task(pids=str(file))
-        assert await run_agent(f"{FILE}:leaves_a_grandchild", "process", task, POLICY) == 0.5
+        assert await run_agent(f"{FILE}:leaves_a_grandchild", "process", task, POLICY, ROLLOUT) == 0.5
     assert await are_gone(await read_pids(file))
 
 
@@ -261,7 +264,7 @@ def test_errors_become_one_short_line() -> None:
         ("cancel", Outcome.AGENT_ERROR, "CancelledError: no message"),
         ("hang", Outcome.TIMEOUT, "not done after 0.5 s"),
         ("refuse to stop", Outcome.TIMEOUT, "not done after 0.5 s"),
-        ("none", Outcome.BAD_REWARD, "RewardError: the reward is a NoneType, not a number"),
+        ("none", Outcome.BAD_REWARD, "RewardError: the agent returned nothing and emitted no reward"),
         ("nan", Outcome.BAD_REWARD, "RewardError: the reward is nan"),
         ("infinity", Outcome.BAD_REWARD, "RewardError: the reward is inf"),
         ("string", Outcome.BAD_REWARD, "RewardError: the reward is a str, not a number"),

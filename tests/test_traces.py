@@ -151,7 +151,7 @@ def interleavings(draw: st.DrawFn) -> tuple[list[ModelCall], list[str]]:
     return calls, [" ".join(chain) for chain in found.values()]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(interleavings())
 def test_interleaved_conversations_are_recovered(case: tuple[list[ModelCall], list[str]]) -> None:
     calls, expected = case

@@ -31,6 +31,7 @@ from agent_lightning.serving.dialects import (
     compact,
     engine_request,
 )
+from agent_lightning.serving.tracing import SpanRecorder, agent_of, take_traces
 from agent_lightning.types import ModelCall, Outcome, RolloutKey, Split
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Engine(Protocol):
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal: ...
 
 
-class Recorder(Protocol):
+class Recorder(SpanRecorder, Protocol):
     """What the gateway asks of the buffer."""
 
     async def record(self, call: ModelCall) -> int: ...
@@ -102,11 +103,15 @@ class Gateway:
             return _refuse(Refusal(status=403, message="wrong secret in the URL", code="forbidden"))
         if rest == ["v1", "models"] and request.method == "GET":
             return JSONResponse({"object": "list", "data": [self._model_card()]})
-        if rest != ["v1", "chat", "completions"] or request.method != "POST":
+        if rest not in (["v1", "chat", "completions"], ["v1", "traces"]) or request.method != "POST":
             return _refuse(Refusal(status=404, message=f"no such endpoint: /{'/'.join(rest)}", code="not_found"))
         raw = await self._read(request)
         if isinstance(raw, Refusal):
             return _refuse(raw)
+        if rest == ["v1", "traces"]:
+            limit = self._config.max_body_bytes
+            return await take_traces(self._recorder, key, raw, request.headers, max_bytes=limit)
+        agent = agent_of(request.headers, agent)
         return await self._once(key, agent, raw, retry=request.headers.get(RETRY_HEADER, "0") != "0")
 
     async def _read(self, request: Request) -> bytes | Refusal:

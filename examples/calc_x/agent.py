@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from calculator import SYSTEM, TOOL, call
 from openai import AsyncOpenAI, DefaultAioHttpClient, DefaultAsyncHttpxClient, OpenAI
 from openai.types.chat import ChatCompletionMessage
+from reward import parse_answer
 
 MAX_TURNS = 4
 TIMEOUT = 600.0
@@ -35,9 +36,12 @@ class Policy(Protocol):
     def model(self) -> str: ...
 
 
-async def solve(task: Mapping[str, Any], policy: Policy) -> str:
-    """Answer the question of a task; the text of the last turn. Raises openai.APIError."""
-    client = (await _shared_client()).with_options(base_url=policy.base_url, api_key=policy.api_key)
+async def solve(task: Mapping[str, Any], policy: Policy, *, role: str | None = None) -> str:
+    """Answer the question of a task; the text of the last turn. `role`: the agent's name. Raises openai.APIError."""
+    names = {"x-agl-agent": role} if role else {}
+    client = (await _shared_client()).with_options(
+        base_url=policy.base_url, api_key=policy.api_key, default_headers=names
+    )
     talk = conversation(task["question"])
     messages = next(talk)
     while True:
@@ -51,6 +55,14 @@ async def solve(task: Mapping[str, Any], policy: Policy) -> str:
 async def solve_sheet(task: Mapping[str, Any], policy: Policy) -> list[str]:
     """Answer a sheet of questions one after the other, each in a conversation of its own. Raises openai.APIError."""
     return [await solve(row, policy) for row in task["rows"]]
+
+
+async def solve_team(task: Mapping[str, Any], policy: Policy) -> str:
+    """A writer answers, a checker does so by itself, and where they differ a rewriter has the last word."""
+    written, checked = await asyncio.gather(solve(task, policy, role="writer"), solve(task, policy, role="checker"))
+    if parse_answer(written) == parse_answer(checked):
+        return written
+    return await solve(task, policy, role="rewriter")
 
 
 def solve_blocking(task: Mapping[str, Any]) -> str:

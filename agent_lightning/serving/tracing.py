@@ -1,0 +1,66 @@
+"""The gateway's door for traces: OTLP over HTTP in, spans to the buffer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Protocol
+
+from starlette.responses import JSONResponse, Response
+
+from agent_lightning.conventions import RawSpan
+from agent_lightning.errors import DataError, UnknownRollout
+from agent_lightning.otlp import PROTOBUF, acknowledge, decode
+from agent_lightning.types import RolloutKey
+
+MAX_SPANS = 10_000
+"""Of one body."""
+AGENT_HEADER = "x-agl-agent"
+"""Names the agent that calls, above what the URL says."""
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
+
+
+def agent_of(headers: Mapping[str, str], in_url: str) -> str:
+    """Name of the agent that sent a request."""
+    return headers.get(AGENT_HEADER, "").strip()[:200] or in_url
+
+
+def parent_of(headers: Mapping[str, str]) -> str:
+    """Id of the span that sent a request, from W3C's `traceparent`; "" where it has none.
+
+    Example: {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"} -> "b7ad6b7169203331"
+    """
+    found = _TRACEPARENT.fullmatch(headers.get("traceparent", "").strip())
+    return found[1] if found else ""
+
+
+class SpanRecorder(Protocol):
+    """What the door asks of the buffer."""
+
+    async def record_spans(self, key: RolloutKey, spans: tuple[RawSpan, ...], faults: Mapping[str, int]) -> int: ...
+
+
+async def take_traces(
+    recorder: SpanRecorder, key: RolloutKey, raw: bytes, headers: Mapping[str, str], *, max_bytes: int
+) -> Response:
+    """Record the spans of an ExportTraceServiceRequest, protobuf or JSON, and answer as OTLP's specification says.
+
+    What is refused is said in the answer's `partial_success` and counted in the buffer; a body that cannot be read is a
+    400, a rollout that has ended a 409: an exporter repeats neither.
+    """
+    content_type = headers.get("content-type", PROTOBUF)
+    try:
+        spans, faults = decode(
+            raw,
+            content_type=content_type,
+            content_encoding=headers.get("content-encoding", ""),
+            max_bytes=max_bytes,
+            max_spans=MAX_SPANS,
+        )
+        rejected = sum(faults.values()) + await recorder.record_spans(key, spans, faults)
+    except DataError as error:
+        return JSONResponse({"code": 3, "message": str(error)}, status_code=400)
+    except UnknownRollout as error:
+        return JSONResponse({"code": 9, "message": str(error)}, status_code=409)
+    body, kind = acknowledge(content_type, rejected=rejected, message=", ".join(faults))
+    return Response(body, media_type=kind)
