@@ -8,9 +8,9 @@
 
 A thread cannot be killed in Python: an agent that may hang forever belongs in a process.
 
-Processes and commands find the policy in OPENAI_BASE_URL, OPENAI_API_KEY and AGL_MODEL, as most agents already
-do, and their rollout in AGL_ROLLOUT_ID; a function may then take `payload` alone. A command reads the payload as
-JSON from stdin and from AGL_TASK, and its result is the last line that it prints.
+Processes and commands find the policy in OPENAI_BASE_URL, OPENAI_API_KEY (or ANTHROPIC_BASE_URL, ANTHROPIC_API_KEY)
+and AGL_MODEL, as most agents already do, and their rollout in AGL_ROLLOUT_ID; a function may then take `payload`
+alone. A command reads the payload as JSON from stdin and from AGL_TASK, and its result is the last line that it prints.
 """
 
 from __future__ import annotations
@@ -218,6 +218,8 @@ def _environment(policy: Policy, rollout_id: str) -> dict[str, str]:
         **os.environ,
         "OPENAI_BASE_URL": policy.base_url,
         "OPENAI_API_KEY": policy.api_key,
+        "ANTHROPIC_BASE_URL": policy.anthropic_base_url,
+        "ANTHROPIC_API_KEY": policy.api_key,
         "AGL_MODEL": policy.model,
         "AGL_ROLLOUT_ID": rollout_id,
     }
