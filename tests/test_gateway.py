@@ -54,10 +54,15 @@ class Rig:
 
 @asynccontextmanager
 async def open_rig(
-    *, split: Split = "train", max_calls: int = 100, max_len: int = 4096, **settings: Any
+    *,
+    split: Split = "train",
+    max_calls: int = 100,
+    max_len: int = 4096,
+    words: tuple[str, ...] = WORDS,
+    **settings: Any,
 ) -> AsyncIterator[Rig]:
     buffer = Buffer(run_secret=RUN_SECRET, max_calls=max_calls)
-    engine = ToyEngine(ToyLanguage(WORDS), max_len=max_len)
+    engine = ToyEngine(ToyLanguage(words), max_len=max_len)
     config = GatewayConfig(**({"model": "policy", "run_secret": RUN_SECRET, "sampling": SAMPLING} | settings))
     gateway = Gateway(engine=engine, recorder=buffer, config=config)
     await buffer.admit(Task(task_id="t", payload={}), split=split, num_rollouts=1)

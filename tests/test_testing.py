@@ -167,9 +167,7 @@ async def batch_of(engine: ToyEngine, text: str, rewards: dict[str, float], num:
         key = RolloutKey(split="train", group=0, index=index)
         completion = await ask(engine, user(text), temperature=1.0)
         (choice,) = completion.choices
-        call = model_call(
-            key, choice.prompt_T.tolist(), choice.response_T.tolist(), logprobs=choice.logprob_T.tolist()
-        )
+        call = model_call(key, choice.prompt_T.tolist(), choice.response_T.tolist(), logprobs=choice.logprob_T.tolist())
         ended.append(trajectory(key, call, reward=rewards[message_of(completion)["content"]]))
     given = credit.assign(group(*ended), CreditRules(max_tokens=100))
     (batch,) = batching.pack(given.samples, rollouts_per_batch=None, pad_token=0)

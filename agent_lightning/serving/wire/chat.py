@@ -68,8 +68,10 @@ class _ChatStream:
         """Choices of which something was sent."""
 
     def begin(self) -> str:
-        opening = {"delta": {"role": "assistant", "content": ""}}
-        return "".join(self._chunk({"index": index, **opening}) for index in range(self._asked.engine.get("n") or 1))
+        asked = self._asked.engine
+        # As OpenAI does: a client that adds up the deltas must not find an empty text beside a tool call.
+        opening = {"delta": {"role": "assistant", "content": None if asked.get("tools") else ""}}
+        return "".join(self._chunk({"index": index, **opening}) for index in range(asked.get("n") or 1))
 
     def delta(self, choice: Mapping[str, Any]) -> str:
         said = self._said(choice)

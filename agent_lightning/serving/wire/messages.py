@@ -126,7 +126,7 @@ class _Stream:
         text = ""
         for index, block in enumerate(message["content"]):
             if block["type"] == "tool_use":
-                piece = {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
+                piece = {"type": "input_json_delta", "partial_json": _json(block["input"])}
                 text += _event(_START, index=index, content_block={**block, "input": {}})
                 text += _event(_DELTA, index=index, delta=piece)
             elif not self._text_begun:
@@ -196,7 +196,7 @@ def _chat(message: _Message) -> list[dict[str, Any]]:
         if block.type == "tool_result"
     ]
     calls = [
-        {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": json.dumps(block.input)}}
+        {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": _json(block.input)}}
         for block in message.content
         if block.type == "tool_use"
     ]
@@ -234,3 +234,7 @@ def _tool(tool: _Tool) -> dict[str, Any]:
         raise BadRequest(message, "unsupported")
     function = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
     return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
