@@ -8,10 +8,10 @@
 
 A thread cannot be killed in Python: an agent that may hang forever belongs in a process.
 
-Processes and commands find the policy in OPENAI_BASE_URL, OPENAI_API_KEY and AGL_MODEL, as most agents already
-do, their rollout in AGL_ROLLOUT_ID and AGL_ATTEMPT, and where traces go in OpenTelemetry's own variables; a function
-may then take `payload` alone. A command reads the payload as
-JSON from stdin and from AGL_TASK, and its result is the last line that it prints.
+Processes and commands find the policy in OPENAI_BASE_URL, OPENAI_API_KEY (or ANTHROPIC_BASE_URL, ANTHROPIC_API_KEY)
+and AGL_MODEL, as most agents already do, their rollout in AGL_ROLLOUT_ID and AGL_ATTEMPT, and where traces go in
+OpenTelemetry's own variables; a function may then take `payload` alone. A command reads the payload as JSON from stdin
+and from AGL_TASK, and its result is the last line that it prints.
 """
 
 from __future__ import annotations
@@ -228,7 +228,12 @@ async def _drain(stream: asyncio.StreamReader, tail: bytearray) -> None:
 
 
 def _environment(policy: Policy, rollout: Rollout) -> dict[str, str]:
-    own = {"OPENAI_API_KEY": policy.api_key, "AGL_MODEL": policy.model}
+    own = {
+        "OPENAI_API_KEY": policy.api_key,
+        "ANTHROPIC_BASE_URL": policy.anthropic_base_url,
+        "ANTHROPIC_API_KEY": policy.api_key,
+        "AGL_MODEL": policy.model,
+    }
     return {**os.environ, **rollout.environment(), **own}
 
 

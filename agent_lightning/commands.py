@@ -199,7 +199,8 @@ async def serve(overrides: Sequence[str]) -> int:
             console.print(
                 f"serving {config.model.path} as [b]policy[/b], ready after {start_s:.0f} s; stop with Ctrl-C\n"
             )
-            console.print(f"export OPENAI_BASE_URL={url}\nexport OPENAI_API_KEY=any\n", soft_wrap=True, highlight=False)
+            exports = (f"OPENAI_BASE_URL={url}", "OPENAI_API_KEY=any", f"ANTHROPIC_BASE_URL={url.removesuffix('/v1')}")
+            console.print("".join(f"export {text}\n" for text in exports), soft_wrap=True, highlight=False)
             await stopped.wait()
     return 0
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.metrics import Max, Mean, Metrics, merge
 from agent_lightning.policy import PolicyBoard
-from agent_lightning.serving.dialects import Choice, Completion, Refusal
+from agent_lightning.serving.dialects import Choice, Completion, Part, Refusal
 from agent_lightning.serving.gate import Gate
 from agent_lightning.types import Batch, Ints
 
@@ -29,7 +29,8 @@ ROLES: Final[Mapping[str, int]] = {"system": 2, "developer": 2, "user": 3, "assi
 FIRST_BYTE: Final = 8
 FIRST_WORD: Final = FIRST_BYTE + 256
 CALL: Final = "call:"
-"""A word that starts so is a tool call where the request has tools: "call:2+3" asks the first tool for 2+3."""
+"""A word that starts so is a tool call where the request has tools: "call:2+3" asks the first tool for 2+3,
+"call:2+3;4" asks it twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +51,27 @@ class ToyLanguage:
         tokens: list[int] = []
         for message in messages:
             text = message.get("content") or ""
-            for tool_call in message.get("tool_calls") or ():
-                text = CALL + json.loads(tool_call["function"]["arguments"])["expression"]
+            if isinstance(text, list):
+                text = "".join(part["text"] for part in text)
+            if message.get("tool_calls"):
+                calls = [json.loads(call["function"]["arguments"])["expression"] for call in message["tool_calls"]]
+                text = CALL + ";".join(calls)
             known = message["role"] == "assistant" and text in self.words
             inside = [FIRST_WORD + self.words.index(text)] if known else [FIRST_BYTE + byte for byte in text.encode()]
             tokens += [ROLES[message["role"]], *inside, END]
         return np.array([*tokens, ROLES["assistant"]], np.int32)
+
+    def prompts(self, request: Mapping[str, Any]) -> tuple[Ints, ...]:
+        """Of a chat request, or of a completion request: texts or token ids. Raises as `encode`."""
+        if "prompt" not in request:
+            return (self.encode(request["messages"]),)
+        asked = request["prompt"]
+        several = isinstance(asked, list) and asked and not isinstance(asked[0], int)
+        prompts = asked if several else [asked]
+        if not all(prompts):
+            raise ValueError("a prompt is empty")
+        tokens = ([FIRST_BYTE + byte for byte in p.encode()] if isinstance(p, str) else p for p in prompts)
+        return tuple(np.array(prompt, np.int32) for prompt in tokens)
 
     def state(self, prompt_T: Ints) -> int:
         """The row of the table that answers: a hash of the last message of the user or of a tool."""
@@ -63,6 +79,15 @@ class ToyLanguage:
         message = prompt_T[starts[-1] + 1 :] if starts.size else prompt_T
         end = int(np.argmax(message == END))
         return zlib.crc32(message[:end].astype(np.int32).tobytes()) % self.num_states
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    prompts: tuple[Ints, ...]
+    temperature: float
+    max_tokens: int
+    num: int
+    """Choices of each prompt."""
 
 
 class ToyEngine:
@@ -76,6 +101,8 @@ class ToyEngine:
         """`max_len`: tokens of prompt and response. `delay_s`: seconds that an answer takes; may be changed."""
         self.delay_s = delay_s
         self.version = 0
+        self.in_flight = 0
+        """Calls that it works on now."""
         self._language = language
         self._max_len = max_len
         self._random = np.random.default_rng(seed)
@@ -89,35 +116,68 @@ class ToyEngine:
         self._failures = num
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
-        """Answer one chat request."""
+        """Answer one chat or completion request."""
+        asked = await self._read(request)
+        if isinstance(asked, Refusal):
+            return asked
+        async with self._work():
+            version, choices = self.version, self._sample(asked)
+            await asyncio.sleep(self.delay_s)
+        rendered = [self._render(index, choice, request) for index, choice in enumerate(choices)]
+        reply = {"choices": rendered, "usage": _usage(choices)}
+        return Completion(reply=reply, choices=choices, policy_version=version)
+
+    async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
+        """The same token by token, each of which takes `delay_s`."""
+        asked = await self._read(request)
+        if isinstance(asked, Refusal):
+            yield asked
+            return
+        async with self._work():
+            version, choices = self.version, self._sample(asked)
+            for position in range(max(choice.response_T.size for choice in choices)):
+                await asyncio.sleep(self.delay_s)
+                pieces = [self._piece(index, choice, position, request) for index, choice in enumerate(choices)]
+                yield Part(chunk={"choices": [piece for piece in pieces if piece]}, policy_version=version)
+        yield Part(chunk={"choices": [], "usage": _usage(choices)}, policy_version=version)
+
+    async def count(self, request: Mapping[str, Any]) -> int | Refusal:
+        """Tokens of a chat request's prompt."""
+        asked = await self._read(request)
+        return asked if isinstance(asked, Refusal) else asked.prompts[0].size
+
+    @asynccontextmanager
+    async def _work(self) -> AsyncIterator[None]:
+        self.in_flight += 1
+        try:
+            async with self._gate.call():
+                yield
+        finally:
+            self.in_flight -= 1
+
+    async def _read(self, request: Mapping[str, Any]) -> _Asked | Refusal:
+        """What is asked, as vLLM would refuse it."""
         if self._failures > 0:
             self._failures -= 1
             await asyncio.sleep(self.delay_s)
             return Refusal(status=500, message="the toy engine fails", code="engine_error", type="server_error")
         try:
-            prompt_T = self._language.encode(request["messages"])
-            temperature, max_tokens = float(request.get("temperature", 1.0)), int(request.get("max_tokens", 2))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            asked = _Asked(
+                prompts=self._language.prompts(request),
+                temperature=float(request.get("temperature", 1.0)),
+                max_tokens=int(request.get("max_tokens", 2)),
+                num=int(request.get("n") or 1),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             return Refusal(status=400, message=f"{type(error).__name__}: {error}", code="invalid_request")
-        if prompt_T.size >= self._max_len:
-            message = f"This model's maximum context length is {self._max_len} tokens, the prompt has {prompt_T.size}"
+        longest = max(prompt_T.size for prompt_T in asked.prompts)
+        if longest >= self._max_len:
+            message = f"This model's maximum context length is {self._max_len} tokens, the prompt has {longest}"
             return Refusal(status=400, message=message, code="context_length_exceeded")
-        if max_tokens < 1 or not temperature >= 0.0:
-            message = f"max_tokens={max_tokens} must be at least 1, temperature={temperature} at least 0"
+        if asked.max_tokens < 1 or not asked.temperature >= 0.0:
+            message = f"max_tokens={asked.max_tokens} must be at least 1, temperature={asked.temperature} at least 0"
             return Refusal(status=400, message=message, code="invalid_request")
-        async with self._gate.call():
-            version = self.version
-            await asyncio.sleep(self.delay_s)
-            choices = tuple(self._sample(prompt_T, temperature, max_tokens) for _ in range(request.get("n") or 1))
-        reply = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": request["model"],
-            "choices": [self._render(index, choice, request) for index, choice in enumerate(choices)],
-            "usage": _usage(prompt_T.size, sum(choice.response_T.size for choice in choices)),
-        }
-        return Completion(reply=reply, prompt_T=prompt_T, choices=choices, policy_version=version)
+        return asked
 
     async def install(self, weights: Weights) -> None:
         """Answer with these weights, once the calls in flight are done."""
@@ -146,16 +206,20 @@ class ToyEngine:
         finally:
             await board.leave(self._name)
 
-    def _sample(self, prompt_T: Ints, temperature: float, max_tokens: int) -> Choice:
+    def _sample(self, asked: _Asked) -> tuple[Choice, ...]:
+        return tuple(self._choice(prompt_T, asked) for prompt_T in asked.prompts for _ in range(asked.num))
+
+    def _choice(self, prompt_T: Ints, asked: _Asked) -> Choice:
         logits = self._table[self._language.state(prompt_T)]
-        if temperature == 0.0:
+        if asked.temperature == 0.0:
             word, logprob = int(np.argmax(logits)), 0.0
         else:
-            logprobs = _log_softmax(logits / temperature)
+            logprobs = _log_softmax(logits / asked.temperature)
             word = int(self._random.choice(logits.size, p=np.exp(logprobs)))
             logprob = float(logprobs[word])
-        length = min(2, max_tokens, self._max_len - prompt_T.size)
+        length = min(2, asked.max_tokens, self._max_len - prompt_T.size)
         return Choice(
+            prompt_T=prompt_T,
             response_T=np.array([FIRST_WORD + word, END][:length], np.int32),
             logprob_T=np.array([logprob, 0.0][:length], np.float32),
             finish_reason="stop" if length == 2 else "length",
@@ -164,21 +228,49 @@ class ToyEngine:
     def _render(self, index: int, choice: Choice, request: Mapping[str, Any]) -> dict[str, Any]:
         """One choice as OpenAI JSON."""
         word = self._language.words[int(choice.response_T[0]) - FIRST_WORD]
+        rendered = {"index": index, "finish_reason": choice.finish_reason}
+        if "prompt" in request:
+            return rendered | {"text": word, "logprobs": self._logprobs(choice, request)}
         message: dict[str, Any] = {"role": "assistant", "content": word}
-        finish_reason = choice.finish_reason
         if word.startswith(CALL) and request.get("tools"):
-            arguments = json.dumps({"expression": word.removeprefix(CALL)})
-            function = {"name": request["tools"][0]["function"]["name"], "arguments": arguments}
-            tool_call = {"id": f"call-{uuid.uuid4().hex[:8]}", "type": "function", "function": function}
-            message |= {"content": None, "tool_calls": [tool_call]}
-            finish_reason = "tool_calls"
-        texts = [word, "<end>"][: choice.response_T.size]
+            name = request["tools"][0]["function"]["name"]
+            calls = [
+                {"name": name, "arguments": json.dumps({"expression": expression})}
+                for expression in word.removeprefix(CALL).split(";")
+            ]
+            tool_calls = [{"id": f"call-{uuid.uuid4().hex[:8]}", "type": "function", "function": c} for c in calls]
+            message |= {"content": None, "tool_calls": tool_calls}
+            rendered["finish_reason"] = "tool_calls"
+        return rendered | {"message": message, "logprobs": self._logprobs(choice, request)}
+
+    def _piece(self, index: int, choice: Choice, position: int, request: Mapping[str, Any]) -> dict[str, Any]:
+        """One token of a choice as a chunk of vLLM's has it."""
+        if position >= choice.response_T.size:
+            return {}
+        one = slice(position, position + 1)
+        token = replace(choice, response_T=choice.response_T[one], logprob_T=choice.logprob_T[one])
+        text = "" if position else self._language.words[int(choice.response_T[0]) - FIRST_WORD]
+        last = position + 1 == choice.response_T.size
+        return {
+            "index": index,
+            "prompt_token_ids": choice.prompt_T.tolist(),
+            "token_ids": token.response_T.tolist(),
+            "logprobs": self._logprobs(token, request),
+            "finish_reason": choice.finish_reason if last else None,
+            **({"text": text} if "prompt" in request else {"delta": {"content": text}}),
+        }
+
+    def _logprobs(self, choice: Choice, request: Mapping[str, Any]) -> dict[str, Any]:
+        words = self._language.words
+        texts = ["<end>" if token == END else words[int(token) - FIRST_WORD] for token in choice.response_T]
+        values = choice.logprob_T.tolist()
+        if "prompt" in request:
+            return {"tokens": texts, "token_logprobs": values, "top_logprobs": [], "text_offset": []}
         content = [
-            {"token": text, "logprob": float(logprob), "bytes": list(text.encode()), "top_logprobs": []}
-            for text, logprob in zip(texts, choice.logprob_T, strict=True)
+            {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []}
+            for text, value in zip(texts, values, strict=True)
         ]
-        logprobs = {"content": content, "refusal": None}
-        return {"index": index, "message": message, "finish_reason": finish_reason, "logprobs": logprobs}
+        return {"content": content, "refusal": None}
 
 
 class ToyLearner:
@@ -250,5 +342,6 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum()), np.float64)
 
 
-def _usage(prompt: int, completion: int) -> dict[str, int]:
+def _usage(choices: Sequence[Choice]) -> dict[str, int]:
+    prompt, completion = choices[0].prompt_T.size, sum(choice.response_T.size for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

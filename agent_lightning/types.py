@@ -124,6 +124,11 @@ class Policy:
     sampling: Mapping[str, float | int] = field(default_factory=dict)
     """What the gateway asks of the engine, e.g. {"temperature": 1.0, "max_tokens": 64}."""
 
+    @property
+    def anthropic_base_url(self) -> str:
+        """The same endpoint for Anthropic's client libraries, which add /v1 themselves."""
+        return self.base_url.removesuffix("/v1")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCall:

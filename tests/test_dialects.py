@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from agent_lightning.serving.dialects import (
-    Completion,
     Refusal,
-    agent_reply,
     compact,
     engine_request,
     parse_error,
@@ -45,7 +43,23 @@ def test_what_is_always_asked() -> None:
     for split in ("train", "val"):
         request = ask(split, model="gpt-4o", stream=True, stream_options={"include_usage": True}, tools=["a tool"])
         always = {"model": "policy", "stream": False, "logprobs": True, "top_logprobs": 0, "return_token_ids": True}
-        assert request == {"messages": MESSAGES, "tools": ["a tool"], **POLICY, **always}
+        assert request == {
+            "messages": MESSAGES,
+            "tools": ["a tool"],
+            "include_reasoning": True,
+            **POLICY,
+            **always,
+        }
+        streamed = engine_request(request, model="policy", split=split, sampling=POLICY, stream=True)
+        assert streamed == request | {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def test_a_prompt_without_a_template_is_asked_with_the_number_of_log_probabilities() -> None:
+    for asked, sent in ((None, 0), (0, 0), (3, 3)):
+        body = {"prompt": [1, 2], "logprobs": asked}
+        request = engine_request(body, model="policy", split="val", sampling=POLICY)
+        assert (request["logprobs"], request["prompt"]) == (sent, [1, 2])
+        assert not {"top_logprobs", "include_reasoning"} & set(request)
 
 
 def test_the_agents_request_is_left_as_it_is() -> None:
@@ -102,13 +116,13 @@ def test_a_reply_is_split_into_json_and_arrays() -> None:
     completion = parse_reply(vllm_reply(), policy_version=3)
     (choice,) = completion.choices
     assert completion.policy_version == 3
-    assert completion.prompt_T.tolist() == [3, 4]
+    assert choice.prompt_T.tolist() == [3, 4]
     assert (choice.response_T.tolist(), choice.logprob_T.tolist(), choice.finish_reason) == (
         [7, 1],
         [-0.5, -0.25],
         "stop",
     )
-    assert {choice.response_T.dtype, completion.prompt_T.dtype, choice.logprob_T.dtype} == {
+    assert {choice.response_T.dtype, choice.prompt_T.dtype, choice.logprob_T.dtype} == {
         np.dtype(np.int32),
         np.dtype(np.float32),
     }
@@ -140,15 +154,6 @@ def test_a_reply_without_its_prompt_is_refused(prompt: dict[str, Any]) -> None:
 def test_an_empty_response_is_no_error() -> None:
     (choice,) = parse_reply(vllm_reply(token_ids=[], logprobs={"content": []}), policy_version=0).choices
     assert choice.response_T.size == choice.logprob_T.size == 0
-
-
-def test_what_the_agent_sees() -> None:
-    completion: Completion = parse_reply(vllm_reply(), policy_version=0)
-    quiet = agent_reply({"model": "gpt-4o"}, completion, model="policy")
-    assert (quiet["model"], quiet["choices"][0]["logprobs"]) == ("gpt-4o", None)
-    loud = agent_reply({"logprobs": True}, completion, model="policy")
-    assert (loud["model"], len(loud["choices"][0]["logprobs"]["content"])) == ("policy", 2)
-    assert completion.reply["choices"][0]["logprobs"] is not None  # the completion itself is not changed
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,15 @@ class Rig:
 
 @asynccontextmanager
 async def open_rig(
-    *, split: Split = "train", max_calls: int = 100, max_len: int = 4096, **settings: Any
+    *,
+    split: Split = "train",
+    max_calls: int = 100,
+    max_len: int = 4096,
+    words: tuple[str, ...] = WORDS,
+    **settings: Any,
 ) -> AsyncIterator[Rig]:
     buffer = Buffer(run_secret=RUN_SECRET, max_calls=max_calls)
-    engine = ToyEngine(ToyLanguage(WORDS), max_len=max_len)
+    engine = ToyEngine(ToyLanguage(words), max_len=max_len)
     config = GatewayConfig(**({"model": "policy", "run_secret": RUN_SECRET, "sampling": SAMPLING} | settings))
     gateway = Gateway(engine=engine, recorder=buffer, config=config)
     await buffer.admit(Task(task_id="t", payload={}), split=split, num_rollouts=1)
@@ -289,12 +294,6 @@ async def test_what_is_not_a_request_is_refused(raw: bytes) -> None:
         assert not (await rig.end(Outcome.AGENT_ERROR)).calls
 
 
-async def test_streaming_is_refused_with_a_reason() -> None:
-    async with open_rig() as rig, client_of(rig) as client:
-        with pytest.raises(openai.BadRequestError, match="ask without stream"):
-            await client.chat.completions.create(model="m", messages=HELLO, stream=True)  # type: ignore[arg-type]
-
-
 async def test_a_body_that_is_too_large_is_not_read_to_its_end() -> None:
     sent = 0
 
@@ -364,17 +363,46 @@ async def test_a_client_that_goes_away_and_asks_again() -> None:
     assert call.call_id == reply.id
 
 
-async def test_a_cancelled_request_is_recorded_all_the_same() -> None:
+async def left(rig: Rig, headers: Mapping[str, str]) -> None:
+    """A client that asks and goes away before it has an answer."""
+    rig.engine.delay_s = 0.2
+    asking = asyncio.create_task(rig.post(headers=headers))
+    while rig.engine.in_flight == 0:
+        await asyncio.sleep(0.01)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await asyncio.sleep(0.05)
+
+
+async def test_a_client_that_goes_away_cancels_the_work() -> None:
     async with open_rig() as rig:
-        rig.engine.delay_s = 0.05
-        asking = asyncio.create_task(rig.post())
-        await asyncio.sleep(0.02)
-        asking.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await asking
-        while (await rig.buffer.stats()).calls == 0:
-            await asyncio.sleep(0.01)
+        await left(rig, {})
+        assert rig.engine.in_flight == 0
+        assert not (await rig.end(Outcome.AGENT_ERROR)).calls
+
+
+async def test_a_client_that_counts_retries_may_come_back_for_a_while() -> None:
+    async with open_rig() as rig:
+        await left(rig, {RETRY_HEADER: "0"})
+        assert rig.engine.in_flight == 1
+        await asyncio.sleep(0.2)
         assert len((await rig.end()).calls) == 1
+    async with open_rig(retry_grace_s=0.01) as rig:
+        await left(rig, {RETRY_HEADER: "0"})
+        assert rig.engine.in_flight == 0
+        assert (await rig.post(headers={RETRY_HEADER: "1"})).status_code == 200
+        assert len((await rig.end()).calls) == 1
+
+
+async def test_a_client_that_goes_away_over_a_real_connection_cancels_the_work() -> None:
+    async with open_rig() as rig, client_of(rig, timeout=0.1) as client:
+        rig.engine.delay_s = 30.0
+        asking = client.chat.completions.create(model="m", messages=HELLO, extra_headers={RETRY_HEADER: openai.omit})  # type: ignore[arg-type, dict-item]
+        with pytest.raises(openai.APITimeoutError):
+            await asking
+        while rig.engine.in_flight:
+            await asyncio.sleep(0.01)
 
 
 # Errors.

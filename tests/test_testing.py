@@ -78,8 +78,8 @@ async def test_the_next_prompt_extends_prompt_and_response() -> None:
     for _ in range(12):  # whatever it says, tool calls included
         first = await ask(engine, user("A"), tools=[TOOL])
         second = await ask(engine, user("A"), message_of(first), {"role": "tool", "content": "5"}, tools=[TOOL])
-        history = [*first.prompt_T.tolist(), *first.choices[0].response_T.tolist()]
-        assert second.prompt_T.tolist()[: len(history)] == history
+        history = [*first.choices[0].prompt_T.tolist(), *first.choices[0].response_T.tolist()]
+        assert second.choices[0].prompt_T.tolist()[: len(history)] == history
 
 
 async def test_words_that_are_calls_are_tool_calls_where_there_are_tools() -> None:
@@ -167,9 +167,7 @@ async def batch_of(engine: ToyEngine, text: str, rewards: dict[str, float], num:
         key = RolloutKey(split="train", group=0, index=index)
         completion = await ask(engine, user(text), temperature=1.0)
         (choice,) = completion.choices
-        call = model_call(
-            key, completion.prompt_T.tolist(), choice.response_T.tolist(), logprobs=choice.logprob_T.tolist()
-        )
+        call = model_call(key, choice.prompt_T.tolist(), choice.response_T.tolist(), logprobs=choice.logprob_T.tolist())
         ended.append(trajectory(key, call, reward=rewards[message_of(completion)["content"]]))
     given = credit.assign(group(*ended), CreditRules(max_tokens=100))
     (batch,) = batching.pack(given.samples, rollouts_per_batch=None, pad_token=0)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import ray
 from ray import serve
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
 from agent_lightning.errors import EngineError
 from agent_lightning.policy import PolicyBoard
-from agent_lightning.serving.dialects import Completion, Refusal
+from agent_lightning.serving.dialects import Completion, Part, Refusal
 from agent_lightning.serving.gateway import Gateway, GatewayConfig, Recorder
 
 SERVE_ENVIRONMENT = {
@@ -68,12 +68,34 @@ class _HandleEngine:
         self._handle = handle
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
+        return cast(Completion | Refusal, await self._ask(self._handle.generate.remote(request)))
+
+    async def count(self, request: Mapping[str, Any]) -> int | Refusal:
+        return cast(int | Refusal, await self._ask(self._handle.count.remote(request)))
+
+    async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
+        parts = self._handle.options(stream=True).stream.remote(request)
         try:
-            completion: Completion | Refusal = await self._handle.generate.remote(request)
-        except Exception as error:  # any failure of a replica reaches the agent as an OpenAI error
-            message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            return Refusal(status=500, message=message, code="engine_error", type="server_error")
-        return completion
+            async for part in parts:
+                yield part
+        except Exception as error:  # any failure of a replica reaches the agent as an error of its protocol
+            yield _failure(error)
+        finally:
+            parts.cancel()
+
+    async def _ask(self, response: DeploymentResponse[Any]) -> Any:
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except Exception as error:  # as above
+            return _failure(error)
+
+
+def _failure(error: Exception) -> Refusal:
+    message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return Refusal(status=500, message=message, code="engine_error", type="server_error")
 
 
 class PolicyDeployment:
@@ -87,6 +109,13 @@ class PolicyDeployment:
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
         return await self._server.generate(request)
+
+    async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
+        async for part in self._server.stream(request):
+            yield part
+
+    async def count(self, request: Mapping[str, Any]) -> int | Refusal:
+        return await self._server.count(request)
 
     async def check_health(self) -> None:
         await self._server.check_health()

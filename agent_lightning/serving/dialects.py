@@ -1,14 +1,15 @@
-"""OpenAI JSON in and out: what is added to a request, what is taken from a reply. Pure.
+"""What the engine is asked, and what it answered: its JSON, split into what an agent sees and exact arrays. Pure.
 
 The rule for sampling: in training the policy's sampling parameters govern (what the agent asks for is replaced or,
 where the policy has no word on it, left out); in validation the agent's own parameters are respected and the policy's
-fill the gaps. In both the smaller `max_tokens` wins.
+fill the gaps. In both the smaller `max_tokens` wins. It is the same for every wire format: they all become the one
+request that is made here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +28,23 @@ SAMPLING = (
     "repetition_penalty",
     "logit_bias",
     "min_tokens",
-    "use_beam_search",
     "seed",
 )
 """What an agent may not choose in training: the learner would believe in another distribution than was sampled, and
 with one seed all rollouts of a group would be the same."""
+_NEVER = ("stream_options", "request_id", "use_beam_search")
+"""What no agent may choose: the gateway's own, and what leaves no log-probabilities."""
+CUT = "cancelled"
+"""The finish reason of a choice that the agent left before its end."""
+_IDS = ("token_ids", "prompt_token_ids", "prompt_logprobs")
+_END = ("stop_reason", "finish_reason")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What the engine sampled for one choice of a reply."""
+    """What the engine read and sampled for one choice of a reply."""
 
+    prompt_T: Ints
     response_T: Ints
     logprob_T: Floats
     finish_reason: str
@@ -49,14 +56,26 @@ class Completion:
 
     reply: Mapping[str, Any]
     """Without token ids; log-probabilities as the engine gave them."""
-    prompt_T: Ints
     choices: tuple[Choice, ...]
     policy_version: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A piece of a streamed answer: one chunk of the engine's own JSON, token ids and log-probabilities in it."""
+
+    chunk: Mapping[str, Any]
+    policy_version: int
+
+    def visible(self) -> Iterator[dict[str, Any]]:
+        """What an agent may see of its choices at once: no ids, and no end, which waits until the call is recorded."""
+        for choice in self.chunk["choices"]:
+            yield {key: value for key, value in choice.items() if key not in (*_IDS, *_END)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """An engine's or the gateway's error, in OpenAI's shape.
+    """An engine's or the gateway's error; each wire format has its own shape for it.
 
     `code` is what a program can act on: context_length_exceeded, engine_error, too_many_calls, invalid_request, …
     """
@@ -72,16 +91,17 @@ class Refusal:
 
 
 def engine_request(
-    body: Mapping[str, Any], *, model: str, split: Split, sampling: Mapping[str, float | int]
+    body: Mapping[str, Any], *, model: str, split: Split, sampling: Mapping[str, float | int], stream: bool = False
 ) -> dict[str, Any]:
-    """What the engine is asked, from what the agent asked.
+    """What the engine is asked: a chat request, or a completion request where `body` has a `prompt`.
 
     Example:
 
         engine_request({"messages": m, "temperature": 0.2}, model="policy", split="train", sampling={"temperature": 1})
         # {"messages": m, "temperature": 1, "model": "policy", "stream": False, "logprobs": True, …}
     """
-    request = {name: value for name, value in body.items() if split == "val" or name not in SAMPLING}
+    left_out = (*_NEVER, *(SAMPLING if split == "train" else ()))
+    request = {name: value for name, value in body.items() if name not in left_out}
     for name, value in sampling.items():
         if name in MAX_TOKENS:
             asked = [int(body[key]) for key in MAX_TOKENS if body.get(key) is not None]
@@ -90,42 +110,84 @@ def engine_request(
             request["max_tokens"] = min([*asked, int(value)])
         elif request.get(name) is None:
             request[name] = value
-    request.update(model=model, stream=False, logprobs=True, top_logprobs=body.get("top_logprobs") or 0)
-    request["return_token_ids"] = True
-    request.pop("stream_options", None)
+    request |= {"model": model, "stream": stream, "return_token_ids": True}
+    if "prompt" in body:
+        request["logprobs"] = body.get("logprobs") or 0
+    else:  # vLLM hides ids and log-probabilities together with reasoning
+        request |= {"logprobs": True, "top_logprobs": body.get("top_logprobs") or 0, "include_reasoning": True}
+    if stream:
+        request["stream_options"] = {"include_usage": True}
     return request
-
-
-def agent_reply(body: Mapping[str, Any], completion: Completion, *, model: str) -> dict[str, Any]:
-    """The reply the agent sees: log-probabilities only where it asked for them, under the model name it used."""
-    reply = dict(completion.reply)
-    if not body.get("logprobs"):
-        reply["choices"] = [{**choice, "logprobs": None} for choice in reply["choices"]]
-    reply["model"] = body.get("model") or model
-    return reply
 
 
 def parse_reply(raw: Mapping[str, Any], *, policy_version: int) -> Completion:
     """Split vLLM's reply into OpenAI JSON and arrays. Raises ValueError where token ids or log-probabilities lack."""
-    reply = {key: value for key, value in raw.items() if key not in ("prompt_token_ids", "prompt_logprobs")}
-    if raw.get("prompt_token_ids") is None:
-        raise ValueError("the engine's reply has no token ids of the prompt")
-    prompt_T = np.asarray(raw["prompt_token_ids"], dtype=np.int32)
     choices, kept = [], []
     for choice in raw["choices"]:
+        prompt = raw.get("prompt_token_ids", choice.get("prompt_token_ids"))
         tokens, logprobs = choice.get("token_ids"), choice.get("logprobs")
+        if prompt is None:
+            raise ValueError("the engine's reply has no token ids of the prompt")
         if tokens is None or logprobs is None:
             raise ValueError("the engine's reply has no token ids or no log-probabilities")
         response_T = np.asarray(tokens, dtype=np.int32)
-        logprob_T = np.asarray([entry["logprob"] for entry in logprobs["content"] or ()], dtype=np.float32)
+        values = [entry["logprob"] for entry in logprobs.get("content") or ()] or logprobs.get("token_logprobs") or []
+        logprob_T = np.asarray(values, dtype=np.float32)
         if response_T.shape != logprob_T.shape:
             raise ValueError(
                 f"the engine's reply has {response_T.size} token ids and {logprob_T.size} log-probabilities"
             )
-        choices.append(Choice(response_T=response_T, logprob_T=logprob_T, finish_reason=str(choice["finish_reason"])))
-        kept.append({key: value for key, value in choice.items() if key not in ("token_ids", "stop_reason")})
-    reply["choices"] = kept
-    return Completion(reply=reply, prompt_T=prompt_T, choices=tuple(choices), policy_version=policy_version)
+        reason = str(choice["finish_reason"])
+        prompt_T = np.asarray(prompt, dtype=np.int32)
+        choices.append(Choice(prompt_T=prompt_T, response_T=response_T, logprob_T=logprob_T, finish_reason=reason))
+        kept.append({key: value for key, value in choice.items() if key not in _IDS})
+    reply = {key: value for key, value in raw.items() if key not in _IDS} | {"choices": kept}
+    return Completion(reply=reply, choices=tuple(choices), policy_version=policy_version)
+
+
+def join(parts: Sequence[Part]) -> Completion:
+    """What the parts of a stream are together: the same as if it had not been streamed. A choice that was cut has the
+    finish reason CUT. Raises ValueError as `parse_reply` does.
+
+    Example: {"delta": {"content": "4"}, "token_ids": [7], …}, {"delta": {"content": "2"}, "token_ids": [5], …}
+    -> {"message": {"role": "assistant", "content": "42"}}, response_T [7 5].
+    """
+    raw: dict[str, Any] = {}
+    choices: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        raw |= {key: value for key, value in part.chunk.items() if key != "choices" and value is not None}
+        for piece in part.chunk["choices"]:
+            _extend(choices.setdefault(piece["index"], {"finish_reason": CUT, "token_ids": []}), piece)
+    raw["choices"] = [choices[index] for index in sorted(choices)]
+    return parse_reply(raw, policy_version=parts[0].policy_version)
+
+
+def _extend(choice: dict[str, Any], piece: Mapping[str, Any]) -> None:
+    """Add a piece of a streamed choice to what came before it."""
+    for name, value in piece.items():
+        if name == "delta":
+            message = choice.setdefault("message", {"role": "assistant", "content": ""})
+            for key in ("content", "reasoning"):
+                if value.get(key):
+                    message[key] = message.get(key, "") + value[key]
+        elif name == "text":
+            choice["text"] = choice.get("text", "") + value
+        elif name == "token_ids":
+            choice["token_ids"] += value or []
+        elif name == "logprobs":
+            held = choice.setdefault("logprobs", {})
+            for key, entries in (value or {}).items():
+                if isinstance(entries, list):
+                    held[key] = held.get(key, []) + entries
+        elif value is not None:
+            choice[name] = value
+
+
+def spoken(choice: Mapping[str, Any]) -> dict[str, Any]:
+    """The assistant's message in a choice of any reply, the same whether it was streamed or not."""
+    message = choice.get("message") or {"content": choice.get("text")}
+    said = {key: value for key, value in message.items() if value and key not in ("role", "content")}
+    return {"role": "assistant", "content": message.get("content") or None, **said}
 
 
 def parse_error(message: str, status: int, kind: str) -> Refusal:
@@ -139,5 +201,5 @@ def parse_error(message: str, status: int, kind: str) -> Refusal:
 
 
 def compact(value: object) -> str:
-    """JSON text without spaces, for what a span keeps."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    """JSON text without spaces, for what a span keeps. Raises ValueError for numbers that JSON does not have."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -1,20 +1,22 @@
-"""The gateway: an OpenAI-compatible endpoint that records every call before it answers.
+"""The gateway: OpenAI- and Anthropic-compatible endpoints that record every call before they answer.
 
 The URL says whose call it is: /rollout/{rollout}/attempt/{n}/{secret}/{agent}/v1/chat/completions. The agent needs
 nothing but that base URL. A plain class over Starlette's requests; `serving/app.py` puts it on Ray Serve. No
-tokenising happens here: the engine renders templates and tokenises in its own process.
+tokenising happens here: the engine renders templates and tokenises in its own process. docs/gateway.md is its manual.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
 import sys
 import time
+import uuid
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,27 +25,42 @@ from starlette.responses import JSONResponse, Response
 
 from agent_lightning.buffer import verify_secret
 from agent_lightning.errors import UnknownRollout
-from agent_lightning.serving.dialects import (
-    MAX_TOKENS,
-    Completion,
-    Refusal,
-    agent_reply,
-    compact,
-    engine_request,
-)
-from agent_lightning.serving.tracing import SpanRecorder, agent_of, take_traces
+from agent_lightning.serving.answers import Answer
+from agent_lightning.serving.dialects import CUT, Completion, Part, Refusal, compact, engine_request, join, spoken
+from agent_lightning.serving.tracing import SpanRecorder, agent_of, parent_of, take_traces
+from agent_lightning.serving.wire.base import Asked, BadRequest, Stream, Wire
+from agent_lightning.serving.wire.chat import ChatCompletions, Completions
+from agent_lightning.serving.wire.messages import Messages
+from agent_lightning.serving.wire.responses import Responses
 from agent_lightning.types import ModelCall, Outcome, RolloutKey, Split
 
 logger = logging.getLogger(__name__)
 
 RETRY_HEADER = "x-stainless-retry-count"
-"""OpenAI's client libraries count their retries here."""
+"""The client libraries of OpenAI and Anthropic count their retries here."""
+WIRES: Mapping[str, Wire] = {
+    "v1/chat/completions": ChatCompletions(),
+    "v1/completions": Completions(),
+    "v1/responses": Responses(),
+    "v1/messages": Messages(),
+}
+"""The formats that agents speak, by the end of the path."""
+_COUNT = "v1/messages/count_tokens"
+_TRACES = "v1/traces"
 
 
 class Engine(Protocol):
-    """What the gateway asks of the policy."""
+    """What the gateway asks of the policy. Cancelling a call stops its work."""
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal: ...
+
+    def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
+        """The parts of an answer as they come; a refusal is the last."""
+        ...
+
+    async def count(self, request: Mapping[str, Any]) -> int | Refusal:
+        """Tokens of a chat request's prompt."""
+        ...
 
 
 class Recorder(SpanRecorder, Protocol):
@@ -66,6 +83,8 @@ class GatewayConfig:
     max_choices: int = 16
     max_concurrent_calls: int = 64
     """Of one attempt, in flight at once."""
+    retry_grace_s: float = 10.0
+    """Seconds in which a client library that went away finds the work still going: theirs wait 8 s at most."""
 
 
 @dataclass(slots=True)
@@ -79,6 +98,24 @@ class _Attempt:
     """Why the buffer knows this attempt no more: the engine does not work for those that run on."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """One request of an agent."""
+
+    key: RolloutKey
+    agent: str
+    parent_id: str
+    """Of the span that sent it, "" where it does not say."""
+    wire: Wire
+    asked: Asked
+    stream: Stream
+    attempt: _Attempt
+
+    @property
+    def streams(self) -> bool:
+        return bool(self.asked.body.get("stream"))
+
+
 class Gateway:
     """Answers agents. `handle` takes any request under its root and never raises."""
 
@@ -87,32 +124,40 @@ class Gateway:
         self._recorder = recorder
         self._config = config
         self._attempts: OrderedDict[RolloutKey, _Attempt] = OrderedDict()
-        self._answers: OrderedDict[tuple[RolloutKey, str, bytes], asyncio.Future[Response]] = OrderedDict()
+        self._answers: OrderedDict[tuple[RolloutKey, str, str, bytes], Answer] = OrderedDict()
 
     async def handle(self, request: Request) -> Response:
         parts = [part for part in request.url.path.split("/") if part]
         if parts[-1:] == ["health"]:
             return JSONResponse({"status": "ok", "model": self._config.model})
+        wire = WIRES["v1/messages" if "anthropic-version" in request.headers else "v1/chat/completions"]
         try:
             start = parts.index("rollout")
             _, rollout_id, _, attempt, secret, agent, *rest = parts[start:]
             key = RolloutKey.parse(rollout_id, int(attempt))
         except ValueError:
-            return _refuse(Refusal(status=404, message=f"no such path: {request.url.path}", code="not_found"))
+            return _refuse(wire, Refusal(status=404, message=f"no such path: {request.url.path}", code="not_found"))
         if not verify_secret(self._config.run_secret, key, secret):
-            return _refuse(Refusal(status=403, message="wrong secret in the URL", code="forbidden"))
-        if rest == ["v1", "models"] and request.method == "GET":
-            return JSONResponse({"object": "list", "data": [self._model_card()]})
-        if rest not in (["v1", "chat", "completions"], ["v1", "traces"]) or request.method != "POST":
-            return _refuse(Refusal(status=404, message=f"no such endpoint: /{'/'.join(rest)}", code="not_found"))
+            return _refuse(wire, Refusal(status=403, message="wrong secret in the URL", code="forbidden"))
+        end = "/".join(rest)
+        if rest[:2] == ["v1", "models"] and len(rest) < 4 and request.method == "GET":
+            return JSONResponse(self._models(rest[2:]))
+        if end not in (*WIRES, _COUNT, _TRACES) or request.method != "POST":
+            return _refuse(wire, Refusal(status=404, message=f"no such endpoint: /{end}", code="not_found"))
         raw = await self._read(request)
         if isinstance(raw, Refusal):
-            return _refuse(raw)
-        if rest == ["v1", "traces"]:
+            return _refuse(wire, raw)
+        if end == _TRACES:
             limit = self._config.max_body_bytes
             return await take_traces(self._recorder, key, raw, request.headers, max_bytes=limit)
-        agent = agent_of(request.headers, agent)
-        return await self._once(key, agent, raw, retry=request.headers.get(RETRY_HEADER, "0") != "0")
+        wire = WIRES[end.removesuffix("/count_tokens")]
+        try:
+            call = self._call(key, agent, wire, raw, request.headers)
+        except BadRequest as error:
+            return _refuse(wire, Refusal(status=400, message=str(error), code=error.code))
+        if end == _COUNT:
+            return await self._count(call)
+        return await self._once(call, end, raw, request)
 
     async def _read(self, request: Request) -> bytes | Refusal:
         """The body, never more of it in memory than it may have."""
@@ -126,131 +171,186 @@ class Gateway:
             return Refusal(status=400, message="the client went away", code="disconnected")
         return bytes(raw)
 
-    async def _once(self, key: RolloutKey, agent: str, raw: bytes, *, retry: bool) -> Response:
+    def _call(self, key: RolloutKey, agent: str, wire: Wire, raw: bytes, headers: Mapping[str, str]) -> _Call:
+        """The request that a body is. Raises BadRequest."""
+        try:
+            body = json.loads(raw)
+            compact(body).encode()  # fails where a span could not be written down: half a surrogate pair
+        except (ValueError, RecursionError):
+            raise BadRequest("the request is not JSON") from None
+        if not isinstance(body, dict):
+            raise BadRequest("the request is not a JSON object")
+        engine = wire.to_engine(body)
+        prompt = engine.get("prompt")
+        prompts = len(prompt) if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt) else 1
+        if (engine.get("n") or 1) * prompts > self._config.max_choices:
+            raise BadRequest(f"n must be a number from 1 to {self._config.max_choices}, all prompts together")
+        asked = Asked(
+            body=body,
+            engine=engine,
+            reply_id=f"{wire.prefix}{uuid.uuid4().hex}",
+            model=body.get("model") or self._config.model,
+            created=int(time.time()),
+        )
+        attempt = self._attempts.setdefault(key, _Attempt())
+        while len(self._attempts) > 65536:
+            self._attempts.popitem(last=False)
+        return _Call(
+            key=key,
+            agent=agent_of(headers, agent),
+            parent_id=parent_of(headers),
+            wire=wire,
+            asked=asked,
+            stream=wire.stream(asked),
+            attempt=attempt,
+        )
+
+    async def _once(self, call: _Call, end: str, raw: bytes, request: Request) -> Response:
         """Answer a client library's retry with the first answer, so that it makes no second span.
 
         Only a request that says it is a retry is matched: an agent may well ask the same thing twice on purpose.
         """
-        digest = (key, agent, hashlib.sha256(raw).digest())
-        first = self._answers.get(digest) if retry else None
-        if first is not None:
-            return await asyncio.shield(first)
-        answer = asyncio.ensure_future(self._answer(key, agent, raw))
-        self._answers[digest] = answer
-        while len(self._answers) > 4096:
-            self._answers.popitem(last=False)
+        retries = request.headers.get(RETRY_HEADER)
+        digest = (call.key, call.agent, end, hashlib.sha256(raw).digest())
+        answer = self._answers.get(digest) if retries not in (None, "0") else None
+        if answer is None or answer.failed:
+            grace = 0.0 if retries is None else self._config.retry_grace_s
+            answer = self._answers[digest] = Answer(lambda answer: self._answer(call, answer), grace=grace)
+            while len(self._answers) > 4096:
+                self._answers.popitem(last=False)
+        return await answer.response(request)
 
-        def forget_failure(done: asyncio.Future[Response]) -> None:
-            failed = done.cancelled() or done.exception() is not None or done.result().status_code >= 500
-            if failed and self._answers.get(digest) is done:
-                del self._answers[digest]  # a retry asks the engine again
-
-        answer.add_done_callback(forget_failure)
-        # Shielded: a client that times out and retries must find the work still going.
-        return await asyncio.shield(answer)
-
-    async def _answer(self, key: RolloutKey, agent: str, raw: bytes) -> Response:
-        body = self._parse(raw)
-        if isinstance(body, Refusal):
-            return _refuse(body)
-        attempt = self._attempts.setdefault(key, _Attempt())
-        while len(self._attempts) > 65536:
-            self._attempts.popitem(last=False)
-        if attempt.ended:
-            return _refuse(Refusal(status=409, message=attempt.ended, code="rollout_ended"))
+    async def _answer(self, call: _Call, answer: Answer) -> None:
+        """Answer a call, whatever happens."""
         try:
-            return await self._admit(key, agent, body, attempt)
+            refusal = await self._admit(call, answer)
         except UnknownRollout as error:
-            attempt.ended = str(error)
-            return _refuse(Refusal(status=409, message=attempt.ended, code="rollout_ended"))
-        except Exception as error:  # whatever fails behind the gateway, the agent gets an OpenAI error
-            logger.exception("a call of rollout %s could not be answered", key.rollout_id)
+            call.attempt.ended = str(error)
+            refusal = Refusal(status=409, message=call.attempt.ended, code="rollout_ended")
+        except Exception as error:  # whatever fails behind the gateway, the agent gets an error of its protocol
+            logger.exception("a call of rollout %s could not be answered", call.key.rollout_id)
             message = f"the gateway failed: {type(error).__name__}"
-            return _refuse(Refusal(status=500, message=message, code="engine_error", type="server_error"))
+            refusal = Refusal(status=500, message=message, code="engine_error", type="server_error")
+        if refusal is None:
+            return
+        if answer.begun:
+            answer.failed = True
+            answer.send(call.stream.fail(refusal))
+        else:
+            answer.whole(_refuse(call.wire, refusal))
 
-    async def _admit(self, key: RolloutKey, agent: str, body: dict[str, Any], attempt: _Attempt) -> Response:
+    async def _admit(self, call: _Call, answer: Answer) -> Refusal | None:
         """Call the engine, where this attempt may call it once more. Raises UnknownRollout."""
+        attempt = call.attempt
+        if attempt.ended:
+            return Refusal(status=409, message=attempt.ended, code="rollout_ended")
         spent = attempt.calls_left <= attempt.in_flight
         if spent or attempt.in_flight >= self._config.max_concurrent_calls:
             error = "this rollout has made all the model calls that it may make"
             if not spent:
                 error = f"this rollout has {attempt.in_flight} model calls in flight, and may have no more"
-            await self._recorder.mark(key, Outcome.TOO_MANY_CALLS, error)
+            await self._recorder.mark(call.key, Outcome.TOO_MANY_CALLS, error)
             # 400, not 429: client libraries retry 429, and it would not get better.
-            return _refuse(Refusal(status=400, message=error, code="too_many_calls"))
+            return Refusal(status=400, message=error, code="too_many_calls")
         attempt.in_flight += 1
         try:
-            return await self._call(key, agent, body, attempt)
+            return await self._work(call, answer)
         finally:
             attempt.in_flight -= 1
 
-    async def _call(self, key: RolloutKey, agent: str, body: dict[str, Any], attempt: _Attempt) -> Response:
-        config = self._config
-        request = engine_request(body, model=config.model, split=key.split, sampling=config.sampling[key.split])
-        started = time.time()
-        completion = await self._engine.generate(request)
-        if isinstance(completion, Refusal):
-            if completion.code in ("context_length_exceeded", "engine_error"):
-                long = completion.code == "context_length_exceeded"
-                outcome = Outcome.OVERLONG_PROMPT if long else Outcome.ENGINE_ERROR
-                await self._recorder.mark(key, outcome, completion.message)
-            return _refuse(completion)
-        for call in _calls(key, agent, body, completion, started):
-            left = await self._recorder.record(call)
-            attempt.calls_left = min(attempt.calls_left, left)
-        return JSONResponse(agent_reply(body, completion, model=config.model))
-
-    def _parse(self, raw: bytes) -> dict[str, Any] | Refusal:
-        try:
-            body = json.loads(raw)
-            compact(body).encode()  # fails where a span could not be written down: half a surrogate pair
-        except (ValueError, RecursionError):
-            return Refusal(status=400, message="the request is not JSON", code="invalid_request")
-        if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
-            return Refusal(status=400, message="the request has no list of messages", code="invalid_request")
-        if not isinstance(body.get("model"), str | None):
-            return Refusal(status=400, message="model must be a text", code="invalid_request")
-        for name in MAX_TOKENS:
-            if body.get(name) is not None and (type(body[name]) is not int or body[name] < 1):
-                return Refusal(status=400, message=f"{name} must be a number from 1", code="invalid_request")
-        if body.get("stream"):
-            return Refusal(status=400, message="ask without stream: answers come whole", code="unsupported")
-        choices = body.get("n") or 1
-        if type(choices) is not int or not 1 <= choices <= self._config.max_choices:
-            message = f"n must be a number from 1 to {self._config.max_choices}"
-            return Refusal(status=400, message=message, code="invalid_request")
-        return body
-
-    def _model_card(self) -> dict[str, Any]:
-        return {"id": self._config.model, "object": "model", "created": 0, "owned_by": "agent-lightning"}
-
-
-def _calls(
-    key: RolloutKey, agent: str, body: Mapping[str, Any], completion: Completion, started: float
-) -> list[ModelCall]:
-    """One span per choice: each is a sampled response to the same prompt."""
-    reply = completion.reply
-    ended = time.time()
-    return [
-        ModelCall(
-            key=key,
-            call_id=str(reply["id"]) if index == 0 else f"{reply['id']}#{index}",
-            agent=agent,
-            policy_version=completion.policy_version,
-            prompt_T=completion.prompt_T,
-            response_T=choice.response_T,
-            logprob_T=choice.logprob_T,
-            finish_reason=choice.finish_reason,
-            started_at=started,
-            ended_at=ended,
-            request=compact(body["messages"]),
-            reply=compact(reply["choices"][index]["message"]),
+    async def _work(self, call: _Call, answer: Answer) -> Refusal | None:
+        """Ask, record, and only then end the answer. Raises UnknownRollout."""
+        config, started = self._config, time.time()
+        # With tools an answer is streamed when it is whole: vLLM's parsers of a stream read half a tool call, or a
+        # call's arguments, in another way than those of a whole answer.
+        live = call.streams and not call.asked.engine.get("tools")
+        request = engine_request(
+            call.asked.engine,
+            model=config.model,
+            split=call.key.split,
+            sampling=config.sampling[call.key.split],
+            stream=live,
         )
-        for index, choice in enumerate(completion.choices)
-    ]
+        if live:
+            found = await self._follow(call, answer, request, started)
+        else:
+            found = await self._engine.generate(request)
+        if isinstance(found, Refusal):
+            if found.code in ("context_length_exceeded", "engine_error"):
+                long = found.code == "context_length_exceeded"
+                outcome = Outcome.OVERLONG_PROMPT if long else Outcome.ENGINE_ERROR
+                await self._recorder.mark(call.key, outcome, found.message)
+            return found
+        await self._record(call, found, started)
+        if not call.streams:
+            answer.whole(JSONResponse(call.wire.reply(call.asked, found)))
+            return None
+        if not answer.begun:
+            answer.begin(call.stream.begin())
+        answer.send(call.stream.end(found))
+        return None
+
+    async def _follow(
+        self, call: _Call, answer: Answer, request: Mapping[str, Any], started: float
+    ) -> Completion | Refusal:
+        """Hand on the deltas of a stream. Where the agent leaves it, what it was sent is recorded."""
+        parts: list[Part] = []
+        try:
+            async for part in self._engine.stream(request):
+                if isinstance(part, Refusal):
+                    return part
+                if not parts:
+                    answer.begin(call.stream.begin())
+                parts.append(part)
+                for choice in part.visible():
+                    answer.send(call.stream.delta(choice))
+        except asyncio.CancelledError:
+            if parts:
+                with contextlib.suppress(UnknownRollout, ValueError):
+                    await self._record(call, join(parts), started)
+            raise
+        return join(parts)
+
+    async def _record(self, call: _Call, completion: Completion, started: float) -> None:
+        """One span per choice: each is a sampled response to its prompt. Raises UnknownRollout."""
+        ended = time.time()
+        prompt = call.asked.engine.get("prompt")
+        messages = call.asked.engine["messages"] if prompt is None else [{"role": "user", "content": prompt}]
+        for index, choice in enumerate(completion.choices):
+            if choice.finish_reason == CUT and not choice.response_T.size:
+                continue
+            span = ModelCall(
+                key=call.key,
+                call_id=call.asked.reply_id if index == 0 else f"{call.asked.reply_id}#{index}",
+                agent=call.agent,
+                parent_id=call.parent_id,
+                policy_version=completion.policy_version,
+                prompt_T=choice.prompt_T,
+                response_T=choice.response_T,
+                logprob_T=choice.logprob_T,
+                finish_reason=choice.finish_reason,
+                started_at=started,
+                ended_at=ended,
+                request=compact(messages),
+                reply=compact(spoken(completion.reply["choices"][index])),
+            )
+            left = await self._recorder.record(span)
+            call.attempt.calls_left = min(call.attempt.calls_left, left)
+
+    async def _count(self, call: _Call) -> Response:
+        found = await self._engine.count(call.asked.engine)
+        return _refuse(call.wire, found) if isinstance(found, Refusal) else JSONResponse({"input_tokens": found})
+
+    def _models(self, name: list[str]) -> dict[str, Any]:
+        """The one model there is, by any name that an agent asks for, as OpenAI's and Anthropic's clients read it."""
+        model = name[0] if name else self._config.model
+        openai = {"id": model, "object": "model", "created": 0, "owned_by": "agent-lightning"}
+        card = openai | {"type": "model", "display_name": model, "created_at": "1970-01-01T00:00:00Z"}
+        ends = {"first_id": model, "last_id": model, "has_more": False}
+        return card if name else {"object": "list", "data": [card], **ends}
 
 
-def _refuse(refusal: Refusal) -> JSONResponse:
-    # OpenAI's client libraries obey the header: they would repeat a 409, and it would not get better.
+def _refuse(wire: Wire, refusal: Refusal) -> JSONResponse:
+    # The client libraries obey the header: they would repeat a 409, and it would not get better.
     headers = {"x-should-retry": "false"} if refusal.status < 500 else {}
-    return JSONResponse(refusal.body(), status_code=refusal.status, headers=headers)
+    return JSONResponse(wire.error(refusal), status_code=refusal.status, headers=headers)

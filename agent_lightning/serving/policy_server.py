@@ -7,28 +7,36 @@ ones (see `gate.py`), and drops the prefix cache, whose keys and values belong t
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import uuid
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import ray
 from pydantic import ValidationError
 from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.llm._internal.serve.core.configs.openai_api_models import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    ErrorResponse,
+    TokenizeChatRequest,
+)
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
 from agent_lightning.learners.base import Weights
 from agent_lightning.policy import PolicyBoard
-from agent_lightning.serving.dialects import Completion, Refusal, parse_error, parse_reply
+from agent_lightning.serving.dialects import Completion, Part, Refusal, parse_error, parse_reply
 from agent_lightning.serving.gate import Gate
 from agent_lightning.serving.shared import shared_bytes
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 30.0
+_INVALID = (ValidationError, ValueError, TypeError, KeyError, RecursionError)
+"""What vLLM raises for a request that it cannot read: its chat templates, too."""
 
 
 class OneProcessEngine(VLLMEngine):
@@ -87,22 +95,47 @@ class PolicyServer:
         await self._server.check_health()
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
-        """Answer one chat request, already made ready by `dialects.engine_request`."""
-        from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest, ErrorResponse
-
+        """Answer one request, already made ready by `dialects.engine_request`."""
         try:
-            chat = ChatCompletionRequest(**request)
-        except (ValidationError, ValueError) as error:
-            return parse_error(" ".join(str(error).split())[:500], 400, "invalid_request_error")
-        async with self._gate.call():
-            version = self._version
-            replies = [reply async for reply in await self._server.chat(chat)]
+            async with self._gate.call():
+                version = self._version
+                replies = [reply async for reply in await self._ask(request)]
+        except _INVALID as error:
+            return _invalid(error)
         reply = replies[-1]
         if isinstance(reply, ErrorResponse):
             return parse_error(reply.error.message, int(reply.error.code or 500), reply.error.type)
-        completion = parse_reply(reply.model_dump(), policy_version=version)
-        # vLLM's ids repeat where an agent sends its own request id; a span's id must not.
-        return replace(completion, reply={**completion.reply, "id": f"chatcmpl-{uuid.uuid4().hex}"})
+        return parse_reply(reply.model_dump(), policy_version=version)
+
+    async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
+        """The same, in parts as they come."""
+        try:
+            async with self._gate.call():
+                async for batch in await self._ask(request):
+                    for part in _parts(batch, self._version):
+                        yield part
+                        if isinstance(part, Refusal):
+                            return
+        except _INVALID as error:
+            yield _invalid(error)
+
+    async def count(self, request: Mapping[str, Any]) -> int | Refusal:
+        """Tokens of a chat request's prompt."""
+        fields = {name: request[name] for name in ("messages", "tools") if request.get(name)}
+        try:
+            counted = [found async for found in await self._server.tokenize(TokenizeChatRequest(**fields))][-1]
+        except _INVALID as error:
+            return _invalid(error)
+        if isinstance(counted, ErrorResponse):
+            return parse_error(counted.error.message, int(counted.error.code or 500), counted.error.type)
+        return int(counted.count)
+
+    async def _ask(self, request: Mapping[str, Any]) -> AsyncIterator[Any]:
+        """Ray's stream of replies: one, or batches of server-sent events. Raises ValidationError, ValueError."""
+        server = self._server
+        if "prompt" in request:
+            return cast(AsyncIterator[Any], await server.completions(CompletionRequest(**request)))
+        return cast(AsyncIterator[Any], await server.chat(ChatCompletionRequest(**request)))
 
     async def _follow(self) -> None:
         """Install new weights as they are published. Ends with the replica."""
@@ -132,3 +165,24 @@ class PolicyServer:
             await self._server.reset_prefix_cache()
             self._version = weights.version
         await self._board.installed(self._replica, weights.version)
+
+
+def _parts(batch: Iterable[Any], version: int) -> Iterator[Part | Refusal]:
+    """What a batch of vLLM's server-sent events says."""
+    for text in batch:
+        if isinstance(text, ErrorResponse):
+            yield parse_error(text.error.message, int(text.error.code or 500), text.error.type)
+            return
+        data = text.removeprefix("data: ").strip()
+        if data == "[DONE]":
+            continue
+        chunk = json.loads(data)
+        if "error" in chunk:
+            error = chunk["error"]
+            yield parse_error(error["message"], int(error.get("code") or 500), error["type"])
+            return
+        yield Part(chunk=chunk, policy_version=version)
+
+
+def _invalid(error: Exception) -> Refusal:
+    return parse_error(" ".join(f"{type(error).__name__}: {error}".split())[:500], 400, "invalid_request_error")

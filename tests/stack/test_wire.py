@@ -1,0 +1,184 @@
+"""The wire formats on the real stack: HAProxy, Serve, vLLM and the tiny policy, which calls its calculator."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import anthropic
+import pytest
+
+from agent_lightning import launch
+from agent_lightning.config import load
+from agent_lightning.types import ModelCall, Outcome, Task
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from formats import FORMATS, FUNCTION, Clients, converse
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
+SYSTEM = "Solve the problem. Use the calculator."
+QUESTION = "Gita takes 76 figs out of a tray that held 85 figs. How many stay?"
+
+
+class Stack:
+    """A running service, and a new rollout for each question of a test."""
+
+    def __init__(self, system: launch.System) -> None:
+        self.system = system
+
+    @asynccontextmanager
+    async def rollout(self, calls: list[ModelCall]) -> AsyncIterator[str]:
+        """Yields the root of the rollout's URL; afterwards `calls` holds what was recorded."""
+        await self.system.buffer.admit(Task(task_id="t", payload={}), split="val", num_rollouts=1)
+        (lease,) = await self.system.buffer.lease(1, 10.0)
+        key = lease.key
+        yield f"{self.system.service.url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{lease.secret}/agent"
+        await self.system.buffer.finish(key, outcome=Outcome.CANCELLED, reward=None)
+        (group,) = await self.system.buffer.take(1, split="val")
+        calls.extend(group.trajectories[0].calls)
+
+
+async def test_formats_streams_and_cancelling_on_the_real_stack() -> None:
+    config = load(["experiment=calc_tiny", "model.max_len=512", "sampling.val.max_tokens=200"])
+    async with launch.system(config, train=False, workers=0) as system:
+        stack = Stack(system)
+        await the_same_spans(stack, tools=True)
+        await the_same_spans(stack, tools=False)
+        await a_prompt_of_token_ids(stack)
+        await deltas_pass_the_proxy(stack)
+        await errors_of_the_protocol(stack)
+        await a_client_that_leaves(stack, stream=True)
+        await a_client_that_leaves(stack, stream=False)
+
+
+def essence(call: ModelCall) -> dict[str, Any]:
+    named = {name: re.sub(r"(call|chatcmpl-tool)[-_]\w+", "call", getattr(call, name)) for name in ("request", "reply")}
+    return named | {
+        "prompt_T": call.prompt_T.tolist(),
+        "response_T": call.response_T.tolist(),
+        "logprob_T": [round(value, 4) for value in call.logprob_T.tolist()],
+        "finish_reason": call.finish_reason,
+    }
+
+
+async def the_same_spans(stack: Stack, *, tools: bool) -> None:
+    spans = {}
+    for name in FORMATS:
+        for stream in (False, True):
+            calls: list[ModelCall] = []
+            async with stack.rollout(calls) as root, Clients(root=root) as clients:
+                turns = await converse(clients, name, f"{SYSTEM} {QUESTION}", tools=tools, stream=stream)
+            assert [turn.reply_id for turn in turns] == [call.call_id for call in calls]
+            spans[name, stream] = [essence(call) for call in calls]
+    first = spans["chat", False]
+    assert first[0]["response_T"]
+    for way, found in spans.items():
+        assert found == first, way
+
+
+async def a_prompt_of_token_ids(stack: Stack) -> None:
+    calls: list[ModelCall] = []
+    async with stack.rollout(calls) as root, Clients(root=root) as clients:
+        _ = await converse(clients, "chat", QUESTION, tools=False, stream=False)
+        counted = await clients.anthropic.messages.count_tokens(
+            model="policy", messages=[{"role": "user", "content": QUESTION}]
+        )
+        ids = await first_prompt(clients)
+        whole = await clients.openai.completions.create(model="policy", prompt=ids, max_tokens=64)
+        stream = await clients.openai.completions.create(model="policy", prompt=ids, max_tokens=64, stream=True)
+        streamed = "".join([chunk.choices[0].text async for chunk in stream if chunk.choices])
+    chat, *raw = calls
+    assert counted.input_tokens == chat.prompt_T.size
+    assert streamed == whole.choices[0].text
+    assert raw[0].prompt_T.tolist() == ids
+    assert [call.response_T.tolist() for call in raw] == [raw[0].response_T.tolist()] * 2
+
+
+async def first_prompt(clients: Clients) -> list[int]:
+    """Any token ids: those of a few common tokens."""
+    return [5, 6, 7, 8, 9]
+
+
+async def deltas_pass_the_proxy(stack: Stack) -> None:
+    """The first event is there long before the last."""
+    calls: list[ModelCall] = []
+    async with stack.rollout(calls) as root, aiohttp.ClientSession() as session:
+        times = []
+        body = {"prompt": [5, 6, 7, 8, 9], "stream": True, "max_tokens": 200, "ignore_eos": True, "n": 16}
+        async with session.post(f"{root}/v1/completions", json=body) as response:
+            assert response.status == 200
+            async for line in response.content:
+                if line.startswith(b"data: "):
+                    times.append(time.monotonic())
+    assert len(calls) == 16
+    assert {call.response_T.size for call in calls} == {200}
+    spread = times[-1] - times[0]
+    assert len({round(t, 2) for t in times}) > 3, f"all events came within {spread:.2f} s"
+
+
+async def errors_of_the_protocol(stack: Stack) -> None:
+    calls: list[ModelCall] = []
+    async with stack.rollout(calls) as root, Clients(root=root) as clients:
+        long = [{"role": "user", "content": "word " * 3000}]
+        for name, ask in FORMATS.items():
+            for stream in (False, True):
+                with pytest.raises(Exception, match="maximum") as error:
+                    await ask(clients, long, tools=False, stream=stream)
+                assert error.value.status_code == 400, name  # type: ignore[attr-defined]
+        async with aiohttp.ClientSession() as session:
+            half = {"name": FUNCTION["name"], "arguments": '{"expression": "2+'}
+            said = {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": half}]}
+            for changed in (
+                {"messages": [{"role": "user", "content": "a"}, said]},
+                {
+                    "messages": [{"role": "user", "content": "a"}],
+                    "tools": [{"type": "function", "function": {"name": 5}}],
+                },
+                {"messages": [{"role": "user", "content": "a"}], "stop": [1]},
+                {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+                {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+                {"messages": []},
+                {"messages": [{"content": "a", "role": "nobody"}], "temperature": 1e999},
+                {"messages": [{"role": "user", "content": "a"}], "n": 10**9},
+                {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": 5},
+                {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_schema"}},
+            ):
+                async with session.post(f"{root}/v1/chat/completions", json=changed) as response:
+                    error_body = await response.json()
+                    sys.stderr.write(f"{response.status} {json.dumps(changed)[:80]} -> {error_body}\n"[:300])
+                    assert response.status < 500, (changed, error_body)
+                    assert response.status == 200 or "message" in error_body["error"]
+        with pytest.raises(anthropic.BadRequestError, match="web_search"):
+            await clients.anthropic.messages.create(
+                model="m",
+                max_tokens=5,
+                messages=long,
+                tools=[{"type": "web_search_20250305", "name": "web_search"}],  # type: ignore[arg-type, list-item]
+            )
+
+
+async def a_client_that_leaves(stack: Stack, *, stream: bool) -> None:
+    """Its work ends long before the tokens that it asked for are sampled, and new weights need not wait for it."""
+    calls: list[ModelCall] = []
+    async with stack.rollout(calls) as root, aiohttp.ClientSession() as session:
+        body = {"prompt": [5, 6, 7], "stream": stream, "max_tokens": 200, "ignore_eos": True, "n": 16}
+        if stream:
+            async with session.post(f"{root}/v1/completions", json=body) as response:
+                await response.content.readany()
+                response.close()
+        else:
+            with pytest.raises(TimeoutError):
+                await session.post(f"{root}/v1/completions", json=body, timeout=aiohttp.ClientTimeout(total=0.05))
+        await asyncio.sleep(2.0)
+    sys.stderr.write(f"left, stream={stream}: {[(c.finish_reason, c.response_T.size) for c in calls]}\n")
+    assert {call.finish_reason for call in calls} <= {"cancelled"}
+    assert all(call.response_T.size < 200 for call in calls)
+    assert bool(calls) == stream
