@@ -24,7 +24,7 @@ from sentences import CONTAINERS, KINDS, NAMES, OBJECTS, Kind
 
 LARGEST = 999
 """No result is larger."""
-SHEET = 3
+SHEET = 4
 """Problems of a sheet."""
 MAX_TRIES = 400
 """Draws for one row to re-draw, before it is given up."""
