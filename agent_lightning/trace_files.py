@@ -233,7 +233,7 @@ def _run(identity: str, run: Mapping[str, Any]) -> RawSpan:
     else:
         usage = said.get("usage_metadata") or {}
         attributes |= {f"gen_ai.usage.{side}_tokens": usage.get(f"{side}_tokens") for side in ("input", "output")}
-    attributes |= {"input.value": _as_text(sent), "output.value": _as_text(said)}
+    attributes |= {name: _as_text(one) for name, one in (("input.value", sent), ("output.value", said)) if one != {}}
     started = _time(run["start_time"])
     return RawSpan(
         span_id=identity,
