@@ -103,8 +103,8 @@ def read_trajectories(path: Path) -> Iterator[Trajectory]:
     # A stopped run that was resumed may have written a group again: the later one counts.
     identities = zip(table.column("rollout_id").to_pylist(), table.column("step").to_pylist(), strict=True)
     latest = {identity: index for index, identity in enumerate(identities)}
-    for batch in table.take(sorted(latest.values())).to_batches(max_chunksize=256):
-        yield from map(_trajectory, batch.to_pylist())
+    batches = table.take(sorted(latest.values())).to_batches(max_chunksize=256)
+    return (_trajectory(row) for batch in batches for row in batch.to_pylist())
 
 
 def _trajectory(row: Mapping[str, Any]) -> Trajectory:

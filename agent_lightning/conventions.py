@@ -248,9 +248,10 @@ def _calls(
     calls, offered, usage = [], {}, {}
     for span in merged:
         call_id = tree.kept_id[span.span_id]
-        request, tools = request_of(span.attributes, refused)
+        own = [str(first(span.attributes, name) or "") for name in ("request's own text", "reply's own text")]
+        request, tools = request_of(span.attributes, Counter() if own[0] else refused)
         # A call that failed has no reply that should be there.
-        reply = reply_of(span.attributes, request, Counter() if span.error else refused)
+        reply = reply_of(span.attributes, request, Counter() if own[1] or span.error else refused)
         prompt_T, response_T, logprob_T = tokens_of(span.attributes, refused)
         calls.append(
             ModelCall(
@@ -264,8 +265,8 @@ def _calls(
                 finish_reason=finish_reason_of(span.attributes),
                 started_at=span.started_at,
                 ended_at=max(span.started_at, span.ended_at),
-                request=str(first(span.attributes, "request's own text") or (dump(request) if request else "")),
-                reply=str(first(span.attributes, "reply's own text") or (dump(reply) if reply else "")),
+                request=own[0] or (dump(request) if request else ""),
+                reply=own[1] or (dump(reply) if reply else ""),
                 span_id=span.span_id,
                 parent_id=tree.parent_of(span),
                 model=str(
@@ -345,7 +346,8 @@ def _tools(tree: _Tree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[To
                 tool_call_id=match.tool_call_id if match else identity,
                 name=name,
                 arguments=arguments,
-                result=result or span.error,
+                # Our own span of a tool has its result even where that is empty.
+                result=result or ("" if first(span.attributes, "status") else span.error),
                 status=_status(span, arguments, result),
                 started_at=span.started_at,
                 ended_at=max(span.started_at, span.ended_at),

@@ -220,9 +220,9 @@ def _reward_span(reward: Reward, root: str) -> RawSpan:
 
 def _call(key: RolloutKey, row: Mapping[str, Any]) -> ModelCall:
     logprobs = [math.nan if one is None else one for one in row["logprob_T"]]
+    if not all(isinstance(one, int) and 0 <= one < 2**31 for one in (*row["prompt_T"], *row["response_T"])):
+        raise ValueError(f"call {row['call_id']}: a token id out of any vocabulary")
     arrays = {name: np.array(row[name], np.int32) for name in ("prompt_T", "response_T")}
-    if any((ids < 0).any() for ids in arrays.values()):
-        raise ValueError(f"call {row['call_id']}: a token id below 0")
     return ModelCall(key=key, **_known(ModelCall, row) | arrays | {"logprob_T": np.array(logprobs, np.float32)})
 
 

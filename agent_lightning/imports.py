@@ -122,9 +122,10 @@ def _imported(source: Source, key: RolloutKey, refused: Counter[str]) -> Importe
         return Imported(trajectory=source.whole, num_tokens=tokens)
     traced = read(source.spans, key)
     refused.update(traced.refused)
-    # What no span shows, the requests and replies themselves may.
+    # What no span shows, the requests and replies themselves may; a rollout of ours left with all of its tools.
     shown = {(tool.call_id, tool.tool_call_id) for tool in traced.tools}
-    unseen = [tool for tool in tool_calls(traced.calls) if (tool.call_id, tool.tool_call_id) not in shown]
+    asked = () if source.key else tool_calls(traced.calls)
+    unseen = [tool for tool in asked if (tool.call_id, tool.tool_call_id) not in shown]
     tools: list[ToolCall] = sorted([*traced.tools, *unseen], key=lambda tool: tool.started_at)
     times = [time for span in source.spans for time in (span.started_at, span.ended_at) if math.isfinite(time)]
     trajectory = Trajectory(

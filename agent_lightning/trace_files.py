@@ -74,13 +74,13 @@ def sources(body: bytes) -> tuple[tuple[str, ...], list[Source], Counter[str]]:
     by_format: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         name = next(
-            (name for name, needed, _ in _FORMATS if isinstance(record, Mapping) and needed <= record.keys()), ""
+            (name for name, needed, _ in FORMATS if isinstance(record, Mapping) and needed <= record.keys()), ""
         )
         if name:
             by_format.setdefault(name, []).append(record)
         else:
             refused["a record of no known format"] += 1
-    found = [source for name, _, adapt in _FORMATS for source in adapt(by_format.get(name, []), refused)]
+    found = [source for name, _, adapt in FORMATS for source in adapt(by_format.get(name, []), refused)]
     return tuple(by_format), found, refused
 
 
@@ -333,7 +333,7 @@ def _assembled(chunks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return whole | {"choices": [choice]}
 
 
-_FORMATS: tuple[tuple[str, frozenset[str], Adapter], ...] = (
+FORMATS: tuple[tuple[str, frozenset[str], Adapter], ...] = (
     ("OTLP", frozenset(["resourceSpans"]), _otlp_records),
     ("Langfuse", frozenset(["observations"]), _each(_langfuse)),
     ("LangSmith", frozenset(["post", "patch"]), _langsmith),

@@ -359,7 +359,7 @@ def test_recorded_calls_are_rollouts_of_one_call_each() -> None:
     for line, rollout in zip(lines, report.rollouts, strict=True):
         (call,) = rollout.trajectory.calls
         choice = line["response"]["choices"][0]
-        sent = [text_of(message["content"]) for message in line["request"]["messages"]]
+        sent = [text_of(message.get("content")) for message in line["request"]["messages"]]
         assert [message["content"] or "" for message in json.loads(call.request)] == sent
         assert (call.call_id, call.model) == (line["response"]["id"], line["response"]["model"])
         assert call.finish_reason == choice["finish_reason"]
