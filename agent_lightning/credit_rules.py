@@ -93,6 +93,11 @@ class Estimator:
             raise ConfigError("credit.baseline=none: needs credit.scale=batch or none; std is of the group")
 
     @property
+    def compares(self) -> bool:
+        """Whether rollouts are compared with others of their group: it then takes two of them."""
+        return self.method != "gae" and self.baseline != "none"
+
+    @property
     def of_group(self) -> bool:
         """Whether a group's advantages come from the group alone: one without spread then gives nothing."""
         return self.method != "gae" and self.scale != "batch"

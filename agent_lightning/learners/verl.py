@@ -22,6 +22,7 @@ from agent_lightning.learners.verl_groups import (
     LearnerConfig,
     from_jagged,
     policy_loss_of,
+    resource_pool,
     to_tensordict,
     worker_group,
 )
@@ -43,16 +44,17 @@ class VerlLearner:
         self._updates = 0
         if config.device == "cpu":
             os.environ.update(CPU_ENVIRONMENT)
-        self._group = worker_group(config, "policy")
+        pool = resource_pool(config)
+        self._group = worker_group(config, "policy", pool)
         self._group.set_loss_fn(policy_loss_of(config))
-        self._reference: Any = worker_group(config, "reference") if config.kl_coef else None
+        self._reference: Any = worker_group(config, "reference", pool) if config.kl_coef else None
         self._critic: Any = None
         if config.critic is not None:
             from functools import partial
 
             from agent_lightning.learners.verl_worker import value_loss
 
-            self._critic = worker_group(config, "critic")
+            self._critic = worker_group(config, "critic", pool)
             self._critic.set_loss_fn(partial(value_loss, config.critic.clip_range))
 
     async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Metrics:

@@ -118,17 +118,25 @@ def policy_loss_of(config: LearnerConfig) -> Any:
     return partial(policy_loss, actor)
 
 
-def worker_group(config: LearnerConfig, role: Role) -> Any:
+def resource_pool(config: LearnerConfig) -> Any:
+    """The places of the training processes: the groups share them, and on GPUs each place's GPU."""
+    from verl.single_controller.ray import RayResourcePool
+
+    num_groups = 1 + (config.kl_coef > 0) + (config.critic is not None)
+    return RayResourcePool([config.world_size], use_gpu=config.device != "cpu", max_colocate_count=num_groups)
+
+
+def worker_group(config: LearnerConfig, role: Role, pool: Any) -> Any:
     """Start the processes of a role and load its model."""
     import ray
-    from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+    from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 
     from agent_lightning.learners.verl_worker import ModelWorker
 
     on_cpu = config.device == "cpu"
     threads = str(config.num_threads)
     group = RayWorkerGroup(
-        RayResourcePool([config.world_size], use_gpu=not on_cpu, max_colocate_count=1),
+        pool,
         RayClassWithInitArgs(
             ray.remote(ModelWorker),
             config=_training(config, role),
