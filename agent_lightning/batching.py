@@ -73,10 +73,13 @@ def _pad(rollouts: Sequence[Sequence[Sample]], *, pad_token: int, pad_multiple: 
     mask_NT = np.zeros(shape, np.bool_)
     logprob_NT = np.zeros(shape, np.float32)
     advantage_NT = np.zeros(shape, np.float32)
+    reward_NT = np.zeros(shape, np.float32)
+    call_NT = np.zeros(shape, np.int32)
     weight_NT = np.zeros(shape, np.float32)
     length_N = np.ones(num_rows, np.int32)
+    rollout_N = np.full(num_rows, -1, np.int32)
     n = 0
-    for rows in rollouts:
+    for rollout, rows in enumerate(rollouts):
         weight = 1.0 / (len(rollouts) * sum(int(row.mask_T.sum()) for row in rows))
         for row in rows:
             length = row.token_T.size
@@ -84,16 +87,22 @@ def _pad(rollouts: Sequence[Sequence[Sample]], *, pad_token: int, pad_multiple: 
             mask_NT[n, :length] = row.mask_T
             logprob_NT[n, :length] = row.logprob_T
             advantage_NT[n, :length] = row.advantage_T
+            reward_NT[n, :length] = row.reward_T
+            call_NT[n, :length] = row.call_T
             weight_NT[n, :length] = row.mask_T * weight
             length_N[n] = length
+            rollout_N[n] = rollout
             n += 1
     return Batch(
         token_NT=token_NT,
         mask_NT=mask_NT,
         logprob_NT=logprob_NT,
         advantage_NT=advantage_NT,
+        reward_NT=reward_NT,
+        call_NT=call_NT,
         weight_NT=weight_NT,
         length_N=length_N,
+        rollout_N=rollout_N,
         num_rollouts=len(rollouts),
     )
 

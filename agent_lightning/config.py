@@ -64,7 +64,14 @@ def load(overrides: Sequence[str]) -> Config:
         raise ConfigError(f"{given}: cannot be read; quote a value that has special characters") from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(_one_line(error)) from error
-    return from_mapping(values)
+    config = from_mapping(values)
+    for override in prepared:
+        key, value = _split(override)
+        # An algorithm may bring its own method, and then the file chosen here would count for nothing.
+        method = yaml.safe_load((conf / key / f"{value}.yaml").read_text()).get("method") if key == "credit" else None
+        if method not in (None, config.credit.method):
+            raise ConfigError(f"{override}: the algorithm's is credit.method={config.credit.method}; leave one out")
+    return config
 
 
 def reload(path: Path, overrides: Sequence[str]) -> Config:

@@ -117,6 +117,13 @@ class AlgorithmConfig:
     clip_ratio_high: float = 0.2
     kl_coef: float = 0.0
     """Weight of the KL to the starting policy; 0 keeps no reference model."""
+    kl_in: str = "loss"
+    """loss, or reward: each token is charged for it."""
+    kl_kind: str | None = None
+    """veRL's estimator: k1, abs, k2 or k3; null: k3 in the loss, k1 in the reward."""
+    importance: str = "none"
+    """Truncated importance sampling between engine and learner: none, token, or sequence. Costs a forward pass."""
+    importance_cap: float = 2.0
     entropy_coef: float = 0.0
     failures: dict[str, float | None] = field(default_factory=dict)
     """Reward of a rollout by outcome, e.g. {timeout: null}; null masks it. See credit.FailurePolicy."""
@@ -127,17 +134,32 @@ class CreditConfig:
     """Rewards to advantages; the formulas are in estimators.py."""
 
     method: str = "identical"
-    """identical, return_to_go, or same_state."""
+    """identical, return_to_go, same_state, or gae: by a critic (PPO)."""
     scale: str = "std"
-    """std: GRPO; none: Dr. GRPO, which leaves the group's spread in."""
+    """std: GRPO; none: Dr. GRPO, which leaves the group's spread in; batch: over the whole step (REINFORCE++)."""
     baseline: str = "mean"
-    """mean: of the group; leave_one_out: of the other rollouts (RLOO, with scale=none)."""
+    """mean: of the group; leave_one_out: of the other rollouts (RLOO, with scale=none); none."""
     discount: float = 1.0
-    """Per model call, of return_to_go and same_state."""
+    """Per model call, of return_to_go and same_state; per step of gae."""
     state_weight: float = 1.0
     """Of the advantage within a state; only same_state reads it."""
     reward_weights: dict[str, float] = field(default_factory=dict)
     """Of rewards that an agent emits about its calls and tools, by name; 1 where a name is not here, 0 ignores it."""
+    gae_lambda: float = 0.95
+    gae_over: str = "token"
+    """What a step of gae is: token, or call."""
+
+
+@dataclass(slots=True, kw_only=True)
+class CriticConfig:
+    """Of credit.method=gae: a copy of the model with a value head."""
+
+    lr: float | None = None
+    """null: ten times algorithm.lr."""
+    clip_range: float = 0.5
+    """How far a value may move in a step before its loss stops pulling."""
+    warmup_steps: int = 0
+    """First steps of the run in which the critic alone is trained."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -240,6 +262,7 @@ class Config:
     agent: AgentConfig
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     air: AirConfig = field(default_factory=AirConfig)
     sampling: SamplingSplits = field(default_factory=SamplingSplits)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -254,28 +277,24 @@ class Config:
         """What types cannot say. Raises ConfigError with the key's path."""
         self.data.train.check("data.train")
         self.data.val.check("data.val")
-        _one_of("agent.mode", self.agent.mode, ("async", "thread", "process", "command"))
-        _one_of("algorithm.lr_schedule", self.algorithm.lr_schedule, ("constant", "cosine"))
-        _one_of("algorithm.loss", self.algorithm.loss, ("vanilla", "gspo", "cispo"))
-        _one_of("credit.method", self.credit.method, get_args(Method))
-        _one_of("credit.scale", self.credit.scale, get_args(Scale))
-        _one_of("credit.baseline", self.credit.baseline, get_args(Baseline))
-        _one_of("air.form", self.air.form, get_args(Form))
+        self._check_choices()
         # What they say of themselves they refuse themselves, with the key.
-        self.estimator()
         self.air_rules()
+        compares = self.estimator().compares
         self._check_read()
-        _one_of("hardware.device", self.hardware.device, ("cpu", "cuda"))
-        _one_of("model.dtype", self.model.dtype, ("float32", "bfloat16"))
-        _one_of("tracking.wandb", self.tracking.wandb, ("offline", "online", "disabled"))
+        algorithm = self.algorithm
         for key, value, low in (
             ("steps", self.steps, 0),
             ("eval_every", self.eval_every, 0),
             ("checkpoint_every", self.checkpoint_every, 0),
-            ("algorithm.tasks_per_step", self.algorithm.tasks_per_step, 1),
-            ("algorithm.epochs", self.algorithm.epochs, 1),
-            ("algorithm.refills", self.algorithm.refills, 0),
-            ("algorithm.rollouts_per_task", self.algorithm.rollouts_per_task, 2),
+            ("algorithm.tasks_per_step", algorithm.tasks_per_step, 1),
+            ("algorithm.epochs", algorithm.epochs, 1),
+            ("algorithm.refills", algorithm.refills, 0),
+            ("algorithm.rollouts_per_task", algorithm.rollouts_per_task, 2 if compares else 1),
+            ("algorithm.importance_cap", algorithm.importance_cap, 1),
+            ("algorithm.kl_coef", algorithm.kl_coef, 0),
+            ("critic.warmup_steps", self.critic.warmup_steps, 0),
+            ("critic.clip_range", self.critic.clip_range, 0),
             ("rollout.workers", self.rollout.workers, 1),
             ("rollout.concurrency", self.rollout.concurrency, 1),
             ("agent.max_calls", self.agent.max_calls, 1),
@@ -307,15 +326,50 @@ class Config:
         if self.agent.timeout_s <= 0:
             raise ConfigError(f"agent.timeout_s={self.agent.timeout_s}: must be above 0")
 
+    def _check_choices(self) -> None:
+        """A word that is none of those allowed. Raises ConfigError."""
+        algorithm, credit = self.algorithm, self.credit
+        for choice, chosen, allowed in (
+            ("agent.mode", self.agent.mode, ("async", "thread", "process", "command")),
+            ("algorithm.lr_schedule", algorithm.lr_schedule, ("constant", "cosine")),
+            ("algorithm.loss", algorithm.loss, ("vanilla", "gspo", "cispo")),
+            ("algorithm.kl_in", algorithm.kl_in, ("loss", "reward")),
+            ("algorithm.kl_kind", algorithm.kl_kind or "k3", ("k1", "abs", "k2", "k3")),
+            ("algorithm.importance", algorithm.importance, ("none", "token", "sequence")),
+            ("credit.method", credit.method, get_args(Method)),
+            ("credit.scale", credit.scale, get_args(Scale)),
+            ("credit.baseline", credit.baseline, get_args(Baseline)),
+            ("credit.gae_over", credit.gae_over, ("token", "call")),
+            ("air.form", self.air.form, get_args(Form)),
+            ("hardware.device", self.hardware.device, ("cpu", "cuda")),
+            ("model.dtype", self.model.dtype, ("float32", "bfloat16")),
+            ("tracking.wandb", self.tracking.wandb, ("offline", "online", "disabled")),
+        ):
+            _one_of(choice, chosen, allowed)
+
     def _check_read(self) -> None:
         """A key that nothing would read is a mistake. Raises ConfigError."""
-        default, method = CreditConfig(), self.credit.method
-        if self.credit.discount != default.discount and method == "identical":
+        algorithm, credit, method = self.algorithm, self.credit, self.credit.method
+        if credit.discount != 1 and method == "identical":
             raise ConfigError("credit.discount: credit.method=identical does not read it; choose another method")
-        if self.credit.state_weight != default.state_weight and method != "same_state":
+        if credit.state_weight != 1 and method != "same_state":
             raise ConfigError(f"credit.state_weight: credit.method={method} does not read it; only same_state does")
         if not self.air.enabled and self.air != AirConfig():
             raise ConfigError("air: its keys are set but it is off; add air.enabled=true, or credit=air")
+        for key, unread, why in (
+            ("credit.gae_lambda", credit.gae_lambda != 0.95 and method != "gae", "only credit.method=gae does"),
+            ("credit.gae_over", credit.gae_over != "token" and method != "gae", "only credit.method=gae does"),
+            ("critic", self.critic != CriticConfig() and method != "gae", "only credit.method=gae has a critic"),
+            ("algorithm.kl_in", algorithm.kl_in != "loss" and not algorithm.kl_coef, "algorithm.kl_coef is 0"),
+            ("algorithm.kl_kind", algorithm.kl_kind is not None and not algorithm.kl_coef, "algorithm.kl_coef is 0"),
+            (
+                "algorithm.importance_cap",
+                algorithm.importance_cap != 2 and algorithm.importance == "none",
+                "algorithm.importance is none",
+            ),
+        ):
+            if unread:
+                raise ConfigError(f"{key}: set, but nothing reads it: {why}")
 
     def estimator(self) -> Estimator:
         """Raises ConfigError."""

@@ -5,7 +5,8 @@ calls or rows. What is not trained is counted under one of these reasons:
 
     masked_<outcome>   the outcome has no reward (FailurePolicy)
     no_selected_call   no call of a trained agent sampled a token
-    no_spread          every advantage of the group, and so its policy gradient, is zero
+    no_spread          every advantage of the group, and so its policy gradient, is zero; not where the whole step or
+                       a critic decides on the advantage
     overlong_sample    a row longer than `max_tokens`; the rollout too, where all of its rows are
 """
 
@@ -21,7 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_lightning.credit_rules import CreditRules, Estimator
-from agent_lightning.estimators import group_normalised, normalised, returns_to_go, same_state
+from agent_lightning.estimators import (
+    carried_back,
+    group_normalised,
+    has_spread,
+    normalised,
+    returns_to_go,
+    same_state,
+)
 from agent_lightning.metrics import Mean, Metrics
 from agent_lightning.traces import OVERLONG_SAMPLE, select, to_samples
 from agent_lightning.types import Bools, Floats, Group, ModelCall, Outcome, Sample, Trajectory
@@ -54,6 +62,8 @@ class Credit:
 
 def assign(group: Group, rules: CreditRules) -> Credit:
     """The samples of a group, with an advantage on every trained token, and an account of what is not trained.
+
+    The step's learner has the last word where the estimator says so: scale="batch" and method="gae".
 
     Example, one call a rollout, scale="none":
 
@@ -88,7 +98,7 @@ class CallCredit:
     return_to_go: float
     """What it and the calls after it earned; NaN where the rollout is masked."""
     advantage: float
-    """0 where it is not trained."""
+    """0 where it is not trained; NaN where a critic said, token by token."""
     tokens: int
     """Sampled."""
     fate: str
@@ -110,12 +120,16 @@ def examine(group: Group, index: int, rules: CreditRules) -> tuple[CallCredit, .
                 call_id=call.call_id,
                 intermediate=float(earned.intermediate_T[t]),
                 return_to_go=float(earned.return_T[t]),
-                advantage=float(advantage[call.call_id]) if fate == "trained" else 0.0,
+                advantage=_shown(advantage[call.call_id], rules.estimator) if fate == "trained" else 0.0,
                 tokens=call.response_T.size,
                 fate=fate,
             )
         )
     return tuple(rows)
+
+
+def _shown(advantage: float, estimator: Estimator) -> float:
+    return math.nan if estimator.method == "gae" else float(advantage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +141,8 @@ class _Books:
     selected: Sequence[Sequence[ModelCall]]
     advantages: Sequence[Floats]
     """Of the selected calls."""
+    spread: bool
+    """Whether the group's own rewards tell its rollouts apart."""
     shares: Sequence[_Share]
 
     @classmethod
@@ -139,14 +155,18 @@ class _Books:
         total_R = np.array([one.total for one in earned], np.float64)
         valid_R = np.array([reward is not None for reward in rewards], np.bool_)
         advantages = _advantages(selected, total_R, return_C, valid_R, rules.estimator)
-        spread = any(advantage.any() for advantage in advantages)
+        of_group = rules.estimator.of_group
+        spread = any(one.any() for one in advantages) if of_group else has_spread(total_R[valid_R])
+        earnings = [carried_back(one.reward_T, indices) for one, indices in zip(earned, chosen, strict=True)]
         shares = [
-            _share(trajectory, calls, reward is not None, spread, advantage, rules.max_tokens)
-            for trajectory, calls, reward, advantage in zip(
-                group.trajectories, selected, rewards, advantages, strict=True
+            _share(trajectory, calls, reward is not None, spread or not of_group, advantage, earning, rules.max_tokens)
+            for trajectory, calls, reward, advantage, earning in zip(
+                group.trajectories, selected, rewards, advantages, earnings, strict=True
             )
         ]
-        return cls(rewards=rewards, earned=earned, selected=selected, advantages=advantages, shares=shares)
+        return cls(
+            rewards=rewards, earned=earned, selected=selected, advantages=advantages, spread=spread, shares=shares
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +175,8 @@ class _Earned:
 
     intermediate_T: Floats
     """By AIR, and by rewards that the agent's side emitted about a call or its tools."""
+    reward_T: NDArray[np.float64]
+    """With the final reward on the last call; NaN there where the rollout is masked."""
     return_T: NDArray[np.float64]
     """Discounted return of each call, the final reward included; NaN where the rollout is masked."""
     total: float
@@ -169,7 +191,7 @@ def _earned(trajectory: Trajectory, reward: float | None, rules: CreditRules) ->
     final = math.nan if reward is None else reward
     reward_T = intermediate_T.astype(np.float64)
     reward_T[-1:] += final
-    return _Earned(intermediate_T, returns_to_go(reward_T, discount), final + float(intermediate_T.sum()))
+    return _Earned(intermediate_T, reward_T, returns_to_go(reward_T, discount), final + float(intermediate_T.sum()))
 
 
 def emitted_rewards(trajectory: Trajectory, weights: Mapping[str, float]) -> Floats:
@@ -199,10 +221,10 @@ def _advantages(
     """Of each rollout's selected calls, of which `_C` are all, rollout after rollout; zeros where it is masked."""
     rollout_C = np.array([r for r, calls in enumerate(selected) for _ in calls], np.int64)
     advantage_C = np.zeros(rollout_C.size, np.float64)
-    if estimator.method != "return_to_go":
+    if estimator.method in ("identical", "same_state"):
         whole_R = group_normalised(total_R, valid_R, scale=estimator.scale, baseline=estimator.baseline)
         advantage_C += whole_R[rollout_C]
-    if estimator.method != "identical":
+    if estimator.method in ("return_to_go", "same_state"):
         counts_C = valid_R[rollout_C]
         values, owners = return_C[counts_C], rollout_C[counts_C]
         if estimator.method == "return_to_go":
@@ -228,7 +250,13 @@ class _Share:
 
 
 def _share(
-    trajectory: Trajectory, calls: Sequence[ModelCall], valid: bool, spread: bool, advantage: Floats, max_tokens: int
+    trajectory: Trajectory,
+    calls: Sequence[ModelCall],
+    valid: bool,
+    worthwhile: bool,
+    advantage: Floats,
+    earning: NDArray[np.float64],
+    max_tokens: int,
 ) -> _Share:
     num_sampled = _num_sampled(calls)
     reason: str | None = None
@@ -236,11 +264,11 @@ def _share(
         reason = f"masked_{trajectory.outcome.value}"
     elif num_sampled == 0:
         reason = NO_SELECTED_CALL
-    elif not spread:
+    elif not worthwhile:
         reason = NO_SPREAD
     if reason is not None:
         return _Share((), reason, {reason: num_sampled} if num_sampled else {})
-    samples, dropped = to_samples(trajectory, calls, advantage, max_tokens=max_tokens)
+    samples, dropped = to_samples(trajectory, calls, advantage, earning, max_tokens=max_tokens)
     tokens: Counter[str] = Counter()
     for drop in dropped:
         tokens[drop.reason] += drop.tokens
@@ -257,7 +285,7 @@ def _measure(group: Group, books: _Books, samples: Sequence[Sample], *, with_air
     calls = [call for calls in books.selected for call in calls]
     metrics = {
         "reward": Mean.of(reward for reward in books.rewards if reward is not None),
-        "group/no_spread": Mean.of([not any(advantage.any() for advantage in books.advantages)]),
+        "group/no_spread": Mean.of([not books.spread]),
         "rollout/finished": Mean.of(t.outcome is Outcome.FINISHED for t in group.trajectories),
         "rollout/calls": Mean.of(len(calls) for calls in books.selected),
         "rollout/response_tokens": Mean.of(_num_sampled(calls) for calls in books.selected),

@@ -12,7 +12,7 @@ from agent_lightning.errors import ConfigError
 from agent_lightning.estimators import Baseline, Scale
 from agent_lightning.types import Outcome, Trajectory
 
-Method = Literal["identical", "return_to_go", "same_state"]
+Method = Literal["identical", "return_to_go", "same_state", "gae"]
 
 _DEFAULT_REWARDS: Final[Mapping[Outcome, float | None]] = {
     Outcome.AGENT_ERROR: 0.0,
@@ -72,18 +72,35 @@ class Estimator:
     return_to_go   a call has what it and the calls after it earned, discounted per call, normalised over the group.
     same_state     identical plus `state_weight` times how the call did among calls of other rollouts with the same
                    prompt: GiGPO, arXiv 2505.10978 eq. 8.
+    gae            the learner's critic says, token by token, from the rewards of the calls: `token_credit`.
+
+    With scale="batch" the values are `estimators.whitened` over the step, by the learner: REINFORCE++.
     """
 
     method: Method = "identical"
     scale: Scale = "std"
     baseline: Baseline = "mean"
     discount: float = 1.0
-    """Per call, of the returns of return_to_go and same_state."""
+    """Per call, of the returns of return_to_go and same_state; per step of gae."""
     state_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.discount <= 1:
             raise ConfigError(f"credit.discount={self.discount}: must be from 0 to 1")
+        if self.method == "gae" and (self.scale == "std" or self.baseline != "mean"):
+            raise ConfigError("credit.method=gae: needs credit.scale=batch or none, and no other credit.baseline")
+        if self.baseline == "none" and self.scale == "std":
+            raise ConfigError("credit.baseline=none: needs credit.scale=batch or none; std is of the group")
+
+    @property
+    def compares(self) -> bool:
+        """Whether rollouts are compared with others of their group: it then takes two of them."""
+        return self.method != "gae" and self.baseline != "none"
+
+    @property
+    def of_group(self) -> bool:
+        """Whether a group's advantages come from the group alone: one without spread then gives nothing."""
+        return self.method != "gae" and self.scale != "batch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from agent_lightning.types import Bools, Floats
 
-Scale = Literal["std", "none"]
-Baseline = Literal["mean", "leave_one_out"]
+Scale = Literal["std", "none", "batch"]
+"""batch: left as it is in the group, and `whitened` over the whole step later."""
+Baseline = Literal["mean", "leave_one_out", "none"]
 Values = NDArray[np.float64]
 
 _EPSILON = 1e-6
@@ -65,11 +66,13 @@ def normalised(
 
         mean = (0.5 + 1) / 2 = 0.75  ->  0.25 -0.75 | 0.25
 
-    All zeros, exactly, where there are fewer than two rollouts or all values are equal. Raises ValueError for a value
-    that is not finite.
+    All zeros, exactly, where there are fewer than two rollouts or all values are equal; but baseline="none" gives the
+    values themselves, whatever the scale. Raises ValueError for a value that is not finite.
     """
     if not np.isfinite(value_C).all():
         raise ValueError(f"values {value_C.tolist()} are not all finite")
+    if baseline == "none":
+        return value_C.astype(np.float64)
     _, member_C, count_R = np.unique(rollout_C, return_inverse=True, return_counts=True)
     rollouts = count_R.size
     if rollouts < 2 or not has_spread(value_C):
@@ -80,11 +83,61 @@ def normalised(
         centred_C = value_C - ((total_R.sum() - total_R) / (rollouts - 1))[member_C]
     else:
         centred_C = value_C - total_R.sum() / rollouts
-    if scale == "none":
+    if scale != "std":
         return np.asarray(centred_C)
     spread_C = value_C - total_R.sum() / rollouts
     std = np.sqrt((weight_C * spread_C**2).sum() / (rollouts - 1))
     return np.asarray(centred_C / (std + _EPSILON))
+
+
+def whitened(value_C: Values, rollout_C: NDArray[np.integer]) -> Values:
+    """Values of a whole step with mean 0 and standard deviation 1, each rollout with the same weight; shape [C].
+
+    The normalisation of REINFORCE++, arXiv 2501.03262 section 3, and of PPO's advantages: veRL's masked_whiten, with
+    statistics over rollouts instead of tokens. Mean and variance are those of `normalised`.
+
+    Example, two rollouts of one token each:
+
+        whitened([1, 0], [0, 1])  # 0.7071 -0.7071
+    """
+    centred_C = normalised(value_C, rollout_C, scale="none")
+    _, member_C, count_R = np.unique(rollout_C, return_inverse=True, return_counts=True)
+    variance = (centred_C**2 / count_R[member_C]).sum() / max(count_R.size - 1, 1)
+    return np.asarray(centred_C / np.sqrt(variance + 1e-8))
+
+
+def generalised_advantage(reward_RS: Values, value_RS: Values, *, discount: float, trace: float) -> Values:
+    """Generalised advantage estimation, arXiv 1506.02438 eq. 16; `_S` steps of each rollout, zeros after its last.
+
+    delta[s] = r[s] + discount * V[s+1] - V[s], and A[s] = delta[s] + discount * trace * A[s+1]: nothing follows the
+    last step. `trace` is the paper's lambda. veRL's compute_gae_advantage_return is the same before its whitening.
+
+    Example, discount=1:
+
+        reward_RS               0     0     1
+        value_RS              0.5   0.5   0.5
+        trace=1               0.5   0.5   0.5
+        trace=0                 0     0   0.5
+    """
+    advantage_RS = reward_RS - value_RS
+    advantage_RS[:, :-1] += discount * value_RS[:, 1:]
+    for s in range(advantage_RS.shape[1] - 2, -1, -1):
+        advantage_RS[:, s] += discount * trace * advantage_RS[:, s + 1]
+    return np.asarray(advantage_RS)
+
+
+def carried_back(reward_T: NDArray[np.floating], kept: Sequence[int]) -> Values:
+    """The rewards of the `kept` calls of a rollout: what another call earned goes to the last kept one before it.
+
+    What was earned before the first kept call is lost: no trained token led to it.
+
+    Example:
+
+        carried_back([1, 2, 3, 4], [1, 2])  # [2 7]
+    """
+    owner_T = np.searchsorted(kept, np.arange(reward_T.size), side="right") - 1
+    led_T = owner_T >= 0
+    return np.bincount(owner_T[led_T], reward_T[led_T], minlength=len(kept)).astype(np.float64)
 
 
 def returns_to_go(reward_T: NDArray[np.floating], discount: float) -> Values:

@@ -118,7 +118,7 @@ def _credits(rollout: Trajectory, credits: Sequence[CallCredit]) -> Table:
             kinds,
             f"{one.intermediate:+.3f}" if one.intermediate else "",
             number(one.return_to_go),
-            Text(f"{one.advantage:+.3f}", style=style),
+            Text(f"{one.advantage:+.3f}" if math.isfinite(one.advantage) else "by the critic", style=style),
             str(one.tokens),
             one.fate,
         )
@@ -154,7 +154,7 @@ def coloured(calls: Sequence[ModelCall], credits: Sequence[CallCredit], tokenize
     lines = []
     for call, one in zip(calls, credits, strict=True):
         colour = "green" if one.advantage > 0 else "red" if one.advantage < 0 else "dim"
-        line = Text(f"{one.advantage:+.3f}  ")
+        line = Text(f"{one.advantage:+.3f}  " if math.isfinite(one.advantage) else "")
         for token, logprob in zip(call.response_T.tolist(), call.logprob_T.tolist(), strict=True):
             text = read.decode([token], skip_special_tokens=False).replace("\n", "⏎")
             line.append(text, style=f"{colour} underline" if logprob < math.log(0.5) else colour)

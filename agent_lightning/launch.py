@@ -139,7 +139,7 @@ async def system(
     hardware = config.hardware
     port = hardware.port or app.free_port(hardware.host)
     prepare_environment()
-    cpus = hardware.replicas * hardware.tensor_parallel_size + hardware.learner_processes * 2 + 1
+    cpus = hardware.replicas * hardware.tensor_parallel_size + hardware.learner_processes * 3 + 1
     async with AsyncExitStack() as stack:
         own = await asyncio.to_thread(cluster.init_ray, hardware.address, cpus if hardware.device == "cpu" else None)
         stack.callback(cluster.shutdown_ray)
@@ -194,11 +194,19 @@ def prepare_environment() -> None:
 
 
 def _build_learner(config: Config, model: str) -> VerlLearner:
-    from agent_lightning.learners.verl import LearnerConfig, VerlLearner
+    from agent_lightning.learners.verl import CriticSettings, LearnerConfig, VerlLearner
 
-    algorithm, hardware = config.algorithm, config.hardware
+    algorithm, credit, hardware = config.algorithm, config.credit, config.hardware
     rollouts = algorithm.tasks_per_step * algorithm.rollouts_per_task
     batches = -(-rollouts // (algorithm.rollouts_per_batch or rollouts))
+    critic = CriticSettings(
+        lr=10 * algorithm.lr if config.critic.lr is None else config.critic.lr,
+        clip_range=config.critic.clip_range,
+        warmup_steps=config.critic.warmup_steps,
+        discount=credit.discount,
+        trace=credit.gae_lambda,
+        over=cast(Any, credit.gae_over),
+    )
     return VerlLearner(
         LearnerConfig(
             model_path=model,
@@ -217,6 +225,12 @@ def _build_learner(config: Config, model: str) -> VerlLearner:
             clip_ratio_low=algorithm.clip_ratio_low,
             clip_ratio_high=algorithm.clip_ratio_high,
             kl_coef=algorithm.kl_coef,
+            kl_in=cast(Any, algorithm.kl_in),
+            kl_kind=algorithm.kl_kind,
+            importance=cast(Any, algorithm.importance),
+            importance_cap=algorithm.importance_cap,
+            normalise=credit.scale == "batch",
+            critic=critic if credit.method == "gae" else None,
             entropy_coef=algorithm.entropy_coef,
             temperature=config.sampling.train.temperature,
             max_tokens_per_micro_batch=hardware.max_tokens_per_micro_batch,

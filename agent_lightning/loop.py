@@ -127,7 +127,7 @@ class Loop:
         learned: Metrics = {}
         if batches:
             self.observer.waiting_for(f"update: {len(samples)} rows")
-            learned = await self.learner.update(batches * self.plan.epochs)
+            learned = await self.learner.update(batches, epochs=self.plan.epochs)
             clock.lap("update")
             await self.publish()
             clock.lap("publish")

@@ -287,9 +287,9 @@ class ToyLearner:
         self.table = np.zeros((language.num_states, len(language.words)), np.float32)
         self._version = 0
 
-    async def update(self, batches: Sequence[Batch]) -> Metrics:
+    async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Metrics:
         """One step per batch; the log-probability gap is of the first, whose sampler the table still is."""
-        return merge(*(self._step(batch, gap=index == 0) for index, batch in enumerate(batches)))
+        return merge(*(self._step(batch, gap=index == 0) for index, batch in enumerate([*batches] * epochs)))
 
     async def publish(self) -> Weights:
         self._version += 1

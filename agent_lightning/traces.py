@@ -12,8 +12,10 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agent_lightning.errors import ConfigError
+from agent_lightning.estimators import carried_back
 from agent_lightning.types import Floats, Ints, ModelCall, Sample, Trajectory
 
 OVERLONG_SAMPLE: Final = "overlong_sample"
@@ -72,24 +74,32 @@ def chains(calls: Sequence[ModelCall]) -> tuple[tuple[ModelCall, ...], ...]:
 
 
 def to_samples(
-    trajectory: Trajectory, trained: Sequence[ModelCall], advantage: Floats, *, max_tokens: int
+    trajectory: Trajectory,
+    trained: Sequence[ModelCall],
+    advantage: Floats,
+    reward: NDArray[np.floating],
+    *,
+    max_tokens: int,
 ) -> tuple[tuple[Sample, ...], tuple[Dropped, ...]]:
-    """One flat row for each chain of the `trained` calls; `advantage` has shape [len(trained)].
+    """One flat row for each chain of the `trained` calls; `advantage` and `reward` have shape [len(trained)].
 
-    Example, calls a1 and a2 of `chains` with advantages 0.5 and -1:
+    Example, calls a1 and a2 of `chains` with advantages 0.5 and -1, rewards 0 and 2; a2 is the third trained call:
 
         token_T       1    5    6    9    3
         mask_T        0    0    1    0    1
         advantage_T   0    0  0.5    0   -1
+        reward_T      0    0    0    0    2
+        call_T        0    0    0    0    2
 
     A row of more than `max_tokens` tokens is dropped whole and returned as Dropped("overlong_sample", …): a cut
     conversation would be trained on text that the policy never saw end. A chain that sampled no token makes no row.
+    What a call without a place in a row earned goes to the call before it (`estimators.carried_back`).
 
-    Raises ValueError where `advantage` has another shape.
+    Raises ValueError where `advantage` or `reward` has another shape.
     """
-    if advantage.shape != (len(trained),):
+    if not advantage.shape == reward.shape == (len(trained),):
         raise ValueError(f"{len(trained)} trained calls but advantages of shape {advantage.shape}")
-    samples: list[Sample] = []
+    rows: list[list[int]] = []
     dropped: list[Dropped] = []
     for members in _chain_indices(trained):
         chain = [trained[i] for i in members]
@@ -100,8 +110,11 @@ def to_samples(
             ids = tuple(call.call_id for call in chain)
             dropped.append(Dropped(reason=OVERLONG_SAMPLE, tokens=num_sampled, calls=ids))
         else:
-            samples.append(_flatten(trajectory, chain, advantage[members]))
-    return tuple(samples), tuple(dropped)
+            rows.append(members)
+    kept = sorted(i for members in rows for i in members if trained[i].response_T.size)
+    earned = np.zeros(len(trained), np.float32)
+    earned[kept] = carried_back(reward, kept)
+    return tuple(_flatten(trajectory, trained, members, advantage, earned) for members in rows), tuple(dropped)
 
 
 @dataclass(slots=True)
@@ -140,17 +153,24 @@ def _extends(prompt_T: Ints, history_T: Ints) -> bool:
     return np.array_equal(prompt_T[:size], history_T)
 
 
-def _flatten(trajectory: Trajectory, chain: Sequence[ModelCall], advantage: Floats) -> Sample:
+def _flatten(
+    trajectory: Trajectory, trained: Sequence[ModelCall], members: Sequence[int], advantage: Floats, reward: Floats
+) -> Sample:
     """The last call's prompt and response hold all earlier ones; each response sits right after its own prompt."""
+    chain = [trained[i] for i in members]
     token_T = np.concatenate([chain[-1].prompt_T, chain[-1].response_T]).astype(np.int32)
     mask_T = np.zeros(token_T.shape, np.bool_)
     logprob_T = np.zeros(token_T.shape, np.float32)
     advantage_T = np.zeros(token_T.shape, np.float32)
-    for call, value in zip(chain, advantage, strict=True):
+    reward_T = np.zeros(token_T.shape, np.float32)
+    call_T = np.zeros(token_T.shape, np.int32)
+    for index, call in zip(members, chain, strict=True):
         response = slice(call.prompt_T.size, call.prompt_T.size + call.response_T.size)
         mask_T[response] = True
         logprob_T[response] = call.logprob_T
-        advantage_T[response] = value
+        advantage_T[response] = advantage[index]
+        reward_T[response][-1:] = reward[index]
+        call_T[response] = index
     return Sample(
         key=trajectory.key,
         policy_version=min(call.policy_version for call in chain),
@@ -158,4 +178,6 @@ def _flatten(trajectory: Trajectory, chain: Sequence[ModelCall], advantage: Floa
         mask_T=mask_T,
         logprob_T=logprob_T,
         advantage_T=advantage_T,
+        reward_T=reward_T,
+        call_T=call_T,
     )

@@ -144,7 +144,7 @@ class ModelCall:
     response_T: Ints
     """Sampled tokens, the end-of-turn token included where it was sampled."""
     logprob_T: Floats
-    """Of each token of `response_T`, as the engine sampled it; natural logarithm."""
+    """Of each token of `response_T`, as the engine sampled it; natural logarithm. NaN where it is not known."""
     finish_reason: str
     """stop, length, tool_calls, …: the engine's word."""
     started_at: float
@@ -170,6 +170,8 @@ class ModelCall:
             raise ValueError(
                 f"call {self.call_id}: {self.response_T.size} tokens but {self.logprob_T.size} log-probabilities"
             )
+        if (np.isinf(self.logprob_T) | (self.logprob_T > 0)).any():
+            raise ValueError(f"call {self.call_id}: a log-probability must be at most 0 and finite, or NaN for unknown")
         _freeze(self.prompt_T, self.response_T, self.logprob_T)
 
 
@@ -276,15 +278,20 @@ class Sample:
     mask_T: Bools
     """True where the policy sampled the token and it is trained."""
     logprob_T: Floats
-    """The engine's log-probability where `mask_T`, else 0."""
+    """The engine's log-probability where `mask_T`, else 0; NaN where the engine gave none."""
     advantage_T: Floats
-    """Where `mask_T`, else 0."""
+    """Where `mask_T`, else 0. All 0 where the learner's critic is to say."""
+    reward_T: Floats
+    """What the rollout earned: a call's share at the last token that it sampled, else 0."""
+    call_T: Ints
+    """Which of the rollout's trained calls sampled the token, in their order; 0 where none did."""
 
     def __post_init__(self) -> None:
-        shapes = {a.shape for a in (self.token_T, self.mask_T, self.logprob_T, self.advantage_T)}
+        arrays = (self.token_T, self.mask_T, self.logprob_T, self.advantage_T, self.reward_T, self.call_T)
+        shapes = {array.shape for array in arrays}
         if len(shapes) != 1:
             raise ValueError(f"sample of {self.key.rollout_id}: arrays of different shapes {sorted(shapes)}")
-        _freeze(self.token_T, self.mask_T, self.logprob_T, self.advantage_T)
+        _freeze(*arrays)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,15 +302,20 @@ class Batch:
     mask_NT: Bools
     logprob_NT: Floats
     advantage_NT: Floats
+    reward_NT: Floats
+    call_NT: Ints
     weight_NT: Floats
     """How much each trained token counts in the loss; sums to 1 over the batch: each rollout weighs the same
     (1 / rollouts), spread evenly over its trained tokens. All-zero rows are padding."""
     length_N: Ints
     """Tokens of each row before padding."""
+    rollout_N: Ints
+    """Which of the batch's rollouts each row is of; -1 for a padding row."""
     num_rollouts: int
 
     def __post_init__(self) -> None:
-        _freeze(self.token_NT, self.mask_NT, self.logprob_NT, self.advantage_NT, self.weight_NT, self.length_N)
+        _freeze(self.token_NT, self.mask_NT, self.logprob_NT, self.advantage_NT, self.reward_NT, self.call_NT)
+        _freeze(self.weight_NT, self.length_N, self.rollout_N)
 
 
 def _freeze(*arrays: NDArray[Any]) -> None:

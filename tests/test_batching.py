@@ -20,6 +20,8 @@ def row(index: int, tokens: Sequence[int], mask: Sequence[int]) -> Sample:
         mask_T=mask_T,
         logprob_T=np.where(mask_T, -0.5, 0.0).astype(np.float32),
         advantage_T=np.where(mask_T, index + 1.0, 0.0).astype(np.float32),
+        reward_T=np.where(mask_T, index / 2, 0.0).astype(np.float32),
+        call_T=np.where(mask_T, index, 0).astype(np.int32),
     )
 
 

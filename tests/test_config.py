@@ -29,6 +29,15 @@ def refusal(*overrides: str) -> str:
     return message
 
 
+@pytest.mark.parametrize("algorithm", names("algorithm"))
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_algorithm_composes_with_every_experiment(experiment: str, algorithm: str) -> None:
+    config = load([f"experiment={experiment}", f"algorithm={algorithm}", "credit=air"])
+    assert config.air.enabled
+    assert config.credit.method == ("gae" if algorithm == "ppo" else "return_to_go")
+    assert config.algorithm.lr == load([f"experiment={experiment}"]).algorithm.lr
+
+
 @pytest.mark.parametrize("hardware", names("hardware"))
 @pytest.mark.parametrize("model", names("model"))
 @pytest.mark.parametrize("experiment", names("experiment"))
@@ -79,7 +88,8 @@ def test_a_key_that_no_file_names_can_be_set(override: str, value: object) -> No
         ("algorithm.failures.timeout=low", "algorithm.failures.timeout=low: must be a number or null"),
         ("tracking.tags={a: 1}", "tracking.tags={'a': 1}: must be a list; each item text"),
         ("verl=3", "verl=3: must be a mapping"),
-        ("algorithm=3", "algorithm=3: is a section; set one of its keys, such as algorithm.tasks_per_step"),
+        ("sampling=3", "sampling=3: is a section; set one of its keys, such as sampling.train.temperature"),
+        ("algorithm=3", f"algorithm=3: unknown; choose one of {', '.join(names('algorithm'))}"),
         ("model.path=???", "model.path: missing; give it a value"),
         ("name=${nowhere}", "name: Interpolation key 'nowhere' not found"),
         ("steps", "steps: must have the form key=value"),
@@ -97,6 +107,8 @@ def test_a_wrong_override_is_one_line_that_says_what_to_do(override: str, messag
     ("override", "message"),
     [
         ("algorithm.rollouts_per_task=1", "algorithm.rollouts_per_task=1: must be at least 2"),
+        ("critic.warmup_steps=-1", "critic.warmup_steps=-1: must be at least 0"),
+        ("algorithm.kl_coef=-1", "algorithm.kl_coef=-1.0: must be at least 0"),
         ("hardware.kv_cache_gib=0", "hardware.kv_cache_gib=0: must be at least 1"),
         ("sampling.train.max_tokens=0", "sampling.train.max_tokens=0: must be at least 1"),
         ("hardware.port=70000", "hardware.port=70000: must be from 0 to 65535"),
@@ -106,7 +118,8 @@ def test_a_wrong_override_is_one_line_that_says_what_to_do(override: str, messag
     ],
 )
 def test_a_value_out_of_range_names_the_key(override: str, message: str) -> None:
-    assert refusal(override) == message
+    needed = ["algorithm=ppo"] if override.startswith("critic") else []
+    assert refusal(*needed, override) == message
 
 
 def test_an_outcome_that_is_no_failure_is_refused() -> None:
@@ -221,8 +234,29 @@ def test_rules_of_air_are_data() -> None:
         ("air.rules=[{on: good, value: 0.1, cap: 0.1}]", "air.rules: on=good: must be one of ok, error"),
         ("credit.method=ppo", "credit.method=ppo: must be one of identical, return_to_go, same_state"),
         ("credit.discount=2", "credit.discount=2.0: must be from 0 to 1"),
+        ("credit.gae_lambda=1", "credit.gae_lambda: set, but nothing reads it: only credit.method=gae does"),
+        ("credit.gae_over=call", "credit.gae_over: set, but nothing reads it: only credit.method=gae does"),
+        ("critic.lr=1", "critic: set, but nothing reads it: only credit.method=gae has a critic"),
+        ("credit.method=gae", "credit.method=gae: needs credit.scale=batch or none, and no other credit.baseline"),
+        ("credit.baseline=none", "credit.baseline=none: needs credit.scale=batch or none; std is of the group"),
+        ("algorithm.kl_in=reward", "algorithm.kl_in: set, but nothing reads it: algorithm.kl_coef is 0"),
+        ("algorithm.kl_kind=k1", "algorithm.kl_kind: set, but nothing reads it: algorithm.kl_coef is 0"),
+        ("algorithm.kl_kind=k4", "algorithm.kl_kind=k4: must be one of k1, abs, k2, k3"),
+        ("algorithm.importance=row", "algorithm.importance=row: must be one of none, token, sequence"),
+        ("algorithm.importance_cap=3", "algorithm.importance_cap: set, but nothing reads it: algorithm.importance is"),
     ],
 )
 def test_credit_that_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         load(["experiment=calc_tiny", override])
+
+
+def test_an_algorithm_and_a_method_that_contradict_are_refused() -> None:
+    refused = refusal("algorithm=ppo", "credit=return_to_go")
+    assert refused == "credit=return_to_go: the algorithm's is credit.method=gae; leave one out"
+
+
+def test_without_a_group_to_compare_with_one_rollout_of_a_task_is_enough() -> None:
+    for algorithm in ("ppo", "reinforce_plus_plus"):
+        config = load(["experiment=calc_tiny", f"algorithm={algorithm}", "algorithm.rollouts_per_task=1"])
+        assert config.algorithm.rollouts_per_task == 1

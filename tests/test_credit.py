@@ -3,7 +3,8 @@
 import math
 import pickle
 from collections.abc import Sequence
-from typing import get_args
+from itertools import product
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_lightning.air import Air, Rule
-from agent_lightning.credit import Credit, assign
+from agent_lightning.credit import Credit, assign, examine
 from agent_lightning.credit_rules import CreditRules, Estimator, FailurePolicy, Method
 from agent_lightning.errors import ConfigError
-from agent_lightning.estimators import Scale
+from agent_lightning.estimators import Baseline, Scale
 from agent_lightning.metrics import values
 from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
 
@@ -261,10 +262,61 @@ def test_a_masked_rollout_changes_nothing_whatever_the_method() -> None:
     good, bad = trajectory(0, [1, 1], reward=1.0), trajectory(1, [1], reward=0.0)
     lost = trajectory(2, [1], outcome=Outcome.CANCELLED)
     for method in get_args(Method):
-        with_it, without = (
-            credit(*rows, estimator=Estimator(method=method)) for rows in ((good, bad, lost), (good, bad))
-        )
+        estimator = Estimator(method=method, scale="none" if method == "gae" else "std")
+        with_it, without = (credit(*rows, estimator=estimator) for rows in ((good, bad, lost), (good, bad)))
         assert [s.advantage_T.tolist() for s in with_it.samples] == [s.advantage_T.tolist() for s in without.samples]
+
+
+def test_a_row_holds_what_each_call_earned_for_a_critic_to_go_by() -> None:
+    # Three calls, the second cut at its length limit; the judge's, which is not trained, is the last.
+    judged = trajectory(0, [1, 2, 1], reward=1.0, agents=["writer", "writer", "judge"], cut=[1])
+    found = credit(judged, agents="writer", estimator=Estimator(method="gae", scale="batch"), air=CUT)
+    assert [s.reward_T.tolist() for s in found.samples] == [[0, 0, 0], [0, 0, 0, pytest.approx(0.8)]]
+    assert [s.call_T.tolist() for s in found.samples] == [[0, 0, 0], [0, 0, 1, 1]]
+    assert not any(s.advantage_T.any() for s in found.samples)
+    lost = credit(judged, agents="writer", estimator=Estimator(method="gae", scale="batch"), air=CUT, max_tokens=3)
+    assert [s.reward_T.tolist() for s in lost.samples] == [[0, 0, pytest.approx(0.8)]]
+
+
+def test_where_the_step_decides_a_group_without_spread_is_trained() -> None:
+    rows = [trajectory(index, [1], reward=1.0) for index in range(3)]
+    for estimator, advantage in (
+        (Estimator(scale="batch", baseline="none"), 1.0),
+        (Estimator(scale="batch"), 0.0),
+        (Estimator(method="gae", scale="batch"), 0.0),
+    ):
+        found = credit(*rows, estimator=estimator)
+        assert found.trained_rollouts == 3
+        assert [s.advantage_T.tolist() for s in found.samples] == [[0, 0, advantage]] * 3
+        assert values(found.metrics)["group/no_spread"] == 1
+    assert credit(*rows, estimator=Estimator(scale="none", baseline="none")).trained_rollouts == 3
+    assert credit(*rows).dropped_rollouts == {"no_spread": 3}
+
+
+def test_a_critic_s_advantage_is_not_known_to_explain() -> None:
+    one = trajectory(0, [1, 1], reward=1.0, agents=["writer", "judge"])
+    rules = CreditRules(agents="writer", estimator=Estimator(method="gae", scale="none"))
+    first, second = examine(
+        Group(group_id="train-0", task=Task(task_id="t", payload={}), trajectories=(one,)), 0, rules
+    )
+    assert (first.fate, second.fate, second.advantage) == ("trained", "not selected", 0.0)
+    assert math.isnan(first.advantage)
+    assert first.return_to_go == 1.0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"method": "gae"}, {"method": "gae", "scale": "none", "baseline": "none"}, {"baseline": "none"}]
+)
+def test_an_estimator_refuses_what_it_would_not_read(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^credit\.(method=gae|baseline=none): needs credit\.scale="):
+        Estimator(**wrong)
+
+
+ESTIMATORS = [Estimator(method="gae", scale=scale) for scale in ("none", "batch")] + [
+    Estimator(method=method, scale=scale, baseline=baseline)
+    for method, scale, baseline in product(get_args(Method), get_args(Scale), get_args(Baseline))
+    if method != "gae" and (scale, baseline) != ("std", "none")
+]
 
 
 @settings(deadline=None, max_examples=1000)
@@ -272,7 +324,7 @@ def test_a_masked_rollout_changes_nothing_whatever_the_method() -> None:
     groups(),
     st.sampled_from(["*", "writer", "nobody"]),
     st.integers(3, 8),
-    st.builds(Estimator, method=st.sampled_from(get_args(Method)), scale=st.sampled_from(["std", "none"])),
+    st.sampled_from(ESTIMATORS),
     st.sampled_from([None, CUT]),
 )
 def test_rollouts_and_tokens_are_conserved(

@@ -163,7 +163,7 @@ def a_rollout() -> Trajectory:
 
 
 def test_an_exported_trace_speaks_the_genai_conventions() -> None:
-    root, span, _ = to_spans(a_rollout())
+    root, span, *_ = to_spans(a_rollout())
     assert (root.name, span.parent_id) == ("rollout", root.span_id)
     assert json.loads(span.attributes["gen_ai.input.messages"])[1] == {
         "role": "user",
@@ -179,7 +179,7 @@ def test_an_exported_trace_speaks_the_genai_conventions() -> None:
     assert "agl.request" not in span.attributes
     assert (span.attributes["gen_ai.usage.input_tokens"], span.attributes["agl.prompt_token_ids"]) == (2, "[1, 2]")
     spans, refused = otlp.decode(to_otlp(a_rollout()).encode(), content_type=otlp.JSON, max_bytes=10**6, max_spans=10)
-    assert (len(spans), refused) == (3, {})
+    assert (len(spans), refused) == (4, {})
 
 
 @pytest.mark.parametrize("form", FILES)

@@ -41,7 +41,7 @@ def samples_of(
 ) -> tuple[tuple[Sample, ...], tuple[Dropped, ...]]:
     trajectory = Trajectory(key=KEY, task_id="t", calls=tuple(calls), reward=1.0, outcome=Outcome.FINISHED)
     values = np.array(range(1, len(calls) + 1) if advantage is None else advantage, np.float32)
-    return to_samples(trajectory, calls, values, max_tokens=max_tokens)
+    return to_samples(trajectory, calls, values, values, max_tokens=max_tokens)
 
 
 # select ---------------------------------------------------------------------------------------------------------------
@@ -190,6 +190,8 @@ def test_a_chain_becomes_one_row() -> None:
     assert row.mask_T.tolist()      == [0, 0,   1,   1, 0,  1]
     assert row.logprob_T.tolist()   == [0, 0,  -1,  -2, 0, -1]
     assert row.advantage_T.tolist() == [0, 0, 0.5, 0.5, 0, -1]
+    assert row.reward_T.tolist()    == [0, 0,   0, 0.5, 0, -1]
+    assert row.call_T.tolist()      == [0, 0,   0,   0, 0,  1]
     # fmt: on
     assert row.policy_version == 3
     assert row.key == KEY

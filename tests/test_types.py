@@ -1,6 +1,8 @@
 """The nouns keep their promises: read-only arrays, matching shapes, keys that survive a URL."""
 
+import math
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,6 +37,8 @@ def sample(num_masks: int = 3) -> Sample:
         mask_T=np.ones(num_masks, np.bool_),
         logprob_T=np.zeros(3, np.float32),
         advantage_T=np.zeros(3, np.float32),
+        reward_T=np.zeros(3, np.float32),
+        call_T=np.zeros(3, np.int32),
     )
 
 
@@ -68,6 +72,14 @@ def test_a_call_has_one_log_probability_for_each_sampled_token() -> None:
         model_call(num_logprobs=3)
 
 
+@pytest.mark.parametrize("logprob", [0.5, math.inf, -math.inf])
+def test_a_log_probability_is_that_of_something_possible(logprob: float) -> None:
+    with pytest.raises(ValueError, match="call c0: a log-probability must be at most 0 and finite, or NaN"):
+        replace(model_call(), logprob_T=np.array([-1.0, logprob], np.float32))
+    unknown = replace(model_call(), logprob_T=np.array([-1.0, math.nan], np.float32))
+    assert np.isnan(unknown.logprob_T).tolist() == [False, True]
+
+
 def test_a_sample_has_arrays_of_one_shape() -> None:
     with pytest.raises(ValueError, match="sample of train-12-3: arrays of different shapes"):
         sample(num_masks=2)
@@ -79,8 +91,11 @@ def test_arrays_are_read_only() -> None:
         mask_NT=np.zeros((1, 2), np.bool_),
         logprob_NT=np.zeros((1, 2), np.float32),
         advantage_NT=np.zeros((1, 2), np.float32),
+        reward_NT=np.zeros((1, 2), np.float32),
+        call_NT=np.zeros((1, 2), np.int32),
         weight_NT=np.zeros((1, 2), np.float32),
         length_N=np.ones(1, np.int32),
+        rollout_N=np.zeros(1, np.int32),
         num_rollouts=1,
     )
     for array in (model_call().prompt_T, model_call().logprob_T, sample().mask_T, batch.weight_NT, batch.length_N):

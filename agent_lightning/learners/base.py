@@ -32,8 +32,8 @@ class Weights:
 class Learner(Protocol):
     """Turns batches into new versions of the policy."""
 
-    async def update(self, batches: Sequence[Batch]) -> Metrics:
-        """One optimiser step per batch, in order."""
+    async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Metrics:
+        """One optimiser step per batch, in order, `epochs` times over. `batches` are a whole step's."""
         ...
 
     async def publish(self) -> Weights:

@@ -12,14 +12,26 @@ import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor
 from verl.single_controller.base.decorator import Dispatch, register
-from verl.trainer.ppo.core_algos import get_policy_loss_fn, kl_penalty
+from verl.trainer.ppo.core_algos import compute_value_loss, get_policy_loss_fn, kl_penalty
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import ActorConfig, TrainingWorkerConfig
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithValueHead
 from verl.workers.engine_workers import TrainingWorker
 
 
-class PolicyWorker(TrainingWorker):
-    """One rank of the policy's training group."""
+@EngineRegistry.register(model_type="critic", backend="fsdp2", device="cuda")
+class CriticEngine(FSDPEngineWithValueHead):
+    """veRL's engine with a value head, with the attention that its config names: veRL's own always asks flash-attn."""
+
+    def _build_module(self) -> Any:
+        # The architecture in the config says that the head is a value's; this type, that the rest is as for a policy.
+        self.model_config.model_type = "language_model"
+        return super()._build_module()
+
+
+class ModelWorker(TrainingWorker):
+    """One rank of a training group: the policy's, its reference's or its critic's."""
 
     def __init__(self, config: TrainingWorkerConfig, *, device: str, seed: int, num_threads: int) -> None:
         if device == "cpu":
@@ -97,7 +109,7 @@ def policy_loss(
     )
     out = Metric.from_dict(metrics, aggregation=AggregationType.MEAN)
     if config.use_kl_loss:
-        reference = _padded(data["ref_log_probs"])  # as the model gave them: aligned with log_probs already
+        reference = torch.roll(_padded(data["ref_log_probs"]), shifts=-1, dims=1)
         kl = kl_penalty(logprob=log_probs, ref_logprob=reference, kl_penalty=config.kl_loss_type)
         kl_loss = (kl * weights)[mask].sum() * data["dp_size"]
         loss = loss + config.kl_loss_coef * kl_loss
@@ -112,6 +124,35 @@ def policy_loss(
     out["gap/max"] = Metric(AggregationType.MAX, gap.max() if gap.numel() else torch.zeros(()))
     out["actor/nll"] = Metric(AggregationType.SUM, -(log_probs.detach() * weights)[mask].sum())
     return loss, out
+
+
+def value_loss(
+    clip_range: float, model_output: dict[str, Tensor], data: TensorDict, dp_group: object = None
+) -> tuple[Tensor, dict[str, Metric]]:
+    """veRL's clipped value loss, each token counted with its own weight: sum of weight * max of the squared errors / 2.
+
+    A squared error is homogeneous of degree two, so the root of the weight is folded into all that is compared.
+    `data` holds, beside loss_mask and weights, the values from before the step and the returns. values[:, i] of the
+    model is of the state in which token i + 1 is sampled.
+    """
+    mask, weights, values, returns = (
+        torch.roll(_padded(data[name]), shifts=-1, dims=1) for name in ("loss_mask", "weights", "values", "returns")
+    )
+    root = weights.sqrt()
+    loss, clipped = compute_value_loss(
+        vpreds=_padded(model_output["values"]).float() * root,
+        values=values * root,
+        returns=returns * root,
+        response_mask=mask.bool(),
+        cliprange_value=clip_range * root,
+        loss_agg_mode="token-sum",
+        dp_size=data["dp_size"],
+    )
+    metrics = {
+        "critic/loss": Metric(AggregationType.SUM, loss.detach() / data["dp_size"]),
+        "critic/clip_fraction": Metric(AggregationType.MEAN, clipped.detach()),
+    }
+    return loss, metrics
 
 
 def _padded(rows: Tensor) -> Tensor:

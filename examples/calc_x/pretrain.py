@@ -184,8 +184,11 @@ def to_batch(rows: Sequence[tuple[list[int], list[bool]]]) -> Batch:
         mask_NT=mask,
         logprob_NT=zeros.copy(),
         advantage_NT=zeros.copy(),
+        reward_NT=zeros.copy(),
+        call_NT=np.zeros(shape, np.int32),
         weight_NT=zeros.copy(),
         length_N=np.asarray([len(ids) for ids, _ in rows], np.int32),
+        rollout_N=np.arange(len(rows), dtype=np.int32),
         num_rollouts=len(rows),
     )
 

@@ -80,7 +80,10 @@ def random_batch(seed: int, *, rows: int, vocab: int) -> Batch:
         mask_NT=mask,
         logprob_NT=np.where(mask, -rng.uniform(5, 9, shape), 0).astype(np.float32),
         advantage_NT=np.where(mask, rng.normal(size=(rows, 1)), 0).astype(np.float32),
+        reward_NT=(mask * (rng.random(shape) < 0.2)).astype(np.float32),
+        call_NT=np.zeros(shape, np.int32),
         weight_NT=weight.astype(np.float32),
         length_N=length,
+        rollout_N=np.arange(rows, dtype=np.int32),
         num_rollouts=rows,
     )

@@ -1,0 +1,242 @@
+"""veRL's worker groups for the policy, its reference and its critic: how each is configured, started and fed.
+
+veRL is imported when a group is started, not before: it brings torch, and it reads its platform from the environment
+on import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from agent_lightning.token_credit import Over
+from agent_lightning.types import Batch, Floats
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+    from verl.workers.config import TrainingWorkerConfig
+
+Role = Literal["policy", "reference", "critic"]
+
+CPU_ENVIRONMENT = {
+    "VERL_PLATFORM": "cpu",
+    "VERL_ENGINE_DEVICE": "cuda",
+    "VERL_LOGGING_LEVEL": "WARNING",
+    "TORCH_COMPILE_DISABLE": "1",
+}
+"""What makes veRL choose our platform and its device-neutral FSDP engine."""
+
+
+@dataclass(slots=True, kw_only=True)
+class CriticSettings:
+    """How the critic is trained, and how its values become advantages; see token_credit.step_advantages."""
+
+    lr: float = 1e-5
+    clip_range: float = 0.5
+    """How far a value may move in a step before its loss stops pulling."""
+    warmup_steps: int = 0
+    """First steps of the run in which the critic alone is trained."""
+    discount: float = 1.0
+    trace: float = 0.95
+    over: Over = "token"
+
+
+@dataclass(slots=True, kw_only=True)
+class LearnerConfig:
+    """How the policy is trained."""
+
+    model_path: str
+    loss: Literal["vanilla", "gspo", "cispo", "sft"] = "vanilla"
+    """A policy loss on advantages by veRL's name (vanilla is PPO-clip), or sft: cross-entropy under the mask."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    world_size: int = 1
+    """Training processes; FSDP2 shards over them."""
+    num_threads: int = 2
+    """Threads of each process on a CPU."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; the parameters and the optimiser stay in float32."""
+    seed: int = 0
+    lr: float = 1e-3
+    lr_warmup_steps: int = 0
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    total_steps: int = -1
+    """Optimiser steps of the whole run; only the cosine schedule needs them."""
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_grad: float = 1.0
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    kl_coef: float = 0.0
+    """Weight of the KL to the starting policy; 0 builds no reference model."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    kl_kind: str | None = None
+    """veRL's estimator of the KL: k1, abs, k2 or k3; None: k3 in the loss, k1 in the reward."""
+    importance: Literal["none", "token", "sequence"] = "none"
+    """Truncated importance sampling (Ionides, 2008) between engine and learner: on how much."""
+    importance_cap: float = 2.0
+    normalise: bool = False
+    """Whiten the advantages over the step."""
+    critic: CriticSettings | None = None
+    """None: the batches' own advantages are trained on, and not their rewards."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus; 0 computes no entropy."""
+    temperature: float = 1.0
+    """Of the sampling that made the samples: log-probabilities are of the scaled logits."""
+    max_tokens_per_micro_batch: int = 16384
+    bucket_bytes: int = 256 * 1024 * 1024
+    verl: dict[str, Any] | None = None
+    """Fields of veRL's `FSDPEngineConfig`, untouched, for experts."""
+
+
+def policy_loss_of(config: LearnerConfig) -> Any:
+    """The loss that a policy's group is given."""
+    from functools import partial
+
+    from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig
+    from verl.workers.utils.losses import sft_loss
+
+    from agent_lightning.learners.verl_worker import policy_loss
+
+    if config.loss == "sft":
+        return partial(sft_loss, None)
+    actor: ActorConfig = FSDPActorConfig(
+        strategy="fsdp2",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio=config.clip_ratio_low,
+        clip_ratio_low=config.clip_ratio_low,
+        clip_ratio_high=config.clip_ratio_high,
+        policy_loss=PolicyLossConfig(loss_mode=config.loss),
+        entropy_coeff=config.entropy_coef,
+        use_kl_loss=config.kl_coef > 0 and config.kl_in == "loss",
+        kl_loss_coef=config.kl_coef,
+        kl_loss_type=config.kl_kind or "k3",
+    )
+    return partial(policy_loss, actor)
+
+
+def resource_pool(config: LearnerConfig) -> Any:
+    """The places of the training processes: the groups share them, and on GPUs each place's GPU."""
+    from verl.single_controller.ray import RayResourcePool
+
+    num_groups = 1 + (config.kl_coef > 0) + (config.critic is not None)
+    return RayResourcePool([config.world_size], use_gpu=config.device != "cpu", max_colocate_count=num_groups)
+
+
+def worker_group(config: LearnerConfig, role: Role, pool: Any) -> Any:
+    """Start the processes of a role and load its model."""
+    import ray
+    from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
+
+    from agent_lightning.learners.verl_worker import ModelWorker
+
+    on_cpu = config.device == "cpu"
+    threads = str(config.num_threads)
+    group = RayWorkerGroup(
+        pool,
+        RayClassWithInitArgs(
+            ray.remote(ModelWorker),
+            config=_training(config, role),
+            device=config.device,
+            seed=config.seed,
+            num_threads=config.num_threads,
+        ),
+        name_prefix=role,
+        device_name=config.device,
+        worker_env=CPU_ENVIRONMENT | {"OMP_NUM_THREADS": threads} if on_cpu else {},
+    )
+    group.reset()
+    return group
+
+
+def _training(config: LearnerConfig, role: Role) -> TrainingWorkerConfig:
+    """What veRL's TrainingWorker is told."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+
+    on_cpu = config.device == "cpu"
+    engine = {
+        "strategy": "fsdp2",
+        # On a CPU veRL would pin the memory of a forward-only model, which needs an accelerator.
+        "forward_only": role == "reference" and not on_cpu,
+        "use_torch_compile": False,
+        "model_dtype": "fp32",
+        "dtype": config.dtype,
+        "mixed_precision": {"param_dtype": config.dtype, "reduce_dtype": "float32", "buffer_dtype": "float32"},
+        "seed": config.seed,
+        "use_dynamic_bsz": True,
+        "max_token_len_per_gpu": config.max_tokens_per_micro_batch,
+        "infer_max_token_len_per_gpu": config.max_tokens_per_micro_batch,
+    }
+    override: dict[str, Any] = {"attn_implementation": "sdpa"} if on_cpu else {}
+    if role == "critic":
+        override |= {"architectures": ["ForTokenClassification"], "num_labels": 1, "classifier_dropout": 0.0}
+    return TrainingWorkerConfig(
+        # The last is an engine of ours, see verl_worker.
+        model_type="critic" if role == "critic" else "language_model",
+        model_config=HFModelConfig(
+            path=config.model_path,
+            # Sequences are padded on a CPU; unpadded attention needs flash-attn kernels.
+            use_remove_padding=not on_cpu,
+            enable_gradient_checkpointing=not on_cpu,
+            override_config=override,
+        ),
+        engine_config=FSDPEngineConfig(**(engine | (config.verl or {}))),
+        optimizer_config=FSDPOptimizerConfig(
+            lr=config.critic.lr if role == "critic" and config.critic is not None else config.lr,
+            lr_warmup_steps=config.lr_warmup_steps,
+            lr_scheduler_type=config.lr_schedule,
+            total_training_steps=config.total_steps,
+            weight_decay=config.weight_decay,
+            betas=config.betas,
+            clip_grad=config.clip_grad,
+        ),
+        checkpoint_config=CheckpointConfig(),
+    )
+
+
+def to_tensordict(batch: Batch, config: LearnerConfig, columns: Mapping[str, Floats] | None = None) -> TensorDict:
+    """The one place where veRL's string keys are written: jagged rows, and what it needs to know of the whole.
+
+    `columns` are more of them, [N, T], each value in the place of its token.
+    """
+    import torch
+    from verl.utils import tensordict_utils
+
+    rows = [slice(0, int(length)) for length in batch.length_N]
+
+    def jagged(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        tensors = [torch.tensor(array[i, row], dtype=dtype) for i, row in enumerate(rows)]
+        return torch.nested.as_nested_tensor(tensors, layout=torch.jagged)
+
+    positions = np.broadcast_to(np.arange(batch.token_NT.shape[1]), batch.token_NT.shape)
+    return tensordict_utils.get_tensordict(
+        tensor_dict={
+            "input_ids": jagged(batch.token_NT, torch.int64),
+            "position_ids": jagged(positions, torch.int64),
+            "loss_mask": jagged(batch.mask_NT, torch.int64),
+            "weights": jagged(batch.weight_NT, torch.float32),
+            "advantages": jagged(batch.advantage_NT, torch.float32),
+            "old_log_probs": jagged(batch.logprob_NT, torch.float32),
+            **{name: jagged(column, torch.float32) for name, column in (columns or {}).items()},
+        },
+        non_tensor_dict={
+            "global_batch_size": batch.token_NT.shape[0],
+            "global_token_num": batch.length_N.tolist(),
+            "temperature": config.temperature,
+            "update_lr_scheduler": True,
+            "compute_loss": False,
+            "calculate_entropy": config.entropy_coef > 0,
+        },
+    )
+
+
+def from_jagged(rows: Any, batch: Batch) -> Floats:
+    """What a model said, each value in the place of the token that it is of: its row's is one place further left."""
+    column_NT = np.zeros(batch.token_NT.shape, np.float32)
+    for n, row in enumerate(rows.unbind()):
+        column_NT[n, 1 : row.numel()] = row.float().numpy()[:-1]
+    return column_NT

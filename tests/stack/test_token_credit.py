@@ -1,0 +1,168 @@
+"""What a step's models say, made into advantages: by veRL's own functions, or equal to them; no Ray, no model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import random_batch
+from tensordict import TensorDict
+from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
+
+from agent_lightning.estimators import normalised, whitened
+from agent_lightning.learners.verl_credit import Forward, Prepared, prepare
+from agent_lightning.learners.verl_groups import CriticSettings, LearnerConfig
+from agent_lightning.learners.verl_worker import value_loss
+from agent_lightning.metrics import Metrics, values
+from agent_lightning.types import Batch, Floats
+
+pytestmark = pytest.mark.stack
+RNG = np.random.default_rng(0)
+BATCH = random_batch(3, rows=6, vocab=50)
+SHAPE = BATCH.token_NT.shape
+
+
+def noise(scale: float = 1.0) -> Floats:
+    return (scale * RNG.normal(size=SHAPE)).astype(np.float32)
+
+
+def tensors(*arrays: np.ndarray) -> list[torch.Tensor]:
+    return [torch.from_numpy(np.array(array, np.float64)) for array in arrays]
+
+
+def prepared(batch: Batch, said: Forward, **config: Any) -> tuple[Prepared, dict[str, float]]:
+    metrics: Metrics
+    (one,), metrics = prepare([batch], [said], LearnerConfig(model_path="", **config))
+    return one, values(metrics)
+
+
+@pytest.mark.parametrize(("discount", "trace"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0)])
+def test_generalised_advantages_and_returns_are_veRL_s(discount: float, trace: float) -> None:
+    value_NT = noise()
+    reward, value, mask = tensors(BATCH.reward_NT, value_NT, BATCH.mask_NT)
+    _, returns = core_algos.compute_gae_advantage_return(reward, value, mask, discount, trace)
+    critic = CriticSettings(discount=discount, trace=trace)
+    one, metrics = prepared(BATCH, Forward(value_NT=value_NT), critic=critic)
+    expected = np.where(BATCH.mask_NT, (returns - value).numpy(), 0)  # before veRL's whitening
+    np.testing.assert_allclose(one.batch.advantage_NT, expected, atol=1e-6)
+    np.testing.assert_allclose(one.columns["returns"][BATCH.mask_NT], returns.numpy()[BATCH.mask_NT], atol=1e-6)
+    assert one.columns["values"] is value_NT
+    assert -10 < metrics["critic/explained_variance"] < 1
+
+
+def one_token_a_rollout(rewards: list[float]) -> Batch:
+    """Where tokens and rollouts are the same number, statistics over either are the same."""
+    rows = len(rewards)
+    mask = np.zeros((rows, 3), np.bool_)
+    mask[:, 1] = True
+    reward = np.where(mask, np.array(rewards)[:, None], 0).astype(np.float32)
+    zeros = np.zeros((rows, 3), np.float32)
+    return Batch(
+        token_NT=np.ones((rows, 3), np.int32),
+        mask_NT=mask,
+        logprob_NT=zeros,
+        advantage_NT=reward.copy(),
+        reward_NT=reward,
+        call_NT=np.zeros((rows, 3), np.int32),
+        weight_NT=(mask / rows).astype(np.float32),
+        length_N=np.full(rows, 3, np.int32),
+        rollout_N=np.arange(rows, dtype=np.int32),
+        num_rollouts=rows,
+    )
+
+
+def test_reinforce_plus_plus_is_veRL_s() -> None:
+    batch = one_token_a_rollout([1.0, 0.0, 0.0, 0.25, 1.0, -0.5])
+    reward, mask = tensors(batch.reward_NT, batch.mask_NT)
+    expected, _ = core_algos.compute_reinforce_plus_plus_outcome_advantage(
+        reward, mask, config=SimpleNamespace(gamma=1.0)
+    )
+    one, _ = prepared(batch, Forward(), normalise=True)
+    np.testing.assert_allclose(one.batch.advantage_NT, expected.numpy(), atol=1e-6)
+
+
+def test_reinforce_plus_plus_with_a_group_baseline_is_veRL_s() -> None:
+    rewards, groups = np.array([1.0, 0.0, 0.0, 0.25, 1.0, -0.5]), np.array([0, 0, 0, 1, 1, 1])
+    batch = one_token_a_rollout(rewards.tolist())
+    reward, mask = tensors(batch.reward_NT, batch.mask_NT)
+    expected, _ = core_algos.compute_reinforce_plus_plus_baseline_outcome_advantage(reward, mask, groups)
+    centred = np.concatenate([normalised(rewards[groups == g], np.arange(3), scale="batch") for g in (0, 1)])
+    np.testing.assert_allclose(whitened(centred, np.arange(6)), expected.numpy()[:, 1], atol=1e-6)
+
+
+def test_reinforce_plus_plus_charges_a_token_the_kl_from_there_on() -> None:
+    batch = replace(BATCH, logprob_NT=-np.abs(noise()), advantage_NT=np.zeros(SHAPE, np.float32))
+    reference_NT = -np.abs(noise())
+    old, reference, mask = tensors(batch.logprob_NT, reference_NT, batch.mask_NT)
+    rewards = core_algos.compute_rewards(torch.zeros(SHAPE), old, reference, 0.1) * mask
+    _, expected = core_algos.compute_reinforce_plus_plus_outcome_advantage(
+        rewards, mask, config=SimpleNamespace(gamma=1.0)
+    )
+    one, metrics = prepared(batch, Forward(reference_NT=reference_NT), kl_coef=0.1, kl_in="reward")
+    np.testing.assert_allclose(one.batch.advantage_NT, expected.numpy(), atol=1e-6)
+    assert one.columns == {}
+    kl = (batch.logprob_NT - reference_NT) * batch.weight_NT
+    assert metrics["learner/kl_to_reference"] == pytest.approx(float(kl.sum()), abs=1e-6)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_are_veRL_s(level: str) -> None:
+    engine, own = -np.abs(noise()), -np.abs(noise())
+    batch = replace(BATCH, logprob_NT=np.where(BATCH.mask_NT, engine, 0).astype(np.float32))
+    log_ratio, mask = tensors(own - engine, BATCH.mask_NT)
+    expected, _ = compute_rollout_correction_weights(log_ratio, mask, rollout_is=level, rollout_is_threshold=1.5)
+    one, metrics = prepared(batch, Forward(logprob_NT=own), importance=level, importance_cap=1.5)
+    np.testing.assert_allclose(one.batch.advantage_NT, BATCH.advantage_NT * expected.numpy(), atol=1e-6)
+    np.testing.assert_array_equal(one.batch.logprob_NT, own)
+    assert metrics["learner/rows_without_logprobs"] == 0
+    assert 0 < metrics["learner/importance_capped"] < 1
+    gap = np.abs(own - engine)[BATCH.mask_NT]
+    assert metrics["logprob_gap/mean_abs"] == pytest.approx(float(gap.mean()), rel=1e-5)
+    assert metrics["logprob_gap/max_abs"] == pytest.approx(float(gap.max()), rel=1e-5)
+
+
+@pytest.mark.parametrize("level", ["none", "token", "sequence"])
+def test_a_row_without_log_probabilities_is_not_corrected_and_no_other_row_minds(level: str) -> None:
+    own = -np.abs(noise())
+    engine = np.where(BATCH.mask_NT, own + 0.3 * np.abs(noise()), 0).clip(max=0).astype(np.float32)
+    holed = engine.copy()
+    holed[2, np.flatnonzero(BATCH.mask_NT[2])[0]] = math.nan
+    whole, _ = prepared(replace(BATCH, logprob_NT=engine), Forward(logprob_NT=own), importance=level)
+    one, metrics = prepared(replace(BATCH, logprob_NT=holed), Forward(logprob_NT=own), importance=level)
+    others = np.arange(len(engine)) != 2
+    np.testing.assert_array_equal(one.batch.advantage_NT[others], whole.batch.advantage_NT[others])
+    np.testing.assert_array_equal(one.batch.logprob_NT[others], whole.batch.logprob_NT[others])
+    np.testing.assert_array_equal(one.batch.advantage_NT[2], BATCH.advantage_NT[2])
+    np.testing.assert_array_equal(one.batch.logprob_NT[2], own[2])
+    assert metrics["learner/rows_without_logprobs"] == 1
+    assert math.isfinite(metrics["logprob_gap/max_abs"])
+
+
+def test_the_value_loss_is_veRL_s_token_by_token_with_our_weights() -> None:
+    torch.manual_seed(0)
+    lengths = (5, 3)
+    rows = {name: [torch.rand(n) for n in lengths] for name in ("weights", "values", "returns")}
+    predicted = [torch.rand(n) for n in lengths]  # position i is of token i + 1
+    masks = [torch.arange(n) >= 1 for n in lengths]
+    data = TensorDict({}, batch_size=[])
+    for name, parts in (rows | {"loss_mask": [mask.long() for mask in masks]}).items():
+        data[name] = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+    data["dp_size"] = 1
+    expected = 0.0
+    for n, length in enumerate(lengths):
+        for t in range(1, length):
+            weight, old, target = (rows[name][n][t : t + 1][None] for name in ("weights", "values", "returns"))
+            loss, _ = core_algos.compute_value_loss(
+                predicted[n][t - 1 : t][None], target, old, torch.ones(1, 1), cliprange_value=0.1
+            )
+            expected += float(weight * loss)
+    output = {"values": torch.nested.as_nested_tensor(predicted, layout=torch.jagged)}
+    found, metrics = value_loss(0.1, output, data)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    assert float(metrics["critic/loss"].values[0]) == pytest.approx(expected, rel=1e-5)
