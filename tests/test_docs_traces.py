@@ -1,4 +1,4 @@
-"""docs/traces.md says what the tables in code say. On a difference the failing test prints the section as it should be."""
+"""docs/traces.md says what the tables in code say; where it does not, a failing test prints the table."""
 
 from __future__ import annotations
 
