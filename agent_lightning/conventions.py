@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from bisect import bisect_right
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
+from agent_lightning.asked import Asked
 from agent_lightning.attributes import FIELDS, KINDS, PRESENT, Kind
-from agent_lightning.messages import as_json, parsed, text_of, tool_result_of
+from agent_lightning.message_forms import as_json, as_mapping, parsed, text_of
+from agent_lightning.messages import tool_result_of
 from agent_lightning.span_fields import (
-    as_mapping,
     dump,
     finish_reason_of,
     first,
@@ -31,7 +30,7 @@ from agent_lightning.span_fields import (
     unflattened,
     whole_number,
 )
-from agent_lightning.tools import status_of, tool_calls
+from agent_lightning.tools import status_of
 from agent_lightning.types import AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus
 
 REASONS = {
@@ -325,7 +324,7 @@ def _stated(span: RawSpan) -> Kind | None:
 
 
 def _tools(tree: _Tree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
-    asked = _Asked(calls)
+    asked = Asked(calls)
     starts = [call.started_at for call in calls]
     tools = []
     for span in tree.of(Kind.TOOL):
@@ -360,43 +359,6 @@ def _tools(tree: _Tree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[To
             )
         )
     return tuple(tools)
-
-
-class _Asked:
-    """The tool calls in replies, each of which is one span at most."""
-
-    def __init__(self, calls: Sequence[ModelCall]) -> None:
-        self._place = {call.call_id: index for index, call in enumerate(calls)}
-        self._open: dict[tuple[str, ...], deque[ToolCall]] = {}
-        self._taken: set[str] = set()
-        for one in tool_calls(calls):
-            for index in (("id", one.tool_call_id), ("name", one.name), (one.name, _canonical(one.arguments))):
-                self._open.setdefault(index, deque()).append(one)
-
-    def take(self, identity: str, name: str, arguments: str, before: int, cause: str) -> ToolCall | None:
-        """The one that a span is, of the first `before` calls, or of the call `cause`: by its id, in the newest reply;
-        or the oldest with its name and arguments; or the only one with its name."""
-        same_id = list(self._find(("id", identity), before, cause)) if identity else []
-        same = islice(self._find((name, _canonical(arguments)), before, cause), 1)
-        same_name = list(islice(self._find(("name", name), before, cause), 2))
-        found = same_id[-1] if same_id else next(same, same_name[0] if len(same_name) == 1 else None)
-        if found is not None:
-            self._taken.add(found.span_id)
-        return found
-
-    def _find(self, index: tuple[str, ...], before: int, cause: str) -> Iterator[ToolCall]:
-        waiting = self._open.get(index, deque())
-        while waiting and waiting[0].span_id in self._taken:
-            waiting.popleft()
-        for one in waiting:
-            if self._place[one.call_id] >= before and not cause:
-                return
-            if one.span_id not in self._taken and cause in ("", one.call_id):
-                yield one
-
-
-def _canonical(arguments: str) -> str:
-    return json.dumps(parsed(arguments), sort_keys=True)
 
 
 def _arguments(span: RawSpan) -> str:
