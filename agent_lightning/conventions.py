@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from agent_lightning.asked import Asked
 from agent_lightning.attributes import FIELDS, KINDS, PRESENT, Kind
-from agent_lightning.messages import as_json, parsed, text_of, tool_result_of
+from agent_lightning.message_forms import as_json, as_mapping, parsed, text_of
+from agent_lightning.messages import tool_result_of
 from agent_lightning.span_fields import (
-    as_mapping,
     dump,
     finish_reason_of,
     first,
@@ -28,7 +30,7 @@ from agent_lightning.span_fields import (
     unflattened,
     whole_number,
 )
-from agent_lightning.tools import status_of, tool_calls
+from agent_lightning.tools import status_of
 from agent_lightning.types import AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus
 
 REASONS = {
@@ -135,6 +137,10 @@ def kind_of(span: RawSpan) -> Kind:
     return Kind.AGENT if _is_graph_node(span) else Kind.OTHER
 
 
+_MAX_DEPTH = 256
+"""Ancestors that are looked at: no agent is nested so deep, and a chain without end would cost its square."""
+
+
 class _Tree:
     """Unique spans in the order in which they started, and which of them are kept under which id."""
 
@@ -169,9 +175,10 @@ class _Tree:
         return next((identity for identity in above if identity and identity != own), "")
 
     def _above(self, identity: str) -> Iterator[str]:
-        while parent := self._parent[identity]:
-            yield parent
-            identity = parent
+        for _ in range(_MAX_DEPTH):
+            if not (identity := self._parent[identity]):
+                return
+            yield identity
 
     def _find_wrappers(self) -> None:
         """Of model calls inside model calls the innermost is the call; those around it alone say more about it."""
@@ -318,7 +325,8 @@ def _stated(span: RawSpan) -> Kind | None:
 
 
 def _tools(tree: _Tree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
-    asked = list(tool_calls(calls))
+    asked = Asked(calls)
+    starts = [call.started_at for call in calls]
     tools = []
     for span in tree.of(Kind.TOOL):
         given = first(span.attributes, "result")
@@ -327,52 +335,31 @@ def _tools(tree: _Tree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[To
         message = tool_result_of(given) or {}
         identity = str(first(span.attributes, "tool call id") or message.get("tool_call_id") or "")
         name = str(first(span.attributes, "tool") or message.get("name") or span.name.removeprefix("execute_tool "))
-        before = [call.call_id for call in calls if call.started_at <= span.started_at]
+        cause, status = str(first(span.attributes, "the call that asked") or ""), first(span.attributes, "status")
+        before = bisect_right(starts, span.started_at)
         arguments = _arguments(span)
-        cause = str(first(span.attributes, "the call that asked") or "")
-        match = _asked_for(
-            [one for one in asked if one.call_id in ([cause] if cause else before)], identity, name, arguments
-        )
-        if match is not None:
-            asked.remove(match)
-            arguments = match.arguments
-        result = text_of(given) if given is not None else None if match is None else match.result or None
+        match = asked.take(identity, name, arguments, before, cause)
+        arguments = match.arguments if match else arguments
+        result = text_of(given) if given is not None else match.result or None if match else None
+        seen = status_of(arguments, f"error: {span.error}" if span.error else result)
         tools.append(
             ToolCall(
                 key=key,
                 span_id=tree.kept_id[span.span_id],
                 parent_id=tree.parent_of(span),
-                call_id=cause or (match.call_id if match else before[-1] if before else ""),
+                call_id=cause or (match.call_id if match else calls[before - 1].call_id if before else ""),
                 tool_call_id=match.tool_call_id if match else identity,
                 name=name,
                 arguments=arguments,
                 # Our own span of a tool has its result even where that is empty.
-                result=result or ("" if first(span.attributes, "status") else span.error),
-                status=_status(span, arguments, result),
+                result=result or ("" if status else span.error),
+                status=ToolStatus(status) if status in list(ToolStatus) else seen,
                 started_at=span.started_at,
                 ended_at=max(span.started_at, span.ended_at),
                 source="trace",
             )
         )
     return tuple(tools)
-
-
-def _status(span: RawSpan, arguments: str, result: str | None) -> ToolStatus:
-    said = first(span.attributes, "status")
-    if said in list(ToolStatus):
-        return ToolStatus(said)
-    return status_of(arguments, f"error: {span.error}" if span.error else result)
-
-
-def _asked_for(asked: Sequence[ToolCall], identity: str, name: str, arguments: str) -> ToolCall | None:
-    """Which of the tool calls in replies a span is: by its id, in the newest reply; or the oldest with its name and
-    arguments; or the only one with its name."""
-    same_id = [one for one in asked if one.tool_call_id == identity] if identity else []
-    if same_id:
-        return same_id[-1]
-    same_name = [one for one in asked if one.name == name]
-    same = [one for one in same_name if parsed(one.arguments) == parsed(arguments)]
-    return same[0] if same else same_name[0] if len(same_name) == 1 else None
 
 
 def _arguments(span: RawSpan) -> str:

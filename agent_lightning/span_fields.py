@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from agent_lightning.attributes import FIELDS
-from agent_lightning.messages import Message, answer, conversation, parsed, text_of
+from agent_lightning.message_forms import Message, as_mapping, parsed, text_of
+from agent_lightning.messages import answer, conversation
 from agent_lightning.types import Floats, Ints
 
 
@@ -105,11 +106,6 @@ def has(attributes: Mapping[str, Any], name: str) -> bool:
 def matches(attribute: str, name: str) -> bool:
     """Whether an attribute is the one, or one of those, that `name` means."""
     return attribute.startswith(name[:-1]) if name.endswith(".*") else attribute == name
-
-
-def as_mapping(value: Any) -> Mapping[str, Any]:
-    """A mapping as it is, anything else as an empty one."""
-    return value if isinstance(value, Mapping) else {}
 
 
 def number(value: Any) -> float:

@@ -19,7 +19,7 @@ from agent_lightning import otlp
 from agent_lightning.conventions import RawSpan
 from agent_lightning.errors import DataError
 from agent_lightning.export import from_row
-from agent_lightning.messages import Message
+from agent_lightning.message_forms import Message
 from agent_lightning.types import Outcome, RolloutKey, Trajectory
 
 REASONS = {

@@ -1,4 +1,4 @@
-"""docs/traces.md says what the tables in code say; on a difference the failing test prints how it should be."""
+"""docs/traces.md says what the tables in code say; where it does not, a failing test prints the table."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from agent_lightning.imports import Imported, Report, conversations, read_files
-from agent_lightning.messages import text_of
+from agent_lightning.message_forms import text_of
 from agent_lightning.types import ModelCall, ToolCall, ToolStatus, Trajectory
 
 TRACES = Path(os.environ.get("AGL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "traces"
