@@ -138,7 +138,10 @@ async def errors_of_the_protocol(stack: Stack) -> None:
             said = {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": half}]}
             for changed in (
                 {"messages": [{"role": "user", "content": "a"}, said]},
-                {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function", "function": {"name": 5}}]},
+                {
+                    "messages": [{"role": "user", "content": "a"}],
+                    "tools": [{"type": "function", "function": {"name": 5}}],
+                },
                 {"messages": [{"role": "user", "content": "a"}], "stop": [1]},
                 {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
                 {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -155,7 +158,10 @@ async def errors_of_the_protocol(stack: Stack) -> None:
                     assert response.status == 200 or "message" in error_body["error"]
         with pytest.raises(anthropic.BadRequestError, match="web_search"):
             await clients.anthropic.messages.create(
-                model="m", max_tokens=5, messages=long, tools=[{"type": "web_search_20250305", "name": "web_search"}]  # type: ignore[arg-type, list-item]
+                model="m",
+                max_tokens=5,
+                messages=long,
+                tools=[{"type": "web_search_20250305", "name": "web_search"}],  # type: ignore[arg-type, list-item]
             )
 
 
