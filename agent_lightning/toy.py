@@ -141,11 +141,6 @@ class ToyEngine:
                 yield Part(chunk={"choices": [piece for piece in pieces if piece]}, policy_version=version)
         yield Part(chunk={"choices": [], "usage": _usage(choices)}, policy_version=version)
 
-    async def count(self, request: Mapping[str, Any]) -> int | Refusal:
-        """Tokens of a chat request's prompt."""
-        asked = await self._read(request)
-        return asked if isinstance(asked, Refusal) else asked.prompts[0].size
-
     @asynccontextmanager
     async def _work(self) -> AsyncIterator[None]:
         self.in_flight += 1

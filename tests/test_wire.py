@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import anthropic
 import numpy as np
 import openai
 import pytest
@@ -105,6 +106,29 @@ async def test_a_prompt_of_token_ids_is_answered_as_the_chat_that_it_is() -> Non
     assert len(several.choices) == 4
     assert [call.prompt_T.size for call in calls[3:]] == [1] * 4
     assert len({call.call_id for call in calls}) == 7
+
+
+async def test_tokens_of_a_prompt_are_counted_without_a_span() -> None:
+    async with open_rig() as rig, clients_of(rig) as clients:
+        counted = await clients.anthropic.messages.count_tokens(model="m", messages=HELLO)  # type: ignore[arg-type]
+        await converse(clients, "messages", "hello", tools=False, stream=False)
+        (call,) = (await rig.end()).calls
+        with pytest.raises(anthropic.BadRequestError):
+            await clients.anthropic.messages.count_tokens(model="m", messages=[{"role": "nobody", "content": ""}])  # type: ignore[typeddict-item]
+    assert counted.input_tokens == call.prompt_T.size
+
+
+async def test_models_and_errors_as_each_client_reads_them() -> None:
+    async with open_rig() as rig, clients_of(rig) as clients:
+        assert [model.id async for model in clients.openai.models.list()] == ["policy"]
+        assert [model.id async for model in clients.anthropic.models.list()] == ["policy"]
+        assert (await clients.openai.models.retrieve("gpt")).id == (await clients.anthropic.models.retrieve("gpt")).id
+        stranger = clients.of(clients.root.replace("/agent", "x/agent"))
+        with pytest.raises(openai.PermissionDeniedError):
+            await stranger.openai.responses.create(model="m", input="hello")
+        with pytest.raises(anthropic.PermissionDeniedError) as error:
+            await stranger.anthropic.messages.create(model="m", max_tokens=5, messages=HELLO)  # type: ignore[arg-type]
+        assert error.value.body["type"] == "error"  # type: ignore[index]
 
 
 # Streams.

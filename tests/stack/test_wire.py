@@ -87,7 +87,7 @@ async def the_same_spans(stack: Stack, *, tools: bool) -> None:
 async def a_prompt_of_token_ids(stack: Stack) -> None:
     calls: list[ModelCall] = []
     async with stack.rollout(calls) as root, Clients(root=root) as clients:
-        (turn,) = await converse(clients, "chat", QUESTION, tools=False, stream=False)
+        await converse(clients, "chat", QUESTION, tools=False, stream=False)
         counted = await clients.anthropic.messages.count_tokens(
             model="policy", messages=[{"role": "user", "content": QUESTION}]
         )
