@@ -149,6 +149,18 @@ async def test_deltas_come_before_the_answer_is_whole_and_the_end_only_when_it_i
     assert (reason, at_end) == ("stop", 1)
 
 
+async def test_new_weights_wait_for_a_stream_and_the_next_agent_does_not_notice() -> None:
+    async with open_rig() as rig, clients_of(rig) as clients:
+        rig.engine.delay_s = 0.1
+        first = asyncio.create_task(converse(clients, "chat", "a", tools=False, stream=True))
+        while not rig.engine.in_flight:
+            await asyncio.sleep(0.01)
+        installing = asyncio.create_task(learned(rig, 0))
+        await asyncio.sleep(0.01)
+        await asyncio.gather(first, installing, converse(clients, "messages", "b", tools=False, stream=True))
+        assert [call.policy_version for call in (await rig.end()).calls] == [0, 7]
+
+
 async def test_log_probabilities_and_choices_of_a_stream() -> None:
     async with open_rig() as rig, clients_of(rig) as clients:
         asked: dict[str, Any] = {"model": "m", "messages": HELLO, "n": 3, "logprobs": True}
