@@ -17,7 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from agent_lightning.config_types import Config, SourceConfig
+from agent_lightning.config_types import SAMPLING_RULE, Config, SourceConfig
 from agent_lightning.errors import ConfigError
 
 __all__ = ["Config", "SourceConfig", "from_mapping", "load", "reload", "to_mapping", "to_yaml"]
@@ -109,8 +109,9 @@ def from_mapping(values: Any) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole config, every default written out."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The whole config, every default written out, and the rule by which `sampling` holds."""
+    rule = "".join(f"# {line}\n" for line in SAMPLING_RULE.splitlines())
+    return OmegaConf.to_yaml(OmegaConf.structured(config)).replace("\nsampling:\n", f"\n{rule}sampling:\n")
 
 
 def to_mapping(config: Config) -> dict[str, Any]:

@@ -188,9 +188,15 @@ class AirConfig:
     """Functions of one's own, "path/to/file.py:function": an attempt's calls -> a reward for each."""
 
 
+SAMPLING_RULE = """\
+train: these govern. What an agent asks for (temperature, seed, penalties, ...) is replaced, or left out.
+val: what the agent asks for comes first, and these fill the gaps.
+In both the smaller max_tokens wins. It is the same for every wire format (docs/gateway.md)."""
+
+
 @dataclass(slots=True, kw_only=True)
 class SamplingConfig:
-    """What the engine is asked for. Training: these govern. Validation: the agent's own wish comes first."""
+    """What the engine is asked for, by SAMPLING_RULE."""
 
     temperature: float = 1.0
     top_p: float = 1.0

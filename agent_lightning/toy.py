@@ -8,7 +8,7 @@ import uuid
 import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.metrics import Max, Mean, Metrics, merge
 from agent_lightning.policy import PolicyBoard
-from agent_lightning.serving.dialects import Choice, Completion, Part, Refusal
+from agent_lightning.serving.dialects import Choice, Completion, Part, Refusal, join
 from agent_lightning.serving.gate import Gate
 from agent_lightning.types import Batch, Ints
 
@@ -123,12 +123,14 @@ class ToyEngine:
         async with self._work():
             version, choices = self.version, self._sample(asked)
             await asyncio.sleep(self.delay_s)
-        rendered = [self._render(index, choice, request) for index, choice in enumerate(choices)]
-        reply = {"choices": rendered, "usage": _usage(choices)}
-        return Completion(reply=reply, choices=choices, policy_version=version)
+        completion = join([_part(self._language, choices, slice(None), request, version)])
+        if request.get("tools"):
+            for choice in completion.reply["choices"]:
+                _call_tool(choice, request["tools"][0]["function"]["name"])
+        return completion
 
     async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
-        """The same token by token, each of which takes `delay_s`."""
+        """The same token by token, each of which takes `delay_s`; words that are tool calls stay words."""
         asked = await self._read(request)
         if isinstance(asked, Refusal):
             yield asked
@@ -137,14 +139,7 @@ class ToyEngine:
             version, choices = self.version, self._sample(asked)
             for position in range(max(choice.response_T.size for choice in choices)):
                 await asyncio.sleep(self.delay_s)
-                pieces = [self._piece(index, choice, position, request) for index, choice in enumerate(choices)]
-                yield Part(chunk={"choices": [piece for piece in pieces if piece]}, policy_version=version)
-        yield Part(chunk={"choices": [], "usage": _usage(choices)}, policy_version=version)
-
-    async def count(self, request: Mapping[str, Any]) -> int | Refusal:
-        """Tokens of a chat request's prompt."""
-        asked = await self._read(request)
-        return asked if isinstance(asked, Refusal) else asked.prompts[0].size
+                yield _part(self._language, choices, slice(position, position + 1), request, version)
 
     @asynccontextmanager
     async def _work(self) -> AsyncIterator[None]:
@@ -225,52 +220,47 @@ class ToyEngine:
             finish_reason="stop" if length == 2 else "length",
         )
 
-    def _render(self, index: int, choice: Choice, request: Mapping[str, Any]) -> dict[str, Any]:
-        """One choice as OpenAI JSON."""
-        word = self._language.words[int(choice.response_T[0]) - FIRST_WORD]
-        rendered = {"index": index, "finish_reason": choice.finish_reason}
-        if "prompt" in request:
-            return rendered | {"text": word, "logprobs": self._logprobs(choice, request)}
-        message: dict[str, Any] = {"role": "assistant", "content": word}
-        if word.startswith(CALL) and request.get("tools"):
-            name = request["tools"][0]["function"]["name"]
-            calls = [
-                {"name": name, "arguments": json.dumps({"expression": expression})}
-                for expression in word.removeprefix(CALL).split(";")
-            ]
-            tool_calls = [{"id": f"call-{uuid.uuid4().hex[:8]}", "type": "function", "function": c} for c in calls]
-            message |= {"content": None, "tool_calls": tool_calls}
-            rendered["finish_reason"] = "tool_calls"
-        return rendered | {"message": message, "logprobs": self._logprobs(choice, request)}
 
-    def _piece(self, index: int, choice: Choice, position: int, request: Mapping[str, Any]) -> dict[str, Any]:
-        """One token of a choice as a chunk of vLLM's has it."""
-        if position >= choice.response_T.size:
-            return {}
-        one = slice(position, position + 1)
-        token = replace(choice, response_T=choice.response_T[one], logprob_T=choice.logprob_T[one])
-        text = "" if position else self._language.words[int(choice.response_T[0]) - FIRST_WORD]
-        last = position + 1 == choice.response_T.size
-        return {
+def _part(
+    language: ToyLanguage, choices: Sequence[Choice], tokens: slice, request: Mapping[str, Any], version: int
+) -> Part:
+    """These tokens of each choice, as a chunk of vLLM's has them."""
+    raw = "prompt" in request
+    pieces = []
+    for index, choice in enumerate(choices):
+        ids, values = choice.response_T[tokens].tolist(), choice.logprob_T[tokens].tolist()
+        texts = ["" if token == END else language.words[token - FIRST_WORD] for token in ids]
+        text = "".join(texts)
+        entries = [
+            {"token": token or "<end>", "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
+            for token, value in zip(texts, values, strict=True)
+        ]
+        ended = tokens.stop in (None, choice.response_T.size)
+        piece = {
             "index": index,
             "prompt_token_ids": choice.prompt_T.tolist(),
-            "token_ids": token.response_T.tolist(),
-            "logprobs": self._logprobs(token, request),
-            "finish_reason": choice.finish_reason if last else None,
-            **({"text": text} if "prompt" in request else {"delta": {"content": text}}),
+            "token_ids": ids,
+            "finish_reason": choice.finish_reason if ended else None,
+            "logprobs": {"tokens": texts, "token_logprobs": values} if raw else {"content": entries},
+            **({"text": text} if raw else {"delta": {"content": text}}),
         }
+        pieces += [piece] if ids else []
+    prompt, completion = choices[0].prompt_T.size, sum(choice.response_T.size for choice in choices)
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return Part(chunk={"choices": pieces, "usage": usage}, policy_version=version)
 
-    def _logprobs(self, choice: Choice, request: Mapping[str, Any]) -> dict[str, Any]:
-        words = self._language.words
-        texts = ["<end>" if token == END else words[int(token) - FIRST_WORD] for token in choice.response_T]
-        values = choice.logprob_T.tolist()
-        if "prompt" in request:
-            return {"tokens": texts, "token_logprobs": values, "top_logprobs": [], "text_offset": []}
-        content = [
-            {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []}
-            for text, value in zip(texts, values, strict=True)
-        ]
-        return {"content": content, "refusal": None}
+
+def _call_tool(choice: dict[str, Any], name: str) -> None:
+    """Make a tool call of a word that is one."""
+    word = choice["message"]["content"]
+    if not word.startswith(CALL):
+        return
+    choice["finish_reason"] = "tool_calls"
+    choice["message"] = {"role": "assistant", "content": None, "tool_calls": []}
+    for expression in word.removeprefix(CALL).split(";"):
+        function = {"name": name, "arguments": json.dumps({"expression": expression})}
+        call = {"id": f"call-{uuid.uuid4().hex[:8]}", "type": "function", "function": function}
+        choice["message"]["tool_calls"].append(call)
 
 
 class ToyLearner:
@@ -340,8 +330,3 @@ class ToyLearner:
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     shifted = logits.astype(np.float64) - logits.max()
     return np.asarray(shifted - np.log(np.exp(shifted).sum()), np.float64)
-
-
-def _usage(choices: Sequence[Choice]) -> dict[str, int]:
-    prompt, completion = choices[0].prompt_T.size, sum(choice.response_T.size for choice in choices)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

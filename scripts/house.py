@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 TARGETS: Mapping[str, float] = {
-    "lines in all": 8000,
+    "lines in all": 9100,
     "median file": 170,
     "largest file": 400,
     "longest function": 50,

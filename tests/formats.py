@@ -61,8 +61,11 @@ class Clients:
         )
 
 
-async def chat(clients: Clients, history: Sequence[Any], *, tools: bool, stream: bool, **extra: Any) -> Turn:
-    asked = {"model": "policy", "messages": list(history), **extra}
+async def chat(
+    clients: Clients, history: Sequence[Any], *, tools: bool, stream: bool, system: str = "", **extra: Any
+) -> Turn:
+    told = [{"role": "system", "content": system}] if system else []
+    asked = {"model": "policy", "messages": [*told, *history], **extra}
     if tools:
         asked["tools"] = [{"type": "function", "function": FUNCTION}]
     pieces = 0
@@ -92,8 +95,10 @@ async def chat(clients: Clients, history: Sequence[Any], *, tools: bool, stream:
     )
 
 
-async def responses(clients: Clients, history: Sequence[Any], *, tools: bool, stream: bool, **extra: Any) -> Turn:
-    asked = {"model": "policy", "input": list(history), **extra}
+async def responses(
+    clients: Clients, history: Sequence[Any], *, tools: bool, stream: bool, system: str = "", **extra: Any
+) -> Turn:
+    asked = {"model": "policy", "input": list(history), "instructions": system or None, **extra}
     if tools:
         asked["tools"] = [{"type": "function", **FUNCTION}]
     pieces = 0
@@ -117,8 +122,12 @@ async def responses(clients: Clients, history: Sequence[Any], *, tools: bool, st
     )
 
 
-async def messages(clients: Clients, history: Sequence[Any], *, tools: bool, stream: bool, **extra: Any) -> Turn:
+async def messages(
+    clients: Clients, history: Sequence[Any], *, tools: bool, stream: bool, system: str = "", **extra: Any
+) -> Turn:
     asked = {"model": "policy", "max_tokens": 16, "messages": list(history), "extra_body": extra}
+    if system:
+        asked["system"] = system
     if tools:
         asked["tools"] = [{"name": FUNCTION["name"], "description": FUNCTION["description"], "input_schema": ARGUMENTS}]
     pieces = 0

@@ -166,6 +166,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     config = load(["experiment=calc_tiny", "steps=9", "tracking.tags=[a]", "algorithm.failures.timeout=null"])
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
+    assert "# val: what the agent asks for comes first, and these fill the gaps.\n" in file.read_text()
     assert reload(file, []) == config
     assert from_mapping(to_mapping(config)) == config
     assert reload(file, ["steps=12", "algorithm.lr=1e-4"]).steps == 12

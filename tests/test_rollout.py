@@ -149,6 +149,13 @@ async def test_a_task_too_long_for_a_variable_is_on_stdin() -> None:
     assert await run_agent(f'{sys.executable} -c "{code}"', "command", task, POLICY, ROLLOUT) == "False True"
 
 
+async def test_a_command_finds_the_policy_whichever_api_it_speaks() -> None:
+    asked = "sh -c 'echo $OPENAI_BASE_URL $ANTHROPIC_BASE_URL $ANTHROPIC_API_KEY'"
+    openai_url, anthropic_url, key = str(await run_agent(asked, "command", make_task(), POLICY)).split()
+    assert openai_url == f"{anthropic_url}/v1" == POLICY.base_url
+    assert (anthropic_url, key) == (POLICY.anthropic_base_url, POLICY.api_key)
+
+
 async def test_a_command_need_not_read_its_task() -> None:
     assert await run_agent("echo done", "command", make_task(text="x" * 500_000), POLICY, ROLLOUT) == "done"
 

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import anthropic
 import numpy as np
 import openai
 import pytest
@@ -107,6 +108,29 @@ async def test_a_prompt_of_token_ids_is_answered_as_the_chat_that_it_is() -> Non
     assert len({call.call_id for call in calls}) == 7
 
 
+async def test_tokens_of_a_prompt_are_counted_without_a_span() -> None:
+    async with open_rig() as rig, clients_of(rig) as clients:
+        counted = await clients.anthropic.messages.count_tokens(model="m", messages=HELLO)  # type: ignore[arg-type]
+        await converse(clients, "messages", "hello", tools=False, stream=False)
+        (call,) = (await rig.end()).calls
+        with pytest.raises(anthropic.BadRequestError):
+            await clients.anthropic.messages.count_tokens(model="m", messages=[{"role": "nobody", "content": ""}])  # type: ignore[typeddict-item]
+    assert counted.input_tokens == call.prompt_T.size
+
+
+async def test_models_and_errors_as_each_client_reads_them() -> None:
+    async with open_rig() as rig, clients_of(rig) as clients:
+        assert [model.id async for model in clients.openai.models.list()] == ["policy"]
+        assert [model.id async for model in clients.anthropic.models.list()] == ["policy"]
+        assert (await clients.openai.models.retrieve("gpt")).id == (await clients.anthropic.models.retrieve("gpt")).id
+        stranger = clients.of(clients.root.replace("/agent", "x/agent"))
+        with pytest.raises(openai.PermissionDeniedError):
+            await stranger.openai.responses.create(model="m", input="hello")
+        with pytest.raises(anthropic.PermissionDeniedError) as error:
+            await stranger.anthropic.messages.create(model="m", max_tokens=5, messages=HELLO)  # type: ignore[arg-type]
+        assert error.value.body["type"] == "error"  # type: ignore[index]
+
+
 # Streams.
 
 
@@ -123,6 +147,18 @@ async def test_deltas_come_before_the_answer_is_whole_and_the_end_only_when_it_i
     assert deltas
     assert {recorded for _, recorded in deltas} == {0}
     assert (reason, at_end) == ("stop", 1)
+
+
+async def test_new_weights_wait_for_a_stream_and_the_next_agent_does_not_notice() -> None:
+    async with open_rig() as rig, clients_of(rig) as clients:
+        rig.engine.delay_s = 0.1
+        first = asyncio.create_task(converse(clients, "chat", "a", tools=False, stream=True))
+        while not rig.engine.in_flight:
+            await asyncio.sleep(0.01)
+        installing = asyncio.create_task(learned(rig, 0))
+        await asyncio.sleep(0.01)
+        await asyncio.gather(first, installing, converse(clients, "messages", "b", tools=False, stream=True))
+        assert [call.policy_version for call in (await rig.end()).calls] == [0, 7]
 
 
 async def test_log_probabilities_and_choices_of_a_stream() -> None:

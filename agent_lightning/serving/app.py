@@ -8,12 +8,12 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import ray
 from ray import serve
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -68,29 +68,25 @@ class _HandleEngine:
         self._handle = handle
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
-        return cast(Completion | Refusal, await self._ask(self._handle.generate.remote(request)))
-
-    async def count(self, request: Mapping[str, Any]) -> int | Refusal:
-        return cast(int | Refusal, await self._ask(self._handle.count.remote(request)))
+        response = self._handle.generate.remote(request)
+        try:
+            completion: Completion | Refusal = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except Exception as error:  # any failure of a replica reaches the agent as an error of its protocol
+            return _failure(error)
+        return completion
 
     async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
         parts = self._handle.options(stream=True).stream.remote(request)
         try:
             async for part in parts:
                 yield part
-        except Exception as error:  # any failure of a replica reaches the agent as an error of its protocol
+        except Exception as error:  # as above
             yield _failure(error)
         finally:
             parts.cancel()
-
-    async def _ask(self, response: DeploymentResponse[Any]) -> Any:
-        try:
-            return await response
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-        except Exception as error:  # as above
-            return _failure(error)
 
 
 def _failure(error: Exception) -> Refusal:
@@ -113,9 +109,6 @@ class PolicyDeployment:
     async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
         async for part in self._server.stream(request):
             yield part
-
-    async def count(self, request: Mapping[str, Any]) -> int | Refusal:
-        return await self._server.count(request)
 
     async def check_health(self) -> None:
         await self._server.check_health()

@@ -58,10 +58,6 @@ class Engine(Protocol):
         """The parts of an answer as they come; a refusal is the last."""
         ...
 
-    async def count(self, request: Mapping[str, Any]) -> int | Refusal:
-        """Tokens of a chat request's prompt."""
-        ...
-
 
 class Recorder(SpanRecorder, Protocol):
     """What the gateway asks of the buffer."""
@@ -338,8 +334,14 @@ class Gateway:
             call.attempt.calls_left = min(call.attempt.calls_left, left)
 
     async def _count(self, call: _Call) -> Response:
-        found = await self._engine.count(call.asked.engine)
-        return _refuse(call.wire, found) if isinstance(found, Refusal) else JSONResponse({"input_tokens": found})
+        """Tokens of a prompt: the engine reads it, and samples one token that nobody sees."""
+        config, split = self._config, call.key.split
+        body = {**call.asked.engine, "max_tokens": 1, "n": 1}
+        request = engine_request(body, model=config.model, split=split, sampling=config.sampling[split])
+        found = await self._engine.generate(request)
+        if isinstance(found, Refusal):
+            return _refuse(call.wire, found)
+        return JSONResponse({"input_tokens": found.choices[0].prompt_T.size})
 
     def _models(self, name: list[str]) -> dict[str, Any]:
         """The one model there is, by any name that an agent asks for, as OpenAI's and Anthropic's clients read it."""

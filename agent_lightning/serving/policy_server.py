@@ -21,7 +21,6 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionRequest,
     CompletionRequest,
     ErrorResponse,
-    TokenizeChatRequest,
 )
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
@@ -118,17 +117,6 @@ class PolicyServer:
                             return
         except _INVALID as error:
             yield _invalid(error)
-
-    async def count(self, request: Mapping[str, Any]) -> int | Refusal:
-        """Tokens of a chat request's prompt."""
-        fields = {name: request[name] for name in ("messages", "tools") if request.get(name)}
-        try:
-            counted = [found async for found in await self._server.tokenize(TokenizeChatRequest(**fields))][-1]
-        except _INVALID as error:
-            return _invalid(error)
-        if isinstance(counted, ErrorResponse):
-            return parse_error(counted.error.message, int(counted.error.code or 500), counted.error.type)
-        return int(counted.count)
 
     async def _ask(self, request: Mapping[str, Any]) -> AsyncIterator[Any]:
         """Ray's stream of replies: one, or batches of server-sent events. Raises ValidationError, ValueError."""
