@@ -19,6 +19,9 @@ def names(group: str) -> list[str]:
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
+EXPERIMENTS = ", ".join(names("experiment"))
+
+
 def refusal(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load(["experiment=calc_tiny", *overrides])
@@ -84,7 +87,7 @@ def test_a_key_that_no_file_names_can_be_set(override: str, value: object) -> No
         ("=3", "=3: must have the form key=value"),
         ("steps=[1", "steps=[1: cannot be read; quote a value that has special characters"),
         ("hardware=huge", "hardware=huge: unknown; choose one of cpu, gpu2, gpu8"),
-        ("experiment=nope", "experiment=nope: unknown; choose one of calc_mawps, calc_sheet, calc_tiny, calc_x"),
+        ("experiment=nope", f"experiment=nope: unknown; choose one of {EXPERIMENTS}"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_says_what_to_do(override: str, message: str) -> None:
@@ -136,7 +139,7 @@ def test_a_kind_of_source_that_there_is_not_is_refused() -> None:
 
 
 def test_no_experiment_is_one_line_with_the_choices() -> None:
-    with pytest.raises(ConfigError, match=r"^experiment: missing; .* calc_mawps, calc_sheet, calc_tiny, calc_x$"):
+    with pytest.raises(ConfigError, match=f"^experiment: missing; .* {EXPERIMENTS}$"):
         load(["steps=3"])
 
 
