@@ -300,10 +300,10 @@ def test_rows_are_scored_and_added_up(singers):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pred": None}, "row 'a' has no pred$"),
-        ({"db_id": 3, "query": None}, "row 'a' has no db_id and no query$"),
-        ({"db_id": "nobody"}, "row 'a': there is no database 'nobody'"),
-        ({"query": "SELECT nobody"}, "row 'a': the gold query fails on "),
+        ({"pred": None}, "the row has no text 'pred'$"),
+        ({"db_id": 3, "query": None}, "the row has no text 'db_id' and no text 'query'$"),
+        ({"db_id": "nobody"}, "there is no database 'nobody'"),
+        ({"query": "SELECT nobody"}, "the gold query fails on "),
     ],
 )
 def test_a_row_that_cannot_be_scored_is_told_in_one_line(singers, change, message):
@@ -311,4 +311,4 @@ def test_a_row_that_cannot_be_scored_is_told_in_one_line(singers, change, messag
     with pytest.raises(DataError, match=f"^{message}"):
         scorer.score(row, databases=singers.parents[1])
     with pytest.raises(DataError, match="--databases"):
-        scorer.score({"pred": "", "db_id": "", "query": ""}, databases=None)
+        scorer.score({"pred": "", "db_id": "", "query": ""})

@@ -122,6 +122,26 @@ def files(folder: str | Path, db_id: str) -> list[Path]:
     return found
 
 
+def schema(path: str | Path) -> str:
+    """Tables with their columns, then the foreign keys: "singer(id, name)" and "concert.singer = singer.id", in lines.
+
+    Raises DataError where the database cannot be read.
+    """
+    columns = "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type = 'table'"
+    keys = 'SELECT m.name, k."from", k."table", k."to" FROM sqlite_master m, pragma_foreign_key_list(m.name) k'
+    try:
+        with contextlib.closing(_open(Path(path))) as connection:
+            tables: dict[str, list[str]] = {}
+            for table, column in connection.execute(columns):
+                tables.setdefault(table, []).append(column)
+            lines = [f"{table}({', '.join(names)})" for table, names in tables.items()]
+            for table, column, other, target in connection.execute(keys):
+                lines.append(f"{table}.{column} = {other}.{target}" if target else f"{table}.{column} = {other}")
+    except sqlite3.Error as error:
+        raise DataError(f"{path} is not a SQLite database: {_one_line(error)}") from None
+    return "\n".join(lines)
+
+
 def size_of(row: Sequence[Cell]) -> int:
     """Characters of texts, bytes of blobs, 8 for anything else: equal rows have equal sizes."""
     return sum(len(cell) if isinstance(cell, str | bytes) else 8 for cell in row)

@@ -16,21 +16,17 @@ LEVELS = ("easy", "medium", "hard", "extra")
 """Spider's difficulties, in their order."""
 
 
-def score(row: Mapping[str, Any], *, databases: Path | None) -> dict[str, float]:
+def score(row: Mapping[str, Any], *, databases: Path | None = None) -> dict[str, float]:
     """{"score": 1} where the prediction matches the gold query on `databases/db_id/*.sqlite`, else {"score": 0}.
 
     Raises DataError: a missing field or database, no folder of databases, a gold query that fails.
     """
-    name = f"row {row.get('id')!r}"
     missing = [field for field in FIELDS if not isinstance(row.get(field), str)]
     if missing:
-        raise DataError(f"{name} has no {' and no '.join(missing)}")
+        raise DataError(f"the row has no text {' and no text '.join(map(repr, missing))}")
     if databases is None:
         raise DataError("Spider is scored on its databases: give their folder with --databases")
-    try:
-        return {"score": int(execution_match(row["pred"], row["query"], files(databases, row["db_id"])))}
-    except DataError as error:
-        raise DataError(f"{name}: {error}") from None
+    return {"score": int(execution_match(row["pred"], row["query"], files(databases, row["db_id"])))}
 
 
 def totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
