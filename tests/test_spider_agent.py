@@ -94,7 +94,7 @@ async def test_the_agent_writes_checks_and_rewrites_in_at_most_three_rounds(task
     async with serving(model) as policy:
         assert await agent.solve(task, policy) == query
     assert [role for role, _ in model.asked] == roles.split()
-    assert model.asked[0][1] == "singer(name, age)\nQuestion: How many singers?"
+    assert model.asked[0][1] == "table singer: name, age\nQuestion: How many singers?"
 
 
 async def test_what_the_models_see_of_a_result(task):

@@ -58,7 +58,7 @@ def test_what_cannot_be_scored_is_left_out_and_counted(root, caplog):
     rows = data.questions(root=str(root), split="train", num=100, seed=0)
     assert rows[0] == ROWS[0] | {
         "id": "train_spider_0",
-        "schema": "singer(name, age)\nstage(town, singer)\nstage.singer = singer",
+        "schema": "table singer: name, age\ntable stage: town, singer\nstage.singer = singer",
         "databases": str(root / "database"),
     }
     assert [row["id"] for row in rows] == ["train_spider_0", "train_spider_4"]
@@ -136,6 +136,8 @@ def test_the_slice_holds_out_whole_queries_of_the_training_databases():
     databases = {split: {row["db_id"] for row in rows} for split, rows in splits.items()}
     assert databases["held_out"] <= databases["train"]
     assert not databases["train"] & databases["dev"]
+    assert splits["dev"][0]["schema"].startswith("table singer: Singer_ID, Name, Country,")
+    assert all("\n" not in row["schema"] for rows in splits.values() for row in rows)
 
 
 def test_the_papers_settings():

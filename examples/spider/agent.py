@@ -4,7 +4,7 @@
 
 It knows nothing of the training but `policy`, any object with `base_url`, `api_key` and `model`:
 
-    await solve({"question": "How many singers?", "schema": "singer(id)", …}, policy)  # "SELECT count(*) FROM singer"
+    await solve({"question": "How many singers?", "schema": "table singer: id", …}, policy)  # "SELECT count(*) …"
 
 The checker may be another model: CHECKER_BASE_URL, CHECKER_API_KEY and CHECKER_MODEL in the environment say which.
 """

@@ -42,7 +42,7 @@ def questions(*, root: str, split: str, num: int, seed: int) -> list[dict[str, A
 
 
 def single_table(*, root: str, split: str, num: int, seed: int) -> list[dict[str, Any]]:
-    """The slice whose gold query reads one table, once: "train", "held_out" or "dev".
+    """The slice whose gold query reads one table, once: "train", "held_out" or "dev". The schema is of that table only.
 
     "held_out" is of the training databases: no gold query of it is one of "train". "dev" has other databases.
     """
@@ -52,7 +52,7 @@ def single_table(*, root: str, split: str, num: int, seed: int) -> list[dict[str
     rows = [row for row in _read(root, part) if reads_one_table(row["query"])]
     if split != "dev":
         rows = [row for row in rows if _is_held_out(row) is (split == "held_out")]
-    return _draw(_usable(rows, root, split), num, seed)
+    return [row | {"schema": _one_table(row)} for row in _draw(_usable(rows, root, split), num, seed)]
 
 
 def reads_one_table(query: str) -> bool:
@@ -60,6 +60,12 @@ def reads_one_table(query: str) -> bool:
     text = query.lower()
     several = re.search(r"\bjoin\b|\bfrom\s+\w+\s*(?:as\s+\w+\s*)?,", text)
     return not several and len(re.findall(r"\bselect\b", text)) == 1
+
+
+def _one_table(row: Mapping[str, Any]) -> str:
+    name = re.search(r"\bfrom\s+[`\"\[]?(\w+)", row["query"], re.IGNORECASE)
+    lines = row["schema"].splitlines()
+    return next(line for line in lines if name and line.lower().startswith(f"table {name[1].lower()}:"))
 
 
 def _is_held_out(row: Mapping[str, Any]) -> bool:

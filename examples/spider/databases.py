@@ -123,7 +123,7 @@ def files(folder: str | Path, db_id: str) -> list[Path]:
 
 
 def schema(path: str | Path) -> str:
-    """Tables with their columns, then the foreign keys: "singer(id, name)" and "concert.singer = singer.id", in lines.
+    """A line a table, "table singer: id, name", then one a foreign key, "concert.singer = singer.id".
 
     Raises DataError where the database cannot be read.
     """
@@ -134,7 +134,7 @@ def schema(path: str | Path) -> str:
             tables: dict[str, list[str]] = {}
             for table, column in connection.execute(columns):
                 tables.setdefault(table, []).append(column)
-            lines = [f"{table}({', '.join(names)})" for table, names in tables.items()]
+            lines = [f"table {table}: {', '.join(names)}" for table, names in tables.items()]
             for table, column, other, target in connection.execute(keys):
                 lines.append(f"{table}.{column} = {other}.{target}" if target else f"{table}.{column} = {other}")
     except sqlite3.Error as error:
