@@ -23,7 +23,7 @@ from agent_lightning.credit import examine
 from agent_lightning.credit_rules import CreditRules, FailurePolicy
 from agent_lightning.errors import UserError
 from agent_lightning.loop import Loop
-from agent_lightning.observer import RunObserver, summarise
+from agent_lightning.observer import RunObserver, reward_by, summarise
 from agent_lightning.plots import plot_learning_curve
 from agent_lightning.report import Progress, Summary, report
 from agent_lightning.state import Plan, State
@@ -76,7 +76,9 @@ async def train(overrides: Sequence[str], *, resume: Path | None) -> int:
     finally:
         progress.stop()
         observer.close()
-    summary = summarise(config, state, val_rows=len(loaded["val"]), start_s=start_s)
+    summary = summarise(
+        config, state, val_rows=len(loaded["val"]), val_reward_by=observer.val_reward_by, start_s=start_s
+    )
     _close_run(config, run, summary, console)
     return STOPPED if stopped.is_set() else 0
 
@@ -162,13 +164,14 @@ async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) 
         groups = await system.buffer.take(len(loaded), split="val")
         seconds = time.monotonic() - started
     rollouts = [trajectory for group in groups for trajectory in group.trajectories]
-    rewards = [rollout.reward or 0.0 for rollout in rollouts]
+    rewards, strata = [rollout.reward or 0.0 for rollout in rollouts], config.data.strata
     result: dict[str, Any] = {
         "model": config.model.path,
         "experiment": config.experiment,
         "split": split,
         "rows": len(rewards),
         "reward": sum(rewards) / len(rewards),
+        **({f"reward_by_{strata}": reward_by(groups, strata)} if strata else {}),
         "outcomes": dict(Counter(rollout.outcome.value for rollout in rollouts)),
         "calls_per_rollout": sum(len(rollout.calls) for rollout in rollouts) / len(rollouts),
         "seconds": round(seconds, 2),

@@ -30,10 +30,10 @@ class SourceConfig:
     """Tasks of one split. A field that the kind does not read must be left out."""
 
     kind: str = "jsonl"
-    """generated: rows from a function. calcx: normalised Calc-X files under data.root. jsonl: one file.
+    """generated: rows with an "id" from a function. calcx: normalised Calc-X files under data.root. jsonl: one file.
     hub: a Hugging Face data set, by id or as a local folder."""
     target: str | None = None
-    """generated: "path/to/file.py:function", called with seed, num and split; returns rows with an "id"."""
+    """generated: "path/to/file.py:function", called with seed, num, split and, where it takes one, root."""
     names: list[str] = field(default_factory=list)
     path: str | None = None
     name: str | None = None
@@ -56,7 +56,9 @@ class SourceConfig:
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
     root: str = "data"
-    """Folder of the calcx files."""
+    """Folder of the calcx files, and of what a generating function reads."""
+    strata: str | None = None
+    """A field of the held-out tasks, such as difficulty: their reward is reported for each of its values too."""
     train: SourceConfig = field(default_factory=SourceConfig)
     val: SourceConfig = field(default_factory=SourceConfig)
 

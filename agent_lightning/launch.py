@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import secrets
@@ -58,7 +59,8 @@ def _load(config: Config, source: SourceConfig, where: str) -> list[Task]:
         if source.target is None or source.num is None:
             raise ConfigError(f"{where}: kind=generated needs target and num")
         rows = cast(Any, load(source.target))
-        return tasks.make(rows, seed=source.seed or 0, num=source.num, split=source.split or "train")
+        root = {"root": config.data.root} if "root" in inspect.signature(rows).parameters else {}
+        return tasks.make(rows, seed=source.seed or 0, num=source.num, split=source.split or "train", **root)
     if source.path is None:
         raise ConfigError(f"{where}.path: kind={source.kind} needs it")
     if source.kind == "jsonl":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -49,11 +50,17 @@ class RunObserver:
                 )
             )
         self._tracker = Tracker(sinks)
+        self.val_reward_by: Mapping[str, float] = {}
+        """Of the newest evaluation, by the values of data.strata."""
 
     def waiting_for(self, text: str) -> None:
         self._progress.waiting_for(text)
 
     def rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
+        field = self._config.data.strata
+        if field is not None and all(one.key.split == "val" for group in groups for one in group.trajectories):
+            self.val_reward_by = reward_by(groups, field)
+            self._tracker.log(step, {f"val/reward/{name}": reward for name, reward in self.val_reward_by.items()})
         if self._writer is None:
             return
         try:
@@ -85,7 +92,17 @@ class RunObserver:
         self._tracker.close()
 
 
-def summarise(config: Config, state: State, *, val_rows: int, start_s: float) -> Summary:
+def reward_by(groups: Sequence[Group], field: str) -> dict[str, float]:
+    """Mean reward by the values of a field of the tasks: {"easy": 0.5, "hard": 0.1}. What failed counts as 0."""
+    rewards: defaultdict[str, list[float]] = defaultdict(list)
+    for group in groups:
+        rewards[str(group.task.payload.get(field))] += [one.reward or 0.0 for one in group.trajectories]
+    return {name: sum(rewards[name]) / len(rewards[name]) for name in sorted(rewards)}
+
+
+def summarise(
+    config: Config, state: State, *, val_rows: int, val_reward_by: Mapping[str, float], start_s: float
+) -> Summary:
     """A run's outcome in numbers, from the loop's state."""
     rewards = [reward for _, reward in state.val_rewards] or [math.nan]
     steps = max(1, state.step)
@@ -98,6 +115,7 @@ def summarise(config: Config, state: State, *, val_rows: int, start_s: float) ->
         val_reward_first=rewards[0],
         val_reward_last=rewards[-1],
         val_reward_best=max(rewards),
+        val_reward_by=dict(val_reward_by),
         val_rows=val_rows,
         rollouts=RolloutCounts(
             admitted=state.admitted,

@@ -16,7 +16,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,8 @@ class Summary:
     start_s: float
     """Seconds until the service answered."""
     val_reward_best: float
+    val_reward_by: Mapping[str, float] = field(default_factory=dict)
+    """The last one, by the values of data.strata."""
 
     def write(self, path: Path) -> None:
         """Write JSON, NaN as null; the file appears whole or not at all."""
@@ -133,6 +135,9 @@ def report(summary: Summary, run: RunDirectory) -> RenderableType:
         "policy": f"{summary.versions:,} versions published",
         "files": str(run.path),
     }
+    if summary.val_reward_by:
+        by = ", ".join(f"{name} {number(reward)}" for name, reward in summary.val_reward_by.items())
+        rows = {"held-out": by} | rows
     table = Table.grid(Column(style="cyan", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for name, value in rows.items():
         table.add_row(f" {name}", Text(value))

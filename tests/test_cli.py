@@ -14,10 +14,9 @@ import pytest
 
 from agent_lightning import __version__
 from agent_lightning.cli import USER_ERROR, main
-from agent_lightning.config import load, to_yaml
+from agent_lightning.config import load, project_folder, to_yaml
 
-EXPERIMENTS = ", ".join(sorted(path.stem for path in (Path(__file__).parents[1] / "conf/experiment").glob("*.yaml")))
-
+EXPERIMENTS = ", ".join(sorted(file.stem for file in (project_folder("conf") / "experiment").glob("*.yaml")))
 COMMANDS = ("train", "eval", "serve", "runs", "explain", "import", "export", "doctor")
 
 

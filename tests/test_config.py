@@ -12,13 +12,14 @@ from agent_lightning.config import from_mapping, load, project_folder, reload, r
 from agent_lightning.credit_rules import Estimator
 from agent_lightning.errors import ConfigError
 
-EXPERIMENTS = ", ".join(sorted(path.stem for path in (Path(__file__).parents[1] / "conf/experiment").glob("*.yaml")))
-
 CONF = project_folder("conf")
 
 
 def names(group: str) -> list[str]:
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+EXPERIMENTS = ", ".join(names("experiment"))
 
 
 def refusal(*overrides: str) -> str:
@@ -151,7 +152,7 @@ def test_a_kind_of_source_that_there_is_not_is_refused() -> None:
 
 
 def test_no_experiment_is_one_line_with_the_choices() -> None:
-    with pytest.raises(ConfigError, match=rf"^experiment: missing; .* {EXPERIMENTS}$"):
+    with pytest.raises(ConfigError, match=f"^experiment: missing; .* {EXPERIMENTS}$"):
         load(["steps=3"])
 
 

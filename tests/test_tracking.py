@@ -17,9 +17,12 @@ import pytest
 from rich.console import Console
 
 from agent_lightning.archive import RolloutWriter, read_rollouts
+from agent_lightning.config import load
 from agent_lightning.errors import DataError, UserError
+from agent_lightning.observer import RunObserver
 from agent_lightning.plots import plot_learning_curve, read_metrics, smooth
 from agent_lightning.report import Progress, RolloutCounts, StepSeconds, Summary, duration, number, report, sparkline
+from agent_lightning.testing import group, trajectory
 from agent_lightning.tracking import (
     JsonLines,
     RunDirectory,
@@ -27,7 +30,7 @@ from agent_lightning.tracking import (
     Tracker,
     WandbSink,
 )
-from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
+from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 
 SUMMARY = Summary(
     experiment="calc_x",
@@ -438,6 +441,34 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
     assert "held-out reward  - -> -\n" in text
     assert "max -" in text
     assert "publish -," in text
+
+
+def test_held_out_reward_is_told_by_the_values_of_a_field(tmp_path: Path) -> None:
+    overrides = ["experiment=calc_tiny", "data.strata=level", "tracking.wandb=disabled", "tracking.tensorboard=false"]
+    config, run = load(overrides), RunDirectory.create(tmp_path, "calc_x", 0)
+
+    def groups(split: Split) -> list[Group]:
+        ended = [("easy", 1.0), ("easy", 0.0), ("hard", 1.0)]
+        made = [
+            group(trajectory(RolloutKey(split=split, group=i, index=0), reward=reward))
+            for i, (_, reward) in enumerate(ended)
+        ]
+        return [
+            replace(one, task=Task(task_id="a", payload={"level": level}))
+            for one, (level, _) in zip(made, ended, strict=True)
+        ]
+
+    observer = RunObserver(config=config, run=run, progress=Progress("calc_x", steps=1, console=Console(quiet=True)))
+    observer.rollouts(0, 0, groups("train"))
+    assert observer.val_reward_by == {}
+    observer.rollouts(3, 0, groups("val"))
+    observer.close()
+    assert observer.val_reward_by == {"easy": 0.5, "hard": 1.0}
+    logged = json.loads(run.metrics.read_text())
+    assert (logged["step"], logged["val/reward/easy"], logged["val/reward/hard"]) == (3, 0.5, 1.0)
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(report(replace(SUMMARY, val_reward_by=observer.val_reward_by), run))
+    assert " held-out       easy 0.500, hard 1.000" in text_of(console)
 
 
 def test_a_summary_comes_back(tmp_path: Path) -> None:
