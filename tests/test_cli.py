@@ -16,7 +16,7 @@ from agent_lightning import __version__
 from agent_lightning.cli import USER_ERROR, main
 from agent_lightning.config import load, to_yaml
 
-COMMANDS = ("train", "eval", "serve", "runs", "explain", "doctor")
+COMMANDS = ("train", "eval", "serve", "score", "runs", "explain", "doctor")
 
 
 @pytest.fixture
