@@ -20,6 +20,7 @@ from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent_lightning.agents import load as load_target
 from agent_lightning.tasks import load_jsonl
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "calc_x"
@@ -376,6 +377,21 @@ def test_the_client_ends_with_its_loop():
     before = len(agent._clients)
     assert asyncio.run(main()).is_closed()
     assert len(agent._clients) == before
+
+
+async def test_the_agent_on_autogen(serve):
+    pytest.importorskip("autogen_agentchat")
+    solve = load_target("examples/calc_x/autogen_agent.py:solve")
+    model = Model(ask("(14+3)*2"), ask("1/0"), {"content": "The answer is 34."})
+    assert await solve(QUESTION, await serve(model)) == "The answer is 34."
+    system, user, *rest = model.requests[-1]["messages"]
+    assert (system["content"], user["content"]) == (agent.SYSTEM, QUESTION["question"])
+    assert [message["content"] for message in rest[1::2]] == ["34", "error: division by zero"]
+    assert model.requests[0]["tools"][0]["function"]["name"] == "calculator"
+    for before, after in zip(model.requests, model.requests[1:], strict=False):
+        assert after["messages"][: len(before["messages"])] == before["messages"]
+    # It has had its turns, and the last was a tool call.
+    assert await solve(QUESTION, await serve(Model(*[ask("1+1")] * 9))) == ""
 
 
 async def test_agent_in_a_process_of_its_own(serve, monkeypatch):

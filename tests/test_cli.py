@@ -14,8 +14,9 @@ import pytest
 
 from agent_lightning import __version__
 from agent_lightning.cli import USER_ERROR, main
-from agent_lightning.config import load, to_yaml
+from agent_lightning.config import load, project_folder, to_yaml
 
+EXPERIMENTS = ", ".join(sorted(file.stem for file in project_folder("conf").glob("experiment/*.yaml")))
 COMMANDS = ("train", "eval", "serve", "score", "runs", "explain", "doctor")
 
 
@@ -81,7 +82,7 @@ def test_a_command_that_there_is_not_exits_with_2(arguments: list[str], capsys: 
 
 @pytest.mark.parametrize("command", ["train", "eval", "serve"])
 def test_a_wrong_config_is_refused_by_every_command(command: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert refuse(capfd, command, "experiment=nope").endswith("choose one of calc_mawps, calc_sheet, calc_tiny, calc_x")
+    assert refuse(capfd, command, "experiment=nope").endswith(f"choose one of {EXPERIMENTS}")
     assert refuse(capfd, command, "experiment=calc_tiny", "algorithm.lrr=1").endswith("did you mean algorithm.lr?")
     assert refuse(capfd, command, "experiment=calc_tiny", "steps=ten") == "steps=ten: must be a whole number"
 
@@ -166,4 +167,4 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "agent_lightning.cli", "train", "experiment=nope"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert (ended.returncode, ended.stdout) == (USER_ERROR, "")
-    assert ended.stderr == "agl: experiment=nope: unknown; choose one of calc_mawps, calc_sheet, calc_tiny, calc_x\n"
+    assert ended.stderr == f"agl: experiment=nope: unknown; choose one of {EXPERIMENTS}\n"

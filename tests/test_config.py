@@ -43,6 +43,16 @@ def test_an_experiment_chooses_its_own_data_and_overrides_come_last() -> None:
     assert (config.steps, config.algorithm.lr, config.data.root) == (7, 1e-3, "/some where")
 
 
+@pytest.mark.parametrize("experiment", ["calc_x", "musique"])
+def test_the_full_experiments_have_the_papers_settings(experiment: str) -> None:
+    config = load([f"experiment={experiment}"])
+    algorithm, train = config.algorithm, config.sampling.train
+    assert config.model.path == "meta-llama/Llama-3.2-3B-Instruct"
+    assert (algorithm.tasks_per_step, algorithm.rollouts_per_task, algorithm.lr) == (32, 4, 1e-6)
+    assert (algorithm.clip_ratio_low, algorithm.clip_ratio_high) == (0.2, 0.3)
+    assert (config.model.max_len - train.max_tokens, train.max_tokens) == (4096, 2048)
+
+
 @pytest.mark.parametrize(
     ("override", "value"),
     [
@@ -84,7 +94,10 @@ def test_a_key_that_no_file_names_can_be_set(override: str, value: object) -> No
         ("=3", "=3: must have the form key=value"),
         ("steps=[1", "steps=[1: cannot be read; quote a value that has special characters"),
         ("hardware=huge", "hardware=huge: unknown; choose one of cpu, gpu2, gpu8"),
-        ("experiment=nope", "experiment=nope: unknown; choose one of calc_mawps, calc_sheet, calc_tiny, calc_x"),
+        (
+            "experiment=nope",
+            "experiment=nope: unknown; choose one of calc_mawps, calc_sheet, calc_tiny, calc_x, musique",
+        ),
     ],
 )
 def test_a_wrong_override_is_one_line_that_says_what_to_do(override: str, message: str) -> None:
@@ -136,7 +149,7 @@ def test_a_kind_of_source_that_there_is_not_is_refused() -> None:
 
 
 def test_no_experiment_is_one_line_with_the_choices() -> None:
-    with pytest.raises(ConfigError, match=r"^experiment: missing; .* calc_mawps, calc_sheet, calc_tiny, calc_x$"):
+    with pytest.raises(ConfigError, match=rf"^experiment: missing; .* {', '.join(names('experiment'))}$"):
         load(["steps=3"])
 
 
