@@ -1,4 +1,4 @@
-"""agl: train, eval, serve, runs, explain, import, export, doctor."""
+"""agl: train, eval, serve, score, runs, explain, import, export, doctor."""
 
 from __future__ import annotations
 
@@ -47,6 +47,10 @@ async def _run(options: argparse.Namespace) -> int:
         if options.command == "import":
             return exchange.import_traces(options.files, options.out)
         return exchange.export_run(options.run, options.out, options.format)
+    if options.command == "score":
+        from agent_lightning import scoring
+
+        return scoring.run(options.benchmark, options.file, options.databases)
     from agent_lightning import commands
 
     if options.command == "explain":
@@ -104,6 +108,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (train, evaluate, serve):
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
+    score = _add(
+        commands,
+        "score",
+        "score anyone's predictions: rows with their scores, then the totals, as JSON lines",
+        "agl score musique predictions.jsonl\n  agl score spider predictions.jsonl.gz --databases DIR > scored.jsonl",
+    )
+    score.add_argument("benchmark", choices=("spider", "musique", "calc_x"))
+    score.add_argument("file", type=Path, help=".jsonl or .jsonl.gz, rows with `pred`; - reads standard input")
+    score.add_argument("--databases", type=Path, help="spider: the folder of DB/DB.sqlite")
     _add_reading(commands)
     _add_exchange(commands)
     _add(commands, "doctor", "what is installed, what is wrong, and what to type", "agl doctor")

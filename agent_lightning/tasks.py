@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -36,8 +38,7 @@ def load_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> list[Task]:
     stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
     tasks: list[Task] = []
     line_of: dict[str, int] = {}
-    for number, line in _lines(path):
-        row = _row(line, f"{path}:{number}")
+    for number, row in read_jsonl(path):
         missing = [name for name in required if row.get(name) is None]
         if missing:
             raise DataError(f"{path}:{number}: the row has no {' and no '.join(map(repr, missing))}")
@@ -47,6 +48,15 @@ def load_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> list[Task]:
         line_of[task_id] = number
         tasks.append(Task(task_id=task_id, payload=row))
     return tasks
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a .jsonl or .jsonl.gz file, or of standard input for "-", each with its line's number from 1.
+
+    Raises DataError as `load_jsonl`, at the line that is wrong.
+    """
+    for number, line in _lines(path):
+        yield number, _row(line, f"{path}:{number}")
 
 
 def load_calcx(root: str | Path, names: Sequence[str]) -> list[Task]:
@@ -165,16 +175,27 @@ class TaskCursor:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The non-blank lines of a text file, plain or gzip, with their numbers from 1."""
+    """The non-blank lines of a text file, plain or gzip, or of standard input, with their numbers from 1."""
+    number = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with _open(path) as file:
+            # Decoded line by line, so that the line which is not UTF-8 is known.
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, line
+                    yield number, line.decode()
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; {_FIX_ROOT}") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({_one_line(error)}); {_FIX_ROOT}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number}: cannot be read ({_one_line(error)}); {_FIX_ROOT}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read beyond line {number} ({_one_line(error)}); {_FIX_ROOT}") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    if str(path) == "-":
+        # A duplicate, which can be closed.
+        return open(os.dup(sys.stdin.fileno()), "rb")
+    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
 def _row(line: str, where: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent_lightning.agents import load as load_target
 from agent_lightning.tasks import load_jsonl
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "calc_x"
@@ -37,7 +39,7 @@ def load(name: str) -> ModuleType:
 
 
 sys.path.insert(0, str(EXAMPLE))
-agent, calculator, reward, problems = map(load, ("agent", "calculator", "reward", "problems"))
+agent, calculator, compare, reward, problems = map(load, ("agent", "calculator", "compare", "reward", "problems"))
 sys.path.remove(str(EXAMPLE))
 
 
@@ -137,13 +139,30 @@ def test_tool_call(arguments, content):
         ("12_units", 12),
         ("96/4", 4),
         ("1/0", 0),
+        ("34/1", 34),
+        ("1_234 pens", 1234),
+        ("1 3/4 cups", 1.75),
+        ("2 and 1/2", 2.5),
+        ("1又3/4", 1.75),
+        (r"\frac{3}{4}", 0.75),
+        (r"$4\frac{4}{7}$", 32 / 7),
+        (r"\boxed{1{,}200}", 1200),
+        ("-(1/2)", -0.5),
+        ("12 cm^2", 12),
+        ("9 percent", 0.09),
+        (r"9\%", 0.09),
+        ("5e-07", 5e-7),
+        ("1e999999999", 1),
+        ("9" * 5000, None),
+        ("9" * 199 + "/7", None),
+        ("1." + "0" * 400, None),
         ("first 3, then 5", 5),
         ("none", None),
         ("", None),
     ],
 )
 def test_parse_answer(text, number):
-    assert reward.parse_answer(text) == pytest.approx(number)
+    assert compare.parse_answer(text) == pytest.approx(number)
 
 
 @pytest.mark.parametrize(
@@ -158,12 +177,17 @@ def test_parse_answer(text, number):
         ("not A but C", "C"),
         ("<result>E</result>", "E"),
         ("A", "A"),
+        ("[c]", "C"),
+        ("d. 12", "D"),
+        ("B) Company A", "B"),
+        ("the answer is c.", "C"),
+        ("the answer is a number", None),
         ("A man has 12", None),
         ("12", None),
     ],
 )
 def test_parse_option(text, letter):
-    assert reward.parse_option(text) == letter
+    assert compare.parse_option(text) == letter
 
 
 @pytest.mark.parametrize(
@@ -177,7 +201,14 @@ def test_parse_option(text, letter):
         ("36/(1-85%)", "36/(1-85%)", "136/(1-85%)"),
         ("0.333333", "1/3", "0.34"),
         ("B", "B) 34", "34"),
-        ("1000", "1000.05", "1001"),
+        ("1000", "1000.0000004", "1000.05"),
+        ("25000", "25,000", "25001"),
+        ("12345.67", "12345.67", "12346"),
+        ("33.333333", "33.33", "33.4"),
+        ("50%", "50", "5000%"),
+        ("50", "50%", "0.5"),
+        ("(1/2000000)", "5e-07", "1/1900000"),
+        ("one half", "one half", "half"),
     ],
 )
 def test_score(result, right, wrong):
@@ -186,22 +217,61 @@ def test_score(result, right, wrong):
     assert reward.score({"result": result}, "") == 0.0
 
 
+def forms(result: str, value: float) -> list[str]:
+    """The usual ways to write a result whose value is known."""
+    exact = calculator.render(value)
+    written = [
+        result,
+        exact,
+        f"The answer is {exact}.",
+        f"**{exact}**",
+        f"$\\boxed{{{exact}}}$",
+        f"<result>{exact}</result>",
+    ]
+    written += [f"${exact}" if value >= 0 else f"-${exact[1:]}", f"{exact} apples", f"{exact} cm^2", f"x = {exact}"]
+    whole, rest = divmod(abs(value), 1)
+    sign = "-" if value < 0 else ""
+    if not rest:
+        written += [f"{int(value):,}", f"{int(value):,}.00", f"{int(value):_}"]
+    else:
+        written += [f"{value:,.6f}" if abs(value) > 0.1 else exact, f"{sign}{whole:,.0f}.{f'{rest:.4f}'[2:]}"][
+            : 1 + (value > 1)
+        ]
+        ratio = Fraction(value).limit_denominator(1000)
+        if abs(value - ratio) < 1e-7:
+            written += [str(ratio), f"({ratio})"]
+            top, bottom = abs(ratio.numerator), ratio.denominator
+            written.append(f"{sign}\\frac{{{top}}}{{{bottom}}}")
+            if top > bottom:
+                written.append(f"{sign}{top // bottom} {top % bottom}/{bottom}")
+                written.append(f"{sign}{top // bottom}({top % bottom}/{bottom})")
+        written += [f"{calculator.render(100 * value)}%", f"{calculator.render(100 * value)} percent"]
+    return written
+
+
 @needs_data
 def test_score_of_every_row_of_calc_x():
-    files = sorted(DATA.glob("*.jsonl*"))
-    assert files
-    for path in files:
-        for row in rows_of(path):
-            result = row["result"]
-            assert reward.score(row, f"The answer is {result}.") == 1.0, row["id"]
-            if result in "ABCDE":
-                wrong = chr(ord("A") + (ord(result) - ord("A") + 1) % 5)
-            else:
-                value = row.get("result_float")
-                value = reward.parse_answer(result) if value is None else value
-                assert reward.score(row, f"The answer is {calculator.render(value)}.") == 1.0, row["id"]
-                wrong = calculator.render(1.01 * value + 1)
-            assert reward.score(row, f"The answer is {wrong}.") == 0.0, row["id"]
+    rows = [row for path in sorted(DATA.glob("*.jsonl*")) for row in rows_of(path)]
+    assert len(rows) > 20_000
+    values = {}
+    for row in rows:
+        result, value = row["result"], row.get("result_float")
+        if result not in "ABCDE":
+            # A whole one may be longer than a float can tell.
+            value = int(result) if result.isdigit() else compare.parse_answer(result) if value is None else value
+            values[result] = value
+        elif row.get("options"):
+            assert reward.score(row, f"{result}) {row['options'][result]}") == 1.0, row["id"]
+    for result, value in values.items():
+        for text in forms(result, value):
+            assert compare.same(result, text), (result, text)
+        for changed in (value + 1, value - 1, 1.01 * value + 1, value + (0.01 if value % 1 else 2), -value - 1):
+            assert not compare.same(result, f"The answer is {calculator.render(changed)}."), (result, changed)
+    for letter in "ABCDE":
+        for form in ("{}", "({})", "Option {}", "The answer is {}.", "**{}**", "\\boxed{{{}}}", "answer: {}"):
+            for other in "ABCDE":
+                assert compare.same(letter, form.format(other)) == (letter == other)
+        assert compare.same(letter, letter.lower())
 
 
 # ---- agent
@@ -307,6 +377,21 @@ def test_the_client_ends_with_its_loop():
     before = len(agent._clients)
     assert asyncio.run(main()).is_closed()
     assert len(agent._clients) == before
+
+
+async def test_the_agent_on_autogen(serve):
+    pytest.importorskip("autogen_agentchat")
+    solve = load_target("examples/calc_x/autogen_agent.py:solve")
+    model = Model(ask("(14+3)*2"), ask("1/0"), {"content": "The answer is 34."})
+    assert await solve(QUESTION, await serve(model)) == "The answer is 34."
+    system, user, *rest = model.requests[-1]["messages"]
+    assert (system["content"], user["content"]) == (agent.SYSTEM, QUESTION["question"])
+    assert [message["content"] for message in rest[1::2]] == ["34", "error: division by zero"]
+    assert model.requests[0]["tools"][0]["function"]["name"] == "calculator"
+    for before, after in zip(model.requests, model.requests[1:], strict=False):
+        assert after["messages"][: len(before["messages"])] == before["messages"]
+    # It has had its turns, and the last was a tool call.
+    assert await solve(QUESTION, await serve(Model(*[ask("1+1")] * 9))) == ""
 
 
 async def test_agent_in_a_process_of_its_own(serve, monkeypatch):

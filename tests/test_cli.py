@@ -17,7 +17,7 @@ from agent_lightning.cli import USER_ERROR, main
 from agent_lightning.config import load, project_folder, to_yaml
 
 EXPERIMENTS = ", ".join(sorted(file.stem for file in (project_folder("conf") / "experiment").glob("*.yaml")))
-COMMANDS = ("train", "eval", "serve", "runs", "explain", "import", "export", "doctor")
+COMMANDS = ("train", "eval", "serve", "score", "runs", "explain", "import", "export", "doctor")
 
 
 @pytest.fixture

@@ -55,6 +55,16 @@ def test_an_experiment_chooses_its_own_data_and_overrides_come_last() -> None:
     assert (config.steps, config.algorithm.lr, config.data.root) == (7, 1e-3, "/some where")
 
 
+@pytest.mark.parametrize("experiment", ["calc_x", "musique"])
+def test_the_full_experiments_have_the_papers_settings(experiment: str) -> None:
+    config = load([f"experiment={experiment}"])
+    algorithm, train = config.algorithm, config.sampling.train
+    assert config.model.path == "meta-llama/Llama-3.2-3B-Instruct"
+    assert (algorithm.tasks_per_step, algorithm.rollouts_per_task, algorithm.lr) == (32, 4, 1e-6)
+    assert (algorithm.clip_ratio_low, algorithm.clip_ratio_high) == (0.2, 0.3)
+    assert (config.model.max_len - train.max_tokens, train.max_tokens) == (4096, 2048)
+
+
 @pytest.mark.parametrize(
     ("override", "value"),
     [

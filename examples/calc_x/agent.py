@@ -13,9 +13,9 @@ from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import Any, Protocol
 
 from calculator import SYSTEM, TOOL, call
+from compare import parse_answer
 from openai import AsyncOpenAI, DefaultAioHttpClient, DefaultAsyncHttpxClient, OpenAI
 from openai.types.chat import ChatCompletionMessage
-from reward import parse_answer
 
 MAX_TURNS = 4
 TIMEOUT = 600.0

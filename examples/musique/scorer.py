@@ -1,0 +1,27 @@
+"""`agl score musique`: rows with `pred`, `answer` and, where there are any, `answer_aliases`. The score is F1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from answers import exact_match, f1
+
+from agent_lightning.errors import DataError
+from agent_lightning.scoring import means, text_of
+
+
+def score(row: Mapping[str, Any], *, databases: Path | None = None) -> dict[str, float]:
+    """{"score": F1, "em": …, "f1": …} of a row. Raises DataError."""
+    aliases = row.get("answer_aliases") or []
+    if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
+        raise DataError("answer_aliases must be a list of texts")
+    pred, golds = text_of(row, "pred"), [text_of(row, "answer"), *aliases]
+    fit = f1(pred, golds)
+    return {"score": fit, "em": exact_match(pred, golds), "f1": fit}
+
+
+def totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """{"rows": …, "score": …, "em": …, "f1": …}: means over the scored rows."""
+    return means(rows, "score", "em", "f1")
