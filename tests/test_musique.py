@@ -80,6 +80,7 @@ async def test_what_it_searched_for_comes_back_and_it_answers(monkeypatch: pytes
 
 async def test_without_a_service_it_searches_the_questions_own_paragraphs(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bm25s")
+    pytest.importorskip("Stemmer")
     monkeypatch.delenv("MUSIQUE_SEARCH_URL", raising=False)
     world = World(ASK, "<think>?</think><query>zebra</query>", ANSWER)
     async with serving(world) as policy:

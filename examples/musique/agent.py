@@ -29,6 +29,8 @@ Answer the question with the help of a search engine for Wikipedia. In each turn
 you know enough, answer with <answer>a few words</answer>."""
 MAX_TURNS = 5
 PASSAGES = 3
+MAX_QUERY = 400
+"""Characters: what a policy asks for beyond them is noise, and the service would refuse much more."""
 TIMEOUT = 600.0
 """Seconds for one reply: the engine may be busy with a thousand others."""
 _QUERY = re.compile(r"<query>(.*?)</query>", re.DOTALL)
@@ -66,7 +68,7 @@ async def run(task: Mapping[str, Any], policy: Policy, *, instructions: str, pas
             queries = _QUERY.findall(turns[-1])
             if not queries:
                 break
-            found = render(await search(task, queries[0].strip(), passages, http))
+            found = render(await search(task, queries[0].strip()[:MAX_QUERY], passages, http))
             talk = [*result.to_input_list(), {"role": "user", "content": found}]
     return turns
 

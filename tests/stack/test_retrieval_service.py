@@ -75,6 +75,31 @@ def test_a_killed_build_goes_on_and_the_index_is_served(tmp_path: Path) -> None:
     check_service(index)
 
 
+def test_a_dense_index_is_built_shard_by_shard(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    pytest.importorskip("sentence_transformers")
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from encoders import random_encoder
+
+    encoder = random_encoder(tmp_path / "encoder")
+    rows = [
+        {"doc_id": str(i), "title": "", "text": f"word{i} word{i * 7 % 997} word{i * 13 % 997}"} for i in range(500)
+    ]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = tmp_path / "index"
+    settings = ["--kind", "dense", "--encoder", str(encoder), "--query-prefix", "", "--shard-lines", "200"]
+    out, err = (build := command("build", *settings, "--workers", "2", "--out", str(index), str(corpus))).communicate()
+    assert build.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["shards"] == ["shard-00000", "shard-00001", "shard-00002"]
+    sys.path.insert(0, str(EXAMPLE))
+    from retrieval.service import Retriever
+
+    found = Retriever(index).search(["\n" + rows[i]["text"] for i in (0, 199, 200, 499)], 1)
+    assert [passages[0]["doc_id"] for passages in found] == ["0", "199", "200", "499"]
+    assert all(passages[0]["score"] == pytest.approx(1, abs=1e-2) for passages in found)
+
+
 def check_service(index: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
