@@ -249,7 +249,8 @@ def _identified(tree: _Tree) -> list[RawSpan]:
     by_reply: dict[str, RawSpan] = {}
     for span in tree.of(Kind.CALL):
         reply_id = next(filter(None, map(reply_id_of, (span.attributes, *tree.told_by(span)))), "")
-        earlier = by_reply.get(reply_id) if reply_id else None
+        reply_id = "" if reply_id in tree.by_id else reply_id
+        earlier = by_reply.get(reply_id)
         if earlier is not None and span.started_at < earlier.ended_at:
             # Two instrumentors of one library tell of the same event.
             tree.kind[span.span_id] = Kind.OTHER
