@@ -298,21 +298,16 @@ def _calls(
         )
         if tools:
             offered[call_id] = dump(tools)
-        counted = (
-            whole_number(first(span.attributes, "prompt tokens")),
-            whole_number(first(span.attributes, "reply tokens")),
-        )
-        if any(counted):
-            usage[call_id] = counted
+        sent, said = (whole_number(first(span.attributes, side)) for side in ("prompt tokens", "reply tokens"))
+        if sent or said:
+            usage[call_id] = (sent, said)
     return tuple(calls), offered, usage
 
 
 def _agent_of(tree: _Tree, span: RawSpan) -> str:
     own = next((span.attributes[name] for name in ("gen_ai.agent.name", "agent.name") if name in span.attributes), "")
-    above = (
-        agent_name_of(one.name, one.attributes) for one in tree.above(span) if tree.kind[one.span_id] is Kind.AGENT
-    )
-    return str(own) or next(above, "")
+    above = (one for one in tree.above(span) if tree.kind[one.span_id] is Kind.AGENT)
+    return str(own) or next((agent_name_of(one.name, one.attributes) for one in above), "")
 
 
 def _stated(span: RawSpan) -> Kind | None:
