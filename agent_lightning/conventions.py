@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +17,16 @@ from agent_lightning.attributes import FIELDS, KINDS, PRESENT, Kind
 from agent_lightning.message_forms import as_json, as_mapping, parsed, text_of
 from agent_lightning.messages import tool_result_of
 from agent_lightning.span_fields import (
+    agent_name_of,
     dump,
     finish_reason_of,
     first,
     has,
+    is_graph_node,
     matches,
+    model_of,
     number,
+    reply_id_of,
     reply_of,
     request_of,
     tokens_of,
@@ -106,7 +109,7 @@ def read(spans: Sequence[RawSpan], key: RolloutKey) -> Traced:
                 key=key,
                 span_id=tree.kept_id[span.span_id],
                 parent_id=tree.parent_of(span),
-                name=_agent_name(span),
+                name=agent_name_of(span.name, span.attributes),
                 started_at=span.started_at,
                 ended_at=max(span.started_at, span.ended_at),
             )
@@ -134,7 +137,7 @@ def kind_of(span: RawSpan) -> Kind:
         return there[0]
     if tool_result_of(first(span.attributes, "result")) is not None:
         return Kind.TOOL
-    return Kind.AGENT if _is_graph_node(span) else Kind.OTHER
+    return Kind.AGENT if is_graph_node(span.name, span.attributes) else Kind.OTHER
 
 
 _MAX_DEPTH = 256
@@ -163,6 +166,10 @@ class _Tree:
 
     def of(self, kind: Kind) -> list[RawSpan]:
         return [span for span in self.spans if self.kind[span.span_id] is kind]
+
+    def told_by(self, span: RawSpan) -> list[Mapping[str, Any]]:
+        """Attributes of the spans around a model call that tell of the same event."""
+        return [one.attributes for one in self.wrappers.get(span.span_id, ())]
 
     def above(self, span: RawSpan) -> Iterator[RawSpan]:
         """Its ancestors, the nearest first."""
@@ -202,7 +209,7 @@ class _Tree:
         """A graph has nodes that call no model: those are no agents."""
         busy = {around.span_id for span in self.of(Kind.CALL) for around in self.above(span)}
         for span in self.of(Kind.AGENT):
-            if _is_graph_node(span) and span.span_id not in busy and _stated(span) is None:
+            if is_graph_node(span.name, span.attributes) and span.span_id not in busy and _stated(span) is None:
                 self.kind[span.span_id] = Kind.OTHER
 
 
@@ -237,23 +244,32 @@ def _parents(by_id: Mapping[str, RawSpan], refused: Counter[str]) -> dict[str, s
     return parent
 
 
+def _identified(tree: _Tree) -> list[RawSpan]:
+    """The spans that are model calls, each with all that is told of its event; their ids are known to the tree then."""
+    by_reply: dict[str, RawSpan] = {}
+    for span in tree.of(Kind.CALL):
+        reply_id = next(filter(None, map(reply_id_of, (span.attributes, *tree.told_by(span)))), "")
+        reply_id = "" if reply_id in tree.by_id else reply_id
+        earlier = by_reply.get(reply_id)
+        if earlier is not None and span.started_at < earlier.ended_at:
+            # Two instrumentors of one library tell of the same event.
+            tree.kind[span.span_id] = Kind.OTHER
+            tree.wrappers.setdefault(earlier.span_id, []).extend([span, *tree.wrappers.pop(span.span_id, ())])
+        elif earlier is None and reply_id:
+            by_reply[reply_id] = span
+    # Another call whose reply has an id that came before has its own: some servers give all replies the same one.
+    names = {span.span_id: reply_id for reply_id, span in by_reply.items()}
+    for span in tree.of(Kind.CALL):
+        for one in (span, *tree.wrappers.get(span.span_id, ())):
+            tree.kept_id[one.span_id] = names.get(span.span_id, span.span_id)
+    return [_merged(span, tree.wrappers.get(span.span_id, ())) for span in tree.of(Kind.CALL)]
+
+
 def _calls(
     tree: _Tree, key: RolloutKey, refused: Counter[str]
 ) -> tuple[tuple[ModelCall, ...], dict[str, str], dict[str, tuple[int, int]]]:
-    spans = tree.of(Kind.CALL)
-    merged = [_merged(span, tree.wrappers.get(span.span_id, ())) for span in spans]
-    taken: set[str] = set()
-    for span in merged:
-        reply_id = str(
-            first(span.attributes, "reply id") or as_mapping(parsed(first(span.attributes, "reply"))).get("id") or ""
-        )
-        # An id that came before, of another reply, names nothing: some servers give all replies the same one.
-        call_id = reply_id if reply_id and reply_id not in taken else span.span_id
-        taken.add(call_id)
-        for one in (span, *tree.wrappers.get(span.span_id, ())):
-            tree.kept_id[one.span_id] = call_id
     calls, offered, usage = [], {}, {}
-    for span in merged:
+    for span in _identified(tree):
         call_id = tree.kept_id[span.span_id]
         own = [str(first(span.attributes, name) or "") for name in ("request's own text", "reply's own text")]
         request, tools = request_of(span.attributes, Counter() if own[0] else refused)
@@ -276,48 +292,23 @@ def _calls(
                 reply=own[1] or (dump(reply) if reply else ""),
                 span_id=span.span_id,
                 parent_id=tree.parent_of(span),
-                model=str(
-                    first(span.attributes, "model")
-                    or as_mapping(parsed(first(span.attributes, "reply"))).get("model")
-                    or ""
-                ),
+                model=model_of(span.attributes),
                 error=span.error,
                 source="trace",
             )
         )
         if tools:
             offered[call_id] = dump(tools)
-        counted = (
-            whole_number(first(span.attributes, "prompt tokens")),
-            whole_number(first(span.attributes, "reply tokens")),
-        )
-        if any(counted):
-            usage[call_id] = counted
+        sent, said = (whole_number(first(span.attributes, side)) for side in ("prompt tokens", "reply tokens"))
+        if sent or said:
+            usage[call_id] = (sent, said)
     return tuple(calls), offered, usage
 
 
 def _agent_of(tree: _Tree, span: RawSpan) -> str:
     own = next((span.attributes[name] for name in ("gen_ai.agent.name", "agent.name") if name in span.attributes), "")
-    above = (_agent_name(one) for one in tree.above(span) if tree.kind[one.span_id] is Kind.AGENT)
-    return str(own) or next(above, "")
-
-
-_AGENT_NAME = re.compile(r"(?:agent_run|invoke_agent)\s+\[?(.+?)\]?|(.+)\.(?:_execute_core|agent|run)")
-_CREW_ROLE = re.compile(r"\brole='([^']+)'")
-
-
-def _agent_name(span: RawSpan) -> str:
-    if _is_graph_node(span):
-        return span.name
-    role = _CREW_ROLE.search(str(span.attributes.get("input.value"))) if span.name == "Task._execute_core" else None
-    name = first(span.attributes, "agent") or (role and role[1])
-    found = _AGENT_NAME.fullmatch(span.name)
-    return str(name or (found and (found[1] or found[2])) or span.name)
-
-
-def _is_graph_node(span: RawSpan) -> bool:
-    metadata = as_mapping(parsed(span.attributes.get("metadata"))).get("langgraph_node")
-    return span.name in (first(span.attributes, "graph node"), metadata)
+    above = (one for one in tree.above(span) if tree.kind[one.span_id] is Kind.AGENT)
+    return str(own) or next((agent_name_of(one.name, one.attributes) for one in above), "")
 
 
 def _stated(span: RawSpan) -> Kind | None:

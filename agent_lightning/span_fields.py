@@ -205,3 +205,36 @@ def _numbers(value: Any) -> list[Any]:
 def _logprob(value: Any) -> float:
     found = number(value.get("logprob") if isinstance(value, Mapping) else value)
     return found if found <= 0 and math.isfinite(found) else math.nan
+
+
+def reply_id_of(attributes: Mapping[str, Any]) -> str:
+    """The id of a reply, as its server gave it; "" where nothing says so."""
+    return str(first(attributes, "reply id") or as_mapping(parsed(first(attributes, "reply"))).get("id") or "")
+
+
+def model_of(attributes: Mapping[str, Any]) -> str:
+    """The model that replied, or else that was asked for; "" where nothing says so."""
+    return str(first(attributes, "model") or as_mapping(parsed(first(attributes, "reply"))).get("model") or "")
+
+
+_AGENT_NAME = re.compile(r"(?:agent_run|invoke_agent)\s+\[?(.+?)\]?|(.+)\.(?:_execute_core|agent|run)")
+_CREW_ROLE = re.compile(r"\brole='([^']+)'")
+
+
+def agent_name_of(name: str, attributes: Mapping[str, Any]) -> str:
+    """What the agent is called of whose work a span is.
+
+    Example: agent_name_of("invoke_agent writer", {}) -> "writer"
+    """
+    if is_graph_node(name, attributes):
+        return name
+    role = _CREW_ROLE.search(str(attributes.get("input.value"))) if name == "Task._execute_core" else None
+    said = first(attributes, "agent") or (role and role[1])
+    found = _AGENT_NAME.fullmatch(name)
+    return str(said or (found and (found[1] or found[2])) or name)
+
+
+def is_graph_node(name: str, attributes: Mapping[str, Any]) -> bool:
+    """Whether a span is LangGraph's of a node, which has the node's name."""
+    metadata = as_mapping(parsed(attributes.get("metadata"))).get("langgraph_node")
+    return name in (first(attributes, "graph node"), metadata)

@@ -178,6 +178,13 @@ def test_several_calls_in_one_wrapper_are_all_kept() -> None:
     assert ids(read([wrapper, chat("1", "w", at=1.0), chat("2", "w", at=2.0)], KEY)) == ["1", "2"]
 
 
+def test_two_instrumentors_of_one_library_tell_of_one_call() -> None:
+    bare = span("1", at=1.0, to=2.0, gen_ai__operation__name="chat", gen_ai__response__id="x", llm__model_name="m")
+    told = chat("2", at=1.1, **{"gen_ai.response.id": "x"})
+    (call,) = read([bare, told], KEY).calls
+    assert (call.call_id, call.model, json.loads(call.reply)["content"]) == ("x", "m", "hello")
+
+
 def test_a_reply_id_for_the_second_time_names_nothing() -> None:
     spans = [chat("1", **{"gen_ai.response.id": "x"}), chat("2", at=10.0, **{"gen_ai.response.id": "x"})]
     assert ids(read(spans, KEY)) == ["x", "2"]

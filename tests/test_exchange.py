@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent_lightning import otlp
@@ -122,6 +122,7 @@ def plain(whole: Trajectory) -> dict[str, Any]:
     return dict(json.loads(to_line(whole)))
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(rollouts())
 def test_a_rollout_that_leaves_as_json_comes_back_the_same(whole: Trajectory) -> None:
     assert plain(from_row(plain(whole))) == plain(whole)
@@ -142,6 +143,7 @@ def _value(text: str) -> Any:
         return text
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(rollouts())
 def test_a_rollout_that_leaves_as_otlp_comes_back_the_same(whole: Trajectory) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ import zlib
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
@@ -45,6 +45,7 @@ def raw_spans(draw: st.DrawFn) -> tuple[RawSpan, ...]:
     )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(raw_spans(), st.sampled_from(["", "gzip", "deflate"]))
 def test_spans_that_are_sent_come_back_as_they_were(spans: tuple[RawSpan, ...], encoding: str) -> None:
     bodies = {PROTOBUF: encode(spans, trace_id="t", resource={"service.name": "x"})}
@@ -59,6 +60,7 @@ def test_any_bytes_are_read_or_refused_in_one_line(body: bytes, content_type: st
     _decode_or_refuse(body, content_type, encoding)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(raw_spans(), st.data())
 def test_a_damaged_body_is_read_or_refused_in_one_line(spans: tuple[RawSpan, ...], data: st.DataObject) -> None:
     content_type = data.draw(st.sampled_from([PROTOBUF, JSON]))
