@@ -102,10 +102,12 @@ class _Call:
     asked: Asked
     stream: Stream
     attempt: _Attempt
+    counts: bool
+    """Whether it asks for the number of its tokens only."""
 
     @property
     def streams(self) -> bool:
-        return bool(self.asked.body.get("stream"))
+        return bool(self.asked.body.get("stream")) and not self.counts
 
 
 class Gateway:
@@ -141,11 +143,9 @@ class Gateway:
         if isinstance(raw, Refusal):
             return _refuse(wire, raw)
         try:
-            call = self._call(key, agent, wire, raw)
+            call = self._call(key, agent, wire, raw, counts=end == _COUNT)
         except BadRequest as error:
             return _refuse(wire, Refusal(status=400, message=str(error), code=error.code))
-        if end == _COUNT:
-            return await self._count(call)
         return await self._once(call, end, raw, request)
 
     async def _read(self, request: Request) -> bytes | Refusal:
@@ -160,7 +160,7 @@ class Gateway:
             return Refusal(status=400, message="the client went away", code="disconnected")
         return bytes(raw)
 
-    def _call(self, key: RolloutKey, agent: str, wire: Wire, raw: bytes) -> _Call:
+    def _call(self, key: RolloutKey, agent: str, wire: Wire, raw: bytes, *, counts: bool) -> _Call:
         """The request that a body is. Raises BadRequest."""
         try:
             body = json.loads(raw)
@@ -184,7 +184,8 @@ class Gateway:
         attempt = self._attempts.setdefault(key, _Attempt())
         while len(self._attempts) > 65536:
             self._attempts.popitem(last=False)
-        return _Call(key=key, agent=agent, wire=wire, asked=asked, stream=wire.stream(asked), attempt=attempt)
+        stream = wire.stream(asked)
+        return _Call(key=key, agent=agent, wire=wire, asked=asked, stream=stream, attempt=attempt, counts=counts)
 
     async def _once(self, call: _Call, end: str, raw: bytes, request: Request) -> Response:
         """Answer a client library's retry with the first answer, so that it makes no second span.
@@ -245,8 +246,10 @@ class Gateway:
         # With tools an answer is streamed when it is whole: vLLM's parsers of a stream read half a tool call, or a
         # call's arguments, in another way than those of a whole answer.
         live = call.streams and not call.asked.engine.get("tools")
+        # The engine counts tokens by reading them, and samples one that nobody sees.
+        limits = {"max_tokens": 1, "n": 1} if call.counts else {}
         request = engine_request(
-            call.asked.engine,
+            {**call.asked.engine, **limits},
             model=config.model,
             split=call.key.split,
             sampling=config.sampling[call.key.split],
@@ -262,7 +265,11 @@ class Gateway:
                 outcome = Outcome.OVERLONG_PROMPT if long else Outcome.ENGINE_ERROR
                 await self._recorder.mark(call.key, outcome, found.message)
             return found
-        await self._record(call, found, started)
+        if call.counts:
+            answer.whole(JSONResponse({"input_tokens": found.choices[0].prompt_T.size}))
+            return None
+        # Shielded: what was sampled to its end is recorded, also where the agent leaves just now.
+        await asyncio.shield(self._record(call, found, started))
         if not call.streams:
             answer.whole(JSONResponse(call.wire.reply(call.asked, found)))
             return None
@@ -316,16 +323,6 @@ class Gateway:
             )
             left = await self._recorder.record(span)
             call.attempt.calls_left = min(call.attempt.calls_left, left)
-
-    async def _count(self, call: _Call) -> Response:
-        """Tokens of a prompt: the engine reads it, and samples one token that nobody sees."""
-        config, split = self._config, call.key.split
-        body = {**call.asked.engine, "max_tokens": 1, "n": 1}
-        request = engine_request(body, model=config.model, split=split, sampling=config.sampling[split])
-        found = await self._engine.generate(request)
-        if isinstance(found, Refusal):
-            return _refuse(call.wire, found)
-        return JSONResponse({"input_tokens": found.choices[0].prompt_T.size})
 
     def _models(self, name: list[str]) -> dict[str, Any]:
         """The one model there is, by any name that an agent asks for, as OpenAI's and Anthropic's clients read it."""
