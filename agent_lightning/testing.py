@@ -230,7 +230,12 @@ def application(gateway: Gateway) -> Starlette:
 async def serve_locally(gateway: Gateway) -> AsyncIterator[str]:
     """A gateway on a free port of this machine, in this event loop; yields its root, "http://127.0.0.1:41234"."""
     config = uvicorn.Config(
-        application(gateway), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
+        application(gateway),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=60,  # a busy event loop must not close a connection that a client is about to use again
+        timeout_graceful_shutdown=1,
     )
     server = _QuietServer(config)
     # The protocol by name: asyncio turns Nagle's 40 ms off only for sockets that say that they are TCP.

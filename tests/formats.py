@@ -125,7 +125,7 @@ async def responses(
 async def messages(
     clients: Clients, history: Sequence[Any], *, tools: bool, stream: bool, system: str = "", **extra: Any
 ) -> Turn:
-    asked = {"model": "policy", "max_tokens": 16, "messages": list(history), "extra_body": extra}
+    asked = {"model": "policy", "max_tokens": 256, "messages": list(history), "extra_body": extra}
     if system:
         asked["system"] = system
     if tools:

@@ -112,9 +112,12 @@ async def test_tokens_of_a_prompt_are_counted_without_a_span() -> None:
     async with open_rig() as rig, clients_of(rig) as clients:
         counted = await clients.anthropic.messages.count_tokens(model="m", messages=HELLO)  # type: ignore[arg-type]
         await converse(clients, "messages", "hello", tools=False, stream=False)
-        (call,) = (await rig.end()).calls
         with pytest.raises(anthropic.BadRequestError):
             await clients.anthropic.messages.count_tokens(model="m", messages=[{"role": "nobody", "content": ""}])  # type: ignore[typeddict-item]
+        rig.engine.fail_next(1)
+        with pytest.raises(anthropic.InternalServerError):
+            await clients.anthropic.messages.count_tokens(model="m", messages=HELLO)  # type: ignore[arg-type]
+        (call,) = (await rig.end()).calls
     assert counted.input_tokens == call.prompt_T.size
 
 

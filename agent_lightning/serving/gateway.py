@@ -106,10 +106,12 @@ class _Call:
     asked: Asked
     stream: Stream
     attempt: _Attempt
+    counts: bool
+    """Whether it asks for the number of its tokens only."""
 
     @property
     def streams(self) -> bool:
-        return bool(self.asked.body.get("stream"))
+        return bool(self.asked.body.get("stream")) and not self.counts
 
 
 class Gateway:
@@ -148,11 +150,9 @@ class Gateway:
             return await take_traces(self._recorder, key, raw, request.headers, max_bytes=limit)
         wire = WIRES[end.removesuffix("/count_tokens")]
         try:
-            call = self._call(key, agent, wire, raw, request.headers)
+            call = self._call(key, agent, wire, raw, request.headers, counts=end == _COUNT)
         except BadRequest as error:
             return _refuse(wire, Refusal(status=400, message=str(error), code=error.code))
-        if end == _COUNT:
-            return await self._count(call)
         return await self._once(call, end, raw, request)
 
     async def _read(self, request: Request) -> bytes | Refusal:
@@ -167,7 +167,9 @@ class Gateway:
             return Refusal(status=400, message="the client went away", code="disconnected")
         return bytes(raw)
 
-    def _call(self, key: RolloutKey, agent: str, wire: Wire, raw: bytes, headers: Mapping[str, str]) -> _Call:
+    def _call(
+        self, key: RolloutKey, agent: str, wire: Wire, raw: bytes, headers: Mapping[str, str], *, counts: bool
+    ) -> _Call:
         """The request that a body is. Raises BadRequest."""
         try:
             body = json.loads(raw)
@@ -199,6 +201,7 @@ class Gateway:
             asked=asked,
             stream=wire.stream(asked),
             attempt=attempt,
+            counts=counts,
         )
 
     async def _once(self, call: _Call, end: str, raw: bytes, request: Request) -> Response:
@@ -260,8 +263,10 @@ class Gateway:
         # With tools an answer is streamed when it is whole: vLLM's parsers of a stream read half a tool call, or a
         # call's arguments, in another way than those of a whole answer.
         live = call.streams and not call.asked.engine.get("tools")
+        # The engine counts tokens by reading them, and samples one that nobody sees.
+        limits = {"max_tokens": 1, "n": 1} if call.counts else {}
         request = engine_request(
-            call.asked.engine,
+            {**call.asked.engine, **limits},
             model=config.model,
             split=call.key.split,
             sampling=config.sampling[call.key.split],
@@ -277,7 +282,11 @@ class Gateway:
                 outcome = Outcome.OVERLONG_PROMPT if long else Outcome.ENGINE_ERROR
                 await self._recorder.mark(call.key, outcome, found.message)
             return found
-        await self._record(call, found, started)
+        if call.counts:
+            answer.whole(JSONResponse({"input_tokens": found.choices[0].prompt_T.size}))
+            return None
+        # Shielded: what was sampled to its end is recorded, also where the agent leaves just now.
+        await asyncio.shield(self._record(call, found, started))
         if not call.streams:
             answer.whole(JSONResponse(call.wire.reply(call.asked, found)))
             return None
@@ -332,16 +341,6 @@ class Gateway:
             )
             left = await self._recorder.record(span)
             call.attempt.calls_left = min(call.attempt.calls_left, left)
-
-    async def _count(self, call: _Call) -> Response:
-        """Tokens of a prompt: the engine reads it, and samples one token that nobody sees."""
-        config, split = self._config, call.key.split
-        body = {**call.asked.engine, "max_tokens": 1, "n": 1}
-        request = engine_request(body, model=config.model, split=split, sampling=config.sampling[split])
-        found = await self._engine.generate(request)
-        if isinstance(found, Refusal):
-            return _refuse(call.wire, found)
-        return JSONResponse({"input_tokens": found.choices[0].prompt_T.size})
 
     def _models(self, name: list[str]) -> dict[str, Any]:
         """The one model there is, by any name that an agent asks for, as OpenAI's and Anthropic's clients read it."""

@@ -57,7 +57,8 @@ async def take_traces(
             max_bytes=max_bytes,
             max_spans=MAX_SPANS,
         )
-        rejected = sum(faults.values()) + await recorder.record_spans(key, spans, faults)
+        lost = sum(count for reason, count in faults.items() if not reason.startswith("repaired"))
+        rejected = lost + await recorder.record_spans(key, spans, faults)
     except DataError as error:
         return JSONResponse({"code": 3, "message": str(error)}, status_code=400)
     except UnknownRollout as error:

@@ -35,8 +35,9 @@ QUESTION = "Gita takes 76 figs out of a tray that held 85 figs. How many stay?"
 class Stack:
     """A running service, and a new rollout for each question of a test."""
 
-    def __init__(self, system: launch.System) -> None:
+    def __init__(self, system: launch.System, questions: list[str]) -> None:
         self.system = system
+        self.questions = questions
 
     @asynccontextmanager
     async def rollout(self, calls: list[ModelCall]) -> AsyncIterator[str]:
@@ -52,12 +53,13 @@ class Stack:
 
 async def test_formats_streams_and_cancelling_on_the_real_stack() -> None:
     config = load(["experiment=calc_tiny", "model.max_len=512", "sampling.val.max_tokens=200"])
+    questions = [str(task.payload["question"]) for task in launch.preflight(config, ("val",))["val"][:6]]
     async with launch.system(config, train=False, workers=0) as system:
-        stack = Stack(system)
+        stack = Stack(system, questions)
         await the_same_spans(stack, tools=True)
         await the_same_spans(stack, tools=False)
         await a_prompt_of_token_ids(stack)
-        await tokens_of_a_stream_with_tools(system)
+        await tokens_of_a_stream_with_tools(stack)
         await deltas_pass_the_proxy(stack)
         await errors_of_the_protocol(stack)
         await a_client_that_leaves(stack, stream=True)
@@ -80,11 +82,15 @@ async def the_same_spans(stack: Stack, *, tools: bool) -> None:
         for stream in (False, True):
             calls: list[ModelCall] = []
             async with stack.rollout(calls) as root, Clients(root=root) as clients:
-                turns = await converse(clients, name, QUESTION, system=SYSTEM, tools=tools, stream=stream)
+                turns = [
+                    turn
+                    for question in stack.questions
+                    for turn in await converse(clients, name, question, system=SYSTEM, tools=tools, stream=stream)
+                ]
             assert [turn.reply_id for turn in turns] == [call.call_id for call in calls]
             spans[name, stream] = [essence(call) for call in calls]
     first = spans["chat", False]
-    assert len(first) >= 2 if tools else first[0]["response_T"], "the policy calls its tool"
+    assert not tools or any(span["finish_reason"] == "tool_calls" for span in first), "the policy calls its tool"
     for way, found in spans.items():
         assert found == first, way
 
@@ -106,24 +112,23 @@ async def a_prompt_of_token_ids(stack: Stack) -> None:
     assert [call.response_T.tolist() for call in raw] == [raw[0].response_T.tolist()] * 2
 
 
-async def tokens_of_a_stream_with_tools(system: launch.System) -> None:
+async def tokens_of_a_stream_with_tools(stack: Stack) -> None:
     """vLLM itself, with its tool parser: the ids are right, also where a chunk has no text of its own."""
-    handle = serve.get_deployment_handle("policy-policy", system.service.app)
-    found = []
-    for stream in (False, True):
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
+    handle = serve.get_deployment_handle("policy-policy", stack.system.service.app)
+    reasons = set()
+    for question in stack.questions:
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
         body = {"messages": messages, "tools": [{"type": "function", "function": FUNCTION}]}
-        sampling = {"temperature": 0.0, "max_tokens": 200}
-        request = engine_request(body, model="policy", split="val", sampling=sampling, stream=stream)
-        if stream:
-            found.append(join([part async for part in handle.options(stream=True).stream.remote(request)]))
-        else:
-            found.append(await handle.generate.remote(request))
-    whole, streamed = found
-    assert whole.reply["choices"][0]["finish_reason"] == "tool_calls"
-    assert streamed.choices[0].response_T.tolist() == whole.choices[0].response_T.tolist()
-    assert np.abs(streamed.choices[0].logprob_T - whole.choices[0].logprob_T).max() < 1e-4
-    assert streamed.choices[0].prompt_T.tolist() == whole.choices[0].prompt_T.tolist()
+        asked = {"model": "policy", "split": "val", "sampling": {"temperature": 0.0, "max_tokens": 60}}
+        whole = await handle.generate.remote(engine_request(body, **asked))  # type: ignore[arg-type]
+        parts = handle.options(stream=True).stream.remote(engine_request(body, **asked, stream=True))  # type: ignore[arg-type]
+        streamed = join([part async for part in parts])
+        (one,), (other,) = whole.choices, streamed.choices
+        assert one.response_T.tolist() == other.response_T.tolist()
+        assert np.abs(one.logprob_T - other.logprob_T).max() < 1e-4
+        assert one.prompt_T.tolist() == other.prompt_T.tolist()
+        reasons.add(one.finish_reason)
+    assert "tool_calls" in reasons
 
 
 async def deltas_pass_the_proxy(stack: Stack) -> None:
