@@ -20,9 +20,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from agent_lightning.conventions import RawSpan, read
 from agent_lightning.errors import UnknownRollout
-from agent_lightning.spans import assemble, emitted
+from agent_lightning.telemetry.conventions import RawSpan, read
+from agent_lightning.telemetry.spans import assemble, emitted
 from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 
 

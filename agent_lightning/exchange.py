@@ -10,9 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from agent_lightning import export, imports
 from agent_lightning.archive import read_trajectories
 from agent_lightning.errors import DataError
+from agent_lightning.telemetry import export, imports
 
 
 def import_traces(files: Sequence[Path], out: Path) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agent_lightning import conventions, imports, otlp, trace_files
-from agent_lightning.attributes import FIELDS, KINDS, PRESENT, Kind
+from agent_lightning.telemetry import conventions, imports, otlp, trace_files
+from agent_lightning.telemetry.attributes import FIELDS, KINDS, PRESENT, Kind
 
 PAGE = (Path(__file__).parents[1] / "docs" / "traces.md").read_text(encoding="utf-8")
 

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent_lightning import otlp
 from agent_lightning.archive import RolloutWriter, read_trajectories
 from agent_lightning.cli import main
 from agent_lightning.errors import DataError
-from agent_lightning.export import FILES, Format, from_row, to_line, to_otlp, to_spans, write
-from agent_lightning.imports import conversations, read_files
 from agent_lightning.serving.dialects import compact
+from agent_lightning.telemetry import otlp
+from agent_lightning.telemetry.export import FILES, Format, from_row, to_line, to_otlp, to_spans, write
+from agent_lightning.telemetry.imports import conversations, read_files
 from agent_lightning.testing import group, model_call, trajectory
 from agent_lightning.types import (
     AgentSpan,

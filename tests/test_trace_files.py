@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent_lightning.imports import Imported, Report, conversations, read_files
-from agent_lightning.message_forms import text_of
+from agent_lightning.telemetry.imports import Imported, Report, conversations, read_files
+from agent_lightning.telemetry.message_forms import text_of
 from agent_lightning.types import ModelCall, ToolCall, ToolStatus, Trajectory
 
 TRACES = Path(os.environ.get("AGL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "traces"

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from agent_lightning import otlp
-from agent_lightning.conventions import RawSpan
 from agent_lightning.errors import DataError
-from agent_lightning.message_forms import Message, parsed
-from agent_lightning.messages import answer, conversation
+from agent_lightning.telemetry import otlp
+from agent_lightning.telemetry.conventions import RawSpan
+from agent_lightning.telemetry.message_forms import Message, parsed
+from agent_lightning.telemetry.messages import answer, conversation
 from agent_lightning.types import (
     AgentSpan,
     ModelCall,

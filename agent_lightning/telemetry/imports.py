@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agent_lightning.conventions import read
-from agent_lightning.export import to_line
-from agent_lightning.messages import answer, conversation
+from agent_lightning.telemetry.conventions import read
+from agent_lightning.telemetry.export import to_line
+from agent_lightning.telemetry.messages import answer, conversation
+from agent_lightning.telemetry.trace_files import Source, contents, sources
 from agent_lightning.tools import tool_calls
-from agent_lightning.trace_files import Source, contents, sources
 from agent_lightning.types import RolloutKey, ToolCall, Trajectory
 
 REASONS = {

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from agent_lightning.message_forms import (
+from agent_lightning.telemetry.message_forms import (
     NOT_UNDERSTOOD,
     ROLES,
     Message,

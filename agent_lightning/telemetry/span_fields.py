@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from agent_lightning.attributes import FIELDS
-from agent_lightning.message_forms import Message, as_mapping, parsed, text_of
-from agent_lightning.messages import answer, conversation
+from agent_lightning.telemetry.attributes import FIELDS
+from agent_lightning.telemetry.message_forms import Message, as_mapping, parsed, text_of
+from agent_lightning.telemetry.messages import answer, conversation
 from agent_lightning.types import Floats, Ints
 
 

@@ -15,11 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from agent_lightning import otlp
-from agent_lightning.conventions import RawSpan
 from agent_lightning.errors import DataError
-from agent_lightning.export import from_row
-from agent_lightning.message_forms import Message
+from agent_lightning.telemetry import otlp
+from agent_lightning.telemetry.conventions import RawSpan
+from agent_lightning.telemetry.export import from_row
+from agent_lightning.telemetry.message_forms import Message
 from agent_lightning.types import Outcome, RolloutKey, Trajectory
 
 REASONS = {

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from agent_lightning.asked import Asked
-from agent_lightning.attributes import FIELDS, KINDS, PRESENT, Kind
-from agent_lightning.message_forms import as_json, as_mapping, parsed, text_of
-from agent_lightning.messages import tool_result_of
-from agent_lightning.span_fields import (
+from agent_lightning.telemetry.asked import Asked
+from agent_lightning.telemetry.attributes import FIELDS, KINDS, PRESENT, Kind
+from agent_lightning.telemetry.message_forms import as_json, as_mapping, parsed, text_of
+from agent_lightning.telemetry.messages import tool_result_of
+from agent_lightning.telemetry.span_fields import (
     agent_name_of,
     dump,
     finish_reason_of,

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from agent_lightning.message_forms import parsed
+from agent_lightning.telemetry.message_forms import parsed
 from agent_lightning.tools import tool_calls
 from agent_lightning.types import ModelCall, ToolCall
 
