@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from agent_lightning.errors import UserError
 from agent_lightning.learners.base import WeightBucket, Weights
+from agent_lightning.learners.verl_credit import Forward, Prepared, prepare
 from agent_lightning.learners.verl_groups import (
     CriticSettings,
     Groups,
@@ -27,9 +28,6 @@ from agent_lightning.learners.verl_groups import (
 )
 from agent_lightning.metrics import Max, Mean, Metrics, merge
 from agent_lightning.types import Batch
-
-if TYPE_CHECKING:
-    from agent_lightning.learners.verl_credit import Forward, Prepared
 
 __all__ = ["CriticSettings", "LearnerConfig", "VerlLearner"]
 
@@ -61,8 +59,6 @@ class VerlLearner:
         The log-probability gap is of the whole step where the learner's own log-probabilities were asked for, else of
         the first batch: after an optimiser step the learner is no longer the policy that sampled.
         """
-        from agent_lightning.learners.verl_credit import prepare
-
         config = self._config
         warming = config.critic is not None and self._updates < config.critic.warmup_steps
         unknown = any(np.isnan(batch.logprob_NT).any() for batch in batches)
@@ -112,8 +108,6 @@ class VerlLearner:
 
     def _ask(self, batch: Batch, own: bool) -> Forward:
         """What the models say before the step; of the policy only where `own`."""
-        from agent_lightning.learners.verl_credit import Forward
-
         asked = {
             "logprob_NT": (self._group if own else None, "log_probs"),
             "reference_NT": (self._reference, "log_probs"),
