@@ -62,7 +62,7 @@ async def train(overrides: Sequence[str], *, resume: Path | None) -> int:
                     await system.board.publish(weights, 300.0)
                     state.version = weights.version
                 loop = Loop(
-                    plan=_plan(config),
+                    plan=make_plan(config),
                     state=state,
                     buffer=system.buffer,
                     board=system.board,
@@ -95,7 +95,8 @@ def _open(overrides: Sequence[str], resume: Path | None) -> tuple[Config, RunDir
     return config, run, state
 
 
-def _plan(config: Config) -> Plan:
+def make_plan(config: Config) -> Plan:
+    """What the loop is told. Raises ConfigError."""
     algorithm = config.algorithm
     return Plan(
         steps=config.steps,

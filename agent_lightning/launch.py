@@ -24,7 +24,7 @@ from agent_lightning.rollout import AgentSpec, RolloutWorker
 from agent_lightning.types import Split, Task
 
 if TYPE_CHECKING:
-    from agent_lightning.learners.verl import VerlLearner
+    from agent_lightning.learners.verl import LearnerConfig, VerlLearner
     from agent_lightning.serving.app import Service
 
 logger = logging.getLogger(__name__)
@@ -196,7 +196,14 @@ def prepare_environment() -> None:
 
 
 def _build_learner(config: Config, model: str) -> VerlLearner:
-    from agent_lightning.learners.verl import CriticSettings, LearnerConfig, VerlLearner
+    from agent_lightning.learners.verl import VerlLearner
+
+    return VerlLearner(learner_config(config, model))
+
+
+def learner_config(config: Config, model: str) -> LearnerConfig:
+    """What the learner is told."""
+    from agent_lightning.learners.verl import CriticSettings, LearnerConfig
 
     algorithm, credit, hardware = config.algorithm, config.credit, config.hardware
     rollouts = algorithm.tasks_per_step * algorithm.rollouts_per_task
@@ -209,35 +216,33 @@ def _build_learner(config: Config, model: str) -> VerlLearner:
         trace=credit.gae_lambda,
         over=cast(Any, credit.gae_over),
     )
-    return VerlLearner(
-        LearnerConfig(
-            model_path=model,
-            device=cast(Any, hardware.device),
-            world_size=hardware.learner_processes,
-            num_threads=hardware.learner_threads,
-            dtype=cast(Any, config.model.dtype),
-            seed=config.seed,
-            loss=cast(Any, algorithm.loss),
-            lr=algorithm.lr,
-            lr_warmup_steps=algorithm.lr_warmup_steps,
-            lr_schedule=cast(Any, algorithm.lr_schedule),
-            total_steps=config.steps * algorithm.epochs * batches,
-            weight_decay=algorithm.weight_decay,
-            clip_grad=algorithm.clip_grad,
-            clip_ratio_low=algorithm.clip_ratio_low,
-            clip_ratio_high=algorithm.clip_ratio_high,
-            kl_coef=algorithm.kl_coef,
-            kl_in=cast(Any, algorithm.kl_in),
-            kl_kind=algorithm.kl_kind,
-            importance=cast(Any, algorithm.importance),
-            importance_cap=algorithm.importance_cap,
-            normalise=credit.scale == "batch",
-            critic=critic if credit.method == "gae" else None,
-            entropy_coef=algorithm.entropy_coef,
-            temperature=config.sampling.train.temperature,
-            max_tokens_per_micro_batch=hardware.max_tokens_per_micro_batch,
-            verl=config.verl,
-        )
+    return LearnerConfig(
+        model_path=model,
+        device=cast(Any, hardware.device),
+        world_size=hardware.learner_processes,
+        num_threads=hardware.learner_threads,
+        dtype=cast(Any, config.model.dtype),
+        seed=config.seed,
+        loss=cast(Any, algorithm.loss),
+        lr=algorithm.lr,
+        lr_warmup_steps=algorithm.lr_warmup_steps,
+        lr_schedule=cast(Any, algorithm.lr_schedule),
+        total_steps=config.steps * algorithm.epochs * batches,
+        weight_decay=algorithm.weight_decay,
+        clip_grad=algorithm.clip_grad,
+        clip_ratio_low=algorithm.clip_ratio_low,
+        clip_ratio_high=algorithm.clip_ratio_high,
+        kl_coef=algorithm.kl_coef,
+        kl_in=cast(Any, algorithm.kl_in),
+        kl_kind=algorithm.kl_kind,
+        importance=cast(Any, algorithm.importance),
+        importance_cap=algorithm.importance_cap,
+        normalise=credit.scale == "batch",
+        critic=critic if credit.method == "gae" else None,
+        entropy_coef=algorithm.entropy_coef,
+        temperature=config.sampling.train.temperature,
+        max_tokens_per_micro_batch=hardware.max_tokens_per_micro_batch,
+        verl=config.verl,
     )
 
 

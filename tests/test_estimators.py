@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 
 from agent_lightning.credit_rules import Estimator
 from agent_lightning.errors import ConfigError
-from agent_lightning.estimators import Scale, group_normalised, normalised, returns_to_go, same_state
+from agent_lightning.estimators import (
+    Scale,
+    generalised_advantage,
+    group_normalised,
+    normalised,
+    returns_to_go,
+    same_state,
+)
 
 # fmt: off
 NORMALISED: list[tuple[Scale, list[float], list[int], list[float]]] = [
@@ -31,6 +38,19 @@ def test_group_normalised(scale: Scale, rewards: list[float], valid: list[int], 
     found = group_normalised(np.array(rewards, np.float64), np.array(valid, np.bool_), scale=scale)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_without_a_baseline_the_rewards_stay_as_they_are() -> None:
+    for scale in ("none", "batch"):
+        same = group_normalised(np.array([1.0, 1.0, 7.0]), np.array([1, 1, 0], np.bool_), scale=scale, baseline="none")
+        assert same.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize(("trace", "expected"), [(1.0, [0.5, 0.5, 0.5]), (0.0, [0, 0, 0.5]), (0.5, [0.125, 0.25, 0.5])])
+def test_generalised_advantage(trace: float, expected: list[float]) -> None:
+    rewards, values = np.array([[0.0, 0, 1], [2, 0, 0]]), np.array([[0.5, 0.5, 0.5], [1, 0, 0]])
+    found = generalised_advantage(rewards, values, discount=1.0, trace=trace)
+    np.testing.assert_allclose(found, [expected, [1, 0, 0]])
 
 
 def test_group_normalised_refuses_what_is_not_a_reward() -> None:

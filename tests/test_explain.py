@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from agent_lightning.archive import RolloutWriter, read_group
 from agent_lightning.cli import main
 from agent_lightning.config import load, to_yaml
 from agent_lightning.credit import CallCredit
-from agent_lightning.explain import coloured, ledger, list_runs
+from agent_lightning.explain import coloured, explain, ledger, list_runs
 from agent_lightning.tools import tool_calls
 from agent_lightning.tracking import RunDirectory
 from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
@@ -131,6 +132,19 @@ def test_tokens_are_coloured_by_advantage(
     styles = console.export_text(styles=True)
     assert "\x1b[31m" in styles  # red
     assert "\x1b[4;31m" in styles  # and unlikely
+
+
+def test_what_only_the_critic_knew_is_not_made_up() -> None:
+    key = RolloutKey(split="train", group=4, index=0)
+    calls = (call(key, 0, agent="solver", request=[], reply={"content": "0"}),)
+    credit = CallCredit(call_id="a", intermediate=0, return_to_go=1, advantage=math.nan, tokens=3, fate="trained")
+    rollout = Trajectory(key=key, task_id="t", calls=calls, reward=1.0, outcome=Outcome.FINISHED)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(explain(rollout, Task(task_id="t", payload={}), [credit]))
+    console.print(coloured(calls, [credit], TOKENIZER))
+    text = console.export_text()
+    assert "by the critic" in text
+    assert "nan" not in text
 
 
 def test_the_ledger_adds_up() -> None:

@@ -7,30 +7,27 @@ environment on import.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from agent_lightning.errors import UserError
 from agent_lightning.learners.base import WeightBucket, Weights
+from agent_lightning.learners.verl_credit import Forward, Prepared, prepare
 from agent_lightning.learners.verl_groups import (
-    CPU_ENVIRONMENT,
     CriticSettings,
+    Groups,
     LearnerConfig,
     from_jagged,
     policy_loss_of,
-    resource_pool,
+    start_groups,
     to_tensordict,
-    worker_group,
+    value_loss_of,
 )
 from agent_lightning.metrics import Max, Mean, Metrics, merge
 from agent_lightning.types import Batch
-
-if TYPE_CHECKING:
-    from agent_lightning.learners.verl_credit import Forward, Prepared
 
 __all__ = ["CriticSettings", "LearnerConfig", "VerlLearner"]
 
@@ -38,24 +35,23 @@ __all__ = ["CriticSettings", "LearnerConfig", "VerlLearner"]
 class VerlLearner:
     """Trains the policy. Blocking calls of veRL run in a thread, so the loop's event loop stays free."""
 
-    def __init__(self, config: LearnerConfig) -> None:
+    def __init__(self, config: LearnerConfig, groups: Groups | None = None) -> None:
+        """`groups` are running ones to use again, from the model's weights on; None starts what the config needs."""
         self._config = config
         self._version = 0
         self._updates = 0
-        if config.device == "cpu":
-            os.environ.update(CPU_ENVIRONMENT)
-        pool = resource_pool(config)
-        self._group = worker_group(config, "policy", pool)
+        groups = groups or start_groups(config)
+        self._group = groups.policy
+        self._group.reset()
         self._group.set_loss_fn(policy_loss_of(config))
-        self._reference: Any = worker_group(config, "reference", pool) if config.kl_coef else None
-        self._critic: Any = None
+        self._reference = groups.reference if config.kl_coef else None
+        if self._reference is not None:
+            self._reference.reset()
+        self._critic = None
         if config.critic is not None:
-            from functools import partial
-
-            from agent_lightning.learners.verl_worker import value_loss
-
-            self._critic = worker_group(config, "critic", pool)
-            self._critic.set_loss_fn(partial(value_loss, config.critic.clip_range))
+            self._critic = groups.critic
+            self._critic.reset()
+            self._critic.set_loss_fn(value_loss_of(config.critic))
 
     async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Metrics:
         """One optimiser step per batch and epoch; what the models say before the first holds for all of them.
@@ -63,8 +59,6 @@ class VerlLearner:
         The log-probability gap is of the whole step where the learner's own log-probabilities were asked for, else of
         the first batch: after an optimiser step the learner is no longer the policy that sampled.
         """
-        from agent_lightning.learners.verl_credit import prepare
-
         config = self._config
         warming = config.critic is not None and self._updates < config.critic.warmup_steps
         unknown = any(np.isnan(batch.logprob_NT).any() for batch in batches)
@@ -114,8 +108,6 @@ class VerlLearner:
 
     def _ask(self, batch: Batch, own: bool) -> Forward:
         """What the models say before the step; of the policy only where `own`."""
-        from agent_lightning.learners.verl_credit import Forward
-
         asked = {
             "logprob_NT": (self._group if own else None, "log_probs"),
             "reference_NT": (self._reference, "log_probs"),

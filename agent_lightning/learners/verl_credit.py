@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from verl.trainer.ppo.core_algos import kl_penalty
-from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
 
 from agent_lightning.learners.verl_groups import LearnerConfig
 from agent_lightning.metrics import Max, Mean, Metrics, Sum, merge
@@ -89,6 +86,9 @@ def _old(batch: Batch, own_NT: Floats | None, config: LearnerConfig) -> tuple[Fl
     }
     if config.importance == "none":
         return np.where(known_NT, batch.logprob_NT, own_NT).astype(np.float32), whole_NT, metrics
+    import torch
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
+
     weight_NT, _ = compute_rollout_correction_weights(
         torch.from_numpy(log_ratio_NT),
         torch.from_numpy(batch.mask_NT.copy()),
@@ -107,6 +107,9 @@ def _penalty(
     """What the KL in the reward charges each token."""
     if reference_NT is None or config.kl_in == "loss":
         return np.zeros(batch.token_NT.shape, np.float32), {}
+    import torch
+    from verl.trainer.ppo.core_algos import kl_penalty
+
     old, reference = (torch.from_numpy(np.where(batch.mask_NT, array, 0)) for array in (old_NT, reference_NT))
     kl_NT = kl_penalty(old, reference, config.kl_kind or "k1").numpy()
     metrics: Metrics = {"learner/kl_to_reference": Mean.of([float((kl_NT * batch.weight_NT).sum())])}

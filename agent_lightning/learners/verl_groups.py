@@ -6,9 +6,10 @@ on import.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -118,16 +119,37 @@ def policy_loss_of(config: LearnerConfig) -> Any:
     return partial(policy_loss, actor)
 
 
-def resource_pool(config: LearnerConfig) -> Any:
-    """The places of the training processes: the groups share them, and on GPUs each place's GPU."""
+def value_loss_of(config: CriticSettings) -> Any:
+    """The loss that a critic's group is given."""
+    from functools import partial
+
+    from agent_lightning.learners.verl_worker import value_loss
+
+    return partial(value_loss, config.clip_range)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Groups:
+    """Running worker groups; None where the config needs none."""
+
+    policy: Any
+    reference: Any = None
+    critic: Any = None
+
+
+def start_groups(config: LearnerConfig) -> Groups:
+    """Start the processes that a config needs; the groups share their places, and on GPUs each place's GPU."""
+    if config.device == "cpu":
+        os.environ.update(CPU_ENVIRONMENT)
     from verl.single_controller.ray import RayResourcePool
 
-    num_groups = 1 + (config.kl_coef > 0) + (config.critic is not None)
-    return RayResourcePool([config.world_size], use_gpu=config.device != "cpu", max_colocate_count=num_groups)
+    needed = {"policy": True, "reference": config.kl_coef > 0, "critic": config.critic is not None}
+    roles: list[Role] = [role for role in get_args(Role) if needed[role]]
+    pool = RayResourcePool([config.world_size], use_gpu=config.device != "cpu", max_colocate_count=len(roles))
+    return Groups(**{role: _start(config, role, pool) for role in roles})
 
 
-def worker_group(config: LearnerConfig, role: Role, pool: Any) -> Any:
-    """Start the processes of a role and load its model."""
+def _start(config: LearnerConfig, role: Role, pool: Any) -> Any:
     import ray
     from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 
@@ -135,7 +157,7 @@ def worker_group(config: LearnerConfig, role: Role, pool: Any) -> Any:
 
     on_cpu = config.device == "cpu"
     threads = str(config.num_threads)
-    group = RayWorkerGroup(
+    return RayWorkerGroup(
         pool,
         RayClassWithInitArgs(
             ray.remote(ModelWorker),
@@ -148,8 +170,6 @@ def worker_group(config: LearnerConfig, role: Role, pool: Any) -> Any:
         device_name=config.device,
         worker_env=CPU_ENVIRONMENT | {"OMP_NUM_THREADS": threads} if on_cpu else {},
     )
-    group.reset()
-    return group
 
 
 def _training(config: LearnerConfig, role: Role) -> TrainingWorkerConfig:
@@ -174,6 +194,8 @@ def _training(config: LearnerConfig, role: Role) -> TrainingWorkerConfig:
     override: dict[str, Any] = {"attn_implementation": "sdpa"} if on_cpu else {}
     if role == "critic":
         override |= {"architectures": ["ForTokenClassification"], "num_labels": 1, "classifier_dropout": 0.0}
+        # Of what the checkpoint does not have, the value head: values begin at zero, not at random.
+        override["initializer_range"] = 0.0
     return TrainingWorkerConfig(
         # The last is an engine of ours, see verl_worker.
         model_type="critic" if role == "critic" else "language_model",

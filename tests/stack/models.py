@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -50,6 +51,17 @@ def as_weights(model: LlamaForCausalLM, version: int, put: Any) -> Weights:
         size += raw.size
     bucket = WeightBucket(parameters=tuple(entries), data=put(np.concatenate(pieces)))
     return Weights(version=version, buckets=(bucket,))
+
+
+def to_arrays(weights: Weights) -> dict[str, np.ndarray]:
+    """Published float32 parameters by name."""
+    out = {}
+    for bucket in weights.buckets:
+        raw = np.asarray(ray.get(bucket.data))
+        for p in bucket.parameters:
+            count = int(np.prod(p["shape"])) * 4
+            out[p["name"]] = raw[p["offset"] : p["offset"] + count].view(np.float32).reshape(p["shape"])
+    return out
 
 
 def reference_logprobs(model: Any, call: ModelCall) -> np.ndarray:

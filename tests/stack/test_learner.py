@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
-from models import load, random_batch, random_model
+from models import load, random_batch, random_model, to_arrays
 
 from agent_lightning import cluster
-from agent_lightning.learners.base import Weights
 from agent_lightning.learners.verl import LearnerConfig, VerlLearner
 from agent_lightning.metrics import Metrics
 from agent_lightning.types import Batch
@@ -20,16 +18,6 @@ from agent_lightning.types import Batch
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 LR = 1e-2
 CLIP = 0.2
-
-
-def to_arrays(weights: Weights) -> dict[str, np.ndarray]:
-    out = {}
-    for bucket in weights.buckets:
-        raw = np.asarray(ray.get(bucket.data))
-        for p in bucket.parameters:
-            count = int(np.prod(p["shape"])) * 4
-            out[p["name"]] = raw[p["offset"] : p["offset"] + count].view(np.float32).reshape(p["shape"])
-    return out
 
 
 def own_gradient_step(folder: str, batch: Batch) -> dict[str, np.ndarray]:
