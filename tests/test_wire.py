@@ -204,6 +204,25 @@ async def test_an_agent_that_leaves_a_stream_has_what_it_was_sent_on_record(name
     assert (call.finish_reason, call.response_T.size, call.logprob_T.size) == ("cancelled", 1, 1)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+async def test_a_library_that_times_out_before_the_first_delta_finds_the_stream_again(name: str) -> None:
+    async with open_rig() as rig, clients_of(rig) as clients:
+        patient = {"timeout": 0.3, "max_retries": 3}
+        hasty = replace(
+            clients,
+            openai=clients.openai.with_options(**patient),  # type: ignore[arg-type]
+            anthropic=clients.anthropic.with_options(**patient),  # type: ignore[arg-type]
+        )
+        rig.engine.delay_s = 0.6
+        asking = asyncio.create_task(FORMATS[name](hasty, HELLO, tools=False, stream=True))
+        while not rig.engine.in_flight:
+            await asyncio.sleep(0.01)
+        rig.engine.delay_s = 0.0  # of the second token
+        turn = await asking
+        (call,) = (await rig.end()).calls
+    assert (call.call_id, call.finish_reason) == (turn.reply_id, "stop")
+
+
 class Cut:
     """An engine that breaks in the middle of a stream."""
 
