@@ -230,7 +230,7 @@ def train(args: argparse.Namespace) -> None:
         schedule.step()
         optimizer.zero_grad()
         if step % args.evaluate_every == 0 or step == args.steps:
-            note = {"step": step, "seconds": round(time.monotonic() - started), "loss": round(float(loss), 3)}
+            note = {"step": step, "seconds": round(time.monotonic() - started), "loss": round(loss.item(), 3)}
             few = None if step == args.steps else 200
             note |= {name: round(accuracy(model, tokenizer, splits[name][:few]), 3) for name in ("held_out", "dev")}
             model.save_pretrained(args.out)
