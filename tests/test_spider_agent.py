@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 from aiohttp import web
 
+from agent_lightning import agents
+from agent_lightning.config import load
 from agent_lightning.rollout import AgentSpec
 from agent_lightning.testing import ToyWorld
 from agent_lightning.types import Task
@@ -117,6 +119,12 @@ async def test_the_checker_may_be_another_model_elsewhere(task, monkeypatch):
         monkeypatch.setenv("CHECKER_MODEL", "large")
         assert await agent.solve(task, policy) == COUNT
     assert [role for role, _ in model.asked] == ["writer", "rewriter"]
+
+
+def test_the_experiments_agent_and_reward_can_be_run():
+    config = load(["experiment=spider"])
+    agents.check(config.agent.target, config.agent.mode)
+    agents.load(config.agent.reward)
 
 
 async def test_the_agent_learns_through_the_gateway(task):

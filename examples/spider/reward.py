@@ -9,7 +9,7 @@ from databases import Limits, files
 from execution_match import execution_match
 
 LIMITS = Limits(seconds=10.0)
-"""The slowest gold query takes a third of a second."""
+"""A rollout waits for its reward."""
 
 
 def score(task: Mapping[str, Any], output: str) -> float:
