@@ -6,7 +6,7 @@ BM25: MuSiQue's 7,697 passages, the development questions that come with paragra
 question's supporting paragraphs among the first k, in one shard and in eight. Dense: synthetic unit vectors of 768
 dimensions (2,000 clusters in 32 dimensions, plus noise), IVF-PQ as examples/musique/retrieval/dense.py builds it, at
 each of --sizes; recall@10 against exact search, with and without comparing the best candidates again. What 21 million
-cost is extrapolated by a straight line on log-log axes through the sizes (recall: over the logarithm of the size).
+cost is extrapolated by the terms that the work is made of (recall: by a line through the two largest sizes).
 All on one core.
 """
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "musique"))
 
@@ -152,16 +153,21 @@ def overlap(found: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> float:
 
 
 def extrapolate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the corpus of Wikipedia would cost, from the curve over the sizes; recall from its last two sizes."""
-    sizes = np.log([row["vectors"] for row in rows])
-    at = np.log(WIKIPEDIA)
+    """What the corpus of Wikipedia would cost: each time by the terms that its work is made of.
 
-    def line(name: str) -> float:
-        slope, start = np.polyfit(sizes, np.log([row[name] for row in rows]), 1)
-        return float(np.exp(start + slope * at))
-
+    Lists grow with the square root of the size, and so do training vectors: training is a constant (the codebooks) and
+    a term in lists x lists; adding compares each vector with each list; a search compares with each list and scans
+    probes x size / lists codes.
+    """
     lists = dense.lists_for(WIKIPEDIA)
-    # Adding costs a comparison with every list: linear in the vectors and in the lists, so in size ** 1.5.
+
+    def fit(name: str, terms: Callable[[float, float], Sequence[float]]) -> float:
+        table = np.asarray([terms(row["vectors"], row["lists"]) for row in rows], float)
+        value = np.asarray([row[name] for row in rows])
+        # Relative errors count, and a cost is never negative.
+        weights = nnls(table / value[:, None], np.ones(len(rows)))[0]
+        return float(weights @ np.asarray(terms(WIKIPEDIA, lists), float))
+
     return {
         "figure": "wikipedia",
         "vectors": WIKIPEDIA,
@@ -170,19 +176,19 @@ def extrapolate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "half_precision_on_disk_gb": WIKIPEDIA * DIMENSION * 2 / 1e9,
         "exact_in_memory_gb": WIKIPEDIA * DIMENSION * 4 / 1e9,
         "hnsw32_in_memory_gb": WIKIPEDIA * (DIMENSION * 4 + 2 * 32 * 4) / 1e9,
-        "train_h": line("train_s") / 3600,
-        "add_h": line("add_s") / 3600,
-        "p50_ms": line("p50_ms"),
-        "p50_ms_again": line("p50_ms_again"),
-        "exact_p50_ms": line("exact_p50_ms"),
+        "train_s": fit("train_s", lambda _, lists: (1, lists**2)),
+        "add_s": fit("add_s", lambda size, lists: (size, size * lists)),
+        "p50_ms": fit("p50_ms", lambda size, lists: (1, lists, size / lists)),
+        "p50_ms_again": fit("p50_ms_again", lambda size, lists: (1, lists, size / lists)),
+        "exact_p50_ms": fit("exact_p50_ms", lambda size, _: (size,)),
         "recall@10": recall_line(rows, "recall@10"),
         "recall@10_again": recall_line(rows, "recall@10_again"),
     }
 
 
 def recall_line(rows: Sequence[dict[str, Any]], name: str) -> float:
-    """A straight line over the logarithm of the size."""
-    slope, start = np.polyfit(np.log([row["vectors"] for row in rows]), [row[name] for row in rows], 1)
+    """A straight line over the logarithm of the size through the two largest, where the lists are in use as later."""
+    slope, start = np.polyfit(np.log([row["vectors"] for row in rows[-2:]]), [row[name] for row in rows[-2:]], 1)
     return float(np.clip(start + slope * np.log(WIKIPEDIA), 0, 1))
 
 
@@ -201,9 +207,8 @@ def plot(rows: Sequence[dict[str, Any]], end: dict[str, Any], file: Path) -> Non
         (recall_axis, {"recall@10": "IVF-PQ", "recall@10_again": "compared again"}, "recall@10 against exact"),
     ):
         for name, label in names.items():
-            last = end.get(name, 3600 * end.get(name.replace("_s", "_h"), 0.0))
             (drawn,) = axis.plot(sizes, [row[name] for row in rows], "o-", label=label)
-            axis.plot([sizes[-1], WIKIPEDIA], [rows[-1][name], last], "x:", color=drawn.get_color())
+            axis.plot([sizes[-1], WIKIPEDIA], [rows[-1][name], end[name]], "x:", color=drawn.get_color())
         axis.set(xscale="log", xlabel="vectors", ylabel=unit, yscale="linear" if axis is recall_axis else "log")
         axis.legend()
     recall_axis.set_ylim(0, 1.02)
