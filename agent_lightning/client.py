@@ -14,6 +14,7 @@ spans of any instrumentor in the process. Outside a run nothing is sent, so an a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import json
@@ -21,6 +22,7 @@ import logging
 import math
 import numbers
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -43,6 +45,9 @@ _ROLLOUT = context.create_key("agent_lightning.rollout")
 _UNSENT = 4096
 """Spans of one rollout that wait to be sent; what comes beyond is dropped."""
 _SEND_TIMEOUT = 5.0
+_LAST_SPANS = 0.25
+"""Seconds that spans which are still open are waited for."""
+_SECRET = re.compile(r"(/attempt/\d+/)[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,10 +235,19 @@ def flush(rollout: Rollout) -> None:
     _processor().send(rollout)
 
 
-async def flush_async(rollout: Rollout) -> None:
-    """The same from a coroutine."""
-    if _processor().waits(rollout):
+async def close(rollout: Rollout) -> None:
+    """Send what waits, at the end of a rollout: spans that end later are no part of it.
+
+    A coroutine's last spans may end a moment after it: asynchronous generators are closed by the event loop.
+    """
+    spans = _processor()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_SPANS):
+            while spans.runs(rollout):  # ends with the spans, or the timeout
+                await asyncio.sleep(0.005)
+    if spans.waits(rollout):
         await asyncio.to_thread(flush, rollout)
+    spans.forget(rollout)
 
 
 @functools.cache
@@ -264,7 +278,14 @@ def _processor() -> _Spans:
         trace.set_tracer_provider(provider)
     spans = _Spans()
     provider.add_span_processor(spans)
+    logging.getLogger("opentelemetry.exporter.otlp.proto.http.trace_exporter").addFilter(_hide)
     return spans
+
+
+def _hide(record: logging.LogRecord) -> bool:
+    """An exporter that cannot send says where to: without the rollout's secret."""
+    record.msg, record.args = _SECRET.sub(r"\1***", record.getMessage()), None
+    return True
 
 
 class _Spans(SpanProcessor):
@@ -278,17 +299,27 @@ class _Spans(SpanProcessor):
     def waits(self, rollout: Rollout) -> bool:
         return rollout in self._ended
 
+    def runs(self, rollout: Rollout) -> bool:
+        with self._lock:
+            return rollout in self._open.values()
+
+    def forget(self, rollout: Rollout) -> None:
+        with self._lock:
+            self._open = {span: one for span, one in self._open.items() if one != rollout}
+            self._ended.pop(rollout, None)
+
     def on_start(self, span: Span, parent_context: context.Context | None = None) -> None:
         found = context.get_value(_ROLLOUT, parent_context)
         rollout = found if isinstance(found, Rollout) else current_rollout()
         if rollout is not None:
-            self._open[span.get_span_context().span_id] = rollout
+            with self._lock:
+                self._open[span.get_span_context().span_id] = rollout
 
     def on_end(self, span: ReadableSpan) -> None:
-        rollout = self._open.pop(span.context.span_id, None) if span.context else None
-        if rollout is None:
-            return
         with self._lock:
+            rollout = self._open.pop(span.context.span_id, None) if span.context else None
+            if rollout is None:
+                return
             waiting = self._ended.setdefault(rollout, [])
             waiting.append(span)
         if len(waiting) > _UNSENT:

@@ -16,7 +16,7 @@ import numpy as np
 
 from agent_lightning.agents import Agent, Mode, call, check, load, run_agent
 from agent_lightning.buffer import Lease
-from agent_lightning.client import Rollout, flush_async, install
+from agent_lightning.client import Rollout, close, install
 from agent_lightning.errors import RewardError, UnknownRollout
 from agent_lightning.types import DEFAULT_AGENT, Outcome, Policy, RolloutKey
 
@@ -179,7 +179,7 @@ class RolloutWorker:
                         agent.target, agent.mode, lease.task, policy, rollout, instrumentors=agent.instrumentors
                     )
                 finally:
-                    await flush_async(rollout)
+                    await close(rollout)
                 output = _hide(str(result), lease.secret)[:2000]
                 blame = Outcome.BAD_REWARD
                 reward = to_reward(await self._value(lease, result), agent.reward_range)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 from openai import AsyncOpenAI
 
-from agent_lightning.client import current_rollout, emit_reward, install, tool
+from agent_lightning.client import Rollout, close, current_rollout, emit_reward, inside, install, tool
 from agent_lightning.errors import ConfigError, RewardError, StepFailed
 from agent_lightning.rollout import AgentSpec
 from agent_lightning.testing import ToyWorld
@@ -147,6 +147,20 @@ def test_outside_a_run_agent_code_runs_as_before() -> None:
         "import sys\nassert 'requests' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+async def test_what_cannot_be_sent_is_given_up_without_showing_the_secret(caplog: pytest.LogCaptureFixture) -> None:
+    secret = "0123456789abcdef" * 2
+    rollout = Rollout(rollout_id="train-0-0", attempt=0, base_url=f"http://127.0.0.1:9/attempt/0/{secret}/agent/v1")
+    with inside(rollout):
+        late = tool("late")
+        with tool("lost"):
+            late.__enter__()
+    await close(rollout)
+    late.__exit__(None, None, None)  # after the rollout's end: a part of nothing
+    await close(rollout)
+    assert "/attempt/0/***/agent/v1/traces" in caplog.text
+    assert secret not in caplog.text
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None, {"a": "b"}])

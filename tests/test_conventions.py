@@ -349,3 +349,29 @@ def test_text_nested_without_end_is_no_crash() -> None:
     deep = "[" * 900 + "]" * 900
     attributes = {"gen_ai.input.messages": deep, "gen_ai.output.messages": deep, "gen_ai.tool.definitions": deep}
     assert len(read([chat("1", **attributes), span("t", gen_ai__tool__name="f", input__value=deep)], KEY).calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("inner", "tools"),
+    [
+        ({}, ["in"]),  # an instrumentor's span around a framework's own: what both say
+        ({"gen_ai__tool__call__arguments": '{"a": 1}'}, ["in"]),
+        ({"gen_ai__tool__call__arguments": '{"a": 0}'}, ["out", "in"]),  # a tool that calls itself
+        ({"gen_ai__tool__name": "other"}, ["out", "in"]),
+    ],
+)
+def test_a_tool_in_a_tool_is_one_use_where_name_and_arguments_agree(inner: dict[str, Any], tools: list[str]) -> None:
+    outer = {"openinference__span__kind": "TOOL", "tool__name": "f", "tool__parameters": '{"a": 1}'}
+    around = span("out", at=1, to=4, output__value="7", **outer)
+    within = {"gen_ai__operation__name": "execute_tool", "gen_ai__tool__name": "f", **inner}
+    seen = read([around, span("in", "out", at=2, to=3, **within)], KEY).tools
+    assert [tool.span_id for tool in seen] == tools
+    if tools == ["in"]:
+        assert (seen[0].arguments, seen[0].result, seen[0].started_at) == ('{"a": 1}', "7", 2.0)
+
+
+def test_langchain_s_agent_has_its_own_name_and_not_its_node_s() -> None:
+    node = '{"langgraph_node": "model", "lc_agent_name": "adder"}'
+    spans = [span("n", name="model", metadata=node), chat("c", "n", metadata=node)]
+    assert read(spans, KEY).calls[0].agent == "adder"
+    assert [agent.name for agent in read(spans, KEY).agents] == ["adder"]

@@ -23,6 +23,7 @@ from agent_lightning.telemetry.span_fields import (
     first,
     has,
     is_graph_node,
+    langchain_agent,
     matches,
     model_of,
     number,
@@ -156,19 +157,21 @@ class _Tree:
         self.by_id = by_id
         self.kind = {span.span_id: kind_of(span) for span in spans}
         self.wrappers: dict[str, list[RawSpan]] = {}
-        """Of a model call: the spans around it that tell of the same event, the nearest first."""
+        """Of a model call or a tool: the spans around it that tell of the same event, the nearest first."""
         self.kept_id: dict[str, str] = {}
         self._find_wrappers()
         self._drop_idle_nodes()
         for span in self.spans:
             if self.kind[span.span_id] in (Kind.TOOL, Kind.AGENT):
                 self.kept_id[span.span_id] = str(first(span.attributes, "span id") or span.span_id)
+                for wrapper in self.wrappers.get(span.span_id, ()):
+                    self.kept_id[wrapper.span_id] = self.kept_id[span.span_id]
 
     def of(self, kind: Kind) -> list[RawSpan]:
         return [span for span in self.spans if self.kind[span.span_id] is kind]
 
     def told_by(self, span: RawSpan) -> list[Mapping[str, Any]]:
-        """Attributes of the spans around a model call that tell of the same event."""
+        """Attributes of the spans around a model call or a tool that tell of the same event."""
         return [one.attributes for one in self.wrappers.get(span.span_id, ())]
 
     def above(self, span: RawSpan) -> Iterator[RawSpan]:
@@ -188,7 +191,8 @@ class _Tree:
             yield identity
 
     def _find_wrappers(self) -> None:
-        """Of model calls inside model calls the innermost is the call; those around it alone say more about it."""
+        """Of model calls inside model calls the innermost is the call; those around it alone say more about it. So it
+        is with a use of a tool, of which a framework and its instrumentor may each have a span."""
         inner: dict[str, list[str]] = {}
         for span in self.of(Kind.CALL):
             for around in self.above(span):
@@ -204,6 +208,12 @@ class _Tree:
                 only, leaf = len(inner[leaf]) == 1, inner[leaf][0]
             if only:
                 self.wrappers.setdefault(leaf, []).append(wrapper)
+        for span in self.of(Kind.TOOL):
+            kept = (one for one in self.above(span) if self.kind[one.span_id] is not Kind.OTHER)
+            outer = next(kept, None)
+            if outer is not None and self.kind[outer.span_id] is Kind.TOOL and _same_use(outer, span):
+                self.kind[outer.span_id] = Kind.OTHER
+                self.wrappers[span.span_id] = [outer, *self.wrappers.pop(outer.span_id, ())]
 
     def _drop_idle_nodes(self) -> None:
         """A graph has nodes that call no model: those are no agents."""
@@ -307,6 +317,7 @@ def _calls(
 
 def _agent_of(tree: _Tree, span: RawSpan) -> str:
     own = next((span.attributes[name] for name in ("gen_ai.agent.name", "agent.name") if name in span.attributes), "")
+    own = own or langchain_agent(span.attributes)
     above = (one for one in tree.above(span) if tree.kind[one.span_id] is Kind.AGENT)
     return str(own) or next((agent_name_of(one.name, one.attributes) for one in above), "")
 
@@ -319,7 +330,7 @@ def _tools(tree: _Tree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[To
     asked = Asked(calls)
     starts = [call.started_at for call in calls]
     tools = []
-    for span in tree.of(Kind.TOOL):
+    for span in [_merged(one, tree.wrappers.get(one.span_id, ())) for one in tree.of(Kind.TOOL)]:
         given = first(span.attributes, "result")
         if given is None and any(name in span.attributes for name in FIELDS["result"]):
             given = ""
@@ -351,6 +362,13 @@ def _tools(tree: _Tree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[To
             )
         )
     return tuple(tools)
+
+
+def _same_use(around: RawSpan, span: RawSpan) -> bool:
+    """Whether a span of a tool inside another is of the same use of it, and not of one that the tool made of itself."""
+    names = {str(first(one.attributes, "tool")) for one in (around, span)}
+    told = {_arguments(one) for one in (around, span) if first(one.attributes, "arguments") is not None}
+    return len(names) == 1 and len(told) < 2
 
 
 def _arguments(span: RawSpan) -> str:

@@ -240,6 +240,8 @@ def langchain(item: Mapping[str, Any]) -> Mapping[str, Any]:
         name = str((item.get("id") or [""])[-1])
         role = name.removesuffix("Chunk").removesuffix("Message").lower()
         return langchain({**item["kwargs"], "type": role})
+    if set(item) == {"type", "data"} and isinstance(item["data"], Mapping):  # message_to_dict
+        return langchain({**item["data"], "type": item["type"]})
     if "role" in item or str(item.get("type")) not in ("human", "ai", "system", "tool", "AIMessageChunk"):
         return item
     return {**item, "role": {"AIMessageChunk": "ai"}.get(item["type"], item["type"])}

@@ -227,11 +227,16 @@ def agent_name_of(name: str, attributes: Mapping[str, Any]) -> str:
     Example: agent_name_of("invoke_agent writer", {}) -> "writer"
     """
     if is_graph_node(name, attributes):
-        return name
+        return langchain_agent(attributes) or name
     role = _CREW_ROLE.search(str(attributes.get("input.value"))) if name == "Task._execute_core" else None
     said = first(attributes, "agent") or (role and role[1])
     found = _AGENT_NAME.fullmatch(name)
     return str(said or (found and (found[1] or found[2])) or name)
+
+
+def langchain_agent(attributes: Mapping[str, Any]) -> str:
+    """The name that LangChain's `create_agent` was given; the nodes of its graph are all called "model"."""
+    return str(as_mapping(parsed(attributes.get("metadata"))).get("lc_agent_name") or "")
 
 
 def is_graph_node(name: str, attributes: Mapping[str, Any]) -> bool:
