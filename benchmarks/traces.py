@@ -48,7 +48,7 @@ def make_group(number: int, rng: np.random.Generator, shape: str) -> Group:
                 policy_version=0,
                 prompt_T=tokens[n, : end - RESPONSE].copy(),
                 response_T=tokens[n, end - RESPONSE : end].copy(),
-                logprob_T=rng.standard_normal(RESPONSE, dtype=np.float32),
+                logprob_T=-rng.standard_exponential(RESPONSE, dtype=np.float32),
                 finish_reason="tool_calls",
                 started_at=float(n),
                 ended_at=float(n),
@@ -70,7 +70,8 @@ def arrays(groups: list[Group], credits: list[Credit]) -> int:
     calls = [c for group in groups for t in group.trajectories for c in t.calls]
     spans = sum(c.prompt_T.nbytes + c.response_T.nbytes + c.logprob_T.nbytes for c in calls)
     rows = [s for credit in credits for s in credit.samples]
-    return spans + sum(s.token_T.nbytes + s.mask_T.nbytes + s.logprob_T.nbytes + s.advantage_T.nbytes for s in rows)
+    arrays = ("token_T", "mask_T", "logprob_T", "advantage_T", "reward_T", "call_T")
+    return spans + sum(getattr(row, name).nbytes for row in rows for name in arrays)
 
 
 def parts(groups: int, hold: bool, shape: str) -> Iterator[list[Group]]:

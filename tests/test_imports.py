@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "agent_lightning"
 HEAVY_MODULES = {
     "agent_lightning.cluster",
     "agent_lightning.learners.verl_cpu",
+    "agent_lightning.learners.verl_critic",
     "agent_lightning.learners.verl_worker",
     "agent_lightning.serving.app",
     "agent_lightning.serving.policy_server",

@@ -197,7 +197,7 @@ def _training(config: LearnerConfig, role: Role) -> TrainingWorkerConfig:
         # Of what the checkpoint does not have, the value head: values begin at zero, not at random.
         override["initializer_range"] = 0.0
     return TrainingWorkerConfig(
-        # The last is an engine of ours, see verl_worker.
+        # The critic's is an engine of ours, see verl_critic.
         model_type="critic" if role == "critic" else "language_model",
         model_config=HFModelConfig(
             path=config.model_path,

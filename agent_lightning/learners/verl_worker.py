@@ -15,19 +15,7 @@ from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.ppo.core_algos import compute_value_loss, get_policy_loss_fn, kl_penalty
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import ActorConfig, TrainingWorkerConfig
-from verl.workers.engine import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithValueHead
 from verl.workers.engine_workers import TrainingWorker
-
-
-@EngineRegistry.register(model_type="critic", backend="fsdp2", device="cuda")
-class CriticEngine(FSDPEngineWithValueHead):
-    """veRL's engine with a value head, with the attention that its config names: veRL's own always asks flash-attn."""
-
-    def _build_module(self) -> Any:
-        # The architecture in the config says that the head is a value's; this type, that the rest is as for a policy.
-        self.model_config.model_type = "language_model"
-        return super()._build_module()
 
 
 class ModelWorker(TrainingWorker):
@@ -43,6 +31,8 @@ class ModelWorker(TrainingWorker):
                 world_size=int(os.environ["WORLD_SIZE"]),
                 init_method=os.environ.get("DIST_INIT_METHOD"),
             )
+        if config.model_type == "critic":
+            import agent_lightning.learners.verl_critic  # noqa: F401
         torch.manual_seed(seed)
         super().__init__(config)
 
