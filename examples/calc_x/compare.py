@@ -32,7 +32,7 @@ LONGEST = 200
 _UNIFORM = (
     (re.compile(r"\\(?:left|right|[,;!])"), ""),
     (re.compile(r"\{,\}"), ","),
-    (re.compile(r"([0-9]*)\s?\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}"), r"\1(\2/\3)"),
+    (re.compile(r"\s?\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}"), r"(\1/\2)"),
     (re.compile(r"\\(?=[%$])"), ""),
     (re.compile(r"(?<=[0-9)])\s?(?:percent|per cent|％)"), "%"),
     (re.compile(r"(?<=[0-9])_(?=[0-9]{3}(?![0-9]))"), ""),
