@@ -21,7 +21,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from agent_lightning.errors import UnknownRollout
-from agent_lightning.telemetry.conventions import RawSpan, read
+from agent_lightning.telemetry.conventions import read
+from agent_lightning.telemetry.span_tree import RawSpan
 from agent_lightning.telemetry.spans import assemble, emitted
 from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 

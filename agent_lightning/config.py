@@ -17,6 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from agent_lightning.config_checks import check
 from agent_lightning.config_types import SAMPLING_RULE, Config, SourceConfig
 from agent_lightning.errors import ConfigError
 
@@ -104,7 +105,7 @@ def from_mapping(values: Any) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, values)) from error
     assert isinstance(config, Config)
-    config.check()
+    check(config)
     return config
 
 

@@ -5,16 +5,13 @@ Every key of the config tree is a field here, with its default. Not frozen: Omeg
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from agent_lightning.air import DEFAULT_RULES, Air, Form, Rule, Signal
 from agent_lightning.credit_rules import Estimator, Method
-from agent_lightning.errors import ConfigError
 from agent_lightning.estimators import Baseline, Scale
-from agent_lightning.types import Outcome
 
 SOURCE_FIELDS = {
     "generated": {"target", "num", "seed", "split"},
@@ -43,14 +40,6 @@ class SourceConfig:
     num: int | None = None
     """At most this many tasks, drawn with `seed`; None: all."""
     seed: int | None = None
-
-    def check(self, where: str) -> None:
-        """Raise ConfigError for a field that this kind does not read."""
-        _one_of(f"{where}.kind", self.kind, tuple(SOURCE_FIELDS))
-        used = SOURCE_FIELDS[self.kind] | {"kind"}
-        for name, value in asdict(self).items():
-            if name not in used and value not in (None, []):
-                raise ConfigError(f"{where}.{name}={value}: not read by kind={self.kind}; remove it")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -281,104 +270,6 @@ class Config:
     vllm: dict[str, Any] = field(default_factory=dict)
     """vLLM engine arguments, untouched, for experts."""
 
-    def check(self) -> None:
-        """What types cannot say. Raises ConfigError with the key's path."""
-        self.data.train.check("data.train")
-        self.data.val.check("data.val")
-        self._check_choices()
-        # What they say of themselves they refuse themselves, with the key.
-        self.air_rules()
-        compares = self.estimator().compares
-        self._check_read()
-        algorithm = self.algorithm
-        for key, value, low in (
-            ("steps", self.steps, 0),
-            ("eval_every", self.eval_every, 0),
-            ("checkpoint_every", self.checkpoint_every, 0),
-            ("algorithm.tasks_per_step", algorithm.tasks_per_step, 1),
-            ("algorithm.epochs", algorithm.epochs, 1),
-            ("algorithm.refills", algorithm.refills, 0),
-            ("algorithm.rollouts_per_task", algorithm.rollouts_per_task, 2 if compares else 1),
-            ("algorithm.importance_cap", algorithm.importance_cap, 1),
-            ("algorithm.kl_coef", algorithm.kl_coef, 0),
-            ("critic.warmup_steps", self.critic.warmup_steps, 0),
-            ("critic.clip_range", self.critic.clip_range, 0),
-            ("rollout.workers", self.rollout.workers, 1),
-            ("rollout.concurrency", self.rollout.concurrency, 1),
-            ("agent.max_calls", self.agent.max_calls, 1),
-            ("agent.max_spans", self.agent.max_spans, 0),
-            ("agent.max_attempts", self.agent.max_attempts, 1),
-            ("hardware.replicas", self.hardware.replicas, 1),
-            ("hardware.gateways", self.hardware.gateways, 1),
-            ("hardware.learner_processes", self.hardware.learner_processes, 1),
-            ("hardware.learner_threads", self.hardware.learner_threads, 1),
-            ("hardware.tensor_parallel_size", self.hardware.tensor_parallel_size, 1),
-            ("hardware.kv_cache_gib", self.hardware.kv_cache_gib, 1),
-            ("model.max_len", self.model.max_len, 1),
-            ("sampling.train.max_tokens", self.sampling.train.max_tokens, 1),
-            ("sampling.val.max_tokens", self.sampling.val.max_tokens, 1),
-        ):
-            if value < low:
-                raise ConfigError(f"{key}={value}: must be at least {low}")
-        if not 0 <= self.hardware.port <= 65535:
-            raise ConfigError(f"hardware.port={self.hardware.port}: must be from 0 to 65535")
-        if self.agent.instrument and self.agent.mode == "command":
-            raise ConfigError("agent.instrument: a command sets up its own; its environment says where traces go")
-        for name, weight in self.credit.reward_weights.items():
-            if not math.isfinite(weight):
-                raise ConfigError(f"credit.reward_weights.{name}={weight}: must be a finite number")
-        for outcome in self.algorithm.failures:
-            _one_of("algorithm.failures", outcome, [one.value for one in Outcome if one is not Outcome.FINISHED])
-        if self.agent.reward_min >= self.agent.reward_max:
-            raise ConfigError("agent.reward_min must be below agent.reward_max")
-        if self.agent.timeout_s <= 0:
-            raise ConfigError(f"agent.timeout_s={self.agent.timeout_s}: must be above 0")
-
-    def _check_choices(self) -> None:
-        """A word that is none of those allowed. Raises ConfigError."""
-        algorithm, credit = self.algorithm, self.credit
-        for choice, chosen, allowed in (
-            ("agent.mode", self.agent.mode, ("async", "thread", "process", "command")),
-            ("algorithm.lr_schedule", algorithm.lr_schedule, ("constant", "cosine")),
-            ("algorithm.loss", algorithm.loss, ("vanilla", "gspo", "cispo")),
-            ("algorithm.kl_in", algorithm.kl_in, ("loss", "reward")),
-            ("algorithm.kl_kind", algorithm.kl_kind or "k3", ("k1", "abs", "k2", "k3")),
-            ("algorithm.importance", algorithm.importance, ("none", "token", "sequence")),
-            ("credit.method", credit.method, get_args(Method)),
-            ("credit.scale", credit.scale, get_args(Scale)),
-            ("credit.baseline", credit.baseline, get_args(Baseline)),
-            ("credit.gae_over", credit.gae_over, ("token", "call")),
-            ("air.form", self.air.form, get_args(Form)),
-            ("hardware.device", self.hardware.device, ("cpu", "cuda")),
-            ("model.dtype", self.model.dtype, ("float32", "bfloat16")),
-            ("tracking.wandb", self.tracking.wandb, ("offline", "online", "disabled")),
-        ):
-            _one_of(choice, chosen, allowed)
-
-    def _check_read(self) -> None:
-        """A key that nothing would read is a mistake. Raises ConfigError."""
-        algorithm, credit, method = self.algorithm, self.credit, self.credit.method
-        if credit.discount != 1 and method == "identical":
-            raise ConfigError("credit.discount: credit.method=identical does not read it; choose another method")
-        if credit.state_weight != 1 and method != "same_state":
-            raise ConfigError(f"credit.state_weight: credit.method={method} does not read it; only same_state does")
-        if not self.air.enabled and self.air != AirConfig():
-            raise ConfigError("air: its keys are set but it is off; add air.enabled=true, or credit=air")
-        for key, unread, why in (
-            ("credit.gae_lambda", credit.gae_lambda != 0.95 and method != "gae", "only credit.method=gae does"),
-            ("credit.gae_over", credit.gae_over != "token" and method != "gae", "only credit.method=gae does"),
-            ("critic", self.critic != CriticConfig() and method != "gae", "only credit.method=gae has a critic"),
-            ("algorithm.kl_in", algorithm.kl_in != "loss" and not algorithm.kl_coef, "algorithm.kl_coef is 0"),
-            ("algorithm.kl_kind", algorithm.kl_kind is not None and not algorithm.kl_coef, "algorithm.kl_coef is 0"),
-            (
-                "algorithm.importance_cap",
-                algorithm.importance_cap != 2 and algorithm.importance == "none",
-                "algorithm.importance is none",
-            ),
-        ):
-            if unread:
-                raise ConfigError(f"{key}: set, but nothing reads it: {why}")
-
     def estimator(self) -> Estimator:
         """Raises ConfigError."""
         credit = self.credit
@@ -399,8 +290,3 @@ class Config:
             form=cast(Form, air.form),
             signals=tuple(signals),
         )
-
-
-def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")

@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 TARGETS: Mapping[str, float] = {
-    "lines in all": 9100,
-    "median file": 170,
+    "lines in all": 13500,
+    "median file": 190,
     "largest file": 400,
     "longest function": 50,
     "untyped returns, %": 2,

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_lightning.telemetry.attributes import FIELDS, KINDS, PRESENT, Kind
-from agent_lightning.telemetry.conventions import REASONS, RawSpan, Traced, kind_of, read
+from agent_lightning.telemetry.conventions import REASONS, Traced, read
+from agent_lightning.telemetry.span_tree import RawSpan, kind_of
 from agent_lightning.types import RolloutKey, ToolStatus
 
 KEY = RolloutKey(split="train", group=0, index=0)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from agent_lightning.errors import DataError
-from agent_lightning.telemetry.conventions import RawSpan
 from agent_lightning.telemetry.otlp import JSON, PROTOBUF, REASONS, decode, decode_traces, encode, encode_json
+from agent_lightning.telemetry.span_tree import RawSpan
 
 LIMITS: dict[str, Any] = {"max_bytes": 1_000_000, "max_spans": 100}
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_lightning.telemetry.conventions import RawSpan
+from agent_lightning.telemetry.span_tree import RawSpan
 from agent_lightning.telemetry.spans import assemble, emitted
 from agent_lightning.testing import model_call
 from agent_lightning.types import ModelCall, Reward, RolloutKey, ToolStatus

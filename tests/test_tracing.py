@@ -12,8 +12,8 @@ import pytest
 from agent_lightning.buffer import Buffer, Lease
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.serving.tracing import agent_of, parent_of
-from agent_lightning.telemetry.conventions import RawSpan
 from agent_lightning.telemetry.otlp import PROTOBUF, encode, encode_json
+from agent_lightning.telemetry.span_tree import RawSpan
 from agent_lightning.testing import MODEL, SAMPLING, ToyEngine, ToyLanguage, application
 from agent_lightning.types import Outcome, Task, Trajectory
 

@@ -9,8 +9,8 @@ from typing import Protocol
 from starlette.responses import JSONResponse, Response
 
 from agent_lightning.errors import DataError, UnknownRollout
-from agent_lightning.telemetry.conventions import RawSpan
 from agent_lightning.telemetry.otlp import PROTOBUF, acknowledge, decode
+from agent_lightning.telemetry.span_tree import RawSpan
 from agent_lightning.types import RolloutKey
 
 MAX_SPANS = 10_000

@@ -17,9 +17,9 @@ import numpy as np
 
 from agent_lightning.errors import DataError
 from agent_lightning.telemetry import otlp
-from agent_lightning.telemetry.conventions import RawSpan
 from agent_lightning.telemetry.message_forms import Message, parsed
 from agent_lightning.telemetry.messages import answer, conversation
+from agent_lightning.telemetry.span_tree import RawSpan
 from agent_lightning.types import (
     AgentSpan,
     ModelCall,

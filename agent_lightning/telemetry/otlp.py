@@ -27,7 +27,7 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from agent_lightning.errors import DataError
-from agent_lightning.telemetry.conventions import RawSpan
+from agent_lightning.telemetry.span_tree import RawSpan
 
 PROTOBUF, JSON = "application/x-protobuf", "application/json"
 REASONS = {

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from agent_lightning.telemetry.conventions import RawSpan, read
+from agent_lightning.telemetry.conventions import read
+from agent_lightning.telemetry.span_tree import RawSpan
 from agent_lightning.tools import canonical_arguments, reply_identity, tool_calls
 from agent_lightning.types import DEFAULT_AGENT, AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from agent_lightning.errors import DataError
 from agent_lightning.telemetry import otlp
-from agent_lightning.telemetry.conventions import RawSpan
 from agent_lightning.telemetry.export import from_row
 from agent_lightning.telemetry.message_forms import Message
+from agent_lightning.telemetry.span_tree import RawSpan
 from agent_lightning.types import Outcome, RolloutKey, Trajectory
 
 REASONS = {

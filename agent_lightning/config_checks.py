@@ -1,0 +1,135 @@
+"""What the types of a config cannot say of its values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import get_args
+
+from agent_lightning.air import Form
+from agent_lightning.config_types import SOURCE_FIELDS, AirConfig, Config, CriticConfig, SourceConfig
+from agent_lightning.credit_rules import Method
+from agent_lightning.errors import ConfigError
+from agent_lightning.estimators import Baseline, Scale
+from agent_lightning.types import Outcome
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError, with the key's path, for values that contradict each other or that nothing reads."""
+    _check_source("data.train", config.data.train)
+    _check_source("data.val", config.data.val)
+    _check_choices(config)
+    # What they say of themselves they refuse themselves, with the key.
+    config.air_rules()
+    compares = config.estimator().compares
+    _check_read(config)
+    for key, value, low in _lowest(config, compares):
+        if value < low:
+            raise ConfigError(f"{key}={value}: must be at least {low}")
+    if not 0 <= config.hardware.port <= 65535:
+        raise ConfigError(f"hardware.port={config.hardware.port}: must be from 0 to 65535")
+    if config.agent.instrument and config.agent.mode == "command":
+        raise ConfigError("agent.instrument: a command sets up its own; its environment says where traces go")
+    for name, weight in config.credit.reward_weights.items():
+        if not math.isfinite(weight):
+            raise ConfigError(f"credit.reward_weights.{name}={weight}: must be a finite number")
+    for outcome in config.algorithm.failures:
+        _one_of("algorithm.failures", outcome, [one.value for one in Outcome if one is not Outcome.FINISHED])
+    if config.agent.reward_min >= config.agent.reward_max:
+        raise ConfigError("agent.reward_min must be below agent.reward_max")
+    if config.agent.timeout_s <= 0:
+        raise ConfigError(f"agent.timeout_s={config.agent.timeout_s}: must be above 0")
+
+
+def _check_choices(config: Config) -> None:
+    """A word that is none of those allowed. Raises ConfigError."""
+    algorithm, credit = config.algorithm, config.credit
+    for choice, chosen, allowed in (
+        ("agent.mode", config.agent.mode, ("async", "thread", "process", "command")),
+        ("algorithm.lr_schedule", algorithm.lr_schedule, ("constant", "cosine")),
+        ("algorithm.loss", algorithm.loss, ("vanilla", "gspo", "cispo")),
+        ("algorithm.kl_in", algorithm.kl_in, ("loss", "reward")),
+        ("algorithm.kl_kind", algorithm.kl_kind or "k3", ("k1", "abs", "k2", "k3")),
+        ("algorithm.importance", algorithm.importance, ("none", "token", "sequence")),
+        ("credit.method", credit.method, get_args(Method)),
+        ("credit.scale", credit.scale, get_args(Scale)),
+        ("credit.baseline", credit.baseline, get_args(Baseline)),
+        ("credit.gae_over", credit.gae_over, ("token", "call")),
+        ("air.form", config.air.form, get_args(Form)),
+        ("hardware.device", config.hardware.device, ("cpu", "cuda")),
+        ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
+        ("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled")),
+    ):
+        _one_of(choice, chosen, allowed)
+
+
+def _check_read(config: Config) -> None:
+    """A key that nothing would read is a mistake. Raises ConfigError."""
+    algorithm, credit, method = config.algorithm, config.credit, config.credit.method
+    if credit.discount != 1 and method == "identical":
+        raise ConfigError("credit.discount: credit.method=identical does not read it; choose another method")
+    if credit.state_weight != 1 and method != "same_state":
+        raise ConfigError(f"credit.state_weight: credit.method={method} does not read it; only same_state does")
+    if not config.air.enabled and config.air != AirConfig():
+        raise ConfigError("air: its keys are set but it is off; add air.enabled=true, or credit=air")
+    for key, unread, why in (
+        ("credit.gae_lambda", credit.gae_lambda != 0.95 and method != "gae", "only credit.method=gae does"),
+        ("credit.gae_over", credit.gae_over != "token" and method != "gae", "only credit.method=gae does"),
+        ("critic", config.critic != CriticConfig() and method != "gae", "only credit.method=gae has a critic"),
+        ("algorithm.kl_in", algorithm.kl_in != "loss" and not algorithm.kl_coef, "algorithm.kl_coef is 0"),
+        ("algorithm.kl_kind", algorithm.kl_kind is not None and not algorithm.kl_coef, "algorithm.kl_coef is 0"),
+        (
+            "algorithm.importance_cap",
+            algorithm.importance_cap != 2 and algorithm.importance == "none",
+            "algorithm.importance is none",
+        ),
+    ):
+        if unread:
+            raise ConfigError(f"{key}: set, but nothing reads it: {why}")
+
+
+def _lowest(config: Config, compares: bool) -> tuple[tuple[str, float, float], ...]:
+    """Key, value, and the least that it may be."""
+    algorithm, hardware = config.algorithm, config.hardware
+    return (
+        ("steps", config.steps, 0),
+        ("eval_every", config.eval_every, 0),
+        ("checkpoint_every", config.checkpoint_every, 0),
+        ("algorithm.tasks_per_step", algorithm.tasks_per_step, 1),
+        ("algorithm.epochs", algorithm.epochs, 1),
+        ("algorithm.refills", algorithm.refills, 0),
+        ("algorithm.rollouts_per_task", algorithm.rollouts_per_task, 2 if compares else 1),
+        ("algorithm.importance_cap", algorithm.importance_cap, 1),
+        ("algorithm.kl_coef", algorithm.kl_coef, 0),
+        ("critic.warmup_steps", config.critic.warmup_steps, 0),
+        ("critic.clip_range", config.critic.clip_range, 0),
+        ("rollout.workers", config.rollout.workers, 1),
+        ("rollout.concurrency", config.rollout.concurrency, 1),
+        ("agent.max_calls", config.agent.max_calls, 1),
+        ("agent.max_spans", config.agent.max_spans, 0),
+        ("agent.max_attempts", config.agent.max_attempts, 1),
+        ("hardware.replicas", hardware.replicas, 1),
+        ("hardware.gateways", hardware.gateways, 1),
+        ("hardware.learner_processes", hardware.learner_processes, 1),
+        ("hardware.learner_threads", hardware.learner_threads, 1),
+        ("hardware.tensor_parallel_size", hardware.tensor_parallel_size, 1),
+        ("hardware.kv_cache_gib", hardware.kv_cache_gib, 1),
+        ("model.max_len", config.model.max_len, 1),
+        ("sampling.train.max_tokens", config.sampling.train.max_tokens, 1),
+        ("sampling.val.max_tokens", config.sampling.val.max_tokens, 1),
+    )
+
+
+def _check_source(where: str, source: SourceConfig) -> None:
+    """Raise ConfigError for a field that this kind does not read."""
+    _one_of(f"{where}.kind", source.kind, tuple(SOURCE_FIELDS))
+    used = SOURCE_FIELDS[source.kind] | {"kind"}
+    for name, value in asdict(source).items():
+        if name not in used and value not in (None, []):
+            raise ConfigError(f"{where}.{name}={value}: not read by kind={source.kind}; remove it")
+
+
+def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")
