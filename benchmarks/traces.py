@@ -4,7 +4,7 @@
     python benchmarks/traces.py --rollouts 10000 --air
 
 A rollout has 5 calls of 2,000 tokens; its prompts extend each other or, with --shape apart, do not. `seconds` is of
-selection, credit, chains and samples. `memory` is the most that the process grew while it worked, over the bytes of
+tools, selection, credit, chains and samples. `memory` is the most that the process grew while it worked, over the bytes of
 the spans and samples that it then held; sizes above --hold are worked off group by group, as the loop would do with
 steps of that size.
 """
@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ import psutil
 from agent_lightning.air import Air
 from agent_lightning.credit import Credit, assign
 from agent_lightning.credit_rules import CreditRules, Estimator
+from agent_lightning.telemetry.spans import assemble
 from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
 
 CALLS, TOKENS, RESPONSE, GROUP = 5, 2000, 200, 8
@@ -65,6 +67,15 @@ def make_group(number: int, rng: np.random.Generator, shape: str) -> Group:
     return Group(group_id=f"train-{number}", task=task, trajectories=tuple(trajectories))
 
 
+def assembled(group: Group) -> Group:
+    """As the buffer hands a group out: its spans in order, and the tools that its requests tell of."""
+    whole = []
+    for one in group.trajectories:
+        seen = assemble(one.key, one.calls, ())
+        whole.append(replace(one, calls=seen.calls, tools=seen.tools))
+    return replace(group, trajectories=tuple(whole))
+
+
 def arrays(groups: list[Group], credits: list[Credit]) -> int:
     """Bytes of the arrays of spans and samples."""
     calls = [c for group in groups for t in group.trajectories for c in t.calls]
@@ -90,7 +101,7 @@ def measure(rollouts: int, *, hold: bool, shape: str, air: bool) -> dict[str, An
     for groups in parts(rollouts // GROUP, hold, shape):
         before = process.memory_info().rss
         started = time.process_time()
-        credits = [assign(group, rules) for group in groups]
+        credits = [assign(assembled(group), rules) for group in groups]
         seconds += time.process_time() - started
         tokens += sum(credit.sampled_tokens for credit in credits)
         if hold:

@@ -134,14 +134,29 @@ def test_a_reply_is_split_into_json_and_arrays() -> None:
     ("changes", "message"),
     [
         ({"token_ids": None}, "no token ids"),
-        ({"logprobs": None}, "no log-probabilities"),
-        ({"token_ids": [7]}, "1 token ids and 2 log-probabilities"),
-        ({"logprobs": {"content": None}}, "2 token ids and 0 log-probabilities"),
+        ({"token_ids": [7, -1]}, "out of any vocabulary"),
+        ({"token_ids": [7, 2**31]}, "out of any vocabulary"),
     ],
 )
 def test_a_reply_without_what_is_trained_on_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_reply(vllm_reply(**changes), policy_version=0)
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "expected"),
+    [
+        (None, [np.nan, np.nan]),
+        ({"content": None}, [np.nan, np.nan]),
+        ({"token_logprobs": [-0.5]}, [np.nan, np.nan]),  # one for two tokens: of which?
+        ({"token_logprobs": [-0.5, None]}, [-0.5, np.nan]),
+        ({"token_logprobs": [-np.inf, 2.0]}, [np.nan, np.nan]),
+        ({"token_logprobs": [1e-6, -1.0]}, [0.0, -1.0]),  # rounding
+    ],
+)
+def test_a_log_probability_that_is_missing_is_not_a_number(logprobs: Any, expected: list[float]) -> None:
+    (choice,) = parse_reply(vllm_reply(logprobs=logprobs), policy_version=0).choices
+    np.testing.assert_array_equal(choice.logprob_T, np.array(expected, np.float32))
 
 
 @pytest.mark.parametrize("prompt", [{}, {"prompt_token_ids": None}])

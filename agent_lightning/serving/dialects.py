@@ -121,28 +121,42 @@ def engine_request(
 
 
 def parse_reply(raw: Mapping[str, Any], *, policy_version: int) -> Completion:
-    """Split vLLM's reply into OpenAI JSON and arrays. Raises ValueError where token ids or log-probabilities lack."""
+    """Split vLLM's reply into OpenAI JSON and arrays. Log-probabilities that are missing are NaN.
+
+    Raises ValueError where token ids are missing or none of any vocabulary.
+    """
     choices, kept = [], []
     for choice in raw["choices"]:
         prompt = raw.get("prompt_token_ids", choice.get("prompt_token_ids"))
         tokens, logprobs = choice.get("token_ids"), choice.get("logprobs")
         if prompt is None:
             raise ValueError("the engine's reply has no token ids of the prompt")
-        if tokens is None or logprobs is None:
-            raise ValueError("the engine's reply has no token ids or no log-probabilities")
+        if tokens is None:
+            raise ValueError("the engine's reply has no token ids")
+        if any(not 0 <= token < 2**31 for token in (*prompt, *tokens)):
+            raise ValueError("the engine's reply has token ids out of any vocabulary")
         response_T = np.asarray(tokens, dtype=np.int32)
-        values = [entry["logprob"] for entry in logprobs.get("content") or ()] or logprobs.get("token_logprobs") or []
-        logprob_T = np.asarray(values, dtype=np.float32)
-        if response_T.shape != logprob_T.shape:
-            raise ValueError(
-                f"the engine's reply has {response_T.size} token ids and {logprob_T.size} log-probabilities"
-            )
-        reason = str(choice["finish_reason"])
         prompt_T = np.asarray(prompt, dtype=np.int32)
+        logprob_T = _logprobs(logprobs or {}, response_T.size)
+        reason = str(choice["finish_reason"])
         choices.append(Choice(prompt_T=prompt_T, response_T=response_T, logprob_T=logprob_T, finish_reason=reason))
         kept.append({key: value for key, value in choice.items() if key not in _IDS})
     reply = {key: value for key, value in raw.items() if key not in _IDS} | {"choices": kept}
     return Completion(reply=reply, choices=tuple(choices), policy_version=policy_version)
+
+
+def _logprobs(held: Mapping[str, Any], size: int) -> Floats:
+    """Of `size` tokens. All are NaN where their number is another: nobody could say which are whose."""
+    values = [entry["logprob"] for entry in held.get("content") or ()] or held.get("token_logprobs") or []
+    if len(values) != size:
+        return np.full(size, np.nan, np.float32)
+    logprob_T = np.array([np.nan if value is None else value for value in values], np.float32)
+    logprob_T[np.isinf(logprob_T) | (logprob_T > _ROUNDING)] = np.nan
+    return np.minimum(logprob_T, np.float32(0.0))  # NaN stays
+
+
+_ROUNDING = 1e-3
+"""A log-probability of a certain token may come out so much above 0."""
 
 
 def join(parts: Sequence[Part]) -> Completion:
