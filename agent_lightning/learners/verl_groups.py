@@ -194,8 +194,9 @@ def _training(config: LearnerConfig, role: Role) -> TrainingWorkerConfig:
     override: dict[str, Any] = {"attn_implementation": "sdpa"} if on_cpu else {}
     if role == "critic":
         override |= {"architectures": ["ForTokenClassification"], "num_labels": 1, "classifier_dropout": 0.0}
-        # Of what the checkpoint does not have, the value head: values begin at zero, not at random.
-        override["initializer_range"] = 0.0
+        # Of what the checkpoint does not have, the value head: values begin at zero, not at random. Transformers
+        # takes 0 for its default.
+        override["initializer_range"] = 1e-6
     return TrainingWorkerConfig(
         # The critic's is an engine of ours, see verl_critic.
         model_type="critic" if role == "critic" else "language_model",

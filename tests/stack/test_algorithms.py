@@ -188,6 +188,7 @@ async def test_a_checkpoint_keeps_the_critic_and_how_far_its_warm_up_is(
     warming = values(await learner.update([batch]))
     assert "learner/loss" not in warming
     assert warming["logprob_gap/mean_abs"] > 0
+    assert warming["critic/explained_variance"] == pytest.approx(0.0, abs=1e-3)  # values begin at zero
     await learner.save(tmp_path)
     whole = [values(await learner.update([batch])) for _ in range(3)]
     assert ["learner/loss" in record for record in whole] == [False, True, True]
