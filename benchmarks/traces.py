@@ -4,9 +4,9 @@
     python benchmarks/traces.py --rollouts 10000 --air
 
 A rollout has 5 calls of 2,000 tokens; its prompts extend each other or, with --shape apart, do not. `seconds` is of
-tools, selection, credit, chains and samples. `memory` is the most that the process grew while it worked, over the bytes of
-the spans and samples that it then held; sizes above --hold are worked off group by group, as the loop would do with
-steps of that size.
+tools, selection, credit, chains and samples. `memory` is the most that the process grew while it worked, over the
+bytes of the spans and samples that it then held; sizes above --hold are worked off group by group, as the loop would
+do with steps of that size.
 """
 
 from __future__ import annotations
