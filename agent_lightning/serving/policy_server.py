@@ -34,8 +34,8 @@ from agent_lightning.serving.shared import shared_bytes
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 30.0
-_INVALID = (ValidationError, ValueError, TypeError, KeyError, RecursionError)
-"""What vLLM raises for a request that it cannot read: its chat templates, too."""
+_INVALID = (ValidationError, ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError)
+"""What vLLM raises for a request that it cannot read; some of it in an assertion (a json_schema without a schema)."""
 
 
 class OneProcessEngine(VLLMEngine):
