@@ -25,6 +25,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
+from vllm.exceptions import VLLMClientError
 
 from agent_lightning.learners.base import Weights
 from agent_lightning.policy import PolicyBoard
@@ -34,8 +35,8 @@ from agent_lightning.serving.shared import shared_bytes
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 30.0
-_INVALID = (ValidationError, ValueError, TypeError, KeyError, RecursionError)
-"""What vLLM raises for a request that it cannot read: its chat templates, too."""
+_INVALID = (VLLMClientError, ValidationError, ValueError, TypeError, KeyError, RecursionError)
+"""What vLLM raises for a request that it cannot read: its own class, and what its templates and models let through."""
 
 
 class OneProcessEngine(VLLMEngine):
