@@ -151,7 +151,7 @@ async def test_a_task_too_long_for_a_variable_is_on_stdin() -> None:
 
 async def test_a_command_finds_the_policy_whichever_api_it_speaks() -> None:
     asked = "sh -c 'echo $OPENAI_BASE_URL $ANTHROPIC_BASE_URL $ANTHROPIC_API_KEY'"
-    openai_url, anthropic_url, key = str(await run_agent(asked, "command", make_task(), POLICY)).split()
+    openai_url, anthropic_url, key = str(await run_agent(asked, "command", make_task(), POLICY, ROLLOUT)).split()
     assert openai_url == f"{anthropic_url}/v1" == POLICY.base_url
     assert (anthropic_url, key) == (POLICY.anthropic_base_url, POLICY.api_key)
 

@@ -127,6 +127,7 @@ def test_the_experiments_agent_and_reward_can_be_run():
     agents.load(config.agent.reward)
 
 
+@pytest.mark.slow
 async def test_the_agent_learns_through_the_gateway(task):
     spec = AgentSpec(
         target=f"{TARGET}:solve",

@@ -138,8 +138,8 @@ async def train(started: tuple[str, Groups], overrides: Sequence[str], *, noise:
     "overrides",
     [
         ["algorithm=grpo"],
-        ["algorithm=grpo", *KL],
-        ["algorithm=grpo", *KL, "algorithm.kl_in=reward"],
+        pytest.param(["algorithm=grpo", *KL], marks=pytest.mark.slow),
+        pytest.param(["algorithm=grpo", *KL, "algorithm.kl_in=reward"], marks=pytest.mark.slow),
         ["algorithm=dr_grpo"],
         ["algorithm=rloo"],
         ["algorithm=reinforce_plus_plus", *KL, "algorithm.kl_in=reward"],

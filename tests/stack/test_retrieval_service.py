@@ -18,7 +18,7 @@ from urllib.error import HTTPError
 import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "musique"
-pytestmark = pytest.mark.stack
+pytestmark = [pytest.mark.stack, pytest.mark.slow]
 pytest.importorskip("bm25s")
 pytest.importorskip("Stemmer")
 

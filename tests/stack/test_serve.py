@@ -24,6 +24,7 @@ def agl(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "agent_lightning.cli", *arguments]
 
 
+@pytest.mark.slow
 def test_serve_prints_a_url_that_answers_and_ctrl_c_leaves_nothing() -> None:
     process = subprocess.Popen(
         agl("serve", "experiment=calc_tiny"), cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
