@@ -25,7 +25,7 @@ from agent_lightning.types import ModelCall, Outcome, Task
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from formats import FORMATS, FUNCTION, Clients, converse
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(420)]
 SYSTEM = "Solve the problem. Use the calculator."
 TOKENS = [5, 6, 7, 8, 9]
 QUESTION = "Gita takes 76 figs out of a tray that held 85 figs. How many stay?"
