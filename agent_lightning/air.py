@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_lightning.errors import ConfigError
-from agent_lightning.tools import canonical_arguments, looks_like_tool_call
+from agent_lightning.tools import canonical, looks_like_tool_call
 from agent_lightning.types import Floats, ModelCall, ToolCall, ToolStatus, Trajectory
 
 REPEATED: Final = "repeated"
@@ -168,7 +168,7 @@ def events(trajectory: Trajectory) -> tuple[Event, ...]:
 def _tool_events(tools: Sequence[ToolCall], index: Mapping[str, int]) -> Iterator[Event]:
     done: set[tuple[str, str]] = set()
     for tool in tools:
-        action = tool.name, canonical_arguments(tool)
+        action = tool.name, canonical(tool.arguments)
         kind = REPEATED if action in done else tool.status.value
         done.add(action)
         if tool.call_id in index:

@@ -27,7 +27,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar, cast, overload
 
@@ -209,25 +209,33 @@ def inside(rollout: Rollout) -> Iterator[None]:
 
 
 def install(instrumentors: Iterable[str] = ()) -> None:
-    """Have the spans of this process sent to their rollouts, and turn instrumentors on by name, once.
+    """Have the spans of this process sent to their rollouts, and turn instrumentors on by name, each once.
 
     The names are entry points of OpenTelemetry's own group or OpenInference's, e.g. "langchain". Raises ConfigError for
     one that is not installed.
     """
     _processor()
     for name in ("threading", *instrumentors):
-        if not _instrument(name) and name != "threading":
-            raise ConfigError(f"agent.instrument: no instrumentor {name!r} is installed in this environment")
+        _instrument(name)
+
+
+def check_instrumentors(names: Iterable[str]) -> None:
+    """Raise ConfigError for one that is not installed."""
+    for name in names:
+        _entry_point(name)
 
 
 @functools.cache
-def _instrument(name: str) -> bool:
-    """Turn an instrumentor on, once; False where there is none of that name."""
+def _instrument(name: str) -> None:
+    _entry_point(name).load()().instrument()
+
+
+def _entry_point(name: str) -> EntryPoint:
     groups = ("opentelemetry_instrumentor", "openinference_instrumentor")
     found = [one for group in groups for one in entry_points(group=group, name=name)]
-    if found:
-        found[0].load()().instrument()
-    return bool(found)
+    if not found:
+        raise ConfigError(f"agent.instrument: no instrumentor {name!r} is installed in this environment")
+    return found[0]
 
 
 def flush(rollout: Rollout) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from agent_lightning import tasks
 from agent_lightning.agents import Mode, load
 from agent_lightning.buffer import Buffer
+from agent_lightning.client import check_instrumentors
 from agent_lightning.config import Config, SourceConfig, resolve_path
 from agent_lightning.errors import ConfigError, UserError
 from agent_lightning.policy import PolicyBoard
@@ -323,6 +324,7 @@ def preflight(config: Config, splits: Sequence[Split]) -> dict[Split, list[Task]
     from agent_lightning.agents import check
 
     check(config.agent.target, cast(Mode, config.agent.mode))
+    check_instrumentors(config.agent.instrument)
     if config.agent.reward is not None:
         load(config.agent.reward)
     find_model(config.model.path)

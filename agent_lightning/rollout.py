@@ -132,7 +132,8 @@ class RolloutWorker:
     async def run(self) -> None:
         """Lease and run rollouts until `stop`. Raises where the buffer is gone; ConfigError for an instrumentor that is
         not installed."""
-        install(self._agent.instrumentors)
+        # An agent in a process of its own turns them on there.
+        install(self._agent.instrumentors if self._agent.mode in ("async", "thread") else ())
         async with asyncio.TaskGroup() as group:
             feeding = group.create_task(self._feed(group))
             await self._stopping.wait()  # ends with stop(), or with cancellation where `feeding` failed

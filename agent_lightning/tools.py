@@ -96,9 +96,12 @@ def status_of(arguments: str, result: str | None) -> ToolStatus:
     return ToolStatus.INVALID_ARGUMENTS if _INVALID.search(complaint) else ToolStatus.ERROR
 
 
-def canonical_arguments(tool_call: ToolCall) -> str:
+def canonical(arguments: str) -> str:
     """Arguments that mean the same have the same text: JSON with sorted keys, or else without outer blanks."""
-    return _canonical(tool_call.arguments)
+    try:
+        return json.dumps(json.loads(arguments), sort_keys=True, separators=(",", ":"))
+    except (ValueError, RecursionError):
+        return arguments.strip()
 
 
 def reply_identity(call: ModelCall) -> tuple[str, tuple[tuple[str, str], ...]] | None:
@@ -112,7 +115,7 @@ def reply_identity(call: ModelCall) -> tuple[str, tuple[tuple[str, str], ...]] |
     said = _text(reply.get("content")).strip()
     if not said and not asked:
         return None
-    return said, tuple((str(one.get("name") or ""), _canonical(_text(one.get("arguments")))) for one in asked)
+    return said, tuple((str(one.get("name") or ""), canonical(_text(one.get("arguments")))) for one in asked)
 
 
 def looks_like_tool_call(call: ModelCall) -> bool:
@@ -126,13 +129,6 @@ def looks_like_tool_call(call: ModelCall) -> bool:
         return False
     text = content.strip()
     return "<tool_call>" in text or bool(re.match(r'(```(json)?\s*)?\{\s*"(name|function)"\s*:', text))
-
-
-def _canonical(arguments: str) -> str:
-    try:
-        return json.dumps(json.loads(arguments), sort_keys=True, separators=(",", ":"))
-    except (ValueError, RecursionError):
-        return arguments.strip()
 
 
 def _complaint(text: str) -> str | None:

@@ -8,13 +8,15 @@ errors of tools are the trace's.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from agent_lightning.telemetry.asked import Asked
 from agent_lightning.telemetry.conventions import read
 from agent_lightning.telemetry.span_tree import RawSpan
-from agent_lightning.tools import canonical_arguments, reply_identity, tool_calls
+from agent_lightning.tools import reply_identity, tool_calls
 from agent_lightning.types import DEFAULT_AGENT, AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus
 
 SKEW = 1.0
@@ -61,7 +63,7 @@ def assemble(key: RolloutKey, calls: Iterable[ModelCall], raw: Sequence[RawSpan]
         [*(_placed(call, twins.get(call.call_id), names, kept, above) for call in own), *others],
         key=lambda call: (call.started_at, call.call_id),
     )
-    tools, moved = _merge_tools(tool_calls(everything), ran, everything)
+    tools, moved = _merge_tools(everything, ran)
     # A reward may name the thing it is about by any id that the agent's side knows it by.
     known = renamed | moved
     known |= {tool.tool_call_id: tool.span_id for tool in reversed(tools) if tool.tool_call_id}
@@ -137,25 +139,20 @@ def _placed(
     )
 
 
-def _merge_tools(
-    asked: Sequence[ToolCall], traced: Sequence[ToolCall], calls: Sequence[ModelCall]
-) -> tuple[list[ToolCall], dict[str, str]]:
+def _merge_tools(calls: Sequence[ModelCall], traced: Sequence[ToolCall]) -> tuple[list[ToolCall], dict[str, str]]:
     """One list, in the order of start; and old span id -> new one, of what became a part of another."""
-    left = {one.span_id: (one, (one.name, canonical_arguments(one))) for one in asked}
+    asked, starts = Asked(calls), [call.started_at for call in calls]
     moved, tools = dict[str, str](), list[ToolCall]()
     for tool in traced:
-        action = tool.name, canonical_arguments(tool)
-        same_id = (one for one, _ in left.values() if one.tool_call_id and one.tool_call_id == tool.tool_call_id)
-        same_action = (one for one, other in left.values() if other == action)
-        found = next(same_id, None) or next(same_action, None)
+        use = tool.tool_call_id, tool.name, tool.arguments
+        # Where the agent's clock is behind, a tool may seem to have run before it was asked for.
+        found = asked.take(*use, bisect_right(starts, tool.started_at), "") or asked.take(*use, len(calls), "")
         if found is None:
             tools.append(replace(tool, call_id=_cause(tool, calls)))
         else:
-            del left[found.span_id]
             moved[found.span_id] = tool.span_id
             tools.append(_richer(found, tool))
-    tools += [one for one, _ in left.values()]
-    return sorted(tools, key=lambda one: (one.started_at, one.span_id)), moved
+    return sorted([*tools, *asked.left()], key=lambda one: (one.started_at, one.span_id)), moved
 
 
 def _richer(asked: ToolCall, traced: ToolCall) -> ToolCall:
