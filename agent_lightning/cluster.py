@@ -64,6 +64,16 @@ def spawn(
     return cast(T, Remote(handle))
 
 
+def put(value: object) -> Any:
+    """Into the object store; whoever fetches it reads it from its own node, which it reaches once."""
+    return ray.put(value)
+
+
+async def fetch(reference: Any) -> Any:
+    """What `put` was given."""
+    return await asyncio.wrap_future(reference.future())
+
+
 def kill(proxy: object) -> None:
     """End an actor now, without a word. Raises TypeError for what is not a proxy."""
     if not isinstance(proxy, Remote):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import get_args
 
 from agent_lightning.air import Form
-from agent_lightning.config_types import SOURCE_FIELDS, AirConfig, Config, CriticConfig, SourceConfig
+from agent_lightning.config_types import SOURCE_FIELDS, AirConfig, AlgorithmConfig, Config, CriticConfig, SourceConfig
 from agent_lightning.credit_rules import Method
 from agent_lightning.errors import ConfigError
 from agent_lightning.estimators import Baseline, Scale
@@ -24,6 +24,8 @@ def check(config: Config) -> None:
     config.air_rules()
     compares = config.estimator().compares
     _check_read(config)
+    if config.model.words:
+        _check_toy(config)
     for key, value, low in _lowest(config, compares):
         if value < low:
             raise ConfigError(f"{key}={value}: must be at least {low}")
@@ -87,6 +89,25 @@ def _check_read(config: Config) -> None:
     ):
         if unread:
             raise ConfigError(f"{key}: set, but nothing reads it: {why}")
+
+
+_TOY_READS = {
+    *("tasks_per_step", "rollouts_per_task", "refills", "rollouts_per_batch", "epochs", "failures"),
+    *("lr", "clip_ratio_low", "clip_ratio_high"),
+}
+"""Of the keys of `algorithm`, those that mean something where the learner is a toy."""
+
+
+def _check_toy(config: Config) -> None:
+    """A key that the toy learner would not read. Raises ConfigError."""
+    default = AlgorithmConfig()
+    for name, value in asdict(config.algorithm).items():
+        if name not in _TOY_READS and value != asdict(default)[name]:
+            raise ConfigError(f"algorithm.{name}={value}: a toy model's learner does not read it; leave it out")
+    if config.credit.method == "gae" or config.credit.scale == "batch":
+        raise ConfigError("credit: a toy model has no critic and does not normalise over a step; choose others")
+    if config.algorithm.clip_ratio_low != config.algorithm.clip_ratio_high:
+        raise ConfigError("algorithm.clip_ratio_low and _high: a toy model's learner has one bound for both")
 
 
 def _lowest(config: Config, compares: bool) -> tuple[tuple[str, float, float], ...]:

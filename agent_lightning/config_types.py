@@ -58,6 +58,8 @@ class ModelConfig:
     """A local folder or a hub id of a causal language model. Relative paths: from here, else from the project."""
     max_len: int = 1024
     """Longest conversation in tokens, prompt and reply together."""
+    words: list[str] = field(default_factory=list)
+    """What a toy model can say: a table of logits with its own engine and learner; `path` is then only a name."""
     dtype: str = "float32"
     tool_parser: str | None = "hermes"
 

@@ -11,6 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,13 +21,14 @@ from agent_lightning.buffer import Buffer
 from agent_lightning.client import check_instrumentors
 from agent_lightning.config import Config, SourceConfig, resolve_path
 from agent_lightning.errors import ConfigError, UserError
+from agent_lightning.learners.base import Learner
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.rollout import AgentSpec, RolloutWorker
 from agent_lightning.types import Split, Task
 
 if TYPE_CHECKING:
-    from agent_lightning.learners.verl import LearnerConfig, VerlLearner
-    from agent_lightning.serving.app import Service
+    from agent_lightning.learners.verl import LearnerConfig
+    from agent_lightning.serving.app import MakeReplica, Service
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class System:
     buffer: Buffer
     board: PolicyBoard
     service: Service
-    learner: VerlLearner | None
+    learner: Learner | None
     run_secret: bytes
 
 
@@ -75,6 +77,11 @@ def _load(config: Config, source: SourceConfig, where: str) -> list[Task]:
     )
 
 
+def model_folder(config: Config) -> str:
+    """Of the config's model; a toy one has none, and its name is returned. Raises UserError."""
+    return config.model.path if config.model.words else find_model(config.model.path)
+
+
 def find_model(path: str) -> str:
     """A folder with a model in it, or a hub id that can be reached. Raises UserError."""
     found = resolve_path(path)
@@ -98,7 +105,7 @@ def find_model(path: str) -> str:
 
 def check_memory(config: Config) -> None:
     """The KV caches must fit in memory. Raises UserError."""
-    if config.hardware.device != "cpu":
+    if config.hardware.device != "cpu" or config.model.words:
         return
     available = _available_gib()
     wanted = config.hardware.replicas * config.hardware.kv_cache_gib
@@ -132,7 +139,7 @@ async def system(
     config: Config, *, train: bool, workers: int, first_group: dict[Split, int] | None = None
 ) -> AsyncIterator[System]:
     """Start everything, and stop it again however the block ends. Raises UserError, EngineError."""
-    model = find_model(config.model.path)
+    model = model_folder(config)
     check_memory(config)
     check_port(config)
     # Ray's own imports take seconds: after what can be refused at once.
@@ -164,6 +171,7 @@ async def system(
             gateway=_gateway(config, run_secret),
             recorder=buffer,
             board=board,
+            replica=_toy_replica(config),
         )
         learning = asyncio.to_thread(_build_learner, config, model) if train else _nothing()
         # Both to their end, also where one fails: a thread that outlived Ray would start a new one.
@@ -196,7 +204,23 @@ def prepare_environment() -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 
-def _build_learner(config: Config, model: str) -> VerlLearner:
+def _toy_replica(config: Config) -> MakeReplica | None:
+    """What makes a replica of a toy model; None for any other."""
+    if not config.model.words:
+        return None
+    from agent_lightning.toy_run import ToyReplica
+
+    return partial(ToyReplica, tuple(config.model.words), config.seed, config.model.max_len)
+
+
+def _build_learner(config: Config, model: str) -> Learner:
+    if config.model.words:
+        from agent_lightning.toy import ToyLanguage
+        from agent_lightning.toy_run import SharedToyLearner
+
+        algorithm, temperature = config.algorithm, config.sampling.train.temperature
+        language = ToyLanguage(tuple(config.model.words))
+        return SharedToyLearner(language, lr=algorithm.lr, clip_ratio=algorithm.clip_ratio_low, temperature=temperature)
     from agent_lightning.learners.verl import VerlLearner
 
     return VerlLearner(learner_config(config, model))
@@ -263,6 +287,7 @@ def _serving(config: Config, model: str, port: int) -> Any:
         max_model_len=config.model.max_len,
         max_num_seqs=hardware.max_num_seqs,
         kv_cache_gib=hardware.kv_cache_gib,
+        replica_cpus=0.01 if config.model.words else 1,
         gpu_memory_utilization=hardware.gpu_memory_utilization,
         tool_parser=config.model.tool_parser,
         seed=config.seed,
@@ -327,7 +352,7 @@ def preflight(config: Config, splits: Sequence[Split]) -> dict[Split, list[Task]
     check_instrumentors(config.agent.instrument)
     if config.agent.reward is not None:
         load(config.agent.reward)
-    find_model(config.model.path)
+    model_folder(config)
     check_memory(config)
     check_port(config)
     return {split: load_tasks(config, split) for split in splits}

@@ -6,6 +6,7 @@ import asyncio
 import json
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -98,14 +99,19 @@ class ToyEngine:
     """
 
     def __init__(self, language: ToyLanguage, *, seed: int = 0, max_len: int = 4096, delay_s: float = 0.0) -> None:
-        """`max_len`: tokens of prompt and response. `delay_s`: seconds that an answer takes; may be changed."""
+        """`max_len`: tokens of prompt and response. `delay_s`: seconds that an answer takes; may be changed.
+
+        What is sampled is a function of the seed, the version, the prompt, and how often it was asked: a run whose
+        rollouts come in another order samples the same.
+        """
         self.delay_s = delay_s
         self.version = 0
         self.in_flight = 0
         """Calls that it works on now."""
         self._language = language
         self._max_len = max_len
-        self._random = np.random.default_rng(seed)
+        self._seed = seed
+        self._asked: Counter[int] = Counter()
         self._table = np.zeros((language.num_states, len(language.words)), np.float32)
         self._gate = Gate()
         self._failures = 0
@@ -182,6 +188,7 @@ class ToyEngine:
             raw = np.asarray(bucket.data, np.uint8)[entry["offset"] :].tobytes()
             self._table = np.frombuffer(raw, entry["dtype"]).reshape(entry["shape"])
             self.version = weights.version
+            self._asked.clear()
 
     async def join(self, board: PolicyBoard) -> None:
         """Become a replica that `publish` waits for."""
@@ -204,13 +211,18 @@ class ToyEngine:
     def _sample(self, asked: _Asked) -> tuple[Choice, ...]:
         return tuple(self._choice(prompt_T, asked) for prompt_T in asked.prompts for _ in range(asked.num))
 
+    def _random(self, prompt_T: Ints) -> np.random.Generator:
+        prompt = zlib.crc32(prompt_T.tobytes())
+        self._asked[prompt] += 1
+        return np.random.default_rng([self._seed, self.version, prompt, self._asked[prompt]])
+
     def _choice(self, prompt_T: Ints, asked: _Asked) -> Choice:
         logits = self._table[self._language.state(prompt_T)]
         if asked.temperature == 0.0:
             word, logprob = int(np.argmax(logits)), 0.0
         else:
             logprobs = _log_softmax(logits / asked.temperature)
-            word = int(self._random.choice(logits.size, p=np.exp(logprobs)))
+            word = int(self._random(prompt_T).choice(logits.size, p=np.exp(logprobs)))
             logprob = float(logprobs[word])
         length = min(2, asked.max_tokens, self._max_len - prompt_T.size)
         return Choice(

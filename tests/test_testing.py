@@ -124,6 +124,14 @@ async def test_the_same_seed_says_the_same() -> None:
     assert said[0] == said[1] != said[2]
 
 
+async def test_what_is_said_depends_on_how_often_a_prompt_was_asked_and_not_on_what_else_was() -> None:
+    async def said(*texts: str) -> list[str]:
+        engine = ToyEngine(LANGUAGE, seed=5)
+        return [f"{text} {message_of(await ask(engine, user(text)))['content']}" for text in texts]
+
+    assert sorted(await said(*"AAABBB")) == sorted(await said(*"BABBAA"))
+
+
 async def test_a_word_and_its_end_cut_by_max_tokens() -> None:
     engine = ToyEngine(LANGUAGE)
     whole, cut = await ask(engine, user("A"), max_tokens=2), await ask(engine, user("A"), max_tokens=1)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import ray
 from ray import serve
@@ -20,7 +21,7 @@ from starlette.responses import Response
 from agent_lightning.errors import EngineError
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.serving.dialects import Completion, Part, Refusal
-from agent_lightning.serving.gateway import Gateway, GatewayConfig, Recorder
+from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig, Recorder
 
 SERVE_ENVIRONMENT = {
     # Measured on 2 cores: several times the requests per second of Serve's default proxy.
@@ -53,6 +54,8 @@ class ServingConfig:
     max_num_seqs: int = 256
     kv_cache_gib: int = 1
     """On a CPU: memory of each replica's KV cache."""
+    replica_cpus: float = 1
+    """On a CPU: what a replica takes of the cluster."""
     gpu_memory_utilization: float = 0.85
     tool_parser: str | None = "hermes"
     seed: int = 0
@@ -94,13 +97,33 @@ def _failure(error: Exception) -> Refusal:
     return Refusal(status=500, message=message, code="engine_error", type="server_error")
 
 
+class PolicyReplica(Engine, Protocol):
+    """What answers in a replica of the policy, and follows the board."""
+
+    async def start(self) -> None:
+        """Take the current weights, and follow the board from then on."""
+        ...
+
+    async def check_health(self) -> None:
+        """Raises where it is dead: Serve then replaces the replica."""
+        ...
+
+
+MakeReplica = Callable[[PolicyBoard], PolicyReplica]
+
+
+def _vllm(settings: Mapping[str, Any], board: PolicyBoard) -> PolicyReplica:
+    """vLLM is imported in the replica, so the driver is spared its ten seconds."""
+    from agent_lightning.serving.policy_server import PolicyServer
+
+    return PolicyServer(settings, board)
+
+
 class PolicyDeployment:
-    """The shell around `PolicyServer`. vLLM is imported in the replica, so the driver is spared its ten seconds."""
+    """The shell around a `PolicyReplica` that Serve runs."""
 
-    async def __init__(self, settings: Mapping[str, Any], board: PolicyBoard) -> None:  # type: ignore[misc]
-        from agent_lightning.serving.policy_server import PolicyServer
-
-        self._server = PolicyServer(settings, board)
+    async def __init__(self, make: MakeReplica, board: PolicyBoard) -> None:  # type: ignore[misc]
+        self._server = make(board)
         await self._server.start()
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
@@ -137,10 +160,17 @@ class Service:
 
 
 def start(
-    *, name: str, config: ServingConfig, gateway: GatewayConfig, recorder: Recorder, board: PolicyBoard
+    *,
+    name: str,
+    config: ServingConfig,
+    gateway: GatewayConfig,
+    recorder: Recorder,
+    board: PolicyBoard,
+    replica: MakeReplica | None = None,
 ) -> Service:
-    """Deploy the service and wait until it answers. Raises EngineError."""
-    policy = serve.deployment(PolicyDeployment).options(**_policy_options(config)).bind(_llm_settings(config), board)
+    """Deploy the service and wait until it answers; `replica` makes another policy than vLLM's. Raises EngineError."""
+    make = replica or partial(_vllm, _llm_settings(config))
+    policy = serve.deployment(PolicyDeployment).options(**_policy_options(config)).bind(make, board)
     app = (
         serve.deployment(GatewayDeployment)
         .options(
@@ -224,7 +254,7 @@ def _environment(config: ServingConfig) -> dict[str, str]:
 
 def _bundles(config: ServingConfig) -> list[dict[str, float]]:
     """What one replica takes: the first bundle holds the replica itself and its first engine worker."""
-    bundle: dict[str, float] = {"CPU": 1} if config.device == "cpu" else {"CPU": 1, "GPU": 1}
+    bundle: dict[str, float] = {"CPU": config.replica_cpus} if config.device == "cpu" else {"CPU": 1, "GPU": 1}
     return [dict(bundle) for _ in range(config.tensor_parallel_size)]
 
 
