@@ -4,7 +4,11 @@
                 ^                  |
                 +---- next attempt-+   (engine failures, expired leases, stopped workers)
 
-No method suspends between reading and changing the state, so each is atomic."""
+No method suspends between reading and changing the state, so each is atomic. What changes is an event, noted in the
+ledger and, where there is one, in the journal; a method answers when the journal has it (docs/reliability.md).
+
+`request` names one call of a client: where it is repeated, because the answer was lost, it has the first one's answer.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +19,33 @@ import hmac
 import itertools
 import math
 import time
-from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from agent_lightning.errors import UnknownRollout
+from agent_lightning.events import (
+    Admitted,
+    Advanced,
+    Called,
+    Cancelled,
+    Checkpointed,
+    Ended,
+    Ending,
+    Leased,
+    Marked,
+    Released,
+    Resumed,
+    Taken,
+    Traced,
+)
+from agent_lightning.journal import JournalConfig
+from agent_lightning.ledger import Rollout, keys_of, stats_of
+from agent_lightning.store import Store
 from agent_lightning.telemetry.conventions import read
 from agent_lightning.telemetry.span_tree import RawSpan
-from agent_lightning.telemetry.spans import assemble, emitted
-from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
+from agent_lightning.telemetry.spans import emitted
+from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Split, Task
 
 
 def attempt_secret(run_secret: bytes, key: RolloutKey) -> str:
@@ -71,37 +92,13 @@ class Stats:
     next_group: Mapping[Split, int]  # the number that the next group of each split gets
 
 
-@dataclass(frozen=True, slots=True)
-class _Ending:
-    """How an attempt ended, or what the gateway says went wrong in it."""
-
-    outcome: Outcome
-    error: str
-    reward: float | None = None
-    output: str = ""
-    at: float = field(default_factory=time.time)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Rollout:
-    key: RolloutKey
-    task: Task
-    phase: Literal["waiting", "running", "complete"] = "waiting"
-    started_at: float = 0.0
-    expires_at: float = math.inf
-    calls: dict[str, ModelCall] = field(default_factory=dict)
-    raw: dict[str, RawSpan] = field(default_factory=dict)
-    """Spans that the agent's side sent, by id."""
-    refused: Counter[str] = field(default_factory=Counter)
-    cause: _Ending | None = None
-    trajectory: Trajectory | None = None
-
-    def explain(self, ending: _Ending) -> _Ending:
-        """The ending given what the buffer knows: the worker sees an exception, the gateway saw its reason."""
-        unanswered = ending.outcome is Outcome.FINISHED and not self.calls
-        if self.cause is not None and (unanswered or ending.outcome is Outcome.AGENT_ERROR):
-            return self.cause
-        return replace(ending, outcome=Outcome.NO_MODEL_CALL, error="no call was recorded") if unanswered else ending
+def explain(rollout: Rollout, ending: Ending) -> Ending:
+    """The ending given what the buffer knows: the worker sees an exception, the gateway saw its reason."""
+    state = rollout.state
+    unanswered = ending.outcome is Outcome.FINISHED and not state.num_calls
+    if state.cause is not None and (unanswered or ending.outcome is Outcome.AGENT_ERROR):
+        return state.cause
+    return replace(ending, outcome=Outcome.NO_MODEL_CALL, error="no call was recorded") if unanswered else ending
 
 
 class Buffer:
@@ -128,81 +125,93 @@ class Buffer:
         retry_on: Collection[Outcome] = (Outcome.ENGINE_ERROR,),
         grace: float = 30.0,
         first_group: Mapping[Split, int] | None = None,
+        journal: JournalConfig | None = None,
+        resumable: bool = False,
+        memory_bytes: int = 2**62,
     ) -> None:
         """`max_calls`: model calls of one attempt; `max_spans`: spans of its trace. `retry_on`: outcomes that are worth
         another attempt. `grace`: seconds after a lease's deadline until its worker counts as dead. `first_group`: on
-        resume."""
+        resume. `journal`: keeps what is acknowledged; the buffer goes on from what it holds. `resumable`: what is
+        trained is kept until `forget_before`. `memory_bytes`: spans of complete rollouts beyond it are on disk only.
+        """
         self._run_secret = run_secret
         self._max_attempts = max_attempts
         self._max_calls = max_calls
         self._max_spans = max_spans
         self._retry_on = frozenset(retry_on)
         self._grace = grace
-        self._next_group: dict[Split, int] = {"train": 0, "val": 0, **(first_group or {})}
-        self._groups: dict[str, list[_Rollout]] = {}
-        self._waiting: deque[_Rollout] = deque()
-        self._whole: dict[Split, deque[str]] = {"train": deque(), "val": deque()}
+        self._store = Store(journal, first_group=first_group, resumable=resumable, memory_bytes=memory_bytes)
+        self._ledger = self._store.ledger
         self._changed = asyncio.Condition()
         self._cancels = 0
-        self._cancelled = False
-        self._count: Counter[str] = Counter()
-        self._dropped: Counter[str] = Counter()
-        self._failed: Counter[Outcome] = Counter()
+        self._refused: Counter[str] = Counter()
 
-    async def admit(self, task: Task, *, split: Split, num_rollouts: int) -> str:
-        """Queue the rollouts of one task; their group's id, e.g. "train-12"."""
+    async def admit(self, task: Task, *, split: Split, num_rollouts: int, request: str = "") -> str:
+        """Queue the rollouts of one task; their group's id, e.g. "train-12". Where an interrupted step has left that
+        group, what its rollouts have done counts. Raises JournalFull."""
         if num_rollouts < 1:
             raise ValueError(f"a group has at least one rollout, not {num_rollouts}")
         async with self._changed:
-            number = self._next_group[split]
-            self._next_group[split] += 1
-            rollouts = [
-                _Rollout(key=RolloutKey(split=split, group=number, index=index), task=task)
-                for index in range(num_rollouts)
-            ]
-            group_id = rollouts[0].key.group_id
-            self._groups[group_id] = rollouts
-            self._waiting.extend(rollouts)
-            self._count["admitted"] += num_rollouts if split == "train" else 0
-            self._cancelled = False
+            if request in self._ledger.answers:
+                (group_id,) = self._ledger.answers[request]
+            else:
+                group_id = self._admit(task, split, num_rollouts, request)
             self._changed.notify_all()
+        await self._store.kept()
         return group_id
 
-    async def lease(self, num: int, timeout: float, *, deadline: float = math.inf) -> list[Lease]:
+    async def lease(
+        self, num: int, timeout: float, *, deadline: float = math.inf, worker: str = "", request: str = ""
+    ) -> list[Lease]:
         """Up to `num` waiting rollouts, as soon as there is one; [] after `timeout` seconds or on `cancel`.
-        `deadline`: seconds in which the caller promises to finish each; see `expire`."""
-        cancels = self._cancels
+        `deadline`: seconds in which the caller, `worker`, promises to finish each; see `expire`."""
+        cancels, ledger, end = self._cancels, self._ledger, time.monotonic() + timeout
         async with self._changed:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout):  # ends with admit, a retry, cancel, or the timeout
-                    await self._changed.wait_for(lambda: self._waiting or self._cancels > cancels)
-            return [self._start(self._waiting.popleft(), deadline) for _ in range(min(num, len(self._waiting)))]
+            while True:  # ends with work, with `cancel`, or at `end`
+                keys = self._still_running(keys_of(ledger.answers.get(request, ())))
+                ready, left = ledger.ready(time.time(), num), end - time.monotonic()
+                if keys or ready or self._cancels > cancels or left <= 0:
+                    break
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(left, ledger.ready_at() - time.time())):
+                        await self._changed.wait()
+            if not keys and ready:
+                keys, at = ready, time.time()
+                event = Leased(keys=tuple(keys), at=at, expires_at=at + deadline, worker=worker, request=request)
+                self._store.note(event)
+            leases = [
+                Lease(key=key, task=ledger.groups[key.group_id].task, secret=attempt_secret(self._run_secret, key))
+                for key in keys
+            ]
+        await self._store.kept()
+        return leases
 
     async def record(self, call: ModelCall) -> int:
         """Keep one call of an open attempt; how many more it may make. The same call_id twice is one call.
         A call beyond `max_calls` was sampled too, so it is kept; the gateway starts none once it was told 0."""
         rollout = self._open(call.key, refused="refused_spans")
         if call.call_id not in rollout.calls:
-            rollout.calls[call.call_id] = call
-            self._count["calls"] += 1
-            self._count["sampled_tokens"] += len(call.response_T)
-        if rollout.cause is not None and call.started_at > rollout.cause.at:
-            rollout.cause = None  # the agent got over that error: it does not explain a later one
-        return max(0, self._max_calls - len(rollout.calls))
+            self._store.note(Called(call=call), grows=True)
+        left = max(0, self._max_calls - rollout.state.num_calls)
+        await self._store.kept()
+        return left
 
-    async def record_spans(self, key: RolloutKey, spans: Sequence[RawSpan], faults: Mapping[str, int]) -> int:
+    async def record_spans(
+        self, key: RolloutKey, spans: Sequence[RawSpan], faults: Mapping[str, int], request: str = ""
+    ) -> int:
         """Keep what the agent's side sent of an open attempt; how many of `spans` were not kept. The same span twice
         is one: the later account counts, as a span may be sent before it has ended. `faults`: those refused before."""
         rollout = self._open(key, refused="refused_spans")
-        rollout.refused.update(faults)
-        full = 0
+        known, kept = set(rollout.raw), list[RawSpan]()
         for span in spans:
-            if span.span_id not in rollout.raw and len(rollout.raw) >= self._max_spans:
-                full += 1
-            else:
-                rollout.raw[span.span_id] = span
-        if full:
-            rollout.refused[f"over {self._max_spans} in one attempt"] += full
+            if span.span_id in known or len(known) < self._max_spans:
+                known.add(span.span_id)
+                kept.append(span)
+        full = len(spans) - len(kept)
+        if request not in self._ledger.answers:
+            refused = {**faults, **({f"over {self._max_spans} in one attempt": full} if full else {})}
+            self._store.note(Traced(key=key, spans=tuple(kept), refused=refused, request=request), grows=True)
+        await self._store.kept()
         return full
 
     async def emitted(self, key: RolloutKey) -> float | None:
@@ -212,7 +221,9 @@ class Buffer:
 
     async def mark(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
         """Remember why the gateway refused a call: it explains the exception that the agent may raise next."""
-        self._open(key, refused="refused_spans").cause = _Ending(outcome, error)
+        self._open(key, refused="refused_spans")
+        self._store.note(Marked(key=key, cause=Ending(outcome=outcome, error=error, at=time.time())))
+        await self._store.kept()
 
     async def finish(
         self,
@@ -229,107 +240,122 @@ class Buffer:
             raise ValueError(f"rollout {key.rollout_id}: FINISHED needs a reward")
         async with self._changed:
             rollout = self._open(key, refused="refused_finishes")
-            self._end(rollout, rollout.explain(_Ending(outcome, error, reward, output)), retry=retry)
+            ending = Ending(outcome=outcome, error=error, reward=reward, output=output, at=time.time())
+            self._end(rollout, explain(rollout, ending), retry=retry)
             self._changed.notify_all()
+        await self._store.kept()
 
-    async def take(self, num_groups: int, *, split: Split) -> list[Group]:
+    async def take(self, num_groups: int, *, split: Split, request: str = "") -> list[Group]:
         """The `num_groups` whole groups that were complete first, ordered by group number.
         Waits for them. After `cancel`, and until the next `admit`, returns what there is."""
-        whole, seen = self._whole[split], self._cancels
+        ledger, whole, seen = self._ledger, self._ledger.whole, self._cancels
+
+        def ready() -> bool:
+            enough = len(whole[split]) >= num_groups or request in ledger.answers
+            return enough or ledger.cancelled or self._cancels > seen
+
         async with self._changed:  # the wait ends with finish, expire or cancel
-            await self._changed.wait_for(lambda: len(whole) >= num_groups or self._cancelled or self._cancels > seen)
-            groups = [self._hand_out(whole.popleft()) for _ in range(min(num_groups, len(whole)))]
+            await self._changed.wait_for(ready)
+            ids = ledger.answers.get(request)
+            if ids is None:
+                ids = tuple(itertools.islice(whole[split], num_groups))
+                groups = [self._store.group(group_id) for group_id in ids]
+                self._store.note(Taken(groups=ids, request=request))
+            else:
+                groups = [self._store.group(group_id) for group_id in ids]
+        await self._store.kept()
         return sorted(groups, key=lambda group: group.trajectories[0].key.group)
 
-    async def advance(self, *, trained: int, dropped: Mapping[str, int]) -> None:
+    async def advance(self, *, trained: int, dropped: Mapping[str, int], request: str = "") -> None:
         """After an update: of the taken rollouts, `trained` were used and `dropped` were not, each for a reason.
         Raises ValueError where they are more than those taken."""
-        total = trained + sum(dropped.values())
-        if min(trained, *dropped.values(), 0) < 0 or total > self._count["taken"]:
-            raise ValueError(f"{trained} trained, {dict(dropped)} dropped, but {self._count['taken']} taken")
-        self._count["taken"] -= total
-        self._count["trained"] += trained
-        self._dropped.update(dropped)
+        if request not in self._ledger.answers:
+            total, taken = trained + sum(dropped.values()), self._ledger.counts.count.get("taken", 0)
+            if min(trained, *dropped.values(), 0) < 0 or total > taken:
+                raise ValueError(f"{trained} trained, {dict(dropped)} dropped, but {taken} taken")
+            self._store.note(Advanced(trained=trained, dropped=dict(dropped), request=request))
+        await self._store.kept()
 
     async def cancel(self, reason: str) -> int:
         """End every open rollout as CANCELLED, and wake whoever waits; how many were open."""
         async with self._changed:
-            opened = [rollout for rollout in self._all() if rollout.phase != "complete"]
-            self._waiting.clear()
+            opened = [rollout for rollout in self._ledger.open_rollouts() if rollout.state.phase != "complete"]
             for rollout in opened:
-                self._complete(rollout, _Ending(Outcome.CANCELLED, reason))
+                ending = Ending(outcome=Outcome.CANCELLED, error=reason, at=time.time())
+                self._store.note(Ended(key=rollout.state.key, ending=ending, again=False))
+            self._store.note(Cancelled(reason=reason))
             self._cancels += 1
-            self._cancelled = True
             self._changed.notify_all()
+        await self._store.kept()
         return len(opened)
 
     async def expire(self, now: float) -> int:
         """Give up the leases whose deadline and grace have passed at Unix time `now`; how many.
         Their workers are dead or stuck: each rollout gets another attempt, or ends as TIMEOUT."""
         async with self._changed:
-            over = [r for r in self._all() if r.phase == "running" and now > r.expires_at + self._grace]
+            running = (rollout for rollout in self._ledger.open_rollouts() if rollout.state.phase == "running")
+            over = [rollout for rollout in running if now > rollout.state.expires_at + self._grace]
             for rollout in over:
-                self._end(rollout, _Ending(Outcome.TIMEOUT, "its lease expired: the worker died or hangs"), retry=True)
+                error = "its lease expired: the worker died or hangs"
+                self._end(rollout, Ending(outcome=Outcome.TIMEOUT, error=error, at=time.time()), retry=True)
             self._changed.notify_all()
+        await self._store.kept()
         return len(over)
 
+    async def milestone(self, step: int) -> None:
+        """A checkpoint of this step is about to be saved: `resume` can come back to here."""
+        self._store.note(Checkpointed(step=step))
+        await self._store.kept()
+
+    async def forget_before(self, step: int) -> None:
+        """The checkpoint of this step is whole: what was trained before it may go."""
+        self._store.note(Released(step=step))
+        await self._store.kept()
+
+    async def resume(self, step: int, next_group: Mapping[Split, int]) -> int:
+        """A new run goes on from the checkpoint of this step, where groups were counted up to `next_group`. Attempts
+        of the old run are over. How many rollouts that have ended need not be run again."""
+        async with self._changed:
+            self._store.note(Resumed(step=step, next_group=dict(next_group)))
+            self._changed.notify_all()
+        await self._store.kept()
+        rollouts = (one for group in self._ledger.groups.values() for one in group.rollouts if group.stage != "trained")
+        return sum(rollout.state.phase == "complete" for rollout in rollouts)
+
     async def stats(self) -> Stats:
-        count = self._count + Counter(str(r.phase) for r in self._all() if r.key.split == "train")
-        return Stats(dropped=dict(self._dropped), failed=dict(self._failed), next_group=dict(self._next_group), **count)
+        counts = self._ledger.counts
+        return Stats(
+            dropped=dict(counts.dropped),
+            failed={Outcome(name): number for name, number in counts.failed.items()},
+            next_group=dict(counts.next_group),
+            **(stats_of(self._ledger) + self._refused),
+        )
 
-    def _all(self) -> Iterator[_Rollout]:
-        return itertools.chain.from_iterable(self._groups.values())
+    async def close(self) -> None:
+        """Let go of the journal."""
+        self._store.close()
 
-    def _open(self, key: RolloutKey, *, refused: str) -> _Rollout:
-        group = self._groups.get(key.group_id, [])
-        rollout = group[key.index] if key.index < len(group) else None
-        if rollout is None or rollout.key != key or rollout.phase != "running":
-            self._count[refused] += 1
+    def _admit(self, task: Task, split: Split, num_rollouts: int, request: str) -> str:
+        number = self._ledger.counts.next_group[split]
+        group_id = RolloutKey(split=split, group=number, index=0).group_id
+        left = self._ledger.groups.get(group_id)
+        same = left is not None and left.task.task_id == task.task_id and len(left.rollouts) == num_rollouts
+        event = Admitted(split=split, group=number, num_rollouts=num_rollouts, task=task, adopts=same, request=request)
+        self._store.note(event, grows=True)
+        return group_id
+
+    def _still_running(self, keys: Sequence[RolloutKey]) -> list[RolloutKey]:
+        found = [(key, self._ledger.rollout(key)) for key in keys]
+        return [key for key, one in found if one is not None and one.state.key == key and one.state.phase == "running"]
+
+    def _open(self, key: RolloutKey, *, refused: str) -> Rollout:
+        rollout = self._ledger.rollout(key)
+        if rollout is None or rollout.state.key != key or rollout.state.phase != "running":
+            self._refused[refused] += 1
             raise UnknownRollout(f"rollout {key.rollout_id} attempt {key.attempt} is not open")
         return rollout
 
-    def _start(self, rollout: _Rollout, deadline: float) -> Lease:
-        rollout.phase = "running"
-        rollout.started_at = time.time()
-        rollout.expires_at = rollout.started_at + deadline
-        return Lease(key=rollout.key, task=rollout.task, secret=attempt_secret(self._run_secret, rollout.key))
-
-    def _end(self, rollout: _Rollout, ending: _Ending, *, retry: bool) -> None:
-        if not (retry or ending.outcome in self._retry_on) or rollout.key.attempt + 1 >= self._max_attempts:
-            self._complete(rollout, ending)
-            return
-        again = _Rollout(key=replace(rollout.key, attempt=rollout.key.attempt + 1), task=rollout.task)
-        self._groups[again.key.group_id][again.key.index] = again
-        self._waiting.appendleft(again)  # first in line: the rest of its group waits for it
-        self._count["retried"] += 1
-
-    def _complete(self, rollout: _Rollout, ending: _Ending) -> None:
-        rollout.phase = "complete"
-        self._count["ended"] += 1
-        seen = assemble(rollout.key, rollout.calls.values(), tuple(rollout.raw.values()))
-        rollout.trajectory = Trajectory(
-            key=rollout.key,
-            task_id=rollout.task.task_id,
-            calls=seen.calls,
-            reward=ending.reward if ending.outcome is Outcome.FINISHED else None,
-            outcome=ending.outcome,
-            error=ending.error,
-            output=ending.output,
-            started_at=rollout.started_at,
-            ended_at=time.time(),
-            tools=seen.tools,
-            rewards=seen.rewards,
-            agents=seen.agents,
-            refused_spans=dict(rollout.refused + Counter(seen.refused)),
-        )
-        rollout.calls, rollout.raw = {}, {}
-        if ending.outcome is not Outcome.FINISHED and rollout.key.split == "train":
-            self._failed[ending.outcome] += 1
-        if all(other.phase == "complete" for other in self._groups[rollout.key.group_id]):
-            self._whole[rollout.key.split].append(rollout.key.group_id)
-
-    def _hand_out(self, group_id: str) -> Group:
-        rollouts = self._groups.pop(group_id)
-        self._count["taken" if rollouts[0].key.split == "train" else "evaluated"] += len(rollouts)
-        trajectories = tuple(rollout.trajectory for rollout in rollouts if rollout.trajectory is not None)
-        return Group(group_id=group_id, task=rollouts[0].task, trajectories=trajectories)
+    def _end(self, rollout: Rollout, ending: Ending, *, retry: bool) -> None:
+        attempts = rollout.state.key.attempt - rollout.state.voided + 1
+        again = (retry or ending.outcome in self._retry_on) and attempts < self._max_attempts
+        self._store.note(Ended(key=rollout.state.key, ending=ending, again=again))

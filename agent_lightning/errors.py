@@ -8,12 +8,17 @@
     - UnknownRollout    a key that is not open: never admitted, ended, or an older attempt
     - RewardError       a reward that is not a number in the declared range
     - AgentProcessError the agent's process died
+  + JournalError        the journal cannot be written or read
+    - JournalDamaged    a broken record in the middle of it
+    - JournalFull       it has reached its limit on disk
   + EngineError         the policy's engine could not do what was asked
   + StepFailed          a whole step of rollouts failed: the run stops, with the reasons counted
   + BooksError          what came in is not what was trained and dropped: a fault of this package
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 
 class AgentLightningError(Exception):
@@ -46,6 +51,27 @@ class RewardError(RolloutError):
 
 class AgentProcessError(RolloutError):
     """The agent's process ended with an error."""
+
+
+class JournalError(AgentLightningError):
+    """The journal cannot be written or read. The message names the file and says what to do."""
+
+
+class JournalDamaged(JournalError):
+    """A record is broken that is not the torn end: nothing from there on is believed."""
+
+    def __init__(self, path: Path, offset: int, why: str) -> None:
+        super().__init__(f"{path} is damaged at byte {offset}: {why}")
+        self.path = path
+        self.offset = offset
+        self.why = why
+
+    def __reduce__(self) -> tuple[type[JournalDamaged], tuple[Path, int, str]]:
+        return JournalDamaged, (self.path, self.offset, self.why)
+
+
+class JournalFull(JournalError):
+    """The journal may not grow: new rollouts and calls are refused, what runs may end."""
 
 
 class EngineError(AgentLightningError):
