@@ -31,7 +31,6 @@ from agent_lightning.events import (
     Cancelled,
     Checkpointed,
     Ended,
-    Ending,
     Leased,
     Marked,
     Released,
@@ -39,8 +38,9 @@ from agent_lightning.events import (
     Taken,
     Traced,
 )
+from agent_lightning.holdings import Ending, Rollout
 from agent_lightning.journal import JournalConfig
-from agent_lightning.ledger import Rollout, keys_of, stats_of
+from agent_lightning.ledger import keys_of, stats_of
 from agent_lightning.store import Store
 from agent_lightning.telemetry.conventions import read
 from agent_lightning.telemetry.span_tree import RawSpan

@@ -6,25 +6,12 @@ clock says and however the rules have changed since. `request` names the call of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
+from agent_lightning.holdings import Counts, Ending, GroupState, Milestone
 from agent_lightning.telemetry.span_tree import RawSpan
-from agent_lightning.types import ModelCall, Outcome, RolloutKey, Split, Task
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
-    """How an attempt ended, or what the gateway says went wrong in it."""
-
-    outcome: Outcome
-    error: str
-    reward: float | None = None
-    output: str = ""
-    at: float
-    """Unix seconds."""
+from agent_lightning.types import ModelCall, RolloutKey, Split, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,61 +106,6 @@ class Resumed:
 
     step: int
     next_group: Mapping[Split, int]
-
-
-Phase = Literal["waiting", "running", "complete"]
-Stage = Literal["open", "taken", "trained", "left"]
-"""Of a group. left: of a step that was interrupted, until it is admitted again."""
-
-
-@dataclass(slots=True, kw_only=True)
-class RolloutState:
-    """A rollout without its spans."""
-
-    key: RolloutKey
-    phase: Phase = "waiting"
-    ready_at: float = 0.0
-    """When a waiting attempt may start; Unix seconds, as all here: they outlive a process."""
-    started_at: float = 0.0
-    expires_at: float = math.inf
-    worker: str = ""
-    refused: dict[str, int] = field(default_factory=dict)
-    cause: Ending | None = None
-    ending: Ending | None = None
-    num_calls: int = 0
-    sampled_tokens: int = 0
-    voided: int = 0
-    """Attempts that ended with the run that they were part of: no fault of the rollout."""
-
-
-@dataclass(slots=True, kw_only=True)
-class GroupState:
-    """A group as it is in a base."""
-
-    group_id: str
-    task: Task
-    stage: Stage
-    era: int
-    rollouts: list[RolloutState]
-
-
-@dataclass(slots=True, kw_only=True)
-class Counts:
-    """The books, and the numbers of the next groups."""
-
-    count: dict[str, int] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
-    failed: dict[str, int] = field(default_factory=dict)
-    next_group: dict[Split, int] = field(default_factory=lambda: {"train": 0, "val": 0})
-
-
-@dataclass(slots=True, kw_only=True)
-class Milestone:
-    """Where a resumed run may come back to."""
-
-    step: int
-    era: int
-    counts: Counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

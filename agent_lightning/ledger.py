@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Final
 
 from agent_lightning.events import (
@@ -21,60 +21,21 @@ from agent_lightning.events import (
     Called,
     Cancelled,
     Checkpointed,
-    Counts,
     Ended,
     Event,
-    GroupState,
     Leased,
     Marked,
-    Milestone,
     Released,
     Resumed,
-    RolloutState,
-    Stage,
     Taken,
     Traced,
 )
+from agent_lightning.holdings import Counts, GroupOf, GroupState, Milestone, Rollout, RolloutState, add
 from agent_lightning.segments import Place
-from agent_lightning.telemetry.span_tree import RawSpan
-from agent_lightning.types import ModelCall, Outcome, RolloutKey, Split, Task
+from agent_lightning.types import Outcome, RolloutKey, Split
 
 _ANSWERS: Final = 4096
 """Calls of clients whose answers are remembered: many more than are in flight when a process dies."""
-
-
-@dataclass(slots=True)
-class Rollout:
-    """A rollout and its spans: in memory, or, where `spilled`, only at their places in the journal."""
-
-    state: RolloutState
-    calls: dict[str, ModelCall] = field(default_factory=dict)
-    raw: dict[str, RawSpan] = field(default_factory=dict)
-    """Spans that the agent's side sent, by id."""
-    places: list[Place] = field(default_factory=list)
-    """Of the events that brought them."""
-    spilled: bool = False
-
-    @property
-    def bytes(self) -> int:
-        """Of its spans, in the journal."""
-        return sum(place.length for place in self.places)
-
-
-@dataclass(slots=True)
-class GroupOf:
-    """The rollouts of a task."""
-
-    group_id: str
-    task: Task
-    rollouts: list[Rollout]
-    stage: Stage = "open"
-    era: int = 0
-    """In which it was trained."""
-
-    @property
-    def whole(self) -> bool:
-        return all(rollout.state.phase == "complete" for rollout in self.rollouts)
 
 
 class Ledger:
@@ -233,7 +194,7 @@ class Ledger:
             rollout.raw.update({span.span_id: span for span in event.spans})
         self._attach(rollout, place)
         if self._is_first():
-            _add(rollout.state.refused, event.refused)
+            add(rollout.state.refused, event.refused)
             self._answer(event.request, ())
 
     def _marked(self, event: Marked, place: Place | None) -> None:
@@ -255,7 +216,7 @@ class Ledger:
         state.phase, state.ending = "complete", event.ending
         self._count("ended", 1)
         if event.ending.outcome is not Outcome.FINISHED and event.key.split == "train":
-            _add(self.counts.failed, {event.ending.outcome: 1})
+            add(self.counts.failed, {event.ending.outcome: 1})
         if self.held_bytes > self._memory_bytes:
             self._spill(rollout)
         if group.whole:
@@ -287,7 +248,7 @@ class Ledger:
         total = event.trained + sum(event.dropped.values())
         self._count("taken", -total)
         self._count("trained", event.trained)
-        _add(self.counts.dropped, event.dropped)
+        add(self.counts.dropped, event.dropped)
         self._partly += total if self._keeps else 0
         while self._taken and self._partly >= len(self.groups[self._taken[0]].rollouts):
             group = self.groups[self._taken.popleft()]
@@ -298,7 +259,7 @@ class Ledger:
     def _checkpointed(self, event: Checkpointed, place: Place | None) -> None:
         self._era += 1
         self._milestones = [one for one in self._milestones if one.step != event.step]
-        self._milestones.append(Milestone(step=event.step, era=self._era, counts=_copy(self.counts)))
+        self._milestones.append(Milestone(step=event.step, era=self._era, counts=self.counts.copy()))
 
     def _released(self, event: Released, place: Place | None) -> None:
         kept = next((one for one in self._milestones if one.step == event.step), None)
@@ -321,7 +282,7 @@ class Ledger:
             counts = Counts(next_group=dict(event.next_group))
             self._milestones = []
         else:
-            counts = _copy(found.counts)
+            counts = found.counts.copy()
             self._milestones = self._milestones[: self._milestones.index(found) + 1]
         counts.count["taken"] = 0  # the run that held them is dead
         self.counts, self.cancelled, self.answers, self._partly = counts, False, {}, 0
@@ -422,21 +383,7 @@ class Ledger:
             if state.ending is not None:
                 self._count("ended", 1)
                 if state.ending.outcome is not Outcome.FINISHED and state.key.split == "train":
-                    _add(self.counts.failed, {state.ending.outcome: 1})
-
-
-def _add(counts: dict[str, int], more: Mapping[str, int]) -> None:
-    for name, number in more.items():
-        counts[name] = counts.get(name, 0) + number
-
-
-def _copy(counts: Counts) -> Counts:
-    return Counts(
-        count=dict(counts.count),
-        dropped=dict(counts.dropped),
-        failed=dict(counts.failed),
-        next_group=dict(counts.next_group),
-    )
+                    add(self.counts.failed, {state.ending.outcome: 1})
 
 
 def stats_of(ledger: Ledger) -> Counter[str]:

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from agent_lightning.codec import decode, encode
 from agent_lightning.errors import JournalDamaged, JournalError, JournalFull
 from agent_lightning.events import Advanced, Called, Event, Released, Taken, Traced
+from agent_lightning.holdings import Rollout
 from agent_lightning.journal import Journal, JournalConfig
-from agent_lightning.ledger import Ledger, Rollout
+from agent_lightning.ledger import Ledger
 from agent_lightning.segments import path_of
 from agent_lightning.telemetry.span_tree import RawSpan
 from agent_lightning.telemetry.spans import assemble
