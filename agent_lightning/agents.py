@@ -1,10 +1,10 @@
 """What an agent is: a function or a command, found by name and run in one of four ways.
 
-    mode     an agent is                        it is stopped by      it may block
-    async    async def agent(payload, policy)   cancellation          no: it shares the worker's event loop
-    thread   def agent(payload, policy)         nothing: abandoned    yes
-    process  either of the two                  SIGKILL to its group  yes
-    command  any executable                     SIGKILL to its group  yes
+    mode     an agent is                        it is stopped by            it may block
+    async    async def agent(payload, policy)   cancellation                no: it shares the worker's event loop
+    thread   def agent(payload, policy)         nothing: abandoned          yes
+    process  either of the two                  SIGKILL to its whole tree   yes
+    command  any executable                     SIGKILL to its whole tree   yes
 
 A thread cannot be killed in Python: an agent that may hang forever belongs in a process.
 
@@ -30,7 +30,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -41,7 +40,9 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from agent_lightning.client import Rollout, current_rollout, flush, inside, install
+from agent_lightning.deadlines import stoppable
 from agent_lightning.errors import AgentProcessError, ConfigError
+from agent_lightning.processes import last_line, run_child
 from agent_lightning.types import Policy, Task
 
 Mode = Literal["async", "thread", "process", "command"]
@@ -50,8 +51,6 @@ Agent = Callable[..., object]
 _PACKAGE = Path(__file__).resolve().parent
 _RESULT = "AGL_RESULT "
 """Starts the line on which a child process hands its result back."""
-_TAIL = 1 << 20
-"""Bytes kept of what a child prints: enough for any result, and a bound on a child that prints forever."""
 _LONGEST_VARIABLE = 100_000
 """Linux refuses environment variables of 128 KiB (MAX_ARG_STRLEN): a longer task is on stdin only."""
 
@@ -119,7 +118,7 @@ async def run_agent(
     `instrumentors` are turned on in a process; in the other modes they are the caller's.
 
     Raises what the agent raises, and AgentProcessError where its process fails or ends without a result.
-    Cancel it to stop the agent: a process and all its descendants in its group are gone when this returns.
+    Cancel it to stop the agent: a process and all its descendants are gone when this returns (`processes.py`).
     """
     match mode:
         case "async" | "thread":
@@ -130,7 +129,7 @@ async def run_agent(
             job: dict[str, object] = {"payload": dict(task.payload), "policy": dataclasses.asdict(policy)}
             job["instrumentors"] = list(instrumentors)
             command = [sys.executable, "-m", "agent_lightning.agents", str(agent)]
-            text = await _run_child(command, stdin=_to_json(job), env=_environment(policy, rollout))
+            text = await run_child(command, stdin=_to_json(job), env=_environment(policy, rollout))
             line = next((line for line in reversed(text.splitlines()) if line.startswith(_RESULT)), None)
             if line is None:
                 raise AgentProcessError("the agent's process ended without a result")
@@ -140,19 +139,24 @@ async def run_agent(
             env = _environment(policy, rollout)
             if len(payload) <= _LONGEST_VARIABLE:
                 env["AGL_TASK"] = payload
-            return _last_line(await _run_child(shlex.split(str(agent)), stdin=payload, env=env))
+            return last_line(await run_child(shlex.split(str(agent)), stdin=payload, env=env))
 
 
 async def call(function: Agent, *arguments: object) -> object:
     """The result of a function: an async one is awaited, a plain one runs in its own thread.
 
-    Raises what it raises; `sys.exit` becomes AgentProcessError, since it would end the worker.
+    Raises what it raises; `sys.exit` becomes AgentProcessError, since it would end the worker. Where this is cancelled,
+    so is an async function; one that swallows that is left behind after a while.
     """
-    try:
-        result = function(*arguments) if _is_async(function) else await _in_thread(function, arguments)
-        return await cast(Awaitable[object], result) if inspect.isawaitable(result) else result
-    except SystemExit as error:
-        raise AgentProcessError(f"sys.exit({error.code!r}) was called") from error
+
+    async def run() -> object:
+        try:
+            result = function(*arguments) if _is_async(function) else await _in_thread(function, arguments)
+            return await cast(Awaitable[object], result) if inspect.isawaitable(result) else result
+        except SystemExit as error:
+            raise AgentProcessError(f"sys.exit({error.code!r}) was called") from error
+
+    return await stoppable(run())
 
 
 async def _in_thread(function: Agent, arguments: Sequence[object]) -> object:
@@ -180,51 +184,6 @@ async def _in_thread(function: Agent, arguments: Sequence[object]) -> object:
 
     threading.Thread(target=run, name="agent", daemon=True).start()
     return await future
-
-
-async def _run_child(command: Sequence[str], *, stdin: str, env: Mapping[str, str]) -> str:
-    """What a child prints, its last MiB. Raises AgentProcessError with its last line of stderr where it fails."""
-    pipe = asyncio.subprocess.PIPE
-    child = await asyncio.create_subprocess_exec(
-        *command, stdin=pipe, stdout=pipe, stderr=pipe, env=env, start_new_session=True
-    )
-    stdout, stderr = bytearray(), bytearray()
-    assert child.stdout is not None
-    assert child.stderr is not None
-    helpers = [
-        asyncio.create_task(_feed(child, stdin.encode())),
-        asyncio.create_task(_drain(child.stdout, stdout)),
-        asyncio.create_task(_drain(child.stderr, stderr)),
-    ]
-    try:
-        # Polled, as `child.wait()` also waits for the pipes, which a descendant may hold open. Ends: exit or cancel.
-        while child.returncode is None:
-            await asyncio.sleep(0.02)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # the child, and what it left behind
-        _, stuck = await asyncio.wait(helpers, timeout=1.0)  # a descendant that left the group may hold the pipes
-        for helper in stuck:
-            helper.cancel()
-        while child.returncode is None:  # ends: SIGKILL cannot be refused
-            await asyncio.sleep(0.005)
-    if child.returncode != 0:
-        raise AgentProcessError(_last_line(stderr.decode(errors="replace")) or f"exit code {child.returncode}")
-    return stdout.decode(errors="replace")
-
-
-async def _feed(child: asyncio.subprocess.Process, text: bytes) -> None:
-    assert child.stdin is not None
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it need not read
-        child.stdin.write(text)
-        await child.stdin.drain()
-        child.stdin.close()
-
-
-async def _drain(stream: asyncio.StreamReader, tail: bytearray) -> None:
-    while chunk := await stream.read(1 << 16):
-        tail += chunk
-        del tail[:-_TAIL]
 
 
 def _environment(policy: Policy, rollout: Rollout) -> dict[str, str]:
@@ -275,10 +234,6 @@ def _arguments(function: Agent, payload: Mapping[str, Any], policy: Policy) -> t
     positional = kinds.count(inspect.Parameter.POSITIONAL_ONLY) + kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
     takes_policy = positional >= 2 or inspect.Parameter.VAR_POSITIONAL in kinds
     return (payload, policy) if takes_policy else (payload,)
-
-
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def _to_json(value: object) -> str:

@@ -2,7 +2,7 @@
 
     admit -> waiting --lease--> running --finish--> complete --take--> taken --advance--> trained | dropped(reason)
                 ^                  |
-                +---- next attempt-+   (engine failures, expired leases, stopped workers)
+                +---- next attempt-+   (after a pause; which ends are worth one: retries.py)
 
 No method suspends between reading and changing the state, so each is atomic. What changes is an event, noted in the
 ledger and, where there is one, in the journal; a method answers when the journal has it (docs/reliability.md).
@@ -18,11 +18,13 @@ import hashlib
 import hmac
 import itertools
 import math
+import random
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from agent_lightning.breaker import Breaker, cause_of
 from agent_lightning.errors import UnknownRollout
 from agent_lightning.events import (
     Admitted,
@@ -41,10 +43,11 @@ from agent_lightning.events import (
 from agent_lightning.holdings import Ending, Rollout
 from agent_lightning.journal import JournalConfig
 from agent_lightning.ledger import keys_of, stats_of
+from agent_lightning.retries import Retries
 from agent_lightning.store import Store
 from agent_lightning.telemetry.conventions import read
 from agent_lightning.telemetry.span_tree import RawSpan
-from agent_lightning.telemetry.spans import emitted
+from agent_lightning.telemetry.spans import assemble, emitted
 from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Split, Task
 
 
@@ -90,6 +93,7 @@ class Stats:
     calls: int = 0
     sampled_tokens: int = 0
     next_group: Mapping[Split, int]  # the number that the next group of each split gets
+    trouble: str = ""  # one line where the run had better stop: the circuit breaker has tripped, or `alarm` was called
 
 
 def explain(rollout: Rollout, ending: Ending) -> Ending:
@@ -119,26 +123,26 @@ class Buffer:
         self,
         *,
         run_secret: bytes,
-        max_attempts: int = 1,
+        retries: Retries | None = None,
+        breaker: Breaker | None = None,
         max_calls: int = 100,
         max_spans: int = 10_000,
-        retry_on: Collection[Outcome] = (Outcome.ENGINE_ERROR,),
         grace: float = 30.0,
         first_group: Mapping[Split, int] | None = None,
         journal: JournalConfig | None = None,
         resumable: bool = False,
         memory_bytes: int = 2**62,
     ) -> None:
-        """`max_calls`: model calls of one attempt; `max_spans`: spans of its trace. `retry_on`: outcomes that are worth
-        another attempt. `grace`: seconds after a lease's deadline until its worker counts as dead. `first_group`: on
-        resume. `journal`: keeps what is acknowledged; the buffer goes on from what it holds. `resumable`: what is
-        trained is kept until `forget_before`. `memory_bytes`: spans of complete rollouts beyond it are on disk only.
-        """
+        """`max_calls`: model calls of one attempt; `max_spans`: spans of its trace. `grace`: seconds after a lease's
+        deadline until its worker counts as dead. `first_group`: on resume. `journal`: keeps what is acknowledged; the
+        buffer goes on from what it holds. `resumable`: what is trained is kept until `forget_before`. `memory_bytes`:
+        spans of complete rollouts beyond it are on disk only."""
         self._run_secret = run_secret
-        self._max_attempts = max_attempts
+        self._retries = retries or Retries()
+        self._breaker = breaker or Breaker(window=0, share=1.0)
+        self._alarm = ""
         self._max_calls = max_calls
         self._max_spans = max_spans
-        self._retry_on = frozenset(retry_on)
         self._grace = grace
         self._store = Store(journal, first_group=first_group, resumable=resumable, memory_bytes=memory_bytes)
         self._ledger = self._store.ledger
@@ -164,7 +168,7 @@ class Buffer:
         self, num: int, timeout: float, *, deadline: float = math.inf, worker: str = "", request: str = ""
     ) -> list[Lease]:
         """Up to `num` waiting rollouts, as soon as there is one; [] after `timeout` seconds or on `cancel`.
-        `deadline`: seconds in which the caller, `worker`, promises to finish each; see `expire`."""
+        `deadline`: seconds in which the caller, `worker`, promises to finish each; see `expire` and `release`."""
         cancels, ledger, end = self._cancels, self._ledger, time.monotonic() + timeout
         async with self._changed:
             while True:  # ends with work, with `cancel`, or at `end`
@@ -290,17 +294,28 @@ class Buffer:
         return len(opened)
 
     async def expire(self, now: float) -> int:
-        """Give up the leases whose deadline and grace have passed at Unix time `now`; how many.
-        Their workers are dead or stuck: each rollout gets another attempt, or ends as TIMEOUT."""
+        """Give up the leases whose deadline and grace have passed at Unix time `now`; how many."""
+        return await self._lose(
+            lambda one: now > one.state.expires_at + self._grace, "its lease expired: the worker died or hangs"
+        )
+
+    async def release(self, worker: str) -> int:
+        """`worker` is dead: give up the leases that it has; how many."""
+        return await self._lose(lambda one: one.state.worker == worker, "its worker died")
+
+    async def _lose(self, lost: Callable[[Rollout], bool], error: str) -> int:
         async with self._changed:
             running = (rollout for rollout in self._ledger.open_rollouts() if rollout.state.phase == "running")
-            over = [rollout for rollout in running if now > rollout.state.expires_at + self._grace]
+            over = [rollout for rollout in running if lost(rollout)]
             for rollout in over:
-                error = "its lease expired: the worker died or hangs"
-                self._end(rollout, Ending(outcome=Outcome.TIMEOUT, error=error, at=time.time()), retry=True)
+                self._end(rollout, Ending(outcome=Outcome.WORKER_LOST, error=error, at=time.time()), retry=False)
             self._changed.notify_all()
         await self._store.kept()
         return len(over)
+
+    async def alarm(self, trouble: str) -> None:
+        """Have whoever watches know that rollouts cannot go on, and why, in one line."""
+        self._alarm = trouble
 
     async def milestone(self, step: int) -> None:
         """A checkpoint of this step is about to be saved: `resume` can come back to here."""
@@ -328,6 +343,7 @@ class Buffer:
             dropped=dict(counts.dropped),
             failed={Outcome(name): number for name, number in counts.failed.items()},
             next_group=dict(counts.next_group),
+            trouble=self._alarm or self._breaker.tripped,
             **(stats_of(self._ledger) + self._refused),
         )
 
@@ -356,6 +372,19 @@ class Buffer:
         return rollout
 
     def _end(self, rollout: Rollout, ending: Ending, *, retry: bool) -> None:
-        attempts = rollout.state.key.attempt - rollout.state.voided + 1
-        again = (retry or ending.outcome in self._retry_on) and attempts < self._max_attempts
-        self._store.note(Ended(key=rollout.state.key, ending=ending, again=again))
+        state, calls = rollout.state, rollout.calls.values()
+        if ending.outcome is not Outcome.CANCELLED:
+            failed = ending.outcome is not Outcome.FINISHED
+            tools = assemble(state.key, calls, tuple(rollout.raw.values())).tools if failed else ()
+            self._breaker.saw(cause_of(ending.outcome, ending.error, tools))
+        again = (retry or self._retries.wanted(ending.outcome, calls)) and self._may_retry(rollout)
+        pause = self._retries.delay(state.key.attempt - state.voided, random.random()) if again else 0.0
+        event = Ended(key=state.key, ending=ending, again=again, ready_at=time.time() + pause if pause else 0.0)
+        self._store.note(event)
+
+    def _may_retry(self, rollout: Rollout) -> bool:
+        """Attempts that the end of an older run has voided count for nothing."""
+        own = rollout.state
+        states = [one.state for one in self._ledger.open_rollouts() if one.state.key.split == own.key.split]
+        retried = sum(state.key.attempt - state.voided for state in states)
+        return self._retries.allowed(own.key.attempt - own.voided, retried, len(states))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -39,9 +40,21 @@ def read_state(folder: Path) -> State:
     return State(**values)
 
 
+def whole(checkpoints: Path) -> list[Path]:
+    """The whole checkpoints of a run, the newest last."""
+    return sorted(folder for folder in checkpoints.glob("step-*") if (folder / STATE).exists())
+
+
 def newest(checkpoints: Path) -> Path:
     """The newest whole checkpoint of a run. Raises UserError where there is none."""
-    whole = sorted(folder for folder in checkpoints.glob("step-*") if (folder / STATE).exists())
-    if not whole:
+    found = whole(checkpoints)
+    if not found:
         raise UserError(f"{checkpoints} holds no whole checkpoint: nothing to resume from")
-    return whole[-1]
+    return found[-1]
+
+
+def prune(checkpoints: Path, kept: int) -> None:
+    """Remove all but the newest `kept` whole ones; 0 keeps all. What makes one whole is removed first."""
+    for folder in whole(checkpoints)[:-kept] if kept else ():
+        (folder / STATE).unlink()
+        shutil.rmtree(folder)

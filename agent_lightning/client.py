@@ -34,6 +34,7 @@ from typing import Any, ParamSpec, Self, TypeVar, cast, overload
 from opentelemetry import context, propagate, trace
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 
+from agent_lightning.deadlines import awaited, called
 from agent_lightning.errors import ConfigError, RewardError
 
 logger = logging.getLogger(__name__)
@@ -123,8 +124,15 @@ def emit_reward(
 class ToolSpan:
     """One use of a tool, as a context manager, or as a decorator of a function: made by `tool`."""
 
-    def __init__(self, name: str, arguments: Mapping[str, Any] | None = None, *, call_id: str = "") -> None:
-        self._name, self._arguments, self._call_id = name, arguments or {}, call_id
+    def __init__(
+        self,
+        name: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        call_id: str = "",
+        timeout_s: float | None = None,
+    ) -> None:
+        self._name, self._arguments, self._call_id, self._timeout_s = name, arguments or {}, call_id, timeout_s
         self._stack = ExitStack()
         self.span_id = ""
         """16 hex digits while it is open and after; "" outside a run."""
@@ -132,6 +140,8 @@ class ToolSpan:
         """What the tool returned; set it before the block ends."""
 
     def __enter__(self) -> Self:
+        if self._timeout_s is not None:
+            raise TypeError("tool(…, timeout_s=…) is a decorator: the deadline of a block cannot be kept")
         if current_rollout() is not None:
             attributes = {
                 "gen_ai.operation.name": "execute_tool",
@@ -154,6 +164,7 @@ class ToolSpan:
 
     def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
         signature, name = inspect.signature(function), self._name or function.__name__
+        timeout_s = self._timeout_s
 
         def opened(*args: P.args, **kwargs: P.kwargs) -> ToolSpan:
             try:
@@ -167,7 +178,8 @@ class ToolSpan:
             @functools.wraps(function)
             async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:
                 with opened(*args, **kwargs) as span:
-                    span.result = await function(*args, **kwargs)
+                    work = function(*args, **kwargs)
+                    span.result = await (work if timeout_s is None else awaited(work, timeout_s, f"tool {name}"))
                     return span.result
 
             return cast(Callable[P, T], run_async)
@@ -175,7 +187,8 @@ class ToolSpan:
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> T:
             with opened(*args, **kwargs) as span:
-                result = span.result = function(*args, **kwargs)
+                work = functools.partial(function, *args, **kwargs)
+                result = span.result = work() if timeout_s is None else called(work, timeout_s, f"tool {name}")
                 return result
 
         return run
@@ -184,15 +197,31 @@ class ToolSpan:
 @overload
 def tool(what: Callable[P, T], /) -> Callable[P, T]: ...
 @overload
-def tool(what: str, /, arguments: Mapping[str, Any] | None = None, *, call_id: str = "") -> ToolSpan: ...
 def tool(
-    what: Callable[P, T] | str, /, arguments: Mapping[str, Any] | None = None, *, call_id: str = ""
+    what: str,
+    /,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    call_id: str = "",
+    timeout_s: float | None = None,
+) -> ToolSpan: ...
+def tool(
+    what: Callable[P, T] | str,
+    /,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    call_id: str = "",
+    timeout_s: float | None = None,
 ) -> Callable[P, T] | ToolSpan:
-    """Show a use of a tool: `@tool`, `@tool("name")`, or `with tool("name", arguments) as span`.
+    """Show a use of a tool: `@tool`, `@tool("name", timeout_s=10)`, or `with tool("name", arguments) as span`.
 
     `call_id`: of the model's tool call, where the code knows it. An exception goes on, and is the tool's error.
+    `timeout_s`, of a decorated function: seconds until it raises TimeoutError. An async one is cancelled then; a plain
+    one runs in a thread, which cannot be stopped and is left behind.
     """
-    return ToolSpan(what, arguments, call_id=call_id) if isinstance(what, str) else ToolSpan("")(what)
+    if isinstance(what, str):
+        return ToolSpan(what, arguments, call_id=call_id, timeout_s=timeout_s)
+    return ToolSpan("")(what)
 
 
 # What a rollout worker does -------------------------------------------------------------------------------------------

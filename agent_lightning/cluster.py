@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -18,6 +19,9 @@ T = TypeVar("T")
 
 _DEFAULTS: Mapping[str, object] = {"num_cpus": 0, "num_gpus": 0, "max_concurrency": 1000}
 """Ours wait most of the time: they take no CPU from the learner, never a GPU, and interleave like coroutines."""
+
+_END_ORPHANS = "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper"
+"""Ray's: what a process that was killed had started, agents above all, ends within seconds, daemons too."""
 
 
 class Remote:
@@ -74,6 +78,17 @@ async def fetch(reference: Any) -> Any:
     return await asyncio.wrap_future(reference.future())
 
 
+ActorDied = ray.exceptions.RayActorError
+"""What is raised where a process is gone that was asked something."""
+
+
+def who_died(error: BaseException) -> str:
+    """The class of the actor that is gone, as Ray's message names it, and why."""
+    fields = dict(re.findall(r"^\s*(class_name|pid): (.+)$", str(error), re.MULTILINE))
+    name = fields.get("class_name", "an actor").removeprefix("create_colocated_worker_cls.<locals>.")
+    return f"{name} (pid {fields['pid']})" if "pid" in fields else name
+
+
 def kill(proxy: object) -> None:
     """End an actor now, without a word. Raises TypeError for what is not a proxy."""
     if not isinstance(proxy, Remote):
@@ -97,6 +112,7 @@ def init_ray(address: str | None = None, num_cpus: int | None = None, *, dashboa
         return False
     address = address or os.environ.get("RAY_ADDRESS")
     if address in (None, "local"):
+        os.environ.setdefault(_END_ORPHANS, "true")
         ray.init(
             address="local",
             num_cpus=num_cpus,

@@ -7,7 +7,7 @@ import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -18,31 +18,58 @@ from agent_lightning import checkpoint, explain, launch
 from agent_lightning.agents import load as load_target
 from agent_lightning.air import Signal
 from agent_lightning.archive import read_group
+from agent_lightning.buffer import Buffer
 from agent_lightning.config import Config, load, reload, to_yaml
 from agent_lightning.credit import examine
-from agent_lightning.credit_rules import CreditRules, FailurePolicy
-from agent_lightning.errors import UserError
+from agent_lightning.credit_rules import CreditRules
+from agent_lightning.errors import PartDied, StepFailed, UserError
 from agent_lightning.loop import Loop
 from agent_lightning.observer import RunObserver, reward_by, summarise
 from agent_lightning.plots import plot_learning_curve
 from agent_lightning.report import Progress, Summary, report
 from agent_lightning.state import Plan, State
+from agent_lightning.supervise import watch
 from agent_lightning.tasks import TaskCursor
 from agent_lightning.tracking import RunDirectory
-from agent_lightning.types import Split
+from agent_lightning.types import Group, Split, Task
 
 STOPPED = 130
 """Exit code of a run that was stopped by a signal, after its checkpoint."""
 
 
 async def train(overrides: Sequence[str], *, resume: Path | None) -> int:
-    """Run the loop to its end; the exit code. Raises UserError, EngineError, StepFailed."""
+    """Run the loop to its end; the exit code. Raises UserError, EngineError, StepFailed, PartDied."""
     console = Console()
     config, run, state = _open(overrides, resume)
     loaded = launch.preflight(config, ("train", "val"))
     if run is None:
         run = RunDirectory.create(Path(config.runs_dir), config.experiment, config.seed, config.name)
         run.config.write_text(to_yaml(config))
+    restored = resume is not None
+    for left in range(config.restarts, -1, -1):
+        try:
+            return await _train(config, run, state, loaded, console, restored=restored)
+        except PartDied as error:
+            found = checkpoint.whole(run.checkpoints)
+            if not found:
+                raise PartDied(f"{error}; there is no checkpoint yet to go on from (checkpoint_every)") from error
+            if not left:
+                raise PartDied(f"{error}; go on with: agl train resume={run.path}") from error
+            state, restored = checkpoint.read_state(found[-1]), True
+            console.print(f"{error}; going on from the checkpoint of step {state.step}")
+    raise AssertionError("unreachable: the last turn returns or raises")
+
+
+async def _train(
+    config: Config,
+    run: RunDirectory,
+    state: State,
+    loaded: Mapping[Split, Sequence[Task]],
+    console: Console,
+    *,
+    restored: bool,
+) -> int:
+    """From start to end with one set of processes; `restored`: from the newest checkpoint, whose state this is."""
     progress = Progress(config.experiment, steps=config.steps, console=console)
     observer = RunObserver(config=config, run=run, progress=progress)
     progress.start()
@@ -56,7 +83,7 @@ async def train(overrides: Sequence[str], *, resume: Path | None) -> int:
             ) as system:
                 start_s = time.monotonic() - started
                 assert system.learner is not None
-                if resume is not None:
+                if restored:
                     await system.learner.restore(checkpoint.newest(run.checkpoints), state.version)
                     weights = await system.learner.publish()
                     await system.board.publish(weights, 300.0)
@@ -119,7 +146,7 @@ def credit_rules(config: Config) -> CreditRules:
         air = config.air_rules([cast(Signal, load_target(target)) for target in config.air.signals])
     return CreditRules(
         agents=config.agent.trained,
-        failures=FailurePolicy.of(config.algorithm.failures),
+        failures=config.failures(),
         estimator=config.estimator(),
         air=air,
         reward_weights=dict(config.credit.reward_weights),
@@ -162,7 +189,7 @@ async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) 
         for task in loaded:
             # As validation: greedy unless sampling.val or the agent says otherwise, and never trained.
             await system.buffer.admit(task, split="val", num_rollouts=1)
-        groups = await system.buffer.take(len(loaded), split="val")
+        groups = await _taken(system.buffer, len(loaded))
         seconds = time.monotonic() - started
     rollouts = [trajectory for group in groups for trajectory in group.trajectories]
     rewards, strata = [rollout.reward or 0.0 for rollout in rollouts], config.data.strata
@@ -184,10 +211,22 @@ async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) 
     return 0
 
 
+async def _taken(buffer: Buffer, num_groups: int) -> list[Group]:
+    """The groups of an evaluation. Raises StepFailed where its rollouts cannot go on."""
+    taking = asyncio.ensure_future(buffer.take(num_groups, split="val"))
+    watching = asyncio.ensure_future(watch(buffer, lambda stats: None))
+    try:
+        await asyncio.wait((taking, watching), return_when=asyncio.FIRST_COMPLETED)
+        if taking.done():
+            return taking.result()
+        raise StepFailed(watching.result())
+    finally:
+        taking.cancel()
+        watching.cancel()
+
+
 async def serve(overrides: Sequence[str]) -> int:
     """Gateway and policy alone, until Ctrl-C: prints base URLs for one's own agent."""
-    from agent_lightning.types import Task
-
     config = load(overrides)
     stopped = asyncio.Event()
     console = Console()

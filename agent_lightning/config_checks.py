@@ -12,7 +12,6 @@ from agent_lightning.config_types import SOURCE_FIELDS, AirConfig, AlgorithmConf
 from agent_lightning.credit_rules import Method
 from agent_lightning.errors import ConfigError
 from agent_lightning.estimators import Baseline, Scale
-from agent_lightning.types import Outcome
 
 
 def check(config: Config) -> None:
@@ -22,6 +21,8 @@ def check(config: Config) -> None:
     _check_choices(config)
     # What they say of themselves they refuse themselves, with the key.
     config.air_rules()
+    config.retries()
+    config.breaker()
     compares = config.estimator().compares
     _check_read(config)
     if config.model.words:
@@ -36,12 +37,15 @@ def check(config: Config) -> None:
     for name, weight in config.credit.reward_weights.items():
         if not math.isfinite(weight):
             raise ConfigError(f"credit.reward_weights.{name}={weight}: must be a finite number")
-    for outcome in config.algorithm.failures:
-        _one_of("algorithm.failures", outcome, [one.value for one in Outcome if one is not Outcome.FINISHED])
     if config.agent.reward_min >= config.agent.reward_max:
         raise ConfigError("agent.reward_min must be below agent.reward_max")
-    if config.agent.timeout_s <= 0:
-        raise ConfigError(f"agent.timeout_s={config.agent.timeout_s}: must be above 0")
+    for key, seconds in (
+        ("agent.timeout_s", config.agent.timeout_s),
+        ("agent.call_timeout_s", config.agent.call_timeout_s),
+        ("rollout.hung_s", config.rollout.hung_s),
+    ):
+        if seconds is not None and seconds <= 0:
+            raise ConfigError(f"{key}={seconds}: must be above 0")
 
 
 def _check_choices(config: Config) -> None:
@@ -129,6 +133,8 @@ def _lowest(config: Config, compares: bool) -> tuple[tuple[str, float, float], .
         ("rollout.concurrency", config.rollout.concurrency, 1),
         ("agent.max_calls", config.agent.max_calls, 1),
         ("agent.max_spans", config.agent.max_spans, 0),
+        ("checkpoints_kept", config.checkpoints_kept, 0),
+        ("restarts", config.restarts, 0),
         ("agent.max_attempts", config.agent.max_attempts, 1),
         ("hardware.replicas", hardware.replicas, 1),
         ("hardware.gateways", hardware.gateways, 1),

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from agent_lightning.air import DEFAULT_RULES, Air, Form, Rule, Signal
-from agent_lightning.credit_rules import Estimator, Method
+from agent_lightning.breaker import Breaker
+from agent_lightning.credit_rules import Estimator, FailurePolicy, Method
 from agent_lightning.estimators import Baseline, Scale
+from agent_lightning.retries import Retries
 
 SOURCE_FIELDS = {
     "generated": {"target", "num", "seed", "split"},
@@ -65,6 +67,27 @@ class ModelConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class RetryConfig:
+    """How often and how soon rollouts are made again."""
+
+    budget: float = 1.0
+    """Most retries among the groups in work, as a share of their rollouts."""
+    backoff_s: float = 1.0
+    """Most seconds before the second attempt, drawn at random; twice as many before each later one."""
+    backoff_max_s: float = 60.0
+
+
+@dataclass(slots=True, kw_only=True)
+class BreakerConfig:
+    """Stop a step at once where its rollouts fail alike, and name what they fail of."""
+
+    window: int = 64
+    """Latest attempts that are looked at; 0 turns it off."""
+    share: float = 0.9
+    """Of them with the same error. A policy that is still bad makes its agents fail too: not far below this."""
+
+
+@dataclass(slots=True, kw_only=True)
 class AgentConfig:
     target: str
     """"path/to/file.py:function", "package.module:function", or a command line."""
@@ -76,14 +99,21 @@ class AgentConfig:
     reward_max: float = 1.0
     timeout_s: float = 120.0
     """Of one rollout, its scoring included."""
+    call_timeout_s: float | None = None
+    """Of one model call, after which the engine is to blame and not the agent; null: half of timeout_s."""
     max_calls: int = 32
     """Model calls of one rollout."""
     max_spans: int = 10_000
     """Spans that the agent's side may send of one rollout (OpenTelemetry)."""
     instrument: list[str] = field(default_factory=list)
     """OpenTelemetry instrumentors to turn on where the agent runs, by their entry points' names, e.g. [langchain]."""
-    max_attempts: int = 2
-    """Tries at a rollout whose engine failed or whose worker died."""
+    max_attempts: int = 3
+    """Tries at a rollout whose end is to be resampled; see algorithm.failures."""
+    tool_errors: list[str] = field(default_factory=list)
+    """Globs of the agent's errors that its tools or services are to blame for, e.g. ["*ConnectionError*", "*429*"]:
+    the rollout ends as tool_error, which is resampled, instead of agent_error."""
+    retry: RetryConfig = field(default_factory=RetryConfig)
+    breaker: BreakerConfig = field(default_factory=BreakerConfig)
     trained: str = "*"
     """Names of the agents that are trained: globs, comma separated."""
 
@@ -118,8 +148,9 @@ class AlgorithmConfig:
     """Truncated importance sampling between engine and learner: none, token, or sequence. Costs a forward pass."""
     importance_cap: float = 2.0
     entropy_coef: float = 0.0
-    failures: dict[str, float | None] = field(default_factory=dict)
-    """Reward of a rollout by outcome, e.g. {timeout: null}; null masks it. See credit.FailurePolicy."""
+    failures: dict[str, Any] = field(default_factory=dict)
+    """What becomes of a rollout by outcome, e.g. {timeout: null, truncated: resample}: a number is its reward, null
+    masks it, resample makes it again. See docs/credit.md."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -207,6 +238,8 @@ class RolloutConfig:
     workers: int = 1
     concurrency: int = 64
     """Rollouts at a time in each worker."""
+    hung_s: float = 60.0
+    """Seconds without an answer, because an agent blocks its event loop, after which a worker is replaced."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -251,8 +284,13 @@ class Config:
     steps: int = 50
     eval_every: int = 10
     """Steps between evaluations on data.val; 0: before and after only."""
-    checkpoint_every: int = 0
+    checkpoint_every: int = 10
     """Steps between checkpoints; 0: only after the last step, and when the run is stopped."""
+    checkpoints_kept: int = 2
+    """The newest ones; 0 keeps all."""
+    restarts: int = 3
+    """Times that a run goes on by itself from its newest checkpoint, where a process that it cannot do without has
+    died, such as the learner's."""
     runs_dir: str = "runs"
     name: str | None = None
     """Of the run's folder; null makes one from experiment, seed and time."""
@@ -282,6 +320,20 @@ class Config:
             discount=credit.discount,
             state_weight=credit.state_weight,
         )
+
+    def failures(self) -> FailurePolicy:
+        """Raises ConfigError."""
+        return FailurePolicy.of(self.algorithm.failures)
+
+    def retries(self) -> Retries:
+        """Raises ConfigError."""
+        return Retries(
+            max_attempts=self.agent.max_attempts, resampled=self.failures().resampled, **asdict(self.agent.retry)
+        )
+
+    def breaker(self) -> Breaker:
+        """Raises ConfigError."""
+        return Breaker(**asdict(self.agent.breaker))
 
     def air_rules(self, signals: Sequence[Signal] = ()) -> Air:
         """Whether or not it is enabled. Raises ConfigError."""

@@ -3,7 +3,7 @@
 Statistics are taken over rollouts and before anything is dropped, so a rollout counts once whatever its number of
 calls or rows. What is not trained is counted under one of these reasons:
 
-    masked_<outcome>   the outcome has no reward (FailurePolicy)
+    masked_<outcome>   the outcome has no reward (FailurePolicy); masked_truncated: finished, but a reply was cut
     no_selected_call   no call of a trained agent sampled a token
     no_spread          every advantage of the group, and so its policy gradient, is zero; not where the whole step or
                        a critic decides on the advantage
@@ -158,10 +158,14 @@ class _Books:
         of_group = rules.estimator.of_group
         spread = any(one.any() for one in advantages) if of_group else has_spread(total_R[valid_R])
         earnings = [carried_back(one.reward_T, indices) for one, indices in zip(earned, chosen, strict=True)]
+        masks = [
+            None if reward is not None else rules.failures.reason_of(trajectory)
+            for trajectory, reward in zip(group.trajectories, rewards, strict=True)
+        ]
         shares = [
-            _share(trajectory, calls, reward is not None, spread or not of_group, advantage, earning, rules.max_tokens)
-            for trajectory, calls, reward, advantage, earning in zip(
-                group.trajectories, selected, rewards, advantages, earnings, strict=True
+            _share(trajectory, calls, masked, spread or not of_group, advantage, earning, rules.max_tokens)
+            for trajectory, calls, masked, advantage, earning in zip(
+                group.trajectories, selected, masks, advantages, earnings, strict=True
             )
         ]
         return cls(
@@ -252,19 +256,17 @@ class _Share:
 def _share(
     trajectory: Trajectory,
     calls: Sequence[ModelCall],
-    valid: bool,
+    masked: str | None,
     worthwhile: bool,
     advantage: Floats,
     earning: NDArray[np.float64],
     max_tokens: int,
 ) -> _Share:
     num_sampled = _num_sampled(calls)
-    reason: str | None = None
-    if not valid:
-        reason = f"masked_{trajectory.outcome.value}"
-    elif num_sampled == 0:
+    reason = masked
+    if reason is None and num_sampled == 0:
         reason = NO_SELECTED_CALL
-    elif not worthwhile:
+    elif reason is None and not worthwhile:
         reason = NO_SPREAD
     if reason is not None:
         return _Share((), reason, {reason: num_sampled} if num_sampled else {})

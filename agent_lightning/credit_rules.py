@@ -10,6 +10,7 @@ from typing import Final, Literal
 from agent_lightning.air import Air
 from agent_lightning.errors import ConfigError
 from agent_lightning.estimators import Baseline, Scale
+from agent_lightning.retries import TRUNCATED, is_truncated
 from agent_lightning.types import Outcome, Trajectory
 
 Method = Literal["identical", "return_to_go", "same_state", "gae"]
@@ -23,36 +24,55 @@ _DEFAULT_REWARDS: Final[Mapping[Outcome, float | None]] = {
     Outcome.BAD_REWARD: 0.0,
     # Not the policy's doing: learning from these would teach it about the cluster.
     Outcome.ENGINE_ERROR: None,
+    Outcome.TOOL_ERROR: None,
+    Outcome.WORKER_LOST: None,
     Outcome.CANCELLED: None,
 }
+RESAMPLE: Final = "resample"
+KEEP: Final = "keep"
 
 
 @dataclass(frozen=True, slots=True)
 class FailurePolicy:
-    """What a rollout that did not finish is worth.
+    """What becomes of a rollout that did not finish, or whose reply was cut: a reward, a mask, or another attempt.
 
     Example:
 
-        FailurePolicy.of({"timeout": None, "agent_error": -1.0})  # the other outcomes keep their defaults
+        FailurePolicy.of({"timeout": "resample", "agent_error": -1.0, "truncated": None})  # the others: as they were
     """
 
     rewards: Mapping[Outcome, float | None] = field(default_factory=lambda: dict(_DEFAULT_REWARDS))
     """For every outcome but FINISHED: a reward, or None: not in the group's statistics and not trained."""
+    resampled: frozenset[str] = field(
+        default_factory=lambda: frozenset({Outcome.ENGINE_ERROR, Outcome.TOOL_ERROR, Outcome.WORKER_LOST})
+    )
+    """Of these, and TRUNCATED, another attempt is made; where there may be none any more, it is masked."""
+    truncated: float | Literal["keep"] | None = KEEP
+    """Of a rollout that finished although a reply was cut at the length limit; KEEP: the reward that it earned."""
 
     def __post_init__(self) -> None:
         if set(self.rewards) != set(_DEFAULT_REWARDS):
-            raise ConfigError(f"failures: needs exactly the outcomes {', '.join(_DEFAULT_REWARDS)}")
-        for outcome, reward in self.rewards.items():
-            if reward is not None and not math.isfinite(reward):
-                raise ConfigError(f"failures.{outcome}: {reward} is not a finite number")
+            raise ConfigError(f"algorithm.failures: needs exactly the outcomes {', '.join(_DEFAULT_REWARDS)}")
+        for name, reward in (*self.rewards.items(), (TRUNCATED, self.truncated)):
+            if isinstance(reward, float | int) and not math.isfinite(reward):
+                raise ConfigError(f"algorithm.failures.{name}={reward}: must be a finite number")
 
     @classmethod
-    def of(cls, overrides: Mapping[str, float | None]) -> FailurePolicy:
-        """The defaults with some outcomes changed. Raises ConfigError for an outcome that is not a failure."""
-        for name in overrides:
-            if name not in _DEFAULT_REWARDS:
-                raise ConfigError(f"failures.{name}: not a failure; use one of {', '.join(_DEFAULT_REWARDS)}")
-        return cls({**_DEFAULT_REWARDS, **{Outcome(name): reward for name, reward in overrides.items()}})
+    def of(cls, overrides: Mapping[str, object]) -> FailurePolicy:
+        """The defaults with some changed: a number, None or RESAMPLE, of TRUNCATED also KEEP. Raises ConfigError."""
+        default = cls()
+        rewards, truncated = dict(default.rewards), default.truncated
+        for name, value in overrides.items():
+            if name == TRUNCATED:
+                truncated = KEEP if value == KEEP else _worth(name, value)
+            elif name in _DEFAULT_REWARDS:
+                rewards[Outcome(name)] = _worth(name, value)
+            else:
+                known = ", ".join([*_DEFAULT_REWARDS, TRUNCATED])
+                raise ConfigError(f"algorithm.failures.{name}: not a failure; use one of {known}")
+        again = {name for name, value in overrides.items() if value == RESAMPLE}
+        resampled = frozenset((default.resampled - overrides.keys()) | again)
+        return cls(rewards=rewards, resampled=resampled, truncated=truncated)
 
     def reward_of(self, trajectory: Trajectory) -> float | None:
         """The reward to learn from, or None where the rollout is masked. Raises ValueError: finished without one."""
@@ -60,7 +80,23 @@ class FailurePolicy:
             return self.rewards[trajectory.outcome]
         if trajectory.reward is None:
             raise ValueError(f"rollout {trajectory.key.rollout_id} finished without a reward")
-        return trajectory.reward
+        if self.truncated == KEEP or not is_truncated(trajectory.outcome, trajectory.calls):
+            return trajectory.reward
+        return self.truncated
+
+    def reason_of(self, trajectory: Trajectory) -> str:
+        """Under which a rollout that is masked is counted."""
+        return f"masked_{TRUNCATED if trajectory.outcome is Outcome.FINISHED else trajectory.outcome.value}"
+
+
+def _worth(name: str, value: object) -> float | None:
+    """A value of algorithm.failures: what is resampled is masked where it is not made again. Raises ConfigError."""
+    if value is None or (value == RESAMPLE and name != Outcome.CANCELLED):
+        return None
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        words = {Outcome.CANCELLED: "", TRUNCATED: f", {RESAMPLE}, {KEEP}"}.get(name, f", {RESAMPLE}")
+        raise ConfigError(f"algorithm.failures.{name}={value}: must be a number or null{words}")
+    return float(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

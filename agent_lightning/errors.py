@@ -11,6 +11,7 @@
   + JournalError        the journal cannot be written or read
     - JournalDamaged    a broken record in the middle of it
     - JournalFull       it has reached its limit on disk
+  + PartDied            a process that the run cannot do without is gone; it goes on from a checkpoint
   + EngineError         the policy's engine could not do what was asked
   + StepFailed          a whole step of rollouts failed: the run stops, with the reasons counted
   + BooksError          what came in is not what was trained and dropped: a fault of this package
@@ -72,6 +73,10 @@ class JournalDamaged(JournalError):
 
 class JournalFull(JournalError):
     """The journal may not grow: new rollouts and calls are refused, what runs may end."""
+
+
+class PartDied(AgentLightningError):
+    """A process that the run cannot do without is gone. The message names it."""
 
 
 class EngineError(AgentLightningError):

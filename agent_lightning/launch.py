@@ -20,10 +20,11 @@ from agent_lightning.agents import Mode, load
 from agent_lightning.buffer import Buffer
 from agent_lightning.client import check_instrumentors
 from agent_lightning.config import Config, SourceConfig, resolve_path
-from agent_lightning.errors import ConfigError, UserError
+from agent_lightning.errors import ConfigError, PartDied, UserError
 from agent_lightning.learners.base import Learner
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.rollout import AgentSpec, RolloutWorker
+from agent_lightning.supervise import Workers
 from agent_lightning.types import Split, Task
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def _available_gib() -> float:
 async def system(
     config: Config, *, train: bool, workers: int, first_group: dict[Split, int] | None = None
 ) -> AsyncIterator[System]:
-    """Start everything, and stop it again however the block ends. Raises UserError, EngineError."""
+    """Start everything, and stop it again however the block ends. Raises UserError, EngineError, PartDied."""
     model = model_folder(config)
     check_memory(config)
     check_port(config)
@@ -154,14 +155,7 @@ async def system(
         own = await asyncio.to_thread(cluster.init_ray, hardware.address, cpus if hardware.device == "cpu" else None)
         stack.callback(cluster.shutdown_ray)
         run_secret = secrets.token_bytes(32)
-        buffer = cluster.spawn(
-            Buffer,
-            run_secret=run_secret,
-            max_attempts=config.agent.max_attempts,
-            max_calls=config.agent.max_calls,
-            max_spans=config.agent.max_spans,
-            first_group=first_group,
-        )
+        buffer = _start_buffer(config, run_secret, first_group)
         board = cluster.spawn(PolicyBoard)
         name = f"agl-{secrets.token_hex(3)}"
         serving = asyncio.to_thread(
@@ -184,7 +178,24 @@ async def system(
             stack.callback(service.stop)
         await app.wait_until_healthy(service.url, timeout=60.0)
         await _start_workers(config, buffer, service, workers, stack)
-        yield System(buffer=buffer, board=board, service=service, learner=learner, run_secret=run_secret)
+        try:
+            yield System(buffer=buffer, board=board, service=service, learner=learner, run_secret=run_secret)
+        except cluster.ActorDied as error:
+            raise PartDied(f"a process of the run has died: {cluster.who_died(error)}") from error
+
+
+def _start_buffer(config: Config, run_secret: bytes, first_group: dict[Split, int] | None) -> Buffer:
+    from agent_lightning import cluster
+
+    return cluster.spawn(
+        Buffer,
+        run_secret=run_secret,
+        retries=config.retries(),
+        breaker=config.breaker(),
+        max_calls=config.agent.max_calls,
+        max_spans=config.agent.max_spans,
+        first_group=first_group,
+    )
 
 
 async def _nothing() -> None:
@@ -299,7 +310,9 @@ def _gateway(config: Config, run_secret: bytes) -> Any:
     from agent_lightning.serving.gateway import GatewayConfig
 
     sampling = {"train": asdict(config.sampling.train), "val": asdict(config.sampling.val)}
-    return GatewayConfig(model="policy", run_secret=run_secret, sampling=cast(Any, sampling))
+    agent = config.agent
+    timeout_s = agent.timeout_s / 2 if agent.call_timeout_s is None else agent.call_timeout_s
+    return GatewayConfig(model="policy", run_secret=run_secret, sampling=cast(Any, sampling), call_timeout_s=timeout_s)
 
 
 def agent_spec(config: Config) -> AgentSpec:
@@ -311,6 +324,7 @@ def agent_spec(config: Config) -> AgentSpec:
         reward_range=(agent.reward_min, agent.reward_max),
         timeout_s=agent.timeout_s,
         concurrency=config.rollout.concurrency,
+        tool_errors=tuple(agent.tool_errors),
         instrumentors=tuple(agent.instrument),
     )
 
@@ -319,29 +333,26 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
     from agent_lightning import cluster
 
     spec = agent_spec(config)
-    for _ in range(number):
-        worker = cluster.spawn(
+
+    def make(name: str) -> RolloutWorker:
+        return cluster.spawn(
             RolloutWorker,
             options={"scheduling_strategy": "SPREAD"},
             buffer=buffer,
             agent=spec,
             policy_url=service.url,
             model="policy",
+            worker=name,
         )
-        running = asyncio.create_task(worker.run())
-        running.add_done_callback(_report_worker)
-        stack.push_async_callback(_stop_worker, worker, running)
 
+    workers = Workers(make, number=number, buffer=buffer, kill=cluster.kill, hung_s=config.rollout.hung_s)
+    running = asyncio.create_task(workers.run())
 
-async def _stop_worker(worker: RolloutWorker, running: asyncio.Task[None]) -> None:
-    running.remove_done_callback(_report_worker)
-    await worker.stop()
-    await asyncio.wait((running,), timeout=10.0)
+    async def stop() -> None:
+        await workers.stop()
+        await asyncio.wait((running,))
 
-
-def _report_worker(running: asyncio.Task[None]) -> None:
-    if not running.cancelled() and (error := running.exception()) is not None:
-        logger.error("a rollout worker stopped: %s: %s", type(error).__name__, str(error).splitlines()[0])
+    stack.push_async_callback(stop)
 
 
 def preflight(config: Config, splits: Sequence[Split]) -> dict[Split, list[Task]]:

@@ -15,39 +15,35 @@ import asyncio
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from agent_lightning import batching, credit
-from agent_lightning.buffer import Stats
 from agent_lightning.credit import Credit
 from agent_lightning.errors import StepFailed
 from agent_lightning.learners.base import Learner, Weights
 from agent_lightning.metrics import Metrics, merge, values
 from agent_lightning.state import Plan, State, check_books
+from agent_lightning.supervise import WatchedBuffer, watch
 from agent_lightning.types import Group, Outcome, Split, Task
 
-POLL_SECONDS = 0.5
 
-
-class LoopBuffer(Protocol):
+class LoopBuffer(WatchedBuffer, Protocol):
     """The part of the Buffer that the loop uses."""
 
     async def admit(self, task: Task, *, split: Split, num_rollouts: int) -> str: ...
     async def take(self, num_groups: int, *, split: Split) -> list[Group]: ...
     async def advance(self, *, trained: int, dropped: Mapping[str, int]) -> None: ...
     async def cancel(self, reason: str) -> int: ...
-    async def expire(self, now: float) -> int: ...
-    async def stats(self) -> Stats: ...
 
 
 class Board(Protocol):
     """The part of the PolicyBoard that the loop uses."""
 
     async def publish(self, weights: Weights, timeout: float) -> int: ...
+    async def versions(self) -> dict[str, int]: ...
 
 
 class Observer(Protocol):
@@ -109,13 +105,16 @@ class Loop:
         """One step; False where it was given up because the run stops."""
         clock = Clock()
         before, version = replace(self.state.cursor), self.state.version
-        gathered = await self._gather()
+        try:
+            gathered = await self._gather()
+        except StepFailed:
+            self.state.cursor = before
+            raise
         clock.lap("generate")
         if gathered is None:
             self.state.cursor = before
             return False
         groups, credits = gathered
-        _check_alive(groups)
         samples = [sample for one in credits for sample in one.samples]
         batches = batching.pack(
             samples,
@@ -135,7 +134,7 @@ class Loop:
         return True
 
     async def _gather(self) -> tuple[list[Group], list[Credit]] | None:
-        """The step's groups with their credit; None where the run was stopped.
+        """The step's groups with their credit; None where the run was stopped. Raises StepFailed.
 
         Groups that give nothing to train on are made up for with new tasks, in at most `plan.refills` more rounds:
         dynamic sampling of DAPO, arXiv 2503.14476 section 3.2.
@@ -145,41 +144,61 @@ class Loop:
         missing = self.plan.tasks_per_step
         for _ in range(1 + self.plan.refills):
             tasks = self.state.cursor.next(self.train_tasks, missing)
-            more = await self.generate(tasks, split="train", num_rollouts=self.plan.rollouts_per_task)
+            try:
+                more = await self.generate(tasks, split="train", num_rollouts=self.plan.rollouts_per_task)
+                groups += more or []
+                if more is not None:
+                    _check_alive(groups)
+            except StepFailed:
+                await self._give_up(groups, "step_failed")
+                raise
             if more is None:
-                await self._give_up(groups)
+                await self._give_up(groups, "run_stopped")
                 return None
-            groups += more
             credits += [credit.assign(group, self.plan.rules) for group in more]
             missing = self.plan.tasks_per_step - sum(bool(one.samples) for one in credits)
             if missing == 0:
                 break
         return groups, credits
 
-    async def _give_up(self, groups: Sequence[Group]) -> None:
-        """Groups that were taken and will not be trained, because the run stops."""
+    async def _give_up(self, groups: Sequence[Group], reason: str) -> None:
+        """Groups that were taken and will not be trained."""
         lost = sum(len(group.trajectories) for group in groups)
-        await self.buffer.advance(trained=0, dropped={"run_stopped": lost})
-        self.state.dropped["run_stopped"] += lost
+        if lost:
+            await self.buffer.advance(trained=0, dropped={reason: lost})
+            self.state.dropped[reason] += lost
 
     async def generate(self, tasks: Sequence[Task], *, split: Split, num_rollouts: int) -> list[Group] | None:
-        """Whole groups of these tasks; None where the run was stopped meanwhile."""
+        """Whole groups of these tasks; None where the run was stopped meanwhile. Raises StepFailed where most rollouts
+        fail alike."""
         for task in tasks:
             await self.buffer.admit(task, split=split, num_rollouts=num_rollouts)
         self.state.admitted += len(tasks) * num_rollouts if split == "train" else 0
         what, total = ("generate" if split == "train" else "evaluate"), len(tasks) * num_rollouts
-        async with self._watching(what, total):
-            taking = asyncio.ensure_future(self.buffer.take(len(tasks), split=split))
-            stopping = asyncio.ensure_future(self.stop.wait())
-            await asyncio.wait((taking, stopping), return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
-            if not taking.done():
-                await self.buffer.cancel("the run was stopped")
-                cancelled = await taking
-                if split == "train":
-                    await self._give_up(cancelled)
-                return None
-            return taking.result()
+        taking = asyncio.ensure_future(self.buffer.take(len(tasks), split=split))
+        stopping = asyncio.ensure_future(self.stop.wait())
+        ended = (await self.buffer.stats()).ended
+        watching = asyncio.ensure_future(
+            watch(
+                self.buffer, lambda stats: self.observer.waiting_for(f"{what}: {stats.ended - ended}/{total} rollouts")
+            )
+        )
+        try:
+            await asyncio.wait((taking, stopping, watching), return_when=asyncio.FIRST_COMPLETED)
+            if taking.done():
+                return taking.result()
+            failed = watching.done() and not stopping.done()
+            trouble = watching.result() if failed else ""
+            await self.buffer.cancel(trouble or "the run was stopped")
+            cancelled = await taking
+            if split == "train":
+                await self._give_up(cancelled, "step_failed" if failed else "run_stopped")
+            if failed:
+                raise StepFailed(f"{what}: {trouble}")
+            return None
+        finally:
+            for waiting in (taking, stopping, watching):
+                waiting.cancel()
 
     async def publish(self) -> None:
         """Make the learner's weights the policy, everywhere."""
@@ -238,7 +257,8 @@ class Loop:
             state.gap_count += tokens
             state.gap_max = max(state.gap_max, record["logprob_gap/max_abs"])
         record |= {"tokens/sampled": sampled, "tokens/trained": tokens, "policy/version": version}
-        record |= {"rollouts/trained": trained}
+        retried = sum(trajectory.key.attempt for group in groups for trajectory in group.trajectories)
+        record |= {"rollouts/trained": trained, "rollouts/retried": retried}
         record |= {f"rollouts/dropped/{reason}": count for reason, count in dropped.items()}
         record |= {f"rollouts/failed/{outcome}": count for outcome, count in failed.items()}
         refused = sum((Counter(t.refused_spans) for group in groups for t in group.trajectories), Counter[str]())
@@ -248,26 +268,6 @@ class Loop:
         state.seconds.update(seconds)
         record |= {f"time/{'step' if name == 'total' else name}": spent for name, spent in seconds.items()}
         self.observer.step(state.step, record)
-
-    @asynccontextmanager
-    async def _watching(self, what: str, total: int) -> AsyncIterator[None]:
-        """Say how far the rollouts are, and give up those whose worker died, while the block runs."""
-        before = await self.buffer.stats()
-
-        async def watch() -> None:
-            while True:  # ends by cancellation, below
-                await self.buffer.expire(time.time())
-                stats = await self.buffer.stats()
-                self.observer.waiting_for(f"{what}: {stats.ended - before.ended}/{total} rollouts")
-                await asyncio.sleep(POLL_SECONDS)
-
-        watching = asyncio.create_task(watch())
-        try:
-            yield
-        finally:
-            if watching.done():
-                watching.result()  # it only ends by itself with an error
-            watching.cancel()
 
 
 @dataclass(slots=True)

@@ -87,6 +87,7 @@ class RunObserver:
 
     def saved(self, folder: Path, state: State) -> None:
         checkpoint.write_state(folder, state)
+        checkpoint.prune(self._run.checkpoints, self._config.checkpoints_kept)
 
     def close(self) -> None:
         self._tracker.close()

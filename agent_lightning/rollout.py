@@ -6,6 +6,7 @@ A bad rollout is data: whatever an agent does becomes one Outcome, here and nowh
 from __future__ import annotations
 
 import asyncio
+import fnmatch
 import logging
 import math
 import numbers
@@ -42,6 +43,8 @@ class AgentSpec:
     """Of the agent and its scoring together."""
     concurrency: int = 8
     """Rollouts at a time in one worker."""
+    tool_errors: tuple[str, ...] = ()
+    """Globs of errors, as `one_line` writes them, that are the surroundings' and not the agent's: TOOL_ERROR."""
     instrumentors: tuple[str, ...] = ()
     """OpenTelemetry instrumentors to turn on, by the names of their entry points."""
 
@@ -49,7 +52,7 @@ class AgentSpec:
 class RolloutBuffer(Protocol):
     """The part of the Buffer that a worker uses."""
 
-    async def lease(self, num: int, timeout: float, *, deadline: float) -> list[Lease]: ...
+    async def lease(self, num: int, timeout: float, *, deadline: float, worker: str) -> list[Lease]: ...
 
     async def emitted(self, key: RolloutKey) -> float | None: ...
 
@@ -116,8 +119,10 @@ class RolloutWorker:
         policy_url: str,
         model: str,
         agent_name: str = DEFAULT_AGENT,
+        worker: str = "",
     ) -> None:
-        """`policy_url`: root of the gateway. `agent_name`: of the calls whose URL says no other."""
+        """`policy_url`: root of the gateway. `agent_name`: of the calls whose URL says no other. `worker`: who this is,
+        in the buffer's leases."""
         check(agent.target, agent.mode)
         target = agent.reward_target
         self._score = load(target) if isinstance(target, str) else target
@@ -126,6 +131,7 @@ class RolloutWorker:
         self._policy_url = policy_url.rstrip("/")
         self._model = model
         self._agent_name = agent_name
+        self._worker = worker
         self._stopping = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
 
@@ -144,6 +150,10 @@ class RolloutWorker:
         """Lease no more, and give back the rollouts that run: another worker may retry them."""
         self._stopping.set()
 
+    async def is_alive(self) -> bool:
+        """Answers, unless an agent blocks the event loop."""
+        return True
+
     async def run_one(self, lease: Lease) -> None:
         """Run one attempt and tell the buffer how it ended."""
         try:
@@ -160,7 +170,8 @@ class RolloutWorker:
             if free == 0:
                 await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)  # ends: each has a deadline
                 continue
-            for lease in await self._buffer.lease(free, _LEASE_WAIT, deadline=self._agent.timeout_s):
+            leases = await self._buffer.lease(free, _LEASE_WAIT, deadline=self._agent.timeout_s, worker=self._worker)
+            for lease in leases:
                 task = group.create_task(self.run_one(lease), name=lease.key.rollout_id)
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
@@ -190,7 +201,9 @@ class RolloutWorker:
             return Ending(outcome=blame, error=one_line(error), output=output)  # the agent's own doing
         except Exception as error:
             if not clock.expired():
-                return Ending(outcome=blame, error=one_line(error, secret=lease.secret), output=output)
+                line = one_line(error, secret=lease.secret)
+                of_tools = any(fnmatch.fnmatchcase(line, pattern) for pattern in agent.tool_errors)
+                return Ending(outcome=Outcome.TOOL_ERROR if of_tools else blame, error=line, output=output)
         if clock.expired():  # also where the agent swallowed its cancellation
             return Ending(outcome=Outcome.TIMEOUT, error=f"not done after {agent.timeout_s:g} s", output=output)
         return Ending(outcome=Outcome.FINISHED, reward=reward, output=output)

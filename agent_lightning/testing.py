@@ -34,13 +34,16 @@ from starlette.routing import Route
 
 from agent_lightning import checkpoint
 from agent_lightning.agents import Agent
+from agent_lightning.breaker import Breaker
 from agent_lightning.buffer import Buffer
 from agent_lightning.credit_rules import CreditRules
 from agent_lightning.loop import Loop
 from agent_lightning.policy import PolicyBoard
+from agent_lightning.retries import Retries
 from agent_lightning.rollout import AgentSpec, RolloutWorker
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.state import Plan, State
+from agent_lightning.supervise import Workers
 from agent_lightning.tasks import TaskCursor
 from agent_lightning.tools import tool_calls
 from agent_lightning.toy import END, FIRST_WORD, PAD, ToyEngine, ToyLanguage, ToyLearner
@@ -115,7 +118,8 @@ class ToyWorld:
     """Empty: the training tasks."""
     rollouts_per_task: int = 8
     max_calls: int = 20
-    max_attempts: int = 1
+    retries: Retries = field(default_factory=Retries)
+    breaker: Breaker | None = None
     max_len: int = 4096
     lr: float = 8.0
     seed: int = 0
@@ -128,6 +132,7 @@ class ToyWorld:
     engine: ToyEngine = field(init=False)
     learner: ToyLearner = field(init=False)
     observer: QuietObserver = field(init=False)
+    workers: Workers = field(init=False)
     loop: Loop = field(init=False)
     url: str = field(init=False)
     _stack: AsyncExitStack = field(init=False, repr=False)
@@ -139,7 +144,8 @@ class ToyWorld:
         language, run_secret = ToyLanguage(tuple(self.words)), secrets.token_bytes(32)
         self.buffer = Buffer(
             run_secret=run_secret,
-            max_attempts=self.max_attempts,
+            retries=self.retries,
+            breaker=self.breaker,
             max_calls=self.max_calls,
             first_group=state.next_group,
         )
@@ -154,10 +160,10 @@ class ToyWorld:
             running = await stack.enter_async_context(asyncio.TaskGroup())
             self.url = await stack.enter_async_context(serve_locally(gateway))
             await self.engine.join(self.board)
-            stack.callback(running.create_task(self.engine.follow(self.board)).cancel)
-            worker = RolloutWorker(buffer=self.buffer, agent=self._spec(), policy_url=self.url, model=MODEL)
-            running.create_task(worker.run())
-            stack.push_async_callback(worker.stop)
+            stack.callback(running.create_task(self.engine.follow()).cancel)
+            self.workers = Workers(self._worker, number=1, buffer=self.buffer, kill=_nothing_to_kill)
+            running.create_task(self.workers.run())
+            stack.push_async_callback(self.workers.stop)
             if self.resume and self.checkpoints is not None:
                 await self.learner.restore(checkpoint.newest(self.checkpoints), state.version)
                 await self.loop.publish()
@@ -182,6 +188,9 @@ class ToyWorld:
     def stop(self) -> None:
         """Give up the step that runs: `train` returns after a checkpoint."""
         self.loop.stop.set()
+
+    def _worker(self, name: str) -> RolloutWorker:
+        return RolloutWorker(buffer=self.buffer, agent=self._spec(), policy_url=self.url, model=MODEL, worker=name)
 
     def _spec(self) -> AgentSpec:
         if isinstance(self.agent, AgentSpec):
@@ -211,6 +220,10 @@ class ToyWorld:
             train_tasks=self.tasks,
             val_tasks=self.val_tasks or self.tasks,
         )
+
+
+def _nothing_to_kill(worker: object) -> None:
+    """A worker of this process ends with its task."""
 
 
 class _QuietServer(uvicorn.Server):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.metrics import Max, Mean, Metrics, merge
-from agent_lightning.policy import PolicyBoard
+from agent_lightning.policy import Follower, PolicyBoard
 from agent_lightning.serving.dialects import Choice, Completion, Part, Refusal, join
 from agent_lightning.serving.gate import Gate
 from agent_lightning.types import Batch, Ints
@@ -115,7 +115,7 @@ class ToyEngine:
         self._table = np.zeros((language.num_states, len(language.words)), np.float32)
         self._gate = Gate()
         self._failures = 0
-        self._name = f"toy-{uuid.uuid4().hex[:8]}"
+        self._follower: Follower | None = None
 
     def fail_next(self, num: int) -> None:
         """Refuse the next `num` calls, as an engine that is broken does."""
@@ -151,6 +151,8 @@ class ToyEngine:
     async def _work(self) -> AsyncIterator[None]:
         self.in_flight += 1
         try:
+            if self._follower is not None:
+                await self._follower.attached()
             async with self._gate.call():
                 yield
         finally:
@@ -192,21 +194,17 @@ class ToyEngine:
 
     async def join(self, board: PolicyBoard) -> None:
         """Become a replica that `publish` waits for."""
-        current = await board.join(self._name)
-        if current is not None:
-            await self.install(current)
-            await board.installed(self._name, current.version)
+        self._follower = Follower(board, self.install, _is_well)
+        await self._follower.join()
 
-    async def follow(self, board: PolicyBoard) -> None:
-        """Install what is published, until cancelled."""
-        try:
-            while True:
-                weights = await board.newer_than(self.version, timeout=60.0)
-                if weights is not None:
-                    await self.install(weights)
-                    await board.installed(self._name, weights.version)
-        finally:
-            await board.leave(self._name)
+    async def follow(self) -> None:
+        """After `join`: install what is published, until cancelled."""
+        assert self._follower is not None
+        await self._follower.run()
+
+    async def leave(self, board: PolicyBoard) -> None:
+        if self._follower is not None:
+            await board.leave(self._follower.replica)
 
     def _sample(self, asked: _Asked) -> tuple[Choice, ...]:
         return tuple(self._choice(prompt_T, asked) for prompt_T in asked.prompts for _ in range(asked.num))
@@ -231,6 +229,10 @@ class ToyEngine:
             logprob_T=np.array([logprob, 0.0][:length], np.float32),
             finish_reason="stop" if length == 2 else "length",
         )
+
+
+async def _is_well() -> None:
+    """A table cannot die."""
 
 
 def _part(

@@ -35,7 +35,7 @@ class ToyReplica:
 
     async def start(self) -> None:
         await self._engine.join(self._board)
-        self._following = asyncio.create_task(self._engine.follow(self._board))
+        self._following = asyncio.create_task(self._engine.follow())
 
     async def check_health(self) -> None:
         if self._following is not None and self._following.done():

@@ -37,6 +37,8 @@ class Outcome(StrEnum):
     """The agent returned and its reward is a number in the declared range."""
     AGENT_ERROR = "agent_error"
     """The agent raised, or its process exited with an error."""
+    TOOL_ERROR = "tool_error"
+    """The same, with an error that the config says is its surroundings' and not its own (agent.tool_errors)."""
     TIMEOUT = "timeout"
     """The deadline of the rollout passed."""
     NO_MODEL_CALL = "no_model_call"
@@ -49,6 +51,8 @@ class Outcome(StrEnum):
     """The agent asked for more model calls than a rollout may make."""
     BAD_REWARD = "bad_reward"
     """The reward is None, not a number, not finite, or outside the declared range."""
+    WORKER_LOST = "worker_lost"
+    """The worker that ran it died, or was not heard of any more."""
     CANCELLED = "cancelled"
     """The run stopped, or the rollout's group was given up."""
 

@@ -6,6 +6,7 @@ aiohttp is imported where it is used: a process that runs one of these agents st
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -161,6 +162,11 @@ async def does(payload: Payload, policy: Policy) -> object:
                 await asyncio.sleep(60)
             except asyncio.CancelledError:
                 return 1.0
+        case "never stop":
+            end = time.monotonic() + 5.0  # asyncio waits for it at the end of the test
+            while time.monotonic() < end:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(1.0)
         case "none":
             return None
         case "nan":
@@ -234,3 +240,21 @@ def exits_quietly(payload: Payload, policy: Policy) -> float:
 
 def returns_the_payload(payload: Payload, policy: Policy) -> dict[str, object]:
     return {"payload": payload, "model": policy.model, "temperature": policy.sampling["temperature"]}
+
+
+def kills_its_worker_once(payload: Payload, policy: Policy) -> float:
+    """The first attempt starts a daemon and kills the worker that started it: both live on, if nobody ends them."""
+    ask_blocking(policy.base_url, number=1)
+    if os.environ["AGL_ATTEMPT"] != "0":
+        return 1.0
+    daemon = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    with open(payload["pids"], "w") as file:
+        file.write(f"{os.getpid()} {daemon.pid}\n")
+    os.kill(os.getppid(), 9)
+    time.sleep(600)
+    return 0.0
+
+
+async def blocks_the_event_loop(payload: Payload, policy: Policy) -> float:
+    time.sleep(600)
+    return 0.0

@@ -7,6 +7,7 @@ import contextlib
 import random
 import time
 from collections.abc import Awaitable
+from dataclasses import replace
 
 import pytest
 from agents_for_tests import RUN_SECRET, make_call, make_task
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from agent_lightning.buffer import Buffer, Lease, Stats, attempt_secret, verify_secret
 from agent_lightning.errors import UnknownRollout
+from agent_lightning.retries import Retries
 from agent_lightning.types import Group, Outcome, RolloutKey
 
 
@@ -99,7 +101,7 @@ async def test_calls_left_never_go_below_zero() -> None:
 
 
 async def test_only_the_open_attempt_may_record_mark_or_finish() -> None:
-    buffer = make_buffer(max_attempts=2)
+    buffer = make_buffer(retries=Retries(max_attempts=2))
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     key = RolloutKey(split="train", group=0, index=0)
     never = RolloutKey(split="train", group=0, index=5)
@@ -170,7 +172,7 @@ async def test_what_the_gateway_saw_explains_what_the_worker_saw(
 
 
 async def test_attempts_are_bounded_and_a_retry_goes_first() -> None:
-    buffer = make_buffer(max_attempts=2)
+    buffer = make_buffer(retries=Retries(max_attempts=2))
     first, _ = await started(buffer, 2)
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     await buffer.record(make_call(first.key, "lost"))
@@ -183,12 +185,71 @@ async def test_attempts_are_bounded_and_a_retry_goes_first() -> None:
 
 
 async def test_which_outcomes_are_retried_is_a_choice() -> None:
-    buffer = make_buffer(max_attempts=2, retry_on=[Outcome.TIMEOUT])
+    buffer = make_buffer(retries=Retries(max_attempts=2, resampled=frozenset({Outcome.TIMEOUT})))
     engine, slow = await started(buffer, 2)
     await buffer.finish(engine.key, reward=None, outcome=Outcome.ENGINE_ERROR)
     await buffer.finish(slow.key, reward=None, outcome=Outcome.TIMEOUT)
     stats = await buffer.stats()
     assert (stats.complete, stats.waiting) == (1, 1)
+
+
+async def test_the_leases_of_a_dead_worker_are_over_at_once_and_those_of_others_go_on() -> None:
+    buffer = make_buffer(retries=Retries(max_attempts=2))
+    await buffer.admit(make_task(), split="train", num_rollouts=3)
+    dead = await buffer.lease(2, 1.0, deadline=100.0, worker="worker-0")
+    (alive,) = await buffer.lease(1, 1.0, deadline=100.0, worker="worker-1")
+    assert await buffer.release("worker-0") == 2
+    for lease in dead:
+        with pytest.raises(UnknownRollout):
+            await buffer.record(make_call(lease.key, "late"))
+    await end(buffer, alive)
+    again = await buffer.lease(9, 1.0)
+    assert {(lease.key.index, lease.key.attempt) for lease in again} == {(0, 1), (1, 1)}
+    assert await buffer.release("worker-0") == 0
+
+
+async def test_a_group_that_loses_a_member_gets_another_one() -> None:
+    buffer = make_buffer(retries=Retries(max_attempts=2, resampled=frozenset({Outcome.TIMEOUT, "truncated"})))
+    slow, cut, good = await started(buffer, 3)
+    await buffer.finish(slow.key, reward=None, outcome=Outcome.TIMEOUT)
+    await buffer.record(replace(make_call(cut.key, "cut"), finish_reason="length"))
+    await buffer.finish(cut.key, reward=1.0, outcome=Outcome.FINISHED)
+    await end(buffer, good)
+    for lease in await buffer.lease(9, 1.0):
+        await end(buffer, lease)
+    (group,) = await buffer.take(1, split="train")
+    assert [(t.outcome, t.key.attempt) for t in group.trajectories] == [(Outcome.FINISHED, n) for n in (1, 1, 0)]
+
+
+async def test_retries_are_bounded_by_a_share_of_the_rollouts_in_work() -> None:
+    buffer = make_buffer(retries=Retries(max_attempts=9, budget=0.5))
+    for lease in await started(buffer, 8):
+        await buffer.finish(lease.key, reward=None, outcome=Outcome.ENGINE_ERROR)
+    stats = await buffer.stats()
+    assert (stats.retried, stats.complete) == (4, 4)
+    for _ in range(2):  # they have used up what there was
+        for lease in await buffer.lease(9, 0.0):
+            await buffer.finish(lease.key, reward=None, outcome=Outcome.ENGINE_ERROR)
+    assert (await buffer.stats()).retried == 4
+    await buffer.take(1, split="train")
+    (fresh, *_) = await started(buffer, 2)  # a later step has a budget of its own
+    await buffer.finish(fresh.key, reward=None, outcome=Outcome.ENGINE_ERROR)
+    assert (await buffer.stats()).retried == 5
+
+
+async def test_a_retry_waits_a_while_and_others_go_first() -> None:
+    buffer = make_buffer(retries=Retries(max_attempts=2, backoff_s=0.4))
+    (lease,) = await started(buffer)
+    random.seed(2)  # draws 0.96
+    await buffer.finish(lease.key, reward=None, outcome=Outcome.ENGINE_ERROR)
+    assert await buffer.lease(1, 0.0) == []
+    await buffer.admit(make_task(1), split="train", num_rollouts=1)
+    (other,) = await buffer.lease(9, 0.0)
+    assert other.key.group == 1
+    before = time.monotonic()
+    (again,) = await buffer.lease(1, 5.0)
+    assert again.key.attempt == 1
+    assert 0.2 < time.monotonic() - before < 1.0
 
 
 async def end(buffer: Buffer, lease: Lease) -> None:
@@ -232,7 +293,7 @@ async def test_advance_moves_what_was_taken_and_no_more() -> None:
 
 
 async def test_cancel_ends_everything_and_wakes_everybody() -> None:
-    buffer = make_buffer(max_attempts=3)
+    buffer = make_buffer(retries=Retries(max_attempts=3))
     leases = await started(buffer, 1)
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     await buffer.lease(1, 1.0)
@@ -257,8 +318,8 @@ async def test_cancel_ends_everything_and_wakes_everybody() -> None:
             await buffer.take(1, split="train")  # waits again
 
 
-async def test_a_lease_over_its_deadline_is_retried_and_then_a_timeout() -> None:
-    buffer = make_buffer(max_attempts=2, grace=5.0)
+async def test_a_lease_over_its_deadline_is_retried_and_then_lost() -> None:
+    buffer = make_buffer(retries=Retries(max_attempts=2), grace=5.0)
     await buffer.admit(make_task(), split="train", num_rollouts=2)
     (dead,) = await buffer.lease(1, 1.0, deadline=10.0)
     (endless,) = await buffer.lease(1, 1.0)
@@ -272,7 +333,7 @@ async def test_a_lease_over_its_deadline_is_retried_and_then_a_timeout() -> None
     assert await buffer.expire(time.time() + 16.0) == 1
     await end(buffer, endless)
     (group,) = await buffer.take(1, split="train")
-    assert [t.outcome for t in group.trajectories] == [Outcome.TIMEOUT, Outcome.FINISHED]
+    assert [t.outcome for t in group.trajectories] == [Outcome.WORKER_LOST, Outcome.FINISHED]
 
 
 async def test_a_cancelled_take_or_lease_loses_nothing() -> None:
@@ -291,7 +352,7 @@ class Scenario:
     """Random operations, in an order that hypothesis chooses, and a record of what came out."""
 
     def __init__(self, choice: random.Random, max_attempts: int) -> None:
-        self.buffer = make_buffer(max_attempts=max_attempts, grace=0.0)
+        self.buffer = make_buffer(retries=Retries(max_attempts=max_attempts), grace=0.0)
         self.choice = choice
         self.leases: list[Lease] = []
         self.groups: list[Group] = []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -57,6 +59,47 @@ async def shows_its_tools(payload: Payload, policy: Policy) -> None:
     emit_reward(0.25, name="found", about=outer)
     emit_reward({"format": 0.5, "style": 0.25}, about=reply)
     emit_reward({"answer": 1.0, "length": -0.5})
+
+
+@tool("slow", timeout_s=0.1)
+async def slow() -> None:
+    try:
+        await asyncio.sleep(60)
+    except asyncio.CancelledError:
+        STOPPED.append("slow")
+        raise
+
+
+@tool("blocks", timeout_s=0.1)
+def blocks(seconds: float) -> str:
+    time.sleep(seconds)
+    return f"{current_rollout() is not None}"
+
+
+STOPPED: list[str] = []
+
+
+async def has_tools_that_hang(payload: Payload, policy: Policy) -> float:
+    await ask(policy, payload)
+    for call in (slow, functools.partial(asyncio.to_thread, blocks, 2.0)):
+        with pytest.raises(TimeoutError, match=r"tool (slow|blocks): not done after 0.1 s"):
+            await call()
+    assert blocks(0.0) == "True"
+    return 1.0
+
+
+async def test_a_tool_has_a_deadline_of_its_own() -> None:
+    STOPPED.clear()
+    seen = await trajectory_of(has_tools_that_hang)
+    assert (seen.outcome, seen.error) == (Outcome.FINISHED, "")
+    assert [(one.name, one.status) for one in seen.tools] == [
+        ("slow", ToolStatus.TIMEOUT),
+        ("blocks", ToolStatus.TIMEOUT),
+        ("blocks", ToolStatus.OK),
+    ]
+    assert set(STOPPED) == {"slow"}
+    with pytest.raises(TypeError, match="decorator"), tool("block", timeout_s=1.0):
+        pass
 
 
 async def test_tools_and_rewards_reach_the_trajectory() -> None:

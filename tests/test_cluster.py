@@ -19,6 +19,7 @@ from agents_for_tests import RUN_SECRET, make_call, make_task, small_gateway
 from agent_lightning.buffer import Buffer
 from agent_lightning.cluster import init_ray, kill, spawn
 from agent_lightning.errors import UnknownRollout
+from agent_lightning.retries import Retries
 from agent_lightning.rollout import AgentSpec, RolloutWorker
 from agent_lightning.types import Outcome, RolloutKey
 
@@ -165,7 +166,7 @@ async def test_cancelling_a_worker_ends_its_agents(make: Make) -> None:
 
 
 async def test_a_killed_worker_costs_an_attempt_and_no_rollout(make: Make) -> None:
-    buffer = make(Buffer, run_secret=RUN_SECRET, max_attempts=2, grace=0.0)
+    buffer = make(Buffer, run_secret=RUN_SECRET, retries=Retries(max_attempts=2), grace=0.0)
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     await buffer.lease(1, timeout=1.0, deadline=0.5)  # its holder is never heard of again
     assert await buffer.expire(time.time() + 1.0) == 1

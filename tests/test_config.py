@@ -94,6 +94,7 @@ def test_the_full_experiments_have_the_papers_settings(experiment: str) -> None:
         ("hardware.port=8000", 8000),
         ("tracking.tags=[a,b]", ["a", "b"]),
         ("algorithm.failures.timeout=null", None),
+        ("algorithm.failures.truncated=resample", "resample"),
         ("verl.ulysses_sequence_parallel_size=2", 2),
         ("vllm.max_num_batched_tokens=512", 512),
         ("data.train.num=5", 5),
@@ -119,7 +120,7 @@ def test_a_key_that_no_file_names_can_be_set(override: str, value: object) -> No
         ("steps=null", "steps=null: must be a whole number"),
         ("tracking.tensorboard=perhaps", "tracking.tensorboard=perhaps: must be true or false"),
         ("algorithm.rollouts_per_batch=x", "algorithm.rollouts_per_batch=x: must be a whole number or null"),
-        ("algorithm.failures.timeout=low", "algorithm.failures.timeout=low: must be a number or null"),
+        ("algorithm.failures.timeout=low", "algorithm.failures.timeout=low: must be a number or null, resample"),
         ("tracking.tags={a: 1}", "tracking.tags={'a': 1}: must be a list; each item text"),
         ("verl=3", "verl=3: must be a mapping"),
         ("sampling=3", "sampling=3: is a section; set one of its keys, such as sampling.train.temperature"),
@@ -147,6 +148,8 @@ def test_a_wrong_override_is_one_line_that_says_what_to_do(override: str, messag
         ("sampling.train.max_tokens=0", "sampling.train.max_tokens=0: must be at least 1"),
         ("hardware.port=70000", "hardware.port=70000: must be from 0 to 65535"),
         ("hardware.device=tpu", "hardware.device=tpu: must be one of cpu, cuda"),
+        ("agent.retry.budget=-1", "agent.retry: budget, backoff_s and backoff_max_s must be at least 0"),
+        ("agent.breaker.share=0", "agent.breaker: window=64 must be at least 0, share=0.0 above 0 and at most 1"),
         ("agent.timeout_s=0", "agent.timeout_s=0.0: must be above 0"),
         ("agent.reward_max=0", "agent.reward_min must be below agent.reward_max"),
     ],
@@ -157,8 +160,9 @@ def test_a_value_out_of_range_names_the_key(override: str, message: str) -> None
 
 
 def test_an_outcome_that_is_no_failure_is_refused() -> None:
-    assert refusal("algorithm.failures.timout=0").startswith("algorithm.failures=timout: must be one of agent_error,")
-    assert refusal("algorithm.failures.finished=0").startswith("algorithm.failures=finished: must be one of")
+    for name in ("timout", "finished"):
+        said = refusal(f"algorithm.failures.{name}=0")
+        assert said.startswith(f"algorithm.failures.{name}: not a failure; use one of agent_error, ")
 
 
 @pytest.mark.parametrize(

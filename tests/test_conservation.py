@@ -16,6 +16,7 @@ from agent_lightning.buffer import Buffer
 from agent_lightning.credit import Credit, assign
 from agent_lightning.credit_rules import CreditRules, Estimator, Method
 from agent_lightning.errors import UnknownRollout
+from agent_lightning.retries import Retries
 from agent_lightning.testing import model_call
 from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Task
 
@@ -52,7 +53,7 @@ class Story:
 async def played(story: Story, arrival: random.Random) -> tuple[Group, Counter[str]]:
     """The group as the buffer hands it out, and how many spans of ended attempts it refused."""
     attempts = max(len(rollout) for rollout in story.rollouts)
-    buffer, refused = Buffer(run_secret=b"s", max_attempts=attempts), Counter[str]()
+    buffer, refused = Buffer(run_secret=b"s", retries=Retries(max_attempts=attempts)), Counter[str]()
     await buffer.admit(Task(task_id="t", payload={}), split="train", num_rollouts=len(story.rollouts))
 
     async def record(call: ModelCall) -> None:

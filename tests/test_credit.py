@@ -3,6 +3,7 @@
 import math
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any, get_args
 
@@ -97,10 +98,42 @@ def test_every_outcome_has_an_answer() -> None:
     assert pickle.loads(pickle.dumps(FailurePolicy())) == FailurePolicy()
 
 
-@pytest.mark.parametrize("overrides", [{"finished": 1.0}, {"tiemout": 0.0}, {"timeout": math.nan}])
-def test_failures_refuse_what_is_not_one(overrides: dict[str, float | None]) -> None:
-    with pytest.raises(ConfigError, match=r"^failures\."):
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"finished": 1.0},
+        {"tiemout": 0.0},
+        {"timeout": math.nan},
+        {"timeout": True},
+        {"timeout": "keep"},
+        {"truncated": "drop"},
+        {"cancelled": "resample"},
+    ],
+)
+def test_failures_refuse_what_is_not_one(overrides: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"^algorithm\.failures\."):
         FailurePolicy.of(overrides)
+
+
+def test_what_is_resampled_is_masked_where_it_could_not_be_made_again() -> None:
+    policy = FailurePolicy.of({"timeout": "resample", "engine_error": 0.5, "truncated": "resample"})
+    assert policy.resampled == {"timeout", "truncated", "tool_error", "worker_lost"}
+    assert policy.reward_of(trajectory(0, [1], outcome=Outcome.TIMEOUT)) is None
+    assert policy.reward_of(trajectory(0, [1], outcome=Outcome.ENGINE_ERROR)) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("truncated", "reward"), [("keep", 1.0), (0.0, 0.0), (-1, -1.0), (None, None), ("resample", None)]
+)
+def test_a_finished_rollout_with_a_cut_reply_is_treated_as_the_config_says(
+    truncated: object, reward: float | None
+) -> None:
+    whole, cut = trajectory(0, [1], reward=1.0), trajectory(1, [1], reward=1.0)
+    cut = replace(cut, calls=tuple(replace(call, finish_reason="length") for call in cut.calls))
+    policy = FailurePolicy.of({"truncated": truncated})
+    assert (policy.reward_of(whole), policy.reward_of(cut)) == (1.0, reward)
+    found = credit(whole, cut, trajectory(2, [1], reward=0.0), failures=policy)
+    assert found.dropped_rollouts == ({"masked_truncated": 1} if reward is None else {})
 
 
 def test_failures_refuse_to_leave_an_outcome_out() -> None:
@@ -338,6 +371,7 @@ def test_rollouts_and_tokens_are_conserved(
     assert len(trajectories) == found.trained_rollouts + sum(found.dropped_rollouts.values())
     assert found.trained_rollouts == len({s.key.rollout_id for s in found.samples})
     assert found.reward_R.shape == (len(trajectories),)
-    reasons = {"no_spread", "no_selected_call", "overlong_sample", "masked_engine_error", "masked_cancelled"}
+    masked = {f"masked_{name}" for name in ("engine_error", "tool_error", "worker_lost", "cancelled")}
+    reasons = {"no_spread", "no_selected_call", "overlong_sample"} | masked
     assert {*found.dropped_rollouts, *found.dropped_tokens} <= reasons
     assert all(count > 0 for count in (*found.dropped_rollouts.values(), *found.dropped_tokens.values()))

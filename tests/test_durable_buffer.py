@@ -22,6 +22,7 @@ from agent_lightning.codec import decode, encode
 from agent_lightning.errors import DataError, JournalError, JournalFull, UnknownRollout
 from agent_lightning.events import Admitted, Base
 from agent_lightning.journal import JournalConfig
+from agent_lightning.retries import Retries
 from agent_lightning.telemetry.span_tree import RawSpan
 from agent_lightning.types import Group, Outcome, RolloutKey, Task
 
@@ -110,7 +111,7 @@ def test_a_buffer_that_died_is_the_same_again(
 
     async def run() -> None:
         path, source = tmp_path_factory.mktemp("journal"), random.Random(seed)
-        keys: dict[str, Any] = {"resumable": resumable, "max_attempts": 2, "grace": 0.0}
+        keys: dict[str, Any] = {"resumable": resumable, "retries": Retries(max_attempts=2), "grace": 0.0}
         if small:
             keys |= {"memory_bytes": 0, "journal": {"segment_bytes": 2000}}
         buffer = open_buffer(path, **keys)
@@ -141,7 +142,7 @@ def balance(stats: Mapping[str, Any]) -> None:
 
 async def test_a_crash_at_any_byte_leaves_exactly_what_was_acknowledged(tmp_path: Path) -> None:
     """Each acknowledged state is remembered with the journal's size; a journal cut anywhere gives the last of them."""
-    buffer, source = open_buffer(tmp_path / "whole", max_attempts=2), random.Random(5)
+    buffer, source = open_buffer(tmp_path / "whole", retries=Retries(max_attempts=2)), random.Random(5)
     states: list[tuple[int, object]] = [(0, plain(base_of(buffer)))]
     while buffer._store._journal is not None and buffer._store._journal.size < 5000:
         await play(buffer, source, 1)
@@ -209,10 +210,10 @@ async def test_a_request_sent_again_has_the_first_answer(tmp_path: Path) -> None
 
 
 async def test_a_deadline_survives_a_restart(tmp_path: Path) -> None:
-    buffer = open_buffer(tmp_path, max_attempts=2, grace=0.0)
+    buffer = open_buffer(tmp_path, retries=Retries(max_attempts=2), grace=0.0)
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     (lease,) = await buffer.lease(1, 0.0, deadline=10.0)
-    buffer = await again(buffer, tmp_path, max_attempts=2, grace=0.0)
+    buffer = await again(buffer, tmp_path, retries=Retries(max_attempts=2), grace=0.0)
     rollout = buffer._ledger.rollout(lease.key)
     assert rollout is not None
     assert await buffer.expire(rollout.state.expires_at - 1) == 0
@@ -340,11 +341,11 @@ async def test_a_resumed_run_has_the_rollouts_that_ended_since_its_checkpoint(tm
 
 
 async def test_an_attempt_that_ended_with_its_run_does_not_count_against_the_rollout(tmp_path: Path) -> None:
-    buffer = open_buffer(tmp_path, resumable=True, max_attempts=2)
+    buffer = open_buffer(tmp_path, resumable=True, retries=Retries(max_attempts=2))
     await buffer.milestone(0)
     await a_step(buffer, ends=0)
     for _ in range(3):
-        buffer = await again(buffer, tmp_path, resumable=True, max_attempts=2)
+        buffer = await again(buffer, tmp_path, resumable=True, retries=Retries(max_attempts=2))
         await buffer.resume(0, {})
         for number in range(2):
             await buffer.admit(make_task(number), split="train", num_rollouts=2)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from agent_lightning.breaker import Breaker
+from agent_lightning.checkpoint import newest, read_state
+from agent_lightning.client import current_rollout
 from agent_lightning.credit_rules import CreditRules, FailurePolicy
+from agent_lightning.errors import StepFailed
+from agent_lightning.retries import Retries
 from agent_lightning.rollout import AgentSpec
+from agent_lightning.state import check_books
 from agent_lightning.testing import ToyWorld
 from agent_lightning.types import Outcome, Policy, Task, Trajectory
 
@@ -183,3 +191,63 @@ async def test_agents_that_time_out_all_together_cost_one_timeout(agent: AgentSp
         state = await world.train(steps=1)
         assert time.monotonic() - started < 5
     assert state.failed == {"timeout": 16}
+
+
+async def test_a_failure_that_is_resampled_costs_its_group_no_member(agent: AgentSpec) -> None:
+    failed: set[str] = set()
+
+    async def flaky(task: Mapping[str, Any], policy: Policy) -> float:
+        said = await agent.target(task, policy)  # type: ignore[operator]
+        rollout = current_rollout()
+        assert rollout is not None
+        if rollout.rollout_id not in failed and rollout.rollout_id.endswith(("1", "3")):
+            failed.add(rollout.rollout_id)
+            raise ConnectionError("the search service is away")
+        return float(said)
+
+    spec = replace(agent, target=flaky, tool_errors=("ConnectionError: *",))
+    retries = Retries(max_attempts=2, resampled=FailurePolicy().resampled)
+    async with asyncio.timeout(20), make_world(spec, GOOD, retries=retries) as world:
+        state = await world.train(steps=1)
+        stats = await world.buffer.stats()
+    assert (state.failed, stats.retried, world.observer.records[0]["rollouts/retried"]) == ({}, len(failed), 4)
+    assert all(len(group.trajectories) == 8 for group in world.observer.groups if group.group_id.startswith("train"))
+
+
+async def test_a_tool_that_is_down_ends_the_step_early_and_is_named(agent: AgentSpec, tmp_path: Path) -> None:
+    """Two agents never end; without the breaker the step would wait for their deadline."""
+
+    async def down(task: Mapping[str, Any], policy: Policy) -> float:
+        if task["do"] == "hang":
+            await asyncio.sleep(60)
+        raise ConnectionError(f"search-{id(task)} refused {policy.base_url}")
+
+    tasks = [*GOOD, Task(task_id="hang", payload={"do": "hang"})]
+    spec = replace(agent, target=down, timeout_s=60.0, tool_errors=("ConnectionError*",))
+    settings: dict[str, Any] = {
+        "retries": Retries(max_attempts=9, resampled=FailurePolicy().resampled, budget=1.0),
+        "breaker": Breaker(window=12, share=0.8),
+        "checkpoints": tmp_path,
+    }
+    async with asyncio.timeout(20), make_world(spec, tasks, **settings) as world:
+        world.loop.state.val_rewards.append((0, 0.0))
+        position = replace(world.loop.state.cursor)
+        with pytest.raises(StepFailed) as failed:
+            await world.train(steps=3)
+        stats = await world.buffer.stats()
+    said = r"generate: \d+ of the last 12 attempts ended alike: tool_error: ConnectionError: search-# refused URL"
+    assert re.fullmatch(said, str(failed.value))
+    assert stats.retried <= 24
+    state = read_state(newest(tmp_path))  # the step is as if it had not begun: the run can be resumed
+    assert (state.step, state.cursor, state.dropped) == (0, position, {"step_failed": 24})
+    check_books(state)
+
+
+async def test_a_whole_step_of_failures_stops_the_run_also_where_they_are_resampled(agent: AgentSpec) -> None:
+    tasks = [Task(task_id="t", payload={"do": "raise"})]
+    retries = Retries(max_attempts=3, resampled=frozenset({"agent_error"}), budget=1.0)
+    async with asyncio.timeout(20), make_world(agent, tasks, retries=retries) as world:
+        with pytest.raises(StepFailed, match=r"all 8 rollouts of the step failed: 8 agent_error\. Most often: Value"):
+            await world.train(steps=1)
+        stats = await world.buffer.stats()
+    assert 0 < stats.retried <= 8

@@ -440,6 +440,19 @@ async def test_the_reason_of_a_refusal_explains_the_agents_error(content: str, f
         assert (await rig.end(Outcome.AGENT_ERROR)).outcome is outcome
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_takes_too_long_is_to_blame_and_stops_its_work(stream: bool) -> None:
+    async with open_rig(call_timeout_s=0.2) as rig:
+        rig.engine.delay_s = 60.0
+        async with asyncio.timeout(10):
+            reply = await rig.post(stream=stream)
+        assert code_of(reply) == (504, "engine_error")
+        assert reply.headers["x-should-retry"] == "false"
+        assert rig.engine.in_flight == 0
+        ended = await rig.end(Outcome.AGENT_ERROR)
+    assert (ended.outcome, ended.error) == (Outcome.ENGINE_ERROR, "the engine did not answer within 0.2 s")
+
+
 async def test_no_more_calls_than_a_rollout_may_make() -> None:
     async with open_rig(max_calls=3) as rig:
         codes = [(await rig.post()).status_code for _ in range(5)]

@@ -17,6 +17,7 @@ import pytest
 from agent_lightning import checkpoint
 from agent_lightning.buffer import Buffer, attempt_secret
 from agent_lightning.errors import StepFailed
+from agent_lightning.retries import Retries
 from agent_lightning.rollout import AgentSpec
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.state import State
@@ -274,7 +275,7 @@ async def test_a_step_in_which_everything_fails_ends_the_run(client: openai.Asyn
 
 
 async def test_an_engine_that_recovers_costs_an_attempt_and_no_rollout(client: openai.AsyncOpenAI) -> None:
-    async with make_world(client, max_attempts=20) as world:
+    async with make_world(client, retries=Retries(max_attempts=20)) as world:
         world.engine.fail_next(10)
         state: State = await world.train(steps=1)
         stats = await world.buffer.stats()

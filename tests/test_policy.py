@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
 
 from agent_lightning.errors import EngineError
 from agent_lightning.learners.base import WeightBucket, Weights
-from agent_lightning.policy import PolicyBoard
+from agent_lightning.policy import Follower, PolicyBoard
+from agent_lightning.serving.dialects import Completion
 from agent_lightning.testing import ToyEngine, ToyLanguage
 
 
@@ -130,7 +132,7 @@ async def test_replicas_follow_under_load_and_each_call_has_one_version() -> Non
     engines = [ToyEngine(language, seed=seed, delay_s=0.002) for seed in range(3)]
     for engine in engines:
         await engine.join(board)
-    following = [asyncio.create_task(engine.follow(board)) for engine in engines]
+    following = [asyncio.create_task(engine.follow()) for engine in engines]
     stopping = asyncio.Event()
     wrong: list[float] = []
 
@@ -155,4 +157,53 @@ async def test_replicas_follow_under_load_and_each_call_has_one_version() -> Non
     for task in following:
         task.cancel()
     await asyncio.wait(following)
-    assert await board.versions() == {}
+
+
+async def test_a_replica_that_is_not_heard_of_is_struck_off_and_the_others_are_not_kept_waiting() -> None:
+    board, language = PolicyBoard(silence=0.4), ToyLanguage(("no", "yes"))
+    dead, alive = ToyEngine(language), ToyEngine(language)
+    for engine in (dead, alive):
+        await engine.join(board)
+    following = asyncio.create_task(alive.follow())
+    started = time.monotonic()
+    assert await board.publish(weights(1), timeout=30.0) == 1
+    assert 0.1 < time.monotonic() - started < 5.0
+    assert (alive.version, list((await board.versions()).values())) == (1, [1])
+    following.cancel()
+
+
+async def test_a_replica_that_was_cut_off_answers_nothing_until_it_has_the_current_weights() -> None:
+    board, language = PolicyBoard(silence=0.3), ToyLanguage(("no", "yes"))
+    engine = ToyEngine(language)
+    await engine.join(board)
+    await asyncio.sleep(0.4)  # nobody hears of it: for all that it knows, it is struck off
+    assert await board.publish(weights(1), timeout=30.0) == 0
+    request = {"messages": [{"role": "user", "content": "?"}], "model": "policy"}
+    asking = asyncio.create_task(engine.generate(request))
+    await asyncio.sleep(0.1)
+    assert not asking.done()
+    following = asyncio.create_task(engine.follow())
+    completion = await asyncio.wait_for(asking, 5.0)
+    assert isinstance(completion, Completion)
+    assert completion.policy_version == 1
+    following.cancel()
+
+
+async def test_an_engine_that_dies_while_it_installs_is_not_the_publishers_failure() -> None:
+    board, dead = PolicyBoard(silence=0.3), False
+
+    async def install(new: Weights) -> None:
+        nonlocal dead
+        dead = True
+        raise ConnectionError("the engine's process is gone")
+
+    async def alive() -> None:
+        if dead:
+            raise RuntimeError("dead")
+
+    follower = Follower(board, install, alive)
+    await follower.join()
+    following = asyncio.create_task(follower.run())
+    assert await board.publish(weights(1), timeout=30.0) == 0
+    with pytest.raises(ExceptionGroup):
+        await following

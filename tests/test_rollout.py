@@ -18,6 +18,7 @@ from agent_lightning.agents import Mode, check, load, run_agent
 from agent_lightning.buffer import Buffer
 from agent_lightning.client import Rollout
 from agent_lightning.errors import AgentProcessError, ConfigError, RewardError
+from agent_lightning.retries import Retries
 from agent_lightning.rollout import AgentSpec, RolloutWorker, one_line, to_reward
 from agent_lightning.types import Outcome, Policy, Task, Trajectory
 
@@ -233,6 +234,25 @@ async def test_what_a_process_leaves_behind_is_gone_too_and_does_not_hold_its_re
     assert await are_gone(await read_pids(file))
 
 
+async def test_daemons_that_left_their_group_are_gone_too(tmp_path: Path) -> None:
+    """As a shell and as Python start them: in a session of their own, twice forked, deaf to SIGTERM."""
+    file = tmp_path / "pids"
+    python = "import os, signal, sys, time; signal.signal(15, signal.SIG_IGN); os.fork() and os._exit(0); os.setsid();"
+    python += f" os.fork() and os._exit(0); open('{file}', 'a').write(str(os.getpid()) + '\\n'); time.sleep(600)"
+    script = tmp_path / "agent.sh"
+    script.write_text(
+        f"""{sys.executable} -c "{python}"\nsetsid sh -c 'echo $$ >> {file}; exec sleep 600' &\nsleep 600\n"""
+    )
+    running = asyncio.create_task(run_agent(f"sh {script}", "command", make_task(), POLICY, ROLLOUT))
+    async with asyncio.timeout(20):
+        while len(pids := await read_pids(file)) < 2:
+            await asyncio.sleep(0.02)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert await are_gone(pids)
+
+
 # Rewards.
 
 
@@ -271,6 +291,7 @@ def test_errors_become_one_short_line() -> None:
         ("cancel", Outcome.AGENT_ERROR, "CancelledError: no message"),
         ("hang", Outcome.TIMEOUT, "not done after 0.5 s"),
         ("refuse to stop", Outcome.TIMEOUT, "not done after 0.5 s"),
+        ("never stop", Outcome.TIMEOUT, "not done after 0.5 s"),
         ("none", Outcome.BAD_REWARD, "RewardError: the agent returned nothing and emitted no reward"),
         ("nan", Outcome.BAD_REWARD, "RewardError: the reward is nan"),
         ("infinity", Outcome.BAD_REWARD, "RewardError: the reward is inf"),
@@ -364,15 +385,21 @@ async def test_a_worker_runs_many_at_a_time_and_no_more_than_it_may() -> None:
     assert (len(trajectories), most) == (20, 4)
 
 
+async def test_errors_of_tools_are_told_from_those_of_agents() -> None:
+    spec = make_spec(agents.does, tool_errors=("*CannotConnect*", "ValueError: first *"))
+    assert (await run_task(spec, do="raise")).outcome is Outcome.TOOL_ERROR
+    assert (await run_task(spec, do="raise a timeout")).outcome is Outcome.AGENT_ERROR
+
+
 async def test_an_engine_error_is_tried_again() -> None:
-    buffer = Buffer(run_secret=RUN_SECRET, max_attempts=3)
+    buffer = Buffer(run_secret=RUN_SECRET, retries=Retries(max_attempts=3))
     task = make_task(fail="engine_error", handles=False)
     (trajectory,) = await run_tasks(make_spec(agents.is_refused), [task], buffer)
     assert (trajectory.outcome, trajectory.key.attempt) == (Outcome.ENGINE_ERROR, 2)
 
 
 async def test_a_stopped_worker_gives_its_rollouts_back() -> None:
-    buffer = Buffer(run_secret=RUN_SECRET, max_attempts=2)
+    buffer = Buffer(run_secret=RUN_SECRET, retries=Retries(max_attempts=2))
     worker = RolloutWorker(buffer=buffer, agent=make_spec(agents.score_hangs), policy_url="http://x", model="m")
     running = asyncio.create_task(worker.run())
     await buffer.admit(make_task(), split="train", num_rollouts=1)

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import sys
 import time
 import uuid
@@ -79,6 +80,8 @@ class GatewayConfig:
     max_choices: int = 16
     max_concurrent_calls: int = 64
     """Of one attempt, in flight at once."""
+    call_timeout_s: float = math.inf
+    """Seconds that the engine has for a call; it must then be another's fault than the agent's."""
     retry_grace_s: float = 10.0
     """Seconds in which a client library that went away finds the work still going: theirs wait 8 s at most."""
 
@@ -272,10 +275,15 @@ class Gateway:
             sampling=config.sampling[call.key.split],
             stream=live,
         )
-        if live:
-            found = await self._follow(call, answer, request, started)
-        else:
-            found = await self._engine.generate(request)
+        try:
+            async with asyncio.timeout(None if math.isinf(config.call_timeout_s) else config.call_timeout_s):
+                if live:
+                    found = await self._follow(call, answer, request, started)
+                else:
+                    found = await self._engine.generate(request)
+        except TimeoutError:
+            late = f"the engine did not answer within {config.call_timeout_s:g} s"
+            found = Refusal(status=504, message=late, code="engine_error", type="server_error")
         if isinstance(found, Refusal):
             if found.code in ("context_length_exceeded", "engine_error"):
                 long = found.code == "context_length_exceeded"
@@ -352,6 +360,7 @@ class Gateway:
 
 
 def _refuse(wire: Wire, refusal: Refusal) -> JSONResponse:
-    # The client libraries obey the header: they would repeat a 409, and it would not get better.
-    headers = {"x-should-retry": "false"} if refusal.status < 500 else {}
+    # The client libraries obey the header: they would repeat a 409, and it would not get better; and a call that took
+    # too long once has left no time for another.
+    headers = {"x-should-retry": "false"} if refusal.status < 500 or refusal.status == 504 else {}
     return JSONResponse(wire.error(refusal), status_code=refusal.status, headers=headers)

@@ -10,8 +10,8 @@ import asyncio
 import json
 import logging
 import os
-import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import ray
@@ -26,15 +26,15 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from vllm.exceptions import VLLMClientError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from agent_lightning.learners.base import Weights
-from agent_lightning.policy import PolicyBoard
+from agent_lightning.policy import Follower, PolicyBoard
 from agent_lightning.serving.dialects import Completion, Part, Refusal, parse_error, parse_reply
 from agent_lightning.serving.gate import Gate
 from agent_lightning.serving.shared import shared_bytes
 
 logger = logging.getLogger(__name__)
-POLL_SECONDS = 30.0
 _INVALID = (VLLMClientError, ValidationError, ValueError, TypeError, KeyError, RecursionError)
 """What vLLM raises for a request that it cannot read: its own class, and what its templates and models let through."""
 
@@ -75,20 +75,16 @@ class PolicyServer:
             config.callback_config.callback_class = _NothingToDownload
         alone = config.accelerator_config.kind == "cpu" and len(settings["placement_group_config"]["bundles"]) == 1
         self._server = _Server.sync_init(config, engine_cls=OneProcessEngine if alone else VLLMEngine)
-        self._board = board
-        self._replica = uuid.uuid4().hex[:8]
-        self._version = 0
         self._gate = Gate()
-        self._follower: asyncio.Task[None] | None = None
+        self._follower = Follower(board, self._install, self.check_health)
+        self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Load the model, take the current weights, and follow the board from then on."""
         await self._server.start()
         await self._server.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
-        current = await self._board.join(self._replica)
-        if current is not None:
-            await self._install(current)
-        self._follower = asyncio.create_task(self._follow())
+        await self._follower.join()
+        self._following = asyncio.create_task(self._follow())
 
     async def check_health(self) -> None:
         """Raises where the engine is dead: Serve then replaces the replica."""
@@ -96,12 +92,11 @@ class PolicyServer:
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
         """Answer one request, already made ready by `dialects.engine_request`."""
-        try:
-            async with self._gate.call():
-                version = self._version
+        async with self._call() as version:
+            try:
                 replies = [reply async for reply in await self._ask(request)]
-        except _INVALID as error:
-            return _invalid(error)
+            except _INVALID as error:
+                return _invalid(error)
         reply = replies[-1]
         if isinstance(reply, ErrorResponse):
             return parse_error(reply.error.message, int(reply.error.code or 500), reply.error.type)
@@ -109,15 +104,26 @@ class PolicyServer:
 
     async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
         """The same, in parts as they come."""
-        try:
-            async with self._gate.call():
+        async with self._call() as version:
+            try:
                 async for batch in await self._ask(request):
-                    for part in _parts(batch, self._version):
+                    for part in _parts(batch, version):
                         yield part
                         if isinstance(part, Refusal):
                             return
-        except _INVALID as error:
-            yield _invalid(error)
+            except _INVALID as error:
+                yield _invalid(error)
+
+    @asynccontextmanager
+    async def _call(self) -> AsyncIterator[int]:
+        """One call, with one version, which it yields. A call that shows that the engine is dead ends the replica."""
+        await self._follower.attached()
+        try:
+            async with self._gate.call():
+                yield self._follower.version
+        except EngineDeadError:
+            _end_process("its engine is dead")
+            raise
 
     async def _ask(self, request: Mapping[str, Any]) -> AsyncIterator[Any]:
         """Ray's stream of replies: one, or batches of server-sent events. Raises ValidationError, ValueError."""
@@ -127,20 +133,15 @@ class PolicyServer:
         return cast(AsyncIterator[Any], await server.chat(ChatCompletionRequest(**request)))
 
     async def _follow(self) -> None:
-        """Install new weights as they are published. Ends with the replica."""
-        while True:
-            try:
-                weights = await self._board.newer_than(self._version, POLL_SECONDS)
-            except ray.exceptions.RayActorError:
-                return  # the board is gone, and the run with it
-            if weights is None:
-                continue
-            try:
-                await self._install(weights)
-            except Exception as error:  # whatever the engine raised, the publisher must hear of it
-                logger.exception("policy version %d could not be installed", weights.version)
-                await self._board.failed(self._replica, f"{type(error).__name__}: {error}")
-                return
+        """Take new weights as they are published, and end the replica where its engine is dead: Serve starts another at
+        once, and not after the health checks that it would need to see it."""
+        try:
+            await self._follower.run()
+        except* ray.exceptions.RayActorError:
+            logger.info("the board is gone, and the run with it")
+        except* Exception as errors:  # whatever it was: a replica that does not follow the board must not answer
+            first = errors.exceptions[0]
+            _end_process(f"{type(first).__name__}: {first}")
 
     async def _install(self, weights: Weights) -> None:
         async with self._gate.update():
@@ -152,8 +153,11 @@ class PolicyServer:
                     await self._server.collective_rpc("update_weights", kwargs={"update_info": update})
             await self._server.collective_rpc("finish_weight_update")
             await self._server.reset_prefix_cache()
-            self._version = weights.version
-        await self._board.installed(self._replica, weights.version)
+
+
+def _end_process(why: str) -> None:
+    logger.error("this policy replica ends: %s", why)
+    os._exit(1)
 
 
 def _parts(batch: Iterable[Any], version: int) -> Iterator[Part | Refusal]:
