@@ -373,7 +373,7 @@ class Buffer:
 
     def _end(self, rollout: Rollout, ending: Ending, *, retry: bool) -> None:
         state, calls = rollout.state, rollout.calls.values()
-        if ending.outcome is not Outcome.CANCELLED:
+        if ending.outcome not in (Outcome.CANCELLED, Outcome.WORKER_LOST):  # one death is that of many rollouts at once
             failed = ending.outcome is not Outcome.FINISHED
             tools = assemble(state.key, calls, tuple(rollout.raw.values())).tools if failed else ()
             self._breaker.saw(cause_of(ending.outcome, ending.error, tools))

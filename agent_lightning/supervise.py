@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -145,10 +146,10 @@ class Workers:
 
 
 def _reason(error: BaseException) -> str:
-    """In one line; of a traceback that came over the wire, how it begins and how it ends."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = ": ".join([lines[0], lines[-1]] if len(lines) > 1 else lines)
-    return f"{type(error).__name__}: {text}"[:500]
+    """In one line; of a traceback that came over the wire, the error at its end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    cause = [f": {lines[-1]}"] if re.match(r"[\w.]*(Error|Exception)\b", lines[-1]) and len(lines) > 1 else []
+    return f"{type(error).__name__}: {lines[0]}{''.join(cause)}"[:500]
 
 
 async def watch(

@@ -58,7 +58,7 @@ class Frail:
             for lease in await self._buffer.lease(1, 0.05, deadline=1000.0, worker=self._name):
                 if Frail.deaths > 0:
                     Frail.deaths -= 1
-                    raise ConnectionError("its process is gone\nand more\nkilled by signal 9")
+                    raise ConnectionError("its process is gone\nand more\nValueError: it was too small")
                 await self._buffer.finish(lease.key, reward=None, outcome=Outcome.AGENT_ERROR, error=self._name)
 
     async def stop(self) -> None:
@@ -99,7 +99,7 @@ async def test_a_worker_that_keeps_dying_is_reported_in_one_line() -> None:
     async with kept(Workers(lambda name: Frail(buffer, name), number=1, buffer=buffer, kill=kill, pause_s=0.0)) as _:
         async with asyncio.timeout(10):
             trouble = await watch(buffer, lambda stats: None)
-    cause = "ConnectionError: its process is gone: killed by signal 9"
+    cause = "ConnectionError: its process is gone: ValueError: it was too small"
     assert trouble == f"a rollout worker died {MOST_DEATHS} times in a row: {cause}"
 
 

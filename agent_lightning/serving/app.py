@@ -65,31 +65,48 @@ class ServingConfig:
 
 
 class _HandleEngine:
-    """The gateway's engine: a handle to the policy replicas."""
+    """The gateway's engine: a handle to the policy replicas. A call whose replica dies goes to another, or to the one
+    that takes its place, unless the agent has seen a part of the answer."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
-        response = self._handle.generate.remote(request)
-        try:
-            completion: Completion | Refusal = await response
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-        except Exception as error:  # any failure of a replica reaches the agent as an error of its protocol
-            return _failure(error)
-        return completion
+        for left in range(_REPLICAS_TRIED - 1, -1, -1):
+            response = self._handle.generate.remote(request)
+            try:
+                completion: Completion | Refusal = await response
+                return completion
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except Exception as error:  # any failure of a replica reaches the agent as an error of its protocol
+                if not left or not isinstance(error, ray.exceptions.RayActorError):
+                    return _failure(error)
+            await asyncio.sleep(_UNTIL_MISSED)
+        raise AssertionError("unreachable: the last try returns")
 
     async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
-        parts = self._handle.options(stream=True).stream.remote(request)
-        try:
-            async for part in parts:
-                yield part
-        except Exception as error:  # as above
-            yield _failure(error)
-        finally:
-            parts.cancel()
+        seen = False
+        for left in range(_REPLICAS_TRIED - 1, -1, -1):
+            parts = self._handle.options(stream=True).stream.remote(request)
+            try:
+                async for part in parts:
+                    seen = True
+                    yield part
+                return
+            except Exception as error:  # as above
+                if seen or not left or not isinstance(error, ray.exceptions.RayActorError):
+                    yield _failure(error)
+                    return
+            finally:
+                parts.cancel()
+            await asyncio.sleep(_UNTIL_MISSED)
+
+
+_REPLICAS_TRIED = 3
+_UNTIL_MISSED = 0.5
+"""Seconds until Serve is likely to know that a replica is gone."""
 
 
 def _failure(error: Exception) -> Refusal:

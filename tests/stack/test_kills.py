@@ -89,7 +89,7 @@ def test_a_run_goes_on_whatever_of_its_processes_is_killed(tmp_path: Path) -> No
         said, _ = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "a process of the run has died: PolicyBoard" in said
-    assert summary_of(run)["rollouts"]["failed"].get("agent_error", 0) == 0
+    assert summary_of(run)["rollouts"]["failed"] == {}  # what was lost was made again
     finished = [row for row in read_rollouts(run).to_pylist() if row["outcome"] == "finished"]
     assert len({(row["step"], row["rollout_id"]) for row in finished}) == len(finished)
 
@@ -102,7 +102,7 @@ def test_kill_9_of_the_driver_leaves_nothing_and_the_run_is_resumed(tmp_path: Pa
         started = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        _, alive = psutil.wait_procs(started, timeout=60)
+        _, alive = psutil.wait_procs(started, timeout=150)
         assert [" ".join(one.cmdline()) for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
     done = max(steps_of(run))
     subprocess.run(agl("train", f"resume={run}", f"steps={done + 3}"), cwd=ROOT, check=True, timeout=300)
