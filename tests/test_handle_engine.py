@@ -11,7 +11,7 @@ import ray.exceptions
 from agent_lightning.serving.app import _HandleEngine
 from agent_lightning.serving.dialects import Part, Refusal
 
-DIED = ray.exceptions.ActorDiedError("the replica's process is gone")
+DIED = ray.exceptions.RayActorError()
 PART = Part(chunk={}, policy_version=3)
 REFUSED = Refusal(status=400, message="no", code="invalid_request")
 
