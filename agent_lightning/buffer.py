@@ -134,9 +134,9 @@ class Buffer:
         memory_bytes: int = 2**62,
     ) -> None:
         """`max_calls`: model calls of one attempt; `max_spans`: spans of its trace. `grace`: seconds after a lease's
-        deadline until its worker counts as dead. `first_group`: on resume. `journal`: keeps what is acknowledged; the
-        buffer goes on from what it holds. `resumable`: what is trained is kept until `forget_before`. `memory_bytes`:
-        spans of complete rollouts beyond it are on disk only."""
+        deadline until its worker counts as dead. `first_group`: on resume, where there is no journal. `journal`: keeps
+        what is acknowledged; the buffer goes on from what it holds. `resumable`: what is trained is kept until
+        `forget_before`. `memory_bytes`: spans of complete rollouts beyond it are on disk only."""
         self._run_secret = run_secret
         self._retries = retries or Retries()
         self._breaker = breaker or Breaker(window=0, share=1.0)

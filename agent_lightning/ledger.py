@@ -145,8 +145,6 @@ class Ledger:
     def can_resume(self, step: int) -> bool:
         return any(one.step == step for one in self._milestones)
 
-    # Events, in the order of `events`.
-
     def _admitted(self, event: Admitted, place: Place | None) -> None:
         numbers = range(event.num_rollouts)
         keys = [RolloutKey(split=event.split, group=event.group, index=index) for index in numbers]
@@ -361,7 +359,8 @@ class Ledger:
     def _void(self, group: GroupOf) -> None:
         """No worker runs its rollouts any more: what has not ended begins anew, as another attempt."""
         for index, rollout in enumerate(group.rollouts):
-            if rollout.state.phase == "running":
+            ending = rollout.state.ending
+            if rollout.state.phase == "running" or (ending is not None and ending.outcome is Outcome.CANCELLED):
                 self._forget_spans(rollout)
                 key = rollout.state.key
                 state = RolloutState(key=replace(key, attempt=key.attempt + 1), voided=rollout.state.voided + 1)

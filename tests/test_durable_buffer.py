@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from agent_lightning import segments
 from agent_lightning.buffer import Buffer
+from agent_lightning.cli import main
 from agent_lightning.codec import decode, encode
 from agent_lightning.errors import DataError, JournalError, JournalFull, UnknownRollout
 from agent_lightning.events import Admitted, Base
@@ -410,3 +411,31 @@ def test_bytes_that_are_no_event_are_refused(data: bytes, kind: int) -> None:
     except ValueError:
         return
     assert same(decode(encode(read)), read)
+
+
+# agl journal check
+
+
+def test_a_check_says_what_a_journal_holds_and_where_it_is_broken(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def write() -> None:
+        buffer = open_buffer(tmp_path / "journal")
+        await a_step(buffer, ends=3)
+        await buffer.close()
+
+    asyncio.run(write())
+    (segment,) = segments.listed(tmp_path / "journal")
+    whole = segment.path.read_bytes()
+    assert main(["journal", "check", str(tmp_path)]) == 0
+    shown = capfd.readouterr().out
+    assert "Called         3" in shown
+    assert "open     2 groups: rollouts 3 complete, 1 running" in shown
+    segment.path.write_bytes(whole + b"torn")
+    assert main(["journal", "check", str(tmp_path / "journal")]) == 0
+    assert f"torn end of 4 bytes at byte {len(whole)}" in capfd.readouterr().out
+    segment.path.write_bytes(whole[:100] + b"?" + whole[101:])
+    assert main(["journal", "check", str(tmp_path)]) == 2
+    assert f"{segment.path} is damaged at byte {segments.HEADER_BYTES}" in capfd.readouterr().err
+    assert main(["journal", "check", str(tmp_path / "none")]) == 2
+    assert "holds no journal" in capfd.readouterr().err
