@@ -306,7 +306,8 @@ class Config:
     eval_every: int = 10
     """Steps between evaluations on data.val; 0: before and after only."""
     checkpoint_every: int = 10
-    """Steps between checkpoints; 0: only after the last step, and when the run is stopped."""
+    """Steps between checkpoints, the first before any step; a run that is killed is resumed from the newest.
+    0: only after the last step, and when the run is stopped."""
     checkpoints_kept: int = 2
     """The newest ones; 0 keeps all."""
     restarts: int = 3

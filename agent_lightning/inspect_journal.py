@@ -21,7 +21,7 @@ def check(path: Path) -> int:
     if not folder.is_dir() or not listed(folder):
         raise UserError(f"{path} holds no journal: give a run's folder, or a folder of segments")
     kinds, last, error = Counter[str](), None, None
-    ledger = Ledger(keeps=True, until_released=True, memory_bytes=0)
+    ledger = Ledger(keeps=True, memory_bytes=0)
     try:
         for last in readings(folder):
             _read(last, ledger, kinds)

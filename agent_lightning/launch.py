@@ -202,7 +202,6 @@ async def _start_buffer(config: Config, run_secret: bytes, journal: Path | None,
         max_spans=config.agent.max_spans,
         first_group=resumed.next_group if resumed is not None else None,
         journal=kept,
-        resumable=config.checkpoint_every > 0,
         memory_bytes=int(config.buffer.memory_gib * 2**30),
     )
     if resumed is not None and kept is not None:

@@ -39,16 +39,14 @@ _ANSWERS: Final = 4096
 
 
 class Ledger:
-    """Where every rollout is. With `keeps`, which needs a journal, groups outlive being taken:
-
-    until they are trained, and with `until_released` until a checkpoint covers that."""
+    """Where every rollout is. With `keeps`, which needs a journal, groups outlive being taken: until they are trained,
+    and where a run may come back to a milestone, until a later one is released."""
 
     def __init__(
         self,
         *,
         next_group: Mapping[Split, int] | None = None,
         keeps: bool = False,
-        until_released: bool = False,
         memory_bytes: int = 2**62,
     ) -> None:
         """`memory_bytes`: spans of complete rollouts beyond it are not held in memory."""
@@ -61,7 +59,6 @@ class Ledger:
         self.cancelled = False
         self.held_bytes = 0
         self._keeps = keeps
-        self._until_released = until_released
         self._memory_bytes = memory_bytes
         self._taken: deque[str] = deque()
         self._partly = 0
@@ -224,7 +221,7 @@ class Ledger:
         self.cancelled = True
 
     def _took(self, event: Taken, place: Place | None) -> None:
-        if self._keeps and not self._until_released:  # who took the last ones has them: it asks for others
+        if self._keeps and not self._milestones:  # who took the last ones has them: it asks for others
             for group_id in [one.group_id for one in self.groups.values() if one.stage == "trained"]:
                 self._drop(group_id)
         for group_id in event.groups:

@@ -32,7 +32,6 @@ class Store:
         config: JournalConfig | None,
         *,
         first_group: Mapping[Split, int] | None,
-        resumable: bool,
         memory_bytes: int,
     ) -> None:
         keeps = config is not None
@@ -40,7 +39,6 @@ class Store:
         self.ledger = Ledger(
             next_group=None if keeps else first_group,
             keeps=keeps,
-            until_released=keeps and resumable,
             memory_bytes=memory_bytes,
         )
         self._journal: Journal | None = None

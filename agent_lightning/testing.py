@@ -156,7 +156,6 @@ class ToyWorld:
             max_calls=self.max_calls,
             first_group=state.next_group,
             journal=self.journal,
-            resumable=self.checkpoint_every > 0,
         )
         self.board = PolicyBoard()
         self.engine = ToyEngine(language, seed=self.seed, max_len=self.max_len)

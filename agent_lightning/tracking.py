@@ -11,6 +11,7 @@ Each sink imports its library when it is made, so importing this module costs no
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -131,9 +132,13 @@ class JsonLines:
 
 def _keep_until(path: Path, step: int) -> None:
     """Remove the lines of later steps. Atomic."""
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # the process before died in the middle of a line
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
     half = path.with_suffix(".half")
-    half.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    half.write_text("".join(kept), encoding="utf-8")
     half.replace(path)
 
 
