@@ -82,8 +82,8 @@ async def never_stopped(agent: Agent, folder: Path, steps: int) -> tuple[dict[in
 
 
 def numbers(record: Mapping[str, float]) -> dict[str, float]:
-    """All of a step's record that is no time."""
-    return {name: value for name, value in record.items() if not name.startswith("time/")}
+    """All of a step's record but times, and the attempts that a kill has cost."""
+    return {name: value for name, value in record.items() if not name.startswith(("time/", "rollouts/retried"))}
 
 
 def ended_in(journal: Path) -> Iterator[str]:
