@@ -130,13 +130,12 @@ class Buffer:
         grace: float = 30.0,
         first_group: Mapping[Split, int] | None = None,
         journal: JournalConfig | None = None,
-        resumable: bool = False,
         memory_bytes: int = 2**62,
     ) -> None:
         """`max_calls`: model calls of one attempt; `max_spans`: spans of its trace. `grace`: seconds after a lease's
-        deadline until its worker counts as dead. `first_group`: on resume. `journal`: keeps what is acknowledged; the
-        buffer goes on from what it holds. `resumable`: what is trained is kept until `forget_before`. `memory_bytes`:
-        spans of complete rollouts beyond it are on disk only."""
+        deadline until its worker counts as dead. `first_group`: on resume, where there is no journal. `journal`: keeps
+        what is acknowledged; the buffer goes on from what it holds. `memory_bytes`: spans of complete rollouts beyond
+        it are on disk only."""
         self._run_secret = run_secret
         self._retries = retries or Retries()
         self._breaker = breaker or Breaker(window=0, share=1.0)
@@ -144,7 +143,7 @@ class Buffer:
         self._max_calls = max_calls
         self._max_spans = max_spans
         self._grace = grace
-        self._store = Store(journal, first_group=first_group, resumable=resumable, memory_bytes=memory_bytes)
+        self._store = Store(journal, first_group=first_group, memory_bytes=memory_bytes)
         self._ledger = self._store.ledger
         self._changed = asyncio.Condition()
         self._cancels = 0
@@ -318,7 +317,8 @@ class Buffer:
         self._alarm = trouble
 
     async def milestone(self, step: int) -> None:
-        """A checkpoint of this step is about to be saved: `resume` can come back to here."""
+        """A checkpoint of this step is about to be saved: `resume` can come back to here. From the first one on, the
+        journal keeps what is trained until `forget_before`."""
         self._store.note(Checkpointed(step=step))
         await self._store.kept()
 

@@ -1,4 +1,4 @@
-"""agl: train, eval, serve, score, runs, explain, import, export, doctor."""
+"""agl: train, eval, serve, score, runs, explain, import, export, journal, doctor."""
 
 from __future__ import annotations
 
@@ -41,6 +41,10 @@ async def _run(options: argparse.Namespace) -> int:
         from agent_lightning.doctor import doctor
 
         return doctor()
+    if options.command == "journal":
+        from agent_lightning import inspect_journal
+
+        return inspect_journal.check(options.path)
     if options.command in ("import", "export"):
         from agent_lightning import exchange
 
@@ -119,6 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--databases", type=Path, help="spider: the folder of DB/DB.sqlite")
     _add_reading(commands)
     _add_exchange(commands)
+    journal = _add(
+        commands,
+        "journal",
+        "verify the journal of a run: every record, the rollouts it holds, and where it is damaged",
+        "agl journal check runs/calc_tiny-s0-20260101-120000",
+    )
+    journal.add_argument("what", choices=("check",))
+    journal.add_argument("path", type=Path, help="a run's folder, or a journal's")
     _add(commands, "doctor", "what is installed, what is wrong, and what to type", "agl doctor")
     return parser
 

@@ -7,13 +7,16 @@ buffer = spawn(Buffer, run_secret=secret)  # in an actor; whatever uses it is th
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import re
+import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import ray
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 T = TypeVar("T")
 
@@ -24,14 +27,20 @@ _END_ORPHANS = "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper"
 """Ray's: what a process that was killed had started, agents above all, ends within seconds, daemons too."""
 
 
+_RESTARTS: Mapping[str, object] = {"max_restarts": -1, "max_task_retries": -1}
+"""Where the process dies, Ray starts it anew with the same arguments, and sends again what it had not answered."""
+
+
 class Remote:
     """`await remote.method(x)` runs `method` in the actor; cancelling the await cancels it there too.
 
     Exceptions arrive as they were raised, the remote traceback as their cause. Pickles as its handle.
     """
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, named: frozenset[str] = frozenset()) -> None:
+        """`named`: methods that are told which call this is, so that one that is sent again is known."""
         self._handle = handle
+        self._named = named
 
     def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
         if name.startswith("_"):  # also keeps pickle and copy from asking the actor for their hooks
@@ -39,6 +48,8 @@ class Remote:
         method = getattr(self._handle, name)
 
         async def call(*args: Any, **kwargs: Any) -> Any:
+            if name in self._named:
+                kwargs.setdefault("request", uuid.uuid4().hex)
             reply = method.remote(*args, **kwargs)
             try:
                 return await reply
@@ -50,22 +61,34 @@ class Remote:
 
         return call
 
-    def __reduce__(self) -> tuple[type[Remote], tuple[Any]]:
-        return Remote, (self._handle,)
+    def __reduce__(self) -> tuple[type[Remote], tuple[Any, frozenset[str]]]:
+        return Remote, (self._handle, self._named)
 
 
 def spawn(
-    cls: type[T], *args: Any, options: Mapping[str, Any] | None = None, name: str | None = None, **kwargs: Any
+    cls: type[T],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    restarts: bool = False,
+    **kwargs: Any,
 ) -> T:
     """An actor of `cls`, used like the object: its public methods must be `async def`.
 
     `options` are Ray's, e.g. {"num_cpus": 1, "scheduling_strategy": ...}; `name` is what `ray list actors` shows.
-    The actor lives as long as somebody holds the proxy. Where `cls(...)` raises, the first call raises
-    ray.exceptions.ActorDiedError.
+    `restarts`: an actor whose process dies comes again, on this node, where its files are; calls that it had not
+    answered are sent again, with the same `request` where a method takes one. The actor lives as long as somebody
+    holds the proxy. Where `cls(...)` raises, the first call raises ray.exceptions.ActorDiedError.
     """
     settings = {**_DEFAULTS, **(options or {}), **({} if name is None else {"name": name})}
+    named = frozenset[str]()
+    if restarts:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        settings |= {**_RESTARTS, "scheduling_strategy": here}
+        methods = inspect.getmembers(cls, inspect.iscoroutinefunction)
+        named = frozenset(name for name, method in methods if "request" in inspect.signature(method).parameters)
     handle = ray.remote(cls).options(**settings).remote(*args, **kwargs)
-    return cast(T, Remote(handle))
+    return cast(T, Remote(handle, named))
 
 
 def put(value: object) -> Any:

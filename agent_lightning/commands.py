@@ -27,6 +27,7 @@ from agent_lightning.loop import Loop
 from agent_lightning.observer import RunObserver, reward_by, summarise
 from agent_lightning.plots import plot_learning_curve
 from agent_lightning.report import Progress, Summary, report
+from agent_lightning.segments import listed
 from agent_lightning.state import Plan, State
 from agent_lightning.supervise import watch
 from agent_lightning.tasks import TaskCursor
@@ -71,7 +72,8 @@ async def _train(
 ) -> int:
     """From start to end with one set of processes; `restored`: from the newest checkpoint, whose state this is."""
     progress = Progress(config.experiment, steps=config.steps, console=console)
-    observer = RunObserver(config=config, run=run, progress=progress)
+    journal = _journal(config, run, restored)
+    observer = RunObserver(config=config, run=run, progress=progress, step=state.step if restored else None)
     progress.start()
     progress.waiting_for("start: Ray, the policy's engine, the learner")
     stopped = asyncio.Event()
@@ -79,15 +81,14 @@ async def _train(
     try:
         with _signals(stopped):
             async with launch.system(
-                config, train=True, workers=config.rollout.workers, first_group=state.next_group
+                config,
+                train=True,
+                workers=config.rollout.workers,
+                journal=journal,
+                resumed=state if restored else None,
             ) as system:
                 start_s = time.monotonic() - started
                 assert system.learner is not None
-                if restored:
-                    await system.learner.restore(checkpoint.newest(run.checkpoints), state.version)
-                    weights = await system.learner.publish()
-                    await system.board.publish(weights, 300.0)
-                    state.version = weights.version
                 loop = Loop(
                     plan=make_plan(config),
                     state=state,
@@ -99,6 +100,8 @@ async def _train(
                     val_tasks=loaded["val"],
                     stop=stopped,
                 )
+                if restored:
+                    await loop.restore(checkpoint.newest(run.checkpoints))
                 await loop.run()
     finally:
         progress.stop()
@@ -120,6 +123,16 @@ def _open(overrides: Sequence[str], resume: Path | None) -> tuple[Config, RunDir
     if state.step >= config.steps:
         raise UserError(f"{resume} has done its {state.step} steps: give steps=N with N above {state.step} to go on")
     return config, run, state
+
+
+def _journal(config: Config, run: RunDirectory, resume: bool) -> Path | None:
+    """The journal's folder; None where there is to be none. Raises UserError where it is another run's."""
+    if not config.buffer.journal:
+        return None
+    folder = run.path / "journal" if config.buffer.path is None else Path(config.buffer.path)
+    if not resume and folder.is_dir() and listed(folder):
+        raise UserError(f"buffer.path={folder} holds the journal of another run: resume that run, or choose another")
+    return folder
 
 
 def make_plan(config: Config) -> Plan:

@@ -8,10 +8,19 @@ from dataclasses import asdict
 from typing import get_args
 
 from agent_lightning.air import Form
-from agent_lightning.config_types import SOURCE_FIELDS, AirConfig, AlgorithmConfig, Config, CriticConfig, SourceConfig
+from agent_lightning.config_types import (
+    SOURCE_FIELDS,
+    AirConfig,
+    AlgorithmConfig,
+    BufferConfig,
+    Config,
+    CriticConfig,
+    SourceConfig,
+)
 from agent_lightning.credit_rules import Method
 from agent_lightning.errors import ConfigError
 from agent_lightning.estimators import Baseline, Scale
+from agent_lightning.journal import FSYNC
 
 
 def check(config: Config) -> None:
@@ -37,6 +46,8 @@ def check(config: Config) -> None:
     for name, weight in config.credit.reward_weights.items():
         if not math.isfinite(weight):
             raise ConfigError(f"credit.reward_weights.{name}={weight}: must be a finite number")
+    if config.sampling.seeded and config.hardware.gateways > 1:
+        raise ConfigError("sampling.seeded: hardware.gateways must be 1, as each counts what it is asked by itself")
     if config.agent.reward_min >= config.agent.reward_max:
         raise ConfigError("agent.reward_min must be below agent.reward_max")
     for key, seconds in (
@@ -64,6 +75,7 @@ def _check_choices(config: Config) -> None:
         ("credit.gae_over", credit.gae_over, ("token", "call")),
         ("air.form", config.air.form, get_args(Form)),
         ("hardware.device", config.hardware.device, ("cpu", "cuda")),
+        ("buffer.fsync", config.buffer.fsync, tuple(FSYNC)),
         ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
         ("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled")),
     ):
@@ -79,7 +91,10 @@ def _check_read(config: Config) -> None:
         raise ConfigError(f"credit.state_weight: credit.method={method} does not read it; only same_state does")
     if not config.air.enabled and config.air != AirConfig():
         raise ConfigError("air: its keys are set but it is off; add air.enabled=true, or credit=air")
+    buffer = config.buffer
     for key, unread, why in (
+        ("buffer", not buffer.journal and buffer != BufferConfig(journal=False), "buffer.journal is false"),
+        ("buffer.fsync_interval_s", buffer.fsync_interval_s != 1 and buffer.fsync != "interval", "of fsync=interval"),
         ("credit.gae_lambda", credit.gae_lambda != 0.95 and method != "gae", "only credit.method=gae does"),
         ("credit.gae_over", credit.gae_over != "token" and method != "gae", "only credit.method=gae does"),
         ("critic", config.critic != CriticConfig() and method != "gae", "only credit.method=gae has a critic"),
@@ -131,6 +146,10 @@ def _lowest(config: Config, compares: bool) -> tuple[tuple[str, float, float], .
         ("critic.clip_range", config.critic.clip_range, 0),
         ("rollout.workers", config.rollout.workers, 1),
         ("rollout.concurrency", config.rollout.concurrency, 1),
+        ("buffer.fsync_interval_s", config.buffer.fsync_interval_s, 0.001),
+        ("buffer.segment_mib", config.buffer.segment_mib, 1),
+        ("buffer.max_disk_gib", config.buffer.max_disk_gib, 2 * config.buffer.segment_mib / 1024),
+        ("buffer.memory_gib", config.buffer.memory_gib, 0),
         ("agent.max_calls", config.agent.max_calls, 1),
         ("agent.max_spans", config.agent.max_spans, 0),
         ("checkpoints_kept", config.checkpoints_kept, 0),

@@ -231,6 +231,27 @@ class SamplingConfig:
 class SamplingSplits:
     train: SamplingConfig = field(default_factory=SamplingConfig)
     val: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
+    seeded: bool = False
+    """Each call of training has its own seed, made of `seed`, the rollout, and what is asked how often: a rollout that
+    is run again samples the same, as far as the engine's arithmetic allows. Needs hardware.gateways=1."""
+
+
+@dataclass(slots=True, kw_only=True)
+class BufferConfig:
+    """What the buffer acknowledges outlives it; docs/reliability.md says what survives what."""
+
+    journal: bool = True
+    """Of training; false: a buffer that dies takes the run with it."""
+    path: str | None = None
+    """Folder of the journal, local or shared; null: journal/ in the run's folder."""
+    fsync: str = "interval"
+    """always, interval, or never: see journal.FSYNC."""
+    fsync_interval_s: float = 1.0
+    segment_mib: int = 64
+    max_disk_gib: float = 20.0
+    """At this size new rollouts and calls are refused, and what runs may end."""
+    memory_gib: float = 2.0
+    """Spans of rollouts that have ended, beyond which they are read back from the journal."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -285,7 +306,8 @@ class Config:
     eval_every: int = 10
     """Steps between evaluations on data.val; 0: before and after only."""
     checkpoint_every: int = 10
-    """Steps between checkpoints; 0: only after the last step, and when the run is stopped."""
+    """Steps between checkpoints, the first before any step; a run that is killed is resumed from the newest.
+    0: only after the last step, and when the run is stopped."""
     checkpoints_kept: int = 2
     """The newest ones; 0 keeps all."""
     restarts: int = 3
@@ -302,6 +324,7 @@ class Config:
     critic: CriticConfig = field(default_factory=CriticConfig)
     air: AirConfig = field(default_factory=AirConfig)
     sampling: SamplingSplits = field(default_factory=SamplingSplits)
+    buffer: BufferConfig = field(default_factory=BufferConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -39,6 +39,8 @@ FSYNC: Final[Mapping[str, str]] = {
 _RESERVE: Final = 1.1
 """Endings and what follows them are small, and are written up to this share of the limit."""
 _RETRY_S: Final = 0.2
+_MODE: Final = 0o600
+"""Of its files: they hold what agents and users say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +177,7 @@ class Journal:
         path = segments.path_of(self.config.path, number)
         half, places, size = path.with_suffix(".half"), list[Place](), HEADER_BYTES
         try:
-            with half.open("wb") as file:
+            with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE), "wb") as file:
                 file.write(segments.header(number, 0, base=True))
                 for payload in payloads:
                     file.write(segments.frame(payload, number, size))
@@ -263,7 +265,7 @@ class Journal:
             return
         path = segments.path_of(self.config.path, segment.number)
         if segment.descriptor < 0:
-            segment.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            segment.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, _MODE)
             self._sync_folder()
         data = memoryview(b"".join(segment.pending))
         done = 0

@@ -21,9 +21,11 @@ from agent_lightning.buffer import Buffer
 from agent_lightning.client import check_instrumentors
 from agent_lightning.config import Config, SourceConfig, resolve_path
 from agent_lightning.errors import ConfigError, PartDied, UserError
+from agent_lightning.journal import Fsync, JournalConfig
 from agent_lightning.learners.base import Learner
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.rollout import AgentSpec, RolloutWorker
+from agent_lightning.state import State
 from agent_lightning.supervise import Workers
 from agent_lightning.types import Split, Task
 
@@ -137,9 +139,10 @@ def _available_gib() -> float:
 
 @asynccontextmanager
 async def system(
-    config: Config, *, train: bool, workers: int, first_group: dict[Split, int] | None = None
+    config: Config, *, train: bool, workers: int, journal: Path | None = None, resumed: State | None = None
 ) -> AsyncIterator[System]:
-    """Start everything, and stop it again however the block ends. Raises UserError, EngineError, PartDied."""
+    """Start everything, and stop it again however the block ends. `journal`: the buffer's folder, where it keeps one;
+    `resumed`: the checkpoint from which the run goes on. Raises UserError, EngineError, JournalError, PartDied."""
     model = model_folder(config)
     check_memory(config)
     check_port(config)
@@ -155,7 +158,7 @@ async def system(
         own = await asyncio.to_thread(cluster.init_ray, hardware.address, cpus if hardware.device == "cpu" else None)
         stack.callback(cluster.shutdown_ray)
         run_secret = secrets.token_bytes(32)
-        buffer = _start_buffer(config, run_secret, first_group)
+        buffer = await _start_buffer(config, run_secret, journal, resumed)
         board = cluster.spawn(PolicyBoard)
         name = f"agl-{secrets.token_hex(3)}"
         serving = asyncio.to_thread(
@@ -184,17 +187,37 @@ async def system(
             raise PartDied(f"a process of the run has died: {cluster.who_died(error)}") from error
 
 
-def _start_buffer(config: Config, run_secret: bytes, first_group: dict[Split, int] | None) -> Buffer:
+async def _start_buffer(config: Config, run_secret: bytes, journal: Path | None, resumed: State | None) -> Buffer:
+    """Raises JournalError where the journal cannot be read or written."""
     from agent_lightning import cluster
 
-    return cluster.spawn(
+    kept = None if journal is None else journal_config(config, journal)
+    buffer = cluster.spawn(
         Buffer,
+        restarts=kept is not None,
         run_secret=run_secret,
         retries=config.retries(),
         breaker=config.breaker(),
         max_calls=config.agent.max_calls,
         max_spans=config.agent.max_spans,
-        first_group=first_group,
+        first_group=resumed.next_group if resumed is not None else None,
+        journal=kept,
+        memory_bytes=int(config.buffer.memory_gib * 2**30),
+    )
+    if resumed is not None and kept is not None:
+        there = await buffer.resume(resumed.step, resumed.next_group)
+        logger.warning("resumed from step %d: the journal has %d rollouts that need not run again", resumed.step, there)
+    return buffer
+
+
+def journal_config(config: Config, folder: Path) -> JournalConfig:
+    buffer = config.buffer
+    return JournalConfig(
+        path=folder.absolute(),
+        fsync=cast(Fsync, buffer.fsync),
+        fsync_interval_s=buffer.fsync_interval_s,
+        segment_bytes=buffer.segment_mib * 2**20,
+        max_bytes=int(buffer.max_disk_gib * 2**30),
     )
 
 
@@ -312,7 +335,13 @@ def _gateway(config: Config, run_secret: bytes) -> Any:
     sampling = {"train": asdict(config.sampling.train), "val": asdict(config.sampling.val)}
     agent = config.agent
     timeout_s = agent.timeout_s / 2 if agent.call_timeout_s is None else agent.call_timeout_s
-    return GatewayConfig(model="policy", run_secret=run_secret, sampling=cast(Any, sampling), call_timeout_s=timeout_s)
+    return GatewayConfig(
+        model="policy",
+        run_secret=run_secret,
+        sampling=cast(Any, sampling),
+        seed=config.seed if config.sampling.seeded else None,
+        call_timeout_s=timeout_s,
+    )
 
 
 def agent_spec(config: Config) -> AgentSpec:

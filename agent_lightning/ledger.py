@@ -39,16 +39,14 @@ _ANSWERS: Final = 4096
 
 
 class Ledger:
-    """Where every rollout is. With `keeps`, which needs a journal, groups outlive being taken:
-
-    until they are trained, and with `until_released` until a checkpoint covers that."""
+    """Where every rollout is. With `keeps`, which needs a journal, groups outlive being taken: until they are trained,
+    and where a run may come back to a milestone, until a later one is released."""
 
     def __init__(
         self,
         *,
         next_group: Mapping[Split, int] | None = None,
         keeps: bool = False,
-        until_released: bool = False,
         memory_bytes: int = 2**62,
     ) -> None:
         """`memory_bytes`: spans of complete rollouts beyond it are not held in memory."""
@@ -61,7 +59,6 @@ class Ledger:
         self.cancelled = False
         self.held_bytes = 0
         self._keeps = keeps
-        self._until_released = until_released
         self._memory_bytes = memory_bytes
         self._taken: deque[str] = deque()
         self._partly = 0
@@ -145,8 +142,6 @@ class Ledger:
     def can_resume(self, step: int) -> bool:
         return any(one.step == step for one in self._milestones)
 
-    # Events, in the order of `events`.
-
     def _admitted(self, event: Admitted, place: Place | None) -> None:
         numbers = range(event.num_rollouts)
         keys = [RolloutKey(split=event.split, group=event.group, index=index) for index in numbers]
@@ -226,7 +221,7 @@ class Ledger:
         self.cancelled = True
 
     def _took(self, event: Taken, place: Place | None) -> None:
-        if self._keeps and not self._until_released:  # who took the last ones has them: it asks for others
+        if self._keeps and not self._milestones:  # who took the last ones has them: it asks for others
             for group_id in [one.group_id for one in self.groups.values() if one.stage == "trained"]:
                 self._drop(group_id)
         for group_id in event.groups:
@@ -361,7 +356,8 @@ class Ledger:
     def _void(self, group: GroupOf) -> None:
         """No worker runs its rollouts any more: what has not ended begins anew, as another attempt."""
         for index, rollout in enumerate(group.rollouts):
-            if rollout.state.phase == "running":
+            ending = rollout.state.ending
+            if rollout.state.phase == "running" or (ending is not None and ending.outcome is Outcome.CANCELLED):
                 self._forget_spans(rollout)
                 key = rollout.state.key
                 state = RolloutState(key=replace(key, attempt=key.attempt + 1), voided=rollout.state.voided + 1)

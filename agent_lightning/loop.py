@@ -37,6 +37,8 @@ class LoopBuffer(WatchedBuffer, Protocol):
     async def take(self, num_groups: int, *, split: Split) -> list[Group]: ...
     async def advance(self, *, trained: int, dropped: Mapping[str, int]) -> None: ...
     async def cancel(self, reason: str) -> int: ...
+    async def milestone(self, step: int) -> None: ...
+    async def forget_before(self, step: int) -> None: ...
 
 
 class Board(Protocol):
@@ -82,6 +84,7 @@ class Loop:
         """Run to the last step. Raises StepFailed, EngineError."""
         started = time.monotonic() - self.state.wall_s
         if not self.state.val_rewards:
+            await self.save()  # a run that is killed in its first step is resumed too
             await self.evaluate()
         while self.state.step < self.plan.steps and not self.stop.is_set():
             try:
@@ -226,8 +229,16 @@ class Loop:
             return
         self.state.next_group = dict((await self.buffer.stats()).next_group)
         self.observer.waiting_for("checkpoint")
+        await self.buffer.milestone(self.state.step)  # before the checkpoint is whole: there is one for each
         await self.learner.save(folder)
         self.observer.saved(folder, self.state)
+        await self.buffer.forget_before(self.state.step)
+
+    async def restore(self, folder: Path) -> None:
+        """The learner as a checkpoint has it; its weights are the policy again, as the version that they were."""
+        await self.learner.restore(folder, max(0, self.state.version - 1))
+        if self.state.version:  # else they are what the engines start with
+            await self.publish()
 
     async def _account(
         self, groups: list[Group], version: int, credits: list[Credit], learned: Metrics, clock: Clock

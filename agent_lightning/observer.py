@@ -30,14 +30,15 @@ logger = logging.getLogger(__name__)
 class RunObserver:
     """Writes a run down while it happens."""
 
-    def __init__(self, *, config: Config, run: RunDirectory, progress: Progress) -> None:
+    def __init__(self, *, config: Config, run: RunDirectory, progress: Progress, step: int | None = None) -> None:
+        """`step`: of the checkpoint from which the run goes on; what was written of later ones is of no run."""
         self._config = config
         self._run = run
         self._progress = progress
         self._writer: RolloutWriter | None = RolloutWriter(run.rollouts)
-        sinks: list[Sink] = [JsonLines(run.metrics)]
+        sinks: list[Sink] = [JsonLines(run.metrics, resumed=step)]
         if config.tracking.tensorboard:
-            sinks.append(TensorBoardSink(run.logs / "tensorboard"))
+            sinks.append(TensorBoardSink(run.logs / "tensorboard", resumed=step))
         if config.tracking.wandb != "disabled":
             sinks.append(
                 WandbSink(

@@ -32,12 +32,14 @@ class Store:
         config: JournalConfig | None,
         *,
         first_group: Mapping[Split, int] | None,
-        resumable: bool,
         memory_bytes: int,
     ) -> None:
         keeps = config is not None
+        # With a journal only what is in it counts: else a replay would depend on who asks for it.
         self.ledger = Ledger(
-            next_group=first_group, keeps=keeps, until_released=keeps and resumable, memory_bytes=memory_bytes
+            next_group=None if keeps else first_group,
+            keeps=keeps,
+            memory_bytes=memory_bytes,
         )
         self._journal: Journal | None = None
         self._broken: JournalError | None = None

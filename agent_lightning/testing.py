@@ -37,6 +37,7 @@ from agent_lightning.agents import Agent
 from agent_lightning.breaker import Breaker
 from agent_lightning.buffer import Buffer
 from agent_lightning.credit_rules import CreditRules
+from agent_lightning.journal import JournalConfig
 from agent_lightning.loop import Loop
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.retries import Retries
@@ -72,9 +73,9 @@ SAMPLING: Final[Mapping[Split, Mapping[str, float | int]]] = {
 
 
 class QuietObserver:
-    """Keeps what it is told. Checkpoints, where it has a folder for them, only where there is no later step."""
+    """Keeps what it is told. Checkpoints, where it has a folder for them, every so many steps and after the last."""
 
-    def __init__(self, checkpoints: Path | None = None) -> None:
+    def __init__(self, checkpoints: Path | None = None, *, every: int = 0) -> None:
         self.records: list[dict[str, float]] = []
         """One of each training step."""
         self.evaluations: list[tuple[int, float]] = []
@@ -82,6 +83,7 @@ class QuietObserver:
         """Of training and evaluation, in the order in which they were done."""
         self.doing = ""
         self._checkpoints = checkpoints
+        self._every = every
 
     def waiting_for(self, text: str) -> None:
         self.doing = text
@@ -96,7 +98,8 @@ class QuietObserver:
         self.records.append(dict(record))
 
     def checkpoint(self, state: State, *, force: bool) -> Path | None:
-        return checkpoint.folder_of(self._checkpoints, state.step) if force and self._checkpoints else None
+        due = force or (self._every and state.step % self._every == 0)
+        return checkpoint.folder_of(self._checkpoints, state.step) if due and self._checkpoints else None
 
     def saved(self, path: Path, state: State) -> None:
         checkpoint.write_state(path, state)
@@ -123,9 +126,13 @@ class ToyWorld:
     max_len: int = 4096
     lr: float = 8.0
     seed: int = 0
+    seeded: bool = False
+    """What a rollout samples depends on `seed` and the rollout, not on when it asks; see GatewayConfig.seed."""
     checkpoints: Path | None = None
+    checkpoint_every: int = 0
     resume: bool = False
     """Go on from the newest checkpoint in `checkpoints`."""
+    journal: JournalConfig | None = None
 
     buffer: Buffer = field(init=False)
     board: PolicyBoard = field(init=False)
@@ -148,15 +155,21 @@ class ToyWorld:
             breaker=self.breaker,
             max_calls=self.max_calls,
             first_group=state.next_group,
+            journal=self.journal,
         )
         self.board = PolicyBoard()
         self.engine = ToyEngine(language, seed=self.seed, max_len=self.max_len)
         self.learner = ToyLearner(language, lr=self.lr)
-        self.observer = QuietObserver(self.checkpoints)
-        config = GatewayConfig(model=MODEL, run_secret=run_secret, sampling=SAMPLING)
+        self.observer = QuietObserver(self.checkpoints, every=self.checkpoint_every)
+        config = GatewayConfig(
+            model=MODEL, run_secret=run_secret, sampling=SAMPLING, seed=self.seed if self.seeded else None
+        )
         gateway = Gateway(engine=self.engine, recorder=self.buffer, config=config)
         self.loop = self._loop(state)
         async with AsyncExitStack() as stack:
+            stack.push_async_callback(self.buffer.close)
+            if self.resume and self.journal is not None:
+                await self.buffer.resume(state.step, state.next_group)
             running = await stack.enter_async_context(asyncio.TaskGroup())
             self.url = await stack.enter_async_context(serve_locally(gateway))
             await self.engine.join(self.board)
@@ -165,8 +178,7 @@ class ToyWorld:
             running.create_task(self.workers.run())
             stack.push_async_callback(self.workers.stop)
             if self.resume and self.checkpoints is not None:
-                await self.learner.restore(checkpoint.newest(self.checkpoints), state.version)
-                await self.loop.publish()
+                await self.loop.restore(checkpoint.newest(self.checkpoints))
             self._stack = stack.pop_all()
         return self
 

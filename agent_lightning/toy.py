@@ -89,13 +89,15 @@ class _Asked:
     max_tokens: int
     num: int
     """Choices of each prompt."""
+    seed: int | None
+    """Decides what is sampled; None: how often the prompt was asked does."""
 
 
 class ToyEngine:
     """The policy's engine: exact token ids, true log-probabilities, and errors as vLLM would have them.
 
-    Knows `temperature` (0: the likeliest word, log-probability 0), `max_tokens` and `n`. As in the real engine, one
-    version answers a call from start to end.
+    Knows `temperature` (0: the likeliest word, log-probability 0), `max_tokens`, `n` and `seed`. As in the real engine,
+    one version answers a call from start to end.
     """
 
     def __init__(self, language: ToyLanguage, *, seed: int = 0, max_len: int = 4096, delay_s: float = 0.0) -> None:
@@ -170,6 +172,7 @@ class ToyEngine:
                 temperature=float(request.get("temperature", 1.0)),
                 max_tokens=int(request.get("max_tokens", 2)),
                 num=int(request.get("n") or 1),
+                seed=None if request.get("seed") is None else abs(int(request["seed"])),
             )
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             return Refusal(status=400, message=f"{type(error).__name__}: {error}", code="invalid_request")
@@ -207,20 +210,23 @@ class ToyEngine:
             await board.leave(self._follower.replica)
 
     def _sample(self, asked: _Asked) -> tuple[Choice, ...]:
-        return tuple(self._choice(prompt_T, asked) for prompt_T in asked.prompts for _ in range(asked.num))
+        prompts = [prompt_T for prompt_T in asked.prompts for _ in range(asked.num)]
+        return tuple(self._choice(prompt_T, asked, index) for index, prompt_T in enumerate(prompts))
 
-    def _random(self, prompt_T: Ints) -> np.random.Generator:
+    def _random(self, prompt_T: Ints, seed: int | None, index: int) -> np.random.Generator:
+        if seed is not None:
+            return np.random.default_rng([seed, index])
         prompt = zlib.crc32(prompt_T.tobytes())
         self._asked[prompt] += 1
         return np.random.default_rng([self._seed, self.version, prompt, self._asked[prompt]])
 
-    def _choice(self, prompt_T: Ints, asked: _Asked) -> Choice:
+    def _choice(self, prompt_T: Ints, asked: _Asked, index: int) -> Choice:
         logits = self._table[self._language.state(prompt_T)]
         if asked.temperature == 0.0:
             word, logprob = int(np.argmax(logits)), 0.0
         else:
             logprobs = _log_softmax(logits / asked.temperature)
-            word = int(self._random(prompt_T).choice(logits.size, p=np.exp(logprobs)))
+            word = int(self._random(prompt_T, asked.seed, index).choice(logits.size, p=np.exp(logprobs)))
             logprob = float(logprobs[word])
         length = min(2, asked.max_tokens, self._max_len - prompt_T.size)
         return Choice(

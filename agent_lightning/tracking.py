@@ -11,6 +11,7 @@ Each sink imports its library when it is made, so importing this module costs no
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -107,10 +108,13 @@ class JsonLines:
     """One line a call, flushed before `log` returns; a number that is not finite is written as null.
 
     Example: log(3, {"train/reward": 0.5}) appends {"step": 3, "wall_s": 41.2, "train/reward": 0.5}
-    `wall_s` counts the seconds the run was alive: a resumed run counts on from its last line.
+    `wall_s` counts the seconds the run was alive: a resumed run counts on from its last line. `resumed`: the step from
+    which it goes on; lines of later ones are removed, as those steps are done again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resumed: int | None = None) -> None:
+        if resumed is not None and path.exists():
+            _keep_until(path, resumed)
         alive_s = max((row["wall_s"] for row in read_metrics(path)), default=0.0) if path.exists() else 0.0
         self._started = time.monotonic() - alive_s
         self._file = path.open("a", encoding="utf-8")
@@ -126,13 +130,30 @@ class JsonLines:
         self._file.close()
 
 
-class TensorBoardSink:
-    """Scalars for TensorBoard, written without importing torch or TensorFlow."""
+def _keep_until(path: Path, step: int) -> None:
+    """Remove the lines of later steps. Atomic."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # the process before died in the middle of a line
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    half = path.with_suffix(".half")
+    half.write_text("".join(kept), encoding="utf-8")
+    half.replace(path)
 
-    def __init__(self, directory: Path) -> None:
+
+class TensorBoardSink:
+    """Scalars for TensorBoard, written without importing torch or TensorFlow. `resumed`: as of JsonLines."""
+
+    def __init__(self, directory: Path, *, resumed: int | None = None) -> None:
         from tensorboard.summary.writer import event_file_writer
 
         self._writer = event_file_writer.EventFileWriter(str(directory))
+        if resumed is not None:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            start = SessionLog(status=SessionLog.START)  # TensorBoard forgets this step and later ones
+            self._writer.add_event(Event(wall_time=time.time(), step=resumed + 1, session_log=start))
 
     def log(self, step: int, record: Mapping[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import agents_for_tests as agents
@@ -19,6 +21,7 @@ from agents_for_tests import RUN_SECRET, make_call, make_task, small_gateway
 from agent_lightning.buffer import Buffer
 from agent_lightning.cluster import init_ray, kill, spawn
 from agent_lightning.errors import UnknownRollout
+from agent_lightning.journal import JournalConfig
 from agent_lightning.retries import Retries
 from agent_lightning.rollout import AgentSpec, RolloutWorker
 from agent_lightning.types import Outcome, RolloutKey
@@ -220,3 +223,36 @@ async def test_an_actor_that_cannot_be_made_says_so_at_its_first_call() -> None:
 def test_only_proxies_can_be_killed() -> None:
     with pytest.raises(TypeError, match="not a proxy"):
         kill(Sleeper())
+
+
+class KillableBuffer(Buffer):
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+@pytest.mark.stack
+@pytest.mark.usefixtures("ray_here")
+async def test_a_killed_buffer_comes_again_and_its_clients_notice_nothing(tmp_path: Path) -> None:
+    """Those that wait for its answer, and those that call it while it is gone; each thing happens once."""
+    journal = JournalConfig(path=tmp_path)
+    buffer = spawn(KillableBuffer, restarts=True, run_secret=RUN_SECRET, journal=journal)
+    taking = asyncio.create_task(buffer.take(3, split="train"))
+    leasing = asyncio.create_task(buffer.lease(6, timeout=60.0))
+    os.kill(await buffer.pid(), signal.SIGKILL)
+    async with asyncio.timeout(100):
+        groups = await asyncio.gather(*(buffer.admit(make_task(), split="train", num_rollouts=2) for _ in range(3)))
+        assert sorted(groups) == ["train-0", "train-1", "train-2"]
+        leases = await leasing
+        while len(leases) < 6:
+            leases += await buffer.lease(6, timeout=1.0)
+        calls = [make_call(lease.key, f"{lease.key.rollout_id}-{n}") for lease in leases for n in range(5)]
+        recording = asyncio.gather(*map(buffer.record, calls))
+        os.kill(await buffer.pid(), signal.SIGKILL)
+        await recording
+        for lease in leases:
+            await buffer.finish(lease.key, reward=1.0, outcome=Outcome.FINISHED)
+        taken = await taking
+    assert sorted(len(one.calls) for group in taken for one in group.trajectories) == [5] * 6
+    stats = await buffer.stats()
+    assert (stats.admitted, stats.taken, stats.calls) == (6, 6, 30)
+    kill(buffer)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from agent_lightning import segments
 from agent_lightning.buffer import Buffer
+from agent_lightning.cli import main
 from agent_lightning.codec import decode, encode
 from agent_lightning.errors import DataError, JournalError, JournalFull, UnknownRollout
 from agent_lightning.events import Admitted, Base
@@ -103,15 +104,13 @@ async def play(buffer: Buffer, source: random.Random, num: int) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32), resumable=st.booleans(), small=st.booleans())
-def test_a_buffer_that_died_is_the_same_again(
-    seed: int, resumable: bool, small: bool, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+@given(seed=st.integers(0, 2**32), small=st.booleans())
+def test_a_buffer_that_died_is_the_same_again(seed: int, small: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Whatever was done, and also where the journal was compacted and spans are only on disk."""
 
     async def run() -> None:
         path, source = tmp_path_factory.mktemp("journal"), random.Random(seed)
-        keys: dict[str, Any] = {"resumable": resumable, "retries": Retries(max_attempts=2), "grace": 0.0}
+        keys: dict[str, Any] = {"retries": Retries(max_attempts=2), "grace": 0.0}
         if small:
             keys |= {"memory_bytes": 0, "journal": {"segment_bytes": 2000}}
         buffer = open_buffer(path, **keys)
@@ -311,7 +310,7 @@ async def train(buffer: Buffer, groups: int) -> None:
 
 
 async def test_a_resumed_run_has_the_rollouts_that_ended_since_its_checkpoint(tmp_path: Path) -> None:
-    buffer = open_buffer(tmp_path, resumable=True)
+    buffer = open_buffer(tmp_path)
     await a_step(buffer, ends=4)
     await train(buffer, 2)
     await buffer.milestone(1)
@@ -319,10 +318,10 @@ async def test_a_resumed_run_has_the_rollouts_that_ended_since_its_checkpoint(tm
     await a_step(buffer, ends=4)  # trained after the checkpoint
     await train(buffer, 2)
     await a_step(buffer, ends=3)  # the step that was interrupted
-    buffer = await again(buffer, tmp_path, resumable=True)
+    buffer = await again(buffer, tmp_path)
     for _ in range(2):  # also where it is killed again before it could do anything
         assert await buffer.resume(1, {"train": 2, "val": 0}) == 4 + 3
-        buffer = await again(buffer, tmp_path, resumable=True)
+        buffer = await again(buffer, tmp_path)
     stats = await buffer.stats()
     assert (stats.admitted, stats.trained, stats.waiting, stats.running, stats.complete) == (4, 4, 0, 0, 0)
     for number in range(2):
@@ -341,11 +340,11 @@ async def test_a_resumed_run_has_the_rollouts_that_ended_since_its_checkpoint(tm
 
 
 async def test_an_attempt_that_ended_with_its_run_does_not_count_against_the_rollout(tmp_path: Path) -> None:
-    buffer = open_buffer(tmp_path, resumable=True, retries=Retries(max_attempts=2))
+    buffer = open_buffer(tmp_path, retries=Retries(max_attempts=2))
     await buffer.milestone(0)
     await a_step(buffer, ends=0)
     for _ in range(3):
-        buffer = await again(buffer, tmp_path, resumable=True, retries=Retries(max_attempts=2))
+        buffer = await again(buffer, tmp_path, retries=Retries(max_attempts=2))
         await buffer.resume(0, {})
         for number in range(2):
             await buffer.admit(make_task(number), split="train", num_rollouts=2)
@@ -358,7 +357,7 @@ async def test_an_attempt_that_ended_with_its_run_does_not_count_against_the_rol
 
 
 async def test_a_group_of_another_task_is_not_taken_over(tmp_path: Path) -> None:
-    buffer = open_buffer(tmp_path, resumable=True)
+    buffer = open_buffer(tmp_path)
     await buffer.milestone(0)
     await a_step(buffer, ends=4)
     await buffer.resume(0, {})
@@ -368,11 +367,11 @@ async def test_a_group_of_another_task_is_not_taken_over(tmp_path: Path) -> None
 
 
 async def test_a_journal_without_the_checkpoint_begins_anew(tmp_path: Path) -> None:
-    buffer = open_buffer(tmp_path, resumable=True)
+    buffer = open_buffer(tmp_path)
     await a_step(buffer, ends=4)
     assert await buffer.resume(7, {"train": 9, "val": 3}) == 0
     assert await buffer.admit(make_task(), split="train", num_rollouts=1) == "train-9"
-    buffer = await again(buffer, tmp_path, resumable=True)
+    buffer = await again(buffer, tmp_path)
     assert (await buffer.stats()).next_group == {"train": 10, "val": 3}
 
 
@@ -410,3 +409,31 @@ def test_bytes_that_are_no_event_are_refused(data: bytes, kind: int) -> None:
     except ValueError:
         return
     assert same(decode(encode(read)), read)
+
+
+# agl journal check
+
+
+def test_a_check_says_what_a_journal_holds_and_where_it_is_broken(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def write() -> None:
+        buffer = open_buffer(tmp_path / "journal")
+        await a_step(buffer, ends=3)
+        await buffer.close()
+
+    asyncio.run(write())
+    (segment,) = segments.listed(tmp_path / "journal")
+    whole = segment.path.read_bytes()
+    assert main(["journal", "check", str(tmp_path)]) == 0
+    shown = capfd.readouterr().out
+    assert "Called         3" in shown
+    assert "open     2 groups: rollouts 3 complete, 1 running" in shown
+    segment.path.write_bytes(whole + b"torn")
+    assert main(["journal", "check", str(tmp_path / "journal")]) == 0
+    assert f"torn end of 4 bytes at byte {len(whole)}" in capfd.readouterr().out
+    segment.path.write_bytes(whole[:100] + b"?" + whole[101:])
+    assert main(["journal", "check", str(tmp_path)]) == 2
+    assert f"{segment.path} is damaged at byte {segments.HEADER_BYTES}" in capfd.readouterr().err
+    assert main(["journal", "check", str(tmp_path / "none")]) == 2
+    assert "holds no journal" in capfd.readouterr().err

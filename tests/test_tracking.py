@@ -105,6 +105,17 @@ def test_json_lines_are_valid_json_and_flushed(tmp_path: Path) -> None:
     assert 0 <= line["wall_s"] < 5
 
 
+def test_a_resumed_run_drops_the_lines_of_steps_that_are_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "wall_s": 1.0}\n{"step": 2, "wall_s": 2.0}\n{"step": 3, "wall_s": 3.0}\n{"ste')
+    sink = JsonLines(path, resumed=2)
+    sink.log(3, {"a": 1.0})
+    sink.close()
+    lines = path.read_text().splitlines()
+    assert lines[:2] == ['{"step": 1, "wall_s": 1.0}', '{"step": 2, "wall_s": 2.0}']
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
 def test_a_resumed_run_goes_on_after_half_a_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "wall_s": 100.0, "train/reward": 0.5}\n{"step": 2, "wal')

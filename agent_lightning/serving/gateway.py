@@ -16,9 +16,10 @@ import math
 import sys
 import time
 import uuid
-from collections import OrderedDict
+import zlib
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect, Request
@@ -76,6 +77,9 @@ class GatewayConfig:
     run_secret: bytes
     sampling: Mapping[Split, Mapping[str, float | int]]
     """Per split, e.g. {"train": {"temperature": 1.0, "max_tokens": 64}, "val": {"temperature": 0.0}}."""
+    seed: int | None = None
+    """Of the run: what is sampled in training is then a function of it, the rollout, and what its agent asks for how
+    often, so that a rollout that is run again, also as another attempt, samples the same. One gateway must see all."""
     max_body_bytes: int = 4 * 1024 * 1024
     max_choices: int = 16
     max_concurrent_calls: int = 64
@@ -93,6 +97,8 @@ class _Attempt:
     calls_left: int = sys.maxsize
     """The least that the buffer ever told: its answers to calls in flight may come back in any order."""
     in_flight: int = 0
+    asked: Counter[int] = field(default_factory=Counter)
+    """How often it asked for the same, by a hash of it; counted where calls are seeded."""
     ended: str = ""
     """Why the buffer knows this attempt no more: the engine does not work for those that run on."""
 
@@ -275,6 +281,8 @@ class Gateway:
             sampling=config.sampling[call.key.split],
             stream=live,
         )
+        if config.seed is not None and call.key.split == "train":
+            request["seed"] = _seed(config.seed, call)
         try:
             async with asyncio.timeout(None if math.isinf(config.call_timeout_s) else config.call_timeout_s):
                 if live:
@@ -357,6 +365,14 @@ class Gateway:
         card = openai | {"type": "model", "display_name": model, "created_at": "1970-01-01T00:00:00Z"}
         ends = {"first_id": model, "last_id": model, "has_more": False}
         return card if name else {"object": "list", "data": [card], **ends}
+
+
+def _seed(run_seed: int, call: _Call) -> int:
+    """Of one call: the same for every attempt at its rollout that has asked the same so far."""
+    asked = zlib.crc32(compact(call.asked.engine).encode(), zlib.crc32(call.agent.encode()))
+    call.attempt.asked[asked] += 1
+    text = f"{run_seed}/{call.key.rollout_id}/{asked}/{call.attempt.asked[asked]}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
 def _refuse(wire: Wire, refusal: Refusal) -> JSONResponse:
