@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-examples train test test-pure test-slow check bench lock clean
+.PHONY: help venv venv-examples venv-crewai train test test-pure test-slow check bench lock clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --durations=10 --durations-min=1
@@ -17,10 +17,13 @@ venv: ## create .venv and install the locked CPU set; does nothing where that is
 venv-examples: ## and what the examples and their tests need: LangChain, OpenAI Agents, AutoGen, retrieval
 	@bash scripts/setup.sh examples
 
+venv-crewai: venv ## .venv-crewai, in which CrewAI runs as a command; 400 MB
+	@bash scripts/crewai.sh
+
 train: venv ## train the tiny policy on a CPU: make train ARGS="seed=1 steps=20"
 	$(BIN)/agl train experiment=calc_tiny $(ARGS)
 
-test: venv-examples ## all tests but those marked slow or gpu
+test: venv-examples venv-crewai ## all tests but those marked slow or gpu
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-pure: venv-examples ## the tests that start no Ray: seconds

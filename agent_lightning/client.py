@@ -45,7 +45,8 @@ T = TypeVar("T")
 _ROLLOUT = context.create_key("agent_lightning.rollout")
 _UNSENT = 4096
 """Spans of one rollout that wait to be sent; what comes beyond is dropped."""
-_SEND_TIMEOUT = 5.0
+_SEND_TIMEOUT = 30.0
+"""Seconds: a gateway that hundreds of agents ask at once is slow, not gone."""
 _LAST_SPANS = 0.25
 """Seconds that spans which are still open are waited for."""
 _SECRET = re.compile(r"(/attempt/\d+/)[0-9a-f]{32}")

@@ -54,7 +54,9 @@ class Remote:
             try:
                 return await reply
             except asyncio.CancelledError:
-                ray.cancel(reply)
+                # Not its children, as is Ray's default: they may be what the method says as it ends, and what it
+                # waits for it cancels itself.
+                ray.cancel(reply, recursive=False)
                 raise
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from error

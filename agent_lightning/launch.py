@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import logging
 import os
 import secrets
@@ -165,7 +166,7 @@ async def system(
             app.start,
             name=name,
             config=_serving(config, model, port),
-            gateway=_gateway(config, run_secret),
+            gateway=_gateway(config, model, run_secret),
             recorder=buffer,
             board=board,
             replica=_toy_replica(config),
@@ -329,7 +330,14 @@ def _serving(config: Config, model: str, port: int) -> Any:
     )
 
 
-def _gateway(config: Config, run_secret: bytes) -> Any:
+def vocab_size(model: str) -> int:
+    """Of a model's folder; where it does not say, that of any."""
+    path = Path(model) / "config.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    return int((known.get("text_config") or known).get("vocab_size") or 2**31)
+
+
+def _gateway(config: Config, model: str, run_secret: bytes) -> Any:
     from agent_lightning.serving.gateway import GatewayConfig
 
     sampling = {"train": asdict(config.sampling.train), "val": asdict(config.sampling.val)}
@@ -340,6 +348,7 @@ def _gateway(config: Config, run_secret: bytes) -> Any:
         run_secret=run_secret,
         sampling=cast(Any, sampling),
         seed=config.seed if config.sampling.seeded else None,
+        vocab_size=vocab_size(model),
         call_timeout_s=timeout_s,
     )
 

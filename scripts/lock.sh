@@ -25,4 +25,14 @@ resolve "$work/cpu.txt" requirements/cpu.in --constraint "$work/all.txt"
   echo "# Made by scripts/lock.sh from requirements/examples.in: what cpu.lock has not. Installed after it, with --no-deps."
   grep -vxF -f "$work/cpu.txt" "$work/all.txt"
 } > requirements/examples.lock
+# Of what CrewAI lists, an agent with tools imports no vector store, no PDF reader and no copy of uv: half of its size.
+for name in lancedb onnxruntime kubernetes pdfplumber openpyxl uv hf-xet; do
+  echo "$name; sys_platform == 'never'"
+done > "$work/unused.txt"
+UV_NATIVE_TLS=1 "$work/venv/bin/uv" pip compile -q requirements/crewai.in --override "$work/unused.txt" \
+  --universal --python-version 3.11 --no-annotate --no-header -o "$work/crewai.txt"
+{
+  echo "# Made by scripts/lock.sh from requirements/crewai.in, for an environment of its own. Installed with --no-deps."
+  grep -vE "'never'|^ *#" "$work/crewai.txt" | sort -u
+} > requirements/crewai.lock
 wc -l requirements/*.lock

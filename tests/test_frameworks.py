@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
+import numpy as np
 import pytest
+from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
+from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.rollout import AgentSpec
 from agent_lightning.telemetry.spans import assemble
-from agent_lightning.testing import ToyWorld
+from agent_lightning.testing import ToyLanguage, ToyWorld
 from agent_lightning.types import Policy, Task, ToolStatus, Trajectory
 
 TASKS = [Task(task_id="sum", payload={"question": "What is 2 plus 3?"})]
@@ -82,3 +86,86 @@ def check(trajectory: Trajectory) -> None:
     for tool in ran:
         assert (tool.name, tool.result, tool.status) == ("add", "5", ToolStatus.OK)
         assert tool.started_at <= tool.ended_at
+
+
+# Many.
+
+SCHEMA = {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]}
+
+
+async def with_openai(payload: dict[str, Any], policy: Policy) -> float:
+    tool: Any = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": SCHEMA}}
+    messages: list[Any] = [{"role": "user", "content": payload["question"]}]
+    async with AsyncOpenAI(base_url=policy.base_url, api_key=policy.api_key) as client:
+        while True:
+            reply = await client.chat.completions.create(model=policy.model, messages=messages, tools=[tool])
+            said: Any = reply.choices[0].message
+            if not said.tool_calls:
+                return float(said.content == "5")
+            messages.append(said.model_dump(exclude_none=True))
+            for call in said.tool_calls:
+                content = add(**json.loads(call.function.arguments))
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": content})
+
+
+async def with_anthropic(payload: dict[str, Any], policy: Policy) -> float:
+    tool: Any = {"name": "add", "description": "Adds.", "input_schema": SCHEMA}
+    messages: list[Any] = [{"role": "user", "content": payload["question"]}]
+    async with AsyncAnthropic(base_url=policy.anthropic_base_url, api_key=policy.api_key) as client:
+        while True:
+            reply = await client.messages.create(model=policy.model, max_tokens=64, messages=messages, tools=[tool])
+            used: list[Any] = [block for block in reply.content if block.type == "tool_use"]
+            if not used:
+                return float("".join(block.text for block in reply.content if block.type == "text") == "5")
+            results = [{"type": "tool_result", "tool_use_id": u.id, "content": add(**u.input)} for u in used]
+            said = [block.model_dump(exclude_none=True) for block in reply.content]
+            messages += [{"role": "assistant", "content": said}, {"role": "user", "content": results}]
+
+
+MIXED = (with_langchain, with_openai_agents, with_autogen, with_openai, with_anthropic)
+
+
+async def with_any(payload: dict[str, Any], policy: Policy) -> float:
+    return await MIXED[payload["number"] % len(MIXED)](payload, policy)
+
+
+def skilled() -> Weights:
+    """A policy that calls its tool, and answers when it has the result."""
+    language = ToyLanguage(WORDS)
+    table = np.tile(np.array([50.0, 0.0], np.float32), (language.num_states, 1))
+    table[language.state(language.encode([{"role": "tool", "content": "5"}]))] = [0.0, 50.0]
+    entry = {"name": "table", "dtype": "float32", "shape": list(table.shape), "offset": 0}
+    data = np.frombuffer(table.tobytes(), np.uint8)
+    return Weights(version=0, buckets=(WeightBucket(parameters=(entry,), data=data),))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")
+async def test_500_agents_of_mixed_frameworks_at_once_lose_no_span_and_double_none() -> None:
+    for name in ("langchain_openai", "agents", "autogen_ext.models.openai"):
+        pytest.importorskip(name)
+    tasks = [Task(task_id=str(n), payload={"question": "What is 2 plus 3?", "number": n}) for n in range(500)]
+    instrumentors = ("langchain", "openai_agents", "autogen_agentchat")
+    spec = AgentSpec(target=with_any, mode="async", timeout_s=600.0, concurrency=500, instrumentors=instrumentors)
+    async with ToyWorld(agent=spec, tasks=tasks, words=WORDS) as world:
+        await world.engine.install(skilled())
+        world.engine.delay_s = 2.0  # so that all of them are at it at once
+        for task in tasks:
+            await world.buffer.admit(task, split="train", num_rollouts=1)
+        taking = asyncio.create_task(world.buffer.take(500, split="train"))
+        most = 0
+        while not taking.done():  # ends with the rollouts, each of which has a deadline
+            most = max(most, (await world.buffer.stats()).running)
+            await asyncio.sleep(0.1)
+        done = [one for group in taking.result() for one in group.trajectories]
+        stats = await world.buffer.stats()
+    assert most == 500
+    assert [(one.error, one.reward, len(one.calls), len(one.tools)) for one in done] == [("", 1.0, 2, 1)] * 500
+    assert {(tool.name, tool.result, tool.call_id == one.calls[0].call_id) for one in done for tool in one.tools} == {
+        ("add", "5", True)
+    }
+    assert len({call.call_id for one in done for call in one.calls}) == stats.calls == 1000
+    assert (stats.refused_spans, stats.refused_finishes) == (0, 0)
+    sources = [tool.source for one in done for tool in one.tools]
+    assert sources.count("trace") == 300, "three of the five have an instrumentor"

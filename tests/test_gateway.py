@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ import numpy as np
 import openai
 import pytest
 
+from agent_lightning import launch
 from agent_lightning.buffer import Buffer, attempt_secret
 from agent_lightning.serving.dialects import Completion, Refusal
 from agent_lightning.serving.gateway import RETRY_HEADER, Gateway, GatewayConfig
@@ -438,6 +440,23 @@ async def test_the_reason_of_a_refusal_explains_the_agents_error(content: str, f
         rig.engine.fail_next(failures)
         await rig.post(messages=[{"role": "user", "content": content}])
         assert (await rig.end(Outcome.AGENT_ERROR)).outcome is outcome
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_token_ids_that_the_model_has_not_are_the_engines_error_and_no_span(stream: bool) -> None:
+    known = FIRST_WORD + len(WORDS)
+    for vocab_size, outcome in ((known, Outcome.FINISHED), (FIRST_WORD, Outcome.ENGINE_ERROR)):
+        async with open_rig(vocab_size=vocab_size) as rig:
+            reply = await rig.post(stream=stream)
+            failed = outcome is Outcome.ENGINE_ERROR
+            assert (f"vocabulary of {vocab_size}" in reply.text) == failed
+            ended = await rig.end(Outcome.AGENT_ERROR if failed else Outcome.FINISHED)
+            assert (ended.outcome, len(ended.calls)) == (outcome, 0 if failed else 1)
+
+
+def test_the_vocabulary_is_read_from_the_models_folder(tmp_path: Path) -> None:
+    assert launch.vocab_size("examples/calc_x/tiny_policy") == 1024
+    assert launch.vocab_size(str(tmp_path)) == 2**31
 
 
 @pytest.mark.parametrize("stream", [False, True])

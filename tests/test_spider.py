@@ -94,6 +94,8 @@ HARM = {
         f"{COUNT} SELECT group_concat(i) FROM (SELECT i FROM n LIMIT 100000)",
         "SELECT 1 -- " + "x" * 100_000,
         f"{BOMB} SELECT 1 FROM a40",
+        "WITH a AS (SELECT hex(zeroblob(32000)) AS x) SELECT " + ", ".join(["instr(x, x || 1)"] * 60) + " FROM a",
+        "SELECT trim('a', 'b'), ltrim('a', 'b'), rtrim('a', 'b')",
     ),
     "error": (
         *("", " ", "-- hello", ";", "SELEC", "SELECT 1; SELECT 2", "SELECT nobody FROM singer", "SELECT ?1"),

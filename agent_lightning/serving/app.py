@@ -241,6 +241,8 @@ def _llm_settings(config: ServingConfig) -> dict[str, Any]:
         "weight_transfer_config": {"backend": "ray_object_store"},
         # Log-probabilities after temperature and top-p: those of the distribution that was sampled.
         "logprobs_mode": "processed_logprobs",
+        # Of a response_format: a policy that likes spaces would write them between two fields to the end.
+        "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
         "enable_log_requests": False,
         "disable_log_stats": True,
     }

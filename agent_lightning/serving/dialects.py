@@ -145,6 +145,17 @@ def parse_reply(raw: Mapping[str, Any], *, policy_version: int) -> Completion:
     return Completion(reply=reply, choices=tuple(choices), policy_version=policy_version)
 
 
+def within(found: Completion | Refusal, vocab_size: int) -> Completion | Refusal:
+    """The answer, or a refusal where a token id in it is none of the model's: no row is made of what it cannot be."""
+    if isinstance(found, Refusal):
+        return found
+    for choice in found.choices:
+        if any(tokens_T.size and tokens_T.max() >= vocab_size for tokens_T in (choice.prompt_T, choice.response_T)):
+            message = f"the engine's reply has token ids out of the model's vocabulary of {vocab_size}"
+            return Refusal(status=500, message=message, code="engine_error", type="server_error")
+    return found
+
+
 def _logprobs(held: Mapping[str, Any], size: int) -> Floats:
     """Of `size` tokens. All are NaN where their number is another: nobody could say which are whose."""
     values = [entry["logprob"] for entry in held.get("content") or ()] or held.get("token_logprobs") or []

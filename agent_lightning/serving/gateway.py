@@ -28,7 +28,17 @@ from starlette.responses import JSONResponse, Response
 from agent_lightning.buffer import verify_secret
 from agent_lightning.errors import UnknownRollout
 from agent_lightning.serving.answers import Answer
-from agent_lightning.serving.dialects import CUT, Completion, Part, Refusal, compact, engine_request, join, spoken
+from agent_lightning.serving.dialects import (
+    CUT,
+    Completion,
+    Part,
+    Refusal,
+    compact,
+    engine_request,
+    join,
+    spoken,
+    within,
+)
 from agent_lightning.serving.tracing import SpanRecorder, agent_of, parent_of, take_traces
 from agent_lightning.serving.wire.base import Asked, BadRequest, Stream, Wire
 from agent_lightning.serving.wire.chat import ChatCompletions, Completions
@@ -80,6 +90,8 @@ class GatewayConfig:
     seed: int | None = None
     """Of the run: what is sampled in training is then a function of it, the rollout, and what its agent asks for how
     often, so that a rollout that is run again, also as another attempt, samples the same. One gateway must see all."""
+    vocab_size: int = 2**31
+    """Of the model: an answer with another token id in it is the engine's error."""
     max_body_bytes: int = 4 * 1024 * 1024
     max_choices: int = 16
     max_concurrent_calls: int = 64
@@ -288,7 +300,7 @@ class Gateway:
                 if live:
                     found = await self._follow(call, answer, request, started)
                 else:
-                    found = await self._engine.generate(request)
+                    found = within(await self._engine.generate(request), config.vocab_size)
         except TimeoutError:
             late = f"the engine did not answer within {config.call_timeout_s:g} s"
             found = Refusal(status=504, message=late, code="engine_error", type="server_error")
@@ -328,9 +340,11 @@ class Gateway:
         except asyncio.CancelledError:
             if parts:
                 with contextlib.suppress(UnknownRollout, ValueError):
-                    await self._record(call, join(parts), started)
+                    seen = within(join(parts), self._config.vocab_size)
+                    if isinstance(seen, Completion):
+                        await self._record(call, seen, started)
             raise
-        return join(parts)
+        return within(join(parts), self._config.vocab_size)
 
     async def _record(self, call: _Call, completion: Completion, started: float) -> None:
         """One span per choice: each is a sampled response to its prompt. Raises UnknownRollout."""

@@ -61,6 +61,10 @@ _BOUNDS = {
     sqlite3.SQLITE_LIMIT_ATTACHED: 0,
 }
 """Bytes of a text or a row, of a pattern, of a query. A function call cannot be interrupted: these keep it short."""
+_FUNCTIONS = 50
+"""In one query: SQLite looks at the clock between rows, not between the calls that make one. 20 ms each, at worst."""
+_SLOW = {"trim": 25, "ltrim": 25, "rtrim": 25}
+"""Functions that count as so many: with two texts they take up to 0.7 s."""
 _HEAP = 1 << 29
 """Bytes that SQLite may hold in this process, for all queries together; sorting is done in them, not in files."""
 _LOOK_EVERY = 1000
@@ -86,9 +90,14 @@ def run(path: str | Path, sql: str, limits: Limits = DEFAULT) -> Table | Failure
         return Failure(kind="missing", message=f"there is no database {path}")
     deadline = time.monotonic() + limits.seconds
     refused: list[int] = []
+    functions = 0
 
     def authorise(action: int, _: str | None, name: str | None, *__: str | None) -> int:
-        if action in _READING and not (action == sqlite3.SQLITE_FUNCTION and name in _NO_FUNCTIONS):
+        nonlocal functions
+        if action == sqlite3.SQLITE_FUNCTION:
+            functions += _SLOW.get(str(name), 1)
+        denied = action == sqlite3.SQLITE_FUNCTION and (name in _NO_FUNCTIONS or functions > _FUNCTIONS)
+        if action in _READING and not denied:
             return sqlite3.SQLITE_OK
         refused.append(action)
         return sqlite3.SQLITE_DENY
@@ -99,6 +108,8 @@ def run(path: str | Path, sql: str, limits: Limits = DEFAULT) -> Table | Failure
             connection.set_progress_handler(lambda: time.monotonic() > deadline, _LOOK_EVERY)
             return _fetch(connection.execute(sql), limits)
     except sqlite3.Error as error:
+        if functions > _FUNCTIONS:
+            return Failure(kind="too_large", message=f"over {_FUNCTIONS} uses of functions in one query")
         if refused:
             return Failure(kind="refused", message=_one_line(error))
         # Extended codes have the plain one in their low byte. Errors of Python's own module have none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import sys
 import time
@@ -23,7 +24,7 @@ from agent_lightning.serving.dialects import engine_request, join
 from agent_lightning.types import ModelCall, Outcome, Task
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from formats import FORMATS, FUNCTION, Clients, converse
+from formats import FORMATS, FUNCTION, Clients, chat, converse
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(420)]
 SYSTEM = "Solve the problem. Use the calculator."
@@ -58,6 +59,7 @@ async def test_formats_streams_and_cancelling_on_the_real_stack() -> None:
         await the_same_spans(stack, tools=True)
         await the_same_spans(stack, tools=False)
         await a_prompt_of_token_ids(stack)
+        await json_where_it_is_asked_for(stack)
         await tokens_of_a_stream_with_tools(stack)
         await deltas_pass_the_proxy(stack)
         await errors_of_the_protocol(stack)
@@ -109,6 +111,34 @@ async def a_prompt_of_token_ids(stack: Stack) -> None:
     assert streamed == whole.choices[0].text
     assert raw[0].prompt_T.tolist() == TOKENS
     assert [call.response_T.tolist() for call in raw] == [raw[0].response_T.tolist()] * 2
+
+
+async def json_where_it_is_asked_for(stack: Stack) -> None:
+    """A response_format in each format, streamed or not: what comes is of that form, and the same tokens."""
+    properties = {"sure": {"type": "boolean"}, "unit": {"enum": ["figs", "trays"]}}
+    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    named = {"name": "answer", "schema": schema}
+    ways = {
+        "chat": {"response_format": {"type": "json_schema", "json_schema": named}},
+        "responses": {"text": {"format": {"type": "json_schema", **named}}},
+        "messages": {"output_config": {"format": {"type": "json_schema", "schema": schema}}},
+    }
+    asked = [{"role": "user", "content": QUESTION}]
+    # The brace that ends an object: a policy that was never told to write JSON would not find an end.
+    whatever = {"response_format": {"type": "json_object"}, "logit_bias": {"94": 100}}
+    calls: list[ModelCall] = []
+    async with stack.rollout(calls) as root, Clients(root=root) as clients:
+        for name, extra in ways.items():
+            for stream in (False, True):
+                turn = await FORMATS[name](clients, asked, tools=False, stream=stream, **extra)
+                answer = json.loads(turn.text)
+                assert turn.reason == "stop"
+                assert (type(answer["sure"]), answer["unit"] in ("figs", "trays"), len(answer)) == (bool, True, 2)
+        for stream in (False, True):
+            assert json.loads((await chat(clients, asked, tools=False, stream=stream, **whatever)).text) == {}
+    spans = [essence(call) for call in calls]
+    assert spans[1:6] == spans[:1] * 5
+    assert spans[6] == spans[7]
 
 
 async def tokens_of_a_stream_with_tools(stack: Stack) -> None:
