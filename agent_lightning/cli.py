@@ -52,19 +52,7 @@ async def _run(options: argparse.Namespace) -> int:
 
         return scoring.run(options.benchmark, options.file, options.databases)
     if options.command == "submit":
-        from agent_lightning.preflight import use_token
-
-        use_token()
-        from agent_lightning.jobs import Submission, submit
-
-        how = Submission(
-            address=options.address,
-            runtime_env=options.runtime_env,
-            wait=options.wait,
-            follow=options.follow,
-            out=options.out,
-        )
-        return await submit(options.overrides, how)
+        return await _submit(options)
     if options.command == "config" or (options.command == "train" and options.dry_run):
         return _look(options)
     from agent_lightning import commands
@@ -86,6 +74,22 @@ async def _run(options: argparse.Namespace) -> int:
     if options.command == "eval":
         return await commands.evaluate(options.overrides, split=options.split, out=options.out)
     return await commands.serve(options.overrides)
+
+
+async def _submit(options: argparse.Namespace) -> int:
+    from agent_lightning.preflight import use_token
+
+    use_token()
+    from agent_lightning.jobs import Submission, submit
+
+    how = Submission(
+        address=options.address,
+        runtime_env=options.runtime_env,
+        wait=options.wait,
+        follow=options.follow,
+        out=options.out,
+    )
+    return await submit(options.overrides, how)
 
 
 def _look(options: argparse.Namespace) -> int:
@@ -122,26 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     train.add_argument("--assume", metavar="NODESxGPUS", help="of --dry-run: plan for such a cluster, e.g. 1x8")
-    config = _add(
-        commands,
-        "config",
-        "every key of a config, its value, and where that came from",
-        "agl config experiment=calc_tiny algorithm.lr=1e-3 --changed",
-    )
-    config.add_argument("--changed", action="store_true", help="leave out what has its default")
-    submit = _add(
-        commands,
-        "submit",
-        "train as a Ray job on a cluster",
-        "agl submit experiment=calc_tiny --address http://HEAD:8265 --follow",
-    )
-    submit.add_argument("--address", help="of the dashboard (default: RAY_API_SERVER_ADDRESS, or this machine's)")
-    submit.add_argument("--runtime-env", type=Path, help="(default: runtime_env.yaml, here or in the project)")
-    submit.add_argument("--wait", action="store_true", help="until it ends; its exit code is this command's")
-    submit.add_argument("--follow", action="store_true", help="and show its log")
-    submit.add_argument(
-        "--out", type=Path, default=Path("runs"), help="where the run's files are brought (default: runs)"
-    )
+    config, submit = _add_cluster(commands)
     evaluate = _add(
         commands,
         "eval",
@@ -171,6 +156,31 @@ def _parser() -> argparse.ArgumentParser:
     _add_exchange(commands)
     _add(commands, "doctor", "what is installed, what is wrong, and what to type", "agl doctor")
     return parser
+
+
+def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
+    """The commands that look at a run before it starts, and start it elsewhere."""
+    config = _add(
+        commands,
+        "config",
+        "every key of a config, its value, and where that came from",
+        "agl config experiment=calc_tiny algorithm.lr=1e-3 --changed",
+    )
+    config.add_argument("--changed", action="store_true", help="leave out what has its default")
+    submit = _add(
+        commands,
+        "submit",
+        "train as a Ray job on a cluster",
+        "agl submit experiment=calc_tiny --address http://HEAD:8265 --follow",
+    )
+    submit.add_argument("--address", help="of the dashboard (default: RAY_API_SERVER_ADDRESS, or this machine's)")
+    submit.add_argument("--runtime-env", type=Path, help="(default: runtime_env.yaml, here or in the project)")
+    submit.add_argument("--wait", action="store_true", help="until it ends; its exit code is this command's")
+    submit.add_argument("--follow", action="store_true", help="and show its log")
+    submit.add_argument(
+        "--out", type=Path, default=Path("runs"), help="where the run's files are brought (default: runs)"
+    )
+    return [config, submit]
 
 
 def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
