@@ -1,4 +1,4 @@
-"""agl: train, eval, serve, score, runs, explain, import, export, journal, doctor."""
+"""agl: train, config, submit, eval, serve, score, runs, explain, import, export, journal, doctor."""
 
 from __future__ import annotations
 
@@ -55,6 +55,10 @@ async def _run(options: argparse.Namespace) -> int:
         from agent_lightning import scoring
 
         return scoring.run(options.benchmark, options.file, options.databases)
+    if options.command == "submit":
+        return await _submit(options)
+    if options.command == "config" or (options.command == "train" and options.dry_run):
+        return _look(options)
     from agent_lightning import commands
 
     if options.command == "explain":
@@ -76,11 +80,39 @@ async def _run(options: argparse.Namespace) -> int:
     return await commands.serve(options.overrides)
 
 
-def _resume(overrides: Sequence[str]) -> tuple[list[str], Path | None]:
+async def _submit(options: argparse.Namespace) -> int:
+    from agent_lightning.preflight import use_token
+
+    use_token()
+    from agent_lightning.jobs import Submission, submit
+
+    how = Submission(
+        address=options.address,
+        runtime_env=options.runtime_env,
+        wait=options.wait,
+        follow=options.follow,
+        out=options.out,
+    )
+    return await submit(options.overrides, how)
+
+
+def _look(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from agent_lightning import dry_run
+    from agent_lightning.config import load
+
+    if options.command == "config":
+        return dry_run.show_config(options.overrides, changed=options.changed, console=Console())
+    dry_run.show(dry_run.examine(load(options.overrides), options.assume), Console())
+    return 0
+
+
+def _resume(overrides: Sequence[str]) -> tuple[list[str], str | None]:
     """`resume=RUN` is no key of the config: it says where the config comes from."""
     found = [item.removeprefix("resume=") for item in overrides if item.startswith("resume=")]
     rest = [item for item in overrides if not item.startswith("resume=")]
-    return rest, Path(found[-1]) if found else None
+    return rest, found[-1] if found else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
         "agl train experiment=calc_tiny seed=1\n  agl train experiment=calc_mawps data.root=../shared/data/calcx\n"
         "  agl train resume=runs/calc_tiny-s0-20260101-120000 steps=80",
     )
+    train.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    train.add_argument("--assume", metavar="NODESxGPUS", help="of --dry-run: plan for such a cluster, e.g. 1x8")
+    config, submit = _add_cluster(commands)
     evaluate = _add(
         commands,
         "eval",
@@ -108,9 +143,9 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "serve",
         "start gateway and policy alone, to point your own agent at",
-        "agl serve experiment=calc_tiny hardware.port=8000",
+        "agl serve experiment=calc_tiny serving.port=8000",
     )
-    for command in (train, evaluate, serve):
+    for command in (train, config, submit, evaluate, serve):
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
     score = _add(
         commands,
@@ -133,6 +168,31 @@ def _parser() -> argparse.ArgumentParser:
     journal.add_argument("path", type=Path, help="a run's folder, or a journal's")
     _add(commands, "doctor", "what is installed, what is wrong, and what to type", "agl doctor")
     return parser
+
+
+def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
+    """The commands that look at a run before it starts, and start it elsewhere."""
+    config = _add(
+        commands,
+        "config",
+        "every key of a config, its value, and where that came from",
+        "agl config experiment=calc_tiny algorithm.lr=1e-3 --changed",
+    )
+    config.add_argument("--changed", action="store_true", help="leave out what has its default")
+    submit = _add(
+        commands,
+        "submit",
+        "train as a Ray job on a cluster",
+        "agl submit experiment=calc_tiny --address http://HEAD:8265 --follow",
+    )
+    submit.add_argument("--address", help="of the dashboard (default: RAY_API_SERVER_ADDRESS, or this machine's)")
+    submit.add_argument("--runtime-env", type=Path, help="(default: runtime_env.yaml, here or in the project)")
+    submit.add_argument("--wait", action="store_true", help="until it ends; its exit code is this command's")
+    submit.add_argument("--follow", action="store_true", help="and show its log")
+    submit.add_argument(
+        "--out", type=Path, default=Path("runs"), help="where the run's files are brought (default: runs)"
+    )
+    return [config, submit]
 
 
 def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

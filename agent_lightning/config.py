@@ -53,7 +53,7 @@ def load(overrides: Sequence[str]) -> Config:
     from hydra.errors import HydraException, OverrideParseException
 
     conf = project_folder("conf")
-    prepared = [_prepare(override, conf) for override in overrides]
+    prepared = with_plus(overrides)
     if not any(override.startswith("experiment=") for override in prepared):
         raise ConfigError(f"experiment: missing; give experiment=NAME, one of {_options(conf / 'experiment')}")
     try:
@@ -127,6 +127,11 @@ def _split(override: str) -> tuple[str, str]:
     if not equals or not key:
         raise ConfigError(f"{override}: must have the form key=value")
     return key, value
+
+
+def with_plus(overrides: Sequence[str]) -> list[str]:
+    """The overrides as Hydra wants them. Raises ConfigError."""
+    return [_prepare(override, project_folder("conf")) for override in overrides]
 
 
 def _prepare(override: str, conf: Path) -> str:

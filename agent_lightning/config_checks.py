@@ -15,6 +15,8 @@ from agent_lightning.config_types import (
     BufferConfig,
     Config,
     CriticConfig,
+    LearnerConfig,
+    ServingConfig,
     SourceConfig,
 )
 from agent_lightning.credit_rules import Method
@@ -34,20 +36,21 @@ def check(config: Config) -> None:
     config.breaker()
     compares = config.estimator().compares
     _check_read(config)
+    _check_placement(config)
     if config.model.words:
         _check_toy(config)
     for key, value, low in _lowest(config, compares):
         if value < low:
             raise ConfigError(f"{key}={value}: must be at least {low}")
-    if not 0 <= config.hardware.port <= 65535:
-        raise ConfigError(f"hardware.port={config.hardware.port}: must be from 0 to 65535")
+    if not 0 <= config.serving.port <= 65535:
+        raise ConfigError(f"serving.port={config.serving.port}: must be from 0 to 65535")
     if config.agent.instrument and config.agent.mode == "command":
         raise ConfigError("agent.instrument: a command sets up its own; its environment says where traces go")
     for name, weight in config.credit.reward_weights.items():
         if not math.isfinite(weight):
             raise ConfigError(f"credit.reward_weights.{name}={weight}: must be a finite number")
-    if config.sampling.seeded and config.hardware.gateways > 1:
-        raise ConfigError("sampling.seeded: hardware.gateways must be 1, as each counts what it is asked by itself")
+    if config.sampling.seeded and config.serving.gateways > 1:
+        raise ConfigError("sampling.seeded: serving.gateways must be 1, as each counts what it is asked by itself")
     if config.agent.reward_min >= config.agent.reward_max:
         raise ConfigError("agent.reward_min must be below agent.reward_max")
     for key, seconds in (
@@ -76,6 +79,7 @@ def _check_choices(config: Config) -> None:
         ("air.form", config.air.form, get_args(Form)),
         ("hardware.device", config.hardware.device, ("cpu", "cuda")),
         ("buffer.fsync", config.buffer.fsync, tuple(FSYNC)),
+        ("hardware.placement", config.hardware.placement, ("apart", "together")),
         ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
         ("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled")),
     ):
@@ -110,6 +114,34 @@ def _check_read(config: Config) -> None:
             raise ConfigError(f"{key}: set, but nothing reads it: {why}")
 
 
+def _check_placement(config: Config) -> None:
+    """What the hardware cannot do together. Raises ConfigError."""
+    serving, learner, hardware = config.serving, config.learner, config.hardware
+    if learner.processes % learner.nodes:
+        raise ConfigError(f"learner.processes={learner.processes}: must be a multiple of learner.nodes={learner.nodes}")
+    if hardware.device == "cpu" and hardware.placement == "together":
+        raise ConfigError("hardware.placement=together: shares GPUs, and hardware.device=cpu has none")
+    if hardware.placement == "together" and serving.tensor_parallel_size > 1:
+        raise ConfigError("serving.tensor_parallel_size: must be 1 where hardware.placement=together shares each GPU")
+    if hardware.placement == "together" and serving.gpu_memory_utilization > MOST_SHARED:
+        raise ConfigError(
+            f"serving.gpu_memory_utilization={serving.gpu_memory_utilization}: at most {MOST_SHARED} where "
+            "hardware.placement=together leaves the learner the rest of each GPU"
+        )
+    if hardware.device == "cpu" and serving.gpu_memory_utilization != ServingConfig().gpu_memory_utilization:
+        raise ConfigError("serving.gpu_memory_utilization: set, but nothing reads it: hardware.device is cpu")
+    if hardware.device == "cuda":
+        for key, value, default in (
+            ("serving.kv_cache_gib", serving.kv_cache_gib, ServingConfig().kv_cache_gib),
+            ("learner.threads", learner.threads, LearnerConfig().threads),
+        ):
+            if value != default:
+                raise ConfigError(f"{key}: set, but nothing reads it: hardware.device is cuda")
+
+
+MOST_SHARED = 0.5
+"""Share of a GPU that an engine may take where a learner process has the rest."""
+
 _TOY_READS = {
     *("tasks_per_step", "rollouts_per_task", "refills", "rollouts_per_batch", "epochs", "failures"),
     *("lr", "clip_ratio_low", "clip_ratio_high"),
@@ -131,7 +163,7 @@ def _check_toy(config: Config) -> None:
 
 def _lowest(config: Config, compares: bool) -> tuple[tuple[str, float, float], ...]:
     """Key, value, and the least that it may be."""
-    algorithm, hardware = config.algorithm, config.hardware
+    algorithm, serving, learner = config.algorithm, config.serving, config.learner
     return (
         ("steps", config.steps, 0),
         ("eval_every", config.eval_every, 0),
@@ -155,12 +187,13 @@ def _lowest(config: Config, compares: bool) -> tuple[tuple[str, float, float], .
         ("checkpoints_kept", config.checkpoints_kept, 0),
         ("restarts", config.restarts, 0),
         ("agent.max_attempts", config.agent.max_attempts, 1),
-        ("hardware.replicas", hardware.replicas, 1),
-        ("hardware.gateways", hardware.gateways, 1),
-        ("hardware.learner_processes", hardware.learner_processes, 1),
-        ("hardware.learner_threads", hardware.learner_threads, 1),
-        ("hardware.tensor_parallel_size", hardware.tensor_parallel_size, 1),
-        ("hardware.kv_cache_gib", hardware.kv_cache_gib, 1),
+        ("serving.replicas", serving.replicas, 1),
+        ("serving.gateways", 1 if serving.gateways is None else serving.gateways, 1),
+        ("learner.processes", learner.processes, 1),
+        ("learner.nodes", learner.nodes, 1),
+        ("learner.threads", learner.threads, 1),
+        ("serving.tensor_parallel_size", serving.tensor_parallel_size, 1),
+        ("serving.kv_cache_gib", serving.kv_cache_gib, 1),
         ("model.max_len", config.model.max_len, 1),
         ("sampling.train.max_tokens", config.sampling.train.max_tokens, 1),
         ("sampling.val.max_tokens", config.sampling.val.max_tokens, 1),

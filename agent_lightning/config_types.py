@@ -257,6 +257,7 @@ class BufferConfig:
 @dataclass(slots=True, kw_only=True)
 class RolloutConfig:
     workers: int = 1
+    """In all, spread over the nodes; a node that joins later has as many as the others have on average."""
     concurrency: int = 64
     """Rollouts at a time in each worker."""
     hung_s: float = 60.0
@@ -264,26 +265,45 @@ class RolloutConfig:
 
 
 @dataclass(slots=True, kw_only=True)
-class HardwareConfig:
-    device: str = "cpu"
-    """cpu or cuda; of the policy and of the learner."""
-    address: str | None = None
-    """Of a running Ray cluster; null starts one here (or joins RAY_ADDRESS)."""
+class ServingConfig:
+    """The policy's engines, and the gateway in front of them."""
+
     replicas: int = 1
     """Copies of the policy's engine."""
     tensor_parallel_size: int = 1
-    gateways: int = 1
-    learner_processes: int = 1
-    learner_threads: int = 2
-    """On a CPU: threads of each learner process."""
+    """GPUs of each copy."""
+    gateways: int | None = None
+    """null: one on each node, also on one that joins later."""
     host: str = "127.0.0.1"
+    """Where the gateway listens, on each node: workers use their own node's. 0.0.0.0 lets in agents from elsewhere."""
     port: int = 0
-    """Of the gateway; 0 takes a free one."""
+    """Of the gateway; 0 takes a free one. Where Ray Serve runs already, its port is used."""
     max_num_seqs: int = 256
     kv_cache_gib: int = 1
     """On a CPU: memory of each engine's KV cache."""
     gpu_memory_utilization: float = 0.85
+
+
+@dataclass(slots=True, kw_only=True)
+class LearnerConfig:
+    """The processes that train the policy."""
+
+    processes: int = 1
+    nodes: int = 1
+    """On how many nodes they are; `processes` is a multiple of it."""
+    threads: int = 2
+    """On a CPU: of each process."""
     max_tokens_per_micro_batch: int = 16384
+
+
+@dataclass(slots=True, kw_only=True)
+class HardwareConfig:
+    device: str = "cpu"
+    """cpu or cuda; of the policy and of the learner."""
+    placement: str = "apart"
+    """apart: engines and learner have GPUs of their own; together: each learner process shares its with an engine."""
+    address: str | None = None
+    """Of a running Ray cluster; null starts one here (or joins RAY_ADDRESS)."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -314,6 +334,7 @@ class Config:
     """Times that a run goes on by itself from its newest checkpoint, where a process that it cannot do without has
     died, such as the learner's."""
     runs_dir: str = "runs"
+    """A folder, or a place that fsspec knows, such as s3://bucket/runs."""
     name: str | None = None
     """Of the run's folder; null makes one from experiment, seed and time."""
     model: ModelConfig
@@ -326,6 +347,8 @@ class Config:
     sampling: SamplingSplits = field(default_factory=SamplingSplits)
     buffer: BufferConfig = field(default_factory=BufferConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     verl: dict[str, Any] = field(default_factory=dict)

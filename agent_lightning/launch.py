@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import logging
-import os
 import secrets
-import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from agent_lightning import tasks
-from agent_lightning.agents import Mode, load
+from agent_lightning import placement
+from agent_lightning.agents import Mode
 from agent_lightning.buffer import Buffer
-from agent_lightning.client import check_instrumentors
-from agent_lightning.config import Config, SourceConfig, resolve_path
-from agent_lightning.errors import ConfigError, PartDied, UserError
+from agent_lightning.config import Config
+from agent_lightning.errors import PartDied
 from agent_lightning.journal import Fsync, JournalConfig
 from agent_lightning.learners.base import Learner
 from agent_lightning.policy import PolicyBoard
+from agent_lightning.preflight import (
+    check_memory,
+    check_port,
+    cluster_is_own,
+    find_model,
+    load_tasks,
+    model_folder,
+    own_cpus,
+    preflight,
+    prepare_environment,
+)
 from agent_lightning.rollout import AgentSpec, RolloutWorker
 from agent_lightning.state import State
 from agent_lightning.supervise import Workers
-from agent_lightning.types import Split, Task
 
 if TYPE_CHECKING:
     from agent_lightning.learners.verl import LearnerConfig
     from agent_lightning.serving.app import MakeReplica, Service
+
+__all__ = ["System", "find_model", "learner_config", "load_tasks", "preflight", "prepare_environment", "system"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,96 +56,6 @@ class System:
     run_secret: bytes
 
 
-def load_tasks(config: Config, split: Split) -> list[Task]:
-    """The tasks of a split, as the config says. Raises DataError, ConfigError."""
-    source = config.data.train if split == "train" else config.data.val
-    loaded = _load(config, source, f"data.{split}")
-    if source.num is not None and source.kind != "generated":
-        loaded = tasks.sample(loaded, source.num, source.seed or 0)
-    if not loaded:
-        raise ConfigError(f"data.{split}: there are no tasks")
-    return loaded
-
-
-def _load(config: Config, source: SourceConfig, where: str) -> list[Task]:
-    if source.kind == "calcx":
-        return tasks.load_calcx(config.data.root, source.names)
-    if source.kind == "generated":
-        if source.target is None or source.num is None:
-            raise ConfigError(f"{where}: kind=generated needs target and num")
-        rows = cast(Any, load(source.target))
-        root = {"root": config.data.root} if "root" in inspect.signature(rows).parameters else {}
-        return tasks.make(rows, seed=source.seed or 0, num=source.num, split=source.split or "train", **root)
-    if source.path is None:
-        raise ConfigError(f"{where}.path: kind={source.kind} needs it")
-    if source.kind == "jsonl":
-        return tasks.load_jsonl(source.path)
-    return tasks.load_hub(
-        source.path,
-        name=source.name,
-        split=source.split or "train",
-        question_field=source.question_field or "question",
-        result_field=source.result_field or "result",
-    )
-
-
-def model_folder(config: Config) -> str:
-    """Of the config's model; a toy one has none, and its name is returned. Raises UserError."""
-    return config.model.path if config.model.words else find_model(config.model.path)
-
-
-def find_model(path: str) -> str:
-    """A folder with a model in it, or a hub id that can be reached. Raises UserError."""
-    found = resolve_path(path)
-    if Path(found).is_dir():
-        if not (Path(found) / "config.json").exists():
-            raise UserError(f"model.path={path}: {found} has no config.json; point to a folder in Hugging Face format")
-        return found
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"model.path={path}: no such folder; give a folder in Hugging Face format, or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return str(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0][:200]
-        raise UserError(
-            f"model.path={path}: neither a local folder nor reachable on the hub ({type(error).__name__}: {first})"
-        ) from error
-
-
-def check_memory(config: Config) -> None:
-    """The KV caches must fit in memory. Raises UserError."""
-    if config.hardware.device != "cpu" or config.model.words:
-        return
-    available = _available_gib()
-    wanted = config.hardware.replicas * config.hardware.kv_cache_gib
-    if wanted > available:
-        raise UserError(
-            f"hardware.kv_cache_gib={config.hardware.kv_cache_gib} for each of {config.hardware.replicas} replicas "
-            f"needs {wanted} GiB, but {available:.1f} GiB of memory are free: lower it, or hardware.replicas"
-        )
-
-
-def check_port(config: Config) -> None:
-    """Serve's proxy would retry a port in use for a long time and then fail without saying so. Raises UserError."""
-    host, port = config.hardware.host, config.hardware.port
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            message = f"hardware.port={port} cannot be used on {host} ({error.strerror}): choose another, or 0 for any"
-            raise UserError(message) from error
-
-
-def _available_gib() -> float:
-    import psutil
-
-    return float(psutil.virtual_memory().available) / 2**30
-
-
 @asynccontextmanager
 async def system(
     config: Config, *, train: bool, workers: int, journal: Path | None = None, resumed: State | None = None
@@ -146,21 +64,22 @@ async def system(
     `resumed`: the checkpoint from which the run goes on. Raises UserError, EngineError, JournalError, PartDied."""
     model = model_folder(config)
     check_memory(config)
-    check_port(config)
+    if cluster_is_own(config):
+        check_port(config)
     # Ray's own imports take seconds: after what can be refused at once.
     from agent_lightning import cluster
     from agent_lightning.serving import app
 
-    hardware = config.hardware
-    port = hardware.port or app.free_port(hardware.host)
+    port = config.serving.port or app.free_port(config.serving.host)
     prepare_environment()
-    cpus = hardware.replicas * hardware.tensor_parallel_size + hardware.learner_processes * 3 + 1
     async with AsyncExitStack() as stack:
-        own = await asyncio.to_thread(cluster.init_ray, hardware.address, cpus if hardware.device == "cpu" else None)
+        own = await asyncio.to_thread(cluster.init_ray, config.hardware.address, own_cpus(config))
         stack.callback(cluster.shutdown_ray)
         run_secret = secrets.token_bytes(32)
-        buffer = await _start_buffer(config, run_secret, journal, resumed)
-        board = cluster.spawn(PolicyBoard)
+        # What must not be lost with another node is on this one.
+        here = cluster.on_node(cluster.nodes()[0].node_id)
+        buffer = await _start_buffer(config, run_secret, journal, resumed, here)
+        board = cluster.spawn(PolicyBoard, options=here)
         name = f"agl-{secrets.token_hex(3)}"
         serving = asyncio.to_thread(
             app.start,
@@ -188,13 +107,16 @@ async def system(
             raise PartDied(f"a process of the run has died: {cluster.who_died(error)}") from error
 
 
-async def _start_buffer(config: Config, run_secret: bytes, journal: Path | None, resumed: State | None) -> Buffer:
+async def _start_buffer(
+    config: Config, run_secret: bytes, journal: Path | None, resumed: State | None, options: dict[str, Any]
+) -> Buffer:
     """Raises JournalError where the journal cannot be read or written."""
     from agent_lightning import cluster
 
     kept = None if journal is None else journal_config(config, journal)
     buffer = cluster.spawn(
         Buffer,
+        options=options,
         restarts=kept is not None,
         run_secret=run_secret,
         retries=config.retries(),
@@ -226,19 +148,6 @@ async def _nothing() -> None:
     return None
 
 
-def prepare_environment() -> None:
-    """Settings that Ray's processes inherit from ours; one that is set already is kept."""
-    from agent_lightning.serving.app import SERVE_ENVIRONMENT, free_port
-
-    quiet = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
-    # Fixed by default: a second run on the machine could not start its proxy.
-    ports = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port("0.0.0.0")) for name in ("METRICS", "STATS")}
-    for key, value in (SERVE_ENVIRONMENT | quiet | ports).items():
-        os.environ.setdefault(key, value)
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-
-
 def _toy_replica(config: Config) -> MakeReplica | None:
     """What makes a replica of a toy model; None for any other."""
     if not config.model.words:
@@ -265,7 +174,7 @@ def learner_config(config: Config, model: str) -> LearnerConfig:
     """What the learner is told."""
     from agent_lightning.learners.verl import CriticSettings, LearnerConfig
 
-    algorithm, credit, hardware = config.algorithm, config.credit, config.hardware
+    algorithm, credit, learner = config.algorithm, config.credit, config.learner
     rollouts = algorithm.tasks_per_step * algorithm.rollouts_per_task
     batches = -(-rollouts // (algorithm.rollouts_per_batch or rollouts))
     critic = CriticSettings(
@@ -278,9 +187,11 @@ def learner_config(config: Config, model: str) -> LearnerConfig:
     )
     return LearnerConfig(
         model_path=model,
-        device=cast(Any, hardware.device),
-        world_size=hardware.learner_processes,
-        num_threads=hardware.learner_threads,
+        device=cast(Any, config.hardware.device),
+        world_size=learner.processes,
+        nodes=learner.nodes,
+        gpu_share=placement.learner_gpu(config) or 1.0,
+        num_threads=learner.threads,
         dtype=cast(Any, config.model.dtype),
         seed=config.seed,
         loss=cast(Any, algorithm.loss),
@@ -301,7 +212,7 @@ def learner_config(config: Config, model: str) -> LearnerConfig:
         critic=critic if credit.method == "gae" else None,
         entropy_coef=algorithm.entropy_coef,
         temperature=config.sampling.train.temperature,
-        max_tokens_per_micro_batch=hardware.max_tokens_per_micro_batch,
+        max_tokens_per_micro_batch=learner.max_tokens_per_micro_batch,
         verl=config.verl,
     )
 
@@ -309,21 +220,21 @@ def learner_config(config: Config, model: str) -> LearnerConfig:
 def _serving(config: Config, model: str, port: int) -> Any:
     from agent_lightning.serving.app import ServingConfig
 
-    hardware = config.hardware
+    serving = config.serving
     return ServingConfig(
         model_path=model,
-        device=cast(Any, hardware.device),
-        replicas=hardware.replicas,
-        tensor_parallel_size=hardware.tensor_parallel_size,
-        gateways=hardware.gateways,
-        host=hardware.host,
+        device=cast(Any, config.hardware.device),
+        replicas=serving.replicas,
+        tensor_parallel_size=serving.tensor_parallel_size,
+        gateways=serving.gateways,
+        host=serving.host,
         port=port,
         dtype=config.model.dtype,
         max_model_len=config.model.max_len,
-        max_num_seqs=hardware.max_num_seqs,
-        kv_cache_gib=hardware.kv_cache_gib,
-        replica_cpus=0.01 if config.model.words else 1,
-        gpu_memory_utilization=hardware.gpu_memory_utilization,
+        max_num_seqs=serving.max_num_seqs,
+        kv_cache_gib=serving.kv_cache_gib,
+        bundles=placement.replica_bundles(config),
+        gpu_memory_utilization=serving.gpu_memory_utilization,
         tool_parser=config.model.tool_parser,
         seed=config.seed,
         engine=config.vllm,
@@ -369,39 +280,38 @@ def agent_spec(config: Config) -> AgentSpec:
 
 async def _start_workers(config: Config, buffer: Buffer, service: Service, number: int, stack: AsyncExitStack) -> None:
     from agent_lightning import cluster
+    from agent_lightning.nodes import Nodes
 
     spec = agent_spec(config)
+    nodes = Nodes(service, scale=config.serving.gateways is None)
+    await nodes.start()
 
-    def make(name: str) -> RolloutWorker:
-        return cluster.spawn(
-            RolloutWorker,
-            options={"scheduling_strategy": "SPREAD"},
-            buffer=buffer,
-            agent=spec,
-            policy_url=service.url,
-            model="policy",
-            worker=name,
-        )
+    def start(name: str, number: int, place: Callable[[], dict[str, Any]]) -> None:
+        def make(name: str) -> RolloutWorker:
+            return cluster.spawn(
+                RolloutWorker,
+                options=place(),
+                buffer=buffer,
+                agent=spec,
+                policy_url=service.url,
+                model="policy",
+                worker=name,
+            )
 
-    workers = Workers(make, number=number, buffer=buffer, kill=cluster.kill, hung_s=config.rollout.hung_s)
-    running = asyncio.create_task(workers.run())
+        hung_s = config.rollout.hung_s
+        workers = Workers(make, number=number, buffer=buffer, kill=cluster.kill, hung_s=hung_s, name=name)
+        running = asyncio.create_task(workers.run())
 
-    async def stop() -> None:
-        await workers.stop()
-        await asyncio.wait((running,))
+        async def stop() -> None:
+            await workers.stop()
+            await asyncio.wait((running,))
 
-    stack.push_async_callback(stop)
+        stack.push_async_callback(stop)
 
+    def joined(node: str, number: int) -> None:
+        start(f"worker-{node[:8]}", number, partial(nodes.on, node))
 
-def preflight(config: Config, splits: Sequence[Split]) -> dict[Split, list[Task]]:
-    """What can be checked before anything starts: agent, reward, model, memory, port, tasks. Raises UserError."""
-    from agent_lightning.agents import check
-
-    check(config.agent.target, cast(Mode, config.agent.mode))
-    check_instrumentors(config.agent.instrument)
-    if config.agent.reward is not None:
-        load(config.agent.reward)
-    model_folder(config)
-    check_memory(config)
-    check_port(config)
-    return {split: load_tasks(config, split) for split in splits}
+    start("worker", number, nodes.next)
+    if number and not cluster_is_own(config):
+        following = asyncio.create_task(nodes.follow(number, joined))
+        stack.callback(following.cancel)

@@ -67,10 +67,11 @@ class Workers:
         kill: Callable[[Worker], None],
         hung_s: float = 60.0,
         pause_s: float = 1.0,
+        name: str = "worker",
     ) -> None:
         """`make` starts a worker of the name that it is given. `pause_s`: before a replacement."""
         self._make, self._number, self._buffer, self._kill = make, number, buffer, kill
-        self._hung_s, self._pause_s = hung_s, pause_s
+        self._hung_s, self._pause_s, self._name = hung_s, pause_s, name
         self._stopping = asyncio.Event()
         self.replaced = 0
 
@@ -88,7 +89,7 @@ class Workers:
         deaths: deque[float] = deque(maxlen=MOST_DEATHS)
         generation = 0
         while not self._stopping.is_set():
-            name = f"worker-{number}.{generation}"
+            name = f"{self._name}-{number}.{generation}"
             worker = self._make(name)
             died = await self._until_over(worker)
             if died is None:

@@ -38,8 +38,17 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def create(cls, root: Path, experiment: str, seed: int, name: str | None = None) -> RunDirectory:
-        """Make a new folder in `root`; an existing one is never reused: -2, -3, … is appended.
+    def create(
+        cls,
+        root: Path,
+        experiment: str,
+        seed: int,
+        name: str | None = None,
+        *,
+        taken: Callable[[str], bool] = lambda name: False,
+    ) -> RunDirectory:
+        """Make a new folder in `root`; an existing one, or a name that is `taken`, is never reused: -2, -3, … is
+        appended.
 
         Example: ("runs", "calc_x", 0, None) -> runs/calc_x-s0-20250131-093000; with name "first" -> runs/first
 
@@ -49,6 +58,8 @@ class RunDirectory:
             raise UserError(f"run name {name!r}: use letters, digits, '.', '_' and '-' only")
         stem = name or f"{re.sub('[^0-9A-Za-z_.-]+', '-', experiment)}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):  # ends at the first free name
+            if taken(stem + suffix):
+                continue
             run = cls(root / (stem + suffix))
             try:
                 run.path.mkdir(parents=True)

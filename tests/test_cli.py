@@ -17,7 +17,7 @@ from agent_lightning.cli import USER_ERROR, main
 from agent_lightning.config import load, project_folder, to_yaml
 
 EXPERIMENTS = ", ".join(sorted(file.stem for file in (project_folder("conf") / "experiment").glob("*.yaml")))
-COMMANDS = ("train", "eval", "serve", "score", "runs", "explain", "import", "export", "doctor")
+COMMANDS = ("train", "config", "submit", "eval", "serve", "score", "runs", "explain", "import", "export", "doctor")
 
 
 @pytest.fixture
@@ -100,14 +100,14 @@ def test_a_port_in_use(command: str, model: str, capfd: pytest.CaptureFixture[st
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        said = refuse(capfd, command, "experiment=calc_tiny", model, f"hardware.port={port}")
-    assert said.startswith(f"hardware.port={port} cannot be used on 127.0.0.1")
+        said = refuse(capfd, command, "experiment=calc_tiny", model, f"serving.port={port}")
+    assert said.startswith(f"serving.port={port} cannot be used on 127.0.0.1")
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "serve"])
 def test_more_memory_than_there_is(command: str, model: str, capfd: pytest.CaptureFixture[str]) -> None:
-    said = refuse(capfd, command, "experiment=calc_tiny", model, "hardware.kv_cache_gib=100000")
-    assert re.match(r"hardware\.kv_cache_gib=100000 .* but [\d.]+ GiB of memory are free", said)
+    said = refuse(capfd, command, "experiment=calc_tiny", model, "serving.kv_cache_gib=100000")
+    assert re.match(r"serving.kv_cache_gib=100000 .* but [\d.]+ GiB of memory are free", said)
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

@@ -91,7 +91,7 @@ def test_the_full_experiments_have_the_papers_settings(experiment: str) -> None:
 @pytest.mark.parametrize(
     ("override", "value"),
     [
-        ("hardware.port=8000", 8000),
+        ("serving.port=8000", 8000),
         ("tracking.tags=[a,b]", ["a", "b"]),
         ("algorithm.failures.timeout=null", None),
         ("algorithm.failures.truncated=resample", "resample"),
@@ -130,7 +130,7 @@ def test_a_key_that_no_file_names_can_be_set(override: str, value: object) -> No
         ("steps", "steps: must have the form key=value"),
         ("=3", "=3: must have the form key=value"),
         ("steps=[1", "steps=[1: cannot be read; quote a value that has special characters"),
-        ("hardware=huge", "hardware=huge: unknown; choose one of cpu, gpu2, gpu8"),
+        ("hardware=huge", "hardware=huge: unknown; choose one of cluster, cpu, gpu1, gpu2, gpu8"),
         ("experiment=nope", f"experiment=nope: unknown; choose one of {EXPERIMENTS}"),
     ],
 )
@@ -144,9 +144,9 @@ def test_a_wrong_override_is_one_line_that_says_what_to_do(override: str, messag
         ("algorithm.rollouts_per_task=1", "algorithm.rollouts_per_task=1: must be at least 2"),
         ("critic.warmup_steps=-1", "critic.warmup_steps=-1: must be at least 0"),
         ("algorithm.kl_coef=-1", "algorithm.kl_coef=-1.0: must be at least 0"),
-        ("hardware.kv_cache_gib=0", "hardware.kv_cache_gib=0: must be at least 1"),
+        ("serving.kv_cache_gib=0", "serving.kv_cache_gib=0: must be at least 1"),
         ("sampling.train.max_tokens=0", "sampling.train.max_tokens=0: must be at least 1"),
-        ("hardware.port=70000", "hardware.port=70000: must be from 0 to 65535"),
+        ("serving.port=70000", "serving.port=70000: must be from 0 to 65535"),
         ("hardware.device=tpu", "hardware.device=tpu: must be one of cpu, cuda"),
         ("agent.retry.budget=-1", "agent.retry: budget, backoff_s and backoff_max_s must be at least 0"),
         ("agent.breaker.share=0", "agent.breaker: window=64 must be at least 0, share=0.0 above 0 and at most 1"),

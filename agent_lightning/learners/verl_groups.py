@@ -7,7 +7,7 @@ on import.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -55,6 +55,10 @@ class LearnerConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     world_size: int = 1
     """Training processes; FSDP2 shards over them."""
+    nodes: int = 1
+    """On how many nodes they are."""
+    gpu_share: float = 1.0
+    """Of a GPU that each process takes."""
     num_threads: int = 2
     """Threads of each process on a CPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -145,8 +149,24 @@ def start_groups(config: LearnerConfig) -> Groups:
 
     needed = {"policy": True, "reference": config.kl_coef > 0, "critic": config.critic is not None}
     roles: list[Role] = [role for role in get_args(Role) if needed[role]]
-    pool = RayResourcePool([config.world_size], use_gpu=config.device != "cpu", max_colocate_count=len(roles))
+    # Each role's actor takes 1 / max_colocate_count of a GPU: together they take the share that is theirs.
+    count = len(roles) if config.gpu_share == 1 else round(len(roles) / config.gpu_share)
+    processes = [config.world_size // config.nodes] * config.nodes
+    pool: Any = RayResourcePool(processes, use_gpu=config.device != "cpu", max_colocate_count=count)
+    if config.gpu_share < 1:
+        pool.pgs = _shared_groups(processes, {"CPU": count, "GPU": config.gpu_share})
     return Groups(**{role: _start(config, role, pool) for role in roles})
+
+
+def _shared_groups(processes: Sequence[int], bundle: Mapping[str, float]) -> list[Any]:
+    """Placement groups that leave a part of each GPU to others, which veRL's pool would not."""
+    import ray
+    from ray.util.placement_group import placement_group
+    from verl.single_controller.ray.base import sort_placement_group_by_node_ip
+
+    groups = [placement_group([dict(bundle)] * number, strategy="STRICT_PACK") for number in processes]
+    ray.get([group.ready() for group in groups])
+    return list(sort_placement_group_by_node_ip(groups))
 
 
 def _start(config: LearnerConfig, role: Role, pool: Any) -> Any:

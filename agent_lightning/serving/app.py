@@ -13,7 +13,9 @@ from typing import Any, Literal, Protocol
 
 import ray
 from ray import serve
+from ray.serve._private.common import DeploymentID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
@@ -46,7 +48,10 @@ class ServingConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     replicas: int = 1
     tensor_parallel_size: int = 1
-    gateways: int = 1
+    bundles: tuple[Mapping[str, float], ...] = ({"CPU": 1},)
+    """What one replica takes: the first holds the replica itself and its first engine worker."""
+    gateways: int | None = None
+    """None: one on each node."""
     host: str = "127.0.0.1"
     port: int = 8000
     dtype: str = "float32"
@@ -54,8 +59,6 @@ class ServingConfig:
     max_num_seqs: int = 256
     kv_cache_gib: int = 1
     """On a CPU: memory of each replica's KV cache."""
-    replica_cpus: float = 1
-    """On a CPU: what a replica takes of the cluster."""
     gpu_memory_utilization: float = 0.85
     tool_parser: str | None = "hermes"
     seed: int = 0
@@ -169,8 +172,16 @@ class Service:
     """A running service."""
 
     url: str
-    """Root of the gateway, without a trailing slash."""
+    """Root of the gateway, without a trailing slash; each node with a gateway has its own there."""
     app: str
+    gateway: str
+    """The gateway's deployment."""
+
+    def scale_gateways(self, number: int) -> None:
+        """To as many as there are nodes, which Serve gives one each."""
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        deployment = DeploymentID(name=self.gateway, app_name=self.app)
+        ray.get(controller.update_deployment_replicas.remote(deployment, number))
 
     def stop(self) -> None:
         serve.delete(self.app)
@@ -188,11 +199,13 @@ def start(
     """Deploy the service and wait until it answers; `replica` makes another policy than vLLM's. Raises EngineError."""
     make = replica or partial(_vllm, _llm_settings(config))
     policy = serve.deployment(PolicyDeployment).options(**_policy_options(config)).bind(make, board)
+    nodes = sum(node["Alive"] for node in ray.nodes())
     app = (
         serve.deployment(GatewayDeployment)
         .options(
             name=f"{name}-gateway",
-            num_replicas=config.gateways,
+            num_replicas=config.gateways or nodes,
+            **({"max_replicas_per_node": 1} if config.gateways is None else {}),
             max_ongoing_requests=10_000,
             ray_actor_options={"num_cpus": 0},
         )
@@ -203,17 +216,24 @@ def start(
         _wait_for_controller(proxy)
         try:
             # The replicas start while the proxy does: Serve's own `start` would have them wait for it.
-            serve.run(app, name=name, route_prefix=f"/{name}")
+            serve.run(app, name=name, route_prefix=f"/{name}", external_scaler_enabled=True)
         except RuntimeError as error:
             raise EngineError(f"the policy's engine did not start: {_cause(name, error)}") from error
         proxy.result()
-    return Service(url=f"http://{config.host}:{config.port}/{name}", app=name)
+    return Service(url=f"{_root()}/{name}", app=name, gateway=f"{name}-gateway")
+
+
+def _root() -> str:
+    """Where the proxies listen: in a cluster that others use too, where Serve was first told to."""
+    options = _get_global_client().http_config
+    host = ray.util.get_node_ip_address() if options.host == "0.0.0.0" else options.host
+    return f"http://{host}:{options.port}"
 
 
 def _start_proxy(host: str, port: int) -> None:
-    """Start Serve and its HTTP proxy. Raises EngineError."""
+    """Start Serve and its HTTP proxies, or find them. Raises EngineError."""
     try:
-        serve.start(http_options={"host": host, "port": port, "request_timeout_s": None})
+        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port, "request_timeout_s": None})
     except (ray.exceptions.RayError, TimeoutError) as error:
         raise EngineError(f"Ray Serve's proxy did not start on {host}:{port}: {type(error).__name__}") from error
 
@@ -255,7 +275,7 @@ def _llm_settings(config: ServingConfig) -> dict[str, Any]:
     return {
         "model_loading_config": {"model_id": config.model_name, "model_source": config.model_path},
         "accelerator_config": {"kind": "cpu" if on_cpu else "gpu"},
-        "placement_group_config": {"bundles": _bundles(config)},
+        "placement_group_config": {"bundles": [dict(bundle) for bundle in config.bundles]},
         "engine_kwargs": engine | config.engine,
         "log_engine_metrics": False,
         "runtime_env": {"env_vars": _environment(config)},
@@ -268,13 +288,9 @@ def _environment(config: ServingConfig) -> dict[str, str]:
         environment |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib)}
         # The cores are shared with the learner and the agents: pinning the engine to some would starve them.
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    elif config.bundles[0]["GPU"] < 1:
+        environment |= {"VLLM_RAY_PER_WORKER_GPUS": str(config.bundles[0]["GPU"])}
     return environment
-
-
-def _bundles(config: ServingConfig) -> list[dict[str, float]]:
-    """What one replica takes: the first bundle holds the replica itself and its first engine worker."""
-    bundle: dict[str, float] = {"CPU": config.replica_cpus} if config.device == "cpu" else {"CPU": 1, "GPU": 1}
-    return [dict(bundle) for _ in range(config.tensor_parallel_size)]
 
 
 def _policy_options(config: ServingConfig) -> dict[str, Any]:
@@ -283,7 +299,7 @@ def _policy_options(config: ServingConfig) -> dict[str, Any]:
         "num_replicas": config.replicas,
         "max_ongoing_requests": 10_000,
         "health_check_period_s": 10,
-        "placement_group_bundles": _bundles(config),
+        "placement_group_bundles": [dict(bundle) for bundle in config.bundles],
         "placement_group_strategy": "PACK",
         "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": _environment(config)}},
     }

@@ -47,7 +47,7 @@ SETTINGS = [
     "algorithm.rollouts_per_batch=32",
     "algorithm.lr=1e-2",
     "algorithm.lr_warmup_steps=0",
-    "hardware.learner_threads=1",
+    "learner.threads=1",
 ]
 PPO = ["algorithm=ppo", "critic.lr=1e-2"]
 KL = ["algorithm.kl_coef=0.02"]
