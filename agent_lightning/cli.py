@@ -167,6 +167,20 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument(
         "--out", type=Path, default=Path("runs"), help="where the run's files are brought (default: runs)"
     )
+    evaluate, serve = _add_using(commands)
+    for command in (train, config, submit, evaluate, serve, _add_many(commands, train)):
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
+    _add_scoring(commands)
+    _add_reading(commands)
+    _add_exchange(commands)
+    _add(commands, "doctor", "what is installed, what is wrong, and what to type", "agl doctor")
+    return parser
+
+
+def _add_using(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The commands that train nothing: eval and serve."""
     evaluate = _add(
         commands,
         "eval",
@@ -181,13 +195,7 @@ def _parser() -> argparse.ArgumentParser:
         "start gateway and policy alone, to point your own agent at",
         "agl serve experiment=calc_tiny serving.port=8000",
     )
-    for command in (train, config, submit, evaluate, serve, _add_many(commands, train)):
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
-    _add_scoring(commands)
-    _add_reading(commands)
-    _add_exchange(commands)
-    _add(commands, "doctor", "what is installed, what is wrong, and what to type", "agl doctor")
-    return parser
+    return evaluate, serve
 
 
 def _add_many(
