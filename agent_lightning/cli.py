@@ -54,19 +54,7 @@ async def _run(options: argparse.Namespace) -> int:
     if options.command in ("sweep", "reproduce") or (options.command == "train" and options.multirun):
         return _many(options)
     if options.command == "submit":
-        from agent_lightning.preflight import use_token
-
-        use_token()
-        from agent_lightning.jobs import Submission, submit
-
-        how = Submission(
-            address=options.address,
-            runtime_env=options.runtime_env,
-            wait=options.wait,
-            follow=options.follow,
-            out=options.out,
-        )
-        return await submit(options.overrides, how)
+        return await _submit(options)
     if options.command == "config" or (options.command == "train" and options.dry_run):
         return _look(options)
     from agent_lightning import commands
@@ -88,6 +76,22 @@ async def _run(options: argparse.Namespace) -> int:
     if options.command == "eval":
         return await commands.evaluate(options.overrides, split=options.split, out=options.out)
     return await commands.serve(options.overrides)
+
+
+async def _submit(options: argparse.Namespace) -> int:
+    from agent_lightning.preflight import use_token
+
+    use_token()
+    from agent_lightning.jobs import Submission, submit
+
+    how = Submission(
+        address=options.address,
+        runtime_env=options.runtime_env,
+        wait=options.wait,
+        follow=options.follow,
+        out=options.out,
+    )
+    return await submit(options.overrides, how)
 
 
 def _many(options: argparse.Namespace) -> int:
