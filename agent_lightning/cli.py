@@ -1,4 +1,4 @@
-"""agl: train, config, submit, eval, serve, score, runs, explain, import, export, journal, doctor."""
+"""agl: train, config, submit, eval, serve, sweep, reproduce, score, runs, explain, import, export, journal, doctor."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ async def _run(options: argparse.Namespace) -> int:
         from agent_lightning import scoring
 
         return scoring.run(options.benchmark, options.file, options.databases)
+    if options.command in ("sweep", "reproduce") or (options.command == "train" and options.multirun):
+        return _many(options)
     if options.command == "submit":
         return await _submit(options)
     if options.command == "config" or (options.command == "train" and options.dry_run):
@@ -96,6 +98,29 @@ async def _submit(options: argparse.Namespace) -> int:
     return await submit(options.overrides, how)
 
 
+def _many(options: argparse.Namespace) -> int:
+    """The commands that start several runs."""
+    if options.command == "reproduce":
+        from agent_lightning.reproduce import reproduce
+
+        out = options.out or Path("runs") / f"reproduce-{options.benchmark}-{options.scale}"
+        return reproduce(
+            options.benchmark,
+            scale=options.scale,
+            seeds=options.seeds,
+            runs=options.runs,
+            out=out,
+            overrides=options.overrides,
+        )
+    from agent_lightning.commands import sweep
+    from agent_lightning.sweeps import hydra_words
+
+    words, resume = _resume(options.overrides)
+    words = hydra_words(words) if options.multirun else words
+    grid = ["sweep=grid"] if options.command == "train" else []
+    return sweep([*words, *grid], resume=Path(resume) if resume is not None else None)
+
+
 def _look(options: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -131,6 +156,21 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     train.add_argument("--assume", metavar="NODESxGPUS", help="of --dry-run: plan for such a cluster, e.g. 1x8")
     config, submit = _add_cluster(commands)
+    evaluate, serve = _add_using(commands)
+    for command in (train, config, submit, evaluate, serve, _add_many(commands, train)):
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
+    _add_scoring(commands)
+    _add_reading(commands)
+    _add_exchange(commands)
+    _add_journal(commands)
+    _add(commands, "doctor", "what is installed, what is wrong, and what to type", "agl doctor")
+    return parser
+
+
+def _add_using(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The commands that train nothing: eval and serve."""
     evaluate = _add(
         commands,
         "eval",
@@ -145,8 +185,40 @@ def _parser() -> argparse.ArgumentParser:
         "start gateway and policy alone, to point your own agent at",
         "agl serve experiment=calc_tiny serving.port=8000",
     )
-    for command in (train, config, submit, evaluate, serve):
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
+    return evaluate, serve
+
+
+def _add_many(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], train: argparse.ArgumentParser
+) -> argparse.ArgumentParser:
+    """The commands that start several runs; gives that of sweeps."""
+    sweep = _add(
+        commands,
+        "sweep",
+        "search the values of any keys: random, grid, ASHA, population-based training, Bayesian",
+        "agl sweep experiment=calc_tiny sweep=asha eval_every=4 'algorithm.lr=loguniform(1e-4,3e-3)' "
+        "'credit=choice(identical,air)'\n  agl sweep resume=runs/sweep-calc_tiny-20260101-120000",
+    )
+    for command in (train, sweep):
+        command.add_argument("--multirun", action="store_true", help="Hydra's sweeps: every combination of KEY=A,B")
+    again = _add(
+        commands,
+        "reproduce",
+        "an experiment of the paper with several seeds, and a report beside the published figures",
+        "agl reproduce calc_x\n  agl reproduce spider data.root=DIR --seeds 0,1\n"
+        "  agl reproduce calc_x --runs runs/calc_tiny-s0 runs/calc_tiny-s1 --out report",
+    )
+    again.add_argument("benchmark", choices=("calc_x", "spider", "musique"))
+    again.add_argument("--scale", choices=("tiny", "paper"), default="tiny", help="a laptop's CPU, or the paper's GPUs")
+    again.add_argument("--seeds", type=_numbers, default=[0, 1, 2], metavar="0,1,2", help="(default: 0,1,2)")
+    again.add_argument("--runs", type=Path, nargs="+", default=[], metavar="RUN", help="report on these, run nothing")
+    again.add_argument("--out", type=Path, help="folder of the report (default: runs/reproduce-BENCHMARK-SCALE)")
+    again.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
+    return sweep
+
+
+def _add_scoring(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The command that scores what something else predicted."""
     score = _add(
         commands,
         "score",
@@ -156,8 +228,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("benchmark", choices=("spider", "musique", "calc_x"))
     score.add_argument("file", type=Path, help=".jsonl or .jsonl.gz, rows with `pred`; - reads standard input")
     score.add_argument("--databases", type=Path, help="spider: the folder of DB/DB.sqlite")
-    _add_reading(commands)
-    _add_exchange(commands)
+
+
+def _add_journal(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     journal = _add(
         commands,
         "journal",
@@ -166,8 +239,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     journal.add_argument("what", choices=("check",))
     journal.add_argument("path", type=Path, help="a run's folder, or a journal's")
-    _add(commands, "doctor", "what is installed, what is wrong, and what to type", "agl doctor")
-    return parser
 
 
 def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
@@ -242,6 +313,10 @@ def _add_exchange(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     send.add_argument("run", type=Path, help="the run's folder")
     send.add_argument("--out", type=Path, required=True, help="folder for rollouts.jsonl or traces.jsonl")
     send.add_argument("--format", choices=("jsonl", "otlp"), default="jsonl", help="(default: jsonl)")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 class _Raw(argparse.RawDescriptionHelpFormatter):

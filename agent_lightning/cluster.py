@@ -140,10 +140,17 @@ def joins(address: str | None) -> str | None:
     return None if address in (None, "", "local") else address
 
 
-def init_ray(address: str | None = None, num_cpus: int | None = None, *, dashboard: bool = False) -> bool:
+def init_ray(
+    address: str | None = None,
+    num_cpus: int | None = None,
+    *,
+    resources: Mapping[str, float] | None = None,
+    dashboard: bool = False,
+) -> bool:
     """Join the cluster at `address` (or in RAY_ADDRESS, as in a submitted job), else start one on this machine.
 
-    `num_cpus` and `dashboard` are of the cluster that is started. Does nothing where Ray already runs here.
+    `num_cpus`, `resources` of one's own naming and `dashboard` are of the cluster that is started. Does nothing where
+    Ray already runs here.
     Returns whether it started one, which then ends with `shutdown_ray`. Raises UserError for an address that does not
     answer, and for a cluster of other versions.
     """
@@ -155,6 +162,7 @@ def init_ray(address: str | None = None, num_cpus: int | None = None, *, dashboa
         ray.init(
             address="local",
             num_cpus=num_cpus,
+            resources=dict(resources or {}),
             include_dashboard=dashboard,
             log_to_driver=False,
             logging_level="ERROR",
@@ -259,6 +267,12 @@ def check_nodes() -> None:
                     f"node {host} has {name} {there.get(name, 'missing')}, and this one {here.get(name, 'missing')}: "
                     "give both the same set (agl doctor)"
                 )
+
+
+def room_for(resources: Mapping[str, float]) -> int:
+    """How many times the cluster has these, and at least once: {"CPU": 5} of 16 CPUs -> 3."""
+    there = ray.cluster_resources()
+    return max(1, min(int(there.get(name, 0.0) // amount) for name, amount in resources.items()))
 
 
 def shutdown_ray() -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
 
-from agent_lightning import checkpoint, explain, launch, storage
+from agent_lightning import checkpoint, explain, launch, placement, storage
 from agent_lightning.agents import load as load_target
 from agent_lightning.air import Signal
 from agent_lightning.archive import read_group
@@ -30,10 +33,13 @@ from agent_lightning.report import Progress, Summary, report
 from agent_lightning.segments import listed
 from agent_lightning.state import Plan, State
 from agent_lightning.supervise import watch
+from agent_lightning.sweep_view import SweepView, sweep_report
+from agent_lightning.sweeps import SweepFolder, finish_sweep, plan_sweep, trial_words
 from agent_lightning.tasks import TaskCursor
 from agent_lightning.tracking import RunDirectory
 from agent_lightning.types import Group, Split, Task
 
+FAILED = 1
 STOPPED = 130
 """Exit code of a run that was stopped by a signal, after its checkpoint."""
 
@@ -199,6 +205,44 @@ def _close_run(config: Config, run: RunDirectory, summary: Summary, console: Con
     summary.write(run.summary)
     plot_learning_curve(run.metrics, run.curve, f"{config.experiment}, seed {config.seed}")
     console.print(report(summary, run))
+
+
+def sweep(words: Sequence[str], *, resume: Path | None) -> int:
+    """`agl sweep`: trials to their end, then the best one as an experiment file, and two pictures. Raises UserError."""
+    console = Console()
+    if resume is not None and words:
+        raise UserError(f"{words[0]}: a resumed sweep keeps what it was asked for; leave it out")
+    folder = SweepFolder.open(resume) if resume is not None else None
+    plan, config = plan_sweep(folder.command() if folder is not None else words)
+    launch.preflight(config, ("train", "val"))
+    folder = folder or SweepFolder.create(Path(config.runs_dir), plan)
+    plan = replace(plan, fixed=(*plan.fixed, *trial_words(plan, folder.path.name)))
+    # Ray's own imports take seconds: after what can be refused at once.
+    from agent_lightning import cluster, tuning
+
+    launch.prepare_environment()
+    # One CPU beside what the run takes: of the actor that watches it.
+    taken = placement.total(placement.groups(config))
+    taken["CPU"] = taken.get("CPU", 0.0) + 1
+    at_once = plan.settings.concurrent or max(1, (os.cpu_count() or 1) // 2)
+    cpus = math.ceil(at_once * taken["CPU"]) if config.hardware.device == "cpu" else None
+    own = cluster.init_ray(config.hardware.address, cpus, resources={tuning.SEAT: at_once})
+    if plan.settings.concurrent is None and (not own or cpus is None):
+        at_once = cluster.room_for(taken)
+    view = SweepView(plan, console, folder.read())
+    view.start()
+    try:
+        tuning.run(plan, folder.path, concurrent=at_once, seats=own, resume=resume is not None, changed=view.changed)
+    finally:
+        view.stop()
+        folder.write(view.records)
+        cluster.shutdown_ray()
+    best = finish_sweep(plan, folder, view.records)
+    console.print(sweep_report(plan, folder, view.records, best))
+    if sum(one.ended for one in view.records) < plan.num_trials:
+        console.print(f" stopped; go on with: agl sweep resume={folder.path}", soft_wrap=True)
+        return STOPPED
+    return 0 if best is not None else FAILED
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from agent_lightning.config_checks import check
 from agent_lightning.config_types import SAMPLING_RULE, Config, SourceConfig
 from agent_lightning.errors import ConfigError
 
-__all__ = ["Config", "SourceConfig", "from_mapping", "load", "reload", "to_mapping", "to_yaml"]
+__all__ = ["Config", "SourceConfig", "from_mapping", "load", "one_line", "reload", "to_mapping", "to_yaml"]
 
+SEARCH = "hydra.searchpath=[file://"
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
@@ -45,6 +46,8 @@ def resolve_path(path: str) -> str:
 def load(overrides: Sequence[str]) -> Config:
     """Compose conf/train.yaml with Hydra overrides. Raises ConfigError, one line, naming the key.
 
+    `experiment=` may also be a file of one's own, in a folder named experiment: experiment=mine/experiment/big.yaml.
+
     Example:
 
         load(["experiment=calc_tiny", "steps=20", "algorithm.lr=1e-3"]).algorithm.lr  # 0.001
@@ -64,7 +67,7 @@ def load(overrides: Sequence[str]) -> Config:
         given = error.override.removeprefix("++")
         raise ConfigError(f"{given}: cannot be read; quote a value that has special characters") from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(one_line(error)) from error
     config = from_mapping(values)
     for override in prepared:
         key, value = _split(override)
@@ -85,7 +88,7 @@ def reload(path: Path, overrides: Sequence[str]) -> Config:
         node = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(node, resolve=True)
     except (OmegaConfBaseException, OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {_one_line(error)}") from error
+        raise ConfigError(f"{path}: {one_line(error)}") from error
     return from_mapping(values)
 
 
@@ -130,11 +133,25 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def with_plus(overrides: Sequence[str]) -> list[str]:
-    """The overrides as Hydra wants them. Raises ConfigError."""
-    return [_prepare(override, project_folder("conf")) for override in overrides]
+    """The overrides as Hydra wants them. Raises ConfigError.
+
+    experiment=PATH/experiment/NAME.yaml is experiment=NAME, and PATH one more place to look for it.
+    """
+    conf, plain, places = project_folder("conf"), [], []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "experiment" and value.endswith(".yaml"):
+            file = Path(value).resolve()
+            if not file.is_file() or file.parent.name != "experiment":
+                raise ConfigError(f"{override}: must be a file in a folder named experiment, or a name without .yaml")
+            places.append(file.parent.parent)
+            override = f"experiment={file.stem}"
+        plain.append(override)
+    found = [_prepare(override, conf, places) for override in plain]
+    return [*found, *(f"{SEARCH}{place}]" for place in places)]
 
 
-def _prepare(override: str, conf: Path) -> str:
+def _prepare(override: str, conf: Path, search: Sequence[Path]) -> str:
     """The override as Hydra wants it: the choice of a file as it is, a value with "++".
 
     Hydra takes a plain key only where a file has it already, but many keys have their default in a dataclass. Which
@@ -145,7 +162,7 @@ def _prepare(override: str, conf: Path) -> str:
         return override
     if not (conf / key).is_dir():
         return f"++{override}"
-    if not (conf / key / f"{value}.yaml").is_file():
+    if not any((folder / key / f"{value}.yaml").is_file() for folder in (conf, *search)):
         raise ConfigError(f"{override}: unknown; choose one of {_options(conf / key)}")
     return override
 
@@ -191,7 +208,7 @@ def _suggestion(path: str) -> str:
 def _explain(error: OmegaConfBaseException, values: Mapping[str, Any]) -> str:
     """A wrong type as one line: where, what was given, what belongs there."""
     if not error.full_key:
-        return _one_line(error)
+        return one_line(error)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}: missing; give it a value"
     parts = re.split(r"[.\[\]]+", str(error.full_key).rstrip("]"))
@@ -214,7 +231,7 @@ def _in_words(hint: Any) -> str:
     return _WORDS.get(hint, str(hint))
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The first line of what the deepest cause says, and the key where it is known."""
     cause: BaseException = error
     while cause.__cause__ is not None:

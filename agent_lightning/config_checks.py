@@ -49,7 +49,7 @@ def check(config: Config) -> None:
     for name, weight in config.credit.reward_weights.items():
         if not math.isfinite(weight):
             raise ConfigError(f"credit.reward_weights.{name}={weight}: must be a finite number")
-    if config.sampling.seeded and config.serving.gateways > 1:
+    if config.sampling.seeded and config.serving.gateways not in (None, 1):
         raise ConfigError("sampling.seeded: serving.gateways must be 1, as each counts what it is asked by itself")
     if config.agent.reward_min >= config.agent.reward_max:
         raise ConfigError("agent.reward_min must be below agent.reward_max")

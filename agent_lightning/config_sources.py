@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from agent_lightning.config import Config, load, project_folder, to_mapping, with_plus
+from agent_lightning.config import SEARCH, Config, load, project_folder, to_mapping, with_plus
 
 OVERRIDE, DEFAULT = "override", "default"
 
@@ -25,7 +25,8 @@ def sources(overrides: Sequence[str]) -> tuple[Config, dict[str, tuple[Any, str]
         assert isinstance(values, dict)
         values.pop("defaults", None)
         for key, _ in _leaves(values, f"{package}." if package else ""):
-            said[key] = f"conf/{file.relative_to(project_folder('conf')).as_posix()}"
+            conf = project_folder("conf")
+            said[key] = f"conf/{file.relative_to(conf).as_posix()}" if file.is_relative_to(conf) else str(file)
     given = [override.partition("=")[0].lstrip("+~") for override in overrides]
     found: dict[str, tuple[Any, str]] = {}
     for key, value in _leaves(to_mapping(config), ""):
@@ -47,10 +48,16 @@ def _files(overrides: Sequence[str]) -> Iterator[tuple[Path, str]]:
     conf = project_folder("conf")
     with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        merged = loader.compute_defaults_list("train", with_plus(overrides), RunMode.RUN)
+        prepared = with_plus(overrides)
+        merged = loader.compute_defaults_list("train", prepared, RunMode.RUN)
+    places = [conf, *(Path(word[len(SEARCH) : -1]) for word in prepared if word.startswith(SEARCH))]
     for one in merged.defaults:
         if one.config_path is not None and not one.config_path.startswith("hydra/"):
-            yield conf / f"{one.config_path}.yaml", "" if one.package in (None, "_global_") else str(one.package)
+            files = [place / f"{one.config_path}.yaml" for place in places]
+            yield (
+                next((file for file in files if file.is_file()), files[0]),
+                "" if one.package in (None, "_global_") else str(one.package),
+            )
 
 
 def _leaves(values: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -233,7 +233,7 @@ class SamplingSplits:
     val: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
     seeded: bool = False
     """Each call of training has its own seed, made of `seed`, the rollout, and what is asked how often: a rollout that
-    is run again samples the same, as far as the engine's arithmetic allows. Needs hardware.gateways=1."""
+    is run again samples the same, as far as the engine's arithmetic allows. There is then one gateway."""
 
 
 @dataclass(slots=True, kw_only=True)

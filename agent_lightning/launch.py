@@ -226,7 +226,7 @@ def _serving(config: Config, model: str, port: int) -> Any:
         device=cast(Any, config.hardware.device),
         replicas=serving.replicas,
         tensor_parallel_size=serving.tensor_parallel_size,
-        gateways=serving.gateways,
+        gateways=1 if config.sampling.seeded else serving.gateways,
         host=serving.host,
         port=port,
         dtype=config.model.dtype,
@@ -283,7 +283,7 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
     from agent_lightning.nodes import Nodes
 
     spec = agent_spec(config)
-    nodes = Nodes(service, scale=config.serving.gateways is None)
+    nodes = Nodes(service, scale=config.serving.gateways is None and not config.sampling.seeded)
     await nodes.start()
 
     def start(name: str, number: int, place: Callable[[], dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from agent_lightning.errors import DataError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Series = NDArray[np.float64]
 
@@ -47,28 +48,44 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [rows[step] for step in sorted(rows)]
 
 
+def evaluations(path: Path) -> list[tuple[int, float]]:
+    """(step, held-out reward) of each evaluation in a metrics.jsonl; none where there is no such file yet."""
+    rows = read_metrics(path) if path.is_file() else []
+    return [(int(row["step"]), row["val/reward"]) for row in rows if "val/reward" in row]
+
+
 def plot_learning_curve(metrics: Path, out: Path, title: str) -> None:
     """Draw `metrics` (metrics.jsonl) as a PNG of 1200 x 700 pixels at `out`.
 
     Above: reward of training and of the held-out tasks. Below: the log-probability gap, and where a step's time goes.
     Series that were never logged are left out. Raises DataError where there is no metrics file.
     """
-    # No pyplot: a Figure with its own canvas touches no global backend, display or open windows.
+    rows = read_metrics(metrics)
+    figure = new_figure(title)
+    grid = figure.add_gridspec(2, 2, height_ratios=(2.3, 1))
+    reward, gap, seconds = (figure.add_subplot(cell) for cell in (grid[0, :], grid[1, 0], grid[1, 1]))
+    for axes, margin in ((reward, 0.08), (gap, 0.02), (seconds, 0.02)):
+        plain_axes(axes, max((row["step"] for row in rows), default=0.0), margin)
+    _draw_reward(reward, rows)
+    _draw_gap(gap, rows)
+    _draw_seconds(seconds, rows)
+    save(figure, out)
+
+
+def new_figure(title: str) -> Figure:
+    """1200 x 700 pixels. No pyplot: a Figure with its own canvas touches no global backend, display or open windows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    rows = read_metrics(metrics)
     figure = Figure(figsize=(12, 7), dpi=100, facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2, height_ratios=(2.3, 1))
-    reward, gap, seconds = (figure.add_subplot(cell) for cell in (grid[0, :], grid[1, 0], grid[1, 1]))
-    for axes, margin in ((reward, 0.08), (gap, 0.02), (seconds, 0.02)):
-        _plain(axes, max((row["step"] for row in rows), default=0.0), margin)
     figure.suptitle(title, fontsize=15, fontweight="bold", x=0.012, ha="left")
-    _draw_reward(reward, rows)
-    _draw_gap(gap, rows)
-    _draw_seconds(seconds, rows)
+    return figure
+
+
+def save(figure: Figure, out: Path) -> None:
+    """As a PNG, which appears whole or not at all."""
     unfinished = out.with_name(f".{out.name}.tmp")
     figure.savefig(unfinished, format="png")
     unfinished.replace(out)
@@ -168,7 +185,8 @@ def _draw_seconds(axes: Axes, rows: list[dict[str, float]]) -> None:
     _legend_or_note(axes, above=True)
 
 
-def _plain(axes: Axes, last_step: float, margin: float) -> None:
+def plain_axes(axes: Axes, last_step: float, margin: float) -> None:
+    """A light grid, whole steps, and a `margin` (as a share) on both sides."""
     from matplotlib.ticker import MaxNLocator
 
     axes.grid(True, color="#e6e9ee", linewidth=0.8)

@@ -16,14 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from agent_lightning.plots import read_metrics
+from agent_lightning.plots import evaluations
 from agent_lightning.report import Summary
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
     """(step, held-out reward) of each evaluation."""
-    rows = read_metrics(run / "metrics.jsonl")
-    return [(int(row["step"]), row["val/reward"]) for row in rows if "val/reward" in row]
+    return evaluations(run / "metrics.jsonl")
 
 
 def describe(run: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -15,9 +16,24 @@ import pytest
 from agent_lightning import __version__
 from agent_lightning.cli import USER_ERROR, main
 from agent_lightning.config import load, project_folder, to_yaml
+from agent_lightning.sweeps import plan_sweep
 
 EXPERIMENTS = ", ".join(sorted(file.stem for file in (project_folder("conf") / "experiment").glob("*.yaml")))
-COMMANDS = ("train", "config", "submit", "eval", "serve", "score", "runs", "explain", "import", "export", "doctor")
+COMMANDS = (
+    "train",
+    "config",
+    "submit",
+    "eval",
+    "serve",
+    "sweep",
+    "reproduce",
+    "score",
+    "runs",
+    "explain",
+    "import",
+    "export",
+    "doctor",
+)
 
 
 @pytest.fixture
@@ -45,7 +61,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert all(re.search(rf"^ +{command} ", text, re.MULTILINE) for command in COMMANDS)
+    assert all(re.search(rf"^ +{command}( |$)", text, re.MULTILINE) for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -62,8 +78,34 @@ def test_the_keys_of_an_example_exist(command: str, capsys: pytest.CaptureFixtur
         main([command, "--help"])
     examples = re.findall(r"^  agl \w+ ((?:[\w.]+=\S+ ?)+)", capsys.readouterr().out, re.MULTILINE)
     for example in examples:
-        if "resume=" not in example:
+        if "resume=" not in example and command != "sweep":
             load(example.split())
+
+
+def test_the_example_of_a_sweep_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sweep", "--help"])
+    (example, *_) = re.findall(r"^  agl sweep (.*)", capsys.readouterr().out, re.MULTILINE)
+    plan, _ = plan_sweep(shlex.split(example))
+    assert set(plan.space) == {"algorithm.lr", "credit"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sweep", "experiment=toy", "algorithm.lrr=uniform(1,2)"], "did you mean algorithm.lr?"),
+        (["sweep", "resume=/nope"], "/nope is no sweep: it has no sweep.yaml"),
+        (["train", "--multirun", "experiment=toy", "seed=1"], "needs something to search"),
+        (["reproduce", "calc_x", "algorithm.lrr=1"], "did you mean algorithm.lr?"),
+        (["reproduce", "calc_x", "--runs", "/nope"], "/nope is no run: it has no config.yaml"),
+    ],
+)
+def test_several_runs_are_refused_before_the_first_starts(
+    arguments: list[str], said: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in refuse(capfd, *arguments)
+    assert not [one for one in tmp_path.rglob("*") if one.is_file()]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,20 @@ class ModelWorker(TrainingWorker):
         super().__init__(config)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(
+        self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False
+    ) -> None:
+        """Learning rate and weight decay are the config's: who goes on from a checkpoint may have been given others."""
+        scheduler, groups = self.engine.lr_scheduler, self.engine.optimizer.param_groups
+        rates, decays = list(scheduler.base_lrs), [group["weight_decay"] for group in groups]
+        self.engine.load_checkpoint(local_path, hdfs_path, del_local_after_load)
+        scheduler.base_lrs = rates
+        # Loading has replaced the groups.
+        groups = self.engine.optimizer.param_groups
+        for group, rate, decay, factor in zip(groups, rates, decays, scheduler.lr_lambdas, strict=True):
+            group |= {"initial_lr": rate, "lr": rate * factor(scheduler.last_epoch), "weight_decay": decay}
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def export_weights(self, bucket_bytes: int) -> list[tuple[list[dict[str, Any]], ray.ObjectRef]]:
         """Put the whole model into Ray's object store, as flat buckets of bytes.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ async def test_one_and_two_ranks_and_plain_torch_give_the_same_update(tmp_path: 
 async def test_kl_to_the_start_is_zero_at_first_then_grows_and_a_checkpoint_restores(tmp_path: Path) -> None:
     model = random_model(tmp_path / "model", seed=0, tied=False)
     batch = random_batch(1, rows=8, vocab=model.config.vocab_size)
-    cluster.init_ray(num_cpus=6)
+    cluster.init_ray(num_cpus=12)
     config = LearnerConfig(model_path=str(tmp_path / "model"), num_threads=1, lr=LR, kl_coef=0.1)
     try:
         learner = VerlLearner(config)
@@ -100,5 +101,12 @@ async def test_kl_to_the_start_is_zero_at_first_then_grows_and_a_checkpoint_rest
         assert again["learner/loss"].value == pytest.approx(third["learner/loss"].value, rel=1e-5)
         for name, value in to_arrays(weights).items():
             np.testing.assert_allclose(value, after[name], atol=1e-6)
+
+        slower = VerlLearner(replace(config, lr=LR / 100, kl_coef=0.0))
+        await slower.restore(tmp_path / "checkpoint", version=7)
+        before = to_arrays(await slower.publish())
+        await slower.update([batch])
+        moved = {name: np.abs(value - before[name]).max() for name, value in to_arrays(await slower.publish()).items()}
+        assert 0 < max(moved.values()) < LR / 10  # by its own learning rate, and not by the checkpoint's
     finally:
         cluster.shutdown_ray()

@@ -1,0 +1,38 @@
+"""One command line, here and as a trial of a sweep: the same figures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agent_lightning.plots import read_metrics
+
+pytestmark = [pytest.mark.stack, pytest.mark.slow]
+WORDS = ["experiment=toy", "steps=3", "eval_every=1", "seed=5"]
+
+
+def agl(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "agent_lightning.cli", *arguments], check=True, timeout=280)
+
+
+def figures(run: Path) -> list[dict[str, float]]:
+    """What a run measured, but for how long things took."""
+    rows = read_metrics(run / "metrics.jsonl")
+    return [{name: v for name, v in row.items() if not name.startswith(("time/", "wall_s"))} for row in rows]
+
+
+def test_a_trial_of_a_sweep_is_the_run_that_its_words_are(tmp_path: Path) -> None:
+    agl("train", *WORDS, "algorithm.lr=4.0", f"runs_dir={tmp_path}", "name=here")
+    agl("sweep", *WORDS, "algorithm.lr=choice(4.0)", "sweep=grid", f"runs_dir={tmp_path}")
+    (trial,) = tmp_path.glob("sweep-toy-*/trial-000")
+    here = figures(tmp_path / "here")
+    there = figures(trial)
+    assert len(there) == len(here)
+    for ours, theirs in zip(here, there, strict=True):
+        # The rows of a batch come in the order in which rollouts end: a sum of floats may differ in its last bit.
+        assert theirs == pytest.approx(ours, abs=1e-9, nan_ok=True)
+    assert [row["step"] for row in here] == [0, 1, 2, 3]
+    assert here[-1]["val/reward"] > here[0]["val/reward"]

@@ -1,0 +1,112 @@
+"""Sweeps on Ray Tune, with runs that only write what a run writes (tests/short_run.py)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agent_lightning import cluster, tuning
+from agent_lightning.plots import evaluations
+from agent_lightning.preflight import prepare_environment
+from agent_lightning.sweeps import SweepFolder, SweepPlan, TrialRecord, best_of, plan_sweep, trial_words
+
+pytestmark = pytest.mark.stack
+PROGRAM = (sys.executable, str(Path(__file__).parents[1] / "short_run.py"))
+FIXED = ["experiment=toy", "steps=8", "eval_every=2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster() -> Iterator[None]:
+    prepare_environment()
+    cluster.init_ray(None, 4, resources={tuning.SEAT: 2})
+    yield
+    cluster.shutdown_ray()
+
+
+def run(
+    folder: SweepFolder, plan: SweepPlan, *, resume: bool = False, told: Callable[[TrialRecord], None] | None = None
+) -> dict[str, TrialRecord]:
+    """The newest record of each trial."""
+    plan = replace(plan, fixed=(*plan.fixed, *trial_words(plan, "group")))
+    records: dict[str, TrialRecord] = {}
+
+    def changed(record: TrialRecord) -> None:
+        records[record.name] = record
+        if told is not None:
+            told(record)
+
+    tuning.run(plan, folder.path, concurrent=2, seats=True, resume=resume, changed=changed, program=PROGRAM)
+    return records
+
+
+def test_asha_stops_the_worse_trials_and_a_trial_that_breaks_down_ends_nothing_else(tmp_path: Path) -> None:
+    plan, _ = plan_sweep(
+        [*FIXED, "sweep=asha", "sweep.reduction=2", "algorithm.lr=uniform(1,3)", "seed=choice(14,14,13)"]
+    )
+    plan = replace(plan, settings=replace(plan.settings, trials=8))
+    records = run(SweepFolder.create(tmp_path, plan), plan)
+    states = [one.state for one in records.values()]
+    assert len(states) == 8
+    assert {"done", "stopped", "failed"} == set(states)
+    best = best_of(list(records.values()))
+    assert best is not None
+    assert best.step == 8
+    for one in records.values():
+        assert (one.error is not None) == (one.state == "failed") == ("seed=13" in one.words)
+        assert one.state != "stopped" or one.step < 8 or one.last < best.last
+
+
+def test_a_grid_has_every_combination_once(tmp_path: Path) -> None:
+    plan, _ = plan_sweep([*FIXED, "sweep=grid", "algorithm.lr=choice(1,2)", "seed=range(0,2)"])
+    records = run(SweepFolder.create(tmp_path, plan), plan)
+    assert sorted(one.words for one in records.values()) == [
+        (f"algorithm.lr={lr}", f"seed={seed}") for lr in (1, 2) for seed in (0, 1)
+    ]
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+    plan, _ = plan_sweep([*FIXED, "sweep.trials=4", "algorithm.lr=uniform(1,3)", "seed=choice(14)"])
+    folder = SweepFolder.create(tmp_path, plan)
+
+    def interrupt(record: TrialRecord) -> None:
+        if record.step == 2 and threading.current_thread() is threading.main_thread():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    first = run(folder, plan, told=interrupt)
+    assert any(not one.ended for one in first.values())
+    second = run(folder, plan, resume=True)
+    everything = first | second
+    assert sorted(everything) == [f"trial-{number:03d}" for number in range(4)]
+    assert all(one.state == "done" and one.step == 8 for one in everything.values())
+
+
+@pytest.mark.slow
+def test_in_population_based_training_the_worst_go_on_from_the_best(tmp_path: Path) -> None:
+    plan, _ = plan_sweep([*FIXED, "sweep=pbt", "sweep.trials=4", "algorithm.lr=loguniform(0.1,9)"])
+    folder = SweepFolder.create(tmp_path, plan)
+    records = run(folder, plan)
+    assert [one.state for one in records.values()] == ["done"] * 4
+    copies = list(folder.path.glob("trial-*-2"))
+    assert copies
+    for copy in copies:
+        points = evaluations(copy / "metrics.jsonl")
+        assert [step for step, _ in points] == [0, 2, 4, 6, 8]
+        lr = points[-1][1] / 8  # of the run itself, not of the one that it goes on from
+        assert 0.001 <= lr <= 0.09
+
+
+@pytest.mark.slow
+def test_a_bayesian_sweep_draws_where_it_was_good(tmp_path: Path) -> None:
+    plan, _ = plan_sweep([*FIXED, "sweep=bayes", "sweep.trials=16", "algorithm.lr=uniform(0,9)"])
+    records = run(SweepFolder.create(tmp_path, plan), plan)
+    rewards = [records[name].last for name in sorted(records)]
+    assert len(rewards) == 16
+    assert sum(rewards[10:]) / 6 > sum(rewards[:10]) / 10
