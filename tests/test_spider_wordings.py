@@ -87,7 +87,8 @@ def test_a_question_that_does_not_name_its_column_stays_with_its_table(tables):
             "select name from singer where birth_year > 1980",
             "select name , birth_year from singer where birth_year > 1980",
         ),
-        ("select name from singer where name = 'Ann'", None),
+        ("select name from singer", "select name , birth_year from singer"),
+        ("select name , birth_year from singer", None),
         ("select count ( * ) from singer", None),
         (
             "select name from singer group by name order by count ( * ) desc limit 1",

@@ -124,7 +124,7 @@ def batches(patterns: Sequence[Example], tokenizer: Any, args: argparse.Namespac
     rng, size = random.Random(args.seed), args.batch
     examples = varied(patterns, rng)
     for drawn in itertools.count(step=BUCKET):
-        stream = chats(examples, TALK if drawn >= TALK_FROM * args.steps else 0.0, rng)
+        stream = chats(examples, TALK if args.start or drawn >= TALK_FROM * args.steps else 0.0, rng)
         rows: list[Row] = []
         while len(rows) < BUCKET * size:
             row = encode(tokenizer, *next(stream))
@@ -142,6 +142,20 @@ def accuracy(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> floa
     return sum(score(row, query_in(reply)) for row, reply in zip(rows, said, strict=True)) / len(rows)
 
 
+def new_tokenizer(patterns: Sequence[Example], vocab_size: int) -> Any:
+    texts = [text for question, tokens, _ in patterns for text in (question, " ".join(tokens))]
+    schemas = {table.name + str(table.database): table.schema for *_, table in patterns}
+    return tiny_model.build_tokenizer(
+        [*texts, *schemas.values()], vocab_size, roles=ROLES, alone=ALONE, template=TEMPLATE, whole=WHOLE
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def train(args: argparse.Namespace) -> None:
     splits = {name: single_table(root=str(args.data), split=name, num=10_000, seed=0) for name in ("train", "held_out")}
     splits["dev"] = single_table(root=str(args.data), split="dev", num=10_000, seed=0)
@@ -152,26 +166,19 @@ def train(args: argparse.Namespace) -> None:
         if key not in tables:
             tables[key] = source(row["schema"], files(row["databases"], row["db_id"])[0])
         patterns.append((row["question"], plain(row["query"], tables[key]), tables[key]))
-    texts = [text for question, tokens, _ in patterns for text in (question, " ".join(tokens))]
-    tokenizer = tiny_model.build_tokenizer(
-        [*texts, *(table.schema for table in tables.values())],
-        args.vocab_size,
-        roles=ROLES,
-        alone=ALONE,
-        template=TEMPLATE,
-        whole=WHOLE,
-    )
+    tokenizer = load_tokenizer(args.start) if args.start else new_tokenizer(patterns, args.vocab_size)
 
     def measure(model: Any) -> dict[str, float]:
         return {name: round(accuracy(model, tokenizer, splits[name][::3]), 3) for name in ("held_out", "dev")}
 
     rows = batches(patterns, tokenizer, args)
-    asyncio.run(tiny_model.pretrain(args, tokenizer, rows, measure))
+    asyncio.run(tiny_model.pretrain(args, tokenizer, rows, measure, start=args.start))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of Spider")
+    parser.add_argument("--start", type=Path, help="go on from this policy, all the time as in the last part")
     tiny_model.arguments(parser, steps=1000, batch=32, vocab_size=2048)
     train(parser.parse_args())
 

@@ -156,9 +156,10 @@ def _value(token: str, column: str, other: Source, rng: random.Random) -> str | 
 
 
 def talkative(tokens: Sequence[str], table: Source) -> list[str]:
-    """The query that also shows what it filters, sorts and counts by: "select name from dog order by age" -> name, age.
+    """The query that also shows what it filters, sorts and counts by, or else another column of the row.
 
-    Most people like to see it, and execution match counts it as wrong.
+    "select name from dog order by age" -> name, age; "select name from dog" -> name, and dog's first other column.
+    People like to see it, and execution match counts it as wrong.
     """
     if "from" not in tokens:
         return list(tokens)
@@ -167,5 +168,7 @@ def talkative(tokens: Sequence[str], table: Source) -> list[str]:
     extra = [token for token in dict.fromkeys(rest) if token in table.columns and token not in shown]
     if "count" in rest and "count" not in shown:
         extra.append("count ( * )")
+    if not extra and set(shown) <= {*table.columns, ",", "distinct"}:
+        extra = [column for column in table.columns if column not in shown][:1]
     added = [part for token in extra for part in (",", *token.split())]
     return ["select", *shown, *added, *tokens[split:]]
