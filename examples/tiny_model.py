@@ -82,6 +82,12 @@ def build_model(tokenizer: Any, seed: int) -> Any:
     return model
 
 
+def load_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
 def replies(model: Any, tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> Iterator[str]:
     """What the model writes after each text, greedily, special tokens included."""
     import torch
@@ -96,9 +102,17 @@ def replies(model: Any, tokenizer: Any, texts: Sequence[str], *, max_tokens: int
 
 
 async def pretrain(
-    args: argparse.Namespace, tokenizer: Any, rows: Iterator[Sequence[Row]], measure: Callable[[Any], Mapping[str, Any]]
+    args: argparse.Namespace,
+    tokenizer: Any,
+    rows: Iterator[Sequence[Row]],
+    measure: Callable[[Any], Mapping[str, Any]],
+    *,
+    start: Path | None = None,
 ) -> None:
-    """Train a new model on batches of `rows`, and keep it in `args.out` with a note of what `measure` says of it."""
+    """Train a new model, or the one in `start`, on batches of `rows`.
+
+    It is kept in `args.out` with a note of what `measure` says of it.
+    """
     import ray
     from safetensors.torch import save_file
 
@@ -106,7 +120,7 @@ async def pretrain(
 
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(args.out)
-    model = build_model(tokenizer, args.seed)
+    model = load_model(start) if start else build_model(tokenizer, args.seed)
     model.save_pretrained(args.out)
     log({"parameters": sum(p.numel() for p in model.parameters()), "tokens": len(tokenizer)})
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

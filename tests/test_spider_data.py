@@ -136,7 +136,7 @@ def test_the_slice_holds_out_whole_queries_of_the_training_databases():
     databases = {split: {row["db_id"] for row in rows} for split, rows in splits.items()}
     assert databases["held_out"] <= databases["train"]
     assert not databases["train"] & databases["dev"]
-    assert splits["dev"][0]["schema"].startswith("table singer: Singer_ID, Name, Country,")
+    assert splits["dev"][0]["schema"].startswith("table singer: singer_id, name, country,")
     assert all("\n" not in row["schema"] for rows in splits.values() for row in rows)
 
 

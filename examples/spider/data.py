@@ -41,8 +41,14 @@ def questions(*, root: str, split: str, num: int, seed: int) -> list[dict[str, A
     return _draw(_usable(_read(root, split), root, split), num, seed)
 
 
+def lower_case(*, root: str, split: str, num: int, seed: int) -> list[dict[str, Any]]:
+    """`questions` with schemas in lower case, as the tiny policy knows them."""
+    return [row | {"schema": row["schema"].lower()} for row in questions(root=root, split=split, num=num, seed=seed)]
+
+
 def single_table(*, root: str, split: str, num: int, seed: int) -> list[dict[str, Any]]:
-    """The slice whose gold query reads one table, once: "train", "held_out" or "dev". The schema is of that table only.
+    """The slice whose gold query reads one table, once: "train", "held_out" or "dev". The schema is of that table only,
+    in lower case.
 
     "held_out" is of the training databases: no gold query of it is one of "train". "dev" has other databases.
     """
@@ -52,7 +58,7 @@ def single_table(*, root: str, split: str, num: int, seed: int) -> list[dict[str
     rows = [row for row in _read(root, part) if reads_one_table(row["query"])]
     if split != "dev":
         rows = [row for row in rows if _is_held_out(row) is (split == "held_out")]
-    return [row | {"schema": _one_table(row)} for row in _draw(_usable(rows, root, split), num, seed)]
+    return [row | {"schema": _one_table(row).lower()} for row in _draw(_usable(rows, root, split), num, seed)]
 
 
 def reads_one_table(query: str) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from data import single_table
 from databases import files, run
 from reward import score
 from tiny_model import END, Row, replies
-from wordings import Source, plain, redraw, source
+from wordings import Source, plain, redraw, source, talkative
 
 ROLES = ("system", "user", "assistant")
 TEMPLATE = """\
@@ -38,10 +39,18 @@ TEMPLATE = """\
 <|im_start|>assistant
 {% endif -%}
 """
+ALONE = r"""\d|_|['"]| (?=[A-Z'"])"""
+"""Of the tokenizer. With the space before a capital, "from New York" and 'New York' have the same tokens."""
 BUCKET = 8
-LONGEST = 320
+LONGEST = 240
 """Tokens of a chat to learn from."""
+OWN = 0.5
+"""Share of the questions that stay with their table."""
+TALK, TALK_FROM = 0.75, 0.75
+"""Share of talkative queries, from which share of the steps on."""
 FAILS, NOTHING, RIGHT = "The query fails.", "It finds nothing.", "CORRECT"
+WHOLE = (WRITER, CHECKER, REWRITER, FAILS, NOTHING, RIGHT, "\nQuestion: ", "\nQuery: ", "\nResult: ", "\nVerdict: ")
+"""Texts that are one token each."""
 
 Example = tuple[str, list[str], Source]
 Chat = list[dict[str, str]]
@@ -53,28 +62,40 @@ def prompt(system: str, schema: str, question: str, *lines: str) -> Chat:
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
-def chats(patterns: Sequence[Example], rng: random.Random) -> Iterator[tuple[Chat, str]]:
-    """Prompts and right replies without end: 7 of 10 the writer's, then the checker's and the rewriter's."""
+def varied(patterns: Sequence[Example], rng: random.Random) -> Iterator[Example]:
+    """Half of them with values of their own table, where those can be drawn; half put to another table."""
     tables = list({(table.database, table.name): table for *_, table in patterns}.values())
     while True:
         question, tokens, table = rng.choice(patterns)
-        kind = rng.random()
-        if kind < 0.7:
-            other = table if kind < 0.3 else rng.choice(tables)
+        if rng.random() < OWN:
+            question, tokens = redraw(question, tokens, table, table, rng) or (question, tokens)
+            yield question, tokens, table
+            continue
+        drawn = None
+        while drawn is None:
+            question, tokens, table = rng.choice(patterns)
+            other = rng.choice(tables)
             drawn = redraw(question, tokens, table, other, rng)
-            if drawn is not None:
-                (question, tokens), table = drawn, other
-        query = " ".join(tokens)
-        if rng.random() < 0.7:
+        yield *drawn, other
+
+
+def chats(examples: Iterator[Example], talk: float, rng: random.Random) -> Iterator[tuple[Chat, str]]:
+    """Prompts and replies without end: 7 of 10 the writer's, 1 the checker's, 2 the rewriter's.
+
+    `talk`: the share of queries that show more than was asked (`wordings.talkative`).
+    """
+    for question, tokens, table in examples:
+        role, query = rng.random(), " ".join(talkative(tokens, table) if rng.random() < talk else tokens)
+        if role < 0.7:
             yield prompt(WRITER, table.schema, question), query
             continue
-        tried = query if rng.random() < 0.3 else " ".join(spoil(tokens, table, rng))
+        tried = query if role < 0.73 else " ".join(spoil(tokens, table, rng))
         result = shown(run(table.database, tried, SHOWN))
         verdict = FAILS if result.startswith("error") else NOTHING if result == "no rows" else RIGHT
         lines = f"Query: {tried}", f"Result: {result}"
-        if verdict == RIGHT or rng.random() < 0.3:
+        if role < 0.8:
             yield prompt(CHECKER, table.schema, question, *lines), verdict
-        elif tried != query:
+        elif verdict != RIGHT:
             yield prompt(REWRITER, table.schema, question, *lines, f"Verdict: {verdict}"), query
 
 
@@ -98,11 +119,12 @@ def encode(tokenizer: Any, chat: Chat, reply: str) -> Row:
     return asked + said, [False] * len(asked) + [True] * len(said)
 
 
-def batches(patterns: Sequence[Example], tokenizer: Any, size: int, seed: int) -> Iterator[list[Row]]:
+def batches(patterns: Sequence[Example], tokenizer: Any, args: argparse.Namespace) -> Iterator[list[Row]]:
     """Rows of like length: BUCKET batches are drawn at once, sorted and dealt out in random order."""
-    rng = random.Random(seed)
-    stream = chats(patterns, rng)
-    while True:
+    rng, size = random.Random(args.seed), args.batch
+    examples = varied(patterns, rng)
+    for drawn in itertools.count(step=BUCKET):
+        stream = chats(examples, TALK if args.start or drawn >= TALK_FROM * args.steps else 0.0, rng)
         rows: list[Row] = []
         while len(rows) < BUCKET * size:
             row = encode(tokenizer, *next(stream))
@@ -120,6 +142,20 @@ def accuracy(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> floa
     return sum(score(row, query_in(reply)) for row, reply in zip(rows, said, strict=True)) / len(rows)
 
 
+def new_tokenizer(patterns: Sequence[Example], vocab_size: int) -> Any:
+    texts = [text for question, tokens, _ in patterns for text in (question, " ".join(tokens))]
+    schemas = {table.name + str(table.database): table.schema for *_, table in patterns}
+    return tiny_model.build_tokenizer(
+        [*texts, *schemas.values()], vocab_size, roles=ROLES, alone=ALONE, template=TEMPLATE, whole=WHOLE
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def train(args: argparse.Namespace) -> None:
     splits = {name: single_table(root=str(args.data), split=name, num=10_000, seed=0) for name in ("train", "held_out")}
     splits["dev"] = single_table(root=str(args.data), split="dev", num=10_000, seed=0)
@@ -130,27 +166,20 @@ def train(args: argparse.Namespace) -> None:
         if key not in tables:
             tables[key] = source(row["schema"], files(row["databases"], row["db_id"])[0])
         patterns.append((row["question"], plain(row["query"], tables[key]), tables[key]))
-    texts = [text for question, tokens, _ in patterns for text in (question, f" {' '.join(tokens)}")]
-    fixed = (WRITER, CHECKER, REWRITER, FAILS, NOTHING, RIGHT, "\nQuestion: \nQuery: \nResult: \nVerdict: ")
-    tokenizer = tiny_model.build_tokenizer(
-        [*texts, *(table.schema for table in tables.values()), *fixed * 300],
-        args.vocab_size,
-        roles=ROLES,
-        alone=r"\d|_",
-        template=TEMPLATE,
-    )
+    tokenizer = load_tokenizer(args.start) if args.start else new_tokenizer(patterns, args.vocab_size)
 
     def measure(model: Any) -> dict[str, float]:
-        return {name: round(accuracy(model, tokenizer, splits[name]), 3) for name in ("held_out", "dev")}
+        return {name: round(accuracy(model, tokenizer, splits[name][::3]), 3) for name in ("held_out", "dev")}
 
-    rows = batches(patterns, tokenizer, args.batch, args.seed)
-    asyncio.run(tiny_model.pretrain(args, tokenizer, rows, measure))
+    rows = batches(patterns, tokenizer, args)
+    asyncio.run(tiny_model.pretrain(args, tokenizer, rows, measure, start=args.start))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of Spider")
-    tiny_model.arguments(parser, steps=1000, batch=48, vocab_size=2048)
+    parser.add_argument("--start", type=Path, help="go on from this policy, all the time as in the last part")
+    tiny_model.arguments(parser, steps=1000, batch=32, vocab_size=2048)
     train(parser.parse_args())
 
 

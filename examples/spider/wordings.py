@@ -2,10 +2,11 @@
 
 A question whose columns and table are named in it is a pattern:
 
-    "What are the ages of all singers?", SELECT age FROM singer
-    "What are the weights of all dogs?", SELECT weight FROM dog
+    "What are the ages of all singers?", select age from singer
+    "What are the weights of all dogs?", select weight from dog
 
-Queries are written in one way, with a space between any two tokens, so that names and values stand as in the question.
+Queries are written in one way: keywords in lower case, a space between any two tokens, so that names and values stand
+as in schema and question.
 """
 
 from __future__ import annotations
@@ -58,17 +59,20 @@ def source(schema: str, database: Path) -> Source:
 
 
 def plain(query: str, table: Source) -> list[str]:
-    """The tokens of a query on one table, written in the one way: no alias, names as in the schema, single quotes."""
+    """The tokens of a query on one table, written in the one way: no alias, no ASC, names as in the schema."""
     names = {name.lower(): name for name in (*table.columns, table.name)}
     tokens: list[str] = []
-    for token in _TOKEN.findall(re.sub(r"\bfrom\s+(\w+)\s+as\s+\w+", r"FROM \1", query, flags=re.IGNORECASE)):
+    for token in _TOKEN.findall(re.sub(r"\bfrom\s+(\w+)\s+as\s+\w+", r"from \1", query, flags=re.IGNORECASE)):
         if token[0] in "\"'`" and token.strip("\"'`").lower() in names and token[0] != "'":
             token = token.strip('"`')
         if token[0] == '"':
             token = "'" + token[1:-1].replace("'", "''") + "'"
         bare = token.rpartition(".")[2] if token[0].isalpha() else token
         low = bare.lower()
-        tokens.append(low.upper() if low in KEYWORDS and low not in names else names.get(low, bare))
+        if low in KEYWORDS and low not in names:
+            tokens += [low] if low != "asc" else []
+        else:
+            tokens.append({"<>": "!="}.get(bare) or names.get(low, bare))
     return tokens[:-1] if tokens[-1:] == [";"] else tokens
 
 
@@ -96,7 +100,7 @@ def redraw(question: str, tokens: Sequence[str], table: Source, other: Source, r
     for i, token in enumerate(tokens):
         column = token if token in table.columns else column
         literal = token[0] == "'" or (token[0].isdigit() and tokens[i - 1] in ("=", "<", ">", "<=", ">=", "!="))
-        if literal and column in chosen and "COUNT" not in tokens[max(0, i - 5) : i]:
+        if literal and column in chosen and "count" not in tokens[max(0, i - 5) : i]:
             value = _value(token, chosen[column], other, rng)
             said = token.strip("'").strip("%")
             asked = re.sub(rf"(?<!\w){re.escape(said)}(?!\w)", (value or "").replace("\\", ""), question, count=1)
@@ -149,3 +153,22 @@ def _value(token: str, column: str, other: Source, rng: random.Random) -> str | 
     if token[0] != "'" and re.fullmatch(r"\d{1,6}", value):
         return str(max(0, int(value) + rng.randint(-5, 5)))
     return value if (token[0] == "'") or re.fullmatch(r"\d+(\.\d+)?", value) else None
+
+
+def talkative(tokens: Sequence[str], table: Source) -> list[str]:
+    """The query that also shows what it filters, sorts and counts by, or else another column of the row.
+
+    "select name from dog order by age" -> name, age; "select name from dog" -> name, and dog's first other column.
+    People like to see it, and execution match counts it as wrong.
+    """
+    if "from" not in tokens:
+        return list(tokens)
+    split = tokens.index("from")
+    shown, rest = tokens[1:split], list(tokens[split + 2 :])
+    extra = [token for token in dict.fromkeys(rest) if token in table.columns and token not in shown]
+    if "count" in rest and "count" not in shown:
+        extra.append("count ( * )")
+    if not extra and set(shown) <= {*table.columns, ",", "distinct"}:
+        extra = [column for column in table.columns if column not in shown][:1]
+    added = [part for token in extra for part in (",", *token.split())]
+    return ["select", *shown, *added, *tokens[split:]]

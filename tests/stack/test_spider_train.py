@@ -1,0 +1,72 @@
+"""Spider's three roles on the real stack with the tiny policy: a step of training, and reward by difficulty."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agent_lightning.archive import read_rollouts
+
+pytest.importorskip("langgraph")
+pytest.importorskip("langchain_openai")
+
+pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(400)]
+ROOT = Path(__file__).parents[2]
+NAMES = ("Ann", "Bob", "Cleo", "Dan")
+TRAIN = [
+    *((f"How old is {name}?", f"SELECT age FROM singer WHERE name = '{name}'") for name in NAMES),
+    ("How many singers are there?", "SELECT count(*) FROM singer"),
+    ("Show the names of all singers.", "SELECT name FROM singer"),
+]
+NOBODY = ("What is the name of the singer whose age is 99?", "SELECT name FROM singer WHERE age = 99")
+"""The right query finds nothing, so a checker that knows its role has it written again."""
+
+
+def spider(folder: Path) -> Path:
+    """A folder in the layout of Spider's release, with one database."""
+    path = folder / "database" / "concert" / "concert.sqlite"
+    path.parent.mkdir(parents=True)
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE singer (singer_id INT, name TEXT, age INT)")
+    connection.executemany("INSERT INTO singer VALUES (?, ?, ?)", [(i, name, 30 + i) for i, name in enumerate(NAMES)])
+    connection.commit()
+    connection.close()
+    rows = [{"question": question, "db_id": "concert", "query": query} for question, query in TRAIN]
+    (folder / "train_spider.json").write_text(json.dumps(rows * 4))
+    (folder / "train_others.json").write_text("[]")
+    dev = [rows[4] | {"difficulty": "easy"}, {"question": NOBODY[0], "db_id": "concert", "query": NOBODY[1]}]
+    dev[1]["difficulty"] = "medium"
+    (folder / "dev.jsonl").write_text("".join(json.dumps(row | {"id": str(i)}) + "\n" for i, row in enumerate(dev * 4)))
+    return folder
+
+
+def test_writer_checker_and_rewriter_are_recorded_and_the_checker_is_not_trained(tmp_path: Path) -> None:
+    options = [
+        "experiment=spider_tiny_single_table",
+        f"data.root={spider(tmp_path / 'spider')}",
+        "data.val.split=dev",
+        "steps=1",
+        "algorithm.tasks_per_step=6",
+        f"runs_dir={tmp_path}",
+        "name=run",
+    ]
+    command = [sys.executable, "-m", "agent_lightning.cli", "train", *options]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"CHECKER_BASE_URL": ""})
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert set(summary["val_reward_by"]) == {"easy", "medium"}
+    rows = read_rollouts(tmp_path / "run").to_pylist()
+    assert {row["outcome"] for row in rows} == {"finished"}
+    roles = [[call["agent"] for call in row["calls"]] for row in rows]
+    assert all(one[:2] == ["writer", "checker"] and set(one[2:]) <= {"checker", "rewriter"} for one in roles)
+    assert any("rewriter" in one for one in roles)
+    said = {role: 0 for one in roles for role in one}
+    for row in rows:
+        for call in row["calls"] if row["split"] == "train" else ():
+            said[call["agent"]] += len(call["response_ids"])
+    assert 0 < summary["trained_tokens"] <= said["writer"] + said["rewriter"]
