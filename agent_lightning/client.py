@@ -49,6 +49,15 @@ _SEND_TIMEOUT = 30.0
 """Seconds: a gateway that hundreds of agents ask at once is slow, not gone."""
 _LAST_SPANS = 0.25
 """Seconds that spans which are still open are waited for."""
+_TELLTALES = (
+    "opentelemetry.exporter.otlp.proto.http.trace_exporter",
+    "httpx",
+    "httpx2",
+    "openai._base_client",
+    "anthropic._base_client",
+    "urllib3.connectionpool",
+)
+"""Loggers that write URLs down."""
 _SECRET = re.compile(r"(/attempt/\d+/)[0-9a-f]{32}")
 
 
@@ -316,12 +325,13 @@ def _processor() -> _Spans:
         trace.set_tracer_provider(provider)
     spans = _Spans()
     provider.add_span_processor(spans)
-    logging.getLogger("opentelemetry.exporter.otlp.proto.http.trace_exporter").addFilter(_hide)
+    for name in _TELLTALES:
+        logging.getLogger(name).addFilter(_hide)
     return spans
 
 
 def _hide(record: logging.LogRecord) -> bool:
-    """An exporter that cannot send says where to: without the rollout's secret."""
+    """Client libraries log what they ask, and an exporter where it cannot send to: without the rollout's secret."""
     record.msg, record.args = _SECRET.sub(r"\1***", record.getMessage()), None
     return True
 

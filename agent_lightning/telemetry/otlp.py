@@ -39,17 +39,20 @@ REASONS = {
     "repaired: a value nested too deep": "kept, without what is nested deeper than 16",
 }
 """Every reason that `decode` counts, and what it means. Those with "repaired" are of spans that are kept."""
+_UNREADABLE = (json_format.ParseError, ValueError, TypeError, AttributeError, RecursionError, SystemError)
+"""What protobuf raises of JSON; SystemError of a field whose name is half of a surrogate pair."""
 _DEPTH = 16
 _NANO = 10**9
 
 
 def decode(
-    body: bytes, *, content_type: str, content_encoding: str = "", max_bytes: int, max_spans: int
+    body: bytes, *, content_type: str, content_encoding: str = "", max_bytes: int, max_spans: int, secret: str = ""
 ) -> tuple[tuple[RawSpan, ...], Mapping[str, int]]:
     """The spans of an OTLP/HTTP body, and how many were refused or repaired for each of REASONS.
 
-    `max_bytes` bounds the body after inflation. Events of a span named `gen_ai.*` are in its attribute
-    "gen_ai.events"; an exception is in its `error`, where its status is an error.
+    `max_bytes` bounds the body after inflation. `secret` is what no span may tell: instrumentors of HTTP clients record
+    the URL that an agent calls; each of its characters becomes "*". Events of a span named `gen_ai.*` are in its
+    attribute "gen_ai.events"; an exception is in its `error`, where its status is an error.
 
     Raises DataError, in one line, for a body that is truncated, too large or not OTLP.
 
@@ -58,16 +61,23 @@ def decode(
         spans, refused = decode(body, content_type="application/json", max_bytes=4_000_000, max_spans=10_000)
     """
     by_trace, refused = decode_traces(
-        body, content_type=content_type, content_encoding=content_encoding, max_bytes=max_bytes, max_spans=max_spans
+        body,
+        content_type=content_type,
+        content_encoding=content_encoding,
+        max_bytes=max_bytes,
+        max_spans=max_spans,
+        secret=secret,
     )
     return tuple(span for spans in by_trace.values() for span in spans), refused
 
 
 def decode_traces(
-    body: bytes, *, content_type: str, content_encoding: str = "", max_bytes: int, max_spans: int
+    body: bytes, *, content_type: str, content_encoding: str = "", max_bytes: int, max_spans: int, secret: str = ""
 ) -> tuple[Mapping[str, tuple[RawSpan, ...]], Mapping[str, int]]:
     """As `decode`, trace id (hex) -> its spans."""
     plain = _inflate(body, content_encoding.strip().lower(), max_bytes)
+    if secret:  # of the same length: protobuf counts its bytes
+        plain = plain.replace(secret.encode(), b"*" * len(secret.encode()))
     refused: Counter[str] = Counter()
     kind = content_type.partition(";")[0].strip().lower()
     if kind == PROTOBUF:
@@ -168,7 +178,7 @@ def _json_spans(body: bytes, refused: Counter[str]) -> Iterator[Span]:
                 try:
                     ids = {name: _base64(span.get(name)) for name in ("traceId", "spanId", "parentSpanId")}
                     yield json_format.ParseDict({**span, **ids, "links": []}, Span(), ignore_unknown_fields=True)
-                except (json_format.ParseError, ValueError, TypeError, AttributeError, RecursionError):
+                except _UNREADABLE:
                     refused["a span that cannot be read"] += 1
 
 
