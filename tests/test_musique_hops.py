@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from agent_lightning.agents import load
+from agent_lightning.config import load as config_load
 from agent_lightning.config import resolve_path
 from agent_lightning.errors import DataError
 
@@ -111,3 +112,10 @@ def test_other_names_are_put_into_question_passage_and_answer_alike() -> None:
         )
         seen.add((fact.entity, fact.answer))
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("experiment", ["musique_tiny_relations", "musique_tiny"])
+def test_the_tiny_experiments_search_with_the_agent_that_reads_little(experiment: str) -> None:
+    config = config_load([f"experiment={experiment}"])
+    assert (config.experiment, config.agent.target) == (experiment, "examples/musique/agent.py:solve_short")
+    assert config.agent.reward == "examples/musique/reward.py:score"
