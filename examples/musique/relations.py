@@ -132,11 +132,11 @@ OF_NAME: Mapping[str, Sequence[str]] = {
 }
 """Relation of the name that a pattern finds -> patterns; the answer is the title."""
 
-PAIRS: Mapping[str, str] = {
-    "shares border with": rf"\b((?:{_WORD} ){{1,2}}{KIND})\b[^.]*?\b((?:{_WORD} ){{1,2}}{KIND})\b",
-    "shares border with ": rf"\bborder(?:s|ed|ing)?(?: (?:by|with|of))?(?: the)? ({NAME})[^.]*? and(?: the)? ({NAME})",
-    "spouse": rf"\b({NAME}) (?:and|&) (?:his wife|her husband),? ({NAME})",
-}
+PAIRS: Sequence[tuple[str, str]] = (
+    ("shares border with", rf"\b((?:{_WORD} ){{1,2}}{KIND})\b[^.]*?\b((?:{_WORD} ){{1,2}}{KIND})\b"),
+    ("shares border with", rf"\bborder(?:s|ed|ing)?(?: (?:by|with|of))?(?: the)? ({NAME})[^.]*? and(?: the)? ({NAME})"),
+    ("spouse", rf"\b({NAME}) (?:and|&) (?:his wife|her husband),? ({NAME})"),
+)
 """Two names that are each other's answer."""
 
 COUNTRIES = (
@@ -181,7 +181,7 @@ DEMONYMS = {
     "Iranian": "Iran",
     "Turkish": "Turkey",
 }
-_BORN = r"\b(?:is|was) an? ({})\b"
+_ADJECTIVE = rf"\b(?:is|was) an? ({'|'.join(DEMONYMS)})\b"
 
 COMMONEST = 30
 """Relations, half of all, that make most of the facts."""
@@ -209,18 +209,18 @@ def facts_in(title: str, text: str) -> Iterator[Fact]:
         found = next((match for pattern in patterns if (match := re.search(pattern, text))), None)
         if found and _usable(found[1], about):
             yield Fact(found[1], relation, about, title, text)
-    for relation, pattern in PAIRS.items():
+    for relation, pattern in PAIRS:
         found = re.search(pattern, text)
         if found and found[1] != found[2]:
-            yield Fact(found[1], relation.strip(), found[2], title, text)
-            yield Fact(found[2], relation.strip(), found[1], title, text)
+            yield Fact(found[1], relation, found[2], title, text)
+            yield Fact(found[2], relation, found[1], title, text)
     countries = re.findall(rf"\b(?:{COUNTRIES.replace('.', '[.]')})(?=\W|$)", text.split(". ")[0])
     if countries and not re.search(r"\(born|\bborn\b", text):
         yield Fact(about, "country", countries[-1], title, text)
-    person = re.search(_BORN.format("|".join(DEMONYMS)), text)
-    if person:
+    adjective = re.search(_ADJECTIVE, text)
+    if adjective:
         relation = "country of citizenship" if re.search(r"\bborn\b|\d{4} ?[-–]", text) else "country"
-        yield Fact(about, relation, DEMONYMS[person[1]], title, text)
+        yield Fact(about, relation, DEMONYMS[adjective[1]], title, text)
 
 
 def _usable(answer: str, about: str) -> bool:
