@@ -55,8 +55,12 @@ def build_tokenizer(
     return wrapped
 
 
-def build_model(tokenizer: Any, seed: int) -> Any:
-    """A Llama of four layers, 1.6 to 2 million parameters with the embeddings of the tokenizer."""
+def build_model(tokenizer: Any, seed: int, *, heads: int, tied: bool) -> Any:
+    """A Llama of four layers; with five heads 1.6 to 2 million parameters with the embeddings of the tokenizer.
+
+    `tied`: one table of embeddings for what is read and what is written, so that a token that was read can be written
+    again before it was ever learnt.
+    """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -64,15 +68,15 @@ def build_model(tokenizer: Any, seed: int) -> Any:
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=160,
-        intermediate_size=448,
+        hidden_size=32 * heads,
+        intermediate_size=90 * heads // 8 * 8,
         num_hidden_layers=4,
-        num_attention_heads=5,
-        num_key_value_heads=5,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         head_dim=32,
         max_position_embeddings=1024,
         rope_theta=10000.0,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         initializer_range=0.02,
         bos_token_id=None,
         **ids,
@@ -108,10 +112,12 @@ async def pretrain(
     measure: Callable[[Any], Mapping[str, Any]],
     *,
     start: Path | None = None,
+    heads: int = 5,
+    tied: bool = False,
 ) -> None:
     """Train a new model, or the one in `start`, on batches of `rows`.
 
-    It is kept in `args.out` with a note of what `measure` says of it.
+    It is kept in `args.out` with a note of what `measure` says of it. `heads` and `tied`: see `build_model`.
     """
     import ray
     from safetensors.torch import save_file
@@ -120,7 +126,7 @@ async def pretrain(
 
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(args.out)
-    model = load_model(start) if start else build_model(tokenizer, args.seed)
+    model = load_model(start) if start else build_model(tokenizer, args.seed, heads=heads, tied=tied)
     model.save_pretrained(args.out)
     log({"parameters": sum(p.numel() for p in model.parameters()), "tokens": len(tokenizer)})
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -145,7 +151,7 @@ async def pretrain(
         if step % args.evaluate_every == 0 or step == args.steps:
             weights = state_dict(await learner.publish())
             save_file(weights, args.out / "model.safetensors", metadata={"format": "pt"})
-            model.load_state_dict(weights)
+            model.load_state_dict(weights, strict=not tied)
             note = {"step": step, "seconds": round(time.monotonic() - started), **measure(model)}
             log(note)
     settings = {name: value for name, value in vars(args).items() if isinstance(value, int | float)}

@@ -23,12 +23,17 @@ from agents import Agent, OpenAIChatCompletionsModel, RunConfig, Runner
 from openai import AsyncOpenAI
 from retrieval.corpus import Passage
 
+from agent_lightning.client import tool
+
 INSTRUCTIONS = """\
 Answer the question with the help of a search engine for Wikipedia. In each turn, first think between <think> and \
 </think>. Then either search, with <query>what to look for</query>, and you are given the passages found; or, when \
 you know enough, answer with <answer>a few words</answer>."""
+SHORT_INSTRUCTIONS = "Search, then answer."
 MAX_TURNS = 5
 PASSAGES = 3
+SHORT_WORDS = 32
+"""Of the one passage that `solve_short` shows."""
 MAX_QUERY = 400
 """Characters: what a policy asks for beyond them is noise, and the service would refuse much more."""
 TIMEOUT = 600.0
@@ -52,8 +57,18 @@ async def solve(task: Mapping[str, Any], policy: Policy) -> list[str]:
     return await run(task, policy, instructions=INSTRUCTIONS, passages=PASSAGES)
 
 
-async def run(task: Mapping[str, Any], policy: Policy, *, instructions: str, passages: int) -> list[str]:
-    """The agent's loop: a turn of the model, then what it searched for, until it answers or has had MAX_TURNS."""
+async def solve_short(task: Mapping[str, Any], policy: Policy) -> list[str]:
+    """The same for a model that reads little: short instructions, and of each search the opening of one passage."""
+    return await run(task, policy, instructions=SHORT_INSTRUCTIONS, passages=1, words=SHORT_WORDS)
+
+
+async def run(
+    task: Mapping[str, Any], policy: Policy, *, instructions: str, passages: int, words: int | None = None
+) -> list[str]:
+    """The agent's loop: a turn of the model, then what it searched for, until it answers or has had MAX_TURNS.
+
+    `words`: how far a passage is shown; None is all of it.
+    """
     turns: list[str] = []
     async with (
         httpx.AsyncClient(verify=_certificates(), timeout=TIMEOUT) as http,
@@ -68,7 +83,9 @@ async def run(task: Mapping[str, Any], policy: Policy, *, instructions: str, pas
             queries = _QUERY.findall(turns[-1])
             if not queries:
                 break
-            found = render(await search(task, queries[0].strip()[:MAX_QUERY], passages, http))
+            query = queries[0].strip()[:MAX_QUERY]
+            with tool("search", {"query": query}) as span:
+                span.result = found = render(await search(task, query, passages, http), words)
             talk = [*result.to_input_list(), {"role": "user", "content": found}]
     return turns
 
@@ -99,11 +116,13 @@ def _index(texts: tuple[Passage, ...]) -> Any:
     return index_of(texts)
 
 
-def render(passages: Sequence[Passage]) -> str:
-    """The passages as the model reads them: "(1) Oslo: Oslo is the capital …"."""
+def render(passages: Sequence[Passage], words: int | None = None) -> str:
+    """The passages as the model reads them, so many words of each: "(1) Oslo: Oslo is the capital …"."""
     if not passages:
         return "Nothing found."
-    return "\n".join(f"({number}) {one.title}: {one.text}" for number, one in enumerate(passages, start=1))
+    texts = [one.text if words is None else " ".join(one.text.split()[:words]) for one in passages]
+    titled = zip(passages, texts, strict=True)
+    return "\n".join(f"({number}) {one.title}: {text}" for number, (one, text) in enumerate(titled, start=1))
 
 
 @functools.cache
