@@ -22,12 +22,13 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from agent_lightning.buffer import verify_secret
 from agent_lightning.errors import UnknownRollout
 from agent_lightning.serving.answers import Answer
+from agent_lightning.serving.bounds import Held, Limits, is_deeper, reading, without
 from agent_lightning.serving.dialects import CUT, Completion, Part, Refusal, compact, engine_request, join, spoken
 from agent_lightning.serving.tracing import SpanRecorder, agent_of, parent_of, take_traces
 from agent_lightning.serving.wire.base import Asked, BadRequest, Stream, Wire
@@ -81,11 +82,14 @@ class GatewayConfig:
     """Of the run: what is sampled in training is then a function of it, the rollout, and what its agent asks for how
     often, so that a rollout that is run again, also as another attempt, samples the same. One gateway must see all."""
     max_body_bytes: int = 4 * 1024 * 1024
+    max_json_depth: int = 64
     max_choices: int = 16
     max_concurrent_calls: int = 64
     """Of one attempt, in flight at once."""
     call_timeout_s: float = math.inf
     """Seconds that the engine has for a call; it must then be another's fault than the agent's."""
+    max_bytes_in_flight: int = 64 * 1024 * 1024
+    """Of one attempt's requests, of any kind, that are being read or answered."""
     retry_grace_s: float = 10.0
     """Seconds in which a client library that went away finds the work still going: theirs wait 8 s at most."""
 
@@ -99,6 +103,7 @@ class _Attempt:
     in_flight: int = 0
     asked: Counter[int] = field(default_factory=Counter)
     """How often it asked for the same, by a hash of it; counted where calls are seeded."""
+    held: Held = field(default_factory=Held)
     ended: str = ""
     """Why the buffer knows this attempt no more: the engine does not work for those that run on."""
 
@@ -108,6 +113,7 @@ class _Call:
     """One request of an agent."""
 
     key: RolloutKey
+    secret: str = field(repr=False)
     agent: str
     parent_id: str
     """Of the span that sent it, "" where it does not say."""
@@ -151,37 +157,46 @@ class Gateway:
             return JSONResponse(self._models(rest[2:]))
         if end not in (*WIRES, _COUNT, _TRACES) or request.method != "POST":
             return _refuse(wire, Refusal(status=404, message=f"no such endpoint: /{end}", code="not_found"))
-        raw = await self._read(request)
-        if isinstance(raw, Refusal):
-            return _refuse(wire, raw)
-        if end == _TRACES:
-            limit = self._config.max_body_bytes
-            return await take_traces(self._recorder, key, raw, request.headers, max_bytes=limit)
-        wire = WIRES[end.removesuffix("/count_tokens")]
-        try:
-            call = self._call(key, agent, wire, raw, request.headers, counts=end == _COUNT)
-        except BadRequest as error:
-            return _refuse(wire, Refusal(status=400, message=str(error), code=error.code))
-        return await self._once(call, end, raw, request)
+        config = self._config
+        limits = Limits(one=config.max_body_bytes, all_together=config.max_bytes_in_flight)
+        async with reading(request, self._attempt(key).held, limits) as raw:
+            if isinstance(raw, Refusal):
+                return _refuse(wire, raw)
+            if end == _TRACES:
+                return await take_traces(
+                    self._recorder, key, raw, request.headers, max_bytes=config.max_body_bytes, secret=secret
+                )
+            wire = WIRES[end.removesuffix("/count_tokens")]
+            try:
+                call = self._call(key, secret, agent, wire, raw, request.headers, counts=end == _COUNT)
+            except BadRequest as error:
+                return _refuse(wire, Refusal(status=400, message=str(error), code=error.code))
+            return await self._once(call, end, raw, request)
 
-    async def _read(self, request: Request) -> bytes | Refusal:
-        """The body, never more of it in memory than it may have."""
-        limit, raw = self._config.max_body_bytes, bytearray()
-        try:
-            async for part in request.stream():
-                raw += part
-                if len(raw) > limit:
-                    return Refusal(status=413, message=f"the request is over {limit} bytes", code="size")
-        except ClientDisconnect:
-            return Refusal(status=400, message="the client went away", code="disconnected")
-        return bytes(raw)
+    def _attempt(self, key: RolloutKey) -> _Attempt:
+        """What is remembered of an attempt whose secret was right."""
+        attempt = self._attempts.setdefault(key, _Attempt())
+        while len(self._attempts) > 65536:
+            self._attempts.popitem(last=False)
+        return attempt
 
     def _call(
-        self, key: RolloutKey, agent: str, wire: Wire, raw: bytes, headers: Mapping[str, str], *, counts: bool
+        self,
+        key: RolloutKey,
+        secret: str,
+        agent: str,
+        wire: Wire,
+        raw: bytes,
+        headers: Mapping[str, str],
+        *,
+        counts: bool,
     ) -> _Call:
         """The request that a body is. Raises BadRequest."""
+        depth = self._config.max_json_depth
         try:
             body = json.loads(raw)
+            if is_deeper(body, depth):
+                raise BadRequest(f"the request is nested more than {depth} levels deep")
             compact(body).encode()  # fails where a span could not be written down: half a surrogate pair
         except (ValueError, RecursionError):
             raise BadRequest("the request is not JSON") from None
@@ -199,17 +214,15 @@ class Gateway:
             model=body.get("model") or self._config.model,
             created=int(time.time()),
         )
-        attempt = self._attempts.setdefault(key, _Attempt())
-        while len(self._attempts) > 65536:
-            self._attempts.popitem(last=False)
         return _Call(
             key=key,
+            secret=secret,
             agent=agent_of(headers, agent),
             parent_id=parent_of(headers),
             wire=wire,
             asked=asked,
             stream=wire.stream(asked),
-            attempt=attempt,
+            attempt=self._attempt(key),
             counts=counts,
         )
 
@@ -352,8 +365,8 @@ class Gateway:
                 finish_reason=choice.finish_reason,
                 started_at=started,
                 ended_at=ended,
-                request=compact(messages),
-                reply=compact(spoken(completion.reply["choices"][index])),
+                request=without(call.secret, compact(messages)),
+                reply=without(call.secret, compact(spoken(completion.reply["choices"][index]))),
             )
             left = await self._recorder.record(span)
             call.attempt.calls_left = min(call.attempt.calls_left, left)
@@ -378,5 +391,6 @@ def _seed(run_seed: int, call: _Call) -> int:
 def _refuse(wire: Wire, refusal: Refusal) -> JSONResponse:
     # The client libraries obey the header: they would repeat a 409, and it would not get better; and a call that took
     # too long once has left no time for another.
-    headers = {"x-should-retry": "false"} if refusal.status < 500 or refusal.status == 504 else {}
+    hopeless = (refusal.status < 500 and refusal.status != 429) or refusal.status == 504
+    headers = {"x-should-retry": "false"} if hopeless else {}
     return JSONResponse(wire.error(refusal), status_code=refusal.status, headers=headers)

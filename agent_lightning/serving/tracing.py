@@ -41,7 +41,7 @@ class SpanRecorder(Protocol):
 
 
 async def take_traces(
-    recorder: SpanRecorder, key: RolloutKey, raw: bytes, headers: Mapping[str, str], *, max_bytes: int
+    recorder: SpanRecorder, key: RolloutKey, raw: bytes, headers: Mapping[str, str], *, max_bytes: int, secret: str
 ) -> Response:
     """Record the spans of an ExportTraceServiceRequest, protobuf or JSON, and answer as OTLP's specification says.
 
@@ -56,6 +56,7 @@ async def take_traces(
             content_encoding=headers.get("content-encoding", ""),
             max_bytes=max_bytes,
             max_spans=MAX_SPANS,
+            secret=secret,
         )
         lost = sum(count for reason, count in faults.items() if not reason.startswith("repaired"))
         rejected = lost + await recorder.record_spans(key, spans, faults)

@@ -44,11 +44,12 @@ _NANO = 10**9
 
 
 def decode(
-    body: bytes, *, content_type: str, content_encoding: str = "", max_bytes: int, max_spans: int
+    body: bytes, *, content_type: str, content_encoding: str = "", max_bytes: int, max_spans: int, secret: str = ""
 ) -> tuple[tuple[RawSpan, ...], Mapping[str, int]]:
     """The spans of an OTLP/HTTP body, and how many were refused or repaired for each of REASONS.
 
-    `max_bytes` bounds the body after inflation. Events of a span named `gen_ai.*` are in its attribute
+    `max_bytes` bounds the body after inflation. `secret` is what no span may tell: instrumentors of HTTP clients record
+    the URL that an agent calls; each of its characters becomes "*". Events of a span named `gen_ai.*` are in its attribute
     "gen_ai.events"; an exception is in its `error`, where its status is an error.
 
     Raises DataError, in one line, for a body that is truncated, too large or not OTLP.
@@ -58,16 +59,23 @@ def decode(
         spans, refused = decode(body, content_type="application/json", max_bytes=4_000_000, max_spans=10_000)
     """
     by_trace, refused = decode_traces(
-        body, content_type=content_type, content_encoding=content_encoding, max_bytes=max_bytes, max_spans=max_spans
+        body,
+        content_type=content_type,
+        content_encoding=content_encoding,
+        max_bytes=max_bytes,
+        max_spans=max_spans,
+        secret=secret,
     )
     return tuple(span for spans in by_trace.values() for span in spans), refused
 
 
 def decode_traces(
-    body: bytes, *, content_type: str, content_encoding: str = "", max_bytes: int, max_spans: int
+    body: bytes, *, content_type: str, content_encoding: str = "", max_bytes: int, max_spans: int, secret: str = ""
 ) -> tuple[Mapping[str, tuple[RawSpan, ...]], Mapping[str, int]]:
     """As `decode`, trace id (hex) -> its spans."""
     plain = _inflate(body, content_encoding.strip().lower(), max_bytes)
+    if secret:  # of the same length: protobuf counts its bytes
+        plain = plain.replace(secret.encode(), b"*" * len(secret.encode()))
     refused: Counter[str] = Counter()
     kind = content_type.partition(";")[0].strip().lower()
     if kind == PROTOBUF:
