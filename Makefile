@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-examples train test test-pure test-slow check bench lock clean
+.PHONY: help venv venv-examples train test test-pure test-slow chaos audit check bench lock clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --durations=10 --durations-min=1
@@ -28,6 +28,12 @@ test-pure: venv-examples ## the tests that start no Ray: seconds
 
 test-slow: venv-examples ## the tests that take minutes each
 	$(PYTEST) -m slow $(ARGS)
+
+chaos: venv-examples ## everything that breaks things on purpose: kills, malformed requests, a soak; half an hour
+	CHAOS_EXAMPLES=300 $(PYTEST) -m chaos $(ARGS)
+
+audit: venv ## known vulnerabilities of what is locked; says so and goes on where there is no network
+	bash scripts/audit.sh
 
 check: venv ## lint, format, types, import contracts, house figures
 	$(BIN)/ruff check $(SOURCES)

@@ -48,6 +48,15 @@ _UNSENT = 4096
 _SEND_TIMEOUT = 5.0
 _LAST_SPANS = 0.25
 """Seconds that spans which are still open are waited for."""
+_TELLTALES = (
+    "opentelemetry.exporter.otlp.proto.http.trace_exporter",
+    "httpx",
+    "httpx2",
+    "openai._base_client",
+    "anthropic._base_client",
+    "urllib3.connectionpool",
+)
+"""Loggers that write URLs down."""
 _SECRET = re.compile(r"(/attempt/\d+/)[0-9a-f]{32}")
 
 
@@ -315,12 +324,13 @@ def _processor() -> _Spans:
         trace.set_tracer_provider(provider)
     spans = _Spans()
     provider.add_span_processor(spans)
-    logging.getLogger("opentelemetry.exporter.otlp.proto.http.trace_exporter").addFilter(_hide)
+    for name in _TELLTALES:
+        logging.getLogger(name).addFilter(_hide)
     return spans
 
 
 def _hide(record: logging.LogRecord) -> bool:
-    """An exporter that cannot send says where to: without the rollout's secret."""
+    """Client libraries log what they ask, and an exporter where it cannot send to: without the rollout's secret."""
     record.msg, record.args = _SECRET.sub(r"\1***", record.getMessage()), None
     return True
 

@@ -30,6 +30,7 @@ from agent_lightning.errors import UnknownRollout
 from agent_lightning.serving.answers import Answer
 from agent_lightning.serving.bounds import Held, Limits, is_deeper, reading, without
 from agent_lightning.serving.dialects import CUT, Completion, Part, Refusal, compact, engine_request, join, spoken
+from agent_lightning.serving.openapi import describe
 from agent_lightning.serving.tracing import SpanRecorder, agent_of, parent_of, take_traces
 from agent_lightning.serving.wire.base import Asked, BadRequest, Stream, Wire
 from agent_lightning.serving.wire.chat import ChatCompletions, Completions
@@ -143,6 +144,8 @@ class Gateway:
         parts = [part for part in request.url.path.split("/") if part]
         if parts[-1:] == ["health"]:
             return JSONResponse({"status": "ok", "model": self._config.model})
+        if parts[-1:] == ["openapi.json"]:
+            return JSONResponse(describe(WIRES))
         wire = WIRES["v1/messages" if "anthropic-version" in request.headers else "v1/chat/completions"]
         try:
             start = parts.index("rollout")

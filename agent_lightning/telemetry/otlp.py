@@ -39,6 +39,8 @@ REASONS = {
     "repaired: a value nested too deep": "kept, without what is nested deeper than 16",
 }
 """Every reason that `decode` counts, and what it means. Those with "repaired" are of spans that are kept."""
+_UNREADABLE = (json_format.ParseError, ValueError, TypeError, AttributeError, RecursionError, SystemError)
+"""What protobuf raises of JSON; SystemError of a field whose name is half of a surrogate pair."""
 _DEPTH = 16
 _NANO = 10**9
 
@@ -49,8 +51,8 @@ def decode(
     """The spans of an OTLP/HTTP body, and how many were refused or repaired for each of REASONS.
 
     `max_bytes` bounds the body after inflation. `secret` is what no span may tell: instrumentors of HTTP clients record
-    the URL that an agent calls; each of its characters becomes "*". Events of a span named `gen_ai.*` are in its attribute
-    "gen_ai.events"; an exception is in its `error`, where its status is an error.
+    the URL that an agent calls; each of its characters becomes "*". Events of a span named `gen_ai.*` are in its
+    attribute "gen_ai.events"; an exception is in its `error`, where its status is an error.
 
     Raises DataError, in one line, for a body that is truncated, too large or not OTLP.
 
@@ -176,7 +178,7 @@ def _json_spans(body: bytes, refused: Counter[str]) -> Iterator[Span]:
                 try:
                     ids = {name: _base64(span.get(name)) for name in ("traceId", "spanId", "parentSpanId")}
                     yield json_format.ParseDict({**span, **ids, "links": []}, Span(), ignore_unknown_fields=True)
-                except (json_format.ParseError, ValueError, TypeError, AttributeError, RecursionError):
+                except _UNREADABLE:
                     refused["a span that cannot be read"] += 1
 
 

@@ -72,6 +72,11 @@ class Wire(Protocol):
         """Of the ids of its replies."""
         ...
 
+    @property
+    def request(self) -> type[BaseModel]:
+        """What is known of a request's fields."""
+        ...
+
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The request in the engine's form. Raises BadRequest."""
         ...

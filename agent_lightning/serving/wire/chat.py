@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from agent_lightning.serving.dialects import Completion, Refusal
 from agent_lightning.serving.wire.base import Asked, BadRequest, Chat, Sampled, Stream, event, read
@@ -13,6 +15,7 @@ class ChatCompletions:
     """POST /v1/chat/completions"""
 
     prefix = "chatcmpl-"
+    request: type[BaseModel] = Chat
     kind = "chat.completion"
 
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,10 +38,14 @@ class ChatCompletions:
         return refusal.body()
 
 
+_Token = Annotated[int, Field(ge=0, lt=2**31)]
+"""Of a prompt. Whether the vocabulary has it the engine says; a negative one it would look up."""
+
+
 class _Completion(Sampled):
     """A completion request. Its prompts: a text, token ids, or several of either."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[_Token] | list[list[_Token]]
     logprobs: int | None = None
     echo: bool | None = None
 
@@ -47,6 +54,7 @@ class Completions(ChatCompletions):
     """POST /v1/completions: a prompt without a chat template."""
 
     prefix = "cmpl-"
+    request = _Completion
     kind = "text_completion"
 
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:

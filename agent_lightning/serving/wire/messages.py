@@ -61,6 +61,7 @@ class Messages:
     """POST /v1/messages"""
 
     prefix = "msg_"
+    request = _Request
 
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
         request = read(_Request, body)

@@ -47,6 +47,7 @@ class Responses:
     """POST /v1/responses"""
 
     prefix = "resp_"
+    request = _Request
 
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
         for name in _KEPT:

@@ -1,0 +1,62 @@
+"""Whatever is sent to the gateway is answered or refused in the form that its description says: no failure of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from malformed import SECRET, attack, new_rollout
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from starlette.applications import Starlette
+
+from agent_lightning.buffer import Buffer, attempt_secret
+from agent_lightning.serving.gateway import Gateway, GatewayConfig
+from agent_lightning.testing import SAMPLING, ToyEngine, ToyLanguage, application
+from agent_lightning.types import RolloutKey
+
+pytestmark = pytest.mark.chaos
+
+
+def open_gateway() -> tuple[Starlette, RolloutKey]:
+    """A gateway with one open rollout, which may make any number of calls."""
+    buffer = Buffer(run_secret=SECRET, max_calls=10**9)
+    config = GatewayConfig(model="policy", run_secret=SECRET, sampling=SAMPLING)
+    engine = ToyEngine(ToyLanguage(("no", "yes", "call:2+3")))
+    return application(Gateway(engine=engine, recorder=buffer, config=config)), asyncio.run(new_rollout(buffer))
+
+
+app, key = open_gateway()
+schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+@schemathesis.serializer("application/x-protobuf")
+def as_bytes(_: Any, value: Any) -> bytes:
+    return str(value).encode("utf-8", "replace")
+
+
+@schema.parametrize()
+@settings(
+    max_examples=int(os.environ.get("CHAOS_EXAMPLES", "8")), deadline=None, suppress_health_check=list(HealthCheck)
+)
+def test_any_request_of_the_description_has_an_answer_of_the_description(case: Any) -> None:
+    if "secret" in (case.path_parameters or {}):  # else nothing but refusals would be tried
+        secret = attempt_secret(SECRET, key)
+        case.path_parameters |= {"rollout": key.rollout_id, "attempt": key.attempt, "secret": secret}
+    case.call_and_validate(
+        checks=[not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    )
+
+
+async def test_malformed_requests_are_refused_and_none_is_a_failure_of_ours() -> None:
+    found = await attack(3000, seed=1)
+    assert found["server_errors"] == 0, found["examples"]
+    assert found["statuses"].keys() >= {"200", "400", "403", "404", "413"}
