@@ -1,0 +1,275 @@
+"""A whole run in nine processes, each of which may be killed: buffer, gateway, two replicas of the policy, two rollout
+workers, the learner, and the driver with the board. The toy engine, and everything else as it is in a run.
+
+What must hold in the end is written down by those who know it: the gateway notes each span that the buffer has
+acknowledged, the driver each group that it was given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import json
+import os
+import random
+import secrets
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import uvicorn
+from processes import Peer, end_with, listen
+
+from agent_lightning import checkpoint
+from agent_lightning.buffer import Buffer
+from agent_lightning.credit_rules import CreditRules
+from agent_lightning.journal import JournalConfig
+from agent_lightning.loop import Loop
+from agent_lightning.policy import PolicyBoard
+from agent_lightning.rollout import AgentSpec, RolloutWorker
+from agent_lightning.serving.dialects import Completion, Refusal
+from agent_lightning.serving.gateway import RETRY_HEADER, Gateway, GatewayConfig
+from agent_lightning.state import Plan, State
+from agent_lightning.tasks import TaskCursor
+from agent_lightning.testing import MODEL, SAMPLING, QuietObserver, ToyEngine, ToyLanguage, ToyLearner, application
+from agent_lightning.toy import PAD
+from agent_lightning.types import Group, ModelCall, Policy, Task
+
+WORDS = ("red", "green", "blue")
+TASKS = tuple(Task(task_id=f"t{n}", payload={"question": f"q{n}", "answer": WORDS[n % 3]}) for n in range(4))
+REPLICAS, WORKERS, ROLLOUTS, PATIENCE_S = 2, 2, 8, 60.0
+PARTS = ("buffer", "learner", "driver", "policy-0", "policy-1", "gateway", "worker-0", "worker-1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Town:
+    """Where the processes of one life of a run find each other; a resumed run is another life."""
+
+    folder: Path
+    life: int
+    port: int
+    run_secret: bytes
+    steps: int
+    seed: int
+
+    def at(self, part: str) -> Path:
+        return self.folder / f"{self.life}-{part}"
+
+    @property
+    def witness(self) -> Path:
+        return self.folder / "acknowledged.jsonl"
+
+    @property
+    def books(self) -> Path:
+        return self.folder / "taken.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result.json"
+
+    @property
+    def ready(self) -> Path:
+        """There when workers may start."""
+        return self.at("ready")
+
+    def buffer(self) -> Any:
+        return Peer(self.at("buffer"), cls=Buffer, patience_s=PATIENCE_S)
+
+
+def new_town(folder: Path, life: int, *, steps: int, seed: int) -> Town:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    secret = secrets.token_bytes(32)
+    return Town(folder=folder, life=life, port=port, run_secret=secret, steps=steps, seed=seed)
+
+
+def live(part: str, town: Town, parent: int) -> None:
+    """What a process does until it is killed; the driver ends by itself."""
+    faulthandler.register(signal.SIGUSR1)  # says where it hangs
+    kind = part.partition("-")[0]
+    asyncio.run(_live(kind, part, town, parent))
+
+
+async def _live(kind: str, part: str, town: Town, parent: int) -> None:
+    watching = asyncio.create_task(end_with(parent))
+    work = {
+        "buffer": _buffer, "learner": _learner, "driver": _driver, "policy": _policy, "gateway": _gateway,
+        "worker": _worker,
+    }[kind]  # fmt: skip
+    await work(part, town)
+    watching.cancel()
+
+
+async def _buffer(part: str, town: Town) -> None:
+    journal = JournalConfig(path=town.folder / "journal", segment_bytes=256 * 1024)
+    buffer = Buffer(run_secret=town.run_secret, max_attempts=1000, grace=0.3, journal=journal)
+    await (await listen(town.at(part), buffer)).serve_forever()
+
+
+async def _learner(part: str, town: Town) -> None:
+    await (await listen(town.at(part), ToyLearner(ToyLanguage(WORDS)))).serve_forever()
+
+
+async def _policy(part: str, town: Town) -> None:
+    engine = ToyEngine(ToyLanguage(WORDS), seed=town.seed + int(part[-1]))
+    board: Any = Peer(town.at("board"), cls=PolicyBoard, patience_s=PATIENCE_S)
+    await engine.join(board)
+    await listen(town.at(part), engine)
+    await engine.follow(board)
+
+
+class Replicas:
+    """The gateway's engine: whichever replica lives."""
+
+    def __init__(self, town: Town) -> None:
+        self._peers: list[Any] = [Peer(town.at(f"policy-{number}")) for number in range(REPLICAS)]
+
+    async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
+        try:
+            found: Completion | Refusal = await random.choice(self._peers).generate(request)
+        except (ConnectionError, FileNotFoundError) as error:
+            return Refusal(status=500, message=str(error), code="engine_error", type="server_error")
+        return found
+
+
+class Witness:
+    """The buffer, as the gateway knows it; what it acknowledges is noted."""
+
+    def __init__(self, town: Town) -> None:
+        self._buffer = town.buffer()
+        self._file = os.open(town.witness, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self.mark = self._buffer.mark
+        self.record_spans = self._buffer.record_spans
+
+    async def record(self, call: ModelCall) -> int:
+        left: int = await self._buffer.record(call)
+        note = {"rollout": call.key.rollout_id, "attempt": call.key.attempt, "call": call.call_id}
+        os.write(self._file, json.dumps(note).encode() + b"\n")
+        return left
+
+
+async def _gateway(part: str, town: Town) -> None:
+    config = GatewayConfig(model=MODEL, run_secret=town.run_secret, sampling=SAMPLING)
+    gateway: Any = Gateway(engine=Replicas(town), recorder=Witness(town), config=config)  # type: ignore[arg-type]
+    settings = uvicorn.Config(
+        application(gateway), host="127.0.0.1", port=town.port, log_config=None, access_log=False, lifespan="off"
+    )
+    await uvicorn.Server(settings).serve()
+
+
+async def solve(payload: Mapping[str, Any], policy: Policy) -> float:
+    """Two calls; what fails is tried again, as a client library does."""
+    said, messages = "", []
+    async with aiohttp.ClientSession() as http:
+        for question in (payload["question"], "are you sure?"):
+            messages.append({"role": "user", "content": question})
+            said = await _ask(http, policy, messages)
+            messages.append({"role": "assistant", "content": said})
+    return float(said == payload["answer"])
+
+
+async def _ask(http: aiohttp.ClientSession, policy: Policy, messages: Sequence[Mapping[str, str]]) -> str:
+    for retry in range(8):
+        body = {"model": policy.model, "messages": list(messages)}
+        try:
+            async with http.post(
+                f"{policy.base_url}/chat/completions", json=body, headers={RETRY_HEADER: str(retry)}
+            ) as reply:
+                if reply.status < 500:
+                    reply.raise_for_status()
+                    return str((await reply.json())["choices"][0]["message"]["content"])
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError):
+            pass
+        await asyncio.sleep(0.05 * 2**retry)
+    raise ConnectionError("the gateway does not answer")
+
+
+async def _worker(part: str, town: Town) -> None:
+    spec = AgentSpec(target=solve, mode="async", timeout_s=5.0, concurrency=8)
+    url = f"http://127.0.0.1:{town.port}"
+    await RolloutWorker(buffer=town.buffer(), agent=spec, policy_url=url, model=MODEL).run()
+
+
+class Books(QuietObserver):
+    """Writes down which groups a step was given, and checkpoints after each."""
+
+    def __init__(self, town: Town) -> None:
+        super().__init__()
+        self._town = town
+
+    def checkpoint(self, state: State, *, force: bool) -> Path | None:
+        folder = checkpoint.folder_of(self._town.checkpoints, state.step)
+        return None if (folder / checkpoint.STATE).exists() else folder
+
+    def rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
+        with self._town.books.open("a") as file:
+            for group in groups:
+                rollouts = [
+                    {
+                        "rollout": one.key.rollout_id,
+                        "attempt": one.key.attempt,
+                        "outcome": one.outcome,
+                        "calls": [call.call_id for call in one.calls],
+                    }
+                    for one in group.trajectories
+                ]
+                file.write(json.dumps({"step": step, "group": group.group_id, "rollouts": rollouts}) + "\n")
+
+
+async def _driver(part: str, town: Town) -> None:
+    town.checkpoints.mkdir(exist_ok=True)
+    resumed = any(town.checkpoints.glob(f"step-*/{checkpoint.STATE}"))
+    newest = checkpoint.newest(town.checkpoints) if resumed else None
+    state = State(cursor=TaskCursor(seed=town.seed)) if newest is None else checkpoint.read_state(newest)
+    board, buffer = PolicyBoard(), town.buffer()
+    learner: Any = Peer(town.at("learner"))
+    await listen(town.at("board"), board)
+    plan = Plan(
+        steps=town.steps,
+        tasks_per_step=len(TASKS),
+        rollouts_per_task=ROLLOUTS,
+        refills=0,
+        rollouts_per_batch=None,
+        epochs=1,
+        eval_every=0,
+        rules=CreditRules(max_tokens=4096),
+        pad_token=PAD,
+        row_multiple=1,
+    )
+    loop = Loop(
+        plan=plan,
+        state=state,
+        buffer=buffer,
+        board=board,
+        learner=learner,
+        observer=Books(town),
+        train_tasks=TASKS,
+        val_tasks=TASKS,
+    )
+    while not town.at("learner").exists() or len(await board.versions()) < REPLICAS:
+        await asyncio.sleep(0.02)
+    if newest is not None:
+        await buffer.resume(state.step, state.next_group)
+        await loop.restore(newest)
+    town.ready.touch()
+    state = await loop.run()
+    stats = asdict(await buffer.stats())
+    found = {
+        "steps": state.step,
+        "admitted": state.admitted,
+        "trained": state.trained,
+        "dropped": dict(state.dropped),
+        "failed": dict(state.failed),
+        "val_rewards": state.val_rewards,
+        "stats": stats,
+    }
+    town.result.write_text(json.dumps(found))
