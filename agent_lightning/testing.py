@@ -36,6 +36,7 @@ from agent_lightning import checkpoint
 from agent_lightning.agents import Agent
 from agent_lightning.breaker import Breaker
 from agent_lightning.buffer import Buffer
+from agent_lightning.chaos import Faults, InjectedError, Link, Rates
 from agent_lightning.credit_rules import CreditRules
 from agent_lightning.journal import JournalConfig
 from agent_lightning.loop import Loop
@@ -53,7 +54,11 @@ from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Split, 
 __all__ = [
     "END",
     "FIRST_WORD",
+    "Faults",
+    "InjectedError",
+    "Link",
     "QuietObserver",
+    "Rates",
     "ToyEngine",
     "ToyLanguage",
     "ToyLearner",
