@@ -31,6 +31,10 @@ STUCK_S = float(os.environ.get("CHAOS_STUCK_S", "60"))
 """A run that has come no further in this time does not end by itself."""
 
 
+START_S = 5.0
+"""Seconds without progress after which a part is killed all the same: it is starting, probably."""
+
+
 @dataclass(slots=True)
 class Report:
     """What was done and found, of all runs."""
@@ -101,7 +105,8 @@ def one_run(folder: Path, faults: Faults, report: Report, *, kills: int, mean_s:
     """A run to its end, of whose processes up to `kills` die."""
     left, life, progress = kills, 0, 0
     fleet = Fleet(new_town(folder, life, steps=steps, seed=seed))
-    due, moved = time.monotonic() + faults.pause(mean_s), time.monotonic()
+    killed = moved = time.monotonic()
+    pause = faults.pause(mean_s)
     try:
         while (state := fleet.tend()) != "done":
             if state == "dead":
@@ -112,19 +117,19 @@ def one_run(folder: Path, faults: Faults, report: Report, *, kills: int, mean_s:
             seen = sum(path.stat().st_size for path in (fleet.town.witness, fleet.town.books) if path.exists())
             if seen != progress:
                 progress, moved = seen, now
-            if now - moved > STUCK_S:
+            if now - max(moved, killed) > STUCK_S:
                 fleet.tell()
                 report.broken.append(f"{folder.name}: it does not end by itself")
                 return
-            # A run whose every life is shorter than its start would never end: some work is done between two kills.
-            if left and now > due and (moved > due - mean_s or now > due + 2.0):
+            # Some work is done between two kills, else no run would ever end; but a start may be hit as well.
+            if left and now > killed + pause and (moved > killed or now > killed + START_S):
                 kind = faults.victim(KINDS)
                 names = [name for name in fleet.processes if name.startswith(kind)]
                 victim = fleet.processes.get(faults.victim(names)) if names else None
                 if victim is not None and victim.pid and victim.is_alive() and faults.kill_process(kind, victim.pid):
                     left -= 1
                     report.kills[kind] += 1
-                due = now + faults.pause(mean_s)
+                killed, pause = time.monotonic(), faults.pause(mean_s)
             time.sleep(0.01)
     finally:
         fleet.end()

@@ -8,13 +8,13 @@ acknowledged, the driver each group that it was given.
 from __future__ import annotations
 
 import asyncio
-import faulthandler
 import json
 import os
 import random
 import secrets
 import signal
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from agent_lightning.credit_rules import CreditRules
 from agent_lightning.journal import JournalConfig
 from agent_lightning.loop import Loop
 from agent_lightning.policy import PolicyBoard
+from agent_lightning.retries import Retries
 from agent_lightning.rollout import AgentSpec, RolloutWorker
 from agent_lightning.serving.dialects import Completion, Refusal
 from agent_lightning.serving.gateway import RETRY_HEADER, Gateway, GatewayConfig
@@ -94,12 +95,12 @@ def new_town(folder: Path, life: int, *, steps: int, seed: int) -> Town:
 
 def live(part: str, town: Town, parent: int) -> None:
     """What a process does until it is killed; the driver ends by itself."""
-    faulthandler.register(signal.SIGUSR1)  # says where it hangs
     kind = part.partition("-")[0]
     asyncio.run(_live(kind, part, town, parent))
 
 
 async def _live(kind: str, part: str, town: Town, parent: int) -> None:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _tell)
     watching = asyncio.create_task(end_with(parent))
     work = {
         "buffer": _buffer, "learner": _learner, "driver": _driver, "policy": _policy, "gateway": _gateway,
@@ -109,9 +110,16 @@ async def _live(kind: str, part: str, town: Town, parent: int) -> None:
     watching.cancel()
 
 
+def _tell() -> None:
+    """Where each task waits."""
+    for task in asyncio.all_tasks():
+        task.print_stack(limit=3, file=sys.stderr)
+
+
 async def _buffer(part: str, town: Town) -> None:
     journal = JournalConfig(path=town.folder / "journal", segment_bytes=256 * 1024)
-    buffer = Buffer(run_secret=town.run_secret, max_attempts=1000, grace=0.3, journal=journal)
+    retries = Retries(max_attempts=1000)
+    buffer = Buffer(run_secret=town.run_secret, retries=retries, grace=0.3, journal=journal)
     await (await listen(town.at(part), buffer)).serve_forever()
 
 
@@ -120,11 +128,11 @@ async def _learner(part: str, town: Town) -> None:
 
 
 async def _policy(part: str, town: Town) -> None:
-    engine = ToyEngine(ToyLanguage(WORDS), seed=town.seed + int(part[-1]))
+    engine = ToyEngine(ToyLanguage(WORDS), seed=town.seed + int(part[-1]), delay_s=0.03)
     board: Any = Peer(town.at("board"), cls=PolicyBoard, patience_s=PATIENCE_S)
     await engine.join(board)
     await listen(town.at(part), engine)
-    await engine.follow(board)
+    await engine.follow()
 
 
 class Replicas:
@@ -196,7 +204,11 @@ async def _ask(http: aiohttp.ClientSession, policy: Policy, messages: Sequence[M
 async def _worker(part: str, town: Town) -> None:
     spec = AgentSpec(target=solve, mode="async", timeout_s=5.0, concurrency=8)
     url = f"http://127.0.0.1:{town.port}"
-    await RolloutWorker(buffer=town.buffer(), agent=spec, policy_url=url, model=MODEL).run()
+    name = f"{part}.{os.getpid()}"
+    if town.at(part).exists():  # who died here before: its rollouts are over
+        await town.buffer().release(town.at(part).read_text())
+    town.at(part).write_text(name)
+    await RolloutWorker(buffer=town.buffer(), agent=spec, policy_url=url, model=MODEL, worker=name).run()
 
 
 class Books(QuietObserver):
@@ -230,7 +242,7 @@ async def _driver(part: str, town: Town) -> None:
     resumed = any(town.checkpoints.glob(f"step-*/{checkpoint.STATE}"))
     newest = checkpoint.newest(town.checkpoints) if resumed else None
     state = State(cursor=TaskCursor(seed=town.seed)) if newest is None else checkpoint.read_state(newest)
-    board, buffer = PolicyBoard(), town.buffer()
+    board, buffer = PolicyBoard(silence=3.0), town.buffer()
     learner: Any = Peer(town.at("learner"))
     await listen(town.at("board"), board)
     plan = Plan(
