@@ -25,7 +25,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 import numpy as np
 import uvicorn
@@ -70,6 +70,7 @@ __all__ = [
     "trajectory",
 ]
 
+T = TypeVar("T")
 MODEL: Final = "policy"
 SAMPLING: Final[Mapping[Split, Mapping[str, float | int]]] = {
     "train": {"temperature": 1.0, "max_tokens": 16},
@@ -138,6 +139,11 @@ class ToyWorld:
     resume: bool = False
     """Go on from the newest checkpoint in `checkpoints`."""
     journal: JournalConfig | None = None
+    num_workers: int = 1
+    faults: Faults | None = None
+    rates: Mapping[str, Rates] = field(default_factory=dict)
+    """What goes wrong on the way to a part: "engine" and "recorder" from the gateway, "finish" from the workers.
+    The links are in `faults.links`; that of a worker to the buffer has its name, and cutting it kills the worker."""
 
     buffer: Buffer = field(init=False)
     board: PolicyBoard = field(init=False)
@@ -169,7 +175,9 @@ class ToyWorld:
         config = GatewayConfig(
             model=MODEL, run_secret=run_secret, sampling=SAMPLING, seed=self.seed if self.seeded else None
         )
-        gateway = Gateway(engine=self.engine, recorder=self.buffer, config=config)
+        gateway = Gateway(
+            engine=self._way(self.engine, "engine"), recorder=self._way(self.buffer, "recorder"), config=config
+        )
         self.loop = self._loop(state)
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self.buffer.close)
@@ -179,7 +187,7 @@ class ToyWorld:
             self.url = await stack.enter_async_context(serve_locally(gateway))
             await self.engine.join(self.board)
             stack.callback(running.create_task(self.engine.follow()).cancel)
-            self.workers = Workers(self._worker, number=1, buffer=self.buffer, kill=_nothing_to_kill)
+            self.workers = Workers(self._worker, number=self.num_workers, buffer=self.buffer, kill=_nothing_to_kill)
             running.create_task(self.workers.run())
             stack.push_async_callback(self.workers.stop)
             if self.resume and self.checkpoints is not None:
@@ -206,8 +214,15 @@ class ToyWorld:
         """Give up the step that runs: `train` returns after a checkpoint."""
         self.loop.stop.set()
 
+    def _way(self, part: T, name: str) -> T:
+        rates = self.rates.get(name, Rates())
+        return part if self.faults is None else self.faults.between(part, name, rates)
+
     def _worker(self, name: str) -> RolloutWorker:
-        return RolloutWorker(buffer=self.buffer, agent=self._spec(), policy_url=self.url, model=MODEL, worker=name)
+        buffer = self.buffer
+        if self.faults is not None:
+            buffer = self.faults.between(buffer, name, self.rates.get("finish", Rates()), methods={"finish"})
+        return RolloutWorker(buffer=buffer, agent=self._spec(), policy_url=self.url, model=MODEL, worker=name)
 
     def _spec(self) -> AgentSpec:
         if isinstance(self.agent, AgentSpec):

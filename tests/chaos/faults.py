@@ -1,0 +1,168 @@
+"""A step where a tenth of everything fails, against the same step where nothing does.
+
+    python tests/chaos/faults.py   # one line of JSON; exit code 1 where a target is missed
+
+Of the model calls 10 % fail, of the tool calls 10 % hang, and every minute one of two workers is killed. The client
+repeats a call that failed, the tool has a deadline, and who is killed is replaced: what an agent of any care has.
+The toy engine and tool take a second each, so that a step takes a minute; what is measured is waiting, not computing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+
+from agent_lightning.client import tool
+from agent_lightning.retries import Retries
+from agent_lightning.rollout import AgentSpec
+from agent_lightning.serving.gateway import RETRY_HEADER
+from agent_lightning.testing import Faults, Rates, ToyWorld
+from agent_lightning.types import Outcome, Policy, Task
+
+WORDS = ("red", "green", "blue")
+
+
+class Search:
+    """A tool that takes its time."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    async def find(self, query: str) -> str:
+        await asyncio.sleep(self._seconds)
+        return f"nothing about {query}"
+
+
+class Agent:
+    """Asks, searches, asks, searches, answers; repeats a call that failed and a search that hung, three times each."""
+
+    def __init__(self, search: Search, deadline_s: float) -> None:
+        self.answered: list[tuple[str, str]] = []
+        """Base URL of the attempt and id of the reply, of each reply that an agent had."""
+
+        async def find(query: str) -> str:
+            return await search.find(query)
+
+        self._find = tool("search", timeout_s=deadline_s)(find)
+
+    async def __call__(self, payload: Mapping[str, Any], policy: Policy) -> float:
+        said, messages = "", [{"role": "user", "content": payload["question"]}]
+        async with aiohttp.ClientSession() as http:
+            for turn in range(3):
+                said = await self._ask(http, policy, messages)
+                messages.append({"role": "assistant", "content": said})
+                if turn < 2:
+                    messages.append({"role": "user", "content": await self._searched(said)})
+        return float(said == payload["answer"])
+
+    async def _ask(self, http: aiohttp.ClientSession, policy: Policy, messages: list[dict[str, str]]) -> str:
+        for retry in range(4):
+            body, headers = {"model": policy.model, "messages": messages}, {RETRY_HEADER: str(retry)}
+            async with http.post(f"{policy.base_url}/chat/completions", json=body, headers=headers) as reply:
+                if reply.status < 500:
+                    reply.raise_for_status()
+                    found = await reply.json()
+                    self.answered.append((policy.base_url, found["id"]))
+                    return str(found["choices"][0]["message"]["content"])
+        raise ConnectionError("the model failed four times")
+
+    async def _searched(self, query: str) -> str:
+        for _ in range(4):
+            try:
+                return await self._find(query)
+            except TimeoutError:
+                continue
+        raise TimeoutError("the search hung four times")
+
+
+async def run(
+    *, rates: Rates, tool_rates: Rates, steps: int, rollouts: int, slow_s: float, kill_s: float
+) -> dict[str, Any]:
+    """Some steps of 8 tasks; what came of them. `kill_s`: seconds between two kills of a worker, 0 for none."""
+    faults = Faults(seed=7)
+    search = faults.between(Search(slow_s), "search", tool_rates)
+    agent = Agent(search, deadline_s=2.5 * slow_s)
+    tasks = [Task(task_id=str(n), payload={"question": f"q{n}", "answer": WORDS[n % 3]}) for n in range(8)]
+    spec = AgentSpec(target=agent, mode="async", timeout_s=60 * slow_s, concurrency=32)
+    async with ToyWorld(
+        agent=spec,
+        tasks=tasks,
+        words=WORDS,
+        rollouts_per_task=rollouts,
+        num_workers=2,
+        retries=Retries(max_attempts=3),
+        faults=faults,
+        rates={"engine": rates},
+    ) as world:
+        world.engine.delay_s = slow_s
+        killing = asyncio.create_task(kill_workers(faults, kill_s))
+        await world.loop.evaluate()
+        started = time.monotonic()
+        state = await world.train(steps=steps)
+        seconds = time.monotonic() - started
+        killing.cancel()
+        stats = await world.buffer.stats()
+    ended = [one for group in world.observer.groups for one in group.trajectories if one.key.split == "train"]
+    usable = sum(one.outcome is Outcome.FINISHED for one in ended)
+    sizes = Counter(
+        len(group.trajectories) for group in world.observer.groups if group.task.payload and len(group.trajectories) > 1
+    )
+    calls = Counter(call.call_id for one in ended for call in one.calls)
+    final = {f"/{one.key.rollout_id}/attempt/{one.key.attempt}/": {call.call_id for call in one.calls} for one in ended}
+    lost = [reply for url, reply in agent.answered for at, ids in final.items() if at in url and reply not in ids]
+    return {
+        "rollouts": len(ended),
+        "usable_share": round(usable / len(ended), 4),
+        "step_s": [round(record["time/step"], 1) for record in world.observer.records],
+        "seconds": round(seconds, 1),
+        "workers_killed": world.workers.replaced,
+        "retried": stats.retried,
+        "failed": dict(state.failed),
+        "faults": dict(faults.counts),
+        "books": state.admitted == state.trained + sum(state.dropped.values()) == len(ended),
+        "whole_groups": sizes == {rollouts: 8 * steps},
+        "lost": len(lost),
+        "doubled": sum(times > 1 for times in calls.values()),
+    }
+
+
+async def kill_workers(faults: Faults, every_s: float) -> None:
+    """Cut a worker off, the others in turn."""
+    turn = 0
+    while every_s:
+        await asyncio.sleep(every_s)
+        names = sorted(name for name in faults.links if name.startswith(f"worker-{turn % 2}"))
+        faults.links[names[-1]].cut()
+        turn += 1
+
+
+async def compare(steps: int, rollouts: int, slow_s: float, kill_s: float) -> dict[str, Any]:
+    settings: dict[str, Any] = {"steps": steps, "rollouts": rollouts, "slow_s": slow_s}
+    without = await run(rates=Rates(), tool_rates=Rates(), kill_s=0.0, **settings)
+    faulty = await run(rates=Rates(error=0.1), tool_rates=Rates(hang=0.1), kill_s=kill_s, **settings)
+    longer = round(sum(faulty["step_s"]) / sum(without["step_s"]), 2)
+    return {"benchmark": "a tenth fails", "times_as_long": longer, "with_faults": faulty, "without": without}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--rollouts", type=int, default=64, help="of each of 8 tasks")
+    parser.add_argument("--slow-s", type=float, default=1.0, help="seconds of a model call and of a tool call")
+    parser.add_argument("--kill-s", type=float, default=60.0, help="seconds between two kills of a worker")
+    asked = parser.parse_args()
+    found = asyncio.run(compare(asked.steps, asked.rollouts, asked.slow_s, asked.kill_s))
+    sys.stdout.write(json.dumps(found) + "\n")
+    return int(found["with_faults"]["usable_share"] < 0.95 or found["times_as_long"] > 1.5)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
