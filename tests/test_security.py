@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from test_gateway import HELLO, TOOL, code_of, open_rig, url_of
 
 from agent_lightning.archive import RolloutWriter, read_rollouts, read_trajectories
 from agent_lightning.client import current_rollout, tool
+from agent_lightning.journal import JournalConfig
 from agent_lightning.rollout import AgentSpec
 from agent_lightning.serving.bounds import is_deeper
 from agent_lightning.telemetry import export
@@ -102,17 +102,20 @@ async def test_nothing_that_a_run_leaves_tells_a_secret(tmp_path: Path, caplog: 
     caplog.set_level(logging.INFO)
     tasks = [Task(task_id=str(number), payload={"number": number}) for number in range(2)]
     agent = AgentSpec(target=gossips, mode="async", timeout_s=20.0)
-    async with ToyWorld(agent=agent, tasks=tasks, words=("call:1", "no"), rollouts_per_task=2) as world:
+    journal, words = JournalConfig(path=tmp_path / "journal"), ("call:1", "no")
+    async with ToyWorld(agent=agent, tasks=tasks, words=words, rollouts_per_task=2, journal=journal) as world:
         await world.train(steps=1)
         groups = world.observer.groups
     assert len(SECRETS) == 8  # before, in and after one step
     (tmp_path / "rollouts").mkdir()
     RolloutWriter(tmp_path / "rollouts").write(0, 0, groups)
     told = [str(read_rollouts(tmp_path).to_pylist()), caplog.text]
+    told += [file.read_bytes().decode("latin-1") for file in (tmp_path / "journal").glob("*.agl")]
     for form in ("otlp", "jsonl"):
         path, _ = export.write(read_trajectories(tmp_path), tmp_path / form, form)
         told.append(path.read_text())
     for text in told:
         assert not [secret for secret in SECRETS if secret in text]
     assert "*" * 32 in told[0]
-    assert json.dumps("cannot reach")[1:-1] in told[0]
+    assert "cannot reach" in told[0]
+    assert "cannot reach" in told[2]
