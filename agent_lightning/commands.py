@@ -94,18 +94,7 @@ async def _train(
                 resumed=state if restored else None,
             ) as system:
                 start_s = time.monotonic() - started
-                assert system.learner is not None
-                loop = Loop(
-                    plan=make_plan(config),
-                    state=state,
-                    buffer=system.buffer,
-                    board=system.board,
-                    learner=system.learner,
-                    observer=observer,
-                    train_tasks=loaded["train"],
-                    val_tasks=loaded["val"],
-                    stop=stopped,
-                )
+                loop = _loop(config, state, system, observer, loaded, stopped)
                 if restored:
                     await loop.restore(checkpoint.newest(run.checkpoints))
                 await loop.run()
@@ -119,6 +108,28 @@ async def _train(
     if storage.is_remote(config.runs_dir):
         storage.Mirror(config.runs_dir, run.path).push()
     return STOPPED if stopped.is_set() else 0
+
+
+def _loop(
+    config: Config,
+    state: State,
+    system: launch.System,
+    observer: RunObserver,
+    loaded: Mapping[Split, Sequence[Task]],
+    stopped: asyncio.Event,
+) -> Loop:
+    assert system.learner is not None
+    return Loop(
+        plan=make_plan(config),
+        state=state,
+        buffer=system.buffer,
+        board=system.board,
+        learner=system.learner,
+        observer=observer,
+        train_tasks=loaded["train"],
+        val_tasks=loaded["val"],
+        stop=stopped,
+    )
 
 
 def _create(config: Config) -> RunDirectory:

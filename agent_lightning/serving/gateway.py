@@ -13,13 +13,12 @@ import hashlib
 import json
 import logging
 import math
-import sys
 import time
 import uuid
 import zlib
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -28,7 +27,8 @@ from starlette.responses import JSONResponse, Response
 from agent_lightning.buffer import verify_secret
 from agent_lightning.errors import UnknownRollout
 from agent_lightning.serving.answers import Answer
-from agent_lightning.serving.bounds import Held, Limits, is_deeper, reading, without
+from agent_lightning.serving.bounds import Limits, is_deeper, reading, without
+from agent_lightning.serving.calls import Attempt, Call
 from agent_lightning.serving.dialects import (
     CUT,
     Completion,
@@ -42,7 +42,7 @@ from agent_lightning.serving.dialects import (
 )
 from agent_lightning.serving.openapi import describe
 from agent_lightning.serving.tracing import SpanRecorder, agent_of, parent_of, take_traces
-from agent_lightning.serving.wire.base import Asked, BadRequest, Stream, Wire
+from agent_lightning.serving.wire.base import Asked, BadRequest, Wire
 from agent_lightning.serving.wire.chat import ChatCompletions, Completions
 from agent_lightning.serving.wire.messages import Messages
 from agent_lightning.serving.wire.responses import Responses
@@ -107,41 +107,6 @@ class GatewayConfig:
     """Seconds in which a client library that went away finds the work still going: theirs wait 8 s at most."""
 
 
-@dataclass(slots=True)
-class _Attempt:
-    """What the gateway remembers of an attempt that it has seen."""
-
-    calls_left: int = sys.maxsize
-    """The least that the buffer ever told: its answers to calls in flight may come back in any order."""
-    in_flight: int = 0
-    asked: Counter[int] = field(default_factory=Counter)
-    """How often it asked for the same, by a hash of it; counted where calls are seeded."""
-    held: Held = field(default_factory=Held)
-    ended: str = ""
-    """Why the buffer knows this attempt no more: the engine does not work for those that run on."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Call:
-    """One request of an agent."""
-
-    key: RolloutKey
-    secret: str = field(repr=False)
-    agent: str
-    parent_id: str
-    """Of the span that sent it, "" where it does not say."""
-    wire: Wire
-    asked: Asked
-    stream: Stream
-    attempt: _Attempt
-    counts: bool
-    """Whether it asks for the number of its tokens only."""
-
-    @property
-    def streams(self) -> bool:
-        return bool(self.asked.body.get("stream")) and not self.counts
-
-
 class Gateway:
     """Answers agents. `handle` takes any request under its root and never raises."""
 
@@ -149,7 +114,7 @@ class Gateway:
         self._engine = engine
         self._recorder = recorder
         self._config = config
-        self._attempts: OrderedDict[RolloutKey, _Attempt] = OrderedDict()
+        self._attempts: OrderedDict[RolloutKey, Attempt] = OrderedDict()
         self._answers: OrderedDict[tuple[RolloutKey, str, str, bytes], Answer] = OrderedDict()
 
     async def handle(self, request: Request) -> Response:
@@ -188,9 +153,9 @@ class Gateway:
                 return _refuse(wire, Refusal(status=400, message=str(error), code=error.code))
             return await self._once(call, end, raw, request)
 
-    def _attempt(self, key: RolloutKey) -> _Attempt:
+    def _attempt(self, key: RolloutKey) -> Attempt:
         """What is remembered of an attempt whose secret was right."""
-        attempt = self._attempts.setdefault(key, _Attempt())
+        attempt = self._attempts.setdefault(key, Attempt())
         while len(self._attempts) > 65536:
             self._attempts.popitem(last=False)
         return attempt
@@ -205,7 +170,7 @@ class Gateway:
         headers: Mapping[str, str],
         *,
         counts: bool,
-    ) -> _Call:
+    ) -> Call:
         """The request that a body is. Raises BadRequest."""
         depth = self._config.max_json_depth
         try:
@@ -229,7 +194,7 @@ class Gateway:
             model=body.get("model") or self._config.model,
             created=int(time.time()),
         )
-        return _Call(
+        return Call(
             key=key,
             secret=secret,
             agent=agent_of(headers, agent),
@@ -241,7 +206,7 @@ class Gateway:
             counts=counts,
         )
 
-    async def _once(self, call: _Call, end: str, raw: bytes, request: Request) -> Response:
+    async def _once(self, call: Call, end: str, raw: bytes, request: Request) -> Response:
         """Answer a client library's retry with the first answer, so that it makes no second span.
 
         Only a request that says it is a retry is matched: an agent may well ask the same thing twice on purpose.
@@ -256,7 +221,7 @@ class Gateway:
                 self._answers.popitem(last=False)
         return await answer.response(request)
 
-    async def _answer(self, call: _Call, answer: Answer) -> None:
+    async def _answer(self, call: Call, answer: Answer) -> None:
         """Answer a call, whatever happens."""
         try:
             refusal = await self._admit(call, answer)
@@ -275,7 +240,7 @@ class Gateway:
         else:
             answer.whole(_refuse(call.wire, refusal))
 
-    async def _admit(self, call: _Call, answer: Answer) -> Refusal | None:
+    async def _admit(self, call: Call, answer: Answer) -> Refusal | None:
         """Call the engine, where this attempt may call it once more. Raises UnknownRollout."""
         attempt = call.attempt
         if attempt.ended:
@@ -294,7 +259,7 @@ class Gateway:
         finally:
             attempt.in_flight -= 1
 
-    async def _work(self, call: _Call, answer: Answer) -> Refusal | None:
+    async def _work(self, call: Call, answer: Answer) -> Refusal | None:
         """Ask, record, and only then end the answer. Raises UnknownRollout."""
         config, started = self._config, time.time()
         # With tools an answer is streamed when it is whole: vLLM's parsers of a stream read half a tool call, or a
@@ -340,7 +305,7 @@ class Gateway:
         return None
 
     async def _follow(
-        self, call: _Call, answer: Answer, request: Mapping[str, Any], started: float
+        self, call: Call, answer: Answer, request: Mapping[str, Any], started: float
     ) -> Completion | Refusal:
         """Hand on the deltas of a stream. Where the agent leaves it, what it was sent is recorded."""
         parts: list[Part] = []
@@ -362,7 +327,7 @@ class Gateway:
             raise
         return within(join(parts), self._config.vocab_size)
 
-    async def _record(self, call: _Call, completion: Completion, started: float) -> None:
+    async def _record(self, call: Call, completion: Completion, started: float) -> None:
         """One span per choice: each is a sampled response to its prompt. Raises UnknownRollout."""
         ended = time.time()
         prompt = call.asked.engine.get("prompt")
@@ -397,7 +362,7 @@ class Gateway:
         return card if name else {"object": "list", "data": [card], **ends}
 
 
-def _seed(run_seed: int, call: _Call) -> int:
+def _seed(run_seed: int, call: Call) -> int:
     """Of one call: the same for every attempt at its rollout that has asked the same so far."""
     asked = zlib.crc32(compact(call.asked.engine).encode(), zlib.crc32(call.agent.encode()))
     call.attempt.asked[asked] += 1
