@@ -302,7 +302,7 @@ class Buffer:
         )
 
     async def release(self, worker: str) -> int:
-        """`worker` is dead: give up the leases that it has, and give it no more; how many. A call of it may wait still."""
+        """`worker` is dead: give up its leases, and give it no more, also where a call of it still waits; how many."""
         self._dead.add(worker)
         return await self._lose(lambda one: one.state.worker == worker, "its worker died")
 
