@@ -148,6 +148,7 @@ class Buffer:
         self._changed = asyncio.Condition()
         self._cancels = 0
         self._refused: Counter[str] = Counter()
+        self._dead: set[str] = set()
 
     async def admit(self, task: Task, *, split: Split, num_rollouts: int, request: str = "") -> str:
         """Queue the rollouts of one task; their group's id, e.g. "train-12". Where an interrupted step has left that
@@ -171,6 +172,8 @@ class Buffer:
         cancels, ledger, end = self._cancels, self._ledger, time.monotonic() + timeout
         async with self._changed:
             while True:  # ends with work, with `cancel`, or at `end`
+                if worker in self._dead:  # its call outlived it: what it would get nobody would run
+                    return []
                 keys = self._still_running(keys_of(ledger.answers.get(request, ())))
                 ready, left = ledger.ready(time.time(), num), end - time.monotonic()
                 if keys or ready or self._cancels > cancels or left <= 0:
@@ -299,7 +302,8 @@ class Buffer:
         )
 
     async def release(self, worker: str) -> int:
-        """`worker` is dead: give up the leases that it has; how many."""
+        """`worker` is dead: give up its leases, and give it no more, also where a call of it still waits; how many."""
+        self._dead.add(worker)
         return await self._lose(lambda one: one.state.worker == worker, "its worker died")
 
     async def _lose(self, lost: Callable[[Rollout], bool], error: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from faults import Agent, Search
 
+from agent_lightning.buffer import Buffer
 from agent_lightning.retries import Retries
 from agent_lightning.rollout import AgentSpec
 from agent_lightning.testing import Faults, InjectedError, Link, Rates, ToyWorld
@@ -97,6 +98,19 @@ async def test_a_link_that_is_cut_answers_nobody_until_it_is_mended() -> None:
     assert [await asking, await outcome(part.add(2.0))] == [InjectedError, InjectedError]
     link.mend(Part())
     assert await outcome(part.add(3.0)) == 3.0
+
+
+async def test_a_lease_that_a_dead_worker_still_waits_for_gives_it_nothing() -> None:
+    buffer, faults = Buffer(run_secret=b"s"), Faults(seed=1)
+    worker = faults.between(buffer, "worker", Rates())
+    asking = asyncio.ensure_future(outcome(worker.lease(1, 5.0, worker="worker-0.0")))
+    await asyncio.sleep(0.02)
+    faults.links["worker"].cut()
+    assert await asking is InjectedError
+    await buffer.release("worker-0.0")
+    await buffer.admit(Task(task_id="t", payload={}), split="train", num_rollouts=1)
+    await asyncio.sleep(0.02)
+    assert len(await buffer.lease(1, 0.1, worker="worker-0.1")) == 1
 
 
 TROUBLE = {
