@@ -17,10 +17,13 @@ HEAVY_MODULES = {
     "agent_lightning.cluster",
     "agent_lightning.learners.verl_cpu",
     "agent_lightning.learners.verl_critic",
+    "agent_lightning.jobs",
     "agent_lightning.learners.verl_worker",
+    "agent_lightning.nodes",
     "agent_lightning.serving.app",
     "agent_lightning.serving.policy_server",
     "agent_lightning.serving.weights",
+    "agent_lightning.tuning",
 }
 """Those that import Ray, vLLM, veRL or torch at once, as what they define is a class or a plug-in of these."""
 HEAVY_LIBRARIES = ("ray", "torch", "vllm", "verl", "transformers", "wandb", "matplotlib", "datasets", "pyarrow")
