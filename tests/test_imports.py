@@ -23,6 +23,7 @@ HEAVY_MODULES = {
     "agent_lightning.serving.app",
     "agent_lightning.serving.policy_server",
     "agent_lightning.serving.weights",
+    "agent_lightning.toy_run",
     "agent_lightning.tuning",
 }
 """Those that import Ray, vLLM, veRL or torch at once, as what they define is a class or a plug-in of these."""
