@@ -30,10 +30,6 @@ T = TypeVar("T")
 _DEFAULTS: Mapping[str, object] = {"num_cpus": 0, "num_gpus": 0, "max_concurrency": 1000}
 """Ours wait most of the time: they take no CPU from the learner, never a GPU, and interleave like coroutines."""
 
-_END_ORPHANS = "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper"
-"""Ray's: what a process that was killed had started, agents above all, ends within seconds, daemons too."""
-
-
 _RESTARTS: Mapping[str, object] = {"max_restarts": -1, "max_task_retries": -1}
 """Where the process dies, Ray starts it anew with the same arguments, and sends again what it had not answered."""
 
@@ -158,7 +154,6 @@ def init_ray(
         return False
     address = joins(address)
     if address is None:
-        os.environ.setdefault(_END_ORPHANS, "true")
         ray.init(
             address="local",
             num_cpus=num_cpus,

@@ -243,7 +243,7 @@ def returns_the_payload(payload: Payload, policy: Policy) -> dict[str, object]:
 
 
 def kills_its_worker_once(payload: Payload, policy: Policy) -> float:
-    """The first attempt starts a daemon and kills the worker that started it: both live on, if nobody ends them."""
+    """The first attempt starts a daemon and kills the worker that started it: both live on until somebody ends them."""
     ask_blocking(policy.base_url, number=1)
     if os.environ["AGL_ATTEMPT"] != "0":
         return 1.0
