@@ -192,6 +192,7 @@ def test_outside_a_run_agent_code_runs_as_before() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow  # as long as it is tried
 async def test_what_cannot_be_sent_is_given_up_without_showing_the_secret(caplog: pytest.LogCaptureFixture) -> None:
     secret = "0123456789abcdef" * 2
     rollout = Rollout(rollout_id="train-0-0", attempt=0, base_url=f"http://127.0.0.1:9/attempt/0/{secret}/agent/v1")

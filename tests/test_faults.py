@@ -120,7 +120,7 @@ async def test_faulty_agents_are_counted_and_the_others_finish(agent: AgentSpec,
     names = floods if kind == "floods" else [name for name in FAULTS if name not in floods]
     tasks = [*GOOD, *(Task(task_id=name, payload={"do": name}) for name in names)]
     # Long enough where nothing hangs: all share one event loop with the gateway.
-    agent = replace(agent, timeout_s=20.0 if kind == "floods" else 1.5)
+    agent = replace(agent, timeout_s=20.0 if kind == "floods" else 6.0)
     async with asyncio.timeout(25), make_world(agent, tasks, rollouts_per_task=2) as world:
         state = await world.train(steps=1)
         stats = await world.buffer.stats()
@@ -186,10 +186,10 @@ async def test_engine_failures_are_nobodys_fault(agent: AgentSpec) -> None:
 
 async def test_agents_that_time_out_all_together_cost_one_timeout(agent: AgentSpec) -> None:
     tasks = [*GOOD, Task(task_id="hang", payload={"do": "hang"})]
-    async with make_world(replace(agent, timeout_s=1.5), tasks, rollouts_per_task=16) as world:
+    async with make_world(replace(agent, timeout_s=4.0), tasks, rollouts_per_task=16) as world:
         started = time.monotonic()
         state = await world.train(steps=1)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 12  # one after another would take 64
     assert state.failed == {"timeout": 16}
 
 
