@@ -108,7 +108,7 @@ JOB = {
 
 def test_ray_up_takes_our_cluster_file() -> None:
     schema = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
-    found = read("ray_cluster.yaml")
+    found = read("../ray_cluster.yaml")
     jsonschema.validate(found, json.loads(schema.read_text()))
     assert found["head_node_type"] in found["available_node_types"]
     assert found["docker"]["image"] == IMAGE
