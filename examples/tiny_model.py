@@ -1,6 +1,6 @@
 """What the examples' `pretrain.py` share: a tokenizer and a small Llama from scratch, and their supervised training.
 
-The training runs through the same learner as reinforcement learning, with veRL's SFT loss.
+The training runs through the same learner as reinforcement learning, with a cross-entropy of weighted tokens.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from agent_lightning.types import Batch
 
 PAD, END = "<|pad|>", "<|im_end|>"
-Row = tuple[list[int], list[bool]]
-"""Token ids of a chat, and which of them are learnt."""
+Row = tuple[list[int], Sequence[float]]
+"""Token ids of a chat, and how much each is learnt."""
 
 
 def build_tokenizer(
@@ -147,12 +147,13 @@ async def pretrain(
     note: dict[str, Any] = {}
     started = time.monotonic()
     for step in range(1, args.steps + 1):
-        await learner.update([to_batch(next(rows))])
+        loss = (await learner.update([to_batch(next(rows))]))["learner/nll"]
         if step % args.evaluate_every == 0 or step == args.steps:
             weights = state_dict(await learner.publish())
             save_file(weights, args.out / "model.safetensors", metadata={"format": "pt"})
             model.load_state_dict(weights, strict=not tied)
-            note = {"step": step, "seconds": round(time.monotonic() - started), **measure(model)}
+            note = {"step": step, "seconds": round(time.monotonic() - started), "loss": round(loss.value, 3)}
+            note |= measure(model)
             log(note)
     settings = {name: value for name, value in vars(args).items() if isinstance(value, int | float)}
     (args.out / "pretrain.json").write_text(json.dumps(note | settings, indent=1) + "\n")
@@ -173,18 +174,19 @@ def arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, vocab_
 def to_batch(rows: Sequence[Row]) -> Batch:
     length = max(len(ids) for ids, _ in rows)
     shape = (len(rows), length)
-    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
-    for i, (ids, learnt) in enumerate(rows):
-        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, learnt
+    tokens, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    for i, (ids, weights) in enumerate(rows):
+        tokens[i, : len(ids)], weight[i, : len(ids)] = ids, weights
+    weight[:, 0] = 0  # Nothing comes before the first token that could foretell it.
     zeros = np.zeros(shape, np.float32)
     return Batch(
         token_NT=tokens,
-        mask_NT=mask,
+        mask_NT=weight > 0,
         logprob_NT=zeros.copy(),
         advantage_NT=zeros.copy(),
         reward_NT=zeros.copy(),
         call_NT=np.zeros(shape, np.int32),
-        weight_NT=zeros.copy(),
+        weight_NT=weight / weight.sum(),
         length_N=np.asarray([len(ids) for ids, _ in rows], np.int32),
         rollout_N=np.arange(len(rows), dtype=np.int32),
         num_rollouts=len(rows),

@@ -51,7 +51,7 @@ class LearnerConfig:
 
     model_path: str
     loss: Literal["vanilla", "gspo", "cispo", "sft"] = "vanilla"
-    """A policy loss on advantages by veRL's name (vanilla is PPO-clip), or sft: cross-entropy under the mask."""
+    """A policy loss on advantages by veRL's name (vanilla is PPO-clip), or sft: cross-entropy of weighted tokens."""
     device: Literal["cpu", "cuda"] = "cpu"
     world_size: int = 1
     """Training processes; FSDP2 shards over them."""
@@ -101,12 +101,11 @@ def policy_loss_of(config: LearnerConfig) -> Any:
     from functools import partial
 
     from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig
-    from verl.workers.utils.losses import sft_loss
 
-    from agent_lightning.learners.verl_worker import policy_loss
+    from agent_lightning.learners.verl_worker import policy_loss, sft_loss
 
     if config.loss == "sft":
-        return partial(sft_loss, None)
+        return sft_loss
     actor: ActorConfig = FSDPActorConfig(
         strategy="fsdp2",
         rollout_n=1,

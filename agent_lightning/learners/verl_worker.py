@@ -130,6 +130,15 @@ def policy_loss(
     return loss, out
 
 
+def sft_loss(
+    model_output: dict[str, Tensor], data: TensorDict, dp_group: object = None
+) -> tuple[Tensor, dict[str, Metric]]:
+    """Cross-entropy: the sum of -log p times the token's weight. veRL's own gives all learnt tokens one weight."""
+    mask, weights = (torch.roll(_padded(data[name]), shifts=-1, dims=1) for name in ("loss_mask", "weights"))
+    nll = -(_padded(model_output["log_probs"]) * weights)[mask.bool()].sum()
+    return nll * data["dp_size"], {"actor/nll": Metric(AggregationType.SUM, nll.detach())}
+
+
 def value_loss(
     clip_range: float, model_output: dict[str, Tensor], data: TensorDict, dp_group: object = None
 ) -> tuple[Tensor, dict[str, Metric]]:

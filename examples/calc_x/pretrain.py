@@ -44,7 +44,7 @@ TEMPLATE = """\
 {%- for message in messages -%}
 <|im_start|>{{ message.role }}
 {% if message.content %}{{ message.content }}{% endif %}
-{%- if loop.first and tools %} Tools:{% for tool in tools %} {{ tool.function.name }}({{ tool.function.parameters.properties.keys() | join(", ") }}){% endfor %}{% endif %}
+{%- if loop.first and tools %} Tools:{% for tool in tools %} {{ tool.function.name }}({{ (tool.function.parameters.properties or {}).keys() | join(", ") }}){% endfor %}{% endif %}
 {%- for call in message.tool_calls or [] -%}
 <tool_call>
 {"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}

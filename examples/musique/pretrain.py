@@ -51,8 +51,8 @@ LONGEST = 224
 """Tokens of a chat to learn from."""
 WORDED = 0.1
 """Share of the questions in words, as in MuSiQue's multi-hop questions."""
-WHOLE = 0.3
-"""Share of the chats of which all is learnt, what is read too: names come again there, so it teaches to copy."""
+READ = 0.3
+"""Weight of what is read in the first part, against 1 of what is said: names come again there: it teaches to copy."""
 FROM_MEMORY, FROM_MEMORY_RARE = 0.7, 0.1
 """Share of the chats without a search in the last part, of the commonest relations and of the rest."""
 
@@ -82,15 +82,15 @@ def shortened(facts: Sequence[Fact]) -> Iterator[Fact]:
             yield replace(fact, text=text)
 
 
-def encode(tokenizer: Any, messages: Chat, *, whole: bool) -> Row:
-    """Token ids of a chat, and where they are learnt: `whole`, or where an assistant wrote them, its end included."""
+def encode(tokenizer: Any, messages: Chat, *, read: float) -> Row:
+    """Token ids of a chat, and their weights: 1 where an assistant wrote them, its end included, elsewhere `read`."""
     ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     opening, end = tokenizer.convert_tokens_to_ids(["<|im_start|>assistant\n", END])
-    mask, writing = [], False
+    weights, writing = [], False
     for token in ids:
-        mask.append(whole or writing)
+        weights.append(1.0 if writing else read)
         writing = token == opening or (writing and token != end)
-    return ids, mask
+    return ids, weights
 
 
 def stream(args: argparse.Namespace, tokenizer: Any, facts: Sequence[Fact]) -> Iterator[list[Row]]:
@@ -107,7 +107,7 @@ def stream(args: argparse.Namespace, tokenizer: Any, facts: Sequence[Fact]) -> I
             if search:
                 fact = known.redrawn(fact, rng)
             messages = chat(fact, search=search, worded=rng.random() < WORDED)
-            row = encode(tokenizer, messages, whole=rng.random() < WHOLE)
+            row = encode(tokenizer, messages, read=0.0 if last_part else READ)
             rows += [row] if len(row[0]) <= LONGEST else []
         rows.sort(key=lambda row: len(row[0]))
         for start in rng.sample(range(0, len(rows), args.batch), BUCKET):

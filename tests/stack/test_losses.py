@@ -7,7 +7,7 @@ import torch
 from tensordict import TensorDict
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
-from agent_lightning.learners.verl_worker import policy_loss
+from agent_lightning.learners.verl_worker import policy_loss, sft_loss
 
 pytestmark = pytest.mark.stack
 LENGTHS = (7, 4, 6)
@@ -83,3 +83,14 @@ def test_the_entropy_bonus_is_weighted_like_the_loss() -> None:
     loss, metrics = policy_loss(config("vanilla", entropy_coef=0.1), output, data)
     assert float(loss) == pytest.approx(-0.1 * 0.5 * (1 + 2))
     assert float(metrics["actor/entropy"].values[0]) == pytest.approx(1.5)
+
+
+def test_supervised_tokens_count_with_their_weights() -> None:
+    data = TensorDict({}, batch_size=[])
+    data["weights"] = nested([torch.tensor([0.0, 0.5, 0.1]), torch.tensor([0.4, 0.3])])
+    data["loss_mask"] = nested([torch.tensor([0, 1, 1]), torch.tensor([0, 1])])
+    data["dp_size"] = 1
+    log_probs = [torch.tensor([-1.0, -2.0, -9.0]), torch.tensor([-3.0, -9.0])]  # position i is of token i + 1
+    loss, metrics = sft_loss({"log_probs": nested(log_probs)}, data)
+    assert float(loss) == pytest.approx(0.5 * 1 + 0.1 * 2 + 0.3 * 3)
+    assert float(metrics["actor/nll"].values[0]) == pytest.approx(float(loss))

@@ -1,0 +1,51 @@
+"""`sft.jsonl` of `agl import` for veRL's SFT trainer, through its setting for an own dataset class:
+
+    data.train_files=imported/sft.jsonl
+    data.custom_cls.path=pkg://agent_lightning.learners.verl_sft data.custom_cls.name=JsonlSFTDataset
+
+veRL's own class reads Parquet, in which all rows of a column have the same fields: each tool would have the arguments
+of every other tool, as nulls, and so would each tool call.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd  # type: ignore[import-untyped]
+from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
+from verl.utils.tokenizer.chat_template import extract_system_prompt_and_generation
+
+from agent_lightning.errors import DataError
+
+
+class JsonlSFTDataset(MultiTurnSFTDataset):  # type: ignore[misc]
+    """Chats, one JSON object a line: {"messages": […], "tools": […]}. Raises DataError with file and line."""
+
+    def _read_files_and_process(self) -> None:
+        rows = [row for path in self.parquet_files for row in _rows(Path(path))]
+        if 0 < self.max_samples < len(rows):
+            kept = pd.Series(range(len(rows))).sample(self.max_samples, random_state=self.seed)
+            rows = [rows[i] for i in (kept if self.shuffle else range(self.max_samples))]
+        # The column is what veRL takes the messages of a row from.
+        self.dataframe = pd.DataFrame({self.messages_key: [row[self.messages_key] for row in rows]}, dtype=object)
+        self.messages = list(self.dataframe[self.messages_key])
+        self.tools = [row.get(self.tools_key) or None for row in rows]
+        self.enable_thinking = None
+        self.system_prompt, self.generation_prompt = extract_system_prompt_and_generation(
+            self.tokenizer, **self.apply_chat_template_kwargs
+        )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                row["messages"][0]["role"]
+            except (ValueError, KeyError, IndexError, TypeError) as error:
+                raise DataError(f"{path}, line {number}: not a chat of `agl import`") from error
+            rows.append(row)
+    return rows
