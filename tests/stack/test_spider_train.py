@@ -18,29 +18,38 @@ pytest.importorskip("langchain_openai")
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[2]
-NAMES = ("Ann", "Bob", "Cleo", "Dan")
+ALLERGIES = ("Nuts", "Milk", "Nuts", "Shellfish")
 TRAIN = [
-    *((f"How old is {name}?", f"SELECT age FROM singer WHERE name = '{name}'") for name in NAMES),
-    ("How many singers are there?", "SELECT count(*) FROM singer"),
-    ("Show the names of all singers.", "SELECT name FROM singer"),
+    (
+        "Show all allergies with number of students affected.",
+        "SELECT Allergy, count(*) FROM Has_allergy GROUP BY Allergy",
+    ),
+    (
+        "Which allergy has most number of students affected?",
+        "SELECT Allergy FROM Has_allergy GROUP BY Allergy ORDER BY count(*) DESC LIMIT 1",
+    ),
+    (
+        "Show all student IDs who have at least two allergies.",
+        "SELECT StuID FROM Has_allergy GROUP BY StuID HAVING count(*) >= 2",
+    ),
 ]
-NOBODY = ("What is the name of the singer whose age is 99?", "SELECT name FROM singer WHERE age = 99")
-"""The right query finds nothing, so a checker that knows its role has it written again."""
+"""On a table like one of Spider's training databases, whose names the tiny policy knows."""
+NOTHING = ("Show all student IDs who have at least nine allergies.", TRAIN[2][1].replace("2", "9"))
 
 
 def spider(folder: Path) -> Path:
     """A folder in the layout of Spider's release, with one database."""
-    path = folder / "database" / "concert" / "concert.sqlite"
+    path = folder / "database" / "allergy" / "allergy.sqlite"
     path.parent.mkdir(parents=True)
     connection = sqlite3.connect(path)
-    connection.execute("CREATE TABLE singer (singer_id INT, name TEXT, age INT)")
-    connection.executemany("INSERT INTO singer VALUES (?, ?, ?)", [(i, name, 30 + i) for i, name in enumerate(NAMES)])
+    connection.execute("CREATE TABLE Has_allergy (StuID INT, Allergy TEXT)")
+    connection.executemany("INSERT INTO Has_allergy VALUES (?, ?)", [(i % 3, one) for i, one in enumerate(ALLERGIES)])
     connection.commit()
     connection.close()
-    rows = [{"question": question, "db_id": "concert", "query": query} for question, query in TRAIN]
-    (folder / "train_spider.json").write_text(json.dumps(rows * 4))
+    rows = [{"question": question, "db_id": "allergy", "query": query} for question, query in TRAIN]
+    (folder / "train_spider.json").write_text(json.dumps(rows * 8))
     (folder / "train_others.json").write_text("[]")
-    dev = [rows[4] | {"difficulty": "easy"}, {"question": NOBODY[0], "db_id": "concert", "query": NOBODY[1]}]
+    dev = [rows[0] | {"difficulty": "easy"}, {"question": NOTHING[0], "db_id": "allergy", "query": NOTHING[1]}]
     dev[1]["difficulty"] = "medium"
     (folder / "dev.jsonl").write_text("".join(json.dumps(row | {"id": str(i)}) + "\n" for i, row in enumerate(dev * 4)))
     return folder
