@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ import numpy as np
 
 from agent_lightning.buffer import Buffer, verify_secret
 from agent_lightning.errors import UnknownRollout
+from agent_lightning.learners.base import WeightBucket, Weights
+from agent_lightning.testing import ToyLanguage
 from agent_lightning.types import ModelCall, Outcome, Policy, RolloutKey, Task
 
 if TYPE_CHECKING:
@@ -29,6 +31,16 @@ if TYPE_CHECKING:
 
 RUN_SECRET = b"a secret of the tests"
 Payload = Mapping[str, Any]
+
+
+def skilled(words: Sequence[str]) -> Weights:
+    """A toy policy that says the first of two words, a tool call, and the second when it has the result, which is 5."""
+    language = ToyLanguage(words)
+    table = np.tile(np.array([50.0, 0.0], np.float32), (language.num_states, 1))
+    table[language.state(language.encode([{"role": "tool", "content": "5"}]))] = [0.0, 50.0]
+    entry = {"name": "table", "dtype": "float32", "shape": list(table.shape), "offset": 0}
+    data = np.frombuffer(table.tobytes(), np.uint8)
+    return Weights(version=0, buckets=(WeightBucket(parameters=(entry,), data=data),))
 
 
 def make_call(key: RolloutKey, call_id: str, *, started_at: float = 0.0, num_tokens: int = 2) -> ModelCall:

@@ -9,12 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+from agents_for_tests import skilled
 
-from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.rollout import AgentSpec
-from agent_lightning.testing import ToyLanguage, ToyWorld
+from agent_lightning.testing import ToyWorld
 from agent_lightning.types import Task, ToolCall, ToolStatus, Trajectory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "calc_x"))
@@ -31,20 +30,10 @@ TASK = Task(task_id="sum", payload={"question": "What is 2 plus 3?", "result": "
 WORDS = ("call:2+3", "The answer is 5.")
 
 
-def skilled() -> Weights:
-    """A policy that calls its tool, and answers when it has the result."""
-    language = ToyLanguage(WORDS)
-    table = np.tile(np.array([50.0, 0.0], np.float32), (language.num_states, 1))
-    table[language.state(language.encode([{"role": "tool", "content": "5"}]))] = [0.0, 50.0]
-    entry = {"name": "table", "dtype": "float32", "shape": list(table.shape), "offset": 0}
-    data = np.frombuffer(table.tobytes(), np.uint8)
-    return Weights(version=0, buckets=(WeightBucket(parameters=(entry,), data=data),))
-
-
 async def run(command: str, num: int) -> list[Trajectory]:
     spec = AgentSpec(target=command, mode="command", timeout_s=240.0, reward_target=score)
     async with asyncio.timeout(280), ToyWorld(agent=spec, tasks=[TASK], words=WORDS) as world:
-        await world.engine.install(skilled())
+        await world.engine.install(skilled(WORDS))
         await world.buffer.admit(TASK, split="train", num_rollouts=num)
         (group,) = await world.buffer.take(1, split="train")
     assert [(one.error, one.output, one.reward) for one in group.trajectories] == [("", "The answer is 5.", 1.0)] * num

@@ -6,15 +6,14 @@ import asyncio
 import json
 from typing import Any
 
-import numpy as np
 import pytest
+from agents_for_tests import skilled
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
-from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.rollout import AgentSpec
 from agent_lightning.telemetry.spans import assemble
-from agent_lightning.testing import ToyLanguage, ToyWorld
+from agent_lightning.testing import ToyWorld
 from agent_lightning.types import Policy, Task, ToolStatus, Trajectory
 
 TASKS = [Task(task_id="sum", payload={"question": "What is 2 plus 3?"})]
@@ -129,16 +128,6 @@ async def with_any(payload: dict[str, Any], policy: Policy) -> float:
     return await MIXED[payload["number"] % len(MIXED)](payload, policy)
 
 
-def skilled() -> Weights:
-    """A policy that calls its tool, and answers when it has the result."""
-    language = ToyLanguage(WORDS)
-    table = np.tile(np.array([50.0, 0.0], np.float32), (language.num_states, 1))
-    table[language.state(language.encode([{"role": "tool", "content": "5"}]))] = [0.0, 50.0]
-    entry = {"name": "table", "dtype": "float32", "shape": list(table.shape), "offset": 0}
-    data = np.frombuffer(table.tobytes(), np.uint8)
-    return Weights(version=0, buckets=(WeightBucket(parameters=(entry,), data=data),))
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
@@ -149,7 +138,7 @@ async def test_500_agents_of_mixed_frameworks_at_once_lose_no_span_and_double_no
     instrumentors = ("langchain", "openai_agents", "autogen_agentchat")
     spec = AgentSpec(target=with_any, mode="async", timeout_s=600.0, concurrency=500, instrumentors=instrumentors)
     async with ToyWorld(agent=spec, tasks=tasks, words=WORDS) as world:
-        await world.engine.install(skilled())
+        await world.engine.install(skilled(WORDS))
         world.engine.delay_s = 2.0  # so that all of them are at it at once
         for task in tasks:
             await world.buffer.admit(task, split="train", num_rollouts=1)
