@@ -150,6 +150,8 @@ async def pretrain(
         loss = (await learner.update([to_batch(next(rows))]))["learner/nll"]
         if step % args.evaluate_every == 0 or step == args.steps:
             weights = state_dict(await learner.publish())
+            if tied:
+                weights.pop("lm_head.weight", None)
             save_file(weights, args.out / "model.safetensors", metadata={"format": "pt"})
             model.load_state_dict(weights, strict=not tied)
             note = {"step": step, "seconds": round(time.monotonic() - started), "loss": round(loss.value, 3)}
