@@ -86,6 +86,10 @@ class Trial:
                 raise TrialFailed(f"{self.run.name} ended with exit code {self._code()}: {last_line(self.log)}")
             time.sleep(POLL_SECONDS)
 
+    def seen(self) -> tuple[Path, int]:
+        """The run, and the step of its last evaluation."""
+        return self.run, self._seen
+
     def saved(self) -> tuple[Path, int]:
         """The run, and the step of its last evaluation, once that has a checkpoint. Raises TrialFailed."""
         folder = checkpoint.folder_of(RunDirectory(self.run).checkpoints, self._seen)

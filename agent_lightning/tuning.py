@@ -35,6 +35,8 @@ class TrialActor(tune.Trainable):
     def setup(self, config: dict[str, Any], **make: Any) -> None:
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray's, for an actor that computes in its own process
         self._make = make
+        # Others are the only ones that go on from it: a trial itself does from whatever its run has.
+        self._copied = make["plan"].settings.scheduler == "pbt"
         self._trial = self._new(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -55,7 +57,7 @@ class TrialActor(tune.Trainable):
         return values | {"done": True} if result.finished else values
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        run, step = self._trial.saved()
+        run, step = self._trial.saved() if self._copied else self._trial.seen()
         (Path(checkpoint_dir) / POINTER).write_text(json.dumps({"run": str(run), "step": step}))
 
     def load_checkpoint(self, checkpoint: str) -> None:

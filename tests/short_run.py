@@ -3,7 +3,7 @@
     python tests/short_run.py train experiment=toy algorithm.lr=2 steps=8 eval_every=2 runs_dir=DIR name=trial-000
 
 The held-out reward after a step is step x lr / 100. `seed=13` breaks down after its first evaluation; `seed=14` takes
-its time. SIGTERM leaves a checkpoint and exit code 130, as a run does.
+its time. `checkpoint_every` is 10 as in a run. SIGTERM leaves a checkpoint and exit code 130, as a run does.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def main(words: list[str]) -> int:
         nested = {
             "steps": int(given["steps"]),
             "eval_every": int(given["eval_every"]),
+            "checkpoint_every": int(given.get("checkpoint_every", 10)),
             "seed": int(given.get("seed", 0)),
         }
         run.config.write_text(yaml.safe_dump(nested | {"algorithm": {"lr": float(given["algorithm.lr"])}}))
@@ -47,6 +48,7 @@ def main(words: list[str]) -> int:
             step = now
             if step % config["eval_every"] == 0 or step == config["steps"]:
                 metrics.log(step, {"val/reward": step * lr / 100})
+            if step % config["checkpoint_every"] == 0 or step == config["steps"]:
                 save(run, step)
             if config["seed"] == 13:
                 sys.stderr.write("agl: the engine broke down\n")

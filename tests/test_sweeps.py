@@ -182,7 +182,7 @@ def test_a_trial_that_was_stopped_goes_on_from_its_checkpoint(tmp_path: Path) ->
 
 
 def test_a_trial_goes_on_from_the_checkpoint_of_a_better_one_in_a_new_run(tmp_path: Path) -> None:
-    good = trial(tmp_path, "experiment=toy", "algorithm.lr=3")
+    good = trial(tmp_path, "experiment=toy", "algorithm.lr=3", "checkpoint_every=2")
     good.next_result()
     good.next_result()
     worse = trial(tmp_path, "experiment=toy", "algorithm.lr=2", name="trial-001")

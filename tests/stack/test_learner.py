@@ -102,6 +102,7 @@ async def test_kl_to_the_start_is_zero_at_first_then_grows_and_a_checkpoint_rest
         for name, value in to_arrays(weights).items():
             np.testing.assert_allclose(value, after[name], atol=1e-6)
 
+        learner.shutdown()
         slower = VerlLearner(replace(config, lr=LR / 100, kl_coef=0.0))
         await slower.restore(tmp_path / "checkpoint", version=7)
         before = to_arrays(await slower.publish())
