@@ -29,6 +29,9 @@ SERVE_ENVIRONMENT = {
     # Measured on 2 cores: several times the requests per second of Serve's default proxy.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # By the path up to the attempt: all requests of an attempt are of one gateway, which knows its first answers and
+    # what it has in flight.
+    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "uri depth 5",
     # On a busy laptop a proxy takes longer to come up than Serve's few seconds, after which it would be killed.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",

@@ -9,8 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from openai import OpenAI
@@ -24,10 +27,11 @@ def agl(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "agent_lightning.cli", *arguments]
 
 
-@pytest.mark.slow
-def test_serve_prints_a_url_that_answers_and_ctrl_c_leaves_nothing() -> None:
+@contextmanager
+def serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`agl serve` and the base URL that it prints."""
     process = subprocess.Popen(
-        agl("serve", "experiment=calc_tiny"), cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        agl("serve", *words), cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     watchdog = threading.Timer(300, os.killpg, (process.pid, signal.SIGKILL))
     watchdog.start()
@@ -38,8 +42,22 @@ def test_serve_prints_a_url_that_answers_and_ctrl_c_leaves_nothing() -> None:
             line = process.stdout.readline()
             assert line, f"agl serve ended: {text}"
             text += line
+        yield process, re.search(r"OPENAI_BASE_URL=(\S+)", text)[1]  # type: ignore[index]
+    finally:
+        watchdog.cancel()
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+
+
+@pytest.mark.slow
+def test_serve_prints_a_url_that_answers_and_ctrl_c_leaves_nothing() -> None:
+    with serving("experiment=calc_tiny") as (process, base_url):
         started = psutil.Process(process.pid).children(recursive=True)
-        base_url = re.search(r"OPENAI_BASE_URL=(\S+)", text)[1]  # type: ignore[index]
         with OpenAI(base_url=base_url, api_key="any", timeout=60) as client:
             assert [model.id for model in client.models.list()] == ["policy"]
             reply = client.chat.completions.create(
@@ -56,10 +74,21 @@ def test_serve_prints_a_url_that_answers_and_ctrl_c_leaves_nothing() -> None:
         assert process.wait(timeout=60) == 0
         _, alive = psutil.wait_procs(started, timeout=20)
         assert [p.name() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
-    finally:
-        watchdog.cancel()
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_of_several_gateways_a_retry_reaches_the_one_that_has_the_first_answer() -> None:
+    with serving("experiment=toy", "serving.gateways=2") as (_, base_url):
+        url = f"{base_url}/chat/completions"
+        body = {"model": "policy", "messages": [{"role": "user", "content": "Heads or tails?"}]}
+
+        def ask(retries: int) -> str:
+            reply = httpx.post(url, json=body, headers={"x-stainless-retry-count": str(retries)}, timeout=60)
+            return str(reply.raise_for_status().json()["id"])
+
+        first = ask(0)
+        assert {ask(retries) for retries in range(1, 21)} == {first}
+        assert ask(0) != first
 
 
 @pytest.mark.slow
