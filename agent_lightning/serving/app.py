@@ -23,6 +23,7 @@ from starlette.responses import Response
 from agent_lightning.errors import EngineError
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.serving.dialects import Completion, Part, Refusal
+from agent_lightning.serving.gate import InFlight
 from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig, Recorder
 
 SERVE_ENVIRONMENT = {
@@ -60,6 +61,7 @@ class ServingConfig:
     dtype: str = "float32"
     max_model_len: int = 1024
     max_num_seqs: int = 256
+    in_flight: InFlight = "wait"
     kv_cache_gib: int = 1
     """On a CPU: memory of each replica's KV cache."""
     gpu_memory_utilization: float = 0.85
@@ -135,11 +137,11 @@ class PolicyReplica(Engine, Protocol):
 MakeReplica = Callable[[PolicyBoard], PolicyReplica]
 
 
-def _vllm(settings: Mapping[str, Any], board: PolicyBoard) -> PolicyReplica:
+def _vllm(settings: Mapping[str, Any], in_flight: InFlight, board: PolicyBoard) -> PolicyReplica:
     """vLLM is imported in the replica, so the driver is spared its ten seconds."""
     from agent_lightning.serving.policy_server import PolicyServer
 
-    return PolicyServer(settings, board)
+    return PolicyServer(settings, in_flight, board)
 
 
 class PolicyDeployment:
@@ -200,7 +202,7 @@ def start(
     replica: MakeReplica | None = None,
 ) -> Service:
     """Deploy the service and wait until it answers; `replica` makes another policy than vLLM's. Raises EngineError."""
-    make = replica or partial(_vllm, _llm_settings(config))
+    make = replica or partial(_vllm, _llm_settings(config), config.in_flight)
     policy = serve.deployment(PolicyDeployment).options(**_policy_options(config)).bind(make, board)
     nodes = sum(node["Alive"] for node in ray.nodes())
     app = (

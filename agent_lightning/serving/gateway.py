@@ -341,6 +341,7 @@ class Gateway:
                 agent=call.agent,
                 parent_id=call.parent_id,
                 policy_version=completion.policy_version,
+                last_version=completion.last_version,
                 prompt_T=choice.prompt_T,
                 response_T=choice.response_T,
                 logprob_T=choice.logprob_T,
