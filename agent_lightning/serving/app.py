@@ -6,7 +6,7 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
+from agent_lightning.deadlines import begun
 from agent_lightning.errors import EngineError
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.serving.dialects import Completion, Part, Refusal
@@ -216,15 +217,16 @@ def start(
         )
         .bind(policy, recorder, gateway)
     )
-    with ThreadPoolExecutor(1) as thread:
-        proxy = thread.submit(_start_proxy, config.host, config.port)
+    proxy = begun(partial(_start_proxy, config.host, config.port), "proxy")
+    try:
         _wait_for_controller(proxy)
-        try:
-            # The replicas start while the proxy does: Serve's own `start` would have them wait for it.
-            serve.run(app, name=name, route_prefix=f"/{name}", external_scaler_enabled=True)
-        except RuntimeError as error:
-            raise EngineError(f"the policy's engine did not start: {_cause(name, error)}") from error
-        proxy.result()
+        # The replicas start while the proxy does: Serve's own `start` would have them wait for it.
+        serve.run(app, name=name, route_prefix=f"/{name}", external_scaler_enabled=True)
+    except RuntimeError as error:
+        raise EngineError(f"the policy's engine did not start: {_cause(name, error)}") from error
+    finally:
+        wait((proxy,))
+    proxy.result()
     return Service(url=f"{_root()}/{name}", app=name, gateway=f"{name}-gateway")
 
 
