@@ -170,6 +170,24 @@ async def test_errors_inside_leave_the_gate_open() -> None:
         pass
 
 
+async def test_a_call_that_makes_an_answer_of_its_cancellation_is_made_again_too() -> None:
+    gate = Gate("restart")
+
+    async def work() -> str:
+        try:
+            await asyncio.sleep(0.05)
+        except asyncio.CancelledError:
+            return "the client is gone"
+        return "whole"
+
+    async with asyncio.timeout(2):
+        calling = asyncio.create_task(gate.whole(work))
+        await asyncio.sleep(0.01)
+        async with gate.update():
+            pass
+        assert await calling == "whole"
+
+
 async def test_a_call_that_is_made_again_ends_with_what_its_own_failure_was() -> None:
     gate, tries = Gate("restart"), 0
 

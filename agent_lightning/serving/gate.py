@@ -93,15 +93,18 @@ class Gate:
                 self._changed.notify_all()
 
     async def _interruptible(self, work: Awaitable[T]) -> T:
-        """Raises _Interrupted where an update cancels it."""
+        """Raises _Interrupted where an update cancels it, whatever it makes of that: vLLM answers a call that is
+        cancelled with an error."""
         scope = asyncio.timeout(None)
         try:
             async with scope:
                 self._unseen.add(scope)
-                return await work
+                result = await work
+                if not scope.expired():
+                    return result
         except TimeoutError:
             if not scope.expired():
                 raise  # the work's own
-            raise _Interrupted from None
         finally:
             self._unseen.discard(scope)
+        raise _Interrupted
