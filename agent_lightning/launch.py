@@ -79,11 +79,7 @@ async def system(
     port = config.serving.port or app.free_port(config.serving.host)
     prepare_environment()
     async with AsyncExitStack() as stack:
-        await asyncio.sleep(0)  # where this was cancelled while Ray was imported, it ends here
-        stack.callback(cluster.shutdown_ray)
-        joining = begun(partial(cluster.init_ray, config.hardware.address, own_cpus(config)), "ray")
-        stack.callback(wait, (joining,))  # also where this is cancelled: half a Ray cannot be ended
-        own = await asyncio.wrap_future(joining)
+        own = await _start_ray(config, stack)
         run_secret = secrets.token_bytes(32)
         # What must not be lost with another node is on this one.
         here = cluster.on_node(cluster.nodes()[0].node_id)
@@ -100,16 +96,11 @@ async def system(
             replica=_toy_replica(config),
         )
         serving = begun(start, "serving")
-        learning = begun(partial(_build_learner, config, model) if train else _nothing, "learner")
+        build: Callable[[], Learner | None] = partial(_build_learner, config, model) if train else _nothing
+        learning = begun(build, "learner")
         if not own:  # one's own cluster ends with all that is in it, or starts there; Serve would take half a minute
             stack.callback(_stop, serving)
-        # Both to their end, also where one fails; not where this is cancelled.
-        threads = [asyncio.wrap_future(thread) for thread in (serving, learning)]
-        service, learner = await asyncio.gather(*threads, return_exceptions=True)
-        if isinstance(service, BaseException):
-            raise service
-        if isinstance(learner, BaseException):
-            raise learner
+        service, learner = await _both(serving, learning)
         await app.wait_until_healthy(service.url, timeout=60.0)
         await _start_workers(config, buffer, service, workers, stack)
         try:
@@ -153,6 +144,26 @@ def journal_config(config: Config, folder: Path) -> JournalConfig:
         segment_bytes=buffer.segment_mib * 2**20,
         max_bytes=int(buffer.max_disk_gib * 2**30),
     )
+
+
+async def _start_ray(config: Config, stack: AsyncExitStack) -> bool:
+    """Whether it is one's own cluster. Raises UserError."""
+    from agent_lightning import cluster
+
+    await asyncio.sleep(0)  # where this was cancelled while Ray was imported, it ends here
+    stack.callback(cluster.shutdown_ray)
+    joining = begun(partial(cluster.init_ray, config.hardware.address, own_cpus(config)), "ray")
+    stack.callback(wait, (joining,))  # also where this is cancelled: half a Ray cannot be ended
+    return await asyncio.wrap_future(joining)
+
+
+async def _both(serving: Future[Service], learning: Future[Learner | None]) -> tuple[Service, Learner | None]:
+    """To their ends, also where one fails; not where this is cancelled. Raises EngineError."""
+    threads = asyncio.wrap_future(serving), asyncio.wrap_future(learning)
+    for ended in await asyncio.gather(*threads, return_exceptions=True):
+        if isinstance(ended, BaseException):
+            raise ended
+    return threads[0].result(), threads[1].result()
 
 
 def _nothing() -> None:
