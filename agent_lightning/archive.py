@@ -146,6 +146,7 @@ def _rollout_schema() -> pyarrow.Schema:
 
     text, real, whole = pa.string(), pa.float64(), pa.int32()
     kinds = {"str": text, "float": real, "int": whole, "ToolStatus": text, "Source": text, "Ints": pa.list_(whole)}
+    kinds |= {"int | None": whole}
     kinds |= {"Floats": pa.list_(pa.float32())}
 
     def many(kind: type[ModelCall | ToolCall | Reward | AgentSpan]) -> pyarrow.DataType:

@@ -9,11 +9,11 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from rich.console import Console
 
@@ -38,6 +38,8 @@ from agent_lightning.sweeps import SweepFolder, finish_sweep, plan_sweep, trial_
 from agent_lightning.tasks import TaskCursor
 from agent_lightning.tracking import RunDirectory
 from agent_lightning.types import Group, Split, Task
+
+T = TypeVar("T")
 
 FAILED = 1
 STOPPED = 130
@@ -86,13 +88,19 @@ async def _train(
     started = time.monotonic()
     try:
         with _signals(stopped), _mirrored(config, run):
-            async with launch.system(
-                config,
-                train=True,
-                workers=config.rollout.workers,
-                journal=journal,
-                resumed=state if restored else None,
-            ) as system:
+            async with AsyncExitStack() as stack:
+                starting = launch.system(
+                    config,
+                    train=True,
+                    workers=config.rollout.workers,
+                    journal=journal,
+                    resumed=state if restored else None,
+                )
+                system = await _unless(stopped, stack.enter_async_context(starting))
+                if system is None:
+                    progress.stop()
+                    console.print("stopped before it had started; nothing is changed")
+                    return STOPPED
                 start_s = time.monotonic() - started
                 loop = _loop(config, state, system, observer, loaded, stopped)
                 if restored:
@@ -254,6 +262,20 @@ def sweep(words: Sequence[str], *, resume: Path | None) -> int:
         console.print(f" stopped; go on with: agl sweep resume={folder.path}", soft_wrap=True)
         return STOPPED
     return 0 if best is not None else FAILED
+
+
+async def _unless(stopped: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """What `work` gives; None where a signal comes first, and the work is cancelled."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        return None
+    finally:
+        stopping.cancel()
+        working.cancel()
+        await asyncio.wait((working,))
 
 
 @contextmanager

@@ -79,6 +79,7 @@ def _check_choices(config: Config) -> None:
         ("air.form", config.air.form, get_args(Form)),
         ("hardware.device", config.hardware.device, ("cpu", "cuda")),
         ("buffer.fsync", config.buffer.fsync, tuple(FSYNC)),
+        ("serving.in_flight", config.serving.in_flight, ("wait", "keep", "restart")),
         ("hardware.placement", config.hardware.placement, ("apart", "together")),
         ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
         ("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled")),

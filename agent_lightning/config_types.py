@@ -279,6 +279,9 @@ class ServingConfig:
     port: int = 0
     """Of the gateway; 0 takes a free one. Where Ray Serve runs already, its port is used."""
     max_num_seqs: int = 256
+    in_flight: str = "wait"
+    """What becomes of a call that an update of the weights finds unfinished. wait: the update waits for its end;
+    restart: it is made again by the new version; keep: it goes on with the new version, and both are recorded."""
     kv_cache_gib: int = 1
     """On a CPU: memory of each engine's KV cache."""
     gpu_memory_utilization: float = 0.85

@@ -31,9 +31,10 @@ async def awaited(work: Awaitable[T], timeout_s: float, what: str) -> T:
         raise  # its own
 
 
-def called(work: Callable[[], T], timeout_s: float, what: str) -> T:
-    """The result of blocking work, in a thread, which is left behind after `timeout_s` seconds. Raises TimeoutError."""
+def begun(work: Callable[[], T], what: str) -> Future[T]:
+    """Blocking work, in a thread that keeps no process alive."""
     ended: Future[T] = Future()
+    ended.set_running_or_notify_cancel()
     carried = contextvars.copy_context()
 
     def run() -> None:
@@ -43,6 +44,12 @@ def called(work: Callable[[], T], timeout_s: float, what: str) -> T:
             ended.set_exception(error)
 
     threading.Thread(target=run, name=what, daemon=True).start()
+    return ended
+
+
+def called(work: Callable[[], T], timeout_s: float, what: str) -> T:
+    """The result of blocking work, in a thread, which is left behind after `timeout_s` seconds. Raises TimeoutError."""
+    ended = begun(work, what)
     if not wait((ended,), timeout_s).done:
         raise _late(what, timeout_s)
     return ended.result()

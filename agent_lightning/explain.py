@@ -92,7 +92,8 @@ def _bars(rollout: Trajectory) -> Iterator[_Bar]:
         name = f"agent  {agent.name}"
         yield _Bar(agent.started_at, agent.ended_at, depth(agent.parent_id), name, "bold", Text())
     for call in rollout.calls:
-        version = f"v{call.policy_version}" if call.source == "gateway" else call.model
+        until = "" if call.last_version is None else f"-{call.last_version}"
+        version = f"v{call.policy_version}{until}" if call.source == "gateway" else call.model
         name = f"model  {call.agent}  {version}"
         yield _Bar(call.started_at, call.ended_at, depth(call.parent_id), name, "cyan", _said(call))
     for tool in rollout.tools:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import secrets
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from concurrent.futures import Future, wait
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,8 @@ from agent_lightning import placement
 from agent_lightning.agents import Mode
 from agent_lightning.buffer import Buffer
 from agent_lightning.config import Config
-from agent_lightning.errors import PartDied
+from agent_lightning.deadlines import begun
+from agent_lightning.errors import EngineError, PartDied
 from agent_lightning.journal import Fsync, JournalConfig
 from agent_lightning.learners.base import Learner
 from agent_lightning.policy import PolicyBoard
@@ -61,11 +64,14 @@ async def system(
     config: Config, *, train: bool, workers: int, journal: Path | None = None, resumed: State | None = None
 ) -> AsyncIterator[System]:
     """Start everything, and stop it again however the block ends. `journal`: the buffer's folder, where it keeps one;
-    `resumed`: the checkpoint from which the run goes on. Raises UserError, EngineError, JournalError, PartDied."""
+    `resumed`: the checkpoint from which the run goes on. Raises UserError, EngineError, JournalError, PartDied. May be
+    cancelled while it starts."""
     model = model_folder(config)
     check_memory(config)
     if cluster_is_own(config):
         check_port(config)
+    # A thread that is still starting something when Ray ends must not start another Ray; read when Ray is imported.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     # Ray's own imports take seconds: after what can be refused at once.
     from agent_lightning import cluster
     from agent_lightning.serving import app
@@ -73,15 +79,14 @@ async def system(
     port = config.serving.port or app.free_port(config.serving.host)
     prepare_environment()
     async with AsyncExitStack() as stack:
-        own = await asyncio.to_thread(cluster.init_ray, config.hardware.address, own_cpus(config))
-        stack.callback(cluster.shutdown_ray)
+        own = await _start_ray(config, stack)
         run_secret = secrets.token_bytes(32)
         # What must not be lost with another node is on this one.
         here = cluster.on_node(cluster.nodes()[0].node_id)
         buffer = await _start_buffer(config, run_secret, journal, resumed, here)
         board = cluster.spawn(PolicyBoard, options=here)
         name = f"agl-{secrets.token_hex(3)}"
-        serving = asyncio.to_thread(
+        start = partial(
             app.start,
             name=name,
             config=_serving(config, model, port),
@@ -90,15 +95,12 @@ async def system(
             board=board,
             replica=_toy_replica(config),
         )
-        learning = asyncio.to_thread(_build_learner, config, model) if train else _nothing()
-        # Both to their end, also where one fails: a thread that outlived Ray would start a new one.
-        service, learner = await asyncio.gather(serving, learning, return_exceptions=True)
-        if isinstance(service, BaseException):
-            raise service
-        if isinstance(learner, BaseException):
-            raise learner
-        if not own:  # one's own cluster ends with all that is in it; Serve would take half a minute
-            stack.callback(service.stop)
+        serving = begun(start, "serving")
+        build: Callable[[], Learner | None] = partial(_build_learner, config, model) if train else _nothing
+        learning = begun(build, "learner")
+        if not own:  # one's own cluster ends with all that is in it, or starts there; Serve would take half a minute
+            stack.callback(_stop, serving)
+        service, learner = await _both(serving, learning)
         await app.wait_until_healthy(service.url, timeout=60.0)
         await _start_workers(config, buffer, service, workers, stack)
         try:
@@ -144,8 +146,33 @@ def journal_config(config: Config, folder: Path) -> JournalConfig:
     )
 
 
-async def _nothing() -> None:
+async def _start_ray(config: Config, stack: AsyncExitStack) -> bool:
+    """Whether it is one's own cluster. Raises UserError."""
+    from agent_lightning import cluster
+
+    await asyncio.sleep(0)  # where this was cancelled while Ray was imported, it ends here
+    stack.callback(cluster.shutdown_ray)
+    joining = begun(partial(cluster.init_ray, config.hardware.address, own_cpus(config)), "ray")
+    stack.callback(wait, (joining,))  # also where this is cancelled: half a Ray cannot be ended
+    return await asyncio.wrap_future(joining)
+
+
+async def _both(serving: Future[Service], learning: Future[Learner | None]) -> tuple[Service, Learner | None]:
+    """To their ends, also where one fails; not where this is cancelled. Raises EngineError."""
+    threads = asyncio.wrap_future(serving), asyncio.wrap_future(learning)
+    for ended in await asyncio.gather(*threads, return_exceptions=True):
+        if isinstance(ended, BaseException):
+            raise ended
+    return threads[0].result(), threads[1].result()
+
+
+def _nothing() -> None:
     return None
+
+
+def _stop(serving: Future[Service]) -> None:
+    with suppress(EngineError):  # it is said already
+        serving.result().stop()
 
 
 def _toy_replica(config: Config) -> MakeReplica | None:
@@ -154,7 +181,8 @@ def _toy_replica(config: Config) -> MakeReplica | None:
         return None
     from agent_lightning.toy_run import ToyReplica
 
-    return partial(ToyReplica, tuple(config.model.words), config.seed, config.model.max_len)
+    in_flight = cast(Any, config.serving.in_flight)
+    return partial(ToyReplica, tuple(config.model.words), config.seed, config.model.max_len, in_flight)
 
 
 def _build_learner(config: Config, model: str) -> Learner:
@@ -232,6 +260,7 @@ def _serving(config: Config, model: str, port: int) -> Any:
         dtype=config.model.dtype,
         max_model_len=config.model.max_len,
         max_num_seqs=serving.max_num_seqs,
+        in_flight=cast(Any, serving.in_flight),
         kv_cache_gib=serving.kv_cache_gib,
         bundles=placement.replica_bundles(config),
         gpu_memory_utilization=serving.gpu_memory_utilization,

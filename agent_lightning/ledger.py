@@ -253,11 +253,10 @@ class Ledger:
 
     def _checkpointed(self, event: Checkpointed, place: Place | None) -> None:
         self._era += 1
-        self._milestones = [one for one in self._milestones if one.step != event.step]
         self._milestones.append(Milestone(step=event.step, era=self._era, counts=self.counts.copy()))
 
     def _released(self, event: Released, place: Place | None) -> None:
-        kept = next((one for one in self._milestones if one.step == event.step), None)
+        kept = next((one for one in reversed(self._milestones) if one.step == event.step), None)
         if kept is None:
             return
         self._milestones = [one for one in self._milestones if one.era >= kept.era]
@@ -270,7 +269,10 @@ class Ledger:
 
     def _resumed(self, event: Resumed, place: Place | None) -> None:
         """Back to the milestone: what came after it is left, until it is admitted again."""
-        found = next((one for one in self._milestones if one.step == event.step), None)
+        # Two of one step: after the first, the next step was given up. Which of them was saved, its groups tell.
+        those = [one for one in self._milestones if one.step == event.step]
+        exact = [one for one in those if one.counts.next_group == dict(event.next_group)]
+        found = next(reversed(exact or those), None)
         if found is None:
             for group_id in list(self.groups):
                 self._drop(group_id)

@@ -56,7 +56,8 @@ class Observer(Protocol):
     def evaluated(self, step: int, reward: float, rows: int) -> None: ...
     def step(self, step: int, record: Mapping[str, float]) -> None: ...
     def checkpoint(self, state: State, *, force: bool) -> Path | None:
-        """The folder to save into after this step, or None; `force`: there will be no later step."""
+        """The folder to save into after this step, which may have one already, or None; `force`: there will be no
+        later step."""
         ...
 
     def saved(self, path: Path, state: State) -> None: ...
@@ -79,6 +80,8 @@ class Loop:
     train_tasks: Sequence[Task]
     val_tasks: Sequence[Task]
     stop: asyncio.Event = field(default_factory=asyncio.Event)
+    _saved: tuple[int, Mapping[Split, int]] | None = None
+    """Step and groups of the newest checkpoint."""
 
     async def run(self) -> State:
         """Run to the last step. Raises StepFailed, EngineError."""
@@ -223,19 +226,24 @@ class Loop:
         return reward
 
     async def save(self, *, force: bool = False) -> None:
-        """Checkpoint, where the observer has a folder for one."""
+        """Checkpoint, where the observer has a folder for one and something has changed. A step that was given up
+        changes the state alone: of its groups, those of a resumed run must know."""
         folder = self.observer.checkpoint(self.state, force=force)
-        if folder is None:
+        now = self.state.step, dict((await self.buffer.stats()).next_group)
+        if folder is None or now == self._saved:
             return
-        self.state.next_group = dict((await self.buffer.stats()).next_group)
+        self.state.next_group = now[1]
         self.observer.waiting_for("checkpoint")
         await self.buffer.milestone(self.state.step)  # before the checkpoint is whole: there is one for each
-        await self.learner.save(folder)
+        if self._saved is None or self._saved[0] != self.state.step:
+            await self.learner.save(folder)
         self.observer.saved(folder, self.state)
+        self._saved = now
         await self.buffer.forget_before(self.state.step)
 
     async def restore(self, folder: Path) -> None:
         """The learner as a checkpoint has it; its weights are the policy again, as the version that they were."""
+        self._saved = self.state.step, dict(self.state.next_group)
         await self.learner.restore(folder, max(0, self.state.version - 1))
         if self.state.version:  # else they are what the engines start with
             await self.publish()

@@ -83,8 +83,7 @@ class RunObserver:
         every = self._config.checkpoint_every
         if not force and not (every and state.step % every == 0):
             return None
-        folder = checkpoint.folder_of(self._run.checkpoints, state.step)
-        return None if (folder / checkpoint.STATE).exists() else folder
+        return checkpoint.folder_of(self._run.checkpoints, state.step)
 
     def saved(self, folder: Path, state: State) -> None:
         checkpoint.write_state(folder, state)

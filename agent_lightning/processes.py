@@ -3,33 +3,36 @@
 A child gets a group of its own, and a mark in its environment, which its descendants inherit. At its end the group is
 killed, and then whoever has the mark: daemons that have left the group or the session too. What escapes is a process
 that has left the group and cleared its environment. Where there is no /proc, it is the group only.
+
+Where this process itself is killed with -9, its guard (`marks.py`) ends what its children have started.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
+import subprocess
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Final
 
+from agent_lightning import marks
 from agent_lightning.errors import AgentProcessError
+from agent_lightning.marks import MARK, kill_marked
 
 _TAIL: Final = 1 << 20
 """Bytes kept of what a child prints: enough for any result, and a bound on a child that prints forever."""
-_MARK: Final = "AGL_PROCESS_TREE"
-_ROUNDS: Final = 20
-"""Looks for processes with the mark: one that is found may have started another just before it was killed."""
 
 
 async def run_child(command: Sequence[str], *, stdin: str, env: Mapping[str, str]) -> str:
     """What a child prints, its last MiB. Raises AgentProcessError with its last line of stderr where it fails."""
-    pipe, mark = asyncio.subprocess.PIPE, uuid.uuid4().hex
+    pipe, mark = asyncio.subprocess.PIPE, f"{_guarded(os.getpid())}{uuid.uuid4().hex}"
     child = await asyncio.create_subprocess_exec(
-        *command, stdin=pipe, stdout=pipe, stderr=pipe, env={**env, _MARK: mark}, start_new_session=True
+        *command, stdin=pipe, stdout=pipe, stderr=pipe, env={**env, MARK: mark}, start_new_session=True
     )
     stdout, stderr = bytearray(), bytearray()
     assert child.stdout is not None
@@ -47,7 +50,7 @@ async def run_child(command: Sequence[str], *, stdin: str, env: Mapping[str, str
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         # Shielded: a second cancellation must not leave a process behind.
-        await asyncio.shield(asyncio.to_thread(_kill_marked, mark))
+        await asyncio.shield(asyncio.to_thread(kill_marked, mark))
         _, stuck = await asyncio.wait(helpers, timeout=1.0)  # one that escaped may hold the pipes
         for helper in stuck:
             helper.cancel()
@@ -63,30 +66,19 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
-def _kill_marked(mark: str) -> None:
-    sought = f"{_MARK}={mark}".encode()
-    for _ in range(_ROUNDS):  # ends where none is left, or where they start others as fast as they are killed
-        found = [pid for pid in _pids() if sought in _environment(pid)]
-        if not found:
-            return
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+@functools.cache
+def _guarded(pid: int) -> str:
+    """What every mark of this process begins with. Its guard ends when this process does, whatever ends it."""
+    start = f"{pid}.{uuid.uuid4().hex}."
+    # A session of its own, so that it outlives whoever kills this one's; no mark, as another's guard may not end it.
+    env = {name: value for name, value in os.environ.items() if name != MARK}
+    command = [sys.executable, "-I", "-S", marks.__file__, start]
+    _guards.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=env, start_new_session=True))
+    return start
 
 
-def _pids() -> list[int]:
-    try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except FileNotFoundError:
-        return []
-
-
-def _environment(pid: int) -> bytes:
-    """Of a process as it was started; b"" of one that is another user's, has ended, or waits to be buried."""
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return b""
+_guards: Final[list[subprocess.Popen[bytes]]] = []
+"""Held, as a guard sees by its closed stdin that this process is gone."""
 
 
 async def _feed(child: asyncio.subprocess.Process, text: bytes) -> None:

@@ -7,8 +7,8 @@ import json
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +20,7 @@ from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.metrics import Max, Mean, Metrics, merge
 from agent_lightning.policy import Follower, PolicyBoard
 from agent_lightning.serving.dialects import Choice, Completion, Part, Refusal, join
-from agent_lightning.serving.gate import Gate
+from agent_lightning.serving.gate import Gate, InFlight
 from agent_lightning.types import Batch, Ints
 
 PAD: Final = 0
@@ -97,10 +97,19 @@ class ToyEngine:
     """The policy's engine: exact token ids, true log-probabilities, and errors as vLLM would have them.
 
     Knows `temperature` (0: the likeliest word, log-probability 0), `max_tokens`, `n` and `seed`. As in the real engine,
-    one version answers a call from start to end.
+    one version answers a call from start to end, unless `in_flight` is "keep": then the word is the old version's, and
+    its end the new one's.
     """
 
-    def __init__(self, language: ToyLanguage, *, seed: int = 0, max_len: int = 4096, delay_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        language: ToyLanguage,
+        *,
+        seed: int = 0,
+        max_len: int = 4096,
+        delay_s: float = 0.0,
+        in_flight: InFlight = "wait",
+    ) -> None:
         """`max_len`: tokens of prompt and response. `delay_s`: seconds that an answer takes; may be changed.
 
         What is sampled is a function of the seed, the version, the prompt, and how often it was asked: a run whose
@@ -115,7 +124,7 @@ class ToyEngine:
         self._seed = seed
         self._asked: Counter[int] = Counter()
         self._table = np.zeros((language.num_states, len(language.words)), np.float32)
-        self._gate = Gate()
+        self._gate = Gate(in_flight)
         self._failures = 0
         self._follower: Follower | None = None
 
@@ -128,10 +137,9 @@ class ToyEngine:
         asked = await self._read(request)
         if isinstance(asked, Refusal):
             return asked
-        async with self._work():
-            version, choices = self.version, self._sample(asked)
-            await asyncio.sleep(self.delay_s)
-        completion = join([_part(self._language, choices, slice(None), request, version)])
+        with self._counted():
+            await self._attached()
+            completion = await self._gate.whole(lambda: self._answer(asked, request))
         if request.get("tools"):
             for choice in completion.reply["choices"]:
                 _call_tool(choice, request["tools"][0]["function"]["name"])
@@ -143,20 +151,35 @@ class ToyEngine:
         if isinstance(asked, Refusal):
             yield asked
             return
-        async with self._work():
-            version, choices = self.version, self._sample(asked)
-            for position in range(max(choice.response_T.size for choice in choices)):
-                await asyncio.sleep(self.delay_s)
-                yield _part(self._language, choices, slice(position, position + 1), request, version)
+        with self._counted():
+            await self._attached()
+            async for part in self._gate.parts(lambda: self._parts(asked, request)):
+                yield part
 
-    @asynccontextmanager
-    async def _work(self) -> AsyncIterator[None]:
+    async def _answer(self, asked: _Asked, request: Mapping[str, Any]) -> Completion:
+        version, choices = self.version, self._sample(asked)
+        await asyncio.sleep(self.delay_s)
+        return join([_part(self._language, choices, slice(None), request, version, self._newer(version))])
+
+    async def _parts(self, asked: _Asked, request: Mapping[str, Any]) -> AsyncGenerator[Part, None]:
+        version, choices = self.version, self._sample(asked)
+        for position in range(max(choice.response_T.size for choice in choices)):
+            await asyncio.sleep(self.delay_s)
+            token = slice(position, position + 1)
+            yield _part(self._language, choices, token, request, version, self._newer(version))
+
+    def _newer(self, version: int) -> int | None:
+        return self.version if self.version > version else None
+
+    async def _attached(self) -> None:
+        if self._follower is not None:
+            await self._follower.attached()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
         self.in_flight += 1
         try:
-            if self._follower is not None:
-                await self._follower.attached()
-            async with self._gate.call():
-                yield
+            yield
         finally:
             self.in_flight -= 1
 
@@ -186,7 +209,7 @@ class ToyEngine:
         return asked
 
     async def install(self, weights: Weights) -> None:
-        """Answer with these weights, once the calls in flight are done."""
+        """Answer with these weights; `in_flight` says what becomes of the calls that are being answered."""
         (bucket,) = weights.buckets
         (entry,) = bucket.parameters
         async with self._gate.update():
@@ -242,7 +265,12 @@ async def _is_well() -> None:
 
 
 def _part(
-    language: ToyLanguage, choices: Sequence[Choice], tokens: slice, request: Mapping[str, Any], version: int
+    language: ToyLanguage,
+    choices: Sequence[Choice],
+    tokens: slice,
+    request: Mapping[str, Any],
+    version: int,
+    last_version: int | None,
 ) -> Part:
     """These tokens of each choice, as a chunk of vLLM's has them."""
     raw = "prompt" in request
@@ -267,7 +295,7 @@ def _part(
         pieces += [piece] if ids else []
     prompt, completion = choices[0].prompt_T.size, sum(choice.response_T.size for choice in choices)
     usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-    return Part(chunk={"choices": pieces, "usage": usage}, policy_version=version)
+    return Part(chunk={"choices": pieces, "usage": usage}, policy_version=version, last_version=last_version)
 
 
 def _call_tool(choice: dict[str, Any], name: str) -> None:

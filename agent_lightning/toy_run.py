@@ -14,6 +14,7 @@ from agent_lightning import cluster
 from agent_lightning.learners.base import Weights
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.serving.dialects import Completion, Part, Refusal
+from agent_lightning.serving.gate import InFlight
 from agent_lightning.toy import ToyEngine, ToyLanguage, ToyLearner
 
 
@@ -28,8 +29,10 @@ class SharedToyLearner(ToyLearner):
 class ToyReplica:
     """A replica of the policy: a ToyEngine that follows the board."""
 
-    def __init__(self, words: tuple[str, ...], seed: int, max_len: int, board: PolicyBoard) -> None:
-        self._engine = _FetchingEngine(ToyLanguage(words), seed=seed, max_len=max_len)
+    def __init__(
+        self, words: tuple[str, ...], seed: int, max_len: int, in_flight: InFlight, board: PolicyBoard
+    ) -> None:
+        self._engine = _FetchingEngine(ToyLanguage(words), seed=seed, max_len=max_len, in_flight=in_flight)
         self._board = board
         self._following: asyncio.Task[None] | None = None
 

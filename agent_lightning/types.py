@@ -144,6 +144,7 @@ class ModelCall:
     agent: str
     """Name of the agent that called: from the header, the URL, or the agent span above."""
     policy_version: int
+    """When it began: no token is of an older one."""
     prompt_T: Ints
     response_T: Ints
     """Sampled tokens, the end-of-turn token included where it was sampled."""
@@ -168,6 +169,9 @@ class ModelCall:
     """Why there is no reply, in a trace; "" where there is one."""
     source: Source = "gateway"
     """From a trace it is another model's call, or one of another run: it has no tokens and is never trained."""
+    last_version: int | None = None
+    """When it ended, where serving.in_flight=keep let an update come between: no token is of a newer one. None: it has
+    one version. Each log-probability is that of the version which sampled the token."""
 
     def __post_init__(self) -> None:
         if self.response_T.shape != self.logprob_T.shape:

@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -254,8 +255,16 @@ def returns_the_payload(payload: Payload, policy: Policy) -> dict[str, object]:
     return {"payload": payload, "model": policy.model, "temperature": policy.sampling["temperature"]}
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that died and waits for its parent to notice does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def kills_its_worker_once(payload: Payload, policy: Policy) -> float:
-    """The first attempt starts a daemon and kills the worker that started it: both live on until somebody ends them."""
+    """The first attempt starts a daemon and kills the worker that started it; both would go on."""
     ask_blocking(policy.base_url, number=1)
     if os.environ["AGL_ATTEMPT"] != "0":
         return 1.0

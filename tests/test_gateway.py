@@ -397,6 +397,16 @@ async def test_a_client_that_counts_retries_may_come_back_for_a_while() -> None:
         assert len((await rig.end()).calls) == 1
 
 
+async def test_an_answer_is_kept_for_a_retry_for_a_while_only() -> None:
+    async with open_rig(retry_memory_s=0.05) as rig:
+        for count, calls in (("0", 1), ("1", 1), ("0", 2)):
+            assert (await rig.post(headers={RETRY_HEADER: count})).status_code == 200
+            await asyncio.sleep(0.1 if calls == 2 else 0.0)
+        await rig.post(messages=[{"role": "user", "content": "another"}])
+        await rig.post(headers={RETRY_HEADER: "1"})
+        assert len((await rig.end()).calls) == 4
+
+
 async def test_a_client_that_goes_away_over_a_real_connection_cancels_the_work() -> None:
     async with open_rig() as rig, client_of(rig, timeout=0.1) as client:
         rig.engine.delay_s = 30.0

@@ -19,6 +19,7 @@ import pytest
 
 from agent_lightning import segments
 from agent_lightning.codec import decode
+from agent_lightning.errors import StepFailed
 from agent_lightning.events import Ended
 from agent_lightning.journal import JournalConfig
 from agent_lightning.rollout import AgentSpec
@@ -128,6 +129,33 @@ async def test_a_run_killed_in_every_step_gives_the_numbers_of_one_never_stopped
     assert found.keys() == expected.keys()
     assert world.loop.state.val_rewards == rewards
     assert world.loop.state.admitted == steps * 3 * 4
+
+
+@pytest.mark.parametrize("written", [True, False])
+async def test_a_step_that_failed_is_begun_anew_by_the_resumed_run(agent: Agent, tmp_path: Path, written: bool) -> None:
+    """There is a checkpoint of the step before it; the failed rollouts are in the journal and must not come back. Also
+    where the end comes when the buffer knows that the step is given up, and no file says so yet."""
+    half = tmp_path / "checkpoints" / "step-000000" / "state.json.half"
+
+    async def fails(task: Mapping[str, Any], policy: Policy) -> float:
+        if not policy.base_url.split("/rollout/")[1].startswith("train"):
+            return await agent(task, policy)
+        if not written:
+            half.mkdir(exist_ok=True)  # it cannot be written any more
+        raise ValueError("a tool is down")
+
+    async with make_world(fails, tmp_path, every=1) as world:
+        with pytest.raises(StepFailed if written else IsADirectoryError):
+            await world.train(steps=2)
+    if not written:
+        half.rmdir()
+        async with make_world(agent, tmp_path, every=1, resume=True) as world:
+            with pytest.raises(StepFailed, match="a tool is down"):  # what had ended is not run again
+                await world.train(steps=2)
+    async with make_world(agent, tmp_path, every=1, resume=True) as world:
+        run, stats = await world.train(steps=2), await world.buffer.stats()
+    assert (run.step, run.admitted, run.trained, run.dropped) == (2, 36, 24, {"step_failed": 12})
+    assert (stats.admitted, stats.trained, stats.dropped) == (36, 24, {"step_failed": 12})
 
 
 DRIVER = """

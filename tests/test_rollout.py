@@ -12,7 +12,7 @@ from pathlib import Path
 import agents_for_tests as agents
 import numpy as np
 import pytest
-from agents_for_tests import RUN_SECRET, make_task, small_gateway
+from agents_for_tests import RUN_SECRET, is_alive, make_task, small_gateway
 
 from agent_lightning.agents import Mode, check, load, run_agent
 from agent_lightning.buffer import Buffer
@@ -188,14 +188,6 @@ async def test_processes_that_fail() -> None:
 async def test_a_command_that_fails(command: str, message: str) -> None:
     with pytest.raises(AgentProcessError, match=message):
         await run_agent(command, "command", make_task(), POLICY, ROLLOUT)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that died and waits for its parent to notice does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 async def read_pids(file: Path) -> list[int]:

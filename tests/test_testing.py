@@ -13,7 +13,8 @@ import pytest
 
 from agent_lightning import batching, credit
 from agent_lightning.credit_rules import CreditRules
-from agent_lightning.serving.dialects import Completion, Refusal
+from agent_lightning.serving.dialects import Completion, Part, Refusal, join
+from agent_lightning.serving.gate import InFlight
 from agent_lightning.testing import (
     END,
     FIRST_WORD,
@@ -163,6 +164,45 @@ async def test_an_update_waits_for_slow_answers() -> None:
     assert answering.done()
     assert ((await answering).policy_version, engine.version) == (0, 1)
     assert (await ask(engine, user("A"))).policy_version == 1
+
+
+async def test_calls_in_flight_are_made_again_or_go_on_where_that_is_asked() -> None:
+    for rule, expected in (("restart", (1, None)), ("keep", (0, 1))):
+        engine = ToyEngine(LANGUAGE, delay_s=0.05, in_flight=rule)
+        answering = asyncio.create_task(ask(engine, user("A")))
+        await asyncio.sleep(0.01)
+        await engine.install(await ToyLearner(LANGUAGE).publish())
+        assert not answering.done()
+        completion = await answering
+        assert (completion.policy_version, completion.last_version) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "seen", "versions"),
+    [
+        ("restart", False, (1, None)),
+        ("restart", True, (0, None)),  # its first token cannot be taken back: it is waited for
+        ("keep", True, (0, 1)),
+        ("wait", False, (0, None)),
+    ],
+)
+async def test_a_stream_that_an_update_finds(rule: InFlight, seen: bool, versions: tuple[int, int | None]) -> None:
+    engine, parts = ToyEngine(LANGUAGE, delay_s=0.1, in_flight=rule), list[Part | Refusal]()
+
+    async def read() -> None:
+        async for part in engine.stream({"model": "policy", "messages": [user("A")]}):
+            parts.append(part)
+
+    async with asyncio.timeout(5):
+        reading = asyncio.create_task(read())
+        while engine.in_flight == 0 or len(parts) < seen:
+            await asyncio.sleep(0.005)
+        await engine.install(await ToyLearner(LANGUAGE).publish())
+        assert reading.done() == (rule == "wait" or (seen and rule == "restart"))
+        await reading
+    completion = join([part for part in parts if isinstance(part, Part)])
+    assert completion.choices[0].response_T.size == 2
+    assert (completion.policy_version, completion.last_version) == versions
 
 
 # The learner.

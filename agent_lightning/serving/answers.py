@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -31,6 +32,7 @@ class Answer:
         self._news = asyncio.Event()
         self._readers = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._ended_at = math.inf
         # A context of its own: Serve cancels what a request's context has asked for when its client goes away.
         self._task = asyncio.create_task(work(self), context=contextvars.Context())
         self._task.add_done_callback(self._ended)
@@ -43,6 +45,10 @@ class Answer:
     @property
     def done(self) -> bool:
         return self._task.done()
+
+    def age(self) -> float:
+        """Seconds since it was done; 0 while it is not."""
+        return asyncio.get_running_loop().time() - self._ended_at if self.done else 0.0
 
     def whole(self, response: Response) -> None:
         """The answer is one piece."""
@@ -101,6 +107,7 @@ class Answer:
             self._task.cancel()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
+        self._ended_at = asyncio.get_running_loop().time()
         self.failed = self.failed or task.cancelled() or task.exception() is not None
         self._head.cancel()
         self._tell()

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -20,9 +20,11 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
+from agent_lightning.deadlines import begun
 from agent_lightning.errors import EngineError
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.serving.dialects import Completion, Part, Refusal
+from agent_lightning.serving.gate import InFlight
 from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig, Recorder
 
 SERVE_ENVIRONMENT = {
@@ -60,6 +62,7 @@ class ServingConfig:
     dtype: str = "float32"
     max_model_len: int = 1024
     max_num_seqs: int = 256
+    in_flight: InFlight = "wait"
     kv_cache_gib: int = 1
     """On a CPU: memory of each replica's KV cache."""
     gpu_memory_utilization: float = 0.85
@@ -135,11 +138,11 @@ class PolicyReplica(Engine, Protocol):
 MakeReplica = Callable[[PolicyBoard], PolicyReplica]
 
 
-def _vllm(settings: Mapping[str, Any], board: PolicyBoard) -> PolicyReplica:
+def _vllm(settings: Mapping[str, Any], in_flight: InFlight, board: PolicyBoard) -> PolicyReplica:
     """vLLM is imported in the replica, so the driver is spared its ten seconds."""
     from agent_lightning.serving.policy_server import PolicyServer
 
-    return PolicyServer(settings, board)
+    return PolicyServer(settings, in_flight, board)
 
 
 class PolicyDeployment:
@@ -200,7 +203,7 @@ def start(
     replica: MakeReplica | None = None,
 ) -> Service:
     """Deploy the service and wait until it answers; `replica` makes another policy than vLLM's. Raises EngineError."""
-    make = replica or partial(_vllm, _llm_settings(config))
+    make = replica or partial(_vllm, _llm_settings(config), config.in_flight)
     policy = serve.deployment(PolicyDeployment).options(**_policy_options(config)).bind(make, board)
     nodes = sum(node["Alive"] for node in ray.nodes())
     app = (
@@ -214,15 +217,16 @@ def start(
         )
         .bind(policy, recorder, gateway)
     )
-    with ThreadPoolExecutor(1) as thread:
-        proxy = thread.submit(_start_proxy, config.host, config.port)
+    proxy = begun(partial(_start_proxy, config.host, config.port), "proxy")
+    try:
         _wait_for_controller(proxy)
-        try:
-            # The replicas start while the proxy does: Serve's own `start` would have them wait for it.
-            serve.run(app, name=name, route_prefix=f"/{name}", external_scaler_enabled=True)
-        except RuntimeError as error:
-            raise EngineError(f"the policy's engine did not start: {_cause(name, error)}") from error
-        proxy.result()
+        # The replicas start while the proxy does: Serve's own `start` would have them wait for it.
+        serve.run(app, name=name, route_prefix=f"/{name}", external_scaler_enabled=True)
+    except RuntimeError as error:
+        raise EngineError(f"the policy's engine did not start: {_cause(name, error)}") from error
+    finally:
+        wait((proxy,))
+    proxy.result()
     return Service(url=f"{_root()}/{name}", app=name, gateway=f"{name}-gateway")
 
 

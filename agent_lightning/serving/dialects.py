@@ -58,6 +58,8 @@ class Completion:
     """Without token ids; log-probabilities as the engine gave them."""
     choices: tuple[Choice, ...]
     policy_version: int
+    last_version: int | None = None
+    """That at its end, where an update came between; None: one version answered it all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,9 @@ class Part:
 
     chunk: Mapping[str, Any]
     policy_version: int
+    """That at the beginning of the whole answer."""
+    last_version: int | None = None
+    """The newest one that can have sampled it, where that is another."""
 
     def visible(self) -> Iterator[dict[str, Any]]:
         """What an agent may see of its choices at once: no ids, and no end, which waits until the call is recorded."""
@@ -120,7 +125,7 @@ def engine_request(
     return request
 
 
-def parse_reply(raw: Mapping[str, Any], *, policy_version: int) -> Completion:
+def parse_reply(raw: Mapping[str, Any], *, policy_version: int, last_version: int | None = None) -> Completion:
     """Split vLLM's reply into OpenAI JSON and arrays. Log-probabilities that are missing are NaN.
 
     Raises ValueError where token ids are missing or none of any vocabulary.
@@ -142,7 +147,7 @@ def parse_reply(raw: Mapping[str, Any], *, policy_version: int) -> Completion:
         choices.append(Choice(prompt_T=prompt_T, response_T=response_T, logprob_T=logprob_T, finish_reason=reason))
         kept.append({key: value for key, value in choice.items() if key not in _IDS})
     reply = {key: value for key, value in raw.items() if key not in _IDS} | {"choices": kept}
-    return Completion(reply=reply, choices=tuple(choices), policy_version=policy_version)
+    return Completion(reply=reply, choices=tuple(choices), policy_version=policy_version, last_version=last_version)
 
 
 def within(found: Completion | Refusal, vocab_size: int) -> Completion | Refusal:
@@ -184,7 +189,7 @@ def join(parts: Sequence[Part]) -> Completion:
         for piece in part.chunk["choices"]:
             _extend(choices.setdefault(piece["index"], {"finish_reason": CUT, "token_ids": []}), piece)
     raw["choices"] = [choices[index] for index in sorted(choices)]
-    return parse_reply(raw, policy_version=parts[0].policy_version)
+    return parse_reply(raw, policy_version=parts[0].policy_version, last_version=parts[-1].last_version)
 
 
 def _extend(choice: dict[str, Any], piece: Mapping[str, Any]) -> None:

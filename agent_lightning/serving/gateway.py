@@ -105,6 +105,8 @@ class GatewayConfig:
     """Of one attempt's requests, of any kind, that are being read or answered."""
     retry_grace_s: float = 10.0
     """Seconds in which a client library that went away finds the work still going: theirs wait 8 s at most."""
+    retry_memory_s: float = 30.0
+    """Seconds for which an answer that is done is kept for such a retry."""
 
 
 class Gateway:
@@ -211,13 +213,14 @@ class Gateway:
 
         Only a request that says it is a retry is matched: an agent may well ask the same thing twice on purpose.
         """
-        retries = request.headers.get(RETRY_HEADER)
+        config, retries = self._config, request.headers.get(RETRY_HEADER)
         digest = (call.key, call.agent, end, hashlib.sha256(raw).digest())
         answer = self._answers.get(digest) if retries not in (None, "0") else None
         if answer is None or answer.failed:
-            grace = 0.0 if retries is None else self._config.retry_grace_s
+            grace = 0.0 if retries is None else config.retry_grace_s
             answer = self._answers[digest] = Answer(lambda answer: self._answer(call, answer), grace=grace)
-            while len(self._answers) > 4096:
+            # The first of them was made first; whoever still reads it holds it.
+            while len(self._answers) > 4096 or next(iter(self._answers.values())).age() > config.retry_memory_s:
                 self._answers.popitem(last=False)
         return await answer.response(request)
 
@@ -341,6 +344,7 @@ class Gateway:
                 agent=call.agent,
                 parent_id=call.parent_id,
                 policy_version=completion.policy_version,
+                last_version=completion.last_version,
                 prompt_T=choice.prompt_T,
                 response_T=choice.response_T,
                 logprob_T=choice.logprob_T,

@@ -1,7 +1,7 @@
 """The policy's replica: vLLM through Ray Serve LLM, following the PolicyBoard.
 
-One version answers a call from its first to its last token: an update waits for the calls in flight and holds new
-ones (see `gate.py`), and drops the prefix cache, whose keys and values belong to the old weights.
+One version answers a call from its first to its last token, unless the rule for calls in flight is "keep" (see
+`gate.py`); and with the old weights go all keys and values that they made, those of calls that go on too.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import ray
@@ -31,7 +31,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from agent_lightning.learners.base import Weights
 from agent_lightning.policy import Follower, PolicyBoard
 from agent_lightning.serving.dialects import Completion, Part, Refusal, parse_error, parse_reply
-from agent_lightning.serving.gate import Gate
+from agent_lightning.serving.gate import Gate, InFlight
 from agent_lightning.serving.shared import shared_bytes
 
 logger = logging.getLogger(__name__)
@@ -68,14 +68,15 @@ class _Server(LLMServer):
 class PolicyServer:
     """Ray's LLM server, which also stamps each reply with the version that made it and installs new weights."""
 
-    def __init__(self, settings: Mapping[str, Any], board: PolicyBoard) -> None:
-        """`settings`: the fields of Ray's LLMConfig."""
+    def __init__(self, settings: Mapping[str, Any], in_flight: InFlight, board: PolicyBoard) -> None:
+        """`settings`: the fields of Ray's LLMConfig. `in_flight`: the rule for calls that an update finds."""
         config = LLMConfig(**settings)
         if os.path.isdir(config.model_loading_config.model_source):
             config.callback_config.callback_class = _NothingToDownload
         alone = config.accelerator_config.kind == "cpu" and len(settings["placement_group_config"]["bundles"]) == 1
         self._server = _Server.sync_init(config, engine_cls=OneProcessEngine if alone else VLLMEngine)
-        self._gate = Gate()
+        self._gate = Gate(in_flight)
+        self._version = 0
         self._follower = Follower(board, self._install, self.check_health)
         self._following: asyncio.Task[None] | None = None
 
@@ -92,38 +93,42 @@ class PolicyServer:
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
         """Answer one request, already made ready by `dialects.engine_request`."""
-        async with self._call() as version:
-            try:
-                replies = [reply async for reply in await self._ask(request)]
-            except _INVALID as error:
-                return _invalid(error)
-        reply = replies[-1]
-        if isinstance(reply, ErrorResponse):
-            return parse_error(reply.error.message, int(reply.error.code or 500), reply.error.type)
-        return parse_reply(reply.model_dump(), policy_version=version)
+        with _its_engine():
+            await self._follower.attached()
+            return await self._gate.whole(lambda: self._answer(request))
 
     async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
         """The same, in parts as they come."""
-        async with self._call() as version:
-            try:
-                async for batch in await self._ask(request):
-                    for part in _parts(batch, version):
-                        yield part
-                        if isinstance(part, Refusal):
-                            return
-            except _INVALID as error:
-                yield _invalid(error)
+        with _its_engine():
+            await self._follower.attached()
+            async for part in self._gate.parts(lambda: self._parts(request)):
+                yield part
 
-    @asynccontextmanager
-    async def _call(self) -> AsyncIterator[int]:
-        """One call, with one version, which it yields. A call that shows that the engine is dead ends the replica."""
-        await self._follower.attached()
+    async def _answer(self, request: Mapping[str, Any]) -> Completion | Refusal:
+        version = self._version
         try:
-            async with self._gate.call():
-                yield self._follower.version
-        except EngineDeadError:
-            _end_process("its engine is dead")
-            raise
+            replies = [reply async for reply in await self._ask(request)]
+        except _INVALID as error:
+            return _invalid(error)
+        reply = replies[-1]
+        if isinstance(reply, ErrorResponse):
+            return parse_error(reply.error.message, int(reply.error.code or 500), reply.error.type)
+        return parse_reply(reply.model_dump(), policy_version=version, last_version=self._newer(version))
+
+    async def _parts(self, request: Mapping[str, Any]) -> AsyncGenerator[Part | Refusal, None]:
+        version = self._version
+        try:
+            async for batch in await self._ask(request):
+                for part in _parts(batch, version, self._newer(version)):
+                    yield part
+                    if isinstance(part, Refusal):
+                        return
+        except _INVALID as error:
+            yield _invalid(error)
+
+    def _newer(self, version: int) -> int | None:
+        """The version now, where it is another."""
+        return self._version if self._version > version else None
 
     async def _ask(self, request: Mapping[str, Any]) -> AsyncIterator[Any]:
         """Ray's stream of replies: one, or batches of server-sent events. Raises ValidationError, ValueError."""
@@ -145,6 +150,8 @@ class PolicyServer:
 
     async def _install(self, weights: Weights) -> None:
         async with self._gate.update():
+            # Calls that go on stand still; theirs is all that the old weights made but tokens, and is made anew.
+            await self._server.pause(mode="keep", clear_cache=True)
             await self._server.collective_rpc("start_weight_update")
             for bucket in weights.buckets:
                 data = await asyncio.wrap_future(bucket.data.future())
@@ -152,7 +159,18 @@ class PolicyServer:
                     update = {"path": path, "parameters": list(bucket.parameters)}
                     await self._server.collective_rpc("update_weights", kwargs={"update_info": update})
             await self._server.collective_rpc("finish_weight_update")
-            await self._server.reset_prefix_cache()
+            self._version = weights.version  # before a token of it can be seen
+            await self._server.resume()
+
+
+@contextmanager
+def _its_engine() -> Iterator[None]:
+    """A call that shows that the engine is dead ends the replica."""
+    try:
+        yield
+    except EngineDeadError:
+        _end_process("its engine is dead")
+        raise
 
 
 def _end_process(why: str) -> None:
@@ -160,7 +178,7 @@ def _end_process(why: str) -> None:
     os._exit(1)
 
 
-def _parts(batch: Iterable[Any], version: int) -> Iterator[Part | Refusal]:
+def _parts(batch: Iterable[Any], version: int, last_version: int | None) -> Iterator[Part | Refusal]:
     """What a batch of vLLM's server-sent events says."""
     for text in batch:
         if isinstance(text, ErrorResponse):
@@ -174,7 +192,7 @@ def _parts(batch: Iterable[Any], version: int) -> Iterator[Part | Refusal]:
             error = chunk["error"]
             yield parse_error(error["message"], int(error.get("code") or 500), error["type"])
             return
-        yield Part(chunk=chunk, policy_version=version)
+        yield Part(chunk=chunk, policy_version=version, last_version=last_version)
 
 
 def _invalid(error: Exception) -> Refusal:

@@ -145,6 +145,7 @@ def _call_span(call: ModelCall, root: str) -> RawSpan:
     attributes |= _messages(call)
     if call.prompt_T.size or call.response_T.size:
         attributes |= {"gen_ai.usage.input_tokens": call.prompt_T.size, "agl.policy_version": call.policy_version}
+        attributes |= {} if call.last_version is None else {"agl.last_policy_version": call.last_version}
         attributes |= {"gen_ai.usage.output_tokens": call.response_T.size}
         attributes |= {"agl.prompt_token_ids": json.dumps(call.prompt_T.tolist())}
         attributes |= {"agl.response_token_ids": json.dumps(call.response_T.tolist())}

@@ -219,8 +219,7 @@ class Books(QuietObserver):
         self._town = town
 
     def checkpoint(self, state: State, *, force: bool) -> Path | None:
-        folder = checkpoint.folder_of(self._town.checkpoints, state.step)
-        return None if (folder / checkpoint.STATE).exists() else folder
+        return checkpoint.folder_of(self._town.checkpoints, state.step)
 
     def rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
         with self._town.books.open("a") as file:

@@ -1,4 +1,6 @@
-"""kill -9 of every process of a run, as the out-of-memory killer does it: `agl train` goes on, or is resumed.
+"""kill -9 of every process of a run, as the out-of-memory killer does it: `agl train` goes on, or is resumed. Ctrl-C
+while it starts.
+
 
 The toy model's run has all processes but vLLM's and veRL's, which the last test kills.
 """
@@ -127,3 +129,20 @@ def test_kill_9_of_vllms_engine_and_of_the_learner(tmp_path: Path) -> None:
     assert process.returncode == 130, said
     assert "a process of the run has died: ModelWorker" in said
     assert summary_of(run)["mean_abs_logprob_gap"] < 1e-3  # the new engine has the current weights
+
+
+@pytest.mark.parametrize("begun", ["gcs_server", "ray::ServeController", "ray::ServeReplica"])
+def test_ctrl_c_while_a_run_starts_ends_it_at_once_with_one_line(begun: str, tmp_path: Path) -> None:
+    with running("train", "experiment=toy", f"runs_dir={tmp_path}", "name=run") as process:
+        end = time.monotonic() + 240
+        while not pids_of(process, begun):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        started = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 130, said
+        assert said.splitlines()[1:] == ["stopped before it had started; nothing is changed"]
+        _, alive = psutil.wait_procs(started, timeout=150)
+        assert [" ".join(one.cmdline()) for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []

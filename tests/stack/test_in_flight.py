@@ -1,0 +1,108 @@
+"""Calls that a publish finds unfinished in vLLM: whose each token is, by log-probabilities against Hugging Face."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+import ray
+from models import as_weights, random_model, reference_logprobs
+
+from agent_lightning import cluster
+from agent_lightning.buffer import Buffer
+from agent_lightning.launch import prepare_environment
+from agent_lightning.policy import PolicyBoard
+from agent_lightning.serving import app
+from agent_lightning.serving.gate import InFlight
+from agent_lightning.serving.gateway import GatewayConfig
+from agent_lightning.types import ModelCall, Outcome, Task
+
+pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(420)]
+SECRET = b"0123456789abcdef"
+CALLS, TOKENS = 8, 400
+
+
+@pytest.mark.parametrize("rule", ["wait", "keep", "restart"])
+async def test_calls_in_flight_during_a_publish(rule: InFlight, tmp_path: Path) -> None:
+    old = random_model(tmp_path / "old", seed=0, tied=True)
+    new = random_model(tmp_path / "new", seed=1, tied=True)
+    prepare_environment()
+    cluster.init_ray(num_cpus=4)
+    try:
+        buffer = cluster.spawn(Buffer, run_secret=SECRET)
+        board = cluster.spawn(PolicyBoard)
+        sampling = {"temperature": 1.0, "max_tokens": TOKENS}
+        service = await asyncio.to_thread(
+            app.start,
+            name="flight",
+            config=app.ServingConfig(
+                model_path=str(tmp_path / "old"),
+                port=app.free_port("127.0.0.1"),
+                max_model_len=512,
+                in_flight=rule,
+            ),
+            gateway=GatewayConfig(model="policy", run_secret=SECRET, sampling={"train": sampling, "val": sampling}),
+            recorder=buffer,
+            board=board,
+        )
+        streamed, *whole = await calls_around(buffer, service.url, board.publish(as_weights(new, 1, ray.put), 300.0))
+    finally:
+        cluster.shutdown_ray()
+    versions = [(call.policy_version, call.last_version) for call in whole]
+    match rule:
+        case "wait":
+            assert versions == [(0, None)] * CALLS
+        case "restart":
+            assert versions == [(1, None)] * CALLS
+            assert (streamed.policy_version, streamed.last_version) == (0, None)  # it was seen: it is waited for
+        case "keep":
+            assert versions == [(0, 1)] * CALLS
+            assert (streamed.policy_version, streamed.last_version) == (0, 1)
+            assert 0 < switch(streamed, old, new) < TOKENS
+    for call in (streamed, *whole):
+        assert call.response_T.size == TOKENS
+        assert call.last_version is not None or switch(call, old, new) == (0 if call.policy_version else TOKENS)
+
+
+async def calls_around(buffer: Buffer, url: str, publish: Any) -> list[ModelCall]:
+    """A streamed call and some whole ones, and weights that are published when the first token has been seen."""
+    await buffer.admit(Task(task_id="t", payload={}), split="train", num_rollouts=1 + CALLS)
+    leases = await buffer.lease(1 + CALLS, 10.0)
+    async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
+        begun = asyncio.Event()
+
+        async def ask(number: int) -> None:
+            key = leases[number].key
+            address = f"{url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{leases[number].secret}/writer/v1"
+            messages = [{"role": "user", "content": f"What is {number} + 4?"}]
+            body = {"model": "policy", "messages": messages, "stream": number == 0, "ignore_eos": True}
+            async with session.post(f"{address}/chat/completions", json=body) as response:
+                assert response.status == 200, await response.text()
+                async for _ in response.content.iter_any():
+                    begun.set()
+
+        for number in range(1, 1 + CALLS):
+            group.create_task(ask(number))
+        await asyncio.sleep(0.02)
+        group.create_task(ask(0))
+        await begun.wait()
+        await publish
+    for lease in leases:
+        await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=0.0)
+    (ended,) = await buffer.take(1, split="train")
+    by_index = sorted(ended.trajectories, key=lambda trajectory: trajectory.key.index)
+    return [call for trajectory in by_index for call in trajectory.calls]
+
+
+def switch(call: ModelCall, old: Any, new: Any) -> int:
+    """How many tokens are the old model's; each one's log-probability is exactly that of one of the two."""
+    gaps = [np.abs(call.logprob_T - reference_logprobs(model, call)) for model in (old, new)]
+    assert gaps[0].mean() > 0.1 or gaps[1].mean() > 0.1, "the two models must differ, or this test could not fail"
+    before, after = (np.concatenate([[0.0], gap.cumsum()]) for gap in gaps)
+    count = int(np.argmin(before + after[-1] - after))
+    assert max(gaps[0][:count].max(initial=0.0), gaps[1][count:].max(initial=0.0)) < 2e-2
+    return count
