@@ -217,9 +217,9 @@ def nodes() -> list[Node]:
     return sorted(alive, key=lambda node: node.node_id != here)
 
 
-def on_node(node_id: str, *, soft: bool = False) -> dict[str, Any]:
-    """Options of `spawn`: on this node, and no other unless it is `soft` and the node is gone."""
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=soft)}
+def on_node(node_id: str) -> dict[str, Any]:
+    """Options of `spawn`: on this node and no other. Soft affinity would not do: Ray 2.60 puts such actors anywhere."""
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)}
 
 
 async def call_on(node_id: str, function: Callable[..., T], *args: Any) -> T:

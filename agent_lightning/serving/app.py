@@ -181,10 +181,13 @@ class Service:
     """The gateway's deployment."""
 
     def scale_gateways(self, number: int) -> None:
-        """To as many as there are nodes, which Serve gives one each."""
-        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        """To as many as there are nodes, which Serve gives one each. Raises EngineError."""
         deployment = DeploymentID(name=self.gateway, app_name=self.app)
-        ray.get(controller.update_deployment_replicas.remote(deployment, number))
+        try:
+            controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            ray.get(controller.update_deployment_replicas.remote(deployment, number), timeout=60.0)
+        except (ValueError, ray.exceptions.RayError) as error:
+            raise EngineError(f"Ray Serve does not give the nodes their gateways: {type(error).__name__}") from error
 
     def stop(self) -> None:
         serve.delete(self.app)
