@@ -21,9 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "stack"))
 
-from hosts import Hosts, can_be_made
+from hosts import Hosts, can_be_made  # noqa: E402
 
-GROUPS, GROUP_SIZE = 64, 8
+GROUPS, GROUP_SIZE = 16, 8
 SKIPPED = 2
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     if not can_be_made():
         raise SystemExit("network namespaces need root and `ip`")

@@ -242,8 +242,12 @@ def _root() -> str:
 
 def _start_proxy(host: str, port: int) -> None:
     """Start Serve and its HTTP proxies, or find them. Raises UserError."""
+    options = {"host": host, "port": port, "request_timeout_s": None}
     try:
-        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port, "request_timeout_s": None})
+        try:
+            serve.start(proxy_location="EveryNode", http_options=options)
+        except ray.exceptions.ActorAlreadyExistsError:  # another run has started it between the look and the start
+            serve.start(proxy_location="EveryNode", http_options=options)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError, RayServeException) as error:
         raise UserError(
             f"Ray Serve's proxy did not start on {host}:{port} ({type(error).__name__}); where the machine is busy, "
