@@ -148,20 +148,27 @@ def init_ray(
     `num_cpus`, `resources` of one's own naming and `dashboard` are of the cluster that is started. Does nothing where
     Ray already runs here.
     Returns whether it started one, which then ends with `shutdown_ray`. Raises UserError for an address that does not
-    answer, and for a cluster of other versions.
+    answer, for a cluster of other versions, and where Ray does not start.
     """
     if ray.is_initialized():
         return False
     address = joins(address)
     if address is None:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            resources=dict(resources or {}),
-            include_dashboard=dashboard,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                resources=dict(resources or {}),
+                include_dashboard=dashboard,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except Exception as error:  # plain ones, too: of a machine on which Ray's 30 seconds for a node are not enough
+            said = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"Ray did not start on this machine ({type(error).__name__}: {said}); where it is busy or its memory "
+                "full, stop what else runs on it, and try again"
+            ) from error
         return True
     check_answers(address, "hardware.address")
     try:
@@ -217,9 +224,9 @@ def nodes() -> list[Node]:
     return sorted(alive, key=lambda node: node.node_id != here)
 
 
-def on_node(node_id: str, *, soft: bool = False) -> dict[str, Any]:
-    """Options of `spawn`: on this node, and no other unless it is `soft` and the node is gone."""
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=soft)}
+def on_node(node_id: str) -> dict[str, Any]:
+    """Options of `spawn`: on this node and no other. Soft affinity would not do: Ray 2.60 puts such actors anywhere."""
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)}
 
 
 async def call_on(node_id: str, function: Callable[..., T], *args: Any) -> T:

@@ -312,14 +312,12 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
     from agent_lightning.nodes import Nodes
 
     spec = agent_spec(config)
-    nodes = Nodes(service, scale=config.serving.gateways is None and not config.sampling.seeded)
-    await nodes.start()
 
-    def start(name: str, number: int, place: Callable[[], dict[str, Any]]) -> None:
+    def workers(node: str, number: int) -> Workers:
         def make(name: str) -> RolloutWorker:
             return cluster.spawn(
                 RolloutWorker,
-                options=place(),
+                options=cluster.on_node(node),
                 buffer=buffer,
                 agent=spec,
                 policy_url=service.url,
@@ -327,20 +325,12 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
                 worker=name,
             )
 
-        hung_s = config.rollout.hung_s
-        workers = Workers(make, number=number, buffer=buffer, kill=cluster.kill, hung_s=hung_s, name=name)
-        running = asyncio.create_task(workers.run())
+        hung_s, name = config.rollout.hung_s, f"worker-{node[:8]}"
+        return Workers(make, number=number, buffer=buffer, kill=cluster.kill, hung_s=hung_s, name=name)
 
-        async def stop() -> None:
-            await workers.stop()
-            await asyncio.wait((running,))
-
-        stack.push_async_callback(stop)
-
-    def joined(node: str, number: int) -> None:
-        start(f"worker-{node[:8]}", number, partial(nodes.on, node))
-
-    start("worker", number, nodes.next)
+    nodes = Nodes(service, workers, scale=config.serving.gateways is None and not config.sampling.seeded)
+    await nodes.start(number)
+    stack.push_async_callback(nodes.stop)
     if number and not cluster_is_own(config):
-        following = asyncio.create_task(nodes.follow(number, joined))
+        following = asyncio.create_task(nodes.follow())
         stack.callback(following.cancel)

@@ -93,6 +93,8 @@ class Workers:
             worker = self._make(name)
             died = await self._until_over(worker)
             if died is None:
+                with contextlib.suppress(Exception):  # where its node is gone, it has not given back what it ran
+                    await asyncio.wait_for(self._buffer.release(name), 5.0)
                 return
             lost = await self._buffer.release(name)
             said = _reason(died)
@@ -128,7 +130,8 @@ class Workers:
                 return None if running.cancelled() else running.exception()
             self._kill(worker)
             return tasks["watching"].exception() or TimeoutError(
-                f"it did not answer for {self._hung_s:g} s: an agent blocks its event loop; use agent.mode=process"
+                f"it did not answer for {self._hung_s:g} s: an agent blocks its event loop (use agent.mode=process), "
+                "or its node is out of reach"
             )
         finally:
             for task in tasks.values():

@@ -16,12 +16,13 @@ from ray import serve
 from ray.serve._private.common import DeploymentID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
 from agent_lightning.deadlines import begun
-from agent_lightning.errors import EngineError
+from agent_lightning.errors import EngineError, UserError
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.serving.dialects import Completion, Part, Refusal
 from agent_lightning.serving.gate import InFlight
@@ -184,10 +185,13 @@ class Service:
     """The gateway's deployment."""
 
     def scale_gateways(self, number: int) -> None:
-        """To as many as there are nodes, which Serve gives one each."""
-        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        """To as many as there are nodes, which Serve gives one each. Raises EngineError."""
         deployment = DeploymentID(name=self.gateway, app_name=self.app)
-        ray.get(controller.update_deployment_replicas.remote(deployment, number))
+        try:
+            controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            ray.get(controller.update_deployment_replicas.remote(deployment, number), timeout=60.0)
+        except (ValueError, ray.exceptions.RayError) as error:
+            raise EngineError(f"Ray Serve does not give the nodes their gateways: {type(error).__name__}") from error
 
     def stop(self) -> None:
         serve.delete(self.app)
@@ -202,7 +206,8 @@ def start(
     board: PolicyBoard,
     replica: MakeReplica | None = None,
 ) -> Service:
-    """Deploy the service and wait until it answers; `replica` makes another policy than vLLM's. Raises EngineError."""
+    """Deploy the service and wait until it answers; `replica` makes another policy than vLLM's. Raises EngineError,
+    UserError."""
     make = replica or partial(_vllm, _llm_settings(config), config.in_flight)
     policy = serve.deployment(PolicyDeployment).options(**_policy_options(config)).bind(make, board)
     nodes = sum(node["Alive"] for node in ray.nodes())
@@ -222,7 +227,9 @@ def start(
         _wait_for_controller(proxy)
         # The replicas start while the proxy does: Serve's own `start` would have them wait for it.
         serve.run(app, name=name, route_prefix=f"/{name}", external_scaler_enabled=True)
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+        if proxy.done():
+            proxy.result()  # the first to fail says why
         raise EngineError(f"the policy's engine did not start: {_cause(name, error)}") from error
     finally:
         wait((proxy,))
@@ -238,11 +245,18 @@ def _root() -> str:
 
 
 def _start_proxy(host: str, port: int) -> None:
-    """Start Serve and its HTTP proxies, or find them. Raises EngineError."""
+    """Start Serve and its HTTP proxies, or find them. Raises UserError."""
+    options = {"host": host, "port": port, "request_timeout_s": None}
     try:
-        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port, "request_timeout_s": None})
-    except (ray.exceptions.RayError, TimeoutError) as error:
-        raise EngineError(f"Ray Serve's proxy did not start on {host}:{port}: {type(error).__name__}") from error
+        try:
+            serve.start(proxy_location="EveryNode", http_options=options)
+        except ray.exceptions.ActorAlreadyExistsError:  # another run has started it between the look and the start
+            serve.start(proxy_location="EveryNode", http_options=options)
+    except (RuntimeError, TimeoutError, ray.exceptions.RayError, RayServeException) as error:
+        raise UserError(
+            f"Ray Serve's proxy did not start on {host}:{port} ({type(error).__name__}); where the machine is busy, "
+            "stop what else runs on it and try again, else choose another serving.port"
+        ) from error
 
 
 def _wait_for_controller(proxy: Future[None]) -> None:
@@ -319,7 +333,7 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _cause(name: str, error: RuntimeError) -> str:
+def _cause(name: str, error: Exception) -> str:
     """The engine's own last words, where Serve kept them; Serve's message only says which deployment failed."""
     application = serve.status().applications.get(name)
     texts = [d.message for d in application.deployments.values() if d.message] if application else []
