@@ -89,7 +89,7 @@ async def interleave(actions: list[tuple[str, int, int, int | None]], rule: InFl
             tasks.append(asyncio.create_task(cancel_after(tasks[-1], cancelled_after)))
         for _ in range(pause):
             await asyncio.sleep(0)
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(20):
         await asyncio.gather(*tasks, return_exceptions=True)
         before = guarded.done  # whoever was cancelled, the gate still opens both ways
         await guarded.update(1)
@@ -129,7 +129,7 @@ async def test_an_update_waits_for_calls_and_holds_new_ones() -> None:
         async with gate.update():
             order.append("update")
 
-    async with asyncio.timeout(2), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         group.create_task(call("early"))
         await asyncio.sleep(0.01)
         group.create_task(update())
@@ -147,7 +147,7 @@ async def test_a_cancelled_waiting_update_does_not_lock_the_gate() -> None:
         async with gate.update():
             pytest.fail("a call is in flight")
 
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(20):
         async with gate.call():
             waiting = asyncio.create_task(update())
             await asyncio.sleep(0.01)
@@ -180,7 +180,7 @@ async def test_a_call_that_makes_an_answer_of_its_cancellation_is_made_again_too
             return "the client is gone"
         return "whole"
 
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(20):
         calling = asyncio.create_task(gate.whole(work))
         await asyncio.sleep(0.01)
         async with gate.update():
@@ -197,7 +197,7 @@ async def test_a_call_that_is_made_again_ends_with_what_its_own_failure_was() ->
         await asyncio.sleep(0.05)
         raise TimeoutError("of its own")
 
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(20):
         calling = asyncio.create_task(gate.whole(work))
         await asyncio.sleep(0.01)
         async with gate.update():

@@ -18,6 +18,7 @@ HEAVY_MODULES = {
     "agent_lightning.learners.verl_cpu",
     "agent_lightning.learners.verl_critic",
     "agent_lightning.jobs",
+    "agent_lightning.learners.verl_sft",
     "agent_lightning.learners.verl_worker",
     "agent_lightning.nodes",
     "agent_lightning.serving.app",
