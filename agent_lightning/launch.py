@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -152,9 +152,13 @@ async def _start_ray(config: Config, stack: AsyncExitStack) -> bool:
 
     await asyncio.sleep(0)  # where this was cancelled while Ray was imported, it ends here
     stack.callback(cluster.shutdown_ray)
-    joining = begun(partial(cluster.init_ray, config.hardware.address, own_cpus(config)), "ray")
-    stack.callback(wait, (joining,))  # also where this is cancelled: half a Ray cannot be ended
-    return await asyncio.wrap_future(joining)
+    # Not a thread of its own: what Ray starts ends with the thread that started it (PR_SET_PDEATHSIG).
+    joining = asyncio.ensure_future(asyncio.to_thread(cluster.init_ray, config.hardware.address, own_cpus(config)))
+    try:
+        return await asyncio.shield(joining)
+    except asyncio.CancelledError:
+        await asyncio.wait((joining,))  # half a Ray cannot be ended
+        raise
 
 
 async def _both(serving: Future[Service], learning: Future[Learner | None]) -> tuple[Service, Learner | None]:
