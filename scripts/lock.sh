@@ -7,8 +7,9 @@ work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q uv
 # Anything that asks for torch gets the CPU build; triton is for GPUs. autogen-core holds protobuf back for a gRPC
-# runtime that agents here do not start.
-printf 'torch==2.13.0\ntriton; sys_platform == "never"\nprotobuf>=5.29.6\n' > "$work/override.txt"
+# runtime that agents here do not start; aiobotocore holds python-dateutil and multidict back out of caution.
+printf 'torch==2.13.0\ntriton; sys_platform == "never"\nprotobuf>=5.29.6\npython-dateutil>=2.8.2\nmultidict>=6\n' \
+  > "$work/override.txt"
 resolve() { # resolve OUT IN…
   UV_NATIVE_TLS=1 "$work/venv/bin/uv" pip compile -q "${@:2}" --override "$work/override.txt" \
     --universal --python-version 3.11 --no-annotate --no-header --no-emit-package torch -o "$work/resolved.txt"
