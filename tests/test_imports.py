@@ -17,6 +17,7 @@ HEAVY_MODULES = {
     "agent_lightning.cluster",
     "agent_lightning.learners.verl_cpu",
     "agent_lightning.learners.verl_critic",
+    "agent_lightning.learners.verl_sft",
     "agent_lightning.jobs",
     "agent_lightning.learners.verl_sft",
     "agent_lightning.learners.verl_worker",
