@@ -19,7 +19,6 @@ HEAVY_MODULES = {
     "agent_lightning.learners.verl_critic",
     "agent_lightning.learners.verl_sft",
     "agent_lightning.jobs",
-    "agent_lightning.learners.verl_sft",
     "agent_lightning.learners.verl_worker",
     "agent_lightning.nodes",
     "agent_lightning.serving.app",
