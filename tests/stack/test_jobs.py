@@ -89,7 +89,8 @@ def test_two_runs_at_once_do_not_meet_and_say_what_a_local_one_says(dashboard: s
         assert one.returncode == 0, out + err
         assert "step 3/3" in out
     local = agl("train", *TOY, f"runs_dir={tmp_path}", "name=local")
-    local.communicate(timeout=300)
+    out, err = local.communicate(timeout=300)
+    assert local.returncode == 0, out + err
     runs = [next((tmp_path / name).iterdir()) for name in ("a", "b")]
     assert metrics(runs[0]) == metrics(runs[1]) == metrics(tmp_path / "local")
     assert all((run / "summary.json").exists() and not (run / "checkpoints").exists() for run in runs)
