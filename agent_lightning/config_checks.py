@@ -23,6 +23,7 @@ from agent_lightning.credit_rules import Method
 from agent_lightning.errors import ConfigError
 from agent_lightning.estimators import Baseline, Scale
 from agent_lightning.journal import FSYNC
+from agent_lightning.types import InFlight
 
 
 def check(config: Config) -> None:
@@ -79,7 +80,7 @@ def _check_choices(config: Config) -> None:
         ("air.form", config.air.form, get_args(Form)),
         ("hardware.device", config.hardware.device, ("cpu", "cuda")),
         ("buffer.fsync", config.buffer.fsync, tuple(FSYNC)),
-        ("serving.in_flight", config.serving.in_flight, ("wait", "keep", "restart")),
+        ("serving.in_flight", config.serving.in_flight, get_args(InFlight)),
         ("hardware.placement", config.hardware.placement, ("apart", "together")),
         ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
         ("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled")),

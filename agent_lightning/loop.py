@@ -229,8 +229,10 @@ class Loop:
         """Checkpoint, where the observer has a folder for one and something has changed. A step that was given up
         changes the state alone: of its groups, those of a resumed run must know."""
         folder = self.observer.checkpoint(self.state, force=force)
+        if folder is None:
+            return
         now = self.state.step, dict((await self.buffer.stats()).next_group)
-        if folder is None or now == self._saved:
+        if now == self._saved:
             return
         self.state.next_group = now[1]
         self.observer.waiting_for("checkpoint")

@@ -20,8 +20,8 @@ from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.metrics import Max, Mean, Metrics, merge
 from agent_lightning.policy import Follower, PolicyBoard
 from agent_lightning.serving.dialects import Choice, Completion, Part, Refusal, join
-from agent_lightning.serving.gate import Gate, InFlight
-from agent_lightning.types import Batch, Ints
+from agent_lightning.serving.gate import Gate
+from agent_lightning.types import Batch, InFlight, Ints
 
 PAD: Final = 0
 END: Final = 1

@@ -14,8 +14,8 @@ from agent_lightning import cluster
 from agent_lightning.learners.base import Weights
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.serving.dialects import Completion, Part, Refusal
-from agent_lightning.serving.gate import InFlight
 from agent_lightning.toy import ToyEngine, ToyLanguage, ToyLearner
+from agent_lightning.types import InFlight
 
 
 class SharedToyLearner(ToyLearner):

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
+InFlight = Literal["wait", "keep", "restart"]
+"""What becomes of a call that an update of the weights finds unfinished; see serving/gate.py."""
 Split = Literal["train", "val"]
 Source = Literal["gateway", "trace", "request"]
 """Where a span was seen: at the gateway; in a trace that the agent's side sent (OpenTelemetry); or in the next

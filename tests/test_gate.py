@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_lightning.serving.gate import Gate, InFlight
+from agent_lightning.serving.gate import Gate
+from agent_lightning.types import InFlight
 
 
 class Guarded:

@@ -14,7 +14,6 @@ import pytest
 from agent_lightning import batching, credit
 from agent_lightning.credit_rules import CreditRules
 from agent_lightning.serving.dialects import Completion, Part, Refusal, join
-from agent_lightning.serving.gate import InFlight
 from agent_lightning.testing import (
     END,
     FIRST_WORD,
@@ -26,7 +25,7 @@ from agent_lightning.testing import (
     model_call,
     trajectory,
 )
-from agent_lightning.types import Batch, Outcome, Policy, RolloutKey, Task
+from agent_lightning.types import Batch, InFlight, Outcome, Policy, RolloutKey, Task
 
 LANGUAGE = ToyLanguage(("no", "yes", "call:2+3"))
 TOOL = {"type": "function", "function": {"name": "calculator"}}

@@ -25,8 +25,8 @@ from agent_lightning.deadlines import begun
 from agent_lightning.errors import EngineError, UserError
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.serving.dialects import Completion, Part, Refusal
-from agent_lightning.serving.gate import InFlight
 from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig, Recorder
+from agent_lightning.types import InFlight
 
 SERVE_ENVIRONMENT = {
     # Measured on 2 cores: several times the requests per second of Serve's default proxy.

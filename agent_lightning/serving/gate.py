@@ -14,10 +14,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Literal, TypeVar
+from typing import TypeVar
+
+from agent_lightning.types import InFlight
 
 T = TypeVar("T")
-InFlight = Literal["wait", "keep", "restart"]
 
 
 class _Interrupted(Exception):

@@ -31,8 +31,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from agent_lightning.learners.base import Weights
 from agent_lightning.policy import Follower, PolicyBoard
 from agent_lightning.serving.dialects import Completion, Part, Refusal, parse_error, parse_reply
-from agent_lightning.serving.gate import Gate, InFlight
+from agent_lightning.serving.gate import Gate
 from agent_lightning.serving.shared import shared_bytes
+from agent_lightning.types import InFlight
 
 logger = logging.getLogger(__name__)
 _INVALID = (VLLMClientError, ValidationError, ValueError, TypeError, KeyError, RecursionError)

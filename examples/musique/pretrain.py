@@ -148,10 +148,20 @@ def _continue(model: Any, tokenizer: Any, chats: Sequence[Chat], begun: Sequence
     return [start + text.partition(END)[0] for start, text in zip(begun, said, strict=True)]
 
 
+def share_shown(rows: Sequence[dict[str, Any]]) -> float:
+    """Of how many hops the agent is shown the answer when it searches for the entity: as good as copying can be."""
+    shown = 0
+    for row in rows:
+        (found,) = search_paragraphs(row["paragraphs"], row["question"].rpartition(" >> ")[0], 1) or (None,)
+        shown += found is not None and row["answer"] in render([found], SHORT_WORDS)
+    return shown / len(rows)
+
+
 def train(args: argparse.Namespace) -> None:
     texts = passages(root=str(args.data), split="train")
     facts = all_facts(texts, SHORT_WORDS)
     held_out = relations(root=str(args.data), split="held_out", num=10_000, seed=0)
+    tiny_model.log({"held_out_shown": round(share_shown(held_out), 3)})
     known = sorted({fact.relation for fact in facts})
     openings = [f" {title}: {' '.join(text.split()[:SHORT_WORDS])}" for title, text in texts]
     tokenizer = tiny_model.build_tokenizer(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,14 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from agent_lightning import cluster
+from agent_lightning.buffer import Buffer
 from agent_lightning.config import resolve_path
+from agent_lightning.launch import prepare_environment
 from agent_lightning.learners.base import WeightBucket, Weights
+from agent_lightning.policy import PolicyBoard
+from agent_lightning.serving import app
+from agent_lightning.serving.gateway import GatewayConfig
 from agent_lightning.types import Batch, ModelCall
 
 
@@ -39,6 +48,29 @@ def random_model(folder: Path, *, seed: int, tied: bool) -> LlamaForCausalLM:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model.eval()
+
+
+@asynccontextmanager
+async def serving(
+    model: Path, *, secret: bytes, max_tokens: int, **settings: Any
+) -> AsyncIterator[tuple[Any, Any, app.Service]]:
+    """Buffer, board and service of a model on a Ray of their own; `settings` are of app.ServingConfig."""
+    prepare_environment()
+    cluster.init_ray(num_cpus=4)
+    try:
+        buffer, board = cluster.spawn(Buffer, run_secret=secret), cluster.spawn(PolicyBoard)
+        sampling = {"temperature": 1.0, "max_tokens": max_tokens}
+        service = await asyncio.to_thread(
+            app.start,
+            name="model",
+            config=app.ServingConfig(model_path=str(model), port=app.free_port("127.0.0.1"), **settings),
+            gateway=GatewayConfig(model="policy", run_secret=secret, sampling={"train": sampling, "val": sampling}),
+            recorder=buffer,
+            board=board,
+        )
+        yield buffer, board, service
+    finally:
+        cluster.shutdown_ray()
 
 
 def as_weights(model: LlamaForCausalLM, version: int, put: Any) -> Weights:

@@ -10,16 +10,10 @@ import aiohttp
 import numpy as np
 import pytest
 import ray
-from models import as_weights, random_model, reference_logprobs
+from models import as_weights, random_model, reference_logprobs, serving
 
-from agent_lightning import cluster
 from agent_lightning.buffer import Buffer
-from agent_lightning.launch import prepare_environment
-from agent_lightning.policy import PolicyBoard
-from agent_lightning.serving import app
-from agent_lightning.serving.gate import InFlight
-from agent_lightning.serving.gateway import GatewayConfig
-from agent_lightning.types import ModelCall, Outcome, Task
+from agent_lightning.types import InFlight, ModelCall, Outcome, Task
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(420)]
 SECRET = b"0123456789abcdef"
@@ -30,28 +24,9 @@ CALLS, TOKENS = 8, 400
 async def test_calls_in_flight_during_a_publish(rule: InFlight, tmp_path: Path) -> None:
     old = random_model(tmp_path / "old", seed=0, tied=True)
     new = random_model(tmp_path / "new", seed=1, tied=True)
-    prepare_environment()
-    cluster.init_ray(num_cpus=4)
-    try:
-        buffer = cluster.spawn(Buffer, run_secret=SECRET)
-        board = cluster.spawn(PolicyBoard)
-        sampling = {"temperature": 1.0, "max_tokens": TOKENS}
-        service = await asyncio.to_thread(
-            app.start,
-            name="flight",
-            config=app.ServingConfig(
-                model_path=str(tmp_path / "old"),
-                port=app.free_port("127.0.0.1"),
-                max_model_len=512,
-                in_flight=rule,
-            ),
-            gateway=GatewayConfig(model="policy", run_secret=SECRET, sampling={"train": sampling, "val": sampling}),
-            recorder=buffer,
-            board=board,
-        )
+    settings = {"max_model_len": 512, "in_flight": rule}
+    async with serving(tmp_path / "old", secret=SECRET, max_tokens=TOKENS, **settings) as (buffer, board, service):
         streamed, *whole = await calls_around(buffer, service.url, board.publish(as_weights(new, 1, ray.put), 300.0))
-    finally:
-        cluster.shutdown_ray()
     versions = [(call.policy_version, call.last_version) for call in whole]
     match rule:
         case "wait":

@@ -9,14 +9,9 @@ import aiohttp
 import numpy as np
 import pytest
 import ray
-from models import as_weights, random_model, reference_logprobs
+from models import as_weights, random_model, reference_logprobs, serving
 
-from agent_lightning import cluster
 from agent_lightning.buffer import Buffer, Lease
-from agent_lightning.launch import prepare_environment
-from agent_lightning.policy import PolicyBoard
-from agent_lightning.serving import app
-from agent_lightning.serving.gateway import GatewayConfig
 from agent_lightning.types import Group, Outcome, Task
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
@@ -47,21 +42,8 @@ async def one_group(buffer: Buffer, url: str) -> Group:
 async def test_an_update_reaches_every_replica_exactly_also_with_tied_embeddings(tmp_path: Path) -> None:
     old = random_model(tmp_path / "old", seed=0, tied=True)
     new = random_model(tmp_path / "new", seed=1, tied=True)
-    prepare_environment()
-    cluster.init_ray(num_cpus=4)
-    try:
-        buffer = cluster.spawn(Buffer, run_secret=SECRET)
-        board = cluster.spawn(PolicyBoard)
-        port = app.free_port("127.0.0.1")
-        sampling = {"temperature": 1.0, "max_tokens": 16}
-        service = await asyncio.to_thread(
-            app.start,
-            name="weights",
-            config=app.ServingConfig(model_path=str(tmp_path / "old"), replicas=2, port=port, max_model_len=256),
-            gateway=GatewayConfig(model="policy", run_secret=SECRET, sampling={"train": sampling, "val": sampling}),
-            recorder=buffer,
-            board=board,
-        )
+    settings = {"max_model_len": 256, "replicas": 2}
+    async with serving(tmp_path / "old", secret=SECRET, max_tokens=16, **settings) as (buffer, board, service):
         assert sorted((await board.versions()).values()) == [0, 0]
         await check(await one_group(buffer, service.url), old, version=0, unlike=new)
 
@@ -71,8 +53,6 @@ async def test_an_update_reaches_every_replica_exactly_also_with_tied_embeddings
         # Back again: nothing of the first update may stay behind.
         await board.publish(as_weights(old, 2, ray.put), timeout=60.0)
         await check(await one_group(buffer, service.url), old, version=2, unlike=new)
-    finally:
-        cluster.shutdown_ray()
 
 
 async def check(group: Group, model: object, *, version: int, unlike: object) -> None:
