@@ -75,10 +75,25 @@ def leases(run: Path) -> set[str]:
     return found
 
 
+SLOW = """
+import asyncio
+from agent_lightning.agents import load
+
+ask = load("examples/toy/agent.py:solve")
+
+async def solve(task, policy):
+    await asyncio.sleep(2)
+    return await ask(task, policy)
+"""
+"""An agent that takes its time: whenever a node ends, there are rollouts on it."""
+
+
 def test_workers_and_gateways_come_and_go_with_their_nodes(hosts: Hosts, tmp_path: Path) -> None:
     run, second = tmp_path / "run", hosts.join()
     third = hosts.join()
-    with training(hosts, tmp_path, "rollout.workers=6", "serving.replicas=3") as (process, log):
+    (tmp_path / "slow.py").write_text(SLOW)
+    settings = ("rollout.workers=6", "serving.replicas=3", f"agent.target={tmp_path}/slow.py:solve")
+    with training(hosts, tmp_path, *settings) as (process, log):
         wait_for(lambda: steps_of(run) >= 3, 240, process, log)
         for host in (hosts.head, second, third):
             assert number_on(host, "ray::RolloutWorker") == 2
