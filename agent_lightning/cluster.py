@@ -11,12 +11,13 @@ import inspect
 import os
 import re
 import socket
+import subprocess
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import ray
 import ray.exceptions
@@ -24,6 +25,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from agent_lightning import __version__
 from agent_lightning.errors import EngineError, UserError
+from agent_lightning.marks import CLUSTER
+from agent_lightning.processes import guard
 
 T = TypeVar("T")
 
@@ -154,6 +157,8 @@ def init_ray(
         return False
     address = joins(address)
     if address is None:
+        mark = os.environ[CLUSTER] = f"{os.getpid()}.{uuid.uuid4().hex}"  # inherited by all that Ray starts
+        _guards.append(guard(CLUSTER, mark, grace_s=_GRACE_S))
         try:
             ray.init(
                 address="local",
@@ -169,6 +174,8 @@ def init_ray(
                 f"Ray did not start on this machine ({type(error).__name__}: {said}); where it is busy or its memory "
                 "full, stop what else runs on it, and try again"
             ) from error
+        finally:
+            del os.environ[CLUSTER]
         return True
     check_answers(address, "hardware.address")
     try:
@@ -181,6 +188,10 @@ def init_ray(
 
 
 _passed_on: dict[str, str] = {}
+_guards: Final[list[subprocess.Popen[bytes]]] = []
+"""Of the cluster that was started here: Ray's own processes end with this one, what they have started may not."""
+_GRACE_S: Final = 5.0
+"""Seconds that these have to end by themselves."""
 
 
 def pass_on(environment: Mapping[str, str]) -> None:
@@ -280,3 +291,6 @@ def room_for(resources: Mapping[str, float]) -> int:
 def shutdown_ray() -> None:
     """Leave the cluster; one that `init_ray` started ends, with every process in it."""
     ray.shutdown()
+    for one in _guards:
+        assert one.stdin is not None
+        one.stdin.close()

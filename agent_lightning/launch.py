@@ -21,6 +21,7 @@ from agent_lightning.buffer import Buffer
 from agent_lightning.config import Config
 from agent_lightning.deadlines import begun
 from agent_lightning.errors import EngineError, PartDied
+from agent_lightning.health import wait_until_healthy
 from agent_lightning.journal import Fsync, JournalConfig
 from agent_lightning.learners.base import Learner
 from agent_lightning.policy import PolicyBoard
@@ -101,7 +102,7 @@ async def system(
         if not own:  # one's own cluster ends with all that is in it, or starts there; Serve would take half a minute
             stack.callback(_stop, serving)
         service, learner = await _both(serving, learning)
-        await app.wait_until_healthy(service.url, timeout=60.0)
+        await wait_until_healthy(service.url, timeout=60.0)
         await _start_workers(config, buffer, service, workers, stack)
         try:
             yield System(buffer=buffer, board=board, service=service, learner=learner, run_secret=run_secret)

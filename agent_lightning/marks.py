@@ -2,7 +2,7 @@
 
 As a script it is a guard: it waits until whoever started it is gone, however that ended, and kills what that has left:
 
-    python -I -S marks.py MARK   # ends what has a mark that begins so, once its stdin is closed
+    python -I -S marks.py NAME MARK SECONDS   # ends what has a mark that begins so, once its stdin is closed
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Final
 
 MARK: Final = "AGL_PROCESS_TREE"
+"""Of a child and all that it starts."""
+CLUSTER: Final = "AGL_CLUSTER"
+"""Of a Ray cluster that was started for one run."""
 _ROUNDS: Final = 20
 """Looks for processes with the mark: one that is found may have started another just before it was killed."""
 
 
-def kill_marked(start: str) -> None:
-    """Kill every process whose mark begins so."""
-    sought = f"{MARK}={start}".encode()
+def kill_marked(start: str, name: str = MARK) -> None:
+    """Kill every process whose mark of this name begins so."""
+    sought = f"{name}={start}".encode()
     for _ in range(_ROUNDS):  # ends where none is left, or where they start others as fast as they are killed
         found = [pid for pid in _pids() if sought in _environment(pid)]
         if not found:
@@ -47,8 +51,10 @@ def _environment(pid: int) -> bytes:
 
 
 def _guard() -> None:
+    name, start, grace = sys.argv[1:]
     sys.stdin.buffer.read()  # ends when the pipe's other end is closed: its owner has ended
-    kill_marked(sys.argv[1])
+    time.sleep(float(grace))
+    kill_marked(start, name)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from agent_lightning import cluster
 from agent_lightning.errors import EngineError
-from agent_lightning.serving.app import Service, wait_until_healthy
+from agent_lightning.health import wait_until_healthy
+from agent_lightning.serving.app import Service
 from agent_lightning.supervise import Workers
 
 logger = logging.getLogger(__name__)

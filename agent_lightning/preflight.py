@@ -167,8 +167,10 @@ def prepare_environment() -> None:
     from agent_lightning.serving.app import SERVE_ENVIRONMENT, free_port
 
     quiet = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
-    # Fixed by default: a second run on the machine could not start its proxy.
-    ports = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port("0.0.0.0")) for name in ("METRICS", "STATS")}
+    # Fixed by default: a second run on the machine could not start its proxy, and the proxies that stand in where a run
+    # has no gateway left would answer for one another's runs.
+    names = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
+    ports = {f"RAY_SERVE_{name}_PORT": str(free_port("0.0.0.0")) for name in names}
     pass_on(SERVE_ENVIRONMENT | quiet | ports)
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)

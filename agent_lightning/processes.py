@@ -22,7 +22,7 @@ from typing import Final
 
 from agent_lightning import marks
 from agent_lightning.errors import AgentProcessError
-from agent_lightning.marks import MARK, kill_marked
+from agent_lightning.marks import CLUSTER, MARK, kill_marked
 
 _TAIL: Final = 1 << 20
 """Bytes kept of what a child prints: enough for any result, and a bound on a child that prints forever."""
@@ -66,19 +66,24 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
+def guard(name: str, start: str, *, grace_s: float = 0.0) -> subprocess.Popen[bytes]:
+    """A process that ends all whose mark `name` begins with `start`, `grace_s` after its stdin is closed or this
+    process is gone, whatever ends it. Whoever started it holds it."""
+    # A session of its own, so that it outlives whoever kills this one's; no mark, as another's guard may not end it.
+    env = {key: value for key, value in os.environ.items() if key not in (MARK, CLUSTER)}
+    command = [sys.executable, "-I", "-S", marks.__file__, name, start, str(grace_s)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, env=env, start_new_session=True)
+
+
 @functools.cache
 def _guarded(pid: int) -> str:
-    """What every mark of this process begins with. Its guard ends when this process does, whatever ends it."""
+    """What every mark of this process begins with."""
     start = f"{pid}.{uuid.uuid4().hex}."
-    # A session of its own, so that it outlives whoever kills this one's; no mark, as another's guard may not end it.
-    env = {name: value for name, value in os.environ.items() if name != MARK}
-    command = [sys.executable, "-I", "-S", marks.__file__, start]
-    _guards.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=env, start_new_session=True))
+    _guards.append(guard(MARK, start))
     return start
 
 
 _guards: Final[list[subprocess.Popen[bytes]]] = []
-"""Held, as a guard sees by its closed stdin that this process is gone."""
 
 
 async def _feed(child: asyncio.subprocess.Process, text: bytes) -> None:

@@ -6,11 +6,12 @@ A bad rollout is data: whatever an agent does becomes one Outcome, here and nowh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fnmatch
 import logging
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -18,13 +19,16 @@ import numpy as np
 from agent_lightning.agents import Agent, Mode, call, check, load, run_agent
 from agent_lightning.buffer import Lease
 from agent_lightning.client import Rollout, close, install
-from agent_lightning.errors import RewardError, UnknownRollout
+from agent_lightning.errors import EngineError, RewardError, UnknownRollout
+from agent_lightning.health import is_healthy, wait_until_healthy
 from agent_lightning.types import DEFAULT_AGENT, Outcome, Policy, RolloutKey
 
 logger = logging.getLogger(__name__)
 
 _LEASE_WAIT = 5.0
 """Seconds of one wait for work: it ends sooner where there is some."""
+_GATEWAY_WAIT = 20.0
+"""Seconds for which a rollout that met no gateway waits for one: less than the grace of a lease."""
 _UNKNOWN_VERSION = -1
 """A worker does not follow the policy: the gateway stamps each call with the version that answered."""
 
@@ -157,7 +161,7 @@ class RolloutWorker:
     async def run_one(self, lease: Lease) -> None:
         """Run one attempt and tell the buffer how it ended."""
         try:
-            ending = await self._attempt(lease)
+            ending = await self._blame(await self._attempt(lease))
         except asyncio.CancelledError:
             ending = Ending(outcome=Outcome.CANCELLED, error="the worker was stopped")
             await self._finish(lease.key, ending, retry=True)  # no fault of the rollout
@@ -207,6 +211,15 @@ class RolloutWorker:
         if clock.expired():  # also where the agent swallowed its cancellation
             return Ending(outcome=Outcome.TIMEOUT, error=f"not done after {agent.timeout_s:g} s", output=output)
         return Ending(outcome=Outcome.FINISHED, reward=reward, output=output)
+
+    async def _blame(self, ending: Ending) -> Ending:
+        """An agent that failed while no gateway answered is not at fault. One is waited for, so that the rollouts which
+        run again are not all spent on it."""
+        if ending.outcome is not Outcome.AGENT_ERROR or await is_healthy(self._policy_url):
+            return ending
+        with contextlib.suppress(EngineError):
+            await wait_until_healthy(self._policy_url, _GATEWAY_WAIT)
+        return replace(ending, outcome=Outcome.ENGINE_ERROR, error=f"no gateway answered: {ending.error}"[:300])
 
     async def _value(self, lease: Lease, result: object) -> object:
         """What is to be the reward: the score, or the result; a command can only print its own as text."""

@@ -1,10 +1,11 @@
 """What distribution costs: rollouts per second of several simulated nodes over one with as many workers, as JSON.
 
-    sudo python benchmarks/nodes.py        # root, for network namespaces; Linux
+    python benchmarks/nodes.py        # as root, for network namespaces; Linux
 
 Both have the same cores, this machine's, so nothing is gained by the nodes: the ratio is what their gateways, proxies
-and messages between them cost. The toy model's run (experiment=toy, without an evaluation), a new cluster each time,
-in turns; medians of the rounds, of the seconds of whole steps without the first two.
+and messages between them cost. The toy model's run (experiment=toy, without an evaluation) is started on each of two
+clusters. They then take turns of a few seconds, in which the other is frozen (SIGSTOP): a machine's speed may change by
+a third within minutes, and that must not look like a cost. Medians of the rounds.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import TracebackType
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "stack"))
@@ -24,36 +29,97 @@ sys.path.insert(0, str(ROOT / "tests" / "stack"))
 from hosts import Hosts, can_be_made  # noqa: E402
 
 GROUPS, GROUP_SIZE = 16, 8
-SKIPPED = 2
+CPUS = 2
+"""Of a node; of one alone, as many as all of them have."""
+SKIPPED = 3
+"""Steps before anything is measured."""
+START_SECONDS = 240
 
 
-def rollouts_per_s(nodes: int, workers: int, steps: int) -> float:
-    words = ["train", "experiment=toy", f"steps={steps + SKIPPED}", "eval_every=0", "checkpoint_every=0", "name=run"]
-    words += [f"algorithm.tasks_per_step={GROUPS}", f"algorithm.rollouts_per_task={GROUP_SIZE}"]
-    words += [f"rollout.workers={workers}", f"serving.replicas={workers}"]
-    with tempfile.TemporaryDirectory() as folder, Hosts() as hosts:
-        for _ in range(nodes - 1):
-            hosts.join()
-        words += [f"hardware.address={hosts.address}", f"runs_dir={folder}"]
-        command = hosts.head.command(sys.executable, "-m", "agent_lightning.cli", *words)
-        subprocess.run(command, check=True, cwd=ROOT, env=hosts.environment, stdout=sys.stderr)
-        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    seconds = [line["time/step"] for line in lines if line.get("time/step") and line["step"] > SKIPPED]
-    return GROUPS * GROUP_SIZE * len(seconds) / sum(seconds)
+class Cluster:
+    """Of `nodes` hosts; `workers` in the run on it."""
+
+    def __init__(self, nodes: int, workers: int) -> None:
+        self._nodes, self._workers = nodes, workers
+        self._stack = ExitStack()
+        self.steps = 0
+        self.seconds = 0.0
+
+    def __enter__(self) -> Cluster:
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            hosts = stack.enter_context(Hosts(cpus=CPUS * self._workers // self._nodes))
+            for _ in range(self._nodes - 1):
+                hosts.join()
+            words = ["train", "experiment=toy", "steps=100000", "eval_every=0", "checkpoint_every=0", "name=run"]
+            words += [f"algorithm.tasks_per_step={GROUPS}", f"algorithm.rollouts_per_task={GROUP_SIZE}"]
+            words += [f"rollout.workers={self._workers}", f"serving.replicas={self._workers}"]
+            words += [f"hardware.address={hosts.address}", f"runs_dir={folder}"]
+            command = hosts.head.command(sys.executable, "-m", "agent_lightning.cli", *words)
+            run = subprocess.Popen(command, cwd=ROOT, env=hosts.environment, stdout=sys.stderr)
+            self._metrics = Path(folder) / "run" / "metrics.jsonl"
+            deadline = time.monotonic() + START_SECONDS
+            while self._done() < SKIPPED:
+                if run.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(f"the run on {self._nodes} nodes does not start")
+                time.sleep(0.2)
+            self._pids = hosts.pids()
+            stack.callback(self._send, signal.SIGCONT)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def freeze(self) -> None:
+        self._send(signal.SIGSTOP)
+
+    def turn(self, seconds: float) -> None:
+        """Run for so long. A step that the freeze interrupts goes on in the next turn."""
+        before, started = self._done(), time.monotonic()
+        self._send(signal.SIGCONT)
+        time.sleep(seconds)
+        self.freeze()
+        self.seconds += time.monotonic() - started
+        self.steps += self._done() - before
+
+    def rate(self) -> float:
+        """Rollouts per second of the turns since it was last asked for."""
+        found = GROUPS * GROUP_SIZE * self.steps / self.seconds
+        self.steps, self.seconds = 0, 0.0
+        return found
+
+    def _done(self) -> int:
+        return self._metrics.read_text().count('"time/step"') if self._metrics.exists() else 0
+
+    def _send(self, number: signal.Signals) -> None:
+        for pid in self._pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=10, help="of each cluster in a round")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a turn")
     options = parser.parse_args()
     if not can_be_made():
         raise SystemExit("network namespaces need root and `ip`")
     measured: dict[int, list[float]] = {1: [], options.nodes: []}
-    for turn in range(options.rounds):
-        for nodes in sorted(measured, reverse=bool(turn % 2)):
-            measured[nodes].append(rollouts_per_s(nodes, options.nodes, options.steps))
+    with ExitStack() as stack:
+        clusters = {nodes: stack.enter_context(Cluster(nodes, options.nodes)) for nodes in measured}
+        for cluster in clusters.values():
+            cluster.freeze()
+        for _ in range(options.rounds):
+            for _ in range(options.turns):
+                for cluster in clusters.values():
+                    cluster.turn(options.seconds)
+            for nodes, cluster in clusters.items():
+                measured[nodes].append(cluster.rate())
     medians = {nodes: statistics.median(values) for nodes, values in measured.items()}
     result = {
         "benchmark": "nodes",

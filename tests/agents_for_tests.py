@@ -90,10 +90,22 @@ class SmallGateway:
 
 
 @asynccontextmanager
-async def small_gateway(buffer: Buffer) -> AsyncIterator[str]:
+async def small_gateway(buffer: Buffer, up: asyncio.Event | None = None) -> AsyncIterator[str]:
+    """Where it is not `up`, all get the 404 of a proxy that has no gateway."""
     from aiohttp import web
 
-    application = web.Application()
+    @web.middleware
+    async def proxy(request: web.Request, handler: Any) -> web.StreamResponse:
+        if up is not None and not up.is_set():
+            raise web.HTTPNotFound(text="no such route")
+        answer: web.StreamResponse = await handler(request)
+        return answer
+
+    async def health(request: web.Request) -> web.Response:
+        return web.Response()
+
+    application = web.Application(middlewares=[proxy])
+    application.router.add_get("/health", health)
     path = "/rollout/{rollout}/attempt/{attempt}/{secret}/{agent}/v1/chat/completions"
     application.router.add_post(path, SmallGateway(buffer).chat)
     runner = web.AppRunner(application)

@@ -339,20 +339,3 @@ def _cause(name: str, error: Exception) -> str:
     texts = [d.message for d in application.deployments.values() if d.message] if application else []
     lines: list[str] = [line.strip() for text in texts for line in text.splitlines() if "Error" in line]
     return (lines or [str(error).splitlines()[0]])[-1][:500]
-
-
-async def wait_until_healthy(url: str, timeout: float) -> None:
-    """Poll the gateway until it answers. Raises EngineError after `timeout` seconds."""
-    import aiohttp
-
-    deadline = time.monotonic() + timeout
-    async with aiohttp.ClientSession() as session:
-        while time.monotonic() < deadline:
-            try:
-                async with session.get(f"{url}/health") as response:
-                    if response.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.1)
-    raise EngineError(f"the gateway at {url} did not answer within {timeout:.0f} s")

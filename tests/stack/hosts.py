@@ -5,7 +5,8 @@
         run = subprocess.Popen(hosts.head.command("agl", "train", ...), env=hosts.environment)
         hosts.kill(other)                   # as if its plug were pulled
 
-All of them see the same files, as those of a cluster with a shared file system do.
+All of them see the same files, as those of a cluster with a shared file system do, but for Ray's own, which are on a
+disk of each: one node's log monitor would else read and send the lines of all.
 """
 
 from __future__ import annotations
@@ -53,9 +54,8 @@ class Host:
 
     def processes(self, title: str = "") -> list[psutil.Process]:
         """Those on this host whose command line has `title` in it."""
-        pids = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True).stdout.split()
         found = []
-        for pid in map(int, pids):
+        for pid in self.pids():
             try:
                 process = psutil.Process(pid)
                 if title in " ".join(process.cmdline()):
@@ -63,6 +63,11 @@ class Host:
             except psutil.NoSuchProcess:
                 continue
         return found
+
+    def pids(self) -> list[int]:
+        """Of all processes on this host."""
+        words = ["ip", "netns", "pids", self.namespace]
+        return [int(pid) for pid in subprocess.run(words, capture_output=True, text=True).stdout.split()]
 
     def received(self) -> int:
         """Bytes that have come to it from other hosts."""
@@ -78,6 +83,7 @@ class Hosts:
         self._subnet = f"10.{77 + os.getpid() % 100}.{secrets.randbelow(250)}"
         self._made: list[Host] = []
         self._folder = tempfile.mkdtemp(prefix="agl-hosts-")
+        self._disks = tempfile.mkdtemp(prefix="agl-disks-")
         kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         self.environment = kept | {
             "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -106,6 +112,10 @@ class Hosts:
         """Of the cluster."""
         return f"{self.head.address}:{PORT}"
 
+    def pids(self) -> list[int]:
+        """Of all processes on all of them."""
+        return [pid for host in self._made for pid in host.pids()]
+
     def join(self) -> Host:
         """One more host, with a Ray node."""
         number = len(self._made) + 1
@@ -119,7 +129,10 @@ class Hosts:
         _ip("-n", host.namespace, "link", "set", "lo", "up")
         role = ["--head", f"--port={PORT}", "--temp-dir", self._folder] if number == 1 else ["--address", self.address]
         ray = ["ray", "start", *role, f"--node-ip-address={host.address}", f"--num-cpus={self._cpus}"]
-        command = host.command(str(BIN / ray[0]), *ray[1:], "--object-store-memory=300000000")
+        disk = tempfile.mkdtemp(prefix="disk-", dir=self._disks) if number > 1 else self._folder
+        # `ip netns exec` has a mount namespace of its own, which Ray's processes inherit.
+        start = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', disk, self._folder]
+        command = host.command(*start, str(BIN / ray[0]), *ray[1:], "--object-store-memory=300000000")
         log = Path(self._folder) / f"start-{number}.log"
         with log.open("w") as out:
             code = subprocess.call(command, env=self.environment, stdout=out, stderr=out, timeout=READY_SECONDS)
@@ -139,7 +152,8 @@ class Hosts:
             _end(host)
             subprocess.call(["ip", "netns", "del", host.namespace])
         subprocess.call(["ip", "link", "del", self._name])
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for folder in (self._folder, self._disks):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _ip(*words: str) -> None:

@@ -111,6 +111,24 @@ def test_kill_9_of_the_driver_leaves_nothing_and_the_run_is_resumed(tmp_path: Pa
     assert summary_of(run)["steps"] == done + 3
 
 
+@pytest.mark.parametrize("part", ["gcs/gcs_server", "raylet/raylet "])
+def test_kill_9_of_rays_head_ends_the_run_which_is_resumed(part: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ("steps=400", "eval_every=0", "checkpoint_every=2", f"runs_dir={tmp_path}", "name=run")
+    with running("train", "experiment=toy", *settings) as process:
+        wait_for_steps(run, process, 5)
+        started = psutil.Process(process.pid).children(recursive=True)
+        (pid,) = pids_of(process, part)
+        os.kill(pid, signal.SIGKILL)
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode not in (0, None), said
+        _, alive = psutil.wait_procs(started, timeout=150)
+        assert [" ".join(one.cmdline()) for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
+    done = max(steps_of(run))
+    subprocess.run(agl("train", f"resume={run}", f"steps={done + 3}"), cwd=ROOT, check=True, timeout=300)
+    assert summary_of(run)["steps"] == done + 3
+
+
 def test_kill_9_of_vllms_engine_and_of_the_learner(tmp_path: Path) -> None:
     run = tmp_path / "run"
     small = ("data.train.num=400", "data.val.num=8", "algorithm.tasks_per_step=8", "rollout.concurrency=32")
