@@ -3,15 +3,16 @@
     python benchmarks/journal.py > journal.jsonl
 
 rollouts: --concurrent rollouts at a time, each two calls through the gateway over HTTP, in one process with the toy
-engine; every configuration in turn, --rounds times over, and the medians. The agent is a bare HTTP client, so that the
-system is measured and not the agent. appends: calls of --tokens tokens that --concurrent clients wait for. replay: a
-journal of --replay-mib MiB of such calls, read by a new buffer.
+engine; every configuration in turn, another one first each time, --rounds times over, and the medians. The agent is a
+bare HTTP client, so that the system is measured and not the agent. appends: calls of --tokens tokens that --concurrent
+clients wait for. replay: a journal of --replay-mib MiB of such calls, read by a new buffer.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import shutil
 import statistics
@@ -144,7 +145,8 @@ def main() -> None:
         kinds: list[str] = ["none", *FSYNC]
         measured: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
         for number in range(options.rounds):
-            for kind in kinds:
+            for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
+                gc.collect()  # what the one before has left is not this one's price
                 config = None
                 if kind != "none":
                     config = JournalConfig(path=root / f"{number}-{kind}", fsync=kind)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@
 Both have the same cores, this machine's, so nothing is gained by the nodes: the ratio is what their gateways, proxies
 and messages between them cost. The toy model's run (experiment=toy, without an evaluation) is started on each of two
 clusters. They then take turns of a few seconds, in which the other is frozen (SIGSTOP): a machine's speed may change by
-a third within minutes, and that must not look like a cost. Medians of the rounds.
+a third within minutes, and that must not look like a cost. The ratio is the median of those of the rounds.
 """
 
 from __future__ import annotations
@@ -120,13 +120,13 @@ def main() -> None:
                     cluster.turn(options.seconds)
             for nodes, cluster in clusters.items():
                 measured[nodes].append(cluster.rate())
-    medians = {nodes: statistics.median(values) for nodes, values in measured.items()}
+    ratios = [several / one for one, several in zip(*(measured[nodes] for nodes in (1, options.nodes)), strict=True)]
     result = {
         "benchmark": "nodes",
         "cores": os.cpu_count(),
         "workers": options.nodes,
         "rollouts_per_s": {str(nodes): [round(one, 1) for one in values] for nodes, values in measured.items()},
-        "ratio": round(medians[options.nodes] / medians[1], 3),
+        "ratio": round(statistics.median(ratios), 3),
     }
     sys.stdout.write(json.dumps(result) + "\n")
 

@@ -35,6 +35,8 @@ SERVE_ENVIRONMENT = {
     # By the path up to the attempt: all requests of an attempt are of one gateway, which knows its first answers and
     # what it has in flight.
     "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "uri depth 5",
+    # Else Python reads a line of HAProxy's log for each request.
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     # On a busy laptop a proxy takes longer to come up than Serve's few seconds, after which it would be killed.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
@@ -226,7 +228,7 @@ def start(
     try:
         _wait_for_controller(proxy)
         # The replicas start while the proxy does: Serve's own `start` would have them wait for it.
-        serve.run(app, name=name, route_prefix=f"/{name}", external_scaler_enabled=True)
+        serve.run(app, name=name, route_prefix=f"/{name}", external_scaler_enabled=True, logging_config=_QUIET)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
         if proxy.done():
             proxy.result()  # the first to fail says why
@@ -235,6 +237,10 @@ def start(
         wait((proxy,))
     proxy.result()
     return Service(url=f"{_root()}/{name}", app=name, gateway=f"{name}-gateway")
+
+
+_QUIET = {"enable_access_log": False}
+"""A line for each call, in two places, would say nothing that the spans do not."""
 
 
 def _root() -> str:
