@@ -1,11 +1,13 @@
 """What distribution costs: rollouts per second of several simulated nodes over one with as many workers, as JSON.
 
-    python benchmarks/nodes.py        # as root, for network namespaces; Linux
+    python benchmarks/nodes.py                        # as root, for network namespaces; Linux
+    python benchmarks/nodes.py --experiment calc_tiny # with a model that is served by vLLM and trained by veRL
 
 Both have the same cores, this machine's, so nothing is gained by the nodes: the ratio is what their gateways, proxies
-and messages between them cost. The toy model's run (experiment=toy, without an evaluation) is started on each of two
-clusters. They then take turns of a few seconds, in which the other is frozen (SIGSTOP): a machine's speed may change by
-a third within minutes, and that must not look like a cost. The ratio is the median of those of the rounds.
+and messages between them cost, of the rollouts of this experiment: those of the toy cost nearly nothing else. The same
+run, without evaluations and at a rate at which nothing is learned, is started on each of two clusters. They then take
+turns of a few seconds, in which the other is frozen (SIGSTOP): a machine's speed may change by a third within minutes,
+and that must not look like a cost. The ratio is the median of those of the rounds.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ sys.path.insert(0, str(ROOT / "tests" / "stack"))
 
 from hosts import Hosts, can_be_made  # noqa: E402
 
-GROUPS, GROUP_SIZE = 16, 8
+GROUP_SIZE = 8
+SETTINGS = {
+    "toy": ("algorithm.tasks_per_step=16", "serving.replicas=4"),
+    "calc_tiny": ("algorithm.tasks_per_step=4", "data.val.num=8", "rollout.concurrency=32", "learner.threads=1"),
+}
 CPUS = 2
 """Of a node; of one alone, as many as all of them have."""
 SKIPPED = 3
@@ -37,10 +43,10 @@ START_SECONDS = 240
 
 
 class Cluster:
-    """Of `nodes` hosts; `workers` in the run on it."""
+    """Of `nodes` hosts; `workers` in the run of `experiment` on it."""
 
-    def __init__(self, nodes: int, workers: int) -> None:
-        self._nodes, self._workers = nodes, workers
+    def __init__(self, experiment: str, nodes: int, workers: int) -> None:
+        self._experiment, self._nodes, self._workers = experiment, nodes, workers
         self._stack = ExitStack()
         self.steps = 0
         self.seconds = 0.0
@@ -51,10 +57,10 @@ class Cluster:
             hosts = stack.enter_context(Hosts(cpus=CPUS * self._workers // self._nodes))
             for _ in range(self._nodes - 1):
                 hosts.join()
-            words = ["train", "experiment=toy", "steps=100000", "eval_every=0", "checkpoint_every=0", "name=run"]
-            words += [f"algorithm.tasks_per_step={GROUPS}", f"algorithm.rollouts_per_task={GROUP_SIZE}"]
-            words += [f"rollout.workers={self._workers}", f"serving.replicas={self._workers}"]
-            words += [f"hardware.address={hosts.address}", f"runs_dir={folder}"]
+            words = ["train", f"experiment={self._experiment}", *SETTINGS[self._experiment], "steps=100000", "name=run"]
+            words += ["eval_every=0", "checkpoint_every=0", "algorithm.lr=1e-9", f"rollout.workers={self._workers}"]
+            words += [f"algorithm.rollouts_per_task={GROUP_SIZE}", f"hardware.address={hosts.address}"]
+            words += [f"runs_dir={folder}"]
             command = hosts.head.command(sys.executable, "-m", "agent_lightning.cli", *words)
             run = subprocess.Popen(command, cwd=ROOT, env=hosts.environment, stdout=sys.stderr)
             self._metrics = Path(folder) / "run" / "metrics.jsonl"
@@ -87,7 +93,8 @@ class Cluster:
 
     def rate(self) -> float:
         """Rollouts per second of the turns since it was last asked for."""
-        found = GROUPS * GROUP_SIZE * self.steps / self.seconds
+        groups = int(SETTINGS[self._experiment][0].rpartition("=")[2])
+        found = groups * GROUP_SIZE * self.steps / self.seconds
         self.steps, self.seconds = 0, 0.0
         return found
 
@@ -102,6 +109,7 @@ class Cluster:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", choices=SETTINGS, default="toy")
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=10, help="of each cluster in a round")
@@ -111,7 +119,7 @@ def main() -> None:
         raise SystemExit("network namespaces need root and `ip`")
     measured: dict[int, list[float]] = {1: [], options.nodes: []}
     with ExitStack() as stack:
-        clusters = {nodes: stack.enter_context(Cluster(nodes, options.nodes)) for nodes in measured}
+        clusters = {nodes: stack.enter_context(Cluster(options.experiment, nodes, options.nodes)) for nodes in measured}
         for cluster in clusters.values():
             cluster.freeze()
         for _ in range(options.rounds):
@@ -123,6 +131,7 @@ def main() -> None:
     ratios = [several / one for one, several in zip(*(measured[nodes] for nodes in (1, options.nodes)), strict=True)]
     result = {
         "benchmark": "nodes",
+        "experiment": options.experiment,
         "cores": os.cpu_count(),
         "workers": options.nodes,
         "rollouts_per_s": {str(nodes): [round(one, 1) for one in values] for nodes, values in measured.items()},

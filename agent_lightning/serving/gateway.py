@@ -59,6 +59,8 @@ WIRES: Mapping[str, Wire] = {
     "v1/messages": Messages(),
 }
 """The formats that agents speak, by the end of the path."""
+_ATTEMPTS = 16_384
+"""That a gateway remembers, those it heard of last: many times those that run at once."""
 _COUNT = "v1/messages/count_tokens"
 _TRACES = "v1/traces"
 
@@ -158,7 +160,8 @@ class Gateway:
     def _attempt(self, key: RolloutKey) -> Attempt:
         """What is remembered of an attempt whose secret was right."""
         attempt = self._attempts.setdefault(key, Attempt())
-        while len(self._attempts) > 65536:
+        self._attempts.move_to_end(key)
+        while len(self._attempts) > _ATTEMPTS:
             self._attempts.popitem(last=False)
         return attempt
 
