@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import psutil
 import pytest
 
 from agent_lightning.archive import read_rollouts
+from agent_lightning.config import load
+from agent_lightning.preflight import load_tasks
+from agent_lightning.tasks import TaskCursor
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(580)]
 ROOT = Path(__file__).parents[2]
@@ -101,6 +105,17 @@ def test_the_run_goes_on_from_there_and_keeps_its_books(stopped: tuple[Path, int
     assert summary["versions"] > before["versions"]
     assert_accounted(summary)
     assert_files(run)
+    assert_none_is_repeated_or_missing(run, steps)
+
+
+def assert_none_is_repeated_or_missing(run: Path, steps: int) -> None:
+    """Each step has the tasks that it would have had without the interruption, and each of their rollouts once."""
+    rows = [row for row in read_rollouts(run).to_pylist() if row["split"] == "train"]
+    assert len({row["rollout_id"] for row in rows}) == len(rows)
+    tasks, cursor = load_tasks(load(SMALL), "train"), TaskCursor(seed=0)
+    for step in range(1, steps + 1):
+        wanted = Counter({task.task_id: 8 for task in cursor.next(tasks, 8)})
+        assert Counter(row["task_id"] for row in rows if row["step"] == step) == wanted, step
 
 
 def assert_accounted(summary: dict[str, Any]) -> None:
