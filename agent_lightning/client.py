@@ -288,13 +288,15 @@ async def close(rollout: Rollout) -> None:
     A coroutine's last spans may end a moment after it: asynchronous generators are closed by the event loop.
     """
     spans = _processor()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_LAST_SPANS):
-            while spans.runs(rollout):  # ends with the spans, or the timeout
-                await asyncio.sleep(0.005)
-    if spans.waits(rollout):
-        await asyncio.to_thread(flush, rollout)
-    spans.forget(rollout)
+    try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_SPANS):
+                while spans.runs(rollout):  # ends with the spans, or the timeout
+                    await asyncio.sleep(0.005)
+        if spans.waits(rollout):
+            await asyncio.to_thread(flush, rollout)
+    finally:  # also where this is cancelled
+        spans.forget(rollout)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import aiohttp
 from agent_lightning.errors import EngineError
 
 _PAUSE = 0.1
-_ANSWER_SECONDS = 5.0
+_ANSWER_SECONDS = 3.0
 
 
 async def is_healthy(url: str) -> bool:

@@ -99,7 +99,7 @@ async def system(
         serving = begun(start, "serving")
         build: Callable[[], Learner | None] = partial(_build_learner, config, model) if train else _nothing
         learning = begun(build, "learner")
-        if not own:  # one's own cluster ends with all that is in it, or starts there; Serve would take half a minute
+        if not own:  # one's own cluster ends with all that is in it, or starts there
             stack.callback(_stop, serving)
         service, learner = await _both(serving, learning)
         await wait_until_healthy(service.url, timeout=60.0)

@@ -31,15 +31,24 @@ sys.path.insert(0, str(ROOT / "tests" / "stack"))
 from hosts import Hosts, can_be_made  # noqa: E402
 
 GROUP_SIZE = 8
-SETTINGS = {
-    "toy": ("algorithm.tasks_per_step=16", "serving.replicas=4"),
-    "calc_tiny": ("algorithm.tasks_per_step=4", "data.val.num=8", "rollout.concurrency=32", "learner.threads=1"),
-}
+TASKS = {"toy": 16, "calc_tiny": 4}
+"""Of a step, by experiment."""
 CPUS = 2
 """Of a node; of one alone, as many as all of them have."""
 SKIPPED = 3
 """Steps before anything is measured."""
 START_SECONDS = 240
+
+
+def words_of(experiment: str, workers: int) -> list[str]:
+    """A run that goes on until it is ended, in which nothing is evaluated, saved or learned."""
+    of_one = {
+        "toy": [f"serving.replicas={workers}"],  # one for each node
+        "calc_tiny": ["data.val.num=8", "rollout.concurrency=32", "learner.threads=1"],
+    }
+    words = ["train", f"experiment={experiment}", "steps=100000", "eval_every=0", "checkpoint_every=0", "name=run"]
+    words += ["algorithm.lr=1e-9", f"algorithm.tasks_per_step={TASKS[experiment]}", f"rollout.workers={workers}"]
+    return [*words, f"algorithm.rollouts_per_task={GROUP_SIZE}", *of_one[experiment]]
 
 
 class Cluster:
@@ -57,10 +66,8 @@ class Cluster:
             hosts = stack.enter_context(Hosts(cpus=CPUS * self._workers // self._nodes))
             for _ in range(self._nodes - 1):
                 hosts.join()
-            words = ["train", f"experiment={self._experiment}", *SETTINGS[self._experiment], "steps=100000", "name=run"]
-            words += ["eval_every=0", "checkpoint_every=0", "algorithm.lr=1e-9", f"rollout.workers={self._workers}"]
-            words += [f"algorithm.rollouts_per_task={GROUP_SIZE}", f"hardware.address={hosts.address}"]
-            words += [f"runs_dir={folder}"]
+            words = words_of(self._experiment, self._workers)
+            words += [f"hardware.address={hosts.address}", f"runs_dir={folder}"]
             command = hosts.head.command(sys.executable, "-m", "agent_lightning.cli", *words)
             run = subprocess.Popen(command, cwd=ROOT, env=hosts.environment, stdout=sys.stderr)
             self._metrics = Path(folder) / "run" / "metrics.jsonl"
@@ -93,8 +100,7 @@ class Cluster:
 
     def rate(self) -> float:
         """Rollouts per second of the turns since it was last asked for."""
-        groups = int(SETTINGS[self._experiment][0].rpartition("=")[2])
-        found = groups * GROUP_SIZE * self.steps / self.seconds
+        found = TASKS[self._experiment] * GROUP_SIZE * self.steps / self.seconds
         self.steps, self.seconds = 0, 0.0
         return found
 
@@ -109,7 +115,7 @@ class Cluster:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", choices=SETTINGS, default="toy")
+    parser.add_argument("--experiment", choices=TASKS, default="toy")
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=10, help="of each cluster in a round")

@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,14 +90,23 @@ class SmallGateway:
         return web.json_response({"answer": body["number"] * 2, "left": left})
 
 
+@dataclass(slots=True)
+class Outage:
+    """Of a gateway."""
+
+    refused: int = 0
+    over: bool = False
+
+
 @asynccontextmanager
-async def small_gateway(buffer: Buffer, up: asyncio.Event | None = None) -> AsyncIterator[str]:
-    """Where it is not `up`, all get the 404 of a proxy that has no gateway."""
+async def small_gateway(buffer: Buffer, outage: Outage | None = None) -> AsyncIterator[str]:
+    """In an `outage`, all get the 404 of a proxy that has no gateway."""
     from aiohttp import web
 
     @web.middleware
     async def proxy(request: web.Request, handler: Any) -> web.StreamResponse:
-        if up is not None and not up.is_set():
+        if outage is not None and not outage.over:
+            outage.refused += 1
             raise web.HTTPNotFound(text="no such route")
         answer: web.StreamResponse = await handler(request)
         return answer

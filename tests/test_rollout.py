@@ -391,15 +391,16 @@ async def test_an_engine_error_is_tried_again() -> None:
 
 
 async def test_an_agent_that_met_no_gateway_is_not_at_fault_and_runs_again_once_there_is_one() -> None:
-    buffer, up = Buffer(run_secret=RUN_SECRET, retries=Retries(max_attempts=2)), asyncio.Event()
-    async with small_gateway(buffer, up) as url, asyncio.timeout(20), asyncio.TaskGroup() as group:
+    buffer, outage = Buffer(run_secret=RUN_SECRET, retries=Retries(max_attempts=2)), agents.Outage()
+    async with small_gateway(buffer, outage) as url, asyncio.timeout(20), asyncio.TaskGroup() as group:
         worker = RolloutWorker(buffer=buffer, agent=make_spec(agents.does), policy_url=url, model="m")
         group.create_task(worker.run())
         await buffer.admit(make_task(3, do="return"), split="train", num_rollouts=1)
-        await asyncio.sleep(1.0)
+        while outage.refused < 4:  # the agent's own calls, and the worker's questions after them
+            await asyncio.sleep(0.01)
         stats = await buffer.stats()
         assert (stats.running, stats.retried) == (1, 0)  # it waits, and spends no attempt
-        up.set()
+        outage.over = True
         (taken,) = await buffer.take(1, split="train")
         await worker.stop()
     (trajectory,) = taken.trajectories
