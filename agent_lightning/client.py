@@ -283,12 +283,9 @@ def flush(rollout: Rollout) -> None:
 
 
 async def close(rollout: Rollout) -> None:
-    """Send what waits, at the end of a rollout: spans that end later are no part of it.
-
-    A coroutine's last spans may end a moment after it: asynchronous generators are closed by the event loop.
-    """
+    """Send what waits, at the end of a rollout: spans that end later are no part of it."""
     spans = _processor()
-    try:
+    try:  # a coroutine's last spans may end a moment after it: the event loop closes its asynchronous generators
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_SPANS):
                 while spans.runs(rollout):  # ends with the spans, or the timeout
