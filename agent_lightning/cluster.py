@@ -242,7 +242,8 @@ def on_node(node_id: str) -> dict[str, Any]:
 
 async def call_on(node_id: str, function: Callable[..., T], *args: Any) -> T:
     """Run a function of a module on a node. Raises what it raises, or EngineError where the node is lost."""
-    task = ray.remote(num_cpus=0, max_retries=0)(function).options(**on_node(node_id))
+    # Its process ends with it: an idle one would take memory, and a hundredth of a core, for as long as the run lasts.
+    task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(function).options(**on_node(node_id))
     try:
         return cast(T, await task.remote(*args))
     except ray.exceptions.RayTaskError as error:
