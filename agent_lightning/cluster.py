@@ -157,6 +157,7 @@ def init_ray(
         return False
     address = joins(address)
     if address is None:
+        os.environ.update({**NODE_ENVIRONMENT, **os.environ})
         mark = os.environ[CLUSTER] = f"{os.getpid()}.{uuid.uuid4().hex}"  # inherited by all that Ray starts
         _guards.append(guard(CLUSTER, mark, grace_s=_GRACE_S))
         try:
@@ -186,6 +187,14 @@ def init_ray(
         ) from error
     return False
 
+
+NODE_ENVIRONMENT: Mapping[str, str] = {
+    # Else it lists the folder of all logs ten times a second, and not twice.
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    # How often the dashboard's agent measures every process; Ray's own value is 5 seconds.
+    "REPORTER_UPDATE_INTERVAL_MS": "15000",
+}
+"""Of what Ray runs on each node beside the workers: a node of two cores has little to spare. Read by `ray start`."""
 
 _passed_on: dict[str, str] = {}
 _guards: Final[list[subprocess.Popen[bytes]]] = []

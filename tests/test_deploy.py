@@ -17,6 +17,7 @@ import ray
 import yaml
 
 from agent_lightning import __version__, placement
+from agent_lightning.cluster import NODE_ENVIRONMENT
 from agent_lightning.config import load
 
 ROOT = Path(__file__).parents[1]
@@ -149,11 +150,13 @@ def test_the_job_runs_an_experiment_that_its_cluster_can_hold() -> None:
     assert placement.missing(placement.groups(load(overrides)), nodes) == []
 
 
-def test_the_image_has_the_versions_of_the_project() -> None:
+def test_the_image_has_the_versions_and_the_settings_of_the_project() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     assert re.search(r"^ARG RAY_VERSION=(\S+)$", text, re.MULTILINE)[1] == pinned_ray()  # type: ignore[index]
     assert f"-t {IMAGE}" in text
     assert PROJECT["version"] == __version__
+    (environment,) = re.findall(r"^ENV (.+)$", text, re.MULTILINE)
+    assert environment.split() == [f"{key}={value}" for key, value in NODE_ENVIRONMENT.items()]
     for copied in re.findall(r"^COPY --chown=ray (.+) \S+$", text, re.MULTILINE):
         assert all((ROOT / one).exists() for one in copied.split())
 

@@ -35,6 +35,8 @@ SERVE_ENVIRONMENT = {
     # By the path up to the attempt: all requests of an attempt are of one gateway, which knows its first answers and
     # what it has in flight.
     "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "uri depth 5",
+    # One thread of it passes on more than a node's gateway, which is Python, can answer.
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     # Else Python reads a line of HAProxy's log for each request.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     # Serve's own counts, ten times a second in each of its processes, which Ray reads every ten seconds.
@@ -85,7 +87,7 @@ class _HandleEngine:
     that takes its place, unless the agent has seen a part of the answer."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        # Over gRPC and not as calls of actors, which take more processor time.
+        # Over gRPC and not as calls of actors, whose answers take the way of Ray's objects.
         self._handle = handle.options(_by_reference=False)
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:

@@ -25,6 +25,8 @@ from types import TracebackType
 
 import psutil
 
+from agent_lightning.cluster import NODE_ENVIRONMENT
+
 BIN = Path(sys.executable).parent
 PORT = 6379
 READY_SECONDS = 180.0
@@ -91,6 +93,7 @@ class Hosts:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
+            **NODE_ENVIRONMENT,
         }
 
     def __enter__(self) -> Hosts:
