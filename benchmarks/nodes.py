@@ -7,7 +7,8 @@ Both have the same cores, this machine's, so nothing is gained by the nodes: the
 and messages between them cost, of the rollouts of this experiment: those of the toy cost nearly nothing else. The same
 run, without evaluations and at a rate at which nothing is learned, is started on each of two clusters. They then take
 turns of a few seconds, in which the other is frozen (SIGSTOP): a machine's speed may change by a third within minutes,
-and that must not look like a cost. The ratio is the median of those of the rounds.
+and that must not look like a cost. One start of the same may be a tenth faster than another, so there are several; each
+gives the ratio of what its clusters made in all turns, and the result is the median of these.
 """
 
 from __future__ import annotations
@@ -99,10 +100,8 @@ class Cluster:
         self.steps += self._done() - before
 
     def rate(self) -> float:
-        """Rollouts per second of the turns since it was last asked for."""
-        found = TASKS[self._experiment] * GROUP_SIZE * self.steps / self.seconds
-        self.steps, self.seconds = 0, 0.0
-        return found
+        """Rollouts per second of its turns."""
+        return TASKS[self._experiment] * GROUP_SIZE * self.steps / self.seconds
 
     def _done(self) -> int:
         return self._metrics.read_text().count('"time/step"') if self._metrics.exists() else 0
@@ -113,35 +112,39 @@ class Cluster:
                 os.kill(pid, number)
 
 
+def one_start(experiment: str, nodes: int, turns: int, seconds: float) -> dict[int, float]:
+    """Rollouts per second by number of nodes."""
+    with ExitStack() as stack:
+        clusters = {number: stack.enter_context(Cluster(experiment, number, nodes)) for number in (1, nodes)}
+        for cluster in clusters.values():
+            cluster.freeze()
+        for _ in range(turns):
+            for cluster in clusters.values():
+                cluster.turn(seconds)
+        return {number: cluster.rate() for number, cluster in clusters.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", choices=TASKS, default="toy")
     parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--turns", type=int, default=10, help="of each cluster in a round")
+    parser.add_argument("--starts", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=20, help="of each cluster after a start")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a turn")
     options = parser.parse_args()
     if not can_be_made():
         raise SystemExit("network namespaces need root and `ip`")
-    measured: dict[int, list[float]] = {1: [], options.nodes: []}
-    with ExitStack() as stack:
-        clusters = {nodes: stack.enter_context(Cluster(options.experiment, nodes, options.nodes)) for nodes in measured}
-        for cluster in clusters.values():
-            cluster.freeze()
-        for _ in range(options.rounds):
-            for _ in range(options.turns):
-                for cluster in clusters.values():
-                    cluster.turn(options.seconds)
-            for nodes, cluster in clusters.items():
-                measured[nodes].append(cluster.rate())
-    ratios = [several / one for one, several in zip(*(measured[nodes] for nodes in (1, options.nodes)), strict=True)]
+    measured: list[dict[int, float]] = []
+    for _ in range(options.starts):
+        measured.append(one_start(options.experiment, options.nodes, options.turns, options.seconds))
+        sys.stderr.write(f"{measured[-1]}\n")
     result = {
         "benchmark": "nodes",
         "experiment": options.experiment,
         "cores": os.cpu_count(),
         "workers": options.nodes,
-        "rollouts_per_s": {str(nodes): [round(one, 1) for one in values] for nodes, values in measured.items()},
-        "ratio": round(statistics.median(ratios), 3),
+        "rollouts_per_s": {str(number): [round(one[number], 1) for one in measured] for number in (1, options.nodes)},
+        "ratio": round(statistics.median(one[options.nodes] / one[1] for one in measured), 3),
     }
     sys.stdout.write(json.dumps(result) + "\n")
 

@@ -41,6 +41,8 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     # Serve's own counts, ten times a second in each of its processes, which Ray reads every ten seconds.
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
+    # Serve's controller copies what it knows of every replica in each turn, by default ten times a second.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
     # Serve keeps a gateway that is to end for half a minute, for load balancers other than its own.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     # On a busy laptop a proxy takes longer to come up than Serve's few seconds, after which it would be killed.
