@@ -128,8 +128,7 @@ def _many(options: argparse.Namespace) -> int:
 
     words, resume = _resume(options.overrides)
     words = hydra_words(words) if options.multirun else words
-    grid = ["sweep=grid"] if options.command == "train" else []
-    return sweep([*words, *grid], resume=Path(resume) if resume is not None else None)
+    return sweep(words, resume=Path(resume) if resume is not None else None)
 
 
 def _look(options: argparse.Namespace) -> int:

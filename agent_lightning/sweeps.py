@@ -112,7 +112,8 @@ class TrialRecord:
 
 
 def hydra_words(words: Sequence[str]) -> list[str]:
-    """Hydra's own sweeps as ours: algorithm.lr=1e-4,3e-4 -> algorithm.lr=choice(1e-4,3e-4). Raises ConfigError."""
+    """Hydra's own sweeps as ours: algorithm.lr=1e-4,3e-4 -> algorithm.lr=choice(1e-4,3e-4), and every combination,
+    where no `sweep=` says otherwise. Raises ConfigError."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -124,7 +125,7 @@ def hydra_words(words: Sequence[str]) -> list[str]:
         except HydraException as error:
             raise ConfigError(f"{word}: {one_line(error)}") from error
         plain.append(word if values is None else f"{override.get_key_element()}=choice({values})")
-    return plain
+    return plain if any(word.startswith("sweep=") for word in words) else [*plain, "sweep=grid"]
 
 
 def plan_sweep(words: Sequence[str]) -> tuple[SweepPlan, Config]:

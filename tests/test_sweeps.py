@@ -96,8 +96,9 @@ def test_a_short_run_can_be_swept() -> None:
 
 def test_hydras_own_sweeps_are_a_grid() -> None:
     words = hydra_words(["experiment=toy", "algorithm.lr=2.0,4.0", "seed=range(0,3)"])
-    assert words == ["experiment=toy", "algorithm.lr=choice(2.0,4.0)", "seed=choice(0,1,2)"]
-    assert plan_sweep([*words, "sweep=grid"])[0].num_trials == 6
+    assert words == ["experiment=toy", "algorithm.lr=choice(2.0,4.0)", "seed=choice(0,1,2)", "sweep=grid"]
+    assert plan_sweep(words)[0].num_trials == 6
+    assert hydra_words(["seed=0,1", "sweep=random"]) == ["seed=choice(0,1)", "sweep=random"]
 
 
 def test_the_trials_of_a_sweep_are_one_group_and_of_pbt_have_checkpoints() -> None:
