@@ -127,7 +127,7 @@ def _many(options: argparse.Namespace) -> int:
     from agent_lightning.sweeps import hydra_words
 
     words, resume = _resume(options.overrides)
-    words = hydra_words(words) if options.multirun else words
+    words = hydra_words(words) if options.multirun and resume is None else words
     return sweep(words, resume=Path(resume) if resume is not None else None)
 
 
