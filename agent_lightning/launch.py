@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -97,8 +97,7 @@ async def system(
             replica=_toy_replica(config),
         )
         serving = begun(start, "serving")
-        build: Callable[[], Learner | None] = partial(_build_learner, config, model) if train else _nothing
-        learning = begun(build, "learner")
+        learning = begun(partial(_learner, config, model, serving) if train else _nothing, "learner")
         if not own:  # one's own cluster ends with all that is in it, or starts there
             stack.callback(_stop, serving)
         service, learner = await _both(serving, learning)
@@ -190,7 +189,11 @@ def _toy_replica(config: Config) -> MakeReplica | None:
     return partial(ToyReplica, tuple(config.model.words), config.seed, config.model.max_len, in_flight)
 
 
-def _build_learner(config: Config, model: str) -> Learner:
+def _learner(config: Config, model: str, serving: Future[Service]) -> Learner:
+    """Raises EngineError where `serving` did and had to be waited for."""
+    if config.hardware.placement == "together":
+        # vLLM measures what its GPU has free: another process must not take or give back memory meanwhile.
+        serving.result()
     if config.model.words:
         from agent_lightning.toy import ToyLanguage
         from agent_lightning.toy_run import SharedToyLearner

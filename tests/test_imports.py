@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "agent_lightning"
 HEAVY_MODULES = {
     "agent_lightning.cluster",
     "agent_lightning.learners.verl_cpu",
-    "agent_lightning.learners.verl_critic",
+    "agent_lightning.learners.verl_engines",
     "agent_lightning.learners.verl_sft",
     "agent_lightning.jobs",
     "agent_lightning.learners.verl_worker",

@@ -73,7 +73,7 @@ class VerlLearner:
 
     async def publish(self) -> Weights:
         self._version += 1
-        ranks = await asyncio.to_thread(self._group.export_weights, self._config.bucket_bytes)
+        ranks = await asyncio.to_thread(self._group.export_weights, self._config.bucket_bytes, self._config.dtype)
         buckets = tuple(WeightBucket(parameters=tuple(entries), data=ref) for entries, ref in ranks[0])
         return Weights(version=self._version, buckets=buckets)
 

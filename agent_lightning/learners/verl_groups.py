@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -18,7 +19,7 @@ from agent_lightning.types import Batch, Floats
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
-    from verl.workers.config import TrainingWorkerConfig
+    from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 
 Role = Literal["policy", "reference", "critic"]
 
@@ -29,6 +30,8 @@ CPU_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",
 }
 """What makes veRL choose our platform and its device-neutral FSDP engine."""
+GPU_ENVIRONMENT = {"VERL_LOGGING_LEVEL": "WARNING", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""Micro-batches have many lengths: without it the memory that torch holds falls into pieces that fit none of them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -187,14 +190,14 @@ def _start(config: LearnerConfig, role: Role, pool: Any) -> Any:
         ),
         name_prefix=role,
         device_name=config.device,
-        worker_env=CPU_ENVIRONMENT | {"OMP_NUM_THREADS": threads} if on_cpu else {},
+        worker_env=CPU_ENVIRONMENT | {"OMP_NUM_THREADS": threads} if on_cpu else GPU_ENVIRONMENT,
     )
 
 
 def _training(config: LearnerConfig, role: Role) -> TrainingWorkerConfig:
     """What veRL's TrainingWorker is told."""
     from verl.trainer.config import CheckpointConfig
-    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, TrainingWorkerConfig
 
     on_cpu = config.device == "cpu"
     engine = {
@@ -210,22 +213,10 @@ def _training(config: LearnerConfig, role: Role) -> TrainingWorkerConfig:
         "max_token_len_per_gpu": config.max_tokens_per_micro_batch,
         "infer_max_token_len_per_gpu": config.max_tokens_per_micro_batch,
     }
-    override: dict[str, Any] = {"attn_implementation": "sdpa"} if on_cpu else {}
-    if role == "critic":
-        override |= {"architectures": ["ForTokenClassification"], "num_labels": 1, "classifier_dropout": 0.0}
-        # Of what the checkpoint does not have, the value head: values begin at zero, not at random. Transformers
-        # takes 0 for its default.
-        override["initializer_range"] = 1e-6
     return TrainingWorkerConfig(
-        # The critic's is an engine of ours, see verl_critic.
-        model_type="critic" if role == "critic" else "language_model",
-        model_config=HFModelConfig(
-            path=config.model_path,
-            # Sequences are padded on a CPU; unpadded attention needs flash-attn kernels.
-            use_remove_padding=not on_cpu,
-            enable_gradient_checkpointing=not on_cpu,
-            override_config=override,
-        ),
+        # Engines of ours, see verl_engines.
+        model_type="critic" if role == "critic" else "policy",
+        model_config=_model(config, role),
         engine_config=FSDPEngineConfig(**(engine | (config.verl or {}))),
         optimizer_config=FSDPOptimizerConfig(
             lr=config.critic.lr if role == "critic" and config.critic is not None else config.lr,
@@ -237,6 +228,30 @@ def _training(config: LearnerConfig, role: Role) -> TrainingWorkerConfig:
             clip_grad=config.clip_grad,
         ),
         checkpoint_config=CheckpointConfig(),
+    )
+
+
+def _model(config: LearnerConfig, role: Role) -> HFModelConfig:
+    """How a model is loaded and run."""
+    from verl.workers.config import HFModelConfig
+
+    on_cpu = config.device == "cpu"
+    flash = not on_cpu and find_spec("flash_attn") is not None
+    override: dict[str, Any] = {"attn_implementation": "flash_attention_2" if flash else "sdpa"}
+    if role == "critic":
+        override |= {"architectures": ["ForTokenClassification"], "num_labels": 1, "classifier_dropout": 0.0}
+        # Of what the checkpoint does not have, the value head: values begin at zero, not at random. Transformers
+        # takes 0 for its default.
+        override["initializer_range"] = 1e-6
+    return HFModelConfig(
+        path=config.model_path,
+        # Rows end to end take the memory of their tokens, whatever their lengths; on a CPU padded ones are faster.
+        use_remove_padding=not on_cpu,
+        # Log-probabilities from the last hidden states, some tokens at a time: logits are a vocabulary wide.
+        use_fused_kernels=role != "critic",
+        fused_kernel_options={"impl_backend": "torch"},
+        enable_gradient_checkpointing=not on_cpu,
+        override_config=override,
     )
 
 

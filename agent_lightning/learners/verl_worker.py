@@ -31,8 +31,8 @@ class ModelWorker(TrainingWorker):
                 world_size=int(os.environ["WORLD_SIZE"]),
                 init_method=os.environ.get("DIST_INIT_METHOD"),
             )
-        if config.model_type == "critic":
-            import agent_lightning.learners.verl_critic  # noqa: F401
+        import agent_lightning.learners.verl_engines  # noqa: F401
+
         torch.manual_seed(seed)
         super().__init__(config)
 
@@ -51,8 +51,8 @@ class ModelWorker(TrainingWorker):
             group |= {"initial_lr": rate, "lr": rate * factor(scheduler.last_epoch), "weight_decay": decay}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def export_weights(self, bucket_bytes: int) -> list[tuple[list[dict[str, Any]], ray.ObjectRef]]:
-        """Put the whole model into Ray's object store, as flat buckets of bytes.
+    def export_weights(self, bucket_bytes: int, dtype: str) -> list[tuple[list[dict[str, Any]], ray.ObjectRef]]:
+        """Put the whole model into Ray's object store, as flat buckets of bytes, its numbers in the engine's `dtype`.
 
         Every rank takes part in gathering the shards; rank 0 keeps them. Returns, on rank 0, one
         (parameters, reference) per bucket, where a parameter is {"name", "dtype", "shape", "offset"} and the
@@ -66,11 +66,10 @@ class ModelWorker(TrainingWorker):
         for name, tensor in parameters:
             if self.rank != 0:
                 continue
-            raw = tensor.detach().contiguous().cpu().view(torch.uint8).reshape(-1)
+            raw = tensor.detach().to(vars(torch)[dtype]).contiguous().cpu().view(torch.uint8).reshape(-1)
             if size and size + raw.numel() > bucket_bytes:
                 buckets.append((entries, _put(pieces)))
                 entries, pieces, size = [], [], 0
-            dtype = str(tensor.dtype).removeprefix("torch.")
             entries.append({"name": name, "dtype": dtype, "shape": list(tensor.shape), "offset": size})
             pieces.append(raw)
             size += raw.numel()
