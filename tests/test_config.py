@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from functools import cache
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -38,12 +40,29 @@ def test_every_algorithm_composes_with_every_experiment(experiment: str, algorit
     config = load([f"experiment={experiment}", f"algorithm={algorithm}", "credit=air"])
     assert config.air.enabled
     assert config.credit.method == ("gae" if algorithm == "ppo" else "return_to_go")
-    assert config.algorithm.lr == load([f"experiment={experiment}"]).algorithm.lr
+    assert config.algorithm.lr == own_lr(experiment)
 
 
-@pytest.mark.parametrize("hardware", names("hardware"))
-@pytest.mark.parametrize("model", [name for name in names("model") if name != "toy"])
-@pytest.mark.parametrize("experiment", REAL)
+@cache
+def own_lr(experiment: str) -> float:
+    return load([f"experiment={experiment}"]).algorithm.lr
+
+
+MODELS, HARDWARE = [name for name in names("model") if name != "toy"], names("hardware")
+PAIRED = [
+    (experiment, model, HARDWARE[(row + column) % len(HARDWARE)])
+    for row, experiment in enumerate(REAL)
+    for column, model in enumerate(MODELS)
+]
+"""Every pair of an experiment, a model and a hardware, in one row or another."""
+
+
+def test_every_pair_is_in_a_row() -> None:
+    asked = {*product(REAL, MODELS)} | {*product(REAL, HARDWARE)} | {*product(MODELS, HARDWARE)}
+    assert asked == {pair for row in PAIRED for pair in combinations(row, 2)}
+
+
+@pytest.mark.parametrize(("experiment", "model", "hardware"), PAIRED)
 def test_every_combination_composes(experiment: str, model: str, hardware: str) -> None:
     config = load([f"experiment={experiment}", f"model={model}", f"hardware={hardware}"])
     assert config.experiment == experiment

@@ -61,8 +61,7 @@ async def test_one_and_two_ranks_and_plain_torch_give_the_same_update(tmp_path: 
     cluster.init_ray(num_cpus=6)
     try:
         one_metrics, one = await run(tmp_path, 1, [batch])
-        two_metrics, two = await run(tmp_path, 2, [batch])
-        _, three = await run(tmp_path, 2, [batch], max_tokens_per_micro_batch=64)  # several micro-batches
+        two_metrics, two = await run(tmp_path, 2, [batch], max_tokens_per_micro_batch=64)  # several micro-batches
     finally:
         cluster.shutdown_ray()
     expected = own_gradient_step(str(tmp_path), batch)
@@ -71,7 +70,7 @@ async def test_one_and_two_ranks_and_plain_torch_give_the_same_update(tmp_path: 
     assert moved > LR / 2
     for name, value in expected.items():
         # Adam's first step is lr x sign(gradient) where the gradient is tiny, so a few entries may differ by rounding.
-        for other in (one[name], two[name], three[name]):
+        for other in (one[name], two[name]):
             assert np.quantile(np.abs(other - value), 0.99) < 1e-4, name
     assert one_metrics["learner/grad_norm"].value == pytest.approx(two_metrics["learner/grad_norm"].value, rel=1e-3)
     assert one_metrics["learner/loss"].value == pytest.approx(two_metrics["learner/loss"].value, rel=1e-3, abs=1e-5)
