@@ -2,6 +2,7 @@
 
     python benchmarks/nodes.py                        # as root, for network namespaces; Linux
     python benchmarks/nodes.py --experiment calc_tiny # with a model that is served by vLLM and trained by veRL
+    python benchmarks/nodes.py --experiment spider_tiny_single_table data.root=DIR   # and more words of `agl train`
 
 Both have the same cores, this machine's, so nothing is gained by the nodes: the ratio is what their gateways, proxies
 and messages between them cost, of the rollouts of this experiment: those of the toy cost nearly nothing else. The same
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -32,8 +34,8 @@ sys.path.insert(0, str(ROOT / "tests" / "stack"))
 from hosts import Hosts, can_be_made  # noqa: E402
 
 GROUP_SIZE = 8
-TASKS = {"toy": 16, "calc_tiny": 4}
-"""Of a step, by experiment."""
+TOY_TASKS, TASKS = 16, 4
+"""Of a step, of the toy and of any other experiment."""
 CPUS = 2
 """Of a node; of one alone, as many as all of them have."""
 SKIPPED = 3
@@ -41,22 +43,25 @@ SKIPPED = 3
 START_SECONDS = 240
 
 
+def tasks_of(experiment: str) -> int:
+    return TOY_TASKS if experiment == "toy" else TASKS
+
+
 def words_of(experiment: str, workers: int) -> list[str]:
     """A run that goes on until it is ended, in which nothing is evaluated, saved or learned."""
-    of_one = {
-        "toy": [f"serving.replicas={workers}"],  # one for each node
-        "calc_tiny": ["data.val.num=8", "rollout.concurrency=32", "learner.threads=1"],
-    }
     words = ["train", f"experiment={experiment}", "steps=100000", "eval_every=0", "checkpoint_every=0", "name=run"]
-    words += ["algorithm.lr=1e-9", f"algorithm.tasks_per_step={TASKS[experiment]}", f"rollout.workers={workers}"]
-    return [*words, f"algorithm.rollouts_per_task={GROUP_SIZE}", *of_one[experiment]]
+    words += ["algorithm.lr=1e-9", f"algorithm.tasks_per_step={tasks_of(experiment)}", f"rollout.workers={workers}"]
+    words += [f"algorithm.rollouts_per_task={GROUP_SIZE}"]
+    if experiment == "toy":
+        return [*words, f"serving.replicas={workers}"]  # one for each node
+    return [*words, "data.val.num=8", "rollout.concurrency=32", "learner.threads=1"]
 
 
 class Cluster:
-    """Of `nodes` hosts; `workers` in the run of `experiment` on it."""
+    """Of `nodes` hosts; `workers` in the run of `experiment` on it, with `words` beside it."""
 
-    def __init__(self, experiment: str, nodes: int, workers: int) -> None:
-        self._experiment, self._nodes, self._workers = experiment, nodes, workers
+    def __init__(self, experiment: str, words: Sequence[str], nodes: int, workers: int) -> None:
+        self._experiment, self._words, self._nodes, self._workers = experiment, words, nodes, workers
         self._stack = ExitStack()
         self.steps = 0
         self.seconds = 0.0
@@ -67,7 +72,7 @@ class Cluster:
             hosts = stack.enter_context(Hosts(cpus=CPUS * self._workers // self._nodes))
             for _ in range(self._nodes - 1):
                 hosts.join()
-            words = words_of(self._experiment, self._workers)
+            words = [*words_of(self._experiment, self._workers), *self._words]
             words += [f"hardware.address={hosts.address}", f"runs_dir={folder}"]
             command = hosts.head.command(sys.executable, "-m", "agent_lightning.cli", *words)
             run = subprocess.Popen(command, cwd=ROOT, env=hosts.environment, stdout=sys.stderr)
@@ -101,7 +106,7 @@ class Cluster:
 
     def rate(self) -> float:
         """Rollouts per second of its turns."""
-        return TASKS[self._experiment] * GROUP_SIZE * self.steps / self.seconds
+        return tasks_of(self._experiment) * GROUP_SIZE * self.steps / self.seconds
 
     def _done(self) -> int:
         return self._metrics.read_text().count('"time/step"') if self._metrics.exists() else 0
@@ -112,10 +117,10 @@ class Cluster:
                 os.kill(pid, number)
 
 
-def one_start(experiment: str, nodes: int, turns: int, seconds: float) -> dict[int, float]:
+def one_start(experiment: str, words: Sequence[str], nodes: int, turns: int, seconds: float) -> dict[int, float]:
     """Rollouts per second by number of nodes."""
     with ExitStack() as stack:
-        clusters = {number: stack.enter_context(Cluster(experiment, number, nodes)) for number in (1, nodes)}
+        clusters = {number: stack.enter_context(Cluster(experiment, words, number, nodes)) for number in (1, nodes)}
         for cluster in clusters.values():
             cluster.freeze()
         for _ in range(turns):
@@ -126,18 +131,20 @@ def one_start(experiment: str, nodes: int, turns: int, seconds: float) -> dict[i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", choices=TASKS, default="toy")
+    parser.add_argument("--experiment", default="toy")
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--turns", type=int, default=20, help="of each cluster after a start")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a turn")
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
     if not can_be_made():
         raise SystemExit("network namespaces need root and `ip`")
     measured: list[dict[int, float]] = []
     for _ in range(options.starts):
-        measured.append(one_start(options.experiment, options.nodes, options.turns, options.seconds))
-        sys.stderr.write(f"{measured[-1]}\n")
+        one = one_start(options.experiment, options.words, options.nodes, options.turns, options.seconds)
+        measured.append(one)
+        sys.stderr.write(f"{one}\n")
     result = {
         "benchmark": "nodes",
         "experiment": options.experiment,
