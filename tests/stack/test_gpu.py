@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,12 @@ from agent_lightning import cluster
 from agent_lightning.learners.verl import LearnerConfig, VerlLearner
 from agent_lightning.types import Group
 
-pytestmark = [pytest.mark.stack, pytest.mark.gpu, pytest.mark.timeout(420)]
+pytestmark = [
+    pytest.mark.stack,
+    pytest.mark.gpu,
+    pytest.mark.timeout(420),
+    pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no GPU here"),
+]
 ROOT = Path(__file__).parents[2]
 
 
