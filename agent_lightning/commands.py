@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -87,20 +87,18 @@ async def _train(
     stopped = asyncio.Event()
     started = time.monotonic()
     try:
-        with _signals(stopped), _mirrored(config, run):
+        with _signals(stopped) as install, _mirrored(config, run):
             async with AsyncExitStack() as stack:
+                resumed = state if restored else None
                 starting = launch.system(
-                    config,
-                    train=True,
-                    workers=config.rollout.workers,
-                    journal=journal,
-                    resumed=state if restored else None,
+                    config, train=True, workers=config.rollout.workers, journal=journal, resumed=resumed
                 )
                 system = await _unless(stopped, stack.enter_async_context(starting))
                 if system is None:
                     progress.stop()
                     console.print("stopped before it had started; nothing is changed")
                     return STOPPED
+                install()
                 start_s = time.monotonic() - started
                 loop = _loop(config, state, system, observer, loaded, stopped)
                 if restored:
@@ -279,22 +277,28 @@ async def _unless(stopped: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | N
 
 
 @contextmanager
-def _signals(stopped: asyncio.Event) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks for a clean stop; a second one falls through to Python's own handling."""
-    loop = asyncio.get_running_loop()
+def _signals(stopped: asyncio.Event) -> Iterator[Callable[[], None]]:
+    """The first Ctrl-C or SIGTERM asks for a clean stop; a second one falls through to Python's own handling. Yields
+    what asks for them again: Ray's core takes SIGTERM when it starts, and would print a stack trace before a stop."""
+    loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+
+    def remove() -> None:
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
     def stop() -> None:
         stopped.set()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+        remove()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
+    def install() -> None:
+        for number in numbers:
+            loop.add_signal_handler(number, stop)
+
+    install()
     try:
-        yield
+        yield install
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+        remove()
 
 
 async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) -> int:
@@ -348,17 +352,16 @@ async def serve(overrides: Sequence[str]) -> int:
     stopped = asyncio.Event()
     console = Console()
     started = time.monotonic()
-    with _signals(stopped):
+    with _signals(stopped) as install:
         async with launch.system(config, train=False, workers=0) as system:
-            start_s = time.monotonic() - started
+            install()
+            took = time.monotonic() - started
             # One rollout that stays open: whatever is called under its URL is recorded like a rollout's calls.
             await system.buffer.admit(Task(task_id="serve", payload={}), split="val", num_rollouts=1)
             (lease,) = await system.buffer.lease(1, 10.0)
             key = lease.key
             url = f"{system.service.url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{lease.secret}/agent/v1"
-            console.print(
-                f"serving {config.model.path} as [b]policy[/b], ready after {start_s:.0f} s; stop with Ctrl-C\n"
-            )
+            console.print(f"serving {config.model.path} as [b]policy[/b], ready after {took:.0f} s; stop with Ctrl-C\n")
             exports = (f"OPENAI_BASE_URL={url}", "OPENAI_API_KEY=any", f"ANTHROPIC_BASE_URL={url.removesuffix('/v1')}")
             console.print("".join(f"export {text}\n" for text in exports), soft_wrap=True, highlight=False)
             await stopped.wait()

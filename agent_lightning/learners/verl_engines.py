@@ -22,8 +22,8 @@ class _CausalModel(FSDPEngineWithLMHead):
 class PolicyEngine(_CausalModel):
     """veRL's engine, with the head's weight whole where veRL's fused log-probabilities read it.
 
-    They take the weight and do not call the head, and FSDP2 makes a module whole when it is called: it would leave a
-    head that is not tied to the embedding in shards. After the backward pass it shards this one again with the rest.
+    They do not call the head, and FSDP2 makes a module whole when it is called: one that is not tied to the embedding
+    would stay in shards. After the backward pass FSDP2 shards it again with the rest.
     """
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
@@ -39,5 +39,4 @@ class PolicyEngine(_CausalModel):
 
 @EngineRegistry.register(model_type="critic", backend="fsdp2", device="cuda")
 class CriticEngine(_CausalModel, FSDPEngineWithValueHead):
-    """veRL's engine with a value head: the architecture in the config says that the head is a value's. veRL's own type
-    for critics always asks for flash-attn."""
+    """veRL's engine with a value head, which the config's architecture names; veRL's own type asks for flash-attn."""

@@ -106,6 +106,10 @@ def test_a_stopped_job_leaves_a_checkpoint(dashboard: str, tmp_path: Path) -> No
     subprocess.run([BIN / "ray", "job", "stop", name, "--address", dashboard], env=os.environ | TOKEN, check=True)
     follower.communicate(timeout=120)
     assert follower.returncode == 130
+    command = [BIN / "ray", "job", "logs", name, "--address", dashboard]
+    logs = subprocess.run(command, env=os.environ | TOKEN, capture_output=True, text=True, check=True).stdout
+    assert "run folder" in logs
+    assert "SIGTERM received" not in logs, "a stop that was asked for is no crash with a stack trace"
     *_, state = sorted(runs.glob("*/checkpoints/*/state.json"))
     assert json.loads(state.read_text())["step"] >= 1
 
