@@ -11,7 +11,8 @@ install_project() { # the entry points and commands of this checkout; a second, 
 install_lock() { # install_lock FILE
   # uv is about eight times faster than pip; pip reads configuration that uv does not, so it is the second try. Bytecode
   # is made here, as pip does: where PYTHONDONTWRITEBYTECODE is set, each of a dozen processes would compile its imports.
-  .venv/bin/uv pip install -q --native-tls --compile-bytecode --no-deps -r "$1" 2>/dev/null ||
+  # --python: left to itself, uv takes the environment that is active, which may be another project's.
+  .venv/bin/uv pip install -q --python .venv/bin/python --native-tls --compile-bytecode --no-deps -r "$1" 2>/dev/null ||
     .venv/bin/pip install -q --no-deps -r "$1"
 }
 install_examples() {
