@@ -40,6 +40,9 @@ LLAMA_3B = {
     "tie_word_embeddings": True,
 }
 PROMPT_WORDS, CALLS, TOKENS = 256, 2, 128
+"""Of a rollout's first prompt; its calls; of each reply."""
+TASKS, GROUP_SIZE = 16, 8
+"""Of a step."""
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 
 
@@ -123,7 +126,7 @@ def run(folder: Path, model: Path, steps: int, words: list[str]) -> dict[str, An
         "steps": len(measured),
         "median_s": {part: round(statistics.median(line[f"time/{part}"] for line in measured), 2) for part in parts},
         "sampled_tokens_per_s": round(statistics.median(x["tokens/sampled"] / x["time/generate"] for x in measured)),
-        "rollouts_a_step": 128,
+        "rollouts_a_step": TASKS * GROUP_SIZE,
         "peak_gpu_gib": round(most, 1),
         "first_step_after_s": round(first_s or 0.0, 1),
         "mean_abs_logprob_gap": round(statistics.median(line["logprob_gap/mean_abs"] for line in measured), 5),

@@ -66,13 +66,14 @@ class ModelWorker(TrainingWorker):
         for name, tensor in parameters:
             if self.rank != 0:
                 continue
-            raw = tensor.detach().to(vars(torch)[dtype]).contiguous().cpu().view(torch.uint8).reshape(-1)
-            if size and size + raw.numel() > bucket_bytes:
+            kept = tensor.detach().to(vars(torch)[dtype] if tensor.is_floating_point() else tensor.dtype)
+            if size and size + kept.nbytes > bucket_bytes:
                 buckets.append((entries, _put(pieces)))
                 entries, pieces, size = [], [], 0
-            entries.append({"name": name, "dtype": dtype, "shape": list(tensor.shape), "offset": size})
-            pieces.append(raw)
-            size += raw.numel()
+            entry = {"name": name, "dtype": str(kept.dtype).removeprefix("torch."), "shape": list(kept.shape)}
+            entries.append(entry | {"offset": size})
+            pieces.append(kept.contiguous().cpu().view(torch.uint8).reshape(-1))
+            size += kept.nbytes
         if pieces:
             buckets.append((entries, _put(pieces)))
         return buckets

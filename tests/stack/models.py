@@ -86,13 +86,14 @@ def as_weights(model: LlamaForCausalLM, version: int, put: Any) -> Weights:
 
 
 def to_arrays(weights: Weights) -> dict[str, np.ndarray]:
-    """Published float32 parameters by name."""
+    """Published parameters by name, as float32."""
     out = {}
     for bucket in weights.buckets:
-        raw = np.asarray(ray.get(bucket.data))
+        raw = torch.from_numpy(np.array(ray.get(bucket.data)))
         for p in bucket.parameters:
-            count = int(np.prod(p["shape"])) * 4
-            out[p["name"]] = raw[p["offset"] : p["offset"] + count].view(np.float32).reshape(p["shape"])
+            dtype = vars(torch)[p["dtype"]]
+            end = p["offset"] + int(np.prod(p["shape"])) * dtype.itemsize
+            out[p["name"]] = raw[p["offset"] : end].view(dtype).reshape(p["shape"]).float().numpy()
     return out
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from models import load, random_batch, random_model, reference_logprobs, serving, to_arrays
 from test_learner import LR, own_gradient_step
@@ -65,24 +64,12 @@ async def test_an_engine_follows_a_learner_on_the_same_gpu(tmp_path: Path) -> No
         weights = await learner.publish()
         assert await board.publish(weights, timeout=60.0) == 1
         new = load(str(tmp_path / "old"))
-        new.load_state_dict({name: torch.tensor(value) for name, value in published(weights).items()}, strict=False)
+        new.load_state_dict({name: torch.tensor(value) for name, value in to_arrays(weights).items()}, strict=False)
         new.tie_weights()
         group = await one_group(buffer, service.url)
         agrees(group, new, version=1)
         assert gap(group, old) > 0.3, "the update must move the policy, or this test could not fail"
         learner.shutdown()
-
-
-def published(weights: Any) -> dict[str, np.ndarray]:
-    """bfloat16 parameters by name, as float32."""
-    out = {}
-    for bucket in weights.buckets:
-        raw = np.asarray(ray.get(bucket.data))
-        for entry in bucket.parameters:
-            count = int(np.prod(entry["shape"]))
-            data = torch.frombuffer(bytearray(raw), dtype=torch.bfloat16, count=count, offset=entry["offset"])
-            out[entry["name"]] = data.reshape(entry["shape"]).float().numpy()
-    return out
 
 
 def gap(group: Group, model: Any) -> float:
