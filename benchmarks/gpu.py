@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -22,6 +23,8 @@ import tempfile
 import time
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +106,7 @@ def run(folder: Path, model: Path, steps: int, words: list[str]) -> dict[str, An
         "algorithm.lr=1e-6",
         f"steps={steps + 9}",
     ]
-    command += [f"runs_dir={folder}", "name=gpu", *words]
+    command += [f"runs_dir={folder}", "name=gpu", "tracking.wandb=disabled", *words]
     began = time.monotonic()
     process = subprocess.Popen(command, cwd=here.parents[1], stdout=sys.stderr, start_new_session=True)
     metrics, most, first_s = folder / "gpu" / "metrics.jsonl", 0.0, None
@@ -119,7 +122,8 @@ def run(folder: Path, model: Path, steps: int, words: list[str]) -> dict[str, An
                 raise SystemExit(f"the run ended with exit code {process.returncode} after {len(done)} steps")
             time.sleep(0.2)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     measured = done[1:]
     parts = ("step", "generate", "update", "publish", "other")
     return {
@@ -145,7 +149,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        parameters = random_model(model, LLAMA_3B | {"num_hidden_layers": options.layers})
+        shape = LLAMA_3B | {"num_hidden_layers": options.layers}
+        # In a process of its own, which leaves none of the GPU's memory taken.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as maker:
+            parameters = maker.submit(random_model, model, shape).result()
         measured = run(Path(folder), model, options.steps, options.words)
     name = subprocess.check_output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], text=True).strip()
     print(json.dumps({"benchmark": "gpu", "gpu": name, "parameters": parameters, **measured}, indent=1))

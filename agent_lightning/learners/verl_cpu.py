@@ -23,29 +23,25 @@ class CpuDevice(ModuleType):
         super().__init__("agent_lightning.learners.verl_cpu.device")
         for name in ("synchronize", "stream", "Stream", "current_stream", "is_available", "device_count"):
             setattr(self, name, vars(torch.cpu)[name])
-        self.current_device = lambda: "cpu"
-        self.set_device = _nothing
-        self.empty_cache = _nothing
-        self.ipc_collect = _nothing
-        self.reset_peak_memory_stats = _nothing
-        self.manual_seed = torch.manual_seed
-        self.manual_seed_all = torch.manual_seed
+        self.current_device = self.get_device_name = _cpu
+        self.set_device = self.empty_cache = self.ipc_collect = self.reset_peak_memory_stats = _nothing
+        self.manual_seed = self.manual_seed_all = torch.manual_seed
         self.get_rng_state = torch.get_rng_state
         self.set_rng_state = torch.set_rng_state
-        self.get_device_name = lambda *_: "cpu"
-        self.memory_allocated = _zero
-        self.memory_reserved = _zero
-        self.max_memory_allocated = _zero
-        self.max_memory_reserved = _zero
+        self.memory_allocated = self.memory_reserved = self.max_memory_allocated = self.max_memory_reserved = _zero
         self.mem_get_info = lambda *_: (0, 0)
 
 
-def _nothing(*_: object) -> None:
+def _nothing(*_: object, **__: object) -> None:
     return None
 
 
 def _zero(*_: object) -> int:
     return 0
+
+
+def _cpu(*_: object) -> str:
+    return "cpu"
 
 
 @PlatformRegistry.register(platform="cpu")
@@ -54,6 +50,8 @@ class PlatformCpu(PlatformBase):
 
     device_name = "cpu"
     vendor_name = "cpu"
+    current_device = _cpu
+    set_device = synchronize = set_allocator_settings = empty_cache = profiler_start = profiler_stop = cudart = _nothing
 
     def __init__(self) -> None:
         self._device = CpuDevice()
@@ -69,29 +67,14 @@ class PlatformCpu(PlatformBase):
         # Automatic detection must find the GPU first; this platform is only ever asked for by name.
         return False
 
-    def current_device(self) -> str:
-        return "cpu"
-
     def device_count(self) -> int:
         return 1
-
-    def set_device(self, device_index: int) -> None:
-        return None
-
-    def synchronize(self, device_index: int | None = None) -> None:
-        return None
 
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
     def manual_seed_all(self, seed: int) -> None:
         torch.manual_seed(seed)
-
-    def set_allocator_settings(self, settings: str) -> None:
-        return None
-
-    def empty_cache(self) -> None:
-        return None
 
     def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
         return None, None
@@ -106,12 +89,6 @@ class PlatformCpu(PlatformBase):
     def nvtx_range(self, msg: str) -> Iterator[None]:
         yield
 
-    def profiler_start(self) -> None:
-        return None
-
-    def profiler_stop(self) -> None:
-        return None
-
     def ray_resource_name(self) -> str:
         return "CPU"
 
@@ -123,6 +100,3 @@ class PlatformCpu(PlatformBase):
 
     def is_ipc_supported(self) -> bool:
         return False
-
-    def cudart(self) -> None:
-        return None

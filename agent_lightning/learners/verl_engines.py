@@ -9,6 +9,8 @@ from torch.distributed.fsdp import FSDPModule
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
+import agent_lightning.learners.attention  # noqa: F401
+
 
 class _CausalModel(FSDPEngineWithLMHead):
     """A model that is built as a language model, with the attention that its config names."""

@@ -237,7 +237,7 @@ def _model(config: LearnerConfig, role: Role) -> HFModelConfig:
 
     on_cpu = config.device == "cpu"
     flash = not on_cpu and find_spec("flash_attn") is not None
-    override: dict[str, Any] = {"attn_implementation": "flash_attention_2" if flash else "sdpa"}
+    override: dict[str, Any] = {"attn_implementation": "flash_attention_2" if flash else "rows_sdpa"}
     if role == "critic":
         override |= {"architectures": ["ForTokenClassification"], "num_labels": 1, "classifier_dropout": 0.0}
         # Of what the checkpoint does not have, the value head: values begin at zero, not at random. Transformers
@@ -245,8 +245,8 @@ def _model(config: LearnerConfig, role: Role) -> HFModelConfig:
         override["initializer_range"] = 1e-6
     return HFModelConfig(
         path=config.model_path,
-        # Rows end to end take the memory of their tokens, whatever their lengths; on a CPU padded ones are faster.
-        use_remove_padding=not on_cpu,
+        # Rows end to end take the time and memory of their tokens, whatever their lengths.
+        use_remove_padding=True,
         # Log-probabilities from the last hidden states, some tokens at a time: logits are a vocabulary wide.
         use_fused_kernels=role != "critic",
         fused_kernel_options={"impl_backend": "torch"},

@@ -62,26 +62,38 @@ class ModelWorker(TrainingWorker):
         buckets: list[tuple[list[dict[str, Any]], ray.ObjectRef]] = []
         entries: list[dict[str, Any]] = []
         pieces: list[Tensor] = []
-        size = 0
+        size, store = 0, _ObjectStore()
         for name, tensor in parameters:
             if self.rank != 0:
                 continue
             kept = tensor.detach().to(vars(torch)[dtype] if tensor.is_floating_point() else tensor.dtype)
             if size and size + kept.nbytes > bucket_bytes:
-                buckets.append((entries, _put(pieces)))
+                buckets.append((entries, store.put(pieces)))
                 entries, pieces, size = [], [], 0
             entry = {"name": name, "dtype": str(kept.dtype).removeprefix("torch."), "shape": list(kept.shape)}
             entries.append(entry | {"offset": size})
-            pieces.append(kept.contiguous().cpu().view(torch.uint8).reshape(-1))
+            pieces.append(kept.contiguous().view(torch.uint8).reshape(-1))
             size += kept.nbytes
         if pieces:
-            buckets.append((entries, _put(pieces)))
+            buckets.append((entries, store.put(pieces)))
         return buckets
 
 
-def _put(pieces: list[Tensor]) -> ray.ObjectRef:
-    flat: np.ndarray = torch.cat(pieces).numpy()
-    return ray.put(flat)
+class _ObjectStore:
+    """Ray's, by way of host memory that is kept from bucket to bucket, for GPUs pinned: fresh memory costs more."""
+
+    def __init__(self) -> None:
+        self._host = torch.empty(0, dtype=torch.uint8)
+
+    def put(self, pieces: list[Tensor]) -> ray.ObjectRef:
+        """A reference to the pieces' bytes, one after the other."""
+        sizes = [piece.nbytes for piece in pieces]
+        if sum(sizes) > len(self._host):
+            self._host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pieces[0].is_cuda)
+        for part, piece in zip(self._host[: sum(sizes)].split(sizes), pieces, strict=True):
+            part.copy_(piece)
+        array: np.ndarray = self._host[: sum(sizes)].numpy()
+        return ray.put(array)
 
 
 def policy_loss(

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import Any, cast
 
 import ray
@@ -32,7 +32,7 @@ from agent_lightning.learners.base import Weights
 from agent_lightning.policy import Follower, PolicyBoard
 from agent_lightning.serving.dialects import Completion, Part, Refusal, parse_error, parse_reply
 from agent_lightning.serving.gate import Gate
-from agent_lightning.serving.shared import shared_bytes
+from agent_lightning.serving.shared import in_shared_memory
 from agent_lightning.types import InFlight
 
 logger = logging.getLogger(__name__)
@@ -154,10 +154,10 @@ class PolicyServer:
             # Calls that go on stand still; theirs is all that the old weights made but tokens, and is made anew.
             await self._server.pause(mode="keep", clear_cache=True)
             await self._server.collective_rpc("start_weight_update")
-            for bucket in weights.buckets:
-                data = await asyncio.wrap_future(bucket.data.future())
-                with shared_bytes(data) as path:
-                    update = {"path": path, "parameters": list(bucket.parameters)}
+            arrays = (asyncio.wrap_future(bucket.data.future()) for bucket in weights.buckets)
+            async with aclosing(in_shared_memory(arrays)) as paths:
+                for bucket in weights.buckets:
+                    update = {"path": await anext(paths), "parameters": list(bucket.parameters)}
                     await self._server.collective_rpc("update_weights", kwargs={"update_info": update})
             await self._server.collective_rpc("finish_weight_update")
             self._version = weights.version  # before a token of it can be seen

@@ -1,0 +1,41 @@
+"""Rows that lie end to end must not see each other, nor anything that they would not see alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+from agent_lightning.learners.attention import rows_attention
+
+pytestmark = pytest.mark.stack
+SHAPE: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.5,
+}
+CONFIGS = {"grouped": LlamaConfig(**SHAPE), "window": MistralConfig(**SHAPE, sliding_window=3)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_end_to_end_give_what_each_gives_alone(name: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager")
+    rows = [torch.randint(50, (length,)) for length in (7, 1, 2, 12)]
+    alone = torch.cat([model(row[None], use_cache=False).logits[0] for row in rows])
+    model.set_attn_implementation("rows_sdpa")
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    together = model(torch.cat(rows)[None], position_ids=positions[None], use_cache=False).logits[0]
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_what_it_would_leave_out_is_refused() -> None:
+    query, positions = torch.zeros(1, 1, 2, 4), torch.arange(2)[None]
+    with pytest.raises(ValueError, match="softcap"):
+        rows_attention(torch.nn.Module(), query, query, query, None, position_ids=positions, softcap=30.0)
