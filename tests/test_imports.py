@@ -15,6 +15,7 @@ from agent_lightning.config import project_folder
 PACKAGE = Path(__file__).parent.parent / "agent_lightning"
 HEAVY_MODULES = {
     "agent_lightning.cluster",
+    "agent_lightning.learners.attention",
     "agent_lightning.learners.verl_cpu",
     "agent_lightning.learners.verl_engines",
     "agent_lightning.learners.verl_sft",
