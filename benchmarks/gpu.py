@@ -100,12 +100,8 @@ def run(folder: Path, model: Path, steps: int, words: list[str]) -> dict[str, An
     command += [f"model.path={model}", "model.dtype=bfloat16", "model.max_len=2048", "model.tool_parser=null"]
     command += [f"agent.target={here}:solve", f"agent.reward={here}:coin", f"sampling.train.max_tokens={TOKENS}"]
     command += ["data.val.num=8", "sampling.val.max_tokens=8", "eval_every=0", "checkpoint_every=0", "restarts=0"]
-    command += [
-        "algorithm.tasks_per_step=16",
-        "algorithm.rollouts_per_task=8",
-        "algorithm.lr=1e-6",
-        f"steps={steps + 9}",
-    ]
+    command += [f"algorithm.tasks_per_step={TASKS}", f"algorithm.rollouts_per_task={GROUP_SIZE}"]
+    command += ["algorithm.lr=1e-6", f"steps={steps + 9}"]
     command += [f"runs_dir={folder}", "name=gpu", "tracking.wandb=disabled", *words]
     began = time.monotonic()
     process = subprocess.Popen(command, cwd=here.parents[1], stdout=sys.stderr, start_new_session=True)

@@ -32,9 +32,8 @@ def rows_attention(
     """
     beyond = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
     if attention_mask is not None or beyond:
-        raise ValueError(
-            f"rows_sdpa does not know {beyond or ['masks']} of {type(module).__name__}: install flash-attn"
-        )
+        what = ", ".join(beyond) or "masks"
+        raise ValueError(f"{type(module).__name__} has {what}, which rows_sdpa does not know: install flash-attn")
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
     sizes = [end - start for start, end in zip(starts, [*starts[1:], query.shape[2]], strict=True)]
     rows = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
