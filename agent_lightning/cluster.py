@@ -193,6 +193,8 @@ NODE_ENVIRONMENT: Mapping[str, str] = {
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     # How often the dashboard's agent measures every process; Ray's own value is 5 seconds.
     "REPORTER_UPDATE_INTERVAL_MS": "15000",
+    # How often each of Ray's processes sends it its metrics; Ray's own value is 10 seconds.
+    "RAY_metrics_report_interval_ms": "30000",
 }
 """Of what Ray runs on each node beside the workers: a node of two cores has little to spare. Read by `ray start`."""
 

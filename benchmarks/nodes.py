@@ -24,9 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 from types import TracebackType
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +89,27 @@ class Cluster:
     def freeze(self) -> None:
         self._send(signal.SIGSTOP)
 
+    @contextmanager
+    def dozing(self) -> Iterator[None]:
+        """Awake one second of ten, which is enough for Ray not to take its processes for dead."""
+        ended = Event()
+
+        def doze() -> None:
+            while not ended.is_set():
+                self.freeze()
+                ended.wait(9)
+                self._send(signal.SIGCONT)
+                ended.wait(1)
+            self.freeze()
+
+        thread = Thread(target=doze)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
     def turn(self, steps: int) -> None:
         """Run for so many steps after a first, in which what stood still while frozen is made up for."""
         self._send(signal.SIGCONT)
@@ -123,9 +145,10 @@ class Cluster:
 def one_start(experiment: str, words: Sequence[str], nodes: int, turns: int, steps: int) -> dict[int, float]:
     """Rollouts per second by number of nodes."""
     with ExitStack() as stack:
-        clusters = {number: stack.enter_context(Cluster(experiment, words, number, nodes)) for number in (1, nodes)}
-        for cluster in clusters.values():
-            cluster.freeze()
+        clusters = {1: stack.enter_context(Cluster(experiment, words, 1, nodes))}
+        with clusters[1].dozing():
+            clusters[nodes] = stack.enter_context(Cluster(experiment, words, nodes, nodes))
+            clusters[nodes].freeze()
         for _ in range(turns):
             for cluster in clusters.values():
                 cluster.turn(steps)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import jsonschema
 import pytest
 import ray
 import yaml
+from ray.scripts.scripts import start
 
 from agent_lightning import __version__, placement
 from agent_lightning.cluster import NODE_ENVIRONMENT
@@ -113,6 +115,19 @@ def test_ray_up_takes_our_cluster_file() -> None:
     jsonschema.validate(found, json.loads(schema.read_text()))
     assert found["head_node_type"] in found["available_node_types"]
     assert found["docker"]["image"] == IMAGE
+
+
+def test_every_node_is_started_with_options_that_ray_has_and_without_its_log_monitor() -> None:
+    up = read("../ray_cluster.yaml")
+    lines = [shlex.split(line) for line in up["head_start_ray_commands"] + up["worker_start_ray_commands"]]
+    starts = [words[2:] for words in lines if words[:2] == ["ray", "start"]]
+    for name in ("kuberay_cluster.yaml", "kuberay_job.yaml"):
+        spec = cluster_spec(name)
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            # KubeRay makes true an option without a value, and leaves out false.
+            assert not {"true", "false"} & set(group["rayStartParams"].values())
+            starts.append([f"--{key}={value}" for key, value in group["rayStartParams"].items()])
+    assert [start.make_context("start", words).params["include_log_monitor"] for words in starts] == [False] * 8
 
 
 @pytest.mark.parametrize(

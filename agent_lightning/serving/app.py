@@ -37,6 +37,10 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "uri depth 5",
     # One thread of it passes on more than a node's gateway, which is Python, can answer.
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # A gateway listens where its node's proxy does, so where that is 127.0.0.1 a proxy cannot reach the other nodes'
+    # gateways, and takes them to be down: it would ask each of them four times a second.
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_DOWNINTER": "2s",
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "15s",
     # Else Python reads a line of HAProxy's log for each request.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     # Serve's own counts, ten times a second in each of its processes, which Ray reads every ten seconds.
