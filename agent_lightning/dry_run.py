@@ -21,7 +21,7 @@ from agent_lightning.client import check_instrumentors
 from agent_lightning.config import Config, resolve_path
 from agent_lightning.config_sources import sources
 from agent_lightning.errors import ConfigError, UserError
-from agent_lightning.preflight import check_memory, cluster_is_own, cluster_nodes, load_tasks
+from agent_lightning.preflight import check_memory, check_reach, cluster_is_own, cluster_nodes, load_tasks
 from agent_lightning.storage import check_place
 from agent_lightning.types import Split
 
@@ -69,6 +69,7 @@ def examine(config: Config, assume: str | None = None) -> DryRun:
     found = DryRun(config=config, nodes=nodes or [], missing=missing)
     if nodes:
         missing += [f"cluster: {line}" for line in placement.missing(found.asked, nodes)]
+        attempt("cluster", partial(check_reach, config, len(nodes)))
     agent = config.agent
     attempt("agent", lambda: check(agent.target, cast(Mode, agent.mode)))
     attempt("agent", lambda: check_instrumentors(agent.instrument))

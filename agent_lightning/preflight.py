@@ -129,11 +129,19 @@ def check_cluster(config: Config, *, train: bool) -> None:
     if lacks:
         where = f"the cluster of {len(found)} nodes" if len(found) > 1 else "this machine"
         raise UserError(f"{where} is too small: {', '.join(lacks)}; choose another hardware=, or hardware.address=")
+    check_reach(config, len(found))
+
+
+def check_reach(config: Config, nodes: int) -> None:
+    """See that the workers of each of so many nodes can ask a gateway. Raises UserError."""
     gateways, host = config.serving.gateways, config.serving.host
-    if gateways is not None and gateways < len(found) and host != "0.0.0.0":
+    said, instead = f"serving.gateways={gateways}", "leave it null for one on each node"
+    if config.sampling.seeded:
+        gateways, said, instead = 1, "sampling.seeded=true, which has one gateway,", "leave it false"
+    if gateways is not None and gateways < nodes and host != "0.0.0.0":
         raise UserError(
-            f"serving.gateways={gateways} on {len(found)} nodes: workers on the others reach none at {host}; leave it "
-            "null for one on each node, or set serving.host=0.0.0.0"
+            f"{said} on {nodes} nodes: workers on the others reach none at {host}; {instead}, or set "
+            "serving.host=0.0.0.0"
         )
 
 

@@ -14,7 +14,7 @@ from agent_lightning.config_sources import sources
 from agent_lightning.dry_run import assumed, examine, show
 from agent_lightning.errors import ConfigError, UserError
 from agent_lightning.placement import BundleGroup, ModelSize
-from agent_lightning.preflight import check_cluster
+from agent_lightning.preflight import check_cluster, check_reach
 
 EXPERIMENTS = sorted(file.stem for file in (project_folder("conf") / "experiment").glob("*.yaml"))
 GPU8 = {"CPU": 16.0, "GPU": 8.0}
@@ -100,6 +100,14 @@ def test_a_dry_run_says_what_a_real_start_refuses(monkeypatch: pytest.MonkeyPatc
     if not list(Path("/dev").glob("nvidia[0-9]*")):
         with pytest.raises(UserError, match="this machine is too small: needs 8 GPUs, has 0"):
             check_cluster(config, train=True)
+
+
+@pytest.mark.parametrize("words", [["sampling.seeded=true"], ["serving.gateways=1"]])
+def test_no_worker_is_left_without_a_gateway(words: list[str]) -> None:
+    config = load(["experiment=toy", *words])
+    check_reach(config, 1)
+    check_reach(load(["experiment=toy", *words, "serving.host=0.0.0.0"]), 2)
+    assert any(line.startswith(f"cluster: {words[0]}") for line in examine(config, assume="2x0").missing)
 
 
 @pytest.mark.parametrize("text", ["8", "x8", "2x", "twox8"])

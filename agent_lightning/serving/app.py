@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -345,11 +347,18 @@ def _policy_options(config: ServingConfig) -> dict[str, Any]:
     }
 
 
+_PORTS = range(20_000, 30_000)
+"""Those that no system gives to a connection or to whoever asks for any, and that neither Ray (below) nor Serve's
+replicas (above) take by themselves: what listens there has been told to."""
+
+
 def free_port(host: str) -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port that is free now, and likely to be when it is used, seconds later. Raises OSError."""
+    for port in random.SystemRandom().sample(_PORTS, 100):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind((host, port))
+            return port
+    raise OSError(f"no free port at {host}")
 
 
 def _cause(name: str, error: Exception) -> str:
