@@ -40,7 +40,8 @@ SERVE_ENVIRONMENT = {
     # One thread of it passes on more than a node's gateway, which is Python, can answer.
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     # A gateway listens where its node's proxy does, so where that is 127.0.0.1 a proxy cannot reach the other nodes'
-    # gateways, and takes them to be down: it would ask each of them four times a second.
+    # gateways, and takes them to be down: it would ask each of them four times a second. Those that are up it asks
+    # now and then only, and waits as long for the answer of a busy one; failed calls take one out at once.
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_DOWNINTER": "2s",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "15s",
     # Else Python reads a line of HAProxy's log for each request.
@@ -348,8 +349,8 @@ def _policy_options(config: ServingConfig) -> dict[str, Any]:
 
 
 _PORTS = range(20_000, 30_000)
-"""Those that no system gives to a connection or to whoever asks for any, and that neither Ray (below) nor Serve's
-replicas (above) take by themselves: what listens there has been told to."""
+"""Those that neither Linux nor macOS gives to a connection or to whoever asks for any, and that neither Ray (below)
+nor Serve's replicas (above) take by themselves: what listens there has been told to."""
 
 
 def free_port(host: str) -> int:
