@@ -10,7 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
+from contextlib import AsyncExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -86,8 +86,10 @@ async def _train(
     progress.waiting_for("start: Ray, the policy's engine, the learner")
     stopped = asyncio.Event()
     started = time.monotonic()
+    place = config.runs_dir
+    mirrored = storage.Mirror(place, run.path).following() if storage.is_remote(place) else nullcontext()
     try:
-        with _signals(stopped) as install, _mirrored(config, run):
+        with _signals(stopped) as install, mirrored:
             async with AsyncExitStack() as stack:
                 resumed = state if restored else None
                 starting = launch.system(
@@ -153,13 +155,6 @@ def _whereabouts(config: Config, run: RunDirectory) -> str:
     if storage.is_remote(config.runs_dir):
         return f"{config.runs_dir.rstrip('/')}/{run.path.name}"
     return str(run.path.resolve())
-
-
-def _mirrored(config: Config, run: RunDirectory) -> AbstractContextManager[None]:
-    """Keeps the copy of a run at a remote place."""
-    return (
-        storage.Mirror(config.runs_dir, run.path).following() if storage.is_remote(config.runs_dir) else nullcontext()
-    )
 
 
 def _open(overrides: Sequence[str], resume: str | None) -> tuple[Config, RunDirectory | None, State]:

@@ -110,7 +110,7 @@ def examine(group: Group, index: int, rules: CreditRules) -> tuple[CallCredit, .
     books = _Books.of(group, rules)
     trajectory, earned, share = group.trajectories[index], books.earned[index], books.shares[index]
     advantage = dict(zip((c.call_id for c in books.selected[index]), books.advantages[index], strict=True))
-    rows = []
+    rows, token_wise = [], rules.estimator.method == "gae"
     for t, call in enumerate(trajectory.calls):
         fate = "trained" if call.call_id in advantage else "not selected"
         if fate == "trained":
@@ -120,16 +120,12 @@ def examine(group: Group, index: int, rules: CreditRules) -> tuple[CallCredit, .
                 call_id=call.call_id,
                 intermediate=float(earned.intermediate_T[t]),
                 return_to_go=float(earned.return_T[t]),
-                advantage=_shown(advantage[call.call_id], rules.estimator) if fate == "trained" else 0.0,
+                advantage=0.0 if fate != "trained" else math.nan if token_wise else float(advantage[call.call_id]),
                 tokens=call.response_T.size,
                 fate=fate,
             )
         )
     return tuple(rows)
-
-
-def _shown(advantage: float, estimator: Estimator) -> float:
-    return math.nan if estimator.method == "gae" else float(advantage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

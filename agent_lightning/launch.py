@@ -97,7 +97,7 @@ async def system(
             replica=_toy_replica(config),
         )
         serving = begun(start, "serving")
-        learning = begun(partial(_learner, config, model, serving) if train else _nothing, "learner")
+        learning = begun(partial(_learner, config, model, serving) if train else lambda: None, "learner")
         if not own:  # one's own cluster ends with all that is in it, or starts there
             stack.callback(_stop, serving)
         service, learner = await _both(serving, learning)
@@ -168,10 +168,6 @@ async def _both(serving: Future[Service], learning: Future[Learner | None]) -> t
         if isinstance(ended, BaseException):
             raise ended
     return threads[0].result(), threads[1].result()
-
-
-def _nothing() -> None:
-    return None
 
 
 def _stop(serving: Future[Service]) -> None:

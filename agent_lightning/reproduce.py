@@ -142,14 +142,17 @@ def _markdown(benchmark: Benchmark, scale: Scale, runs: Sequence[_Finished], pic
     config = runs[0].config
     gains = [100 * (one.val_reward_last - one.val_reward_first) for one in summaries]
     lasts = [one.val_reward_last for one in summaries]
-    spread = f"{statistics.mean(lasts):.3f} ± {statistics.stdev(lasts):.3f}" if len(lasts) > 1 else f"{lasts[0]:.3f}"
+    spread, of = f"{lasts[0]:.3f}", "one seed"
+    if len(lasts) > 1:
+        spread = f"{statistics.mean(lasts):.3f} ± {statistics.stdev(lasts):.3f}"
+        of = f"mean and standard deviation of {len(lasts)} seeds"
     lines = [
         f"# {benchmark.title}",
         "",
         f"`{config.experiment}`, scale {scale}, written {time.strftime('%Y-%m-%d')}. The held-out reward is "
         f"{benchmark.measure}.",
         "",
-        f"**Held-out reward at the end: {spread}** ({_of(len(runs))}, "
+        f"**Held-out reward at the end: {spread}** ({of}, "
         f"{summaries[0].val_rows:,} rows); median gain {statistics.median(gains):+.1f} points.",
         "",
         f"![held-out reward by step]({picture})",
@@ -177,10 +180,6 @@ def _markdown(benchmark: Benchmark, scale: Scale, runs: Sequence[_Finished], pic
     lines += _table({**_versions(), "machine": _machine(), "Python": platform.python_version()})
     lines += ["", "## Runs", "", *(f"- `{one.path}`" for one in runs), ""]
     return "\n".join(lines)
-
-
-def _of(seeds: int) -> str:
-    return f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
 
 
 def _table(rows: dict[str, str]) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -352,7 +352,7 @@ def best_experiment(plan: SweepPlan, best: TrialRecord) -> str:
     title = (
         f"# The best of {plan.num_trials} trials: held-out reward {best.last:.3f} at step {best.step} ({best.run}).\n"
     )
-    asked = "# agl sweep " + " ".join(_quoted(word) for word in plan.command) + "\n"
+    asked = "# agl sweep " + shlex.join(plan.command) + "\n"
     body = {"defaults": [*defaults, "_self_"]}
     return f"# @package _global_\n{title}{asked}" + OmegaConf.to_yaml(
         OmegaConf.merge(body, {"experiment": f"{plan.experiment}_best"}, OmegaConf.from_dotlist(values))
@@ -361,7 +361,3 @@ def best_experiment(plan: SweepPlan, best: TrialRecord) -> str:
 
 _NOT_IN_BEST = ("runs_dir", "tracking.group", "checkpoint_every", "experiment")
 """Of the sweep, not of what won it."""
-
-
-def _quoted(word: str) -> str:
-    return f"'{word}'" if re.search(r"[()\s*,]", word) else word

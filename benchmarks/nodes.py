@@ -45,9 +45,10 @@ START_SECONDS = 240
 
 
 def words_of(experiment: str, workers: int) -> list[str]:
-    """The experiment as it is, until it is ended, but that nothing is evaluated, saved or learned."""
+    """The experiment as it is, until it is ended, but that nothing is evaluated, saved or learned, and that no rollout
+    is late: while a cluster is frozen its clocks go on."""
     words = ["train", f"experiment={experiment}", "steps=100000", "eval_every=0", "checkpoint_every=0", "name=run"]
-    words += ["algorithm.lr=1e-9", f"rollout.workers={workers}", "data.val.num=8"]
+    words += ["algorithm.lr=1e-9", f"rollout.workers={workers}", "data.val.num=8", "agent.timeout_s=3600"]
     return [*words, f"serving.replicas={workers}"] if experiment == "toy" else words  # the toy's: one for each node
 
 

@@ -48,6 +48,18 @@ def make(request: pytest.FixtureRequest) -> Make:
     return spawn
 
 
+class Scheduled:
+    async def policy(self) -> int:
+        return os.sched_getscheduler(0)
+
+
+@pytest.mark.stack
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux has it")
+async def test_what_ray_runs_is_in_no_hurry_and_who_started_it_is_as_before(ray_here: None) -> None:
+    assert await spawn(Scheduled).policy() == os.SCHED_BATCH
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 class Sleeper:
     """Says how its naps ended."""
 

@@ -120,7 +120,7 @@ def test_ray_up_takes_our_cluster_file() -> None:
 def test_every_node_is_started_with_options_that_ray_has_and_without_its_log_monitor() -> None:
     up = read("../ray_cluster.yaml")
     lines = [shlex.split(line) for line in up["head_start_ray_commands"] + up["worker_start_ray_commands"]]
-    starts = [words[2:] for words in lines if words[:2] == ["ray", "start"]]
+    starts = [words[5:] for words in lines if words[:5] == ["chrt", "--batch", "0", "ray", "start"]]
     for name in ("kuberay_cluster.yaml", "kuberay_job.yaml"):
         spec = cluster_spec(name)
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
@@ -170,8 +170,8 @@ def test_the_image_has_the_versions_and_the_settings_of_the_project() -> None:
     assert re.search(r"^ARG RAY_VERSION=(\S+)$", text, re.MULTILINE)[1] == pinned_ray()  # type: ignore[index]
     assert f"-t {IMAGE}" in text
     assert PROJECT["version"] == __version__
-    (environment,) = re.findall(r"^ENV (.+)$", text, re.MULTILINE)
-    assert environment.split() == [f"{key}={value}" for key, value in NODE_ENVIRONMENT.items()]
+    (environment,) = re.findall(r"^ENV ((?:.+\\\n)*.+)$", text, re.MULTILINE)
+    assert environment.replace("\\\n", "").split() == [f"{key}={value}" for key, value in NODE_ENVIRONMENT.items()]
     for copied in re.findall(r"^COPY --chown=ray (.+) \S+$", text, re.MULTILINE):
         assert all((ROOT / one).exists() for one in copied.split())
 

@@ -132,10 +132,10 @@ class Hosts:
         _ip("-n", host.namespace, "link", "set", "lo", "up")
         role = ["--head", f"--port={PORT}", "--temp-dir", self._folder] if number == 1 else ["--address", self.address]
         ray = ["ray", "start", *role, f"--node-ip-address={host.address}", f"--num-cpus={self._cpus}"]
-        ray += ["--object-store-memory=300000000", "--include-log-monitor=no"]  # the latter as in ray_cluster.yaml
+        ray += ["--object-store-memory=300000000", "--include-log-monitor=no"]  # this and `chrt` as in ray_cluster.yaml
         disk = tempfile.mkdtemp(prefix="disk-", dir=self._disks) if number > 1 else self._folder
         # `ip netns exec` has a mount namespace of its own, which Ray's processes inherit.
-        start = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', disk, self._folder]
+        start = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', disk, self._folder, "chrt", "--batch", "0"]
         command = host.command(*start, str(BIN / ray[0]), *ray[1:])
         log = Path(self._folder) / f"start-{number}.log"
         with log.open("w") as out:
