@@ -194,17 +194,16 @@ def init_ray(
 def _patient() -> Iterator[None]:
     """What is started in the block, and what that starts, takes no core from a process that runs when it wakes up:
     those of a run that pass on messages then find several at once. On Linux only; as by `chrt --batch 0`."""
-    if sys.platform != "linux":
+    if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:  # another one is somebody's choice
         yield
         return
-    before = os.sched_getscheduler(0)
     with suppress(OSError):  # a sandbox may forbid it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     try:
         yield
     finally:
         with suppress(OSError):
-            os.sched_setscheduler(0, before, os.sched_param(0))
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 NODE_ENVIRONMENT: Mapping[str, str] = {
