@@ -105,13 +105,7 @@ def check(agent: str | Agent, mode: Mode) -> None:
 
 
 async def run_agent(
-    agent: str | Agent,
-    mode: Mode,
-    task: Task,
-    policy: Policy,
-    rollout: Rollout,
-    *,
-    instrumentors: Sequence[str] = (),
+    agent: str | Agent, mode: Mode, task: Task, policy: Policy, rollout: Rollout, *, instrumentors: Sequence[str] = ()
 ) -> object:
     """What the agent returns for a task: an object, or in mode command a line of text.
 

@@ -208,12 +208,7 @@ class ToolSpan:
 def tool(what: Callable[P, T], /) -> Callable[P, T]: ...
 @overload
 def tool(
-    what: str,
-    /,
-    arguments: Mapping[str, Any] | None = None,
-    *,
-    call_id: str = "",
-    timeout_s: float | None = None,
+    what: str, /, arguments: Mapping[str, Any] | None = None, *, call_id: str = "", timeout_s: float | None = None
 ) -> ToolSpan: ...
 def tool(
     what: Callable[P, T] | str,

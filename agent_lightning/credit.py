@@ -22,14 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_lightning.credit_rules import CreditRules, Estimator
-from agent_lightning.estimators import (
-    carried_back,
-    group_normalised,
-    has_spread,
-    normalised,
-    returns_to_go,
-    same_state,
-)
+from agent_lightning.estimators import carried_back, group_normalised, has_spread, normalised, returns_to_go, same_state
 from agent_lightning.metrics import Mean, Metrics
 from agent_lightning.traces import OVERLONG_SAMPLE, select, to_samples
 from agent_lightning.types import Bools, Floats, Group, ModelCall, Outcome, Sample, Trajectory

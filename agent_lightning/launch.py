@@ -313,18 +313,21 @@ def agent_spec(config: Config) -> AgentSpec:
 
 async def _start_workers(config: Config, buffer: Buffer, service: Service, number: int, stack: AsyncExitStack) -> None:
     from agent_lightning import cluster
-    from agent_lightning.nodes import Nodes
+    from agent_lightning.nodes import Nodes, beside
 
     spec = agent_spec(config)
+    everywhere = config.serving.gateways is None and not config.sampling.seeded
+    find = partial(beside, service.app) if everywhere else partial(wait_until_healthy, service.url)
 
-    def workers(node: str, number: int) -> Workers:
+    def workers(node: str, number: int, url: str) -> Workers:
         def make(name: str) -> RolloutWorker:
             return cluster.spawn(
                 RolloutWorker,
                 options=cluster.on_node(node),
                 buffer=buffer,
                 agent=spec,
-                policy_url=service.url,
+                policy_url=url,
+                find=find,
                 model="policy",
                 worker=name,
             )
@@ -332,7 +335,7 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
         hung_s, name = config.rollout.hung_s, f"worker-{node[:8]}"
         return Workers(make, number=number, buffer=buffer, kill=cluster.kill, hung_s=hung_s, name=name)
 
-    nodes = Nodes(service, workers, scale=config.serving.gateways is None and not config.sampling.seeded)
+    nodes = Nodes(find, workers, service.scale_gateways if everywhere else None)
     await nodes.start(number)
     stack.push_async_callback(nodes.stop)
     if number and not cluster_is_own(config):

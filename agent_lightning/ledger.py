@@ -43,11 +43,7 @@ class Ledger:
     and where a run may come back to a milestone, until a later one is released."""
 
     def __init__(
-        self,
-        *,
-        next_group: Mapping[Split, int] | None = None,
-        keeps: bool = False,
-        memory_bytes: int = 2**62,
+        self, *, next_group: Mapping[Split, int] | None = None, keeps: bool = False, memory_bytes: int = 2**62
     ) -> None:
         """`memory_bytes`: spans of complete rollouts beyond it are not held in memory."""
         self.counts = Counts(next_group={"train": 0, "val": 0, **(next_group or {})})
@@ -138,9 +134,6 @@ class Ledger:
     def kept(self) -> Iterator[Rollout]:
         """Every rollout with spans in the journal, in the order in which `base` names them."""
         return (rollout for group in self.groups.values() for rollout in group.rollouts if rollout.places)
-
-    def can_resume(self, step: int) -> bool:
-        return any(one.step == step for one in self._milestones)
 
     def _admitted(self, event: Admitted, place: Place | None) -> None:
         numbers = range(event.num_rollouts)

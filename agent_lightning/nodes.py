@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 from agent_lightning import cluster
 from agent_lightning.errors import EngineError
-from agent_lightning.health import wait_until_healthy
-from agent_lightning.serving.app import Service
+from agent_lightning.health import Find
 from agent_lightning.supervise import Workers
 
 logger = logging.getLogger(__name__)
@@ -18,32 +17,41 @@ GATEWAY_SECONDS = 120.0
 """For a gateway to come up on a node."""
 
 
+async def beside(app: str, timeout: float) -> str:
+    """`Find`, where each node has a gateway of this application of Serve."""
+    from agent_lightning.serving import app as service  # two seconds; a worker needs it where its gateway is gone
+
+    return await service.gateway_here(app, timeout)
+
+
 class Nodes:
     """The workers of each node.
 
     Example:
 
-        nodes = Nodes(service, make_workers, scale=True)
+        nodes = Nodes(partial(beside, service.app), make_workers, service.scale_gateways)
         await nodes.start(4)                # of 3 nodes, this driver's has 2
         asyncio.create_task(nodes.follow())
         ...
         await nodes.stop()
     """
 
-    def __init__(self, service: Service, make: Callable[[str, int], Workers], *, scale: bool) -> None:
-        """`make`: a number of workers on a node. `scale`: a gateway on each node, also on one that joins."""
-        self._service, self._make, self._scale = service, make, scale
+    def __init__(
+        self, find: Find, make: Callable[[str, int, str], Workers], scale: Callable[[int], None] | None
+    ) -> None:
+        """`make`: a number of workers on a node, which ask this gateway. `scale`: to so many gateways, one on each."""
+        self._find, self._make, self._scale = find, make, scale
         self._running: dict[str, tuple[Workers, asyncio.Task[None]]] = {}
         self._share = self._gateways = 0
 
     async def start(self, number: int) -> None:
         """Wait for the gateways on the nodes that there are, and deal out the workers. Raises EngineError."""
         nodes = [node.node_id for node in await asyncio.to_thread(cluster.nodes)]
-        # This driver's node comes first, and its gateway is known to answer.
-        await asyncio.gather(*(cluster.call_on(node, _answers, self._service.url) for node in nodes[1:]))
+        here = self._find(GATEWAY_SECONDS)  # this driver's node comes first
+        urls = await asyncio.gather(here, *(cluster.call_on(node, _found, self._find) for node in nodes[1:]))
         self._share, self._gateways = max(1, round(number / len(nodes))), len(nodes)
-        for turn, node in enumerate(nodes):
-            self._begin(node, number // len(nodes) + (turn < number % len(nodes)))
+        for turn, (node, url) in enumerate(zip(nodes, urls, strict=True)):
+            self._begin(node, number // len(nodes) + (turn < number % len(nodes)), url)
 
     async def follow(self) -> None:
         """Until cancelled: workers end with their node; one that joins gets a gateway and the others' average."""
@@ -54,13 +62,13 @@ class Nodes:
                 logger.warning("node %s is gone; its rollouts are run again elsewhere", node[:8])
                 await self._end(node)
             try:
-                if self._scale and self._gateways != len(alive):
-                    await asyncio.to_thread(self._service.scale_gateways, len(alive))
+                if self._scale is not None and self._gateways != len(alive):
+                    await asyncio.to_thread(self._scale, len(alive))
                     self._gateways = len(alive)
                 for node in [one for one in alive if one not in self._running]:
-                    await cluster.call_on(node, _answers, self._service.url)
+                    url = await cluster.call_on(node, _found, self._find)
                     logger.warning("node %s joined; rollout workers there: %d", node[:8], self._share)
-                    self._begin(node, self._share)
+                    self._begin(node, self._share, url)
             except EngineError as error:
                 logger.warning("a node that joined is not used yet: %s", error)
 
@@ -68,8 +76,8 @@ class Nodes:
         """End all workers; each gives back what it runs."""
         await asyncio.gather(*map(self._end, list(self._running)))
 
-    def _begin(self, node: str, number: int) -> None:
-        workers = self._make(node, number)
+    def _begin(self, node: str, number: int, url: str) -> None:
+        workers = self._make(node, number, url)
         self._running[node] = workers, asyncio.create_task(workers.run())
 
     async def _end(self, node: str) -> None:
@@ -78,5 +86,5 @@ class Nodes:
         await asyncio.wait((running,))
 
 
-def _answers(url: str) -> None:
-    asyncio.run(wait_until_healthy(url, GATEWAY_SECONDS))
+def _found(find: Find) -> str:
+    return asyncio.run(find(GATEWAY_SECONDS))

@@ -14,14 +14,7 @@ from agent_lightning.archive import RolloutWriter
 from agent_lightning.config import Config, to_mapping
 from agent_lightning.report import Progress, RolloutCounts, StepSeconds, Summary
 from agent_lightning.state import State
-from agent_lightning.tracking import (
-    JsonLines,
-    RunDirectory,
-    Sink,
-    TensorBoardSink,
-    Tracker,
-    WandbSink,
-)
+from agent_lightning.tracking import JsonLines, RunDirectory, Sink, TensorBoardSink, Tracker, WandbSink
 from agent_lightning.types import Group
 
 logger = logging.getLogger(__name__)
@@ -119,10 +112,7 @@ def summarise(
         val_reward_by=dict(val_reward_by),
         val_rows=val_rows,
         rollouts=RolloutCounts(
-            admitted=state.admitted,
-            trained=state.trained,
-            dropped=dict(state.dropped),
-            failed=dict(state.failed),
+            admitted=state.admitted, trained=state.trained, dropped=dict(state.dropped), failed=dict(state.failed)
         ),
         sampled_tokens=state.sampled_tokens,
         trained_tokens=state.trained_tokens,

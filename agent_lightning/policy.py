@@ -150,10 +150,7 @@ class Follower:
     """
 
     def __init__(
-        self,
-        board: PolicyBoard,
-        install: Callable[[Weights], Awaitable[None]],
-        alive: Callable[[], Awaitable[None]],
+        self, board: PolicyBoard, install: Callable[[Weights], Awaitable[None]], alive: Callable[[], Awaitable[None]]
     ) -> None:
         """`install` puts weights into the engine: once it returns, nothing is answered with others. `alive` raises
         where the engine is dead."""

@@ -133,15 +133,15 @@ def check_cluster(config: Config, *, train: bool) -> None:
 
 
 def check_reach(config: Config, nodes: int) -> None:
-    """See that the workers of each of so many nodes can ask a gateway. Raises UserError."""
+    """See that the workers of each of so many nodes can ask a gateway, or the proxy on the head. Raises UserError."""
     gateways, host = config.serving.gateways, config.serving.host
     said, instead = f"serving.gateways={gateways}", "leave it null for one on each node"
     if config.sampling.seeded:
         gateways, said, instead = 1, "sampling.seeded=true, which has one gateway,", "leave it false"
-    if gateways is not None and gateways < nodes and host != "0.0.0.0":
+    if gateways is not None and nodes > 1 and host != "0.0.0.0":
         raise UserError(
-            f"{said} on {nodes} nodes: workers on the others reach none at {host}; {instead}, or set "
-            "serving.host=0.0.0.0"
+            f"{said} on {nodes} nodes: workers on the others do not reach the head's proxy at {host}; {instead}, "
+            "or set serving.host=0.0.0.0"
         )
 
 

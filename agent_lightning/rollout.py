@@ -12,6 +12,7 @@ import logging
 import math
 import numbers
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ from agent_lightning.agents import Agent, Mode, call, check, load, run_agent
 from agent_lightning.buffer import Lease
 from agent_lightning.client import Rollout, close, install
 from agent_lightning.errors import EngineError, RewardError, UnknownRollout
-from agent_lightning.health import is_healthy, wait_until_healthy
+from agent_lightning.health import Find, is_healthy, wait_until_healthy
 from agent_lightning.types import DEFAULT_AGENT, Outcome, Policy, RolloutKey
 
 logger = logging.getLogger(__name__)
@@ -124,9 +125,10 @@ class RolloutWorker:
         model: str,
         agent_name: str = DEFAULT_AGENT,
         worker: str = "",
+        find: Find | None = None,
     ) -> None:
         """`policy_url`: root of the gateway. `agent_name`: of the calls whose URL says no other. `worker`: who this is,
-        in the buffer's leases."""
+        in the buffer's leases. `find`: the gateway that takes the place of one that is gone; None: the same URL."""
         check(agent.target, agent.mode)
         target = agent.reward_target
         self._score = load(target) if isinstance(target, str) else target
@@ -136,6 +138,7 @@ class RolloutWorker:
         self._model = model
         self._agent_name = agent_name
         self._worker = worker
+        self._find = find
         self._stopping = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
 
@@ -169,6 +172,8 @@ class RolloutWorker:
         await self._finish(lease.key, ending, retry=False)
 
     async def _feed(self, group: asyncio.TaskGroup) -> None:
+        if self._find is not None:  # a worker that replaces another may be told of a gateway that is gone
+            await self._is_answered()
         while True:  # ends by cancellation, in run()
             free = self._agent.concurrency - len(self._running)
             if free == 0:
@@ -213,13 +218,19 @@ class RolloutWorker:
         return Ending(outcome=Outcome.FINISHED, reward=reward, output=output)
 
     async def _blame(self, ending: Ending) -> Ending:
-        """An agent that failed while no gateway answered is not at fault. One is waited for, so that the rollouts which
-        run again are not all spent on it."""
-        if ending.outcome is not Outcome.AGENT_ERROR or await is_healthy(self._policy_url):
+        """An agent that failed while no gateway answered is not at fault."""
+        if ending.outcome is not Outcome.AGENT_ERROR or await self._is_answered():
             return ending
-        with contextlib.suppress(EngineError):
-            await wait_until_healthy(self._policy_url, _GATEWAY_WAIT)
         return replace(ending, outcome=Outcome.ENGINE_ERROR, error=f"no gateway answered: {ending.error}"[:300])
+
+    async def _is_answered(self) -> bool:
+        """Else a gateway is waited for, so that the rollouts which run again are not all spent on it."""
+        if await is_healthy(self._policy_url):
+            return True
+        with contextlib.suppress(EngineError):
+            find = self._find or partial(wait_until_healthy, self._policy_url)
+            self._policy_url = await find(_GATEWAY_WAIT)
+        return False
 
     async def _value(self, lease: Lease, result: object) -> object:
         """What is to be the reward: the score, or the result; a command can only print its own as text."""
@@ -239,12 +250,7 @@ class RolloutWorker:
             logger.info("rollout %s attempt %d: %s: %s", key.rollout_id, key.attempt, ending.outcome, ending.error)
         try:
             await self._buffer.finish(
-                key,
-                reward=ending.reward,
-                outcome=ending.outcome,
-                error=ending.error,
-                output=ending.output,
-                retry=retry,
+                key, reward=ending.reward, outcome=ending.outcome, error=ending.error, output=ending.output, retry=retry
             )
         except UnknownRollout:  # cancelled, or its lease expired: the buffer has ended this attempt already
             logger.info("rollout %s attempt %d had ended already", key.rollout_id, key.attempt)

@@ -28,19 +28,11 @@ class Store:
     """
 
     def __init__(
-        self,
-        config: JournalConfig | None,
-        *,
-        first_group: Mapping[Split, int] | None,
-        memory_bytes: int,
+        self, config: JournalConfig | None, *, first_group: Mapping[Split, int] | None, memory_bytes: int
     ) -> None:
         keeps = config is not None
         # With a journal only what is in it counts: else a replay would depend on who asks for it.
-        self.ledger = Ledger(
-            next_group=None if keeps else first_group,
-            keeps=keeps,
-            memory_bytes=memory_bytes,
-        )
+        self.ledger = Ledger(next_group=None if keeps else first_group, keeps=keeps, memory_bytes=memory_bytes)
         self._journal: Journal | None = None
         self._broken: JournalError | None = None
         if config is None:

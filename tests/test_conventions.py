@@ -138,10 +138,7 @@ def test_every_form_of_messages_is_read_into_openais(form: str) -> None:
     traced = read([span("s", **FORMS[form])], KEY)
     (call,) = traced.calls
     assert not traced.refused
-    assert json.loads(call.request) == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "6*7?"},
-    ]
+    assert json.loads(call.request) == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "6*7?"}]
     arguments = {"name": "mul", "arguments": '{"a": 6, "b": 7}'}
     called = [{"id": "c1", "type": "function", "function": arguments}]
     assert json.loads(call.reply) == {"role": "assistant", "content": None, "tool_calls": called}

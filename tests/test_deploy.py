@@ -131,8 +131,7 @@ def test_every_node_is_started_with_options_that_ray_has_and_without_its_log_mon
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "schema"),
-    [("kuberay_cluster.yaml", "RayCluster", CLUSTER), ("kuberay_job.yaml", "RayJob", JOB)],
+    ("name", "kind", "schema"), [("kuberay_cluster.yaml", "RayCluster", CLUSTER), ("kuberay_job.yaml", "RayJob", JOB)]
 )
 def test_kuberay_knows_every_field(name: str, kind: str, schema: dict[str, Any]) -> None:
     found = read(name)
@@ -155,10 +154,7 @@ def test_the_job_runs_an_experiment_that_its_cluster_can_hold() -> None:
     job = read("kuberay_job.yaml")["spec"]
     _, _, *overrides = job["entrypoint"].split()
     nodes = [
-        {
-            "CPU": float(limits["cpu"]),
-            "GPU": float(limits.get("nvidia.com/gpu", 0)),
-        }
+        {"CPU": float(limits["cpu"]), "GPU": float(limits.get("nvidia.com/gpu", 0))}
         for group in job["rayClusterSpec"]["workerGroupSpecs"]
         for limits in [group["template"]["spec"]["containers"][0]["resources"]["limits"]] * group["minReplicas"]
     ]

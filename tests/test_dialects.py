@@ -8,13 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent_lightning.serving.dialects import (
-    Refusal,
-    compact,
-    engine_request,
-    parse_error,
-    parse_reply,
-)
+from agent_lightning.serving.dialects import Refusal, compact, engine_request, parse_error, parse_reply
 from agent_lightning.types import Split
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -43,13 +37,7 @@ def test_what_is_always_asked() -> None:
     for split in ("train", "val"):
         request = ask(split, model="gpt-4o", stream=True, stream_options={"include_usage": True}, tools=["a tool"])
         always = {"model": "policy", "stream": False, "logprobs": True, "top_logprobs": 0, "return_token_ids": True}
-        assert request == {
-            "messages": MESSAGES,
-            "tools": ["a tool"],
-            "include_reasoning": True,
-            **POLICY,
-            **always,
-        }
+        assert request == {"messages": MESSAGES, "tools": ["a tool"], "include_reasoning": True, **POLICY, **always}
         streamed = engine_request(request, model="policy", split=split, sampling=POLICY, stream=True)
         assert streamed == request | {"stream": True, "stream_options": {"include_usage": True}}
 

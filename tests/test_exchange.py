@@ -21,16 +21,7 @@ from agent_lightning.telemetry import otlp
 from agent_lightning.telemetry.export import FILES, Format, from_row, to_line, to_otlp, to_spans, write
 from agent_lightning.telemetry.imports import conversations, read_files
 from agent_lightning.testing import group, model_call, trajectory
-from agent_lightning.types import (
-    AgentSpan,
-    ModelCall,
-    Outcome,
-    Reward,
-    RolloutKey,
-    ToolCall,
-    ToolStatus,
-    Trajectory,
-)
+from agent_lightning.types import AgentSpan, ModelCall, Outcome, Reward, RolloutKey, ToolCall, ToolStatus, Trajectory
 
 KEY = RolloutKey(split="train", group=3, index=1, attempt=2)
 ASKED = {"id": "c0", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import agents_for_tests as agents
@@ -406,6 +407,33 @@ async def test_an_agent_that_met_no_gateway_is_not_at_fault_and_runs_again_once_
     (trajectory,) = taken.trajectories
     assert (trajectory.outcome, trajectory.key.attempt) == (Outcome.FINISHED, 1)
     assert (await buffer.stats()).failed == {}
+
+
+async def test_a_gateway_that_is_gone_is_found_again_where_it_is_now() -> None:
+    buffer, asked = Buffer(run_secret=RUN_SECRET, retries=Retries(max_attempts=2)), list[float]()
+    async with small_gateway(buffer) as url, AsyncExitStack() as first, asyncio.timeout(20):
+
+        async def find(seconds: float) -> str:
+            asked.append(seconds)
+            return url
+
+        async def run(policy_url: str) -> Trajectory:
+            spec = make_spec(agents.does)
+            worker = RolloutWorker(buffer=buffer, agent=spec, policy_url=policy_url, model="m", find=find)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(worker.run())
+                await buffer.admit(make_task(3, do="return"), split="train", num_rollouts=1)
+                await buffer.take(1, split="train")
+                await first.aclose()
+                await buffer.admit(make_task(3, do="return"), split="train", num_rollouts=1)
+                (taken,) = await buffer.take(1, split="train")
+                await worker.stop()
+            return taken.trajectories[0]
+
+        moved = await run(await first.enter_async_context(small_gateway(buffer)))
+        assert (moved.outcome, moved.key.attempt, len(asked)) == (Outcome.FINISHED, 1, 1)
+        told = await run("http://127.0.0.1:9")  # a worker in the place of another, told of what is gone
+        assert (told.outcome, told.key.attempt, len(asked)) == (Outcome.FINISHED, 0, 2)
 
 
 async def test_a_stopped_worker_gives_its_rollouts_back() -> None:

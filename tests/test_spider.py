@@ -119,8 +119,7 @@ def test_a_query_that_does_harm_or_makes_no_sense_is_one_short_failure(singers, 
 
 
 @pytest.mark.parametrize(
-    ("sql", "rows"),
-    [(f"{COUNT} SELECT i FROM n", 100), (f"{COUNT} SELECT hex(zeroblob(2000)) FROM n", 2)],
+    ("sql", "rows"), [(f"{COUNT} SELECT i FROM n", 100), (f"{COUNT} SELECT hex(zeroblob(2000)) FROM n", 2)]
 )
 def test_a_result_is_cut_at_its_rows_and_its_size(singers, sql, rows):
     table = databases.run(singers, sql, SOON)

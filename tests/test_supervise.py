@@ -115,9 +115,7 @@ def workers_on_ray(buffer: Buffer, url: str, spec: AgentSpec, **settings: Any) -
 
 @pytest.mark.stack
 @pytest.mark.usefixtures("ray_here")
-async def test_kill_9_of_a_worker_costs_an_attempt_and_no_rollout(
-    tmp_path: Path,
-) -> None:
+async def test_kill_9_of_a_worker_costs_an_attempt_and_no_rollout(tmp_path: Path) -> None:
     buffer = cluster.spawn(Buffer, run_secret=RUN_SECRET, retries=Retries(max_attempts=2))
     spec = AgentSpec(target=f"{agents.__file__}:kills_its_worker_once", mode="process", timeout_s=120.0, concurrency=4)
     pids = tmp_path / "pids"

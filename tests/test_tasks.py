@@ -36,10 +36,7 @@ def numbered(num: int) -> list[Task]:
 @pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz"])
 def test_jsonl_keeps_the_whole_row(tmp_path, name):
     path = write(tmp_path / name, json.dumps(row(1)), "", '{"question": "é"}')
-    assert load_jsonl(path) == [
-        Task(task_id="a1", payload=row(1)),
-        Task(task_id="train-3", payload={"question": "é"}),
-    ]
+    assert load_jsonl(path) == [Task(task_id="a1", payload=row(1)), Task(task_id="train-3", payload={"question": "é"})]
 
 
 @pytest.mark.parametrize(

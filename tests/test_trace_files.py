@@ -161,13 +161,7 @@ LANGFUSE: dict[str, dict[str, Any]] = {
             ("Hello world", "gpt-4.1-2025-04-14", "", "suTt", "The weather in Tokyo is currently sunny. If you need"),
         ],
         "tools": [
-            (
-                "get_weather",
-                '{"city":"Tokyo"}',
-                "The weather in Tokyo is sunny.",
-                0,
-                "call_Kud0j0DxWSmLzv9W5m6qVqXn",
-            )
+            ("get_weather", '{"city":"Tokyo"}', "The weather in Tokyo is sunny.", 0, "call_Kud0j0DxWSmLzv9W5m6qVqXn")
         ],
         "agents": [("Agent workflow", ""), ("Hello world", "Agent workflow")],
         "scores": {"toxicity": 0.8, "hallucination": 0.0},

@@ -77,11 +77,7 @@ def test_select_refuses_an_empty_name(pattern: str) -> None:
     ("calls", "expected"),
     [
         pytest.param([], [], id="nothing"),
-        pytest.param(
-            [call("a1", [1, 5], [6]), call("a2", [1, 5, 6, 9], [3])],
-            ["a1 a2"],
-            id="two turns",
-        ),
+        pytest.param([call("a1", [1, 5], [6]), call("a2", [1, 5, 6, 9], [3])], ["a1 a2"], id="two turns"),
         pytest.param(
             [
                 call("a1", [1, 5], [6]),
@@ -98,11 +94,7 @@ def test_select_refuses_an_empty_name(pattern: str) -> None:
             ["a1", "b1"],
             id="edited history",
         ),
-        pytest.param(
-            [call("a1", [1, 5], [6]), call("a2", [1, 5, 6], [7])],
-            ["a1 a2"],
-            id="prompt equals the history",
-        ),
+        pytest.param([call("a1", [1, 5], [6]), call("a2", [1, 5, 6], [7])], ["a1 a2"], id="prompt equals the history"),
         pytest.param(
             # a2 and again both extend a1; a1's tokens belong to one chain only.
             [call("a1", [1], [2]), call("a2", [1, 2, 3], [4]), call("again", [1, 2, 3], [5])],
@@ -111,12 +103,7 @@ def test_select_refuses_an_empty_name(pattern: str) -> None:
         ),
         pytest.param(
             # c extends both [1 2] (of b1) and [1 2 3 4] (of a2): the longer one.
-            [
-                call("a1", [1], [2]),
-                call("a2", [1, 2, 3], [4]),
-                call("b1", [1], [2]),
-                call("c", [1, 2, 3, 4, 5], [6]),
-            ],
+            [call("a1", [1], [2]), call("a2", [1, 2, 3], [4]), call("b1", [1], [2]), call("c", [1, 2, 3, 4, 5], [6])],
             ["a1 a2 c", "b1"],
             id="longest wins",
         ),
@@ -180,10 +167,7 @@ def test_each_call_is_in_one_chain_and_extends_the_one_before(calls: list[ModelC
 
 
 def test_a_chain_becomes_one_row() -> None:
-    calls = [
-        call("a1", [5, 6], [7, 8], version=4),
-        call("a2", [5, 6, 7, 8, 9], [4], version=3),
-    ]
+    calls = [call("a1", [5, 6], [7, 8], version=4), call("a2", [5, 6, 7, 8, 9], [4], version=3)]
     (row,), dropped = samples_of(calls, [0.5, -1.0])
     # fmt: off
     assert row.token_T.tolist()     == [5, 6,   7,   8, 9,  4]
@@ -199,11 +183,7 @@ def test_a_chain_becomes_one_row() -> None:
 
 
 def test_calls_of_interleaved_chains_keep_their_own_advantage() -> None:
-    calls = [
-        call("a1", [1, 5], [6]),
-        call("b1", [1, 7], [8]),
-        call("a2", [1, 5, 6], [3]),
-    ]
+    calls = [call("a1", [1, 5], [6]), call("b1", [1, 7], [8]), call("a2", [1, 5, 6], [3])]
     (a, b), _ = samples_of(calls, [0.1, 0.2, 0.3])
     # fmt: off
     assert a.token_T.tolist() == [1, 5, 6, 3]

@@ -23,13 +23,7 @@ from agent_lightning.observer import RunObserver
 from agent_lightning.plots import plot_learning_curve, read_metrics, smooth
 from agent_lightning.report import Progress, RolloutCounts, StepSeconds, Summary, duration, number, report, sparkline
 from agent_lightning.testing import group, trajectory
-from agent_lightning.tracking import (
-    JsonLines,
-    RunDirectory,
-    TensorBoardSink,
-    Tracker,
-    WandbSink,
-)
+from agent_lightning.tracking import JsonLines, RunDirectory, TensorBoardSink, Tracker, WandbSink
 from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 
 SUMMARY = Summary(

@@ -126,12 +126,7 @@ def _advantages(
             return batch.advantage_NT, {}
         return batch.advantage_NT + step_advantages(batch, -penalty_NT, np.zeros_like(penalty_NT)), {}
     advantage_NT = step_advantages(
-        batch,
-        batch.reward_NT - penalty_NT,
-        value_NT,
-        discount=critic.discount,
-        trace=critic.trace,
-        over=critic.over,
+        batch, batch.reward_NT - penalty_NT, value_NT, discount=critic.discount, trace=critic.trace, over=critic.over
     )
     state_NT = first_of_call(batch, value_NT) if critic.over == "call" else value_NT
     return advantage_NT, {"values": value_NT, "returns": advantage_NT + state_NT}

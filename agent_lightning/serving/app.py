@@ -25,6 +25,7 @@ from starlette.responses import Response
 
 from agent_lightning.deadlines import begun
 from agent_lightning.errors import EngineError, UserError
+from agent_lightning.health import is_healthy
 from agent_lightning.policy import PolicyBoard
 from agent_lightning.serving.dialects import Completion, Part, Refusal
 from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig, Recorder
@@ -39,7 +40,7 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "uri depth 5",
     # One thread of it passes on more than a node's gateway, which is Python, can answer.
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-    # A gateway listens where its node's proxy does, so where that is 127.0.0.1 a proxy cannot reach the other nodes'
+    # A gateway listens where the proxy does, so where that is 127.0.0.1 the proxy cannot reach the other nodes'
     # gateways, and takes them to be down: it would ask each of them four times a second. Those that are up it asks
     # now and then only, and waits as long for the answer of a busy one; failed calls take one out at once.
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_DOWNINTER": "2s",
@@ -86,7 +87,6 @@ class ServingConfig:
     gpu_memory_utilization: float = 0.85
     tool_parser: str | None = "hermes"
     seed: int = 0
-    start_timeout_s: float = 600.0
     engine: dict[str, Any] = field(default_factory=dict)
     """vLLM engine arguments, untouched, for experts."""
 
@@ -197,7 +197,7 @@ class Service:
     """A running service."""
 
     url: str
-    """Root of the gateway, without a trailing slash; each node with a gateway has its own there."""
+    """Where this driver asks, without a trailing slash: the gateways' proxy, or its own node's gateway."""
     app: str
     gateway: str
     """The gateway's deployment."""
@@ -252,28 +252,57 @@ def start(
     finally:
         wait((proxy,))
     proxy.result()
-    return Service(url=f"{_root()}/{name}", app=name, gateway=f"{name}-gateway")
+    return Service(url=_root(name), app=name, gateway=f"{name}-gateway")
 
 
 _QUIET = {"enable_access_log": False}
 """A line for each call, in two places, would say nothing that the spans do not."""
 
 
-def _root() -> str:
-    """Where the proxies listen: in a cluster that others use too, where Serve was first told to."""
+def _root(app: str) -> str:
+    """Where Serve was first told to have its proxy listen, or else this node's gateway. Raises EngineError."""
     options = _get_global_client().http_config
-    host = ray.util.get_node_ip_address() if options.host == "0.0.0.0" else options.host
-    return f"http://{host}:{options.port}"
+    head = next(node for node in ray.nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"])
+    if options.host == "0.0.0.0":
+        return f"http://{head['NodeManagerAddress']}:{options.port}/{app}"
+    if head["NodeID"] == ray.get_runtime_context().get_node_id():
+        return f"http://{options.host}:{options.port}/{app}"
+    return asyncio.run(gateway_here(app, 60.0))
+
+
+async def gateway_here(app: str, timeout: float) -> str:
+    """Root of a gateway on this node that answers, past the proxy: an agent asks it without one. Raises EngineError
+    after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        for url in await asyncio.to_thread(_gateways_here, app):
+            if await is_healthy(url):
+                return url
+        if time.monotonic() > deadline:
+            raise EngineError(f"no gateway answered at {ray.util.get_node_ip_address()} within {timeout:.0f} s")
+        await asyncio.sleep(0.5)
+
+
+def _gateways_here(app: str) -> list[str]:
+    """Roots of those that Serve knows of; of several nodes at one address those of all."""
+    here = ray.util.get_node_ip_address()
+    try:
+        host = _get_global_client().http_config.host.replace("0.0.0.0", "127.0.0.1")
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        groups = ray.get(controller.get_target_groups.remote(app, True), timeout=10.0)
+    except (ValueError, RayServeException, ray.exceptions.RayError):  # it comes again
+        return []
+    return [f"http://{host}:{one.port}/{app}" for group in groups for one in group.targets if one.ip == here]
 
 
 def _start_proxy(host: str, port: int) -> None:
-    """Start Serve and its HTTP proxies, or find them. Raises UserError."""
+    """Start Serve and its HTTP proxy, or find them. Raises UserError."""
     options = {"host": host, "port": port, "request_timeout_s": None}
     try:
         try:
-            serve.start(proxy_location="EveryNode", http_options=options)
+            serve.start(proxy_location="HeadOnly", http_options=options)
         except ray.exceptions.ActorAlreadyExistsError:  # another run has started it between the look and the start
-            serve.start(proxy_location="EveryNode", http_options=options)
+            serve.start(proxy_location="HeadOnly", http_options=options)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError, RayServeException) as error:
         raise UserError(
             f"Ray Serve's proxy did not start on {host}:{port} ({type(error).__name__}); where the machine is busy, "

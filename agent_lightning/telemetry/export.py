@@ -20,16 +20,7 @@ from agent_lightning.telemetry import otlp
 from agent_lightning.telemetry.message_forms import Message, parsed
 from agent_lightning.telemetry.messages import answer, conversation
 from agent_lightning.telemetry.span_tree import RawSpan
-from agent_lightning.types import (
-    AgentSpan,
-    ModelCall,
-    Outcome,
-    Reward,
-    RolloutKey,
-    ToolCall,
-    ToolStatus,
-    Trajectory,
-)
+from agent_lightning.types import AgentSpan, ModelCall, Outcome, Reward, RolloutKey, ToolCall, ToolStatus, Trajectory
 
 Format = Literal["jsonl", "otlp"]
 FILES: Mapping[Format, str] = {"jsonl": "rollouts.jsonl", "otlp": "traces.jsonl"}

@@ -284,10 +284,4 @@ def _rename(fact: Fact, old: str, new: str) -> Fact:
     def put(text: str) -> str:
         return re.sub(rf"(?<!\w){re.escape(old)}(?!\w)", lambda _: new, text)
 
-    return replace(
-        fact,
-        entity=put(fact.entity),
-        answer=put(fact.answer),
-        title=put(fact.title),
-        text=put(fact.text),
-    )
+    return replace(fact, entity=put(fact.entity), answer=put(fact.answer), title=put(fact.title), text=put(fact.text))

@@ -35,12 +35,7 @@ Column = tuple[Cell, ...]
 
 
 def execution_match(
-    predicted: str,
-    gold: str,
-    databases: Iterable[str | Path],
-    *,
-    keep_distinct: bool = False,
-    limits: Limits = DEFAULT,
+    predicted: str, gold: str, databases: Iterable[str | Path], *, keep_distinct: bool = False, limits: Limits = DEFAULT
 ) -> bool:
     """Whether both queries return the same table on each database. A prediction that fails does not match.
 

@@ -119,8 +119,9 @@ class Hosts:
         """Of all processes on all of them."""
         return [pid for host in self._made for pid in host.pids()]
 
-    def join(self) -> Host:
-        """One more host, with a Ray node."""
+    def join(self, *, apart: bool = False) -> Host:
+        """One more host, with a Ray node. `apart`: its processes see those of no other host, without which Ray takes
+        the head's node to be a driver's own wherever it sees that run."""
         number = len(self._made) + 1
         host = Host(f"{self._name}-{number}", f"{self._name}v{number}", f"{self._subnet}.{number}")
         self._made.append(host)
@@ -136,11 +137,18 @@ class Hosts:
         disk = tempfile.mkdtemp(prefix="disk-", dir=self._disks) if number > 1 else self._folder
         # `ip netns exec` has a mount namespace of its own, which Ray's processes inherit.
         start = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', disk, self._folder, "chrt", "--batch", "0"]
+        if apart:  # its first process must stay, and with it all of them end
+            start, ray = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *start], [*ray, "--block"]
         command = host.command(*start, str(BIN / ray[0]), *ray[1:])
         log = Path(self._folder) / f"start-{number}.log"
         with log.open("w") as out:
-            code = subprocess.call(command, env=self.environment, stdout=out, stderr=out, timeout=READY_SECONDS)
-        if code != 0:
+            starting = subprocess.Popen(command, env=self.environment, stdout=out, stderr=out)
+        deadline = time.monotonic() + READY_SECONDS
+        while starting.poll() is None and not (apart and "Ray runtime started" in log.read_text()):
+            if time.monotonic() > deadline:
+                starting.kill()
+            time.sleep(0.1)
+        if starting.returncode:
             raise RuntimeError(f"ray start on {host.namespace}: {log.read_text()}")
         return host
 

@@ -98,7 +98,7 @@ def test_workers_and_gateways_come_and_go_with_their_nodes(hosts: Hosts, tmp_pat
         for host in (hosts.head, second, third):
             assert number_on(host, "ray::RolloutWorker") == 2
             assert number_on(host, "-gateway") == 1
-            assert number_on(host, "ray::HAProxyManager") == 1
+            assert number_on(host, "ray::HAProxyManager") == (host is hosts.head)
 
         fourth = hosts.join()
         wait_for(lambda: " joined; rollout workers there: 2" in log.read_text(), 240, process, log)
@@ -123,6 +123,24 @@ def test_workers_and_gateways_come_and_go_with_their_nodes(hosts: Hosts, tmp_pat
     finished = [row["rollout_id"] for row in rows if row["outcome"] == "finished"]
     assert len(set(finished)) == len(finished)
     assert not any(number_on(one, "ray::RolloutWorker") for one in (hosts.head, third, fourth))
+
+
+@pytest.mark.parametrize("settings", [(), ("serving.host=0.0.0.0", "serving.gateways=1")])
+def test_a_driver_on_another_node_than_the_head(settings: tuple[str, ...], hosts: Hosts, tmp_path: Path) -> None:
+    """A job that asks for what another node has; the proxy is on the head."""
+    second, run = hosts.join(apart=True), tmp_path / "run"
+    submit = ("ray", "job", "submit", "--address=http://127.0.0.1:8265", "--entrypoint-resources")
+    place = json.dumps({f"node:{second.address}": 0.001})
+    words = ("train", *TOY, "steps=5", "rollout.workers=2", f"runs_dir={tmp_path}", "name=run", *settings)
+    command = hosts.head.command(*submit, place, "--", "env", "-C", str(ROOT), "agl", *words)
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=hosts.environment, text=True, stdout=out, stderr=out)
+    both = (hosts.head, second)
+    wait_for(lambda: [number_on(one, "ray::RolloutWorker") for one in both] == [1, 1], 240, process, log)
+    assert [number_on(one, "ray::Buffer") for one in both] == [0, 1]  # beside the driver
+    assert process.wait(timeout=240) == 0, log.read_text()
+    assert steps_of(run) == 5
 
 
 WEIGHTS = """
