@@ -102,7 +102,7 @@ def test_a_dry_run_says_what_a_real_start_refuses(monkeypatch: pytest.MonkeyPatc
             check_cluster(config, train=True)
 
 
-@pytest.mark.parametrize("words", [["sampling.seeded=true"], ["serving.gateways=1"]])
+@pytest.mark.parametrize("words", [["sampling.seeded=true"], ["serving.gateways=1"], ["serving.gateways=2"]])
 def test_no_worker_is_left_without_a_gateway(words: list[str]) -> None:
     config = load(["experiment=toy", *words])
     check_reach(config, 1)
