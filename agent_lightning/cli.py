@@ -139,8 +139,9 @@ def _look(options: argparse.Namespace) -> int:
 
     if options.command == "config":
         return dry_run.show_config(options.overrides, changed=options.changed, console=Console())
-    dry_run.show(dry_run.examine(load(options.overrides), options.assume), Console())
-    return 0
+    found = dry_run.examine(load(options.overrides), options.assume)
+    dry_run.show(found, Console())
+    return USER_ERROR if found.missing else 0
 
 
 def _resume(overrides: Sequence[str]) -> tuple[list[str], str | None]:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from agent_lightning import placement
+from agent_lightning.cli import USER_ERROR, main
 from agent_lightning.config import load, project_folder
 from agent_lightning.config_sources import sources
 from agent_lightning.dry_run import assumed, examine, show
@@ -97,6 +98,8 @@ def test_a_dry_run_says_what_a_real_start_refuses(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = load(["experiment=calc_tiny", "hardware=gpu8"])
     assert "cluster: needs 8 GPUs, has 0" in examine(config, assume="2x0").missing
+    words = ["train", "experiment=calc_tiny", "--dry-run", "--assume", "2x0"]
+    assert [main(words), main([*words, "hardware=gpu8"])] == [0, USER_ERROR]
     if not list(Path("/dev").glob("nvidia[0-9]*")):
         with pytest.raises(UserError, match="this machine is too small: needs 8 GPUs, has 0"):
             check_cluster(config, train=True)
