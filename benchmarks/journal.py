@@ -26,11 +26,11 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from agent_lightning.buffer import Buffer
-from agent_lightning.journal import FSYNC, JournalConfig
-from agent_lightning.rollout import AgentSpec
-from agent_lightning.testing import ToyWorld
-from agent_lightning.types import ModelCall, Outcome, Policy, RolloutKey, Task
+from agent_lightning.buffer.buffer import Buffer
+from agent_lightning.buffer.journal import FSYNC, JournalConfig
+from agent_lightning.core.types import ModelCall, Outcome, Policy, RolloutKey, Task
+from agent_lightning.rollouts.worker import AgentSpec
+from agent_lightning.toy.world import ToyWorld
 
 WORDS = tuple("0123456789")
 

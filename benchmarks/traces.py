@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from agent_lightning.air import Air
-from agent_lightning.credit import Credit, assign
-from agent_lightning.credit_rules import CreditRules, Estimator
-from agent_lightning.telemetry.spans import assemble
-from agent_lightning.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
+from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
+from agent_lightning.credit.air import Air
+from agent_lightning.credit.assign import Credit, assign
+from agent_lightning.credit.rules import CreditRules, Estimator
+from agent_lightning.spans.assemble import assemble
 
 CALLS, TOKENS, RESPONSE, GROUP = 5, 2000, 200, 8
 REPLY = '{"role":"assistant","tool_calls":[{"id":"%s","function":{"name":"search","arguments":"{\\"q\\": %d}"}}]}'

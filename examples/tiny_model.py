@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from agent_lightning.types import Batch
+from agent_lightning.core.types import Batch
 
 PAD, END = "<|pad|>", "<|im_end|>"
 Row = tuple[list[int], Sequence[float]]

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 TARGETS: Mapping[str, float] = {
-    "lines in all": 20_200,
+    "lines in all": 20_300,
     "median file": 190,
     "largest file": 400,
     "longest function": 50,

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from agent_lightning.plots import evaluations
-from agent_lightning.report import Summary
+from agent_lightning.run.plots import evaluations
+from agent_lightning.run.report import Summary
 
 
 def curve(run: Path) -> list[tuple[int, float]]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from agent_lightning.metrics import Metrics
-from agent_lightning.types import Batch
+from agent_lightning.core.metrics import Metrics
+from agent_lightning.core.types import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

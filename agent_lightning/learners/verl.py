@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from agent_lightning.errors import UserError
+from agent_lightning.core.errors import UserError
+from agent_lightning.core.metrics import Max, Mean, Metrics, merge
+from agent_lightning.core.types import Batch
 from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.learners.verl_credit import Forward, Prepared, prepare
 from agent_lightning.learners.verl_groups import (
@@ -26,8 +28,6 @@ from agent_lightning.learners.verl_groups import (
     to_tensordict,
     value_loss_of,
 )
-from agent_lightning.metrics import Max, Mean, Metrics, merge
-from agent_lightning.types import Batch
 
 __all__ = ["CriticSettings", "LearnerConfig", "VerlLearner"]
 
@@ -100,7 +100,7 @@ class VerlLearner:
 
     def shutdown(self) -> None:
         """Stop the training processes."""
-        from agent_lightning.cluster import kill_handles
+        from agent_lightning.core.actors import kill_handles
 
         for group in (self._group, self._reference, self._critic):
             if group is not None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from agent_lightning.core.metrics import Max, Mean, Metrics, Sum, merge
+from agent_lightning.core.types import Batch, Bools, Floats
+from agent_lightning.credit.tokens import explained_variance, first_of_call, step_advantages, whiten
 from agent_lightning.learners.verl_groups import LearnerConfig
-from agent_lightning.metrics import Max, Mean, Metrics, Sum, merge
-from agent_lightning.token_credit import explained_variance, first_of_call, step_advantages, whiten
-from agent_lightning.types import Batch, Bools, Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

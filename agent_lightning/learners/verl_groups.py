@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from agent_lightning.token_credit import Over
-from agent_lightning.types import Batch, Floats
+from agent_lightning.core.types import Batch, Floats
+from agent_lightning.credit.tokens import Over
 
 if TYPE_CHECKING:
     from tensordict import TensorDict

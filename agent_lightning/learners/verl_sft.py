@@ -17,7 +17,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 from verl.utils.tokenizer.chat_template import extract_system_prompt_and_generation
 
-from agent_lightning.errors import DataError
+from agent_lightning.core.errors import DataError
 
 
 class JsonlSFTDataset(MultiTurnSFTDataset):  # type: ignore[misc]

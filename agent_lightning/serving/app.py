@@ -23,13 +23,13 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
-from agent_lightning.deadlines import begun
-from agent_lightning.errors import EngineError, UserError
-from agent_lightning.health import is_healthy
-from agent_lightning.policy import PolicyBoard
-from agent_lightning.serving.dialects import Completion, Part, Refusal
+from agent_lightning.core.errors import EngineError, UserError
+from agent_lightning.core.threads import begun
+from agent_lightning.core.types import InFlight
+from agent_lightning.rollouts.health import is_healthy
+from agent_lightning.serving.engine import Completion, Part, Refusal
 from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig, Recorder
-from agent_lightning.types import InFlight
+from agent_lightning.serving.policy import PolicyBoard
 
 SERVE_ENVIRONMENT = {
     # Measured on 2 cores: several times the requests per second of Serve's default proxy.
@@ -159,7 +159,7 @@ MakeReplica = Callable[[PolicyBoard], PolicyReplica]
 
 def _vllm(settings: Mapping[str, Any], in_flight: InFlight, board: PolicyBoard) -> PolicyReplica:
     """vLLM is imported in the replica, so the driver is spared its ten seconds."""
-    from agent_lightning.serving.policy_server import PolicyServer
+    from agent_lightning.serving.replica import PolicyServer
 
     return PolicyServer(settings, in_flight, board)
 

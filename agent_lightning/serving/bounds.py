@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from agent_lightning.serving.dialects import Refusal
+from agent_lightning.serving.engine import Refusal
 
 HIDDEN = "*"
 """Stands for each character of a secret: the text keeps its length, so also a binary format stays whole."""

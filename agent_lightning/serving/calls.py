@@ -6,9 +6,9 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
+from agent_lightning.core.types import RolloutKey
 from agent_lightning.serving.bounds import Held
-from agent_lightning.serving.wire.base import Asked, Stream, Wire
-from agent_lightning.types import RolloutKey
+from agent_lightning.serving.dialects.base import Asked, Stream, Wire
 
 
 @dataclass(slots=True)

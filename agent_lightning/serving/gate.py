@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
 
-from agent_lightning.types import InFlight
+from agent_lightning.core.types import InFlight
 
 T = TypeVar("T")
 

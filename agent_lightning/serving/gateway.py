@@ -24,29 +24,19 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from agent_lightning.buffer import verify_secret
-from agent_lightning.errors import UnknownRollout
+from agent_lightning.buffer.buffer import verify_secret
+from agent_lightning.core.errors import UnknownRollout
+from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Split
 from agent_lightning.serving.answers import Answer
 from agent_lightning.serving.bounds import Limits, is_deeper, reading, without
 from agent_lightning.serving.calls import Attempt, Call
-from agent_lightning.serving.dialects import (
-    CUT,
-    Completion,
-    Part,
-    Refusal,
-    compact,
-    engine_request,
-    join,
-    spoken,
-    within,
-)
+from agent_lightning.serving.dialects.base import Asked, BadRequest, Wire
+from agent_lightning.serving.dialects.chat import ChatCompletions, Completions
+from agent_lightning.serving.dialects.messages import Messages
+from agent_lightning.serving.dialects.responses import Responses
+from agent_lightning.serving.engine import CUT, Completion, Part, Refusal, compact, engine_request, join, spoken, within
 from agent_lightning.serving.openapi import describe
 from agent_lightning.serving.tracing import SpanRecorder, agent_of, parent_of, take_traces
-from agent_lightning.serving.wire.base import Asked, BadRequest, Wire
-from agent_lightning.serving.wire.chat import ChatCompletions, Completions
-from agent_lightning.serving.wire.messages import Messages
-from agent_lightning.serving.wire.responses import Responses
-from agent_lightning.types import ModelCall, Outcome, RolloutKey, Split
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from pydantic.json_schema import models_json_schema
 
-from agent_lightning.serving.wire.base import Wire
+from agent_lightning.serving.dialects.base import Wire
 
 _ROOT: Final = "/rollout/{rollout}/attempt/{attempt}/{secret}/{agent}/"
 _PARAMETERS: Final[Mapping[str, Any]] = {

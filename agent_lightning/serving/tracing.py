@@ -8,10 +8,10 @@ from typing import Protocol
 
 from starlette.responses import JSONResponse, Response
 
-from agent_lightning.errors import DataError, UnknownRollout
-from agent_lightning.telemetry.otlp import PROTOBUF, acknowledge, decode
-from agent_lightning.telemetry.span_tree import RawSpan
-from agent_lightning.types import RolloutKey
+from agent_lightning.core.errors import DataError, UnknownRollout
+from agent_lightning.core.types import RolloutKey
+from agent_lightning.spans.otlp import PROTOBUF, acknowledge, decode
+from agent_lightning.spans.tree import RawSpan
 
 MAX_SPANS = 10_000
 """Of one body."""

@@ -17,7 +17,7 @@ from autogen_core.models import ModelFamily, ModelInfo
 from autogen_ext.models.openai import OpenAIChatCompletionClient
 from calculator import SYSTEM, evaluate, render
 
-from agent_lightning.types import Policy
+from agent_lightning.core.types import Policy
 
 MAX_TURNS = 4
 TIMEOUT = 600.0

@@ -31,7 +31,7 @@ import tiny_model
 from calculator import SYSTEM
 from tiny_model import END, Row, replies
 
-from agent_lightning.tasks import load_jsonl
+from agent_lightning.run.tasks import load_jsonl
 
 CALL_OPEN = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "'
 CALL_CLOSE = '"}}\n</tool_call>'

@@ -8,7 +8,7 @@ from typing import Any
 
 from compare import same
 
-from agent_lightning.scoring import means, text_of
+from agent_lightning.cli.scoring import means, text_of
 
 
 def score(row: Mapping[str, Any], *, databases: Path | None = None) -> dict[str, float]:

@@ -23,7 +23,7 @@ from agents import Agent, OpenAIChatCompletionsModel, RunConfig, Runner
 from openai import AsyncOpenAI
 from retrieval.corpus import Passage
 
-from agent_lightning.client import tool
+from agent_lightning.rollouts.client import tool
 
 INSTRUCTIONS = """\
 Answer the question with the help of a search engine for Wikipedia. In each turn, first think between <think> and \

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent_lightning.errors import DataError
-from agent_lightning.tasks import load_jsonl
+from agent_lightning.core.errors import DataError
+from agent_lightning.run.tasks import load_jsonl
 
 logger = logging.getLogger(__name__)
 

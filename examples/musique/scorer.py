@@ -8,8 +8,8 @@ from typing import Any
 
 from answers import exact_match, f1
 
-from agent_lightning.errors import DataError
-from agent_lightning.scoring import means, text_of
+from agent_lightning.cli.scoring import means, text_of
+from agent_lightning.core.errors import DataError
 
 
 def score(row: Mapping[str, Any], *, databases: Path | None = None) -> dict[str, float]:

@@ -18,8 +18,8 @@ from typing import Any
 
 from databases import Limits, Table, files, run, schema
 
-from agent_lightning.errors import DataError
-from agent_lightning.tasks import load_jsonl
+from agent_lightning.core.errors import DataError
+from agent_lightning.run.tasks import load_jsonl
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from agent_lightning.errors import DataError
+from agent_lightning.core.errors import DataError
 
 Cell = str | int | float | bytes | None
 Row = tuple[Cell, ...]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from databases import DEFAULT, Cell, Failure, Limits, Row, run, size_of
 
-from agent_lightning.errors import DataError
+from agent_lightning.core.errors import DataError
 
 _SPLIT_OPERATOR = re.compile(r"([<>!]) =")
 _CURRENT_YEAR = re.compile(r"year\s*\(\s*curdate\s*\(\s*\)\s*\)\s*", re.IGNORECASE)

@@ -9,7 +9,7 @@ from typing import Any
 from databases import files
 from execution_match import execution_match
 
-from agent_lightning.errors import DataError
+from agent_lightning.core.errors import DataError
 
 FIELDS = ("pred", "db_id", "query")
 LEVELS = ("easy", "medium", "hard", "extra")

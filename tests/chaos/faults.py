@@ -20,12 +20,12 @@ from typing import Any
 
 import aiohttp
 
-from agent_lightning.client import tool
-from agent_lightning.retries import Retries
-from agent_lightning.rollout import AgentSpec
+from agent_lightning.core.types import Outcome, Policy, Task
+from agent_lightning.credit.failures import Retries
+from agent_lightning.rollouts.client import tool
+from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.serving.gateway import RETRY_HEADER
-from agent_lightning.testing import Faults, Rates, ToyWorld
-from agent_lightning.types import Outcome, Policy, Task
+from agent_lightning.toy.world import Faults, Rates, ToyWorld
 
 WORDS = ("red", "green", "blue")
 

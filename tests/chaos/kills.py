@@ -24,7 +24,7 @@ from typing import Any
 
 from town import PARTS, ROLLOUTS, Town, live, new_town
 
-from agent_lightning.chaos import Faults
+from agent_lightning.toy.faults import Faults
 
 KINDS = ("buffer", "gateway", "policy", "worker", "learner", "driver")
 STUCK_S = float(os.environ.get("CHAOS_STUCK_S", "60"))

@@ -22,12 +22,12 @@ from typing import Any
 import psutil
 from starlette.applications import Starlette
 
-from agent_lightning.buffer import Buffer, attempt_secret
+from agent_lightning.buffer.buffer import Buffer, attempt_secret
+from agent_lightning.core.types import Outcome, RolloutKey, Task
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
-from agent_lightning.telemetry.otlp import encode, encode_json
-from agent_lightning.telemetry.span_tree import RawSpan
-from agent_lightning.testing import SAMPLING, ToyEngine, ToyLanguage, application
-from agent_lightning.types import Outcome, RolloutKey, Task
+from agent_lightning.spans.otlp import encode, encode_json
+from agent_lightning.spans.tree import RawSpan
+from agent_lightning.toy.world import SAMPLING, ToyEngine, ToyLanguage, application
 
 SECRET = b"a secret of the tests"
 LARGEST = 64 * 1024

@@ -22,11 +22,11 @@ from typing import Any
 import psutil
 from faults import WORDS, Agent, Search
 
-from agent_lightning.journal import JournalConfig
-from agent_lightning.retries import Retries
-from agent_lightning.rollout import AgentSpec
-from agent_lightning.testing import Faults, Rates, ToyWorld
-from agent_lightning.types import Task
+from agent_lightning.buffer.journal import JournalConfig
+from agent_lightning.core.types import Task
+from agent_lightning.credit.failures import Retries
+from agent_lightning.rollouts.worker import AgentSpec
+from agent_lightning.toy.world import Faults, Rates, ToyWorld
 
 
 async def soak(minutes: float) -> dict[str, Any]:

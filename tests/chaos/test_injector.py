@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from faults import Agent, Search
 
-from agent_lightning.buffer import Buffer
-from agent_lightning.retries import Retries
-from agent_lightning.rollout import AgentSpec
-from agent_lightning.testing import Faults, InjectedError, Link, Rates, ToyWorld
-from agent_lightning.types import Task
+from agent_lightning.buffer.buffer import Buffer
+from agent_lightning.core.types import Task
+from agent_lightning.credit.failures import Retries
+from agent_lightning.rollouts.worker import AgentSpec
+from agent_lightning.toy.world import Faults, InjectedError, Link, Rates, ToyWorld
 
 pytestmark = pytest.mark.chaos
 WORDS = ("red", "green", "blue")

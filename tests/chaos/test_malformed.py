@@ -19,10 +19,10 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.applications import Starlette
 
-from agent_lightning.buffer import Buffer, attempt_secret
+from agent_lightning.buffer.buffer import Buffer, attempt_secret
+from agent_lightning.core.types import RolloutKey
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
-from agent_lightning.testing import SAMPLING, ToyEngine, ToyLanguage, application
-from agent_lightning.types import RolloutKey
+from agent_lightning.toy.world import SAMPLING, ToyEngine, ToyLanguage, application
 
 pytestmark = pytest.mark.chaos
 

@@ -24,21 +24,21 @@ import aiohttp
 import uvicorn
 from processes import Peer, end_with, listen
 
-from agent_lightning import checkpoint
-from agent_lightning.buffer import Buffer
-from agent_lightning.credit_rules import CreditRules
-from agent_lightning.journal import JournalConfig
-from agent_lightning.loop import Loop
-from agent_lightning.policy import PolicyBoard
-from agent_lightning.retries import Retries
-from agent_lightning.rollout import AgentSpec, RolloutWorker
-from agent_lightning.serving.dialects import Completion, Refusal
+from agent_lightning.buffer.buffer import Buffer
+from agent_lightning.buffer.journal import JournalConfig
+from agent_lightning.core.types import Group, ModelCall, Policy, Task
+from agent_lightning.credit.failures import Retries
+from agent_lightning.credit.rules import CreditRules
+from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker
+from agent_lightning.run import checkpoint
+from agent_lightning.run.loop import Loop
+from agent_lightning.run.state import Plan, State
+from agent_lightning.run.tasks import TaskCursor
+from agent_lightning.serving.engine import Completion, Refusal
 from agent_lightning.serving.gateway import RETRY_HEADER, Gateway, GatewayConfig
-from agent_lightning.state import Plan, State
-from agent_lightning.tasks import TaskCursor
-from agent_lightning.testing import MODEL, SAMPLING, QuietObserver, ToyEngine, ToyLanguage, ToyLearner, application
-from agent_lightning.toy import PAD
-from agent_lightning.types import Group, ModelCall, Policy, Task
+from agent_lightning.serving.policy import PolicyBoard
+from agent_lightning.toy.toy import PAD
+from agent_lightning.toy.world import MODEL, SAMPLING, QuietObserver, ToyEngine, ToyLanguage, ToyLearner, application
 
 WORDS = ("red", "green", "blue")
 TASKS = tuple(Task(task_id=f"t{n}", payload={"question": f"q{n}", "answer": WORDS[n % 3]}) for n in range(4))

@@ -13,15 +13,15 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from agent_lightning import cluster
-from agent_lightning.buffer import Buffer
-from agent_lightning.config import resolve_path
-from agent_lightning.launch import prepare_environment
+from agent_lightning.buffer.buffer import Buffer
+from agent_lightning.config.load import resolve_path
+from agent_lightning.core import actors as cluster
+from agent_lightning.core.types import Batch, ModelCall
+from agent_lightning.launch.launch import prepare_environment
 from agent_lightning.learners.base import WeightBucket, Weights
-from agent_lightning.policy import PolicyBoard
 from agent_lightning.serving import app
 from agent_lightning.serving.gateway import GatewayConfig
-from agent_lightning.types import Batch, ModelCall
+from agent_lightning.serving.policy import PolicyBoard
 
 
 def random_model(folder: Path, *, seed: int, tied: bool) -> LlamaForCausalLM:

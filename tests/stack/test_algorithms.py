@@ -17,21 +17,21 @@ import pytest
 import torch
 from models import load, random_batch, random_model, to_arrays
 
-from agent_lightning import cluster
-from agent_lightning.buffer import Buffer, Lease
-from agent_lightning.commands import make_plan
-from agent_lightning.config import load as load_config
-from agent_lightning.errors import UserError
-from agent_lightning.launch import learner_config
+from agent_lightning.buffer.buffer import Buffer, Lease
+from agent_lightning.cli.train import make_plan
+from agent_lightning.config.load import load as load_config
+from agent_lightning.core import actors as cluster
+from agent_lightning.core.errors import UserError
+from agent_lightning.core.metrics import values
+from agent_lightning.core.types import Group, Outcome, Split, Task
+from agent_lightning.launch.launch import learner_config
 from agent_lightning.learners.base import Weights
 from agent_lightning.learners.verl import VerlLearner
 from agent_lightning.learners.verl_groups import Groups, start_groups
-from agent_lightning.loop import Loop
-from agent_lightning.metrics import values
-from agent_lightning.state import State
-from agent_lightning.tasks import TaskCursor
-from agent_lightning.testing import QuietObserver, model_call
-from agent_lightning.types import Group, Outcome, Split, Task
+from agent_lightning.run.loop import Loop
+from agent_lightning.run.state import State
+from agent_lightning.run.tasks import TaskCursor
+from agent_lightning.toy.world import QuietObserver, model_call
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 STEPS = 6

@@ -5,26 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import anthropic
 import numpy as np
 import pytest
+from formats import FORMATS, FUNCTION, Clients, chat, converse
 from ray import serve
 
-from agent_lightning import launch
-from agent_lightning.config import load
-from agent_lightning.serving.dialects import engine_request, join
-from agent_lightning.types import ModelCall, Outcome, Task
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from formats import FORMATS, FUNCTION, Clients, chat, converse
+from agent_lightning.config.load import load
+from agent_lightning.core.types import ModelCall, Outcome, Task
+from agent_lightning.launch import launch
+from agent_lightning.serving.engine import engine_request, join
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(420)]
 SYSTEM = "Solve the problem. Use the calculator."

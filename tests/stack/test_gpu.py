@@ -16,9 +16,9 @@ from models import load, random_batch, random_model, reference_logprobs, serving
 from test_learner import LR, own_gradient_step
 from test_weights import SECRET, one_group
 
-from agent_lightning import cluster
+from agent_lightning.core import actors as cluster
+from agent_lightning.core.types import Group
 from agent_lightning.learners.verl import LearnerConfig, VerlLearner
-from agent_lightning.types import Group
 
 pytestmark = [
     pytest.mark.stack,

@@ -12,8 +12,8 @@ import pytest
 import ray
 from models import as_weights, random_model, reference_logprobs, serving
 
-from agent_lightning.buffer import Buffer
-from agent_lightning.types import InFlight, ModelCall, Outcome, Task
+from agent_lightning.buffer.buffer import Buffer
+from agent_lightning.core.types import InFlight, ModelCall, Outcome, Task
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(420)]
 SECRET = b"0123456789abcdef"

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
-from agent_lightning.archive import read_rollouts
+from agent_lightning.run.archive import read_rollouts
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(580)]
 ROOT = Path(__file__).parents[2]

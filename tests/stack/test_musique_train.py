@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_lightning.archive import read_rollouts
+from agent_lightning.run.archive import read_rollouts
 
 pytest.importorskip("agents")
 pytest.importorskip("bm25s")

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from hosts import Host, Hosts, can_be_made
 
-from agent_lightning.archive import read_rollouts
-from agent_lightning.codec import decode
-from agent_lightning.events import Leased
-from agent_lightning.segments import readings
+from agent_lightning.buffer.codec import decode
+from agent_lightning.buffer.events import Leased
+from agent_lightning.buffer.segments import readings
+from agent_lightning.run.archive import read_rollouts
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def leases(run: Path) -> set[str]:
 
 SLOW = """
 import asyncio
-from agent_lightning.agents import load
+from agent_lightning.rollouts.agents import load
 
 ask = load("examples/toy/agent.py:solve")
 
@@ -146,7 +146,7 @@ def test_a_driver_on_another_node_than_the_head(settings: tuple[str, ...], hosts
 WEIGHTS = """
 import asyncio, sys
 import numpy as np
-from agent_lightning import cluster
+from agent_lightning.core import actors as cluster
 
 class Replica:
     async def install(self, reference):

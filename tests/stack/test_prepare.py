@@ -15,12 +15,12 @@ from tensordict import TensorDict
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
 
-from agent_lightning.estimators import normalised, whitened
+from agent_lightning.core.metrics import Metrics, values
+from agent_lightning.core.types import Batch, Floats
+from agent_lightning.credit.estimators import normalised, whitened
 from agent_lightning.learners.verl_credit import Forward, Prepared, prepare
 from agent_lightning.learners.verl_groups import CriticSettings, LearnerConfig
 from agent_lightning.learners.verl_worker import value_loss
-from agent_lightning.metrics import Metrics, values
-from agent_lightning.types import Batch, Floats
 
 pytestmark = pytest.mark.stack
 RNG = np.random.default_rng(0)

@@ -78,7 +78,6 @@ def test_a_killed_build_goes_on_and_the_index_is_served(tmp_path: Path) -> None:
 def test_a_dense_index_is_built_shard_by_shard(tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     pytest.importorskip("sentence_transformers")
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     from encoders import random_encoder
 
     encoder = random_encoder(tmp_path / "encoder")

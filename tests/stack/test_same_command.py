@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_lightning.plots import read_metrics
+from agent_lightning.run.plots import read_metrics
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow]
 WORDS = ["experiment=toy", "steps=3", "eval_every=1", "seed=5"]

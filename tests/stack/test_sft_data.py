@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 from verl.utils.import_utils import load_extern_object
 
-from agent_lightning.errors import DataError
+from agent_lightning.core.errors import DataError
 
 pytestmark = pytest.mark.stack
 POLICY = Path(__file__).parents[2] / "examples" / "calc_x" / "tiny_policy"

@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from agent_lightning.archive import read_rollouts
-from agent_lightning.config import load
-from agent_lightning.preflight import load_tasks
-from agent_lightning.tasks import TaskCursor
+from agent_lightning.config.load import load
+from agent_lightning.launch.preflight import load_tasks
+from agent_lightning.run.archive import read_rollouts
+from agent_lightning.run.tasks import TaskCursor
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(580)]
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""Sweeps on Ray Tune, with runs that only write what a run writes (tests/short_run.py)."""
+"""Sweeps on Ray Tune, with runs that only write what a run writes (tests/support/short_run.py)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from agent_lightning import cluster, tuning
-from agent_lightning.plots import evaluations
-from agent_lightning.preflight import prepare_environment
-from agent_lightning.sweeps import SweepFolder, SweepPlan, TrialRecord, best_of, plan_sweep, trial_words
+from agent_lightning.core import actors as cluster
+from agent_lightning.launch.preflight import prepare_environment
+from agent_lightning.run.plots import evaluations
+from agent_lightning.sweeps import tune as tuning
+from agent_lightning.sweeps.plan import SweepFolder, SweepPlan, TrialRecord, best_of, plan_sweep, trial_words
 
 pytestmark = pytest.mark.stack
-PROGRAM = (sys.executable, str(Path(__file__).parents[1] / "short_run.py"))
+PROGRAM = (sys.executable, str(Path(__file__).parents[1] / "support" / "short_run.py"))
 FIXED = ["experiment=toy", "steps=8", "eval_every=2"]
 
 

@@ -11,8 +11,8 @@ import pytest
 import ray
 from models import as_weights, random_model, reference_logprobs, serving
 
-from agent_lightning.buffer import Buffer, Lease
-from agent_lightning.types import Group, Outcome, Task
+from agent_lightning.buffer.buffer import Buffer, Lease
+from agent_lightning.core.types import Group, Outcome, Task
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 SECRET = b"0123456789abcdef"

@@ -15,8 +15,8 @@ import sys
 import threading
 from pathlib import Path
 
-from agent_lightning.cluster import init_ray, shutdown_ray
-from agent_lightning.errors import AgentLightningError
+from agent_lightning.core.actors import init_ray, shutdown_ray
+from agent_lightning.core.errors import AgentLightningError
 
 from .build import BGE_QUERY, Settings, build
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import ray
 
-from agent_lightning.errors import DataError, UserError
+from agent_lightning.core.errors import DataError, UserError
 
 from .corpus import Counts, read_counts, read_lines, write_json, write_shard
 

@@ -20,7 +20,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from agent_lightning.errors import DataError
+from agent_lightning.core.errors import DataError
 
 from .build import DONE
 from .corpus import Shard

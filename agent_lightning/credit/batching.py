@@ -1,0 +1,111 @@
+"""Samples -> right-padded batches. Rows of one rollout stay together; each rollout weighs the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from agent_lightning.core.types import Batch, Sample
+
+
+def pack(
+    samples: Sequence[Sample],
+    *,
+    rollouts_per_batch: int | None,
+    pad_token: int,
+    pad_multiple: int = 1,
+    row_multiple: int = 1,
+) -> tuple[Batch, ...]:
+    """Batches of at most `rollouts_per_batch` rollouts (None: all in one), in order of first appearance.
+
+    The rollouts are spread evenly: 9 with rollouts_per_batch=8 make batches of 5 and 4, not 8 and 1. In each batch the
+    number of rows is rounded up to `row_multiple` and the number of columns to `pad_multiple`.
+
+    Example, rollouts A (rows 5 6* 7* and 5 8*) and B (row 5 9*), * = trained, pad_token=0, row_multiple=4:
+
+        token_NT    5 6 7    weight_NT      0 1/6 1/6    length_N    3
+                    5 8 0                   0 1/6   0                2
+                    5 9 0                   0 1/2   0                2
+                    0 0 0                   0   0   0                1
+
+    A padding row has weight 0 and mask False everywhere, and length 1, so that no engine meets an empty sequence.
+    No samples -> no batches. Raises ValueError for a number below 1, or a rollout without one trained token: it
+    would have weight but nothing to put it on.
+    """
+    for name, number in (("pad_multiple", pad_multiple), ("row_multiple", row_multiple)):
+        if number < 1:
+            raise ValueError(f"{name} is {number}, must be at least 1")
+    if rollouts_per_batch is not None and rollouts_per_batch < 1:
+        raise ValueError(f"rollouts_per_batch is {rollouts_per_batch}, must be at least 1")
+    rollouts: dict[str, list[Sample]] = {}
+    for sample in samples:
+        rollouts.setdefault(sample.key.rollout_id, []).append(sample)
+    for rollout_id, rows in rollouts.items():
+        if not any(row.mask_T.any() for row in rows):
+            raise ValueError(f"rollout {rollout_id} has no trained token")
+    return tuple(
+        _pad(part, pad_token=pad_token, pad_multiple=pad_multiple, row_multiple=row_multiple)
+        for part in _split_evenly(list(rollouts.values()), rollouts_per_batch)
+    )
+
+
+def _split_evenly(rollouts: list[list[Sample]], size: int | None) -> list[list[list[Sample]]]:
+    """As few parts of at most `size` as possible, their sizes differing by one at most, larger ones first."""
+    if not rollouts:
+        return []
+    num_parts = 1 if size is None else -(-len(rollouts) // size)
+    quotient, remainder = divmod(len(rollouts), num_parts)
+    parts: list[list[list[Sample]]] = []
+    start = 0
+    for part in range(num_parts):
+        stop = start + quotient + (part < remainder)
+        parts.append(rollouts[start:stop])
+        start = stop
+    return parts
+
+
+def _pad(rollouts: Sequence[Sequence[Sample]], *, pad_token: int, pad_multiple: int, row_multiple: int) -> Batch:
+    num_rows = _round_up(sum(len(rows) for rows in rollouts), row_multiple)
+    num_columns = _round_up(max(row.token_T.size for rows in rollouts for row in rows), pad_multiple)
+    shape = (num_rows, num_columns)
+    token_NT = np.full(shape, pad_token, np.int32)
+    mask_NT = np.zeros(shape, np.bool_)
+    logprob_NT = np.zeros(shape, np.float32)
+    advantage_NT = np.zeros(shape, np.float32)
+    reward_NT = np.zeros(shape, np.float32)
+    call_NT = np.zeros(shape, np.int32)
+    weight_NT = np.zeros(shape, np.float32)
+    length_N = np.ones(num_rows, np.int32)
+    rollout_N = np.full(num_rows, -1, np.int32)
+    n = 0
+    for rollout, rows in enumerate(rollouts):
+        weight = 1.0 / (len(rollouts) * sum(int(row.mask_T.sum()) for row in rows))
+        for row in rows:
+            length = row.token_T.size
+            token_NT[n, :length] = row.token_T
+            mask_NT[n, :length] = row.mask_T
+            logprob_NT[n, :length] = row.logprob_T
+            advantage_NT[n, :length] = row.advantage_T
+            reward_NT[n, :length] = row.reward_T
+            call_NT[n, :length] = row.call_T
+            weight_NT[n, :length] = row.mask_T * weight
+            length_N[n] = length
+            rollout_N[n] = rollout
+            n += 1
+    return Batch(
+        token_NT=token_NT,
+        mask_NT=mask_NT,
+        logprob_NT=logprob_NT,
+        advantage_NT=advantage_NT,
+        reward_NT=reward_NT,
+        call_NT=call_NT,
+        weight_NT=weight_NT,
+        length_N=length_N,
+        rollout_N=rollout_N,
+        num_rollouts=len(rollouts),
+    )
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

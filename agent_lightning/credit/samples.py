@@ -1,0 +1,183 @@
+"""Calls -> chains -> samples: which calls are trained, which extend each other, and the flat rows they make.
+
+Every sampled token of the calls given to `to_samples` is either `mask_T` True in exactly one row, or counted in
+exactly one `Dropped`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent_lightning.core.errors import ConfigError
+from agent_lightning.core.types import Floats, Ints, ModelCall, Sample, Trajectory
+from agent_lightning.credit.estimators import carried_back
+
+OVERLONG_SAMPLE: Final = "overlong_sample"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """Sampled tokens that are not trained, and why."""
+
+    reason: str
+    tokens: int
+    calls: tuple[str, ...] = ()
+    """Ids of the calls that sampled them."""
+
+
+def select(calls: Sequence[ModelCall], pattern: str) -> tuple[int, ...]:
+    """Indices of the calls of trained agents; `pattern` is a comma-separated list of case-sensitive globs.
+
+    Calls of other models, which only a trace has, are context: no pattern selects them.
+
+    Example, with calls of agents writer, judge, rewriter-2:
+
+        select(calls, "*")                  # 0, 1, 2
+        select(calls, "writer, rewriter*")  # 0, 2
+
+    Raises ConfigError where the list is empty or has an empty entry.
+    """
+    globs = [part.strip() for part in pattern.split(",")]
+    if not all(globs):
+        raise ConfigError(f"agents: {pattern!r} has an empty agent name; write e.g. '*' or 'writer,rewriter*'")
+    return tuple(
+        i
+        for i, call in enumerate(calls)
+        if call.source == "gateway" and any(fnmatchcase(call.agent, glob) for glob in globs)
+    )
+
+
+def chains(calls: Sequence[ModelCall]) -> tuple[tuple[ModelCall, ...], ...]:
+    """Calls grouped into conversations: each attaches to the longest conversation that its prompt extends.
+
+    `calls` are in the order they were made. A conversation's history is the prompt and response of its last call; a
+    prompt extends it when it starts with all of it. A call that extends none starts a new conversation. Between equal
+    histories the earlier conversation is taken. Conversations come in the order of their first calls.
+
+    Example, two agents taking turns:
+
+        call  prompt         response  extends
+        a1    1 5            6
+        b1    1 7            8
+        a2    1 5 6 9        3         a1
+        b2    1 7 8 2        4         b1
+
+        chains([a1, b1, a2, b2])  # ((a1, a2), (b1, b2))
+    """
+    return tuple(tuple(calls[i] for i in members) for members in _chain_indices(calls))
+
+
+def to_samples(
+    trajectory: Trajectory,
+    trained: Sequence[ModelCall],
+    advantage: Floats,
+    reward: NDArray[np.floating],
+    *,
+    max_tokens: int,
+) -> tuple[tuple[Sample, ...], tuple[Dropped, ...]]:
+    """One flat row for each chain of the `trained` calls; `advantage` and `reward` have shape [len(trained)].
+
+    Example, calls a1 and a2 of `chains` with advantages 0.5 and -1, rewards 0 and 2; a2 is the third trained call:
+
+        token_T       1    5    6    9    3
+        mask_T        0    0    1    0    1
+        advantage_T   0    0  0.5    0   -1
+        reward_T      0    0    0    0    2
+        call_T        0    0    0    0    2
+
+    A row of more than `max_tokens` tokens is dropped whole and returned as Dropped("overlong_sample", …): a cut
+    conversation would be trained on text that the policy never saw end. A chain that sampled no token makes no row.
+    What a call without a place in a row earned goes to the call before it (`estimators.carried_back`).
+
+    Raises ValueError where `advantage` or `reward` has another shape.
+    """
+    if not advantage.shape == reward.shape == (len(trained),):
+        raise ValueError(f"{len(trained)} trained calls but advantages of shape {advantage.shape}")
+    rows: list[list[int]] = []
+    dropped: list[Dropped] = []
+    for members in _chain_indices(trained):
+        chain = [trained[i] for i in members]
+        num_sampled = sum(call.response_T.size for call in chain)
+        if num_sampled == 0:
+            continue
+        if chain[-1].prompt_T.size + chain[-1].response_T.size > max_tokens:
+            ids = tuple(call.call_id for call in chain)
+            dropped.append(Dropped(reason=OVERLONG_SAMPLE, tokens=num_sampled, calls=ids))
+        else:
+            rows.append(members)
+    kept = sorted(i for members in rows for i in members if trained[i].response_T.size)
+    earned = np.zeros(len(trained), np.float32)
+    earned[kept] = carried_back(reward, kept)
+    return tuple(_flatten(trajectory, trained, members, advantage, earned) for members in rows), tuple(dropped)
+
+
+@dataclass(slots=True)
+class _Conversation:
+    history_T: Ints
+    members: list[int]
+    """Indices of its calls, in order."""
+
+
+def _chain_indices(calls: Sequence[ModelCall]) -> list[list[int]]:
+    conversations: list[_Conversation] = []
+    for index, call in enumerate(calls):
+        history_T = np.concatenate([call.prompt_T, call.response_T])
+        longest: _Conversation | None = None
+        for candidate in conversations:
+            # A candidate no longer than the best so far cannot win, so its tokens are not compared.
+            if longest is not None and candidate.history_T.size <= longest.history_T.size:
+                continue
+            if _extends(call.prompt_T, candidate.history_T):
+                longest = candidate
+        if longest is None:
+            conversations.append(_Conversation(history_T, [index]))
+        else:
+            longest.history_T = history_T
+            longest.members.append(index)
+    return [conversation.members for conversation in conversations]
+
+
+def _extends(prompt_T: Ints, history_T: Ints) -> bool:
+    size = history_T.size
+    if prompt_T.size < size:
+        return False
+    # Conversations share their system prompt and part late: the last token rejects most of them at once.
+    if size and prompt_T[size - 1] != history_T[-1]:
+        return False
+    return np.array_equal(prompt_T[:size], history_T)
+
+
+def _flatten(
+    trajectory: Trajectory, trained: Sequence[ModelCall], members: Sequence[int], advantage: Floats, reward: Floats
+) -> Sample:
+    """The last call's prompt and response hold all earlier ones; each response sits right after its own prompt."""
+    chain = [trained[i] for i in members]
+    token_T = np.concatenate([chain[-1].prompt_T, chain[-1].response_T]).astype(np.int32)
+    mask_T = np.zeros(token_T.shape, np.bool_)
+    logprob_T = np.zeros(token_T.shape, np.float32)
+    advantage_T = np.zeros(token_T.shape, np.float32)
+    reward_T = np.zeros(token_T.shape, np.float32)
+    call_T = np.zeros(token_T.shape, np.int32)
+    for index, call in zip(members, chain, strict=True):
+        response = slice(call.prompt_T.size, call.prompt_T.size + call.response_T.size)
+        mask_T[response] = True
+        logprob_T[response] = call.logprob_T
+        advantage_T[response] = advantage[index]
+        reward_T[response][-1:] = reward[index]
+        call_T[response] = index
+    return Sample(
+        key=trajectory.key,
+        policy_version=min(call.policy_version for call in chain),
+        token_T=token_T,
+        mask_T=mask_T,
+        logprob_T=logprob_T,
+        advantage_T=advantage_T,
+        reward_T=reward_T,
+        call_T=call_T,
+    )

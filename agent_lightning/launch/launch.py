@@ -1,0 +1,343 @@
+"""From a config to a running system and back to nothing: Ray, service, learner, rollout workers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from agent_lightning.buffer.buffer import Buffer
+from agent_lightning.buffer.journal import Fsync, JournalConfig
+from agent_lightning.config.load import Config
+from agent_lightning.core.errors import EngineError, PartDied
+from agent_lightning.core.threads import begun
+from agent_lightning.launch import placement
+from agent_lightning.launch.preflight import (
+    check_memory,
+    check_port,
+    cluster_is_own,
+    find_model,
+    load_tasks,
+    model_folder,
+    own_cpus,
+    preflight,
+    prepare_environment,
+)
+from agent_lightning.learners.base import Learner
+from agent_lightning.rollouts.agents import Mode
+from agent_lightning.rollouts.health import wait_until_healthy
+from agent_lightning.rollouts.supervise import Workers
+from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker
+from agent_lightning.run.state import State
+from agent_lightning.serving.policy import PolicyBoard
+
+if TYPE_CHECKING:
+    from agent_lightning.learners.verl import LearnerConfig
+    from agent_lightning.serving.app import MakeReplica, Service
+
+__all__ = ["System", "find_model", "learner_config", "load_tasks", "preflight", "prepare_environment", "system"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class System:
+    """What runs. `learner` is None where nothing is trained."""
+
+    buffer: Buffer
+    board: PolicyBoard
+    service: Service
+    learner: Learner | None
+    run_secret: bytes
+
+
+@asynccontextmanager
+async def system(
+    config: Config, *, train: bool, workers: int, journal: Path | None = None, resumed: State | None = None
+) -> AsyncIterator[System]:
+    """Start everything, and stop it again however the block ends. `journal`: the buffer's folder, where it keeps one;
+    `resumed`: the checkpoint from which the run goes on. Raises UserError, EngineError, JournalError, PartDied. May be
+    cancelled while it starts."""
+    model = model_folder(config)
+    check_memory(config)
+    if cluster_is_own(config):
+        check_port(config)
+    # A thread that is still starting something when Ray ends must not start another Ray; read when Ray is imported.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    # Ray's own imports take seconds: after what can be refused at once.
+    from agent_lightning.core import actors as cluster
+    from agent_lightning.serving import app
+
+    port = config.serving.port or app.free_port(config.serving.host)
+    prepare_environment()
+    async with AsyncExitStack() as stack:
+        own = await _start_ray(config, stack)
+        run_secret = secrets.token_bytes(32)
+        # What must not be lost with another node is on this one.
+        here = cluster.on_node(cluster.nodes()[0].node_id)
+        buffer = await _start_buffer(config, run_secret, journal, resumed, here)
+        board = cluster.spawn(PolicyBoard, options=here)
+        name = f"agl-{secrets.token_hex(3)}"
+        start = partial(
+            app.start,
+            name=name,
+            config=_serving(config, model, port),
+            gateway=_gateway(config, model, run_secret),
+            recorder=buffer,
+            board=board,
+            replica=_toy_replica(config),
+        )
+        serving = begun(start, "serving")
+        learning = begun(partial(_learner, config, model, serving) if train else lambda: None, "learner")
+        if not own:  # one's own cluster ends with all that is in it, or starts there
+            stack.callback(_stop, serving)
+        service, learner = await _both(serving, learning)
+        await wait_until_healthy(service.url, timeout=60.0)
+        await _start_workers(config, buffer, service, workers, stack)
+        try:
+            yield System(buffer=buffer, board=board, service=service, learner=learner, run_secret=run_secret)
+        except cluster.ActorDied as error:
+            raise PartDied(f"a process of the run has died: {cluster.who_died(error)}") from error
+
+
+async def _start_buffer(
+    config: Config, run_secret: bytes, journal: Path | None, resumed: State | None, options: dict[str, Any]
+) -> Buffer:
+    """Raises JournalError where the journal cannot be read or written."""
+    from agent_lightning.core import actors as cluster
+
+    kept = None if journal is None else journal_config(config, journal)
+    buffer = cluster.spawn(
+        Buffer,
+        options=options,
+        restarts=kept is not None,
+        run_secret=run_secret,
+        retries=config.retries(),
+        breaker=config.breaker(),
+        max_calls=config.agent.max_calls,
+        max_spans=config.agent.max_spans,
+        first_group=resumed.next_group if resumed is not None else None,
+        journal=kept,
+        memory_bytes=int(config.buffer.memory_gib * 2**30),
+    )
+    if resumed is not None and kept is not None:
+        there = await buffer.resume(resumed.step, resumed.next_group)
+        logger.warning("resumed from step %d: the journal has %d rollouts that need not run again", resumed.step, there)
+    return buffer
+
+
+def journal_config(config: Config, folder: Path) -> JournalConfig:
+    buffer = config.buffer
+    return JournalConfig(
+        path=folder.absolute(),
+        fsync=cast(Fsync, buffer.fsync),
+        fsync_interval_s=buffer.fsync_interval_s,
+        segment_bytes=buffer.segment_mib * 2**20,
+        max_bytes=int(buffer.max_disk_gib * 2**30),
+    )
+
+
+async def _start_ray(config: Config, stack: AsyncExitStack) -> bool:
+    """Whether it is one's own cluster. Raises UserError."""
+    from agent_lightning.core import actors as cluster
+
+    await asyncio.sleep(0)  # where this was cancelled while Ray was imported, it ends here
+    stack.callback(cluster.shutdown_ray)
+    # Not a thread of its own: what Ray starts ends with the thread that started it (PR_SET_PDEATHSIG).
+    joining = asyncio.ensure_future(asyncio.to_thread(cluster.init_ray, config.hardware.address, own_cpus(config)))
+    try:
+        return await asyncio.shield(joining)
+    except asyncio.CancelledError:
+        await asyncio.wait((joining,))  # half a Ray cannot be ended
+        raise
+
+
+async def _both(serving: Future[Service], learning: Future[Learner | None]) -> tuple[Service, Learner | None]:
+    """To their ends, also where one fails; not where this is cancelled. Raises EngineError."""
+    threads = asyncio.wrap_future(serving), asyncio.wrap_future(learning)
+    for ended in await asyncio.gather(*threads, return_exceptions=True):
+        if isinstance(ended, BaseException):
+            raise ended
+    return threads[0].result(), threads[1].result()
+
+
+def _stop(serving: Future[Service]) -> None:
+    with suppress(EngineError):  # it is said already
+        serving.result().stop()
+
+
+def _toy_replica(config: Config) -> MakeReplica | None:
+    """What makes a replica of a toy model; None for any other."""
+    if not config.model.words:
+        return None
+    from agent_lightning.toy.run import ToyReplica
+
+    in_flight = cast(Any, config.serving.in_flight)
+    return partial(ToyReplica, tuple(config.model.words), config.seed, config.model.max_len, in_flight)
+
+
+def _learner(config: Config, model: str, serving: Future[Service]) -> Learner:
+    """Raises EngineError where `serving` did and had to be waited for."""
+    if config.hardware.placement == "together":
+        # vLLM measures what its GPU has free: another process must not take or give back memory meanwhile.
+        serving.result()
+    if config.model.words:
+        from agent_lightning.toy.run import SharedToyLearner
+        from agent_lightning.toy.toy import ToyLanguage
+
+        algorithm, temperature = config.algorithm, config.sampling.train.temperature
+        language = ToyLanguage(tuple(config.model.words))
+        return SharedToyLearner(language, lr=algorithm.lr, clip_ratio=algorithm.clip_ratio_low, temperature=temperature)
+    from agent_lightning.learners.verl import VerlLearner
+
+    return VerlLearner(learner_config(config, model))
+
+
+def learner_config(config: Config, model: str) -> LearnerConfig:
+    """What the learner is told."""
+    from agent_lightning.learners.verl import CriticSettings, LearnerConfig
+
+    algorithm, credit, learner = config.algorithm, config.credit, config.learner
+    rollouts = algorithm.tasks_per_step * algorithm.rollouts_per_task
+    batches = -(-rollouts // (algorithm.rollouts_per_batch or rollouts))
+    critic = CriticSettings(
+        lr=10 * algorithm.lr if config.critic.lr is None else config.critic.lr,
+        clip_range=config.critic.clip_range,
+        warmup_steps=config.critic.warmup_steps,
+        discount=credit.discount,
+        trace=credit.gae_lambda,
+        over=cast(Any, credit.gae_over),
+    )
+    return LearnerConfig(
+        model_path=model,
+        device=cast(Any, config.hardware.device),
+        world_size=learner.processes,
+        nodes=learner.nodes,
+        gpu_share=placement.learner_gpu(config) or 1.0,
+        num_threads=learner.threads,
+        dtype=cast(Any, config.model.dtype),
+        seed=config.seed,
+        loss=cast(Any, algorithm.loss),
+        lr=algorithm.lr,
+        lr_warmup_steps=algorithm.lr_warmup_steps,
+        lr_schedule=cast(Any, algorithm.lr_schedule),
+        total_steps=config.steps * algorithm.epochs * batches,
+        weight_decay=algorithm.weight_decay,
+        clip_grad=algorithm.clip_grad,
+        clip_ratio_low=algorithm.clip_ratio_low,
+        clip_ratio_high=algorithm.clip_ratio_high,
+        kl_coef=algorithm.kl_coef,
+        kl_in=cast(Any, algorithm.kl_in),
+        kl_kind=algorithm.kl_kind,
+        importance=cast(Any, algorithm.importance),
+        importance_cap=algorithm.importance_cap,
+        normalise=credit.scale == "batch",
+        critic=critic if credit.method == "gae" else None,
+        entropy_coef=algorithm.entropy_coef,
+        temperature=config.sampling.train.temperature,
+        max_tokens_per_micro_batch=learner.max_tokens_per_micro_batch,
+        verl=config.verl,
+    )
+
+
+def _serving(config: Config, model: str, port: int) -> Any:
+    from agent_lightning.serving.app import ServingConfig
+
+    serving = config.serving
+    return ServingConfig(
+        model_path=model,
+        device=cast(Any, config.hardware.device),
+        replicas=serving.replicas,
+        tensor_parallel_size=serving.tensor_parallel_size,
+        gateways=1 if config.sampling.seeded else serving.gateways,
+        host=serving.host,
+        port=port,
+        dtype=config.model.dtype,
+        max_model_len=config.model.max_len,
+        max_num_seqs=serving.max_num_seqs,
+        in_flight=cast(Any, serving.in_flight),
+        kv_cache_gib=serving.kv_cache_gib,
+        bundles=placement.replica_bundles(config),
+        gpu_memory_utilization=serving.gpu_memory_utilization,
+        tool_parser=config.model.tool_parser,
+        seed=config.seed,
+        engine=config.vllm,
+    )
+
+
+def vocab_size(model: str) -> int:
+    """Of a model's folder; where it does not say, that of any."""
+    path = Path(model) / "config.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    return int((known.get("text_config") or known).get("vocab_size") or 2**31)
+
+
+def _gateway(config: Config, model: str, run_secret: bytes) -> Any:
+    from agent_lightning.serving.gateway import GatewayConfig
+
+    sampling = {"train": asdict(config.sampling.train), "val": asdict(config.sampling.val)}
+    agent = config.agent
+    timeout_s = agent.timeout_s / 2 if agent.call_timeout_s is None else agent.call_timeout_s
+    return GatewayConfig(
+        model="policy",
+        run_secret=run_secret,
+        sampling=cast(Any, sampling),
+        seed=config.seed if config.sampling.seeded else None,
+        vocab_size=vocab_size(model),
+        call_timeout_s=timeout_s,
+    )
+
+
+def agent_spec(config: Config) -> AgentSpec:
+    agent = config.agent
+    return AgentSpec(
+        target=agent.target,
+        mode=cast(Mode, agent.mode),
+        reward_target=agent.reward,
+        reward_range=(agent.reward_min, agent.reward_max),
+        timeout_s=agent.timeout_s,
+        concurrency=config.rollout.concurrency,
+        tool_errors=tuple(agent.tool_errors),
+        instrumentors=tuple(agent.instrument),
+    )
+
+
+async def _start_workers(config: Config, buffer: Buffer, service: Service, number: int, stack: AsyncExitStack) -> None:
+    from agent_lightning.core import actors as cluster
+    from agent_lightning.launch.nodes import Nodes, beside
+
+    spec = agent_spec(config)
+    everywhere = config.serving.gateways is None and not config.sampling.seeded
+    find = partial(beside, service.app) if everywhere else partial(wait_until_healthy, service.url)
+
+    def workers(node: str, number: int, url: str) -> Workers:
+        def make(name: str) -> RolloutWorker:
+            return cluster.spawn(
+                RolloutWorker,
+                options=cluster.on_node(node),
+                buffer=buffer,
+                agent=spec,
+                policy_url=url,
+                find=find,
+                model="policy",
+                worker=name,
+            )
+
+        hung_s, name = config.rollout.hung_s, f"worker-{node[:8]}"
+        return Workers(make, number=number, buffer=buffer, kill=cluster.kill, hung_s=hung_s, name=name)
+
+    nodes = Nodes(find, workers, service.scale_gateways if everywhere else None)
+    await nodes.start(number)
+    stack.push_async_callback(nodes.stop)
+    if number and not cluster_is_own(config):
+        following = asyncio.create_task(nodes.follow())
+        stack.callback(following.cancel)

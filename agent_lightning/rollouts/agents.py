@@ -1,0 +1,263 @@
+"""What an agent is: a function or a command, found by name and run in one of four ways.
+
+    mode     an agent is                        it is stopped by            it may block
+    async    async def agent(payload, policy)   cancellation                no: it shares the worker's event loop
+    thread   def agent(payload, policy)         nothing: abandoned          yes
+    process  either of the two                  SIGKILL to its whole tree   yes
+    command  any executable                     SIGKILL to its whole tree   yes
+
+A thread cannot be killed in Python: an agent that may hang forever belongs in a process.
+
+Processes and commands find the policy in OPENAI_BASE_URL, OPENAI_API_KEY (or ANTHROPIC_BASE_URL, ANTHROPIC_API_KEY)
+and AGL_MODEL, as most agents already do, their rollout in AGL_ROLLOUT_ID and AGL_ATTEMPT, and where traces go in
+OpenTelemetry's own variables; a function may then take `payload` alone. A command reads the payload as JSON from stdin
+and from AGL_TASK, and its result is the last line that it prints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from agent_lightning.core.errors import AgentProcessError, ConfigError
+from agent_lightning.core.processes import last_line, run_child
+from agent_lightning.core.threads import stoppable
+from agent_lightning.core.types import Policy, Task
+from agent_lightning.rollouts.client import Rollout, current_rollout, flush, inside, install
+
+Mode = Literal["async", "thread", "process", "command"]
+Agent = Callable[..., object]
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_RESULT = "AGL_RESULT "
+"""Starts the line on which a child process hands its result back."""
+_LONGEST_VARIABLE = 100_000
+"""Linux refuses environment variables of 128 KiB (MAX_ARG_STRLEN): a longer task is on stdin only."""
+
+
+_IMPORT_ERRORS = (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError, OSError)
+"""What a user's module raises on import when it is wrong."""
+
+
+def load(target: str) -> Agent:
+    """The function that a target names. Raises ConfigError where there is none.
+
+    Example:
+
+        load("json:dumps")({"a": 1})            # '{"a": 1}'
+        load("examples/calc_x/agent.py:solve")  # from the working folder, the project, or the package
+    """
+    where, _, name = target.rpartition(":")
+    if not where or not name:
+        raise ConfigError(f"{target!r} names no function: write package.module:function or path/to/file.py:function")
+    try:
+        module = _load_file(_find(where)) if where.endswith(".py") else importlib.import_module(where)
+    except _IMPORT_ERRORS as error:
+        raise ConfigError(f"{target!r} cannot be imported: {type(error).__name__}: {error}") from error
+    found = vars(module).get(name)
+    if not callable(found):
+        raise ConfigError(f"{target!r}: there is no function {name!r} in {where}")
+    return cast(Agent, found)
+
+
+def check(agent: str | Agent, mode: Mode) -> None:
+    """Raise ConfigError where `agent` cannot be run in this mode; what can be known without starting it."""
+    if not isinstance(agent, str):
+        if mode in ("process", "command"):
+            raise ConfigError(f"mode {mode} needs the agent's name, not a function object")
+        function = agent
+    elif mode == "command":
+        words = shlex.split(agent)
+        if not words or shutil.which(words[0]) is None:
+            raise ConfigError(f"there is no executable for the command {agent!r}")
+        return
+    elif mode == "process":  # not loaded: a process keeps the agent's imports out of the worker
+        where = agent.rpartition(":")[0]
+        if where.endswith(".py"):
+            _find(where)
+        return
+    else:
+        function = load(agent)
+    if mode == "async" and not _is_async(function):
+        raise ConfigError(f"mode async needs an `async def`: {agent!r} would block every other rollout; use thread")
+    if mode == "thread" and _is_async(function):
+        raise ConfigError(f"mode thread needs a plain `def`: {agent!r} is async; use mode async or process")
+
+
+async def run_agent(
+    agent: str | Agent, mode: Mode, task: Task, policy: Policy, rollout: Rollout, *, instrumentors: Sequence[str] = ()
+) -> object:
+    """What the agent returns for a task: an object, or in mode command a line of text.
+
+    `instrumentors` are turned on in a process; in the other modes they are the caller's.
+
+    Raises what the agent raises, and AgentProcessError where its process fails or ends without a result.
+    Cancel it to stop the agent: a process and all its descendants are gone when this returns (`processes.py`).
+    """
+    match mode:
+        case "async" | "thread":
+            function = load(agent) if isinstance(agent, str) else agent
+            with inside(rollout):
+                return await call(function, *_arguments(function, dict(task.payload), policy))
+        case "process":
+            job: dict[str, object] = {"payload": dict(task.payload), "policy": dataclasses.asdict(policy)}
+            job["instrumentors"] = list(instrumentors)
+            command = [sys.executable, "-m", "agent_lightning.rollouts.agents", str(agent)]
+            text = await run_child(command, stdin=_to_json(job), env=_environment(policy, rollout))
+            line = next((line for line in reversed(text.splitlines()) if line.startswith(_RESULT)), None)
+            if line is None:
+                raise AgentProcessError("the agent's process ended without a result")
+            return cast(object, json.loads(line.removeprefix(_RESULT)))
+        case "command":
+            payload = _to_json(dict(task.payload))
+            env = _environment(policy, rollout)
+            if len(payload) <= _LONGEST_VARIABLE:
+                env["AGL_TASK"] = payload
+            return last_line(await run_child(shlex.split(str(agent)), stdin=payload, env=env))
+
+
+async def call(function: Agent, *arguments: object) -> object:
+    """The result of a function: an async one is awaited, a plain one runs in its own thread.
+
+    Raises what it raises; `sys.exit` becomes AgentProcessError, since it would end the worker. Where this is cancelled,
+    so is an async function; one that swallows that is left behind after a while.
+    """
+
+    async def run() -> object:
+        try:
+            result = function(*arguments) if _is_async(function) else await _in_thread(function, arguments)
+            return await cast(Awaitable[object], result) if inspect.isawaitable(result) else result
+        except SystemExit as error:
+            raise AgentProcessError(f"sys.exit({error.code!r}) was called") from error
+
+    return await stoppable(run())
+
+
+async def _in_thread(function: Agent, arguments: Sequence[object]) -> object:
+    """One daemon thread a call: a hung one takes no slot of a pool from other rollouts, and ends with the process."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[object] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def deliver(result: object, error: BaseException | None) -> None:
+        if future.done():  # cancelled: nobody waits for this thread any more
+            return
+        if error is None:
+            future.set_result(result)
+        else:  # a future refuses StopIteration
+            future.set_exception(RuntimeError("StopIteration") if isinstance(error, StopIteration) else error)
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = context.run(function, *arguments)
+        except BaseException as error:  # the thread's boundary: whatever it was is raised where it is awaited
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(deliver, result, failure)
+
+    threading.Thread(target=run, name="agent", daemon=True).start()
+    return await future
+
+
+def _environment(policy: Policy, rollout: Rollout) -> dict[str, str]:
+    own = {
+        "OPENAI_API_KEY": policy.api_key,
+        "ANTHROPIC_BASE_URL": policy.anthropic_base_url,
+        "ANTHROPIC_API_KEY": policy.api_key,
+        "AGL_MODEL": policy.model,
+    }
+    return {**os.environ, **rollout.environment(), **own}
+
+
+def _find(path: str) -> Path:
+    folders = (Path.cwd(), _PACKAGE.parent, _PACKAGE)
+    for folder in folders:
+        if (folder / path).is_file():
+            return (folder / path).resolve()
+    raise ConfigError(f"there is no file {path!r} in {', '.join(str(folder) for folder in folders)}")
+
+
+@functools.cache
+def _load_file(path: Path) -> ModuleType:
+    """Import a file under a name made of its path: two agent.py of different folders are two modules."""
+    name = re.sub(r"\W", "_", path.stem) + "_" + hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file")
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # its siblings can be imported, as when it is run as a script
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look their module up by name
+    with contextlib.ExitStack() as undo:
+        undo.callback(sys.modules.pop, name, None)
+        spec.loader.exec_module(module)
+        undo.pop_all()
+    return module
+
+
+def _is_async(function: Agent) -> bool:
+    """Async functions, also under functools.wraps, and objects whose `__call__` is async."""
+    unwrapped = inspect.unwrap(function)
+    return inspect.iscoroutinefunction(unwrapped) or inspect.iscoroutinefunction(unwrapped.__call__)
+
+
+def _arguments(function: Agent, payload: Mapping[str, Any], policy: Policy) -> tuple[object, ...]:
+    """(payload, policy), or (payload,) for a function with one parameter."""
+    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    positional = kinds.count(inspect.Parameter.POSITIONAL_ONLY) + kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    takes_policy = positional >= 2 or inspect.Parameter.VAR_POSITIONAL in kinds
+    return (payload, policy) if takes_policy else (payload,)
+
+
+def _to_json(value: object) -> str:
+    """JSON text; NumPy numbers and arrays, which rows of Parquet files hold, become plain ones."""
+
+    def plain(item: object) -> object:
+        if isinstance(item, np.generic | np.ndarray):
+            return cast(object, item.tolist())
+        raise TypeError(f"a {type(item).__name__} cannot be handed to or from another process as JSON")
+
+    return json.dumps(value, default=plain)
+
+
+def _main() -> None:
+    """The child process of mode "process": a job on stdin, the result on the last line of stdout."""
+    job = json.loads(sys.stdin.read())
+    rollout = current_rollout()
+    install(job["instrumentors"])
+    function = load(sys.argv[1])
+    result = function(*_arguments(function, job["payload"], Policy(**job["policy"])))
+    if inspect.isawaitable(result):
+        result = asyncio.run(_wait_for(cast(Awaitable[object], result)))
+    if rollout is not None:
+        flush(rollout)
+    sys.stdout.write(f"\n{_RESULT}{_to_json(result)}\n")
+
+
+async def _wait_for(result: Awaitable[object]) -> object:
+    return await result
+
+
+if __name__ == "__main__":
+    _main()

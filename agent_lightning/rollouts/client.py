@@ -1,0 +1,392 @@
+"""What an agent's own code may import: say what it earned, show its tools, know its rollout.
+
+    @tool
+    def search(query: str) -> str: ...
+
+    with tool("sql", {"query": query}) as span:
+        span.result = connection.execute(query).fetchall()
+    emit_reward(0.2, name="found", about=span)
+
+OpenTelemetry underneath: these are spans of its SDK, sent over OTLP to the URL of the rollout, together with the
+spans of any instrumentor in the process. Outside a run nothing is sent, so an agent runs as it did before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import json
+import logging
+import math
+import numbers
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar, cast, overload
+
+from opentelemetry import context, propagate, trace
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
+
+from agent_lightning.core.errors import ConfigError, RewardError
+from agent_lightning.core.threads import awaited, called
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_ROLLOUT = context.create_key("agent_lightning.rollout")
+_UNSENT = 4096
+"""Spans of one rollout that wait to be sent; what comes beyond is dropped."""
+_SEND_TIMEOUT = 30.0
+"""Seconds: a gateway that hundreds of agents ask at once is slow, not gone."""
+_LAST_SPANS = 0.25
+"""Seconds that spans which are still open are waited for."""
+_TELLTALES = (
+    "opentelemetry.exporter.otlp.proto.http.trace_exporter",
+    "httpx",
+    "httpx2",
+    "openai._base_client",
+    "anthropic._base_client",
+    "urllib3.connectionpool",
+)
+"""Loggers that write URLs down."""
+_SECRET = re.compile(r"(/attempt/\d+/)[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """The attempt that the calling code is a part of."""
+
+    rollout_id: str
+    attempt: int
+    base_url: str = field(repr=False)
+    """OpenAI base URL, ending in /v1. It holds the attempt's secret."""
+
+    @property
+    def traces_url(self) -> str:
+        """Takes OTLP over HTTP."""
+        return f"{self.base_url}/traces"
+
+    def environment(self) -> dict[str, str]:
+        """Variables by which a process knows that it is a part of this rollout, and of the span that is open now.
+
+        Example: subprocess.run(command, env=os.environ | current_rollout().environment())
+        """
+        carrier: dict[str, str] = {}
+        propagate.inject(carrier)
+        return {
+            "OPENAI_BASE_URL": self.base_url,
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": self.traces_url,
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            "AGL_ROLLOUT_ID": self.rollout_id,
+            "AGL_ATTEMPT": str(self.attempt),
+            **{name.upper(): value for name, value in carrier.items()},
+        }
+
+
+def current_rollout() -> Rollout | None:
+    """The rollout that this code runs in, None where it is not a part of a run.
+
+    It is known in coroutines, in threads that carry their creator's context (`asyncio.to_thread`, and all threads in a
+    rollout worker), and in processes that were started with `Rollout.environment`.
+    """
+    found = context.get_value(_ROLLOUT)
+    return found if isinstance(found, Rollout) else _of_process()
+
+
+def emit_reward(
+    value: float | Mapping[str, float], *, name: str = "reward", about: ToolSpan | str | None = None
+) -> None:
+    """Say what the rollout, or one thing in it, is worth.
+
+    `about`: a tool's span, its id, or the id of a model's reply; the reward goes to the call that caused it. None is
+    the rollout as a whole: the reward of an agent that returns None, see `spans.emitted`. A mapping has several
+    dimensions at once. Raises RewardError for a value that is not a finite number.
+
+    Example:
+
+        emit_reward({"format": 1.0, "answer": 0.0})
+        emit_reward(0.1, name="found", about=reply.id)
+    """
+    dimensions = value if isinstance(value, Mapping) else {name: value}
+    for dimension, number in dimensions.items():
+        if not isinstance(number, numbers.Real) or not math.isfinite(number):
+            raise RewardError(f"the reward {dimension!r} is {number!r}, not a finite number")
+    if current_rollout() is None:
+        return
+    target = about.span_id if isinstance(about, ToolSpan) else about or ""
+    for dimension, number in dimensions.items():
+        span = _tracer().start_span("reward")
+        span.set_attributes(
+            {"agl.reward.name": dimension, "agl.reward.value": float(number), "agl.reward.about": target}
+        )
+        span.end()
+
+
+class ToolSpan:
+    """One use of a tool, as a context manager, or as a decorator of a function: made by `tool`."""
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        call_id: str = "",
+        timeout_s: float | None = None,
+    ) -> None:
+        self._name, self._arguments, self._call_id, self._timeout_s = name, arguments or {}, call_id, timeout_s
+        self._stack = ExitStack()
+        self.span_id = ""
+        """16 hex digits while it is open and after; "" outside a run."""
+        self.result: object = None
+        """What the tool returned; set it before the block ends."""
+
+    def __enter__(self) -> Self:
+        if self._timeout_s is not None:
+            raise TypeError("tool(…, timeout_s=…) is a decorator: the deadline of a block cannot be kept")
+        if current_rollout() is not None:
+            attributes = {
+                "gen_ai.operation.name": "execute_tool",
+                "gen_ai.tool.name": self._name,
+                "gen_ai.tool.call.id": self._call_id,
+                "gen_ai.tool.call.arguments": _text(self._arguments),
+            }
+            span = self._stack.enter_context(
+                _tracer().start_as_current_span(f"execute_tool {self._name}", attributes=attributes)
+            )
+            self.span_id = trace.format_span_id(span.get_span_context().span_id)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.span_id and error is None:
+            trace.get_current_span().set_attribute("gen_ai.tool.call.result", _text(self.result))
+        self._stack.__exit__(kind, error, traceback)
+
+    def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
+        signature, name = inspect.signature(function), self._name or function.__name__
+        timeout_s = self._timeout_s
+
+        def opened(*args: P.args, **kwargs: P.kwargs) -> ToolSpan:
+            try:
+                arguments: Mapping[str, Any] = signature.bind(*args, **kwargs).arguments
+            except TypeError:  # the call below says so better
+                arguments = {}
+            return ToolSpan(name, arguments)
+
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:
+                with opened(*args, **kwargs) as span:
+                    work = function(*args, **kwargs)
+                    span.result = await (work if timeout_s is None else awaited(work, timeout_s, f"tool {name}"))
+                    return span.result
+
+            return cast(Callable[P, T], run_async)
+
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> T:
+            with opened(*args, **kwargs) as span:
+                work = functools.partial(function, *args, **kwargs)
+                result = span.result = work() if timeout_s is None else called(work, timeout_s, f"tool {name}")
+                return result
+
+        return run
+
+
+@overload
+def tool(what: Callable[P, T], /) -> Callable[P, T]: ...
+@overload
+def tool(
+    what: str, /, arguments: Mapping[str, Any] | None = None, *, call_id: str = "", timeout_s: float | None = None
+) -> ToolSpan: ...
+def tool(
+    what: Callable[P, T] | str,
+    /,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    call_id: str = "",
+    timeout_s: float | None = None,
+) -> Callable[P, T] | ToolSpan:
+    """Show a use of a tool: `@tool`, `@tool("name", timeout_s=10)`, or `with tool("name", arguments) as span`.
+
+    `call_id`: of the model's tool call, where the code knows it. An exception goes on, and is the tool's error.
+    `timeout_s`, of a decorated function: seconds until it raises TimeoutError. An async one is cancelled then; a plain
+    one runs in a thread, which cannot be stopped and is left behind.
+    """
+    if isinstance(what, str):
+        return ToolSpan(what, arguments, call_id=call_id, timeout_s=timeout_s)
+    return ToolSpan("")(what)
+
+
+# What a rollout worker does -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def inside(rollout: Rollout) -> Iterator[None]:
+    """Whatever runs in the block, and whatever it starts, is a part of the rollout."""
+    token = context.attach(context.set_value(_ROLLOUT, rollout))
+    try:
+        yield
+    finally:
+        context.detach(token)
+
+
+def install(instrumentors: Iterable[str] = ()) -> None:
+    """Have the spans of this process sent to their rollouts, and turn instrumentors on by name, each once.
+
+    The names are entry points of OpenTelemetry's own group or OpenInference's, e.g. "langchain". Raises ConfigError for
+    one that is not installed.
+    """
+    _processor()
+    for name in ("threading", *instrumentors):
+        _instrument(name)
+
+
+def check_instrumentors(names: Iterable[str]) -> None:
+    """Raise ConfigError for one that is not installed."""
+    for name in names:
+        _entry_point(name)
+
+
+@functools.cache
+def _instrument(name: str) -> None:
+    _entry_point(name).load()().instrument()
+
+
+def _entry_point(name: str) -> EntryPoint:
+    groups = ("opentelemetry_instrumentor", "openinference_instrumentor")
+    found = [one for group in groups for one in entry_points(group=group, name=name)]
+    if not found:
+        raise ConfigError(f"agent.instrument: no instrumentor {name!r} is installed in this environment")
+    return found[0]
+
+
+def flush(rollout: Rollout) -> None:
+    """Send what waits. Blocks; what cannot be sent is logged and given up."""
+    _processor().send(rollout)
+
+
+async def close(rollout: Rollout) -> None:
+    """Send what waits, at the end of a rollout: spans that end later are no part of it."""
+    spans = _processor()
+    try:  # a coroutine's last spans may end a moment after it: the event loop closes its asynchronous generators
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_SPANS):
+                while spans.runs(rollout):  # ends with the spans, or the timeout
+                    await asyncio.sleep(0.005)
+        if spans.waits(rollout):
+            await asyncio.to_thread(flush, rollout)
+    finally:  # also where this is cancelled
+        spans.forget(rollout)
+
+
+@functools.cache
+def _of_process() -> Rollout | None:
+    """From the variables of `Rollout.environment`."""
+    rollout_id, base_url = os.environ.get("AGL_ROLLOUT_ID"), os.environ.get("OPENAI_BASE_URL")
+    if not rollout_id or not base_url:
+        return None
+    parent = {
+        name: os.environ[name.upper()] for name in propagate.get_global_textmap().fields if name.upper() in os.environ
+    }
+    if parent:
+        context.attach(propagate.extract(parent))
+    return Rollout(rollout_id=rollout_id, attempt=int(os.environ.get("AGL_ATTEMPT", "0")), base_url=base_url)
+
+
+def _tracer() -> trace.Tracer:
+    _processor()
+    return trace.get_tracer("agent_lightning")
+
+
+@functools.cache
+def _processor() -> _Spans:
+    """Put into the process's tracer provider: the one that the user set up, or else a new one."""
+    provider = trace.get_tracer_provider()
+    if not isinstance(provider, TracerProvider):
+        provider = TracerProvider()
+        trace.set_tracer_provider(provider)
+    spans = _Spans()
+    provider.add_span_processor(spans)
+    for name in _TELLTALES:
+        logging.getLogger(name).addFilter(_hide)
+    return spans
+
+
+def _hide(record: logging.LogRecord) -> bool:
+    """Client libraries log what they ask, and an exporter where it cannot send to: without the rollout's secret."""
+    record.msg, record.args = _SECRET.sub(r"\1***", record.getMessage()), None
+    return True
+
+
+class _Spans(SpanProcessor):
+    """Keeps the ended spans of each rollout until they are sent. In no rollout, no span is kept."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[int, Rollout] = {}
+        self._ended: dict[Rollout, list[ReadableSpan]] = {}
+
+    def waits(self, rollout: Rollout) -> bool:
+        return rollout in self._ended
+
+    def runs(self, rollout: Rollout) -> bool:
+        with self._lock:
+            return rollout in self._open.values()
+
+    def forget(self, rollout: Rollout) -> None:
+        with self._lock:
+            self._open = {span: one for span, one in self._open.items() if one != rollout}
+            self._ended.pop(rollout, None)
+
+    def on_start(self, span: Span, parent_context: context.Context | None = None) -> None:
+        found = context.get_value(_ROLLOUT, parent_context)
+        rollout = found if isinstance(found, Rollout) else current_rollout()
+        if rollout is not None:
+            with self._lock:
+                self._open[span.get_span_context().span_id] = rollout
+
+    def on_end(self, span: ReadableSpan) -> None:
+        with self._lock:
+            rollout = self._open.pop(span.context.span_id, None) if span.context else None
+            if rollout is None:
+                return
+            waiting = self._ended.setdefault(rollout, [])
+            waiting.append(span)
+        if len(waiting) > _UNSENT:
+            waiting.clear()
+            logger.warning("rollout %s: %d spans were not sent: too many", rollout.rollout_id, _UNSENT)
+
+    def send(self, rollout: Rollout) -> None:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+        with self._lock:
+            waiting = self._ended.pop(rollout, [])
+        if waiting:
+            OTLPSpanExporter(endpoint=rollout.traces_url, timeout=_SEND_TIMEOUT).export(waiting)
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        for rollout in list(self._ended):
+            self.send(rollout)
+        return True
+
+    def shutdown(self) -> None:
+        """At the end of a process that is an agent."""
+        self.force_flush()
+
+
+def _text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value, default=str, ensure_ascii=False)

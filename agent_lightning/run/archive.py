@@ -1,0 +1,187 @@
+"""The rollouts of a run on disk: Parquet, one row a rollout with all its spans, and back to the nouns.
+
+pyarrow is imported when it is used, so importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agent_lightning.core.errors import DataError
+from agent_lightning.core.types import (
+    AgentSpan,
+    Group,
+    ModelCall,
+    Outcome,
+    Reward,
+    RolloutKey,
+    Task,
+    ToolCall,
+    ToolStatus,
+    Trajectory,
+)
+
+if TYPE_CHECKING:
+    import pyarrow
+
+
+class RolloutWriter:
+    """All rollouts that ended, as Parquet: one file a `write`, one row a rollout. A file appears whole or not at all.
+
+    Example: write(3, 2, groups) -> rollouts/part-00002.parquet; counting goes on after the parts that are there.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        numbers = [int(part.stem.removeprefix("part-")) for part in directory.glob("part-*.parquet")]
+        self._next_part = max(numbers, default=-1) + 1
+
+    def write(self, step: int, policy_version: int, groups: Sequence[Group]) -> Path | None:
+        """Write the rollouts of `groups`; None where there are none. Raises OSError, e.g. on a full disk."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        rows = [_rollout_row(step, policy_version, group, one) for group in groups for one in group.trajectories]
+        if not rows:
+            return None
+        part = self._directory / f"part-{self._next_part:05d}.parquet"
+        unfinished = self._directory / f".{part.name}.tmp"
+        pq.write_table(pa.Table.from_pylist(rows, schema=_rollout_schema()), unfinished, compression="zstd")
+        unfinished.replace(part)
+        self._next_part += 1
+        return part
+
+
+def read_rollouts(path: Path) -> pyarrow.Table:
+    """All rollouts of a run, in the order they were written; `path` is its folder, its rollouts/, or one part.
+
+    Example: read_rollouts(run.path).column("reward").to_pylist() -> [1.0, 0.0, None]
+
+    Raises DataError where there are none.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parts = [path] if path.is_file() else sorted([*path.glob("part-*.parquet"), *path.glob("rollouts/part-*.parquet")])
+    if not parts:
+        raise DataError(f"no rollouts at {path}")
+    return pa.concat_tables([pq.read_table(part, partitioning=None) for part in parts])
+
+
+def read_group(path: Path, rollout_id: str) -> Group:
+    """The whole group of a rollout, as it was written. Raises DataError where there is no such rollout.
+
+    Example: read_group(run.path, "train-12-3").group_id -> "train-12"
+    """
+    import pyarrow.compute as pc
+
+    table = read_rollouts(path)
+    group_id = rollout_id.rpartition("-")[0]
+    rows = table.filter(pc.equal(table.column("group_id"), group_id)).to_pylist()
+    # A stopped run that was resumed may have written a group again: the later one counts.
+    latest = {row["rollout_id"]: row for row in rows}
+    if rollout_id not in latest:
+        example = table.column("rollout_id")[0].as_py()
+        raise DataError(f"{path} has no rollout {rollout_id}; `agl runs {path}` lists them, the first is {example}")
+    ordered = sorted(latest.values(), key=lambda row: RolloutKey.parse(row["rollout_id"], 0))
+    task = Task(task_id=ordered[0]["task_id"], payload=json.loads(ordered[0]["task"]))
+    return Group(group_id=group_id, task=task, trajectories=tuple(_trajectory(row) for row in ordered))
+
+
+def read_trajectories(path: Path) -> Iterator[Trajectory]:
+    """The rollouts of a run, in the order they were written; `path` as in `read_rollouts`. Raises DataError.
+
+    Example: [one.reward for one in read_trajectories(run.path)] -> [1.0, 0.0, None]
+    """
+    table = read_rollouts(path)
+    # A stopped run that was resumed may have written a group again: the later one counts.
+    identities = zip(table.column("rollout_id").to_pylist(), table.column("step").to_pylist(), strict=True)
+    latest = {identity: index for index, identity in enumerate(identities)}
+    batches = table.take(sorted(latest.values())).to_batches(max_chunksize=256)
+    return (_trajectory(row) for batch in batches for row in batch.to_pylist())
+
+
+def _trajectory(row: Mapping[str, Any]) -> Trajectory:
+    key = RolloutKey.parse(row["rollout_id"], row["attempt"])
+    return Trajectory(
+        key=key,
+        task_id=row["task_id"],
+        calls=tuple(_model_call(key, call) for call in row["calls"]),
+        reward=row["reward"],
+        outcome=Outcome(row["outcome"]),
+        error=row["error"],
+        output=row["output"],
+        started_at=row["started_at"],
+        ended_at=row["ended_at"],
+        tools=tuple(ToolCall(key=key, **{**tool, "status": ToolStatus(tool["status"])}) for tool in row["tools"]),
+        rewards=tuple(Reward(key=key, **reward) for reward in row["rewards"]),
+        agents=tuple(AgentSpan(key=key, **agent) for agent in row["agents"]),
+        refused_spans=dict(row["refused_spans"]),
+    )
+
+
+def _model_call(key: RolloutKey, row: Mapping[str, Any]) -> ModelCall:
+    columns = [column for column, _ in _ARRAYS.values()]
+    values: dict[str, Any] = {name: value for name, value in row.items() if name not in columns}
+    values |= {name: np.array(row[column], kind) for name, (column, kind) in _ARRAYS.items()}
+    return ModelCall(key=key, **values)
+
+
+_ARRAYS: Mapping[str, tuple[str, type[np.generic]]] = {
+    "prompt_T": ("prompt_ids", np.int32),
+    "response_T": ("response_ids", np.int32),
+    "logprob_T": ("logprobs", np.float32),
+}
+"""Field of a ModelCall -> its column and kind of number."""
+
+
+def _rollout_schema() -> pyarrow.Schema:
+    import pyarrow as pa
+
+    text, real, whole = pa.string(), pa.float64(), pa.int32()
+    kinds = {"str": text, "float": real, "int": whole, "ToolStatus": text, "Source": text, "Ints": pa.list_(whole)}
+    kinds |= {"int | None": whole}
+    kinds |= {"Floats": pa.list_(pa.float32())}
+
+    def many(kind: type[ModelCall | ToolCall | Reward | AgentSpan]) -> pyarrow.DataType:
+        columns = [(_column(field.name), kinds[str(field.type)]) for field in fields(kind) if field.name != "key"]
+        return pa.list_(pa.struct(columns))
+
+    row = {"rollout_id": text, "group_id": text, "split": text, "attempt": whole, "task_id": text, "task": text}
+    row |= {"step": whole, "policy_version": whole, "reward": real, "outcome": text, "error": text, "output": text}
+    row |= {"started_at": real, "ended_at": real, "num_calls": whole, "calls": many(ModelCall)}
+    row |= {"tools": many(ToolCall), "rewards": many(Reward), "agents": many(AgentSpan)}
+    row |= {"refused_spans": pa.map_(text, whole)}
+    return pa.schema(list(row.items()))
+
+
+def _rollout_row(step: int, policy_version: int, group: Group, one: Trajectory) -> dict[str, Any]:
+    row: dict[str, Any] = {"rollout_id": one.key.rollout_id, "group_id": group.group_id, "split": one.key.split}
+    row |= {"attempt": one.key.attempt, "task_id": one.task_id, "step": step, "policy_version": policy_version}
+    row |= {"task": json.dumps(dict(group.task.payload), default=str), "reward": one.reward}
+    row |= {"outcome": one.outcome.value, "error": _storable(one.error), "output": _storable(one.output)}
+    row |= {"started_at": one.started_at, "ended_at": one.ended_at, "num_calls": len(one.calls)}
+    row |= {"calls": [_row(call) for call in one.calls], "tools": [_row(tool) for tool in one.tools]}
+    row |= {"rewards": [_row(reward) for reward in one.rewards], "agents": [_row(agent) for agent in one.agents]}
+    return row | {"refused_spans": list(one.refused_spans.items())}
+
+
+def _row(span: ModelCall | ToolCall | Reward | AgentSpan) -> dict[str, Any]:
+    """A span as columns; its key is the row's."""
+    values = {field.name: getattr(span, field.name) for field in fields(span) if field.name != "key"}
+    return {_column(name): _storable(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+def _column(name: str) -> str:
+    return _ARRAYS[name][0] if name in _ARRAYS else name
+
+
+def _storable(text: str) -> str:
+    """Half of a surrogate pair, which a model can be made to write, is no UTF-8: it becomes "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,298 @@
+"""What a person sees of a run: the block in the terminal while it trains, and the short report when it ends.
+
+Example:
+
+    progress = Progress("calc_x", steps=100)
+    progress.start()
+    progress.waiting_for("generate: 41/64 rollouts")
+    progress.step(1, {"train/reward": 0.25, "tokens/sampled": 9000.0, "time/step": 12.0})
+    progress.stop()
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
+from rich.text import Text
+
+from agent_lightning.core.errors import UserError
+from agent_lightning.run.tracking import RunDirectory
+
+LEVELS = "▁▂▃▅▇"
+FAILED = "rollouts/failed/"
+"""A record counts the step's failed rollouts under this prefix and the outcome: "rollouts/failed/timeout"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutCounts:
+    """Training rollouts of a whole run."""
+
+    admitted: int
+    trained: int
+    dropped: Mapping[str, int]
+    """By reason: {"stale": 3}."""
+    failed: Mapping[str, int]
+    """By outcome: {"timeout": 2}."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSeconds:
+    """Mean seconds of one step, and its parts."""
+
+    total: float
+    generate: float
+    update: float
+    publish: float
+    other: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The outcome of a run in numbers; NaN where nothing was measured."""
+
+    experiment: str
+    seed: int
+    steps: int
+    wall_s: float
+    val_reward_first: float
+    val_reward_last: float
+    val_rows: int
+    rollouts: RolloutCounts
+    sampled_tokens: int
+    trained_tokens: int
+    max_abs_logprob_gap: float
+    mean_abs_logprob_gap: float
+    step_s: StepSeconds
+    versions: int
+    """Policy versions published."""
+    start_s: float
+    """Seconds until the service answered."""
+    val_reward_best: float
+    val_reward_by: Mapping[str, float] = field(default_factory=dict)
+    """The last one, by the values of data.strata."""
+
+    def write(self, path: Path) -> None:
+        """Write JSON, NaN as null; the file appears whole or not at all."""
+        unfinished = path.with_name(f".{path.name}.tmp")
+        unfinished.write_text(json.dumps(_replace_nan(asdict(self)), indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Summary:
+        """What `write` wrote. Raises UserError where `path` is no summary."""
+        try:
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+            rollouts = RolloutCounts(**loaded.pop("rollouts"))
+            step_s = StepSeconds(**_replace_null(loaded.pop("step_s")))
+            return cls(rollouts=rollouts, step_s=step_s, **_replace_null(loaded))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is no summary of a run: {' '.join(str(error).split())}") from error
+
+
+def _replace_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _replace_nan(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace_null(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def report(summary: Summary, run: RunDirectory) -> RenderableType:
+    """The closing report: held-out reward before and after, what the run did, and where its files are."""
+    gain = 100 * (summary.val_reward_last - summary.val_reward_first)
+    headline = Text(" held-out reward  ", style="bold")
+    headline.append(f"{number(summary.val_reward_first)} -> {number(summary.val_reward_last)}")
+    if math.isfinite(gain):
+        headline.append(f"  {gain:+.1f} points", style="bold green" if gain > 0 else "bold red" if gain < 0 else "bold")
+        headline.append(f"  (best {number(summary.val_reward_best)}, {summary.val_rows:,} rows)", style="dim")
+    counts, seconds = summary.rollouts, summary.step_s
+    ended = f"{counts.admitted:,} admitted, {counts.trained:,} trained, {sum(counts.dropped.values()):,} dropped"
+    split = {"generate": seconds.generate, "update": seconds.update, "publish": seconds.publish, "other": seconds.other}
+    parts = ", ".join(f"{name} {number(value, 1)}" for name, value in split.items())
+    steps = f"{summary.steps:,} in {duration(summary.wall_s)}; service ready after {duration(summary.start_s)}"
+    rows = {
+        "steps": steps,
+        "rollouts": ended + _counted(counts.dropped, before=": "),
+        "failed": _counted(counts.failed) or "none",
+        "tokens": f"{summary.sampled_tokens:,} sampled, {summary.trained_tokens:,} trained",
+        "log-prob gap": f"mean {number(summary.mean_abs_logprob_gap, 5)}, max {number(summary.max_abs_logprob_gap, 4)}",
+        "time per step": f"{number(seconds.total, 1)} s: {parts}",
+        "policy": f"{summary.versions:,} versions published",
+        "files": str(run.path),
+    }
+    if summary.val_reward_by:
+        by = ", ".join(f"{name} {number(reward)}" for name, reward in summary.val_reward_by.items())
+        rows = {"held-out": by} | rows
+    table = Table.grid(Column(style="cyan", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(f" {name}", Text(value))
+    for path, what in _files(run):
+        table.add_row("", f"{path.name:<13} {what}")
+    title = Text(f" {summary.experiment}, seed {summary.seed}", style="bold")
+    return Group(title, Text(), headline, Text(), table)
+
+
+def _files(run: RunDirectory) -> list[tuple[Path, str]]:
+    """Those that the run wrote, with a word on each."""
+    known = [(run.config, "what was run"), (run.summary, "these numbers"), (run.metrics, "every step")]
+    known += [(run.curve, "learning curve"), (run.rollouts, "every rollout (Parquet)")]
+    known += [(run.checkpoints, "to resume from"), (run.logs, "logs")]
+    return [(path, what) for path, what in known if path.is_file() or (path.is_dir() and any(path.iterdir()))]
+
+
+def _counted(counts: Mapping[str, int], before: str = "") -> str:
+    """{"timeout": 3, "bad_reward": 1} -> "timeout 3, bad_reward 1", the largest first."""
+    listed = sorted(counts.items(), key=lambda item: -item[1])
+    joined = ", ".join(f"{name} {count:,}" for name, count in listed if count)
+    return before + joined if joined else ""
+
+
+def number(value: float, digits: int = 3) -> str:
+    """0.25 -> "0.250"; NaN -> "-"."""
+    return f"{value:,.{digits}f}" if math.isfinite(value) else "-"
+
+
+def duration(seconds: float) -> str:
+    """42.3 -> "42 s"; 192 -> "3:12"; 3723 -> "1:02:03"; NaN -> "-"."""
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The course of `values` in at most `width` characters, each the mean of its share of them.
+
+    Example: sparkline([0, 1, 2, 3, 4], 5) -> "▁▂▃▅▇"
+    """
+    known = [value for value in values if math.isfinite(value)]
+    size = min(width, len(known))
+    edges = [index * len(known) // size for index in range(size + 1)] if size else []
+    means = [sum(known[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, span = min(means, default=0.0), max(means, default=0.0) - min(means, default=0.0)
+    top = len(LEVELS) - 1
+    return "".join(LEVELS[round(top * (mean - low) / span) if span else top // 2] for mean in means)
+
+
+class Progress:
+    """The terminal while training: a block that redraws itself, or a plain line a step where stdout is no terminal."""
+
+    def __init__(
+        self, experiment: str, steps: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.console = console or Console()
+        self._experiment, self._steps, self._clock = experiment, steps, clock
+        self._started_at = self._waiting_since = self._stepped_at = clock()
+        self._step, self._steps_here, self._waiting = 0, 0, ""
+        self._record: Mapping[str, float] = {}
+        self._train: list[float] = []
+        self._val: list[tuple[int, float, int]] = []
+        self._failed: Counter[str] = Counter()
+        self._live: Live | None = None
+
+    def start(self) -> None:
+        self._started_at = self._waiting_since = self._stepped_at = self._clock()
+        # Forced colours (FORCE_COLOR) on a pipe are no reason to move a cursor that is not there: ask the file too.
+        if self.console.is_interactive and self.console.file.isatty():
+            self._live = Live(get_renderable=self.render, console=self.console, refresh_per_second=4)
+            self._live.start()
+
+    def stop(self) -> None:
+        """Leave the block as it last was; calling it twice is fine."""
+        self._waiting = ""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def waiting_for(self, text: str) -> None:
+        """What the run waits for now. The first word is the phase: its seconds count from where it began.
+
+        Example: waiting_for("generate: 41/64 rollouts")
+        """
+        if text.split(" ")[:1] != self._waiting.split(" ")[:1]:
+            self._waiting_since = self._clock()
+        self._waiting = text
+
+    def step(self, step: int, record: Mapping[str, float]) -> None:
+        """A step ended: `step` of them are done."""
+        self._step, self._record, self._stepped_at = step, record, self._clock()
+        self._steps_here += 1
+        self._train.append(record.get("train/reward", math.nan))
+        failed = {name.removeprefix(FAILED): int(n) for name, n in record.items() if name.startswith(FAILED) and n > 0}
+        self._failed.update(failed)
+        if self._live is None:
+            seconds = record.get("time/step", math.nan)
+            parts = [f"step {step}/{self._steps}", f"train {number(self._train[-1])}", f"{number(seconds, 1)} s"]
+            parts += [f"{number(self._tokens_per_s(), 0)} tokens/s"]
+            parts += [f"gap {number(record.get('logprob_gap/mean_abs', math.nan), 5)}"]
+            parts += [f"failed: {_counted(failed)}"] if failed else []
+            self.message("  ".join([*parts, f"left {duration(self._left_s())}"]))
+
+    def evaluated(self, step: int, reward: float, rows: int) -> None:
+        """The held-out tasks were evaluated after `step` steps."""
+        self._val.append((step, reward, rows))
+        if self._live is None:
+            self.message(f"step {step}/{self._steps}  held-out {number(reward)} on {rows:,} rows")
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the block."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def render(self) -> RenderableType:
+        """The block as it is now."""
+        line = Table.grid(Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True), padding=(0, 1), expand=True)
+        now = self._clock()
+        left = f", {duration(self._left_s())} left" if self._steps_here else ""
+        times = duration(now - self._started_at) + left
+        line.add_row(f"{self._step}/{self._steps}", ProgressBar(total=self._steps, completed=self._step), times)
+        value = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        table = Table.grid(Column(style="cyan", no_wrap=True), value, padding=(0, 2), expand=True)
+        table.add_row("step", line)
+        table.add_row("train reward", f"{number(self._train[-1] if self._train else math.nan)}  {self._spark()}")
+        table.add_row("val reward", self._held_out())
+        table.add_row("sampled", f"{number(self._tokens_per_s(), 0)} tokens/s")
+        waited = f"  {duration(now - self._waiting_since)}" if self._waiting else ""
+        table.add_row("now", Text(f"{self._waiting or '-'}{waited}"))
+        table.add_row("failed", Text(_counted(self._failed) or "none", style="yellow" if self._failed else ""))
+        width = min(self.console.width, 88)
+        return Panel(table, title=Text(self._experiment, style="bold"), title_align="left", width=width, style="none")
+
+    def _spark(self) -> str:
+        return "" if self.console.options.ascii_only else sparkline(self._train, 24)
+
+    def _held_out(self) -> str:
+        if not self._val:
+            return "-"
+        (_, first, rows), (step, last, _) = self._val[0], self._val[-1]
+        if len(self._val) == 1:
+            return f"{number(first)}  {rows:,} rows"
+        gain = f"{last - first:+.3f} " if math.isfinite(last - first) else ""
+        return f"{number(first)} -> {number(last)}  {gain}at step {step}"
+
+    def _tokens_per_s(self) -> float:
+        seconds = self._record.get("time/step", math.nan)
+        return self._record.get("tokens/sampled", math.nan) / seconds if seconds > 0 else math.nan
+
+    def _left_s(self) -> float:
+        """Steps left, at the pace of the steps of this process: a resumed run did the others elsewhere."""
+        if not self._steps_here:
+            return math.nan
+        pace_s = (self._stepped_at - self._started_at) / self._steps_here
+        return max(0.0, pace_s * (self._steps - self._step) - (self._clock() - self._stepped_at))

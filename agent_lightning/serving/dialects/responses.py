@@ -1,0 +1,267 @@
+"""OpenAI Responses: items instead of messages. Functions are its only tools, and no response is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from agent_lightning.serving.dialects.base import Asked, BadRequest, Chat, Strict, content_of, event, read
+from agent_lightning.serving.engine import Completion, Refusal
+
+_KEPT = ("previous_response_id", "conversation", "prompt", "background")
+"""What would need a conversation that is kept here."""
+_TAKEN = ("input", "instructions", "text", "include", "max_output_tokens", "reasoning", "store", "truncation", "n")
+"""Fields that become others, or mean nothing to an engine; all others pass."""
+
+
+class _Tool(Strict):
+    type: str
+    name: str | None = None
+
+
+class _Item(Strict):
+    type: str = "message"
+    role: str | None = None
+    content: str | list[dict[str, Any]] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[dict[str, Any]] | None = None
+
+
+class _Text(Strict):
+    format: dict[str, Any] | None = None
+
+
+class _Request(Strict):
+    input: str | list[_Item]
+    instructions: str | None = None
+    tools: list[_Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    text: _Text | None = None
+    include: list[str] | None = None
+    max_output_tokens: int | None = None
+
+
+class Responses:
+    """POST /v1/responses"""
+
+    prefix = "resp_"
+    request = _Request
+
+    def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        for name in _KEPT:
+            if body.get(name):
+                message = f"{name} is not supported: the gateway keeps no conversations, send the whole input"
+                raise BadRequest(message, "unsupported")
+        request = read(_Request, body)
+        chat = {name: value for name, value in body.items() if name not in _TAKEN and value is not None}
+        chat["messages"] = _messages(request)
+        if request.max_output_tokens is not None:
+            chat["max_tokens"] = request.max_output_tokens
+        if request.tools is not None:
+            chat["tools"] = [_tool(tool) for tool in request.tools]
+        if isinstance(request.tool_choice, dict):
+            if request.tool_choice.get("type") != "function":
+                raise BadRequest("tool_choice can name a function, and nothing else", "unsupported")
+            chat["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice.get("name")}}
+        if request.text is not None and request.text.format:
+            schema = {key: value for key, value in request.text.format.items() if key != "type"}
+            kind = request.text.format.get("type")
+            chat["response_format"] = {"type": kind} | ({"json_schema": schema} if kind == "json_schema" else {})
+        read(Chat, chat)
+        return chat
+
+    def reply(self, asked: Asked, completion: Completion) -> dict[str, Any]:
+        (choice,) = completion.reply["choices"]
+        status = "incomplete" if choice["finish_reason"] == "length" else "completed"
+        usage = completion.reply["usage"]
+        return _response(asked, status) | {
+            "output": _items(asked, choice, status),
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "usage": {
+                "input_tokens": usage["prompt_tokens"],
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "output_tokens": usage["completion_tokens"],
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": usage["total_tokens"],
+            },
+        }
+
+    def stream(self, asked: Asked) -> _Stream:
+        return _Stream(asked)
+
+    def error(self, refusal: Refusal) -> dict[str, Any]:
+        return refusal.body()
+
+
+class _Stream:
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._number = 0
+        self._text_begun = False
+
+    def begin(self) -> str:
+        response = _response(self._asked, "in_progress")
+        return self._event("response.created", response=response) + self._event(
+            "response.in_progress", response=response
+        )
+
+    def delta(self, choice: Mapping[str, Any]) -> str:
+        return self._text(choice["delta"].get("content") or "", choice.get("logprobs"))
+
+    def end(self, completion: Completion) -> str:
+        response = RESPONSES.reply(self._asked, completion)
+        (choice,) = completion.reply["choices"]
+        text = "" if self._text_begun else self._text(choice["message"].get("content") or "", choice.get("logprobs"))
+        for index, item in enumerate(response["output"]):
+            text += self._close_text(item) if item["type"] == "message" else self._call(index, item)
+        return text + self._event(f"response.{response['status']}", response=response)
+
+    def fail(self, refusal: Refusal) -> str:
+        # The official client raises for an `error` object, and hands on an event without one.
+        fields = {"code": refusal.code, "message": refusal.message, "param": None}
+        return self._event("error", **fields, **refusal.body())
+
+    def _text(self, text: str, logprobs: Any) -> str:
+        if not text:
+            return ""
+        opening = "" if self._text_begun else self._open_text()
+        entries = _logprobs(self._asked, {"logprobs": logprobs})
+        return opening + self._event("response.output_text.delta", **self._place(), delta=text, logprobs=entries)
+
+    def _open_text(self) -> str:
+        self._text_begun = True
+        item = _message(self._asked, "in_progress", [])
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        added = self._event("response.output_item.added", output_index=0, item=item)
+        return added + self._event("response.content_part.added", **self._place(), part=part)
+
+    def _close_text(self, item: Mapping[str, Any]) -> str:
+        (part,) = item["content"]
+        place = self._place()
+        return (
+            ("" if self._text_begun else self._open_text())
+            + self._event("response.output_text.done", **place, text=part["text"], logprobs=part["logprobs"])
+            + self._event("response.content_part.done", **place, part=part)
+            + self._event("response.output_item.done", output_index=0, item=item)
+        )
+
+    def _call(self, index: int, item: Mapping[str, Any]) -> str:
+        place = {"item_id": item["id"], "output_index": index}
+        opened = {**item, "arguments": "", "status": "in_progress"}
+        arguments = item["arguments"]
+        return (
+            self._event("response.output_item.added", output_index=index, item=opened)
+            + self._event("response.function_call_arguments.delta", **place, delta=arguments)
+            + self._event("response.function_call_arguments.done", **place, name=item["name"], arguments=arguments)
+            + self._event("response.output_item.done", output_index=index, item=item)
+        )
+
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": f"msg_{self._asked.hex}", "output_index": 0, "content_index": 0}
+
+    def _event(self, kind: str, **fields: Any) -> str:
+        self._number += 1
+        return event({"type": kind, "sequence_number": self._number - 1, **fields}, kind)
+
+
+RESPONSES = Responses()
+
+
+def _messages(request: _Request) -> list[dict[str, Any]]:
+    """The messages that the items are. What a model said in one turn (a text, calls) is one message again."""
+    messages: list[dict[str, Any]] = []
+    if request.instructions:
+        messages.append({"role": "system", "content": request.instructions})
+    if isinstance(request.input, str):
+        return [*messages, {"role": "user", "content": request.input}]
+    for item in request.input:
+        said = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
+        match item.type:
+            case "message" if item.role:
+                messages.append({"role": item.role, "content": _content(item.content)})
+            case "function_call":
+                if said is None:
+                    messages.append(said := {"role": "assistant", "content": None})
+                function = {"name": item.name, "arguments": item.arguments}
+                call = {"id": item.call_id, "type": "function", "function": function}
+                said["tool_calls"] = [*said.get("tool_calls", ()), call]
+            case "function_call_output":
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _content(item.output)})
+            case "reasoning":
+                continue  # a chat template leaves out what was thought before
+            case _:
+                raise BadRequest(f"an item of type {item.type!r} is not supported", "unsupported")
+    return messages
+
+
+def _content(content: str | list[dict[str, Any]] | None) -> str | list[dict[str, Any]] | None:
+    if not isinstance(content, list):
+        return content
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        match part.get("type"):
+            case "input_text" | "output_text" | "text" if isinstance(part.get("text"), str):
+                parts.append({"type": "text", "text": part["text"]})
+            case "refusal" if isinstance(part.get("refusal"), str):
+                parts.append({"type": "text", "text": part["refusal"]})
+            case "input_image" if isinstance(part.get("image_url"), str):
+                parts.append({"type": "image_url", "image_url": {"url": part["image_url"]}})
+            case kind:
+                raise BadRequest(f"content of type {kind!r} is not supported", "unsupported")
+    return content_of(parts)
+
+
+def _tool(tool: _Tool) -> dict[str, Any]:
+    if tool.type != "function":
+        message = f"a tool of type {tool.type!r} is not supported: the policy can call functions"
+        raise BadRequest(message, "unsupported")
+    return {"type": "function", "function": tool.model_dump(exclude={"type", "strict"}, exclude_none=True)}
+
+
+def _response(asked: Asked, status: str) -> dict[str, Any]:
+    """A response without its output; what was asked is repeated, as the API does."""
+    body = asked.body
+    repeated = ("instructions", "metadata", "temperature", "top_p", "max_output_tokens", "text", "reasoning", "user")
+    return {
+        "id": asked.reply_id,
+        "object": "response",
+        "created_at": asked.created,
+        "status": status,
+        "model": asked.model,
+        "output": [],
+        "error": None,
+        "incomplete_details": None,
+        "usage": None,
+        "previous_response_id": None,
+        "store": False,
+        "tools": body.get("tools") or [],
+        "tool_choice": body.get("tool_choice") or "auto",
+        "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
+        **{name: body.get(name) for name in repeated},
+    }
+
+
+def _items(asked: Asked, choice: Mapping[str, Any], status: str) -> list[dict[str, Any]]:
+    message = choice["message"]
+    calls = message.get("tool_calls") or ()
+    items: list[dict[str, Any]] = []
+    if message.get("content") or not calls:
+        part = {"text": message.get("content") or "", "annotations": [], "logprobs": _logprobs(asked, choice)}
+        items.append(_message(asked, status, [{"type": "output_text", **part}]))
+    for number, call in enumerate(calls):
+        item = {"type": "function_call", "id": f"fc_{asked.hex}_{number}", "call_id": call["id"], "status": status}
+        items.append(item | call["function"])
+    return items
+
+
+def _message(asked: Asked, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+    fields = {"type": "message", "role": "assistant", "status": status, "content": content}
+    return {"id": f"msg_{asked.hex}", **fields}
+
+
+def _logprobs(asked: Asked, choice: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if "message.output_text.logprobs" not in (asked.body.get("include") or ()):
+        return []
+    return (choice.get("logprobs") or {}).get("content") or []

@@ -1,0 +1,200 @@
+"""The policy's replica: vLLM through Ray Serve LLM, following the PolicyBoard.
+
+One version answers a call from its first to its last token, unless the rule for calls in flight is "keep" (see
+`gate.py`); and with the old weights go all keys and values that they made, those of calls that go on too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from typing import Any, cast
+
+import ray
+from pydantic import ValidationError
+from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.llm._internal.serve.core.configs.openai_api_models import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    ErrorResponse,
+)
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.deployment import LLMServer
+from vllm.exceptions import VLLMClientError
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from agent_lightning.core.types import InFlight
+from agent_lightning.learners.base import Weights
+from agent_lightning.serving.engine import Completion, Part, Refusal, parse_error, parse_reply
+from agent_lightning.serving.gate import Gate
+from agent_lightning.serving.policy import Follower, PolicyBoard
+from agent_lightning.serving.shared import in_shared_memory
+
+logger = logging.getLogger(__name__)
+_INVALID = (VLLMClientError, ValidationError, ValueError, TypeError, KeyError, RecursionError)
+"""What vLLM raises for a request that it cannot read: its own class, and what its templates and models let through."""
+
+
+class OneProcessEngine(VLLMEngine):
+    """Ray's vLLM engine with the model in the engine's own process.
+
+    Ray asks for a worker process of its own on a CPU; with one worker that is one more import of vLLM at the start,
+    and a message to and fro for every step.
+    """
+
+    def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
+        vllm_engine_config.parallel_config.distributed_executor_backend = "uni"
+        return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
+
+
+class _NothingToDownload(CallbackBase):
+    """For a model in a local folder: Ray's download step is a worker process more, and an import of vLLM in it."""
+
+    async def on_before_node_init(self) -> None:
+        self.ctx.run_init_node = False
+
+
+class _Server(LLMServer):
+    """Ray's LLM server without its usage report, which starts an actor and waits for it before the first call."""
+
+    async def _start_engine(self) -> None:
+        await self.engine.start()
+
+
+class PolicyServer:
+    """Ray's LLM server, which also stamps each reply with the version that made it and installs new weights."""
+
+    def __init__(self, settings: Mapping[str, Any], in_flight: InFlight, board: PolicyBoard) -> None:
+        """`settings`: the fields of Ray's LLMConfig. `in_flight`: the rule for calls that an update finds."""
+        config = LLMConfig(**settings)
+        if os.path.isdir(config.model_loading_config.model_source):
+            config.callback_config.callback_class = _NothingToDownload
+        alone = config.accelerator_config.kind == "cpu" and len(settings["placement_group_config"]["bundles"]) == 1
+        self._server = _Server.sync_init(config, engine_cls=OneProcessEngine if alone else VLLMEngine)
+        self._gate = Gate(in_flight)
+        self._version = 0
+        self._follower = Follower(board, self._install, self.check_health)
+        self._following: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Load the model, take the current weights, and follow the board from then on."""
+        await self._server.start()
+        await self._server.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+        await self._follower.join()
+        self._following = asyncio.create_task(self._follow())
+
+    async def check_health(self) -> None:
+        """Raises where the engine is dead: Serve then replaces the replica."""
+        await self._server.check_health()
+
+    async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
+        """Answer one request, already made ready by `dialects.engine_request`."""
+        with _its_engine():
+            await self._follower.attached()
+            return await self._gate.whole(lambda: self._answer(request))
+
+    async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
+        """The same, in parts as they come."""
+        with _its_engine():
+            await self._follower.attached()
+            async for part in self._gate.parts(lambda: self._parts(request)):
+                yield part
+
+    async def _answer(self, request: Mapping[str, Any]) -> Completion | Refusal:
+        version = self._version
+        try:
+            replies = [reply async for reply in await self._ask(request)]
+        except _INVALID as error:
+            return _invalid(error)
+        reply = replies[-1]
+        if isinstance(reply, ErrorResponse):
+            return parse_error(reply.error.message, int(reply.error.code or 500), reply.error.type)
+        return parse_reply(reply.model_dump(), policy_version=version, last_version=self._newer(version))
+
+    async def _parts(self, request: Mapping[str, Any]) -> AsyncGenerator[Part | Refusal, None]:
+        version = self._version
+        try:
+            async for batch in await self._ask(request):
+                for part in _parts(batch, version, self._newer(version)):
+                    yield part
+                    if isinstance(part, Refusal):
+                        return
+        except _INVALID as error:
+            yield _invalid(error)
+
+    def _newer(self, version: int) -> int | None:
+        """The version now, where it is another."""
+        return self._version if self._version > version else None
+
+    async def _ask(self, request: Mapping[str, Any]) -> AsyncIterator[Any]:
+        """Ray's stream of replies: one, or batches of server-sent events. Raises ValidationError, ValueError."""
+        server = self._server
+        if "prompt" in request:
+            return cast(AsyncIterator[Any], await server.completions(CompletionRequest(**request)))
+        return cast(AsyncIterator[Any], await server.chat(ChatCompletionRequest(**request)))
+
+    async def _follow(self) -> None:
+        """Take new weights as they are published, and end the replica where its engine is dead: Serve starts another at
+        once, and not after the health checks that it would need to see it."""
+        try:
+            await self._follower.run()
+        except* ray.exceptions.RayActorError:
+            logger.info("the board is gone, and the run with it")
+        except* Exception as errors:  # whatever it was: a replica that does not follow the board must not answer
+            first = errors.exceptions[0]
+            _end_process(f"{type(first).__name__}: {first}")
+
+    async def _install(self, weights: Weights) -> None:
+        async with self._gate.update():
+            # Calls that go on stand still; theirs is all that the old weights made but tokens, and is made anew.
+            await self._server.pause(mode="keep", clear_cache=True)
+            await self._server.collective_rpc("start_weight_update")
+            arrays = (asyncio.wrap_future(bucket.data.future()) for bucket in weights.buckets)
+            async with aclosing(in_shared_memory(arrays)) as paths:
+                for bucket in weights.buckets:
+                    update = {"path": await anext(paths), "parameters": list(bucket.parameters)}
+                    await self._server.collective_rpc("update_weights", kwargs={"update_info": update})
+            await self._server.collective_rpc("finish_weight_update")
+            self._version = weights.version  # before a token of it can be seen
+            await self._server.resume()
+
+
+@contextmanager
+def _its_engine() -> Iterator[None]:
+    """A call that shows that the engine is dead ends the replica."""
+    try:
+        yield
+    except EngineDeadError:
+        _end_process("its engine is dead")
+        raise
+
+
+def _end_process(why: str) -> None:
+    logger.error("this policy replica ends: %s", why)
+    os._exit(1)
+
+
+def _parts(batch: Iterable[Any], version: int, last_version: int | None) -> Iterator[Part | Refusal]:
+    """What a batch of vLLM's server-sent events says."""
+    for text in batch:
+        if isinstance(text, ErrorResponse):
+            yield parse_error(text.error.message, int(text.error.code or 500), text.error.type)
+            return
+        data = text.removeprefix("data: ").strip()
+        if data == "[DONE]":
+            continue
+        chunk = json.loads(data)
+        if "error" in chunk:
+            error = chunk["error"]
+            yield parse_error(error["message"], int(error.get("code") or 500), error["type"])
+            return
+        yield Part(chunk=chunk, policy_version=version, last_version=last_version)
+
+
+def _invalid(error: Exception) -> Refusal:
+    return parse_error(" ".join(f"{type(error).__name__}: {error}".split())[:500], 400, "invalid_request_error")

@@ -1,0 +1,262 @@
+"""Spans as OpenTelemetry has them -> ours, by the attributes that instrumentors write. Pure.
+
+`attributes` has the tables of names, `span_fields` what one span says; here is what spans say together.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from agent_lightning.core.types import AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus
+from agent_lightning.credit.tools import status_of
+from agent_lightning.spans.attributes import FIELDS, Kind
+from agent_lightning.spans.fields import (
+    agent_name_of,
+    dump,
+    finish_reason_of,
+    first,
+    has,
+    langchain_agent,
+    matches,
+    model_of,
+    number,
+    reply_id_of,
+    reply_of,
+    request_of,
+    tokens_of,
+    unflattened,
+    whole_number,
+)
+from agent_lightning.spans.forms import as_mapping, text_of
+from agent_lightning.spans.messages import tool_result_of
+from agent_lightning.spans.tool_index import Asked
+from agent_lightning.spans.tree import RawSpan, SpanTree, arguments_of
+
+REASONS = {
+    "a span id for the second time": "the one with the most attributes is kept",
+    "a time that is not a number": "the span's start or end is infinite or no number",
+    "a reward that is not a finite number": "nothing can be learned from it",
+    "repaired: a parent that is its own descendant": "kept, as a span without parent",
+    "repaired: a request that is not understood": "kept; its `request` is empty",
+    "repaired: a reply that is not understood": "kept; its `reply` is empty",
+    "repaired: token ids out of any vocabulary": "kept without tokens: an id is not in [0, 2^31)",
+    "repaired: log-probabilities missing": "kept; those of its tokens that are not known are NaN",
+}
+"""Every reason that `read` counts, and what it means. Those with "repaired" are of spans that are kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traced:
+    """What raw spans say, in the order in which it happened. A `parent_id` is of a span that is kept, or ""."""
+
+    calls: tuple[ModelCall, ...] = ()
+    """`source="trace"`, without tokens unless the trace has them; `call_id` is the reply's id where the span has it,
+    else the span's."""
+    tools: tuple[ToolCall, ...] = ()
+    rewards: tuple[Reward, ...] = ()
+    agents: tuple[AgentSpan, ...] = ()
+    refused: Mapping[str, int] = field(default_factory=Counter)
+    """Reason (see REASONS) -> how many spans are not among the above though they should be, or were repaired."""
+    offered: Mapping[str, str] = field(default_factory=dict)
+    """`call_id` -> JSON text of the definitions of the tools that its request offered, in OpenAI's form."""
+    usage: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """`call_id` -> tokens of the prompt and of the reply, as the trace counts them."""
+
+
+def read(spans: Sequence[RawSpan], key: RolloutKey) -> Traced:
+    """The model calls, tool calls, rewards and agents among the spans of one attempt, in the order of their start.
+
+    A model call that wraps another one of the same event is one call with what both say. The order in which the spans
+    come does not matter. Never raises, whatever the attributes hold.
+
+    Example:
+
+        chat = RawSpan(span_id="1", name="chat", started_at=0.0, ended_at=1.0, attributes={
+            "gen_ai.operation.name": "chat", "gen_ai.request.model": "gpt-4o",
+            "gen_ai.prompt.0.role": "user", "gen_ai.prompt.0.content": "hi", "gen_ai.completion.0.content": "Hello!"})
+        read([chat], key).calls[0].reply  # '{"role": "assistant", "content": "Hello!"}'
+    """
+    refused: Counter[str] = Counter()
+    tree = SpanTree(_unique(spans, refused), refused)
+    calls, offered, usage = _calls(tree, key, refused)
+    return Traced(
+        calls=calls,
+        tools=_tools(tree, key, calls),
+        rewards=_rewards(tree, key, refused),
+        agents=tuple(
+            AgentSpan(
+                key=key,
+                span_id=tree.kept_id[span.span_id],
+                parent_id=tree.parent_of(span),
+                name=agent_name_of(span.name, span.attributes),
+                started_at=span.started_at,
+                ended_at=max(span.started_at, span.ended_at),
+            )
+            for span in tree.of(Kind.AGENT)
+        ),
+        refused=+refused,
+        offered=offered,
+        usage=usage,
+    )
+
+
+def _unique(spans: Sequence[RawSpan], refused: Counter[str]) -> list[RawSpan]:
+    unique: dict[str, RawSpan] = {}
+    for span in spans:
+        if not (math.isfinite(span.started_at) and math.isfinite(span.ended_at)):
+            refused["a time that is not a number"] += 1
+            continue
+        if span.span_id in unique:
+            refused["a span id for the second time"] += 1
+            span = max(span, unique[span.span_id], key=lambda one: (len(one.attributes), repr(one)))
+        unique[span.span_id] = span
+    return list(unique.values())
+
+
+def _identified(tree: SpanTree) -> list[RawSpan]:
+    """The spans that are model calls, each with all that is told of its event; their ids are known to the tree then."""
+    by_reply: dict[str, RawSpan] = {}
+    for span in tree.of(Kind.CALL):
+        reply_id = next(filter(None, map(reply_id_of, (span.attributes, *tree.told_by(span)))), "")
+        reply_id = "" if reply_id in tree.by_id else reply_id
+        earlier = by_reply.get(reply_id)
+        if earlier is not None and span.started_at < earlier.ended_at:
+            # Two instrumentors of one library tell of the same event.
+            tree.kind[span.span_id] = Kind.OTHER
+            tree.wrappers.setdefault(earlier.span_id, []).extend([span, *tree.wrappers.pop(span.span_id, ())])
+        elif earlier is None and reply_id:
+            by_reply[reply_id] = span
+    # Another call whose reply has an id that came before has its own: some servers give all replies the same one.
+    names = {span.span_id: reply_id for reply_id, span in by_reply.items()}
+    for span in tree.of(Kind.CALL):
+        for one in (span, *tree.wrappers.get(span.span_id, ())):
+            tree.kept_id[one.span_id] = names.get(span.span_id, span.span_id)
+    return [_merged(span, tree.wrappers.get(span.span_id, ())) for span in tree.of(Kind.CALL)]
+
+
+def _calls(
+    tree: SpanTree, key: RolloutKey, refused: Counter[str]
+) -> tuple[tuple[ModelCall, ...], dict[str, str], dict[str, tuple[int, int]]]:
+    calls, offered, usage = [], {}, {}
+    for span in _identified(tree):
+        call_id = tree.kept_id[span.span_id]
+        own = [str(first(span.attributes, name) or "") for name in ("request's own text", "reply's own text")]
+        request, tools = request_of(span.attributes, Counter() if own[0] else refused)
+        # A call that failed has no reply that should be there.
+        reply = reply_of(span.attributes, request, Counter() if own[1] or span.error else refused)
+        prompt_T, response_T, logprob_T = tokens_of(span.attributes, refused)
+        calls.append(
+            ModelCall(
+                key=key,
+                call_id=call_id,
+                agent=_agent_of(tree, span),
+                policy_version=-1,
+                prompt_T=prompt_T,
+                response_T=response_T,
+                logprob_T=logprob_T,
+                finish_reason=finish_reason_of(span.attributes),
+                started_at=span.started_at,
+                ended_at=max(span.started_at, span.ended_at),
+                request=own[0] or (dump(request) if request else ""),
+                reply=own[1] or (dump(reply) if reply else ""),
+                span_id=span.span_id,
+                parent_id=tree.parent_of(span),
+                model=model_of(span.attributes),
+                error=span.error,
+                source="trace",
+            )
+        )
+        if tools:
+            offered[call_id] = dump(tools)
+        sent, said = (whole_number(first(span.attributes, side)) for side in ("prompt tokens", "reply tokens"))
+        if sent or said:
+            usage[call_id] = (sent, said)
+    return tuple(calls), offered, usage
+
+
+def _agent_of(tree: SpanTree, span: RawSpan) -> str:
+    own = next((span.attributes[name] for name in ("gen_ai.agent.name", "agent.name") if name in span.attributes), "")
+    own = own or langchain_agent(span.attributes)
+    above = (one for one in tree.above(span) if tree.kind[one.span_id] is Kind.AGENT)
+    return str(own) or next((agent_name_of(one.name, one.attributes) for one in above), "")
+
+
+def _tools(tree: SpanTree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
+    asked = Asked(calls)
+    starts = [call.started_at for call in calls]
+    tools = []
+    for span in [_merged(one, tree.wrappers.get(one.span_id, ())) for one in tree.of(Kind.TOOL)]:
+        given = first(span.attributes, "result")
+        if given is None and any(name in span.attributes for name in FIELDS["result"]):
+            given = ""
+        message = tool_result_of(given) or {}
+        identity = str(first(span.attributes, "tool call id") or message.get("tool_call_id") or "")
+        name = str(first(span.attributes, "tool") or message.get("name") or span.name.removeprefix("execute_tool "))
+        cause, status = str(first(span.attributes, "the call that asked") or ""), first(span.attributes, "status")
+        before = bisect_right(starts, span.started_at)
+        arguments = arguments_of(span)
+        match = asked.take(identity, name, arguments, before, cause)
+        arguments = match.arguments if match else arguments
+        result = text_of(given) if given is not None else match.result or None if match else None
+        seen = status_of(arguments, f"error: {span.error}" if span.error else result)
+        tools.append(
+            ToolCall(
+                key=key,
+                span_id=tree.kept_id[span.span_id],
+                parent_id=tree.parent_of(span),
+                call_id=cause or (match.call_id if match else calls[before - 1].call_id if before else ""),
+                tool_call_id=match.tool_call_id if match else identity,
+                name=name,
+                arguments=arguments,
+                # Our own span of a tool has its result even where that is empty.
+                result=result or ("" if status else span.error),
+                status=ToolStatus(status) if status in list(ToolStatus) else seen,
+                started_at=span.started_at,
+                ended_at=max(span.started_at, span.ended_at),
+                source="trace",
+            )
+        )
+    return tuple(tools)
+
+
+def _rewards(tree: SpanTree, key: RolloutKey, refused: Counter[str]) -> tuple[Reward, ...]:
+    rewards = []
+    for span in tree.of(Kind.REWARD):
+        about = str(first(span.attributes, "what a reward is about") or "")
+        for index, (name, value) in enumerate(_dimensions(span)):
+            if not math.isfinite(number(value)):
+                refused["a reward that is not a finite number"] += 1
+                continue
+            rewards.append(
+                Reward(
+                    key=key,
+                    span_id=f"{first(span.attributes, 'span id') or span.span_id}{f'/{index}' if index else ''}",
+                    name=name,
+                    value=number(value),
+                    about=tree.kept_id.get(about, about),
+                    at=span.started_at,
+                )
+            )
+    return tuple(rewards)
+
+
+def _dimensions(span: RawSpan) -> list[tuple[str, Any]]:
+    if "agl.reward.value" in span.attributes:
+        return [(str(first(span.attributes, "reward's name") or "reward"), span.attributes["agl.reward.value"])]
+    parts = unflattened(span.attributes, "agentlightning.reward.")
+    return [(str(as_mapping(one).get("name") or "reward"), as_mapping(one).get("value")) for one in parts]
+
+
+def _merged(span: RawSpan, wrappers: Sequence[RawSpan]) -> RawSpan:
+    """A call with what the spans around it say and it does not; a field is taken whole, from one span."""
+    attributes = dict(span.attributes)
+    for wrapper in wrappers:
+        for names in FIELDS.values():
+            if not any(has(attributes, name) for name in names):
+                attributes |= {n: v for n, v in wrapper.attributes.items() if any(matches(n, name) for name in names)}
+    return replace(span, attributes=attributes)

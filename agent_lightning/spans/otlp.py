@@ -1,0 +1,316 @@
+"""OTLP, OpenTelemetry's format for traces, to and from raw spans. The only module that knows opentelemetry.proto.
+
+OTLP/HTTP has two encodings, and both hold an ExportTraceServiceRequest: protobuf, and JSON with ids in hex
+(https://opentelemetry.io/docs/specs/otlp/). Bodies come from outside: whatever they hold, `decode` gives spans and
+counted reasons, or raises DataError.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+
+from agent_lightning.core.errors import DataError
+from agent_lightning.spans.tree import RawSpan
+
+PROTOBUF, JSON = "application/x-protobuf", "application/json"
+REASONS = {
+    "a span that cannot be read": "JSON that is no OTLP span, e.g. a time that is not a number",
+    "a span without id": "no span id, or one that is all zeros or not hex",
+    "a span without start time": "its start is 0 or missing",
+    "a span id for the second time": "the first one in its trace is kept",
+    "repaired: end before start": "kept, as a span that ended when it started",
+    "repaired: a value nested too deep": "kept, without what is nested deeper than 16",
+}
+"""Every reason that `decode` counts, and what it means. Those with "repaired" are of spans that are kept."""
+_UNREADABLE = (json_format.ParseError, ValueError, TypeError, AttributeError, RecursionError, SystemError)
+"""What protobuf raises of JSON; SystemError of a field whose name is half of a surrogate pair."""
+_DEPTH = 16
+_NANO = 10**9
+
+
+def decode(
+    body: bytes, *, content_type: str, content_encoding: str = "", max_bytes: int, max_spans: int, secret: str = ""
+) -> tuple[tuple[RawSpan, ...], Mapping[str, int]]:
+    """The spans of an OTLP/HTTP body, and how many were refused or repaired for each of REASONS.
+
+    `max_bytes` bounds the body after inflation. `secret` is what no span may tell: instrumentors of HTTP clients record
+    the URL that an agent calls; each of its characters becomes "*". Events of a span named `gen_ai.*` are in its
+    attribute "gen_ai.events"; an exception is in its `error`, where its status is an error.
+
+    Raises DataError, in one line, for a body that is truncated, too large or not OTLP.
+
+    Example:
+
+        spans, refused = decode(body, content_type="application/json", max_bytes=4_000_000, max_spans=10_000)
+    """
+    by_trace, refused = decode_traces(
+        body,
+        content_type=content_type,
+        content_encoding=content_encoding,
+        max_bytes=max_bytes,
+        max_spans=max_spans,
+        secret=secret,
+    )
+    return tuple(span for spans in by_trace.values() for span in spans), refused
+
+
+def decode_traces(
+    body: bytes, *, content_type: str, content_encoding: str = "", max_bytes: int, max_spans: int, secret: str = ""
+) -> tuple[Mapping[str, tuple[RawSpan, ...]], Mapping[str, int]]:
+    """As `decode`, trace id (hex) -> its spans."""
+    plain = _inflate(body, content_encoding.strip().lower(), max_bytes)
+    if secret:  # of the same length: protobuf counts its bytes
+        plain = plain.replace(secret.encode(), b"*" * len(secret.encode()))
+    refused: Counter[str] = Counter()
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == PROTOBUF:
+        messages = _protobuf_spans(plain)
+    elif kind == JSON:
+        messages = _json_spans(plain, refused)
+    else:
+        raise DataError(f"content type {kind!r}: OTLP is {PROTOBUF} or {JSON}")
+    found: dict[tuple[str, str], RawSpan] = {}
+    for number, message in enumerate(messages):
+        if number >= max_spans:
+            raise DataError(f"OTLP body of more than {max_spans} spans: send fewer at once")
+        span = _raw_span(message, refused)
+        identity = (message.trace_id.hex(), span.span_id if span else "")
+        if span is None:
+            continue
+        if identity in found:
+            refused["a span id for the second time"] += 1
+        else:
+            found[identity] = span
+    traces: dict[str, list[RawSpan]] = {}
+    for (trace_id, _), span in found.items():
+        traces.setdefault(trace_id, []).append(span)
+    return {trace_id: tuple(spans) for trace_id, spans in traces.items()}, refused
+
+
+def encode(spans: Sequence[RawSpan], *, trace_id: str, resource: Mapping[str, str]) -> bytes:
+    """Spans of one trace as the protobuf body of an OTLP/HTTP request; `decode` gives them back.
+
+    Ids that are not hex of the right length become hashes; times are kept to the nanosecond.
+
+    Example: encode(spans, trace_id="train-12-3/0", resource={"service.name": "agent-lightning"})
+    """
+    return bytes(_request(spans, trace_id, resource).SerializeToString())
+
+
+def encode_json(spans: Sequence[RawSpan], *, trace_id: str, resource: Mapping[str, str]) -> str:
+    """As `encode`, as one line of JSON, the form of OpenTelemetry's file exporter."""
+    tree = json_format.MessageToDict(_request(spans, trace_id, resource))
+    for span in tree["resourceSpans"][0]["scopeSpans"][0].get("spans", ()):
+        for name in {"traceId", "spanId", "parentSpanId"} & span.keys():
+            span[name] = base64.b64decode(span[name]).hex()
+    return json.dumps(tree, separators=(",", ":"))
+
+
+def acknowledge(content_type: str, *, rejected: int, message: str) -> tuple[bytes, str]:
+    """The answer to an OTLP/HTTP request, in the encoding of the request, and its content type."""
+    answer = ExportTraceServiceResponse()
+    if rejected:
+        answer.partial_success.rejected_spans = rejected
+        answer.partial_success.error_message = message
+    if content_type.partition(";")[0].strip().lower() == JSON:
+        return json_format.MessageToJson(answer).encode(), JSON
+    return bytes(answer.SerializeToString()), PROTOBUF
+
+
+def _inflate(body: bytes, encoding: str, max_bytes: int) -> bytes:
+    if encoding in ("gzip", "deflate"):
+        inflater = zlib.decompressobj(wbits=47)
+        try:
+            plain = inflater.decompress(body, max_bytes + 1)
+        except zlib.error as error:
+            raise DataError(f"OTLP body is not {encoding}: {error}") from None
+        if len(plain) <= max_bytes and not inflater.eof:
+            raise DataError(f"OTLP body is truncated: its {encoding} stream does not end")
+    elif encoding in ("", "identity"):
+        plain = body
+    else:
+        raise DataError(f"content encoding {encoding!r}: only gzip, deflate and identity are read")
+    if len(plain) > max_bytes:
+        raise DataError(f"OTLP body of more than {max_bytes} bytes: send fewer spans at once")
+    return plain
+
+
+def _protobuf_spans(body: bytes) -> Iterator[Span]:
+    request = ExportTraceServiceRequest()
+    try:
+        request.ParseFromString(body)
+    except DecodeError:
+        raise DataError("OTLP body is truncated or not protobuf") from None
+    if body and not request.resource_spans:
+        raise DataError("body is protobuf, but no OTLP trace request")
+    for resource in request.resource_spans:
+        for scope in resource.scope_spans:
+            yield from scope.spans
+
+
+def _json_spans(body: bytes, refused: Counter[str]) -> Iterator[Span]:
+    try:
+        tree = json.loads(body)
+    except (ValueError, RecursionError):
+        raise DataError("OTLP body is truncated or not JSON") from None
+    if not isinstance(tree, dict) or (tree and "resourceSpans" not in tree):
+        raise DataError("body is JSON, but no OTLP trace request: it has no resourceSpans")
+    for resource in _dicts(tree.get("resourceSpans")):
+        for scope in _dicts(resource.get("scopeSpans")):
+            for span in _dicts(scope.get("spans")):
+                try:
+                    ids = {name: _base64(span.get(name)) for name in ("traceId", "spanId", "parentSpanId")}
+                    yield json_format.ParseDict({**span, **ids, "links": []}, Span(), ignore_unknown_fields=True)
+                except _UNREADABLE:
+                    refused["a span that cannot be read"] += 1
+
+
+def _dicts(value: Any) -> Iterable[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _base64(hexadecimal: Any) -> str:
+    """An id as protobuf's JSON has it; what is not hex is no id."""
+    text = hexadecimal if isinstance(hexadecimal, str) else ""
+    return base64.b64encode(bytes.fromhex(text)).decode() if re.fullmatch(r"([0-9a-fA-F]{2})*", text) else ""
+
+
+def _raw_span(message: Span, refused: Counter[str]) -> RawSpan | None:
+    if not message.span_id.strip(b"\0"):
+        refused["a span without id"] += 1
+        return None
+    if message.start_time_unix_nano == 0:
+        refused["a span without start time"] += 1
+        return None
+    if message.end_time_unix_nano < message.start_time_unix_nano:
+        refused["repaired: end before start"] += 1
+    try:
+        attributes = _plain_attributes(message.attributes)
+        events = [{"event.name": event.name, **_plain_attributes(event.attributes)} for event in message.events]
+    except _TooDeepError:
+        refused["repaired: a value nested too deep"] += 1
+        attributes = _plain_attributes(message.attributes, strict=False)
+        events = [{"event.name": e.name, **_plain_attributes(e.attributes, strict=False)} for e in message.events]
+    chat = [event for event in events if event["event.name"].startswith("gen_ai.")]
+    return RawSpan(
+        span_id=message.span_id.hex(),
+        parent_id=message.parent_span_id.hex() if message.parent_span_id.strip(b"\0") else "",
+        name=message.name,
+        started_at=message.start_time_unix_nano / _NANO,
+        ended_at=max(message.start_time_unix_nano, message.end_time_unix_nano) / _NANO,
+        attributes={**attributes, **({"gen_ai.events": chat} if chat else {})},
+        error=_error(message.status, events) if message.status.code == Status.STATUS_CODE_ERROR else "",
+    )
+
+
+def _error(status: Status, events: Sequence[Mapping[str, Any]]) -> str:
+    for event in reversed(events):
+        if event["event.name"] == "exception":
+            words = [str(event.get(f"exception.{part}") or "") for part in ("type", "message")]
+            return ": ".join(word for word in words if word) or "exception"
+    return status.message or "error"
+
+
+class _TooDeepError(Exception):
+    """A value is nested deeper than _DEPTH."""
+
+
+def _plain_attributes(pairs: Iterable[KeyValue], strict: bool = True, depth: int = 0) -> dict[str, Any]:
+    return {pair.key: _plain(pair.value, strict, depth) for pair in pairs}
+
+
+def _plain(value: AnyValue, strict: bool, depth: int) -> Any:
+    kind = value.WhichOneof("value")
+    if kind is None or depth > _DEPTH:
+        if kind is not None and strict:
+            raise _TooDeepError
+        return None
+    if kind == "array_value":
+        return [_plain(item, strict, depth + 1) for item in value.array_value.values]
+    if kind == "kvlist_value":
+        return _plain_attributes(value.kvlist_value.values, strict, depth + 1)
+    return value.bytes_value.hex() if kind == "bytes_value" else getattr(value, kind)
+
+
+def _request(spans: Sequence[RawSpan], trace_id: str, resource: Mapping[str, str]) -> ExportTraceServiceRequest:
+    request = ExportTraceServiceRequest()
+    holder = request.resource_spans.add()
+    holder.resource.attributes.extend(_pair(name, value) for name, value in resource.items())
+    scope = holder.scope_spans.add()
+    scope.scope.name = "agent-lightning"
+    for span in spans:
+        message = scope.spans.add(
+            trace_id=_identity(trace_id, 16),
+            span_id=_identity(span.span_id, 8),
+            parent_span_id=_identity(span.parent_id, 8) if span.parent_id else b"",
+            name=_storable(span.name),
+            start_time_unix_nano=_nanoseconds(span.started_at),
+            end_time_unix_nano=_nanoseconds(span.ended_at),
+        )
+        message.attributes.extend(_pair(name, value) for name, value in span.attributes.items() if name != _EVENTS)
+        for event in span.attributes.get(_EVENTS, ()):
+            one = message.events.add(name=_storable(str(event["event.name"])))
+            one.attributes.extend(_pair(name, value) for name, value in event.items() if name != "event.name")
+        if span.error:
+            message.status.code = Status.STATUS_CODE_ERROR
+            message.status.message = _storable(span.error)
+    return request
+
+
+_EVENTS = "gen_ai.events"
+
+
+def _identity(text: str, size: int) -> bytes:
+    if re.fullmatch(f"[0-9a-f]{{{2 * size}}}", text):
+        return bytes.fromhex(text)
+    return hashlib.sha256(_storable(text).encode()).digest()[:size]
+
+
+def _nanoseconds(seconds: float) -> int:
+    # In floating point the product would be off by a hundred nanoseconds.
+    return round(Fraction(seconds) * _NANO)
+
+
+def _pair(name: str, value: Any) -> KeyValue:
+    return KeyValue(key=_storable(name), value=_any_value(value))
+
+
+def _any_value(value: Any) -> AnyValue:
+    result = AnyValue()
+    if isinstance(value, bool):
+        result.bool_value = value
+    elif isinstance(value, int) and -(2**63) <= value < 2**63:
+        result.int_value = value
+    elif isinstance(value, float):
+        result.double_value = value
+    elif isinstance(value, Mapping):
+        result.kvlist_value.values.extend(_pair(str(name), part) for name, part in value.items())
+        result.kvlist_value.SetInParent()
+    elif isinstance(value, list | tuple):
+        result.array_value.values.extend(_any_value(part) for part in value)
+        result.array_value.SetInParent()
+    elif value is not None:
+        result.string_value = _storable(str(value))
+    return result
+
+
+def _storable(text: str) -> str:
+    """Half of a surrogate pair is no UTF-8: it becomes "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,380 @@
+"""A policy that is a table of logits: its language, its engine and its learner. See `testing.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+import zlib
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent_lightning.core.metrics import Max, Mean, Metrics, merge
+from agent_lightning.core.types import Batch, InFlight, Ints
+from agent_lightning.learners.base import WeightBucket, Weights
+from agent_lightning.serving.engine import Choice, Completion, Part, Refusal, join
+from agent_lightning.serving.gate import Gate
+from agent_lightning.serving.policy import Follower, PolicyBoard
+
+PAD: Final = 0
+END: Final = 1
+"""Ends every message; sampled, with certainty, after the word."""
+ROLES: Final[Mapping[str, int]] = {"system": 2, "developer": 2, "user": 3, "assistant": 4, "tool": 5}
+FIRST_BYTE: Final = 8
+FIRST_WORD: Final = FIRST_BYTE + 256
+CALL: Final = "call:"
+"""A word that starts so is a tool call where the request has tools: "call:2+3" asks the first tool for 2+3,
+"call:2+3;4" asks it twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToyLanguage:
+    """Text <-> tokens: a word of the vocabulary said by the assistant is one token, any other text is its bytes.
+
+    Example, words ("no", "yes"):
+
+        encode([{"role": "user", "content": "A"}])  # [3 73 1 4]: user "A" END assistant
+        # the policy answers yes END                  [265 1]; a next prompt starts with [3 73 1 4 265 1]
+    """
+
+    words: tuple[str, ...]
+    num_states: int = 1024
+
+    def encode(self, messages: Sequence[Mapping[str, Any]]) -> Ints:
+        """The prompt of a conversation. Raises KeyError, TypeError or ValueError for what is not text."""
+        tokens: list[int] = []
+        for message in messages:
+            text = message.get("content") or ""
+            if isinstance(text, list):
+                text = "".join(part["text"] for part in text)
+            if message.get("tool_calls"):
+                calls = [json.loads(call["function"]["arguments"])["expression"] for call in message["tool_calls"]]
+                text = CALL + ";".join(calls)
+            known = message["role"] == "assistant" and text in self.words
+            inside = [FIRST_WORD + self.words.index(text)] if known else [FIRST_BYTE + byte for byte in text.encode()]
+            tokens += [ROLES[message["role"]], *inside, END]
+        return np.array([*tokens, ROLES["assistant"]], np.int32)
+
+    def prompts(self, request: Mapping[str, Any]) -> tuple[Ints, ...]:
+        """Of a chat request, or of a completion request: texts or token ids. Raises as `encode`."""
+        if "prompt" not in request:
+            return (self.encode(request["messages"]),)
+        asked = request["prompt"]
+        several = isinstance(asked, list) and asked and not isinstance(asked[0], int)
+        prompts = asked if several else [asked]
+        if not all(prompts):
+            raise ValueError("a prompt is empty")
+        tokens = ([FIRST_BYTE + byte for byte in p.encode()] if isinstance(p, str) else p for p in prompts)
+        return tuple(np.array(prompt, np.int32) for prompt in tokens)
+
+    def state(self, prompt_T: Ints) -> int:
+        """The row of the table that answers: a hash of the last message of the user or of a tool."""
+        starts = np.flatnonzero((prompt_T == ROLES["user"]) | (prompt_T == ROLES["tool"]))
+        message = prompt_T[starts[-1] + 1 :] if starts.size else prompt_T
+        end = int(np.argmax(message == END))
+        return zlib.crc32(message[:end].astype(np.int32).tobytes()) % self.num_states
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    prompts: tuple[Ints, ...]
+    temperature: float
+    max_tokens: int
+    num: int
+    """Choices of each prompt."""
+    seed: int | None
+    """Decides what is sampled; None: how often the prompt was asked does."""
+
+
+class ToyEngine:
+    """The policy's engine: exact token ids, true log-probabilities, and errors as vLLM would have them.
+
+    Knows `temperature` (0: the likeliest word, log-probability 0), `max_tokens`, `n` and `seed`. As in the real engine,
+    one version answers a call from start to end, unless `in_flight` is "keep": then the word is the old version's, and
+    its end the new one's.
+    """
+
+    def __init__(
+        self,
+        language: ToyLanguage,
+        *,
+        seed: int = 0,
+        max_len: int = 4096,
+        delay_s: float = 0.0,
+        in_flight: InFlight = "wait",
+    ) -> None:
+        """`max_len`: tokens of prompt and response. `delay_s`: seconds that an answer takes; may be changed.
+
+        What is sampled is a function of the seed, the version, the prompt, and how often it was asked: a run whose
+        rollouts come in another order samples the same.
+        """
+        self.delay_s = delay_s
+        self.version = 0
+        self.in_flight = 0
+        """Calls that it works on now."""
+        self._language = language
+        self._max_len = max_len
+        self._seed = seed
+        self._asked: Counter[int] = Counter()
+        self._table = np.zeros((language.num_states, len(language.words)), np.float32)
+        self._gate = Gate(in_flight)
+        self._failures = 0
+        self._follower: Follower | None = None
+
+    def fail_next(self, num: int) -> None:
+        """Refuse the next `num` calls, as an engine that is broken does."""
+        self._failures = num
+
+    async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
+        """Answer one chat or completion request."""
+        asked = await self._read(request)
+        if isinstance(asked, Refusal):
+            return asked
+        with self._counted():
+            await self._attached()
+            completion = await self._gate.whole(lambda: self._answer(asked, request))
+        if request.get("tools"):
+            for choice in completion.reply["choices"]:
+                _call_tool(choice, request["tools"][0]["function"]["name"])
+        return completion
+
+    async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
+        """The same token by token, each of which takes `delay_s`; words that are tool calls stay words."""
+        asked = await self._read(request)
+        if isinstance(asked, Refusal):
+            yield asked
+            return
+        with self._counted():
+            await self._attached()
+            async for part in self._gate.parts(lambda: self._parts(asked, request)):
+                yield part
+
+    async def _answer(self, asked: _Asked, request: Mapping[str, Any]) -> Completion:
+        version, choices = self.version, self._sample(asked)
+        await asyncio.sleep(self.delay_s)
+        return join([_part(self._language, choices, slice(None), request, version, self._newer(version))])
+
+    async def _parts(self, asked: _Asked, request: Mapping[str, Any]) -> AsyncGenerator[Part, None]:
+        version, choices = self.version, self._sample(asked)
+        for position in range(max(choice.response_T.size for choice in choices)):
+            await asyncio.sleep(self.delay_s)
+            token = slice(position, position + 1)
+            yield _part(self._language, choices, token, request, version, self._newer(version))
+
+    def _newer(self, version: int) -> int | None:
+        return self.version if self.version > version else None
+
+    async def _attached(self) -> None:
+        if self._follower is not None:
+            await self._follower.attached()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    async def _read(self, request: Mapping[str, Any]) -> _Asked | Refusal:
+        """What is asked, as vLLM would refuse it."""
+        if self._failures > 0:
+            self._failures -= 1
+            await asyncio.sleep(self.delay_s)
+            return Refusal(status=500, message="the toy engine fails", code="engine_error", type="server_error")
+        try:
+            asked = _Asked(
+                prompts=self._language.prompts(request),
+                temperature=float(request.get("temperature", 1.0)),
+                max_tokens=int(request.get("max_tokens", 2)),
+                num=int(request.get("n") or 1),
+                seed=None if request.get("seed") is None else abs(int(request["seed"])),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            return Refusal(status=400, message=f"{type(error).__name__}: {error}", code="invalid_request")
+        longest = max(prompt_T.size for prompt_T in asked.prompts)
+        if longest >= self._max_len:
+            message = f"This model's maximum context length is {self._max_len} tokens, the prompt has {longest}"
+            return Refusal(status=400, message=message, code="context_length_exceeded")
+        if asked.max_tokens < 1 or not asked.temperature >= 0.0:
+            message = f"max_tokens={asked.max_tokens} must be at least 1, temperature={asked.temperature} at least 0"
+            return Refusal(status=400, message=message, code="invalid_request")
+        return asked
+
+    async def install(self, weights: Weights) -> None:
+        """Answer with these weights; `in_flight` says what becomes of the calls that are being answered."""
+        (bucket,) = weights.buckets
+        (entry,) = bucket.parameters
+        async with self._gate.update():
+            raw = np.asarray(bucket.data, np.uint8)[entry["offset"] :].tobytes()
+            self._table = np.frombuffer(raw, entry["dtype"]).reshape(entry["shape"])
+            self.version = weights.version
+            self._asked.clear()
+
+    async def join(self, board: PolicyBoard) -> None:
+        """Become a replica that `publish` waits for."""
+        self._follower = Follower(board, self.install, _is_well)
+        await self._follower.join()
+
+    async def follow(self) -> None:
+        """After `join`: install what is published, until cancelled."""
+        assert self._follower is not None
+        await self._follower.run()
+
+    async def leave(self, board: PolicyBoard) -> None:
+        if self._follower is not None:
+            await board.leave(self._follower.replica)
+
+    def _sample(self, asked: _Asked) -> tuple[Choice, ...]:
+        prompts = [prompt_T for prompt_T in asked.prompts for _ in range(asked.num)]
+        return tuple(self._choice(prompt_T, asked, index) for index, prompt_T in enumerate(prompts))
+
+    def _random(self, prompt_T: Ints, seed: int | None, index: int) -> np.random.Generator:
+        if seed is not None:
+            return np.random.default_rng([seed, index])
+        prompt = zlib.crc32(prompt_T.tobytes())
+        self._asked[prompt] += 1
+        return np.random.default_rng([self._seed, self.version, prompt, self._asked[prompt]])
+
+    def _choice(self, prompt_T: Ints, asked: _Asked, index: int) -> Choice:
+        logits = self._table[self._language.state(prompt_T)]
+        if asked.temperature == 0.0:
+            word, logprob = int(np.argmax(logits)), 0.0
+        else:
+            logprobs = _log_softmax(logits / asked.temperature)
+            word = int(self._random(prompt_T, asked.seed, index).choice(logits.size, p=np.exp(logprobs)))
+            logprob = float(logprobs[word])
+        length = min(2, asked.max_tokens, self._max_len - prompt_T.size)
+        return Choice(
+            prompt_T=prompt_T,
+            response_T=np.array([FIRST_WORD + word, END][:length], np.int32),
+            logprob_T=np.array([logprob, 0.0][:length], np.float32),
+            finish_reason="stop" if length == 2 else "length",
+        )
+
+
+async def _is_well() -> None:
+    """A table cannot die."""
+
+
+def _part(
+    language: ToyLanguage,
+    choices: Sequence[Choice],
+    tokens: slice,
+    request: Mapping[str, Any],
+    version: int,
+    last_version: int | None,
+) -> Part:
+    """These tokens of each choice, as a chunk of vLLM's has them."""
+    raw = "prompt" in request
+    pieces = []
+    for index, choice in enumerate(choices):
+        ids, values = choice.response_T[tokens].tolist(), choice.logprob_T[tokens].tolist()
+        texts = ["" if token == END else language.words[token - FIRST_WORD] for token in ids]
+        text = "".join(texts)
+        entries = [
+            {"token": token or "<end>", "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
+            for token, value in zip(texts, values, strict=True)
+        ]
+        ended = tokens.stop in (None, choice.response_T.size)
+        piece = {
+            "index": index,
+            "prompt_token_ids": choice.prompt_T.tolist(),
+            "token_ids": ids,
+            "finish_reason": choice.finish_reason if ended else None,
+            "logprobs": {"tokens": texts, "token_logprobs": values} if raw else {"content": entries},
+            **({"text": text} if raw else {"delta": {"content": text}}),
+        }
+        pieces += [piece] if ids else []
+    prompt, completion = choices[0].prompt_T.size, sum(choice.response_T.size for choice in choices)
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return Part(chunk={"choices": pieces, "usage": usage}, policy_version=version, last_version=last_version)
+
+
+def _call_tool(choice: dict[str, Any], name: str) -> None:
+    """Make a tool call of a word that is one."""
+    word = choice["message"]["content"]
+    if not word.startswith(CALL):
+        return
+    choice["finish_reason"] = "tool_calls"
+    choice["message"] = {"role": "assistant", "content": None, "tool_calls": []}
+    for expression in word.removeprefix(CALL).split(";"):
+        function = {"name": name, "arguments": json.dumps({"expression": expression})}
+        call = {"id": f"call-{uuid.uuid4().hex[:8]}", "type": "function", "function": function}
+        choice["message"]["tool_calls"].append(call)
+
+
+class ToyLearner:
+    """The clipped policy gradient of PPO (arXiv 1707.06347, equation 7) on the table, by plain gradient ascent."""
+
+    def __init__(
+        self, language: ToyLanguage, *, lr: float = 8.0, clip_ratio: float = 0.2, temperature: float = 1.0
+    ) -> None:
+        """`temperature`: of the sampling that made the samples."""
+        self._language = language
+        self._lr = lr
+        self._clip_ratio = clip_ratio
+        self._temperature = temperature
+        self.table = np.zeros((language.num_states, len(language.words)), np.float32)
+        self._version = 0
+
+    async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Metrics:
+        """One step per batch; the log-probability gap is of the first, whose sampler the table still is."""
+        return merge(*(self._step(batch, gap=index == 0) for index, batch in enumerate([*batches] * epochs)))
+
+    async def publish(self) -> Weights:
+        self._version += 1
+        entry = {"name": "table", "dtype": "float32", "shape": list(self.table.shape), "offset": 0}
+        data = np.frombuffer(self.table.tobytes(), np.uint8)
+        return Weights(version=self._version, buckets=(WeightBucket(parameters=(entry,), data=data),))
+
+    async def save(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        np.save(path / "table.npy", self.table)
+
+    async def restore(self, path: Path, version: int) -> None:
+        self.table = np.load(path / "table.npy")
+        self._version = version
+
+    def _step(self, batch: Batch, *, gap: bool) -> Metrics:
+        gradient = np.zeros(self.table.shape, np.float64)
+        objective, clipped, gaps = 0.0, [], []
+        for row, position in np.argwhere(batch.mask_NT):
+            word = int(batch.token_NT[row, position]) - FIRST_WORD
+            old = float(batch.logprob_NT[row, position])
+            if word < 0:  # END is certain: nothing to learn
+                gaps.append(abs(old))
+                continue
+            state = self._language.state(batch.token_NT[row, :position])
+            logprobs = _log_softmax(self.table[state] / self._temperature)
+            gaps.append(abs(float(logprobs[word]) - old))
+            ratio = float(np.exp(logprobs[word] - old))
+            advantage = float(batch.advantage_NT[row, position])
+            weight = float(batch.weight_NT[row, position])
+            bounded = float(np.clip(ratio, 1 - self._clip_ratio, 1 + self._clip_ratio))
+            objective += weight * min(ratio * advantage, bounded * advantage)
+            clipped.append(bounded * advantage < ratio * advantage)
+            if not clipped[-1]:
+                one_hot = np.arange(logprobs.size) == word
+                gradient[state] += weight * advantage * ratio / self._temperature * (one_hot - np.exp(logprobs))
+        self.table = (self.table + self._lr * gradient).astype(np.float32)
+        metrics: dict[str, Mean | Max] = {
+            "learner/loss": Mean.of([-objective]),
+            "learner/grad_norm": Mean.of([float(np.linalg.norm(gradient))]),
+            "learner/clip_fraction": Mean.of(clipped),
+        }
+        if gap:
+            metrics |= {"logprob_gap/mean_abs": Mean.of(gaps), "logprob_gap/max_abs": Max(max(gaps, default=0.0))}
+        return metrics
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()), np.float64)

@@ -1,0 +1,439 @@
+"""A buffer with a journal: what it acknowledged is there again after any crash, each thing once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from agents_for_tests import RUN_SECRET, make_call, make_task
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent_lightning.buffer import segments
+from agent_lightning.buffer.buffer import Buffer
+from agent_lightning.buffer.codec import decode, encode
+from agent_lightning.buffer.events import Admitted, Base
+from agent_lightning.buffer.journal import JournalConfig
+from agent_lightning.cli.main import main
+from agent_lightning.core.errors import DataError, JournalError, JournalFull, UnknownRollout
+from agent_lightning.core.types import Group, Outcome, RolloutKey, Task
+from agent_lightning.credit.failures import Retries
+from agent_lightning.spans.tree import RawSpan
+
+
+def open_buffer(path: Path, *, journal: Mapping[str, Any] | None = None, **keys: Any) -> Buffer:
+    config = JournalConfig(path=path, takeover_s=0.1, **(journal or {}))
+    return Buffer(run_secret=RUN_SECRET, journal=config, **keys)
+
+
+async def again(buffer: Buffer, path: Path, **keys: Any) -> Buffer:
+    """The buffer after its process died."""
+    await buffer.close()
+    return open_buffer(path, **keys)
+
+
+def same(first: object, second: object) -> bool:
+    """Equal as what a journal would have of them."""
+    return plain(first) == plain(second)
+
+
+def plain(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        return (str(value.dtype), value.tolist())
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    return value
+
+
+def base_of(buffer: Buffer) -> Base:
+    return decode(encode(buffer._store.ledger.base()))  # type: ignore[return-value]
+
+
+async def play(buffer: Buffer, source: random.Random, num: int) -> None:
+    """Do `num` things that clients may do, most of them sensible, the way the loop and workers would."""
+    for _ in range(num):
+        ledger = buffer._store.ledger
+        running = [one.state.key for one in ledger.open_rollouts() if one.state.phase == "running"]
+        key = source.choice(running) if running else RolloutKey(split="train", group=99, index=0)
+        request = f"request-{source.randrange(10**9)}" if source.random() < 0.5 else ""
+        try:
+            match source.choice("alcccssmffffftvdxe"):
+                case "a":
+                    split: Any = "train" if source.random() < 0.8 else "val"
+                    await buffer.admit(make_task(), split=split, num_rollouts=source.randrange(1, 4), request=request)
+                case "l":
+                    await buffer.lease(source.randrange(1, 6), 0.0, deadline=source.choice([0.0, 1e9]), request=request)
+                case "c":
+                    await buffer.record(make_call(key, f"call-{source.randrange(5)}", num_tokens=source.randrange(9)))
+                case "s":
+                    span = RawSpan(
+                        span_id=f"{source.randrange(3)}", name="n", started_at=0.0, ended_at=1.0, attributes={}
+                    )
+                    await buffer.record_spans(key, [span], {"late": 1}, request=request)
+                case "m":
+                    await buffer.mark(key, Outcome.ENGINE_ERROR, "the engine is broken")
+                case "f":
+                    outcome = source.choice([Outcome.FINISHED, Outcome.FINISHED, Outcome.ENGINE_ERROR, Outcome.TIMEOUT])
+                    await buffer.finish(key, outcome=outcome, reward=1.0 if outcome is Outcome.FINISHED else None)
+                case "t" | "v" as which:
+                    split = "train" if which == "t" else "val"
+                    if ledger.whole[split]:
+                        await buffer.take(1, split=split, request=request)
+                case "d":
+                    taken = ledger.counts.count.get("taken", 0)
+                    await buffer.advance(trained=taken // 2, dropped={"x": taken - taken // 2}, request=request)
+                case "x":
+                    await buffer.cancel("stop") if source.random() < 0.1 else await buffer.milestone(
+                        source.randrange(4)
+                    )
+                case "e":
+                    await buffer.expire(1e6 + 1e9) if source.random() < 0.2 else await buffer.forget_before(1)
+        except UnknownRollout:
+            pass
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), small=st.booleans())
+def test_a_buffer_that_died_is_the_same_again(seed: int, small: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whatever was done, and also where the journal was compacted and spans are only on disk."""
+
+    async def run() -> None:
+        path, source = tmp_path_factory.mktemp("journal"), random.Random(seed)
+        keys: dict[str, Any] = {"retries": Retries(max_attempts=2), "grace": 0.0}
+        if small:
+            keys |= {"memory_bytes": 0, "journal": {"segment_bytes": 2000}}
+        buffer = open_buffer(path, **keys)
+        for _ in range(4):
+            await play(buffer, source, source.randrange(60))
+            before = base_of(buffer)
+            groups = [buffer._store.group(one) for ids in buffer._ledger.whole.values() for one in ids]
+            buffer = await again(buffer, path, **keys)
+            assert same(base_of(buffer), before)
+            after = [buffer._store.group(one) for ids in buffer._ledger.whole.values() for one in ids]
+            assert same(groups, after)
+            balance(await stats_of(buffer))
+        await buffer.close()
+        shutil.rmtree(path)
+
+    asyncio.run(run())
+
+
+async def stats_of(buffer: Buffer) -> dict[str, Any]:
+    stats = await buffer.stats()
+    return {name: getattr(stats, name) for name in stats.__slots__}
+
+
+def balance(stats: Mapping[str, Any]) -> None:
+    ended = stats["complete"] + stats["taken"] + stats["trained"] + sum(stats["dropped"].values())
+    assert stats["admitted"] == stats["waiting"] + stats["running"] + ended
+
+
+async def test_a_crash_at_any_byte_leaves_exactly_what_was_acknowledged(tmp_path: Path) -> None:
+    """Each acknowledged state is remembered with the journal's size; a journal cut anywhere gives the last of them."""
+    buffer, source = open_buffer(tmp_path / "whole", retries=Retries(max_attempts=2)), random.Random(5)
+    states: list[tuple[int, object]] = [(0, plain(base_of(buffer)))]
+    while buffer._store._journal is not None and buffer._store._journal.size < 5000:
+        await play(buffer, source, 1)
+        states.append((buffer._store._journal.size, plain(base_of(buffer))))
+    await buffer.close()
+    (segment,) = segments.listed(tmp_path / "whole")
+    content = segment.path.read_bytes()
+    cut_path = tmp_path / "cut"
+    cut_path.mkdir()
+    for cut in [*range(0, len(content), 23), len(content)]:
+        segments.path_of(cut_path, 1).write_bytes(content[:cut])
+        buffer = open_buffer(cut_path)
+        found = plain(base_of(buffer))
+        acknowledged = [state for size, state in states if size <= cut]
+        at = next(index for index, (_, state) in enumerate(states) if state == found)
+        assert at >= len(acknowledged) - 1 or found == acknowledged[-1]
+        await buffer.close()
+
+
+async def finished(buffer: Buffer, num: int, *, calls: int = 1) -> None:
+    for lease in await buffer.lease(num, 0.0):
+        for number in range(calls):
+            await buffer.record(make_call(lease.key, f"{lease.key.rollout_id}-{number}", num_tokens=50))
+        await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=1.0, output=lease.key.rollout_id)
+
+
+async def test_running_rollouts_go_on_after_a_restart_and_a_call_sent_again_is_one_call(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    await buffer.admit(make_task(), split="train", num_rollouts=1)
+    (lease,) = await buffer.lease(1, 0.0, deadline=60.0)
+    call = make_call(lease.key, "one")
+    assert await buffer.record(call) == 99
+    buffer = await again(buffer, tmp_path)
+    assert await buffer.record(call) == 99
+    assert await buffer.record(make_call(lease.key, "two")) == 98
+    await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=0.5)
+    buffer = await again(buffer, tmp_path)
+    with pytest.raises(UnknownRollout):
+        await buffer.record(make_call(lease.key, "late"))
+    (group,) = await buffer.take(1, split="train")
+    assert [one.call_id for one in group.trajectories[0].calls] == ["one", "two"]
+
+
+async def test_a_request_sent_again_has_the_first_answer(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    for _ in range(2):
+        assert await buffer.admit(make_task(), split="train", num_rollouts=2, request="a") == "train-0"
+        buffer = await again(buffer, tmp_path)
+    for _ in range(2):
+        leases = await buffer.lease(8, 0.0, request="b")
+        assert [lease.key.rollout_id for lease in leases] == ["train-0-0", "train-0-1"]
+        buffer = await again(buffer, tmp_path)
+    for lease in leases:
+        await buffer.finish(lease.key, outcome=Outcome.TIMEOUT, reward=None)
+    taken: list[Group] = []
+    for _ in range(2):
+        taken += await buffer.take(1, split="train", request="c")
+        buffer = await again(buffer, tmp_path)
+    assert same(taken[0], taken[1])
+    for _ in range(2):
+        await buffer.advance(trained=1, dropped={"timeout": 1}, request="d")
+        buffer = await again(buffer, tmp_path)
+    stats = await buffer.stats()
+    assert (stats.admitted, stats.trained, stats.dropped, stats.taken) == (2, 1, {"timeout": 1}, 0)
+
+
+async def test_a_deadline_survives_a_restart(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path, retries=Retries(max_attempts=2), grace=0.0)
+    await buffer.admit(make_task(), split="train", num_rollouts=1)
+    (lease,) = await buffer.lease(1, 0.0, deadline=10.0)
+    buffer = await again(buffer, tmp_path, retries=Retries(max_attempts=2), grace=0.0)
+    rollout = buffer._ledger.rollout(lease.key)
+    assert rollout is not None
+    assert await buffer.expire(rollout.state.expires_at - 1) == 0
+    assert await buffer.expire(rollout.state.expires_at + 1) == 1
+    assert [one.key.attempt for one in await buffer.lease(1, 0.0)] == [1]
+
+
+async def test_spans_beyond_the_memory_are_read_back_from_disk(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"memory_bytes": 5000, "journal": {"segment_bytes": 10_000}}
+    buffer, plain_buffer = open_buffer(tmp_path, **keys), Buffer(run_secret=RUN_SECRET)
+    for one in (buffer, plain_buffer):
+        for _ in range(20):
+            await one.admit(make_task(), split="train", num_rollouts=2)
+        await finished(one, 40, calls=3)
+    held = sum(len(one.calls) for group in buffer._ledger.groups.values() for one in group.rollouts)
+    assert 0 < held < 30
+    for source in (buffer, plain_buffer):
+        groups = await source.take(20, split="train")
+        assert [len(one.calls) for group in groups for one in group.trajectories] == [3] * 40
+        assert all(one.output == one.key.rollout_id for group in groups for one in group.trajectories)
+
+
+async def test_the_journal_of_a_long_run_stays_small(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path, journal={"segment_bytes": 20_000})
+    for _ in range(60):
+        await buffer.admit(make_task(), split="train", num_rollouts=4)
+        await finished(buffer, 4, calls=5)
+        await buffer.take(1, split="train")
+        await buffer.advance(trained=4, dropped={})
+        assert sum(path.stat().st_size for path in tmp_path.glob("segment-*")) < 60_000
+    buffer = await again(buffer, tmp_path)
+    stats = await buffer.stats()
+    assert (stats.admitted, stats.trained, stats.next_group["train"], stats.calls) == (240, 240, 60, 1200)
+
+
+async def test_a_full_journal_refuses_new_work_and_lets_what_runs_end(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path, journal={"max_bytes": 20_000})
+    await buffer.admit(make_task(), split="train", num_rollouts=1)
+    (lease,) = await buffer.lease(1, 0.0)
+    calls = [make_call(lease.key, f"{number}", num_tokens=50) for number in range(100)]
+    with pytest.raises(JournalFull, match=r"reached its limit .* raise buffer\.max_disk_gib"):
+        await asyncio.gather(*map(buffer.record, calls))
+    with pytest.raises(JournalFull):
+        await buffer.admit(Task(task_id="big", payload={"text": "x" * 1000}), split="train", num_rollouts=1)
+    await buffer.finish(lease.key, outcome=Outcome.AGENT_ERROR, reward=None, error="the journal is full")
+    (group,) = await buffer.take(1, split="train")
+    await buffer.advance(trained=1, dropped={})
+    assert len(group.trajectories[0].calls) > 10
+    assert await buffer.admit(make_task(), split="train", num_rollouts=1) == "train-1"  # what was trained made room
+
+
+async def test_a_damaged_journal_is_one_clear_line_for_whoever_would_change_something(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    for _ in range(3):
+        await buffer.admit(make_task(), split="train", num_rollouts=1)
+    await buffer.close()
+    (segment,) = segments.listed(tmp_path)
+    content = bytearray(segment.path.read_bytes())
+    content[segments.HEADER_BYTES + segments.FRAME_BYTES] ^= 1
+    segment.path.write_bytes(content)
+    buffer = open_buffer(tmp_path)
+    with pytest.raises(JournalError, match=f"{segment.path} is damaged at byte {segments.HEADER_BYTES}"):
+        await buffer.admit(make_task(), split="train", num_rollouts=1)
+    assert segment.path.read_bytes() == content
+
+
+async def test_the_secret_of_the_run_is_not_in_the_journal(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    await buffer.admit(make_task(), split="train", num_rollouts=1)
+    (lease,) = await buffer.lease(1, 0.0)
+    await buffer.record(make_call(lease.key, "one"))
+    await buffer.close()
+    content = b"".join(one.path.read_bytes() for one in segments.listed(tmp_path))
+    assert b"task-0" in content
+    assert RUN_SECRET not in content
+    assert lease.secret.encode() not in content
+
+
+# Resuming a run.
+
+
+async def a_step(buffer: Buffer, *, ends: int) -> None:
+    """Admit two groups of two, and finish `ends` of their rollouts."""
+    for number in range(2):
+        await buffer.admit(make_task(number), split="train", num_rollouts=2)
+    leases = await buffer.lease(4, 0.0)
+    for lease in leases[:ends]:
+        await buffer.record(make_call(lease.key, lease.key.rollout_id))
+        await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=1.0)
+
+
+async def train(buffer: Buffer, groups: int) -> None:
+    taken = await buffer.take(groups, split="train")
+    await buffer.advance(trained=sum(len(group.trajectories) for group in taken), dropped={})
+
+
+async def test_a_resumed_run_has_the_rollouts_that_ended_since_its_checkpoint(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    await a_step(buffer, ends=4)
+    await train(buffer, 2)
+    await buffer.milestone(1)
+    await buffer.forget_before(1)
+    await a_step(buffer, ends=4)  # trained after the checkpoint
+    await train(buffer, 2)
+    await a_step(buffer, ends=3)  # the step that was interrupted
+    buffer = await again(buffer, tmp_path)
+    for _ in range(2):  # also where it is killed again before it could do anything
+        assert await buffer.resume(1, {"train": 2, "val": 0}) == 4 + 3
+        buffer = await again(buffer, tmp_path)
+    stats = await buffer.stats()
+    assert (stats.admitted, stats.trained, stats.waiting, stats.running, stats.complete) == (4, 4, 0, 0, 0)
+    for number in range(2):
+        assert await buffer.admit(make_task(number), split="train", num_rollouts=2) == f"train-{2 + number}"
+    groups = await buffer.take(2, split="train")
+    assert [one.calls[0].call_id for group in groups for one in group.trajectories][:2] == ["train-2-0", "train-2-1"]
+    await buffer.advance(trained=4, dropped={})
+    for number in range(2):
+        await buffer.admit(make_task(number), split="train", num_rollouts=2)
+    (lease,) = await buffer.lease(9, 0.0)  # the one that had not ended, as another attempt
+    assert (lease.key.rollout_id, lease.key.attempt) == ("train-5-1", 1)
+    await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=None or 0.0)
+    await train(buffer, 2)
+    stats = await buffer.stats()
+    assert (stats.admitted, stats.trained, stats.ended) == (12, 12, 12)
+
+
+async def test_an_attempt_that_ended_with_its_run_does_not_count_against_the_rollout(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path, retries=Retries(max_attempts=2))
+    await buffer.milestone(0)
+    await a_step(buffer, ends=0)
+    for _ in range(3):
+        buffer = await again(buffer, tmp_path, retries=Retries(max_attempts=2))
+        await buffer.resume(0, {})
+        for number in range(2):
+            await buffer.admit(make_task(number), split="train", num_rollouts=2)
+        leases = await buffer.lease(4, 0.0)
+    assert [lease.key.attempt for lease in leases] == [3] * 4
+    await buffer.finish(leases[0].key, outcome=Outcome.ENGINE_ERROR, reward=None)
+    (second,) = await buffer.lease(4, 0.0)
+    await buffer.finish(second.key, outcome=Outcome.ENGINE_ERROR, reward=None)
+    assert await buffer.lease(4, 0.0) == []
+
+
+async def test_a_group_of_another_task_is_not_taken_over(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    await buffer.milestone(0)
+    await a_step(buffer, ends=4)
+    await buffer.resume(0, {})
+    await buffer.admit(make_task(7), split="train", num_rollouts=2)
+    await buffer.admit(make_task(1), split="train", num_rollouts=3)
+    assert len(await buffer.lease(9, 0.0)) == 5
+
+
+async def test_a_journal_without_the_checkpoint_begins_anew(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    await a_step(buffer, ends=4)
+    assert await buffer.resume(7, {"train": 9, "val": 3}) == 0
+    assert await buffer.admit(make_task(), split="train", num_rollouts=1) == "train-9"
+    buffer = await again(buffer, tmp_path)
+    assert (await buffer.stats()).next_group == {"train": 10, "val": 3}
+
+
+# Values.
+
+
+def test_payloads_come_back_as_they_were() -> None:
+    payload = {
+        "text": "é",
+        "half of a pair": "\ud800",
+        "numbers": [1, -(2**80), 2.5, float("inf"), None, True],
+        "array": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "scalar": np.int64(7),
+        "nested": {"list": [{"a": b"bytes"}]},
+    }
+    event = Admitted(split="train", group=0, num_rollouts=1, task=Task(task_id="t", payload=payload))
+    read = decode(encode(event))
+    assert isinstance(read, Admitted)
+    assert same(read, replace(event, task=Task(task_id="t", payload={**payload, "half of a pair": "?"})))
+
+
+def test_what_cannot_be_kept_is_refused_with_a_reason() -> None:
+    task = Task(task_id="t", payload={"object": object()})
+    with pytest.raises(DataError, match="holds a object, which the journal cannot keep"):
+        encode(Admitted(split="train", group=0, num_rollouts=1, task=task))
+    with pytest.raises(DataError, match="holds a ndarray"):
+        encode(Admitted(split="train", group=0, num_rollouts=1, task=Task(task_id="t", payload={"a": np.array([{}])})))
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.binary(max_size=80), kind=st.integers(0, 20))
+def test_bytes_that_are_no_event_are_refused(data: bytes, kind: int) -> None:
+    try:
+        read = decode(bytes([kind]) + data)
+    except ValueError:
+        return
+    assert same(decode(encode(read)), read)
+
+
+# agl journal check
+
+
+def test_a_check_says_what_a_journal_holds_and_where_it_is_broken(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def write() -> None:
+        buffer = open_buffer(tmp_path / "journal")
+        await a_step(buffer, ends=3)
+        await buffer.close()
+
+    asyncio.run(write())
+    (segment,) = segments.listed(tmp_path / "journal")
+    whole = segment.path.read_bytes()
+    assert main(["journal", "check", str(tmp_path)]) == 0
+    shown = capfd.readouterr().out
+    assert "Called         3" in shown
+    assert "open     2 groups: rollouts 3 complete, 1 running" in shown
+    segment.path.write_bytes(whole + b"torn")
+    assert main(["journal", "check", str(tmp_path / "journal")]) == 0
+    assert f"torn end of 4 bytes at byte {len(whole)}" in capfd.readouterr().out
+    segment.path.write_bytes(whole[:100] + b"?" + whole[101:])
+    assert main(["journal", "check", str(tmp_path)]) == 2
+    assert f"{segment.path} is damaged at byte {segments.HEADER_BYTES}" in capfd.readouterr().err
+    assert main(["journal", "check", str(tmp_path / "none")]) == 2
+    assert "holds no journal" in capfd.readouterr().err

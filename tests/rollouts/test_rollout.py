@@ -1,0 +1,482 @@
+"""Agents in every mode, and every way in which a rollout can end: real agents, processes and HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import agents_for_tests as agents
+import numpy as np
+import pytest
+from agents_for_tests import RUN_SECRET, is_alive, make_task, small_gateway
+
+from agent_lightning.buffer.buffer import Buffer
+from agent_lightning.core.errors import AgentProcessError, ConfigError, RewardError
+from agent_lightning.core.types import Outcome, Policy, Task, Trajectory
+from agent_lightning.credit.failures import Retries
+from agent_lightning.rollouts.agents import Mode, check, load, run_agent
+from agent_lightning.rollouts.client import Rollout
+from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker, one_line, to_reward
+
+HERE = Path(__file__).parents[1] / "support"
+FILE = f"{HERE}/agents_for_tests.py"
+POLICY = Policy(version=1, base_url="http://127.0.0.1:9/v1", model="m", sampling={"temperature": 0.5})
+
+ROLLOUT = Rollout(rollout_id="train-0-0", attempt=0, base_url=POLICY.base_url)
+
+
+def make_spec(target: str | Callable[..., object], mode: Mode = "async", **settings: object) -> AgentSpec:
+    return AgentSpec(target=target, mode=mode, **{"timeout_s": 10.0, **settings})  # type: ignore[arg-type]
+
+
+async def run_tasks(agent: AgentSpec, tasks: list[Task], buffer: Buffer | None = None) -> list[Trajectory]:
+    """The trajectories of one worker that runs each task once, behind a gateway."""
+    buffer = buffer or Buffer(run_secret=RUN_SECRET)
+    async with small_gateway(buffer) as url, asyncio.timeout(20), asyncio.TaskGroup() as group:
+        worker = RolloutWorker(buffer=buffer, agent=agent, policy_url=url, model="m")
+        group.create_task(worker.run())
+        for task in tasks:
+            await buffer.admit(task, split="train", num_rollouts=1)
+        groups = await buffer.take(len(tasks), split="train")
+        await worker.stop()
+    return [group.trajectories[0] for group in groups]
+
+
+async def run_task(agent: AgentSpec, **payload: object) -> Trajectory:
+    (trajectory,) = await run_tasks(agent, [make_task(3, **payload)])
+    return trajectory
+
+
+# Loading.
+
+
+def test_targets_are_found_by_module_and_by_file(tmp_path: Path) -> None:
+    assert load("json:dumps")({"a": 1}) == '{"a": 1}'
+    assert load(f"{FILE}:score")({"number": 2}, 4) is True
+    assert load(f"{FILE}:score") is load(f"{FILE}:score")
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "agent.py").write_text(
+            f"from beside_{folder} import NAME\ndef solve(payload): return NAME\n"
+        )
+        (tmp_path / folder / f"beside_{folder}.py").write_text(f"NAME = {folder!r}\n")
+    assert [load(f"{tmp_path}/{folder}/agent.py:solve")({}) for folder in ("one", "two")] == ["one", "two"]
+
+
+def test_relative_files_are_found_in_the_project() -> None:
+    assert load("tests/support/agents_for_tests.py:score")({"number": 2}, 4) is True
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["nothing", "json:nothing", "no.such.module:f", "no/such/file.py:f", f"{FILE}:nothing", f"{FILE}:RUN_SECRET"],
+)
+def test_a_target_that_is_not_there_is_one_line(target: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(target)
+    assert "\n" not in str(caught.value)
+    assert target.rpartition(":")[0] in str(caught.value)
+
+
+def test_a_file_whose_import_fails_can_be_tried_again(tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text("import no_such_package\n")
+    with pytest.raises(ConfigError, match="no_such_package"):
+        load(f"{file}:f")
+    file.write_text("def f(): return 'mended now'\n")
+    assert load(f"{file}:f")() == "mended now"
+
+
+@pytest.mark.parametrize(
+    ("agent", "mode", "message"),
+    [
+        (agents.blocks, "async", "use thread"),
+        (agents.doubles, "thread", "is async"),
+        (agents.blocks, "process", "name"),
+        ("no-such-program --flag", "command", "no executable"),
+        ("", "command", "no executable"),
+        ("no/such/file.py:f", "process", "no file"),
+        ("no.such.module:f", "async", "imported"),
+    ],
+)
+def test_an_agent_that_cannot_run_is_found_before_the_run(agent: str, mode: Mode, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(agent, mode)
+
+
+# Running.
+
+
+@pytest.mark.parametrize(
+    ("target", "mode"),
+    [
+        (agents.doubles, "async"),
+        (f"{FILE}:doubles", "async"),
+        (agents.doubles_blocking, "thread"),
+        (f"{FILE}:doubles", "process"),
+        (f"{FILE}:doubles_from_environment", "process"),
+    ],
+)
+async def test_an_agent_that_works_in_each_mode(target: str | Callable[..., object], mode: Mode) -> None:
+    trajectory = await run_task(make_spec(target, mode, reward_target=f"{FILE}:score"))
+    assert (trajectory.outcome, trajectory.reward, trajectory.error) == (Outcome.FINISHED, 1.0, "")
+    assert trajectory.output == "6"
+    assert [call.key for call in trajectory.calls] == [trajectory.key]
+
+
+async def test_a_command_reads_its_task_and_prints_its_reward(tmp_path: Path) -> None:
+    script = tmp_path / "agent.sh"
+    script.write_text(
+        'curl_body="{\\"number\\": 3}"\n'
+        f"""{sys.executable} -c 'import os, sys; sys.path.insert(0, "{HERE}")
+import agents_for_tests as a, json
+task = json.loads(os.environ["AGL_TASK"])
+assert task == json.load(sys.stdin)
+print(a.ask_blocking(os.environ["OPENAI_BASE_URL"], number=task["number"]) / 12)'
+echo
+"""
+    )
+    trajectory = await run_task(make_spec(f"sh {script}", "command"))
+    assert (trajectory.outcome, trajectory.reward, trajectory.error) == (Outcome.FINISHED, 0.5, "")
+
+
+async def test_a_task_too_long_for_a_variable_is_on_stdin() -> None:
+    code = "import os,sys; print('AGL_TASK' in os.environ, len(sys.stdin.read()) > 200000)"
+    task = make_task(text="x" * 200_000)
+    assert await run_agent(f'{sys.executable} -c "{code}"', "command", task, POLICY, ROLLOUT) == "False True"
+
+
+async def test_a_command_finds_the_policy_whichever_api_it_speaks() -> None:
+    asked = "sh -c 'echo $OPENAI_BASE_URL $ANTHROPIC_BASE_URL $ANTHROPIC_API_KEY'"
+    openai_url, anthropic_url, key = str(await run_agent(asked, "command", make_task(), POLICY, ROLLOUT)).split()
+    assert openai_url == f"{anthropic_url}/v1" == POLICY.base_url
+    assert (anthropic_url, key) == (POLICY.anthropic_base_url, POLICY.api_key)
+
+
+async def test_a_command_need_not_read_its_task() -> None:
+    assert await run_agent("echo done", "command", make_task(text="x" * 500_000), POLICY, ROLLOUT) == "done"
+
+
+async def test_a_process_gets_the_payload_and_the_policy() -> None:
+    task = Task(task_id="t", payload={"row": np.arange(2), "weight": np.float64(0.5)})
+    result = await run_agent(f"{FILE}:returns_the_payload", "process", task, POLICY, ROLLOUT)
+    assert result == {"payload": {"row": [0, 1], "weight": 0.5}, "model": "m", "temperature": 0.5}
+
+
+async def test_a_process_may_print_more_than_is_kept() -> None:
+    code = "print(('x' * 1000 + chr(10)) * 5000); print(0.25)"
+    assert await run_agent(f'{sys.executable} -c "{code}"', "command", make_task(), POLICY, ROLLOUT) == "0.25"
+
+
+async def test_processes_that_fail() -> None:
+    failures = {
+        f"{FILE}:dies": "ValueError: it died",
+        f"{FILE}:exits_quietly": "without a result",
+        f"{FILE}:make_task": "cannot be handed",
+    }
+    runs = [run_agent(target, "process", make_task(), POLICY, ROLLOUT) for target in failures]
+    for message, error in zip(failures.values(), await asyncio.gather(*runs, return_exceptions=True), strict=True):
+        assert isinstance(error, AgentProcessError)
+        assert message in str(error)
+
+
+@pytest.mark.parametrize(("command", "message"), [("false", "exit code 1"), ("ls /no/such/folder", "No such file")])
+async def test_a_command_that_fails(command: str, message: str) -> None:
+    with pytest.raises(AgentProcessError, match=message):
+        await run_agent(command, "command", make_task(), POLICY, ROLLOUT)
+
+
+async def read_pids(file: Path) -> list[int]:
+    async with asyncio.timeout(10):
+        while not (file.exists() and file.read_text().endswith("\n")):
+            await asyncio.sleep(0.02)
+    return [int(word) for word in file.read_text().split()]
+
+
+async def are_gone(pids: list[int]) -> bool:
+    for _ in range(50):  # the grandchild is buried by init, in its own time
+        if not any(is_alive(pid) for pid in pids):
+            return True
+        await asyncio.sleep(0.02)
+    return False
+
+
+async def test_a_cancelled_process_is_gone_with_its_children(tmp_path: Path) -> None:
+    file = tmp_path / "pids"
+    agent = run_agent(f"{FILE}:hangs_with_a_grandchild", "process", make_task(pids=str(file)), POLICY, ROLLOUT)
+    running = asyncio.create_task(agent)
+    pids = await read_pids(file)
+    assert all(is_alive(pid) for pid in pids)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert not is_alive(pids[0])
+    assert await are_gone(pids)
+
+
+async def test_what_a_process_leaves_behind_is_gone_too_and_does_not_hold_its_result(tmp_path: Path) -> None:
+    file = tmp_path / "pids"
+    async with asyncio.timeout(10):
+        task = make_task(pids=str(file))
+        assert await run_agent(f"{FILE}:leaves_a_grandchild", "process", task, POLICY, ROLLOUT) == 0.5
+    assert await are_gone(await read_pids(file))
+
+
+async def test_daemons_that_left_their_group_are_gone_too(tmp_path: Path) -> None:
+    """As a shell and as Python start them: in a session of their own, twice forked, deaf to SIGTERM."""
+    file = tmp_path / "pids"
+    python = "import os, signal, sys, time; signal.signal(15, signal.SIG_IGN); os.fork() and os._exit(0); os.setsid();"
+    python += f" os.fork() and os._exit(0); open('{file}', 'a').write(str(os.getpid()) + '\\n'); time.sleep(600)"
+    script = tmp_path / "agent.sh"
+    script.write_text(
+        f"""{sys.executable} -c "{python}"\nsetsid sh -c 'echo $$ >> {file}; exec sleep 600' &\nsleep 600\n"""
+    )
+    running = asyncio.create_task(run_agent(f"sh {script}", "command", make_task(), POLICY, ROLLOUT))
+    async with asyncio.timeout(20):
+        while len(pids := await read_pids(file)) < 2:
+            await asyncio.sleep(0.02)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert await are_gone(pids)
+
+
+# Rewards.
+
+
+@pytest.mark.parametrize("value", [1, 0.0, True, np.float32(0.5), np.int64(1), np.bool_(True)])
+def test_numbers_in_the_range_are_rewards(value: object) -> None:
+    assert to_reward(value, (0.0, 1.0)) == float(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [None, "1", float("nan"), float("inf"), 1.01, -0.1, [1.0], {"reward": 1}, 1j])
+def test_anything_else_is_not(value: object) -> None:
+    with pytest.raises(RewardError):
+        to_reward(value, (0.0, 1.0))
+
+
+def test_errors_become_one_short_line() -> None:
+    assert one_line(ValueError("no\nway")) == "ValueError: no"
+    assert one_line(KeyError()) == "KeyError: no message"
+    assert one_line(ExceptionGroup("g", [ValueError("inner")])) == "ValueError: inner"
+    assert len(one_line(ValueError("x" * 1000))) == 300
+    assert one_line(ValueError("at /s3cret/v1"), secret="s3cret") == "ValueError: at /***/v1"
+
+
+# Outcomes.
+
+
+@pytest.mark.parametrize(
+    ("do", "outcome", "message"),
+    [
+        ("return", Outcome.FINISHED, ""),
+        ("true", Outcome.FINISHED, ""),
+        ("numpy", Outcome.FINISHED, ""),
+        ("raise", Outcome.AGENT_ERROR, "ValueError: first line"),
+        ("raise a timeout", Outcome.AGENT_ERROR, "TimeoutError: of its own"),
+        ("raise a group", Outcome.AGENT_ERROR, "ValueError: inner"),
+        ("exit", Outcome.AGENT_ERROR, "AgentProcessError: sys.exit(3) was called"),
+        ("cancel", Outcome.AGENT_ERROR, "CancelledError: no message"),
+        ("hang", Outcome.TIMEOUT, "not done after 0.5 s"),
+        ("refuse to stop", Outcome.TIMEOUT, "not done after 0.5 s"),
+        ("never stop", Outcome.TIMEOUT, "not done after 0.5 s"),
+        ("none", Outcome.BAD_REWARD, "RewardError: the agent returned nothing and emitted no reward"),
+        ("nan", Outcome.BAD_REWARD, "RewardError: the reward is nan"),
+        ("infinity", Outcome.BAD_REWARD, "RewardError: the reward is inf"),
+        ("string", Outcome.BAD_REWARD, "RewardError: the reward is a str, not a number"),
+        ("too much", Outcome.BAD_REWARD, "RewardError: the reward 1.5 is outside [0, 1]"),
+    ],
+)
+async def test_every_way_an_async_agent_can_end(do: str, outcome: Outcome, message: str) -> None:
+    trajectory = await run_task(make_spec(agents.does, timeout_s=0.5), do=do)
+    assert (trajectory.outcome, trajectory.error) == (outcome, message)
+    assert (trajectory.reward is None) == (outcome is not Outcome.FINISHED)
+    assert len(trajectory.calls) == 1  # what was recorded stays, whatever the end
+
+
+async def test_an_agent_without_a_model_call() -> None:
+    assert (await run_task(make_spec(agents.calls_nothing))).outcome is Outcome.NO_MODEL_CALL
+
+
+@pytest.mark.parametrize("outcome", [Outcome.OVERLONG_PROMPT, Outcome.ENGINE_ERROR, Outcome.TOO_MANY_CALLS])
+async def test_the_gateways_reason_names_the_outcome(outcome: Outcome) -> None:
+    spec = make_spec(agents.is_refused)
+    trajectory = await run_task(spec, fail=str(outcome), handles=False)
+    assert (trajectory.outcome, trajectory.error) == (outcome, f"the gateway says {outcome}")
+    assert (await run_task(spec, fail=str(outcome), handles=True)).outcome is Outcome.FINISHED
+    trajectory = await run_task(spec, fail=str(outcome), handles=True, own_bug=True)
+    assert (trajectory.outcome, trajectory.error) == (Outcome.AGENT_ERROR, "KeyError: 'its own bug'")
+
+
+async def test_threads_that_hang_take_no_slot_from_others() -> None:
+    spec = make_spec(agents.blocks, "thread", timeout_s=0.4, concurrency=2)
+    before = time.monotonic()
+    tasks = [make_task(n, seconds=3.0) for n in range(3)] + [make_task(9, seconds=0.0)]
+    outcomes = [trajectory.outcome for trajectory in await run_tasks(spec, tasks)]
+    assert outcomes == [Outcome.TIMEOUT] * 3 + [Outcome.NO_MODEL_CALL]
+    assert time.monotonic() - before < 2.5
+
+
+async def test_stop_iteration_in_a_thread_is_an_error_like_another() -> None:
+    assert (await run_task(make_spec(agents.raises_stop_iteration, "thread"))).outcome is Outcome.AGENT_ERROR
+
+
+async def test_a_process_that_hangs_is_a_timeout_and_gone(tmp_path: Path) -> None:
+    file = tmp_path / "pids"
+    spec = make_spec(f"{FILE}:hangs_with_a_grandchild", "process", timeout_s=1.5)
+    assert (await run_task(spec, pids=str(file))).outcome is Outcome.TIMEOUT
+    assert await are_gone(await read_pids(file))
+
+
+@pytest.mark.parametrize(
+    ("reward_target", "outcome", "message"),
+    [
+        (agents.score, Outcome.FINISHED, ""),
+        (agents.score_async, Outcome.FINISHED, ""),
+        (agents.score_raises, Outcome.BAD_REWARD, "KeyError: 'no such answer'"),
+        (agents.score_hangs, Outcome.TIMEOUT, "not done after 0.5 s"),
+    ],
+)
+async def test_every_way_a_score_can_end(reward_target: Callable[..., object], outcome: Outcome, message: str) -> None:
+    trajectory = await run_task(make_spec(agents.doubles, reward_target=reward_target, timeout_s=0.5))
+    assert (trajectory.outcome, trajectory.error, trajectory.output) == (outcome, message, "6")
+
+
+async def test_a_command_that_prints_no_number_has_no_reward() -> None:
+    trajectory = await run_task(make_spec("echo hello", "command"))
+    assert (trajectory.outcome, trajectory.output) == (Outcome.BAD_REWARD, "hello")
+
+
+async def test_the_secret_of_the_url_shows_in_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    trajectory = await run_task(make_spec(agents.does), do="raise the url")
+    assert "/attempt/0/***/agent/v1" in trajectory.error
+    seen = [record.getMessage() for record in caplog.records if record.name.startswith("agent_lightning")]
+    assert any("/***/" in line for line in seen)
+
+
+# The worker.
+
+
+async def test_a_worker_runs_many_at_a_time_and_no_more_than_it_may() -> None:
+    running, most = 0, 0
+
+    async def agent(payload: dict[str, object], policy: Policy) -> float:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.02)
+        running -= 1
+        return 1.0
+
+    trajectories = await run_tasks(make_spec(agent, concurrency=4), [make_task(n) for n in range(20)])
+    assert (len(trajectories), most) == (20, 4)
+
+
+async def test_errors_of_tools_are_told_from_those_of_agents() -> None:
+    spec = make_spec(agents.does, tool_errors=("*CannotConnect*", "ValueError: first *"))
+    assert (await run_task(spec, do="raise")).outcome is Outcome.TOOL_ERROR
+    assert (await run_task(spec, do="raise a timeout")).outcome is Outcome.AGENT_ERROR
+
+
+async def test_an_engine_error_is_tried_again() -> None:
+    buffer = Buffer(run_secret=RUN_SECRET, retries=Retries(max_attempts=3))
+    task = make_task(fail="engine_error", handles=False)
+    (trajectory,) = await run_tasks(make_spec(agents.is_refused), [task], buffer)
+    assert (trajectory.outcome, trajectory.key.attempt) == (Outcome.ENGINE_ERROR, 2)
+
+
+async def test_an_agent_that_met_no_gateway_is_not_at_fault_and_runs_again_once_there_is_one() -> None:
+    buffer, outage = Buffer(run_secret=RUN_SECRET, retries=Retries(max_attempts=2)), agents.Outage()
+    async with small_gateway(buffer, outage) as url, asyncio.timeout(20), asyncio.TaskGroup() as group:
+        worker = RolloutWorker(buffer=buffer, agent=make_spec(agents.does), policy_url=url, model="m")
+        group.create_task(worker.run())
+        await buffer.admit(make_task(3, do="return"), split="train", num_rollouts=1)
+        while outage.refused < 4:  # the agent's own calls, and the worker's questions after them
+            await asyncio.sleep(0.01)
+        stats = await buffer.stats()
+        assert (stats.running, stats.retried) == (1, 0)  # it waits, and spends no attempt
+        outage.over = True
+        (taken,) = await buffer.take(1, split="train")
+        await worker.stop()
+    (trajectory,) = taken.trajectories
+    assert (trajectory.outcome, trajectory.key.attempt) == (Outcome.FINISHED, 1)
+    assert (await buffer.stats()).failed == {}
+
+
+async def test_a_gateway_that_is_gone_is_found_again_where_it_is_now() -> None:
+    buffer, asked = Buffer(run_secret=RUN_SECRET, retries=Retries(max_attempts=2)), list[float]()
+    async with small_gateway(buffer) as url, AsyncExitStack() as first, asyncio.timeout(20):
+
+        async def find(seconds: float) -> str:
+            asked.append(seconds)
+            return url
+
+        async def run(policy_url: str) -> Trajectory:
+            spec = make_spec(agents.does)
+            worker = RolloutWorker(buffer=buffer, agent=spec, policy_url=policy_url, model="m", find=find)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(worker.run())
+                await buffer.admit(make_task(3, do="return"), split="train", num_rollouts=1)
+                await buffer.take(1, split="train")
+                await first.aclose()
+                await buffer.admit(make_task(3, do="return"), split="train", num_rollouts=1)
+                (taken,) = await buffer.take(1, split="train")
+                await worker.stop()
+            return taken.trajectories[0]
+
+        moved = await run(await first.enter_async_context(small_gateway(buffer)))
+        assert (moved.outcome, moved.key.attempt, len(asked)) == (Outcome.FINISHED, 1, 1)
+        told = await run("http://127.0.0.1:9")  # a worker in the place of another, told of what is gone
+        assert (told.outcome, told.key.attempt, len(asked)) == (Outcome.FINISHED, 0, 2)
+
+
+async def test_a_stopped_worker_gives_its_rollouts_back() -> None:
+    buffer = Buffer(run_secret=RUN_SECRET, retries=Retries(max_attempts=2))
+    worker = RolloutWorker(buffer=buffer, agent=make_spec(agents.score_hangs), policy_url="http://x", model="m")
+    running = asyncio.create_task(worker.run())
+    await buffer.admit(make_task(), split="train", num_rollouts=1)
+    while (await buffer.stats()).running == 0:
+        await asyncio.sleep(0.01)
+    await worker.stop()
+    await running
+    (again,) = await buffer.lease(1, 1.0)
+    assert again.key.attempt == 1
+
+
+async def test_a_worker_survives_rollouts_that_the_buffer_cancelled() -> None:
+    buffer = Buffer(run_secret=RUN_SECRET)
+    worker = RolloutWorker(buffer=buffer, agent=make_spec(agents.blocks, "thread"), policy_url="http://x", model="m")
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        group.create_task(worker.run())
+        await buffer.admit(make_task(seconds=0.2), split="train", num_rollouts=1)
+        while (await buffer.stats()).running == 0:
+            await asyncio.sleep(0.01)
+        await buffer.cancel("not needed")
+        await buffer.admit(make_task(seconds=0.0), split="train", num_rollouts=1)
+        outcomes = [taken.trajectories[0].outcome for taken in await buffer.take(2, split="train")]
+        while (await buffer.stats()).refused_finishes == 0:
+            await asyncio.sleep(0.01)
+        await worker.stop()
+    assert outcomes == [Outcome.CANCELLED, Outcome.NO_MODEL_CALL]
+
+
+async def test_a_worker_whose_agent_is_missing_does_not_start() -> None:
+    with pytest.raises(ConfigError, match="no function 'nothing'"):
+        RolloutWorker(
+            buffer=Buffer(run_secret=RUN_SECRET), agent=make_spec(f"{FILE}:nothing"), policy_url="http://x", model="m"
+        )
+    assert os.environ.get("AGL_TASK") is None  # nothing leaks into this process
+
+
+@pytest.mark.parametrize("text", ["def solve(:\n", "import no_such_module_at_all\n", "unknown_name\n"])
+def test_a_file_that_cannot_be_imported_is_a_config_error_in_one_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "agent.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        load(f"{file}:solve")

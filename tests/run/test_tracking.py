@@ -1,0 +1,517 @@
+"""What is kept of a run and what a person sees of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from agent_lightning.config.load import load
+from agent_lightning.core.errors import DataError, UserError
+from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
+from agent_lightning.run.archive import RolloutWriter, read_rollouts
+from agent_lightning.run.observer import RunObserver
+from agent_lightning.run.plots import plot_learning_curve, read_metrics, smooth
+from agent_lightning.run.report import (
+    Progress,
+    RolloutCounts,
+    StepSeconds,
+    Summary,
+    duration,
+    number,
+    report,
+    sparkline,
+)
+from agent_lightning.run.tracking import JsonLines, RunDirectory, TensorBoardSink, Tracker, WandbSink
+from agent_lightning.toy.world import group, trajectory
+
+SUMMARY = Summary(
+    experiment="calc_x",
+    seed=0,
+    steps=100,
+    wall_s=1440.2,
+    val_reward_first=0.213,
+    val_reward_last=0.402,
+    val_rows=237,
+    rollouts=RolloutCounts(admitted=6400, trained=6388, dropped={"stale": 12}, failed={"agent_error": 1, "timeout": 3}),
+    sampled_tokens=1_234_567,
+    trained_tokens=1_200_000,
+    max_abs_logprob_gap=0.31,
+    mean_abs_logprob_gap=0.0021,
+    step_s=StepSeconds(total=12.3, generate=8.1, update=3.2, publish=0.5, other=0.5),
+    versions=100,
+    start_s=43.2,
+    val_reward_best=0.41,
+)
+
+
+# The folder of a run
+
+
+def test_a_run_folder_is_never_reused(tmp_path: Path) -> None:
+    runs = [RunDirectory.create(tmp_path / "runs", "calc_x", 7) for _ in range(5)]
+    named = [RunDirectory.create(tmp_path / "runs", "calc_x", 7, "first").path.name for _ in range(3)]
+    assert len({run.path for run in runs}) == 5
+    assert all(run.path.name.startswith("calc_x-s7-20") for run in runs)
+    assert named == ["first", "first-2", "first-3"]
+    assert all(folder.is_dir() for folder in (runs[0].rollouts, runs[0].checkpoints, runs[0].logs))
+
+
+def test_an_experiment_in_a_folder_gives_one_folder_name(tmp_path: Path) -> None:
+    assert RunDirectory.create(tmp_path, "team/calc x", 0).path.parent == tmp_path
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "-rf", "a b"])
+def test_a_bad_run_name_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="run name"):
+        RunDirectory.create(tmp_path, "calc_x", 0, name)
+
+
+def test_open_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no run: it has no config\.yaml$"):
+        RunDirectory.open(tmp_path)
+    run = RunDirectory.create(tmp_path, "calc_x", 0)
+    run.config.write_text("seed: 0\n")
+    assert RunDirectory.open(run.path) == run
+
+
+def test_a_root_that_is_no_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for root in ("runs", "link"):
+        with pytest.raises(UserError, match="cannot make a run folder"):
+            RunDirectory.create(tmp_path / root, "calc_x", 0)
+
+
+# Numbers
+
+
+def test_json_lines_are_valid_json_and_flushed(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "metrics.jsonl")
+    sink.log(1, {"train/reward": 0.5, "val/reward": math.nan, "gap": math.inf})
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())  # before close: a killed run keeps its lines
+    sink.close()
+    assert line["step"] == 1
+    assert line["train/reward"] == 0.5
+    assert line["val/reward"] is None
+    assert line["gap"] is None
+    assert 0 <= line["wall_s"] < 5
+
+
+def test_a_resumed_run_drops_the_lines_of_steps_that_are_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "wall_s": 1.0}\n{"step": 2, "wall_s": 2.0}\n{"step": 3, "wall_s": 3.0}\n{"ste')
+    sink = JsonLines(path, resumed=2)
+    sink.log(3, {"a": 1.0})
+    sink.close()
+    lines = path.read_text().splitlines()
+    assert lines[:2] == ['{"step": 1, "wall_s": 1.0}', '{"step": 2, "wall_s": 2.0}']
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_resumed_run_goes_on_after_half_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "wall_s": 100.0, "train/reward": 0.5}\n{"step": 2, "wal')
+    sink = JsonLines(path)
+    sink.log(2, {"train/reward": 0.75})
+    sink.close()
+    rows = read_metrics(path)
+    assert [(row["step"], row["train/reward"]) for row in rows] == [(1, 0.5), (2, 0.75)]
+    assert rows[1]["wall_s"] >= 100
+
+
+def test_lines_of_one_step_are_merged(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 2, "a": 1}\n{"step": 1, "a": null}\nnot json\n[1]\n{"step": 2, "a": 3, "val/reward": 0.5}\n'
+    )
+    rows = read_metrics(path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert math.isnan(rows[0]["a"])
+    assert rows[1] == {"wall_s": 0.0, "step": 2, "a": 3, "val/reward": 0.5}
+    with pytest.raises(DataError):
+        read_metrics(tmp_path / "none.jsonl")
+
+
+class FullDisk:
+    """A sink that fails like a full disk."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def log(self, step: int, record: Mapping[str, float]) -> None:
+        self.calls += 1
+        raise OSError(28, "No space left on device")
+
+    def close(self) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_failing_sink_is_warned_about_once_and_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken, path = FullDisk(), tmp_path / "metrics.jsonl"
+    tracker = Tracker([broken, JsonLines(path)])
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2, 3):
+            tracker.log(step, {"a": 1.0})
+        tracker.close()
+    assert broken.calls == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "FullDisk stopped at step 1: OSError(28, 'No space left on device')"
+    ]
+    assert len(read_metrics(path)) == 3
+
+
+def test_a_sink_that_cannot_close_does_not_keep_the_others_open(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    after = JsonLines(tmp_path / "metrics.jsonl")
+    Tracker([FullDisk(), after]).close()
+    assert "did not close" in caplog.text
+    with pytest.raises(ValueError, match="closed file"):
+        after.log(1, {})
+
+
+def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoardSink(tmp_path)
+    sink.log(1, {"train/reward": 0.25})
+    sink.log(2, {"train/reward": 0.5})
+    sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/reward")
+    assert [(event.step, event.value) for event in events] == [(1, 0.25), (2, 0.5)]
+
+
+def test_wandb_offline_is_silent_and_goes_on_when_resumed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory.create(tmp_path, "calc_x", 0)
+    for step in (1, 2):
+        sink = WandbSink(run, project="p", group="calc_x", tags=["cpu"], config={"seed": 0, "loop": {"steps": 2}})
+        sink.log(step, {"train/reward": math.nan})
+        sink.close()
+    assert capfd.readouterr() == ("", "")
+    written = list(run.logs.glob("wandb/offline-run-*/*.wandb"))
+    assert written
+    assert {file.name for file in written} == {f"run-{(run.logs / 'wandb-id').read_text()}.wandb"}
+    assert b"train/reward" in b"".join(file.read_bytes() for file in written)
+
+
+def test_wandb_disabled_writes_nothing(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "calc_x", 0)
+    sink = WandbSink(run, mode="disabled")
+    sink.log(1, {"train/reward": 1.0})
+    sink.close()
+    assert not (run.logs / "wandb").exists()
+
+
+def test_importing_is_free_and_tensorboard_needs_no_torch(tmp_path: Path) -> None:
+    script = f"""
+import sys, pathlib
+import agent_lightning.run.tracking, agent_lightning.run.plots, agent_lightning.run.report
+heavy = ("torch", "tensorflow", "wandb", "pyarrow", "matplotlib", "tensorboard")
+assert not [name for name in heavy if name in sys.modules]
+sink = agent_lightning.run.tracking.TensorBoardSink(pathlib.Path({str(tmp_path)!r}))
+sink.log(1, {{"a": 1.0}})
+sink.close()
+assert not [name for name in ("torch", "tensorflow") if name in sys.modules]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# Rollouts
+
+
+def a_group(number: int, rewards: tuple[float | None, ...] = (1.0, None)) -> Group:
+    def one(index: int, reward: float | None) -> Trajectory:
+        key = RolloutKey(split="train", group=number, index=index, attempt=1)
+        call = ModelCall(
+            key=key,
+            call_id=f"call-{number}-{index}",
+            agent="solver",
+            policy_version=2,
+            prompt_T=np.array([5, 6], np.int32),
+            response_T=np.array([7, 8, 9], np.int32),
+            logprob_T=np.array([-0.5, -0.25, -1.0], np.float32),
+            finish_reason="stop",
+            started_at=10.0,
+            ended_at=11.5,
+            request='[{"role": "user"}]',
+            reply="half a pair \ud83d",
+        )
+        return Trajectory(
+            key=key,
+            task_id=f"task-{number}",
+            calls=(call,) if reward is not None else (),
+            reward=reward,
+            outcome=Outcome.FINISHED if reward is not None else Outcome.NO_MODEL_CALL,
+            output="4",
+        )
+
+    task = Task(task_id=f"task-{number}", payload={"question": "2+2", "path": Path("a")})
+    trajectories = tuple(one(index, reward) for index, reward in enumerate(rewards))
+    return Group(group_id=f"train-{number}", task=task, trajectories=trajectories)
+
+
+def test_rollouts_come_back_exactly(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "calc_x", 0)
+    writer = RolloutWriter(run.rollouts)
+    assert writer.write(1, 0, [a_group(0), a_group(1)]) == run.rollouts / "part-00000.parquet"
+    assert writer.write(2, 1, []) is None
+    assert RolloutWriter(run.rollouts).write(2, 1, [a_group(2)]) == run.rollouts / "part-00001.parquet"
+    rows = read_rollouts(run.path).to_pylist()
+    assert read_rollouts(run.rollouts).to_pylist() == rows
+    assert [row["rollout_id"] for row in rows] == [f"train-{g}-{i}" for g in range(3) for i in range(2)]
+    assert [row["step"] for row in rows] == [1, 1, 1, 1, 2, 2]
+    first, second = rows[:2]
+    assert json.loads(first["task"]) == {"question": "2+2", "path": "a"}
+    assert (first["split"], first["attempt"], first["task_id"], first["num_calls"]) == ("train", 1, "task-0", 1)
+    assert first["calls"][0]["prompt_ids"] == [5, 6]
+    assert first["calls"][0]["response_ids"] == [7, 8, 9]
+    assert first["calls"][0]["logprobs"] == [-0.5, -0.25, -1.0]
+    assert first["calls"][0]["policy_version"] == 2
+    assert first["calls"][0]["reply"] == "half a pair ?"
+    assert (second["reward"], second["outcome"], second["calls"]) == (None, "no_model_call", [])
+
+
+def test_half_a_part_is_never_read(tmp_path: Path) -> None:
+    RolloutWriter(tmp_path).write(1, 0, [a_group(0)])
+    (tmp_path / ".part-00001.parquet.tmp").write_bytes(b"PAR1 cut off")
+    assert read_rollouts(tmp_path).num_rows == 2
+    with pytest.raises(DataError, match="no rollouts"):
+        read_rollouts(tmp_path / "elsewhere")
+
+
+# The picture
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 250])
+def test_the_picture_has_its_size_whatever_was_logged(tmp_path: Path, num_steps: int) -> None:
+    from matplotlib.image import imread
+
+    sink = JsonLines(tmp_path / "metrics.jsonl")
+    for step in range(1, num_steps + 1):
+        record = {"train/reward": step / 250, "logprob_gap/mean_abs": 0.01, "logprob_gap/max_abs": 0.0}
+        record |= {"time/generate": 8.0, "time/update": math.nan, "val/reward": 0.5 if step % 50 == 0 else math.nan}
+        sink.log(step, record)
+    sink.close()
+    plot_learning_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png", "calc_x")
+    picture = imread(tmp_path / "curve.png")
+    assert picture.shape[:2] == (700, 1200)
+    assert picture[..., :3].std() > 0.01
+
+
+def test_smooth_skips_what_is_no_number() -> None:
+    assert smooth(np.array([1.0, 3.0, math.nan, 5.0]), 2).tolist() == [1.0, 2.0, 3.0, 5.0]
+    assert np.isnan(smooth(np.array([math.nan]), 3)).all()
+    assert smooth(np.array([]), 3).tolist() == []
+
+
+# The terminal
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    """A text file that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def text_of(console: Console) -> list[str]:
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def trained(console: Console, clock: Clock) -> Progress:
+    """A run of 100 steps after its tenth, with two evaluations."""
+    progress = Progress("calc_x", 100, console=console, clock=clock)
+    progress.start()
+    progress.evaluated(0, 0.213, 237)
+    for step in range(1, 11):
+        clock.now += 12.0
+        record = {"train/reward": step / 10, "tokens/sampled": 12_000.0, "time/step": 12.0}
+        progress.step(step, record | {"rollouts/failed/timeout": float(step == 3)})
+    progress.evaluated(10, 0.402, 237)
+    progress.waiting_for("generate: 3/64 rollouts")
+    clock.now += 5
+    progress.waiting_for("generate: 41/64 rollouts")
+    clock.now += 4
+    return progress
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_block_shows_the_run_at_any_width(width: int) -> None:
+    console = Console(record=True, width=width, file=io.StringIO())
+    progress = trained(console, Clock())
+    console.export_text()  # forget the lines of the steps
+    console.print(progress.render())
+    lines = text_of(console)
+    inside = "\n".join(line.strip("│ ") for line in lines)
+    assert lines[0].startswith("╭─ calc_x ─")
+    assert len({len(line) for line in lines}) == 1
+    assert len(lines[0]) == min(width, 88)
+    assert "10/100 ━" in inside
+    assert "2:09, 17:51 left" in inside
+    assert "train reward  1.000  ▁▁▂▂▃▃▅▅▇▇" in inside
+    assert "val reward    0.213 -> 0.402  +0.189 at step 10" in inside
+    assert "sampled       1,000 tokens/s" in inside
+    assert "now           generate: 41/64 rollouts  9 s" in inside
+    assert "failed        timeout 1" in inside
+
+
+def test_the_live_block_draws_and_stops_on_a_terminal() -> None:
+    terminal = Terminal()
+    progress = trained(Console(width=60, file=terminal, force_terminal=True, legacy_windows=False), Clock())
+    progress.message("service ready [at] /v1")
+    progress.stop()
+    progress.stop()
+    assert "service ready [at] /v1" in terminal.getvalue()
+    assert terminal.getvalue().count("calc_x") >= 2
+    assert terminal.getvalue().endswith("\x1b[?25h")  # the cursor is shown again
+    assert "step 1/100  train" not in terminal.getvalue()
+
+
+@pytest.mark.parametrize("force_color", [None, True])
+def test_a_pipe_gets_one_plain_line_a_step_and_no_control_codes(force_color: bool | None) -> None:
+    pipe = io.StringIO()
+    progress = trained(Console(width=60, file=pipe, force_terminal=force_color), Clock())
+    progress.message("[bold]not markup[/bold] " + "long " * 30)
+    progress.stop()
+    lines = pipe.getvalue().splitlines()
+    assert "\x1b" not in pipe.getvalue()
+    assert len(lines) == 13
+    assert lines[0] == "step 0/100  held-out 0.213 on 237 rows"
+    assert lines[1] == "step 1/100  train 0.100  12.0 s  1,000 tokens/s  gap -  left 19:48"
+    assert "failed: timeout 1" in lines[3]
+    assert lines[-1].startswith("[bold]not markup")
+
+
+def test_a_block_without_numbers_says_so() -> None:
+    console = Console(record=True, width=80, file=io.StringIO())
+    progress = Progress("calc_x", 100, console=console, clock=Clock())
+    progress.evaluated(0, math.nan, 0)
+    progress.step(1, {})
+    progress.evaluated(1, math.nan, 0)
+    console.print(progress.render())
+    assert "nan" not in console.export_text()
+
+
+# The closing report
+
+
+def test_the_report_fits_80_columns_and_says_what_was_gained(tmp_path: Path) -> None:
+    console = Console(record=True, width=80, file=io.StringIO())
+    run = RunDirectory.create(tmp_path, "calc_x", 0)
+    SUMMARY.write(run.summary)
+    console.print(report(SUMMARY, run))
+    lines = text_of(console)
+    assert lines[:4] == [
+        " calc_x, seed 0",
+        "",
+        " held-out reward  0.213 -> 0.402  +18.9 points  (best 0.410, 237 rows)",
+        "",
+    ]
+    assert lines[4:11] == [
+        " steps          100 in 24:00; service ready after 43 s",
+        " rollouts       6,400 admitted, 6,388 trained, 12 dropped: stale 12",
+        " failed         timeout 3, agent_error 1",
+        " tokens         1,234,567 sampled, 1,200,000 trained",
+        " log-prob gap   mean 0.00210, max 0.3100",
+        " time per step  12.3 s: generate 8.1, update 3.2, publish 0.5, other 0.5",
+        " policy         100 versions published",
+    ]
+    assert "summary.json" in lines[-1]
+    assert "curve.png" not in "".join(lines)  # only files that are there
+
+
+def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
+    unmeasured = replace(
+        SUMMARY,
+        val_reward_first=math.nan,
+        val_reward_last=math.nan,
+        max_abs_logprob_gap=math.nan,
+        start_s=math.nan,
+        step_s=replace(SUMMARY.step_s, publish=math.nan),
+    )
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(report(unmeasured, RunDirectory.create(tmp_path, "calc_x", 0)))
+    text = console.export_text()
+    assert "nan" not in text
+    assert "held-out reward  - -> -\n" in text
+    assert "max -" in text
+    assert "publish -," in text
+
+
+def test_held_out_reward_is_told_by_the_values_of_a_field(tmp_path: Path) -> None:
+    overrides = ["experiment=calc_tiny", "data.strata=level", "tracking.wandb=disabled", "tracking.tensorboard=false"]
+    config, run = load(overrides), RunDirectory.create(tmp_path, "calc_x", 0)
+
+    def groups(split: Split) -> list[Group]:
+        ended = [("easy", 1.0), ("easy", 0.0), ("hard", 1.0)]
+        made = [
+            group(trajectory(RolloutKey(split=split, group=i, index=0), reward=reward))
+            for i, (_, reward) in enumerate(ended)
+        ]
+        return [
+            replace(one, task=Task(task_id="a", payload={"level": level}))
+            for one, (level, _) in zip(made, ended, strict=True)
+        ]
+
+    observer = RunObserver(config=config, run=run, progress=Progress("calc_x", steps=1, console=Console(quiet=True)))
+    observer.rollouts(0, 0, groups("train"))
+    assert observer.val_reward_by == {}
+    observer.rollouts(3, 0, groups("val"))
+    observer.close()
+    assert observer.val_reward_by == {"easy": 0.5, "hard": 1.0}
+    logged = json.loads(run.metrics.read_text())
+    assert (logged["step"], logged["val/reward/easy"], logged["val/reward/hard"]) == (3, 0.5, 1.0)
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(report(replace(SUMMARY, val_reward_by=observer.val_reward_by), run))
+    assert " held-out       easy 0.500, hard 1.000" in text_of(console)
+
+
+def test_a_summary_comes_back(tmp_path: Path) -> None:
+    SUMMARY.write(tmp_path / "summary.json")
+    assert Summary.read(tmp_path / "summary.json") == SUMMARY
+    replace(SUMMARY, start_s=math.nan).write(tmp_path / "summary.json")
+    assert json.loads((tmp_path / "summary.json").read_text())["start_s"] is None
+    assert math.isnan(Summary.read(tmp_path / "summary.json").start_s)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rollouts": {}}'])
+def test_what_is_no_summary_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(UserError, match=r"is no summary of a run: [^\n]*$"):
+        Summary.read(tmp_path / "summary.json")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (42.3, "42 s"), (59.7, "1:00"), (192, "3:12"), (3723, "1:02:03"), (math.nan, "-")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_small_texts() -> None:
+    assert number(math.nan) == "-"
+    assert number(1234.5, 1) == "1,234.5"
+    assert sparkline([0, 1, 2, 3, 4], 5) == "▁▂▃▅▇"
+    assert sparkline([0, 0, 1, 1], 2) == "▁▇"
+    assert sparkline([0.5, 0.5, math.nan], 9) == "▃▃"
+    assert sparkline([], 9) == ""

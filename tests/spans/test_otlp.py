@@ -1,0 +1,159 @@
+"""OTLP in and out: what is sent comes back, and whatever comes from outside is read, counted or refused in a line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from agent_lightning.core.errors import DataError
+from agent_lightning.spans.otlp import JSON, PROTOBUF, REASONS, decode, decode_traces, encode, encode_json
+from agent_lightning.spans.tree import RawSpan
+
+LIMITS: dict[str, Any] = {"max_bytes": 1_000_000, "max_spans": 100}
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
+numbers = st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False)
+values = st.recursive(
+    texts | numbers | st.booleans(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+ids = st.text("0123456789abcdef", min_size=16, max_size=16).filter(lambda text: set(text) != {"0"})
+times = st.floats(1e9, 4e9)
+
+
+@st.composite
+def raw_spans(draw: st.DrawFn) -> tuple[RawSpan, ...]:
+    found = draw(st.lists(ids, min_size=1, max_size=4, unique=True))
+    return tuple(
+        RawSpan(
+            span_id=identity,
+            parent_id=draw(st.sampled_from(["", *found])),
+            name=draw(texts),
+            started_at=(start := draw(times)),
+            ended_at=start + draw(st.floats(0, 1e3)),
+            attributes=draw(st.dictionaries(texts, values, max_size=4)),
+            error=draw(texts),
+        )
+        for identity in found
+    )
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(raw_spans(), st.sampled_from(["", "gzip", "deflate"]))
+def test_spans_that_are_sent_come_back_as_they_were(spans: tuple[RawSpan, ...], encoding: str) -> None:
+    bodies = {PROTOBUF: encode(spans, trace_id="t", resource={"service.name": "x"})}
+    bodies[JSON] = encode_json(spans, trace_id="t", resource={"service.name": "x"}).encode()
+    for content_type, body in bodies.items():
+        packed = {"": body, "gzip": gzip.compress(body), "deflate": zlib.compress(body)}[encoding]
+        assert decode(packed, content_type=content_type, content_encoding=encoding, **LIMITS) == (spans, {})
+
+
+@given(st.binary(max_size=200), st.sampled_from([PROTOBUF, JSON]), st.sampled_from(["", "gzip", "deflate"]))
+def test_any_bytes_are_read_or_refused_in_one_line(body: bytes, content_type: str, encoding: str) -> None:
+    _decode_or_refuse(body, content_type, encoding)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(raw_spans(), st.data())
+def test_a_damaged_body_is_read_or_refused_in_one_line(spans: tuple[RawSpan, ...], data: st.DataObject) -> None:
+    content_type = data.draw(st.sampled_from([PROTOBUF, JSON]))
+    body = encode(spans, trace_id="t", resource={})
+    if content_type == JSON:
+        body = encode_json(spans, trace_id="t", resource={}).encode()
+    at = data.draw(st.integers(0, len(body)))
+    other = data.draw(st.binary(max_size=3))
+    _decode_or_refuse(body[:at] + other + body[at + data.draw(st.integers(0, 3)) :], content_type, "")
+
+
+def _decode_or_refuse(body: bytes, content_type: str, encoding: str) -> None:
+    complaint = ""
+    try:
+        spans, refused = decode(body, content_type=content_type, content_encoding=encoding, **LIMITS)
+        assert all(isinstance(span, RawSpan) for span in spans)
+        assert set(refused) <= set(REASONS)
+    except DataError as error:
+        complaint = str(error)
+    assert "\n" not in complaint
+
+
+ONE = RawSpan(span_id="00000000000000ab", name="x", started_at=1.0, ended_at=2.0, attributes={})
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "encoding", "words"),
+    [
+        (encode([ONE], trace_id="t", resource={})[:-3], PROTOBUF, "", "truncated or not protobuf"),
+        (b'{"resourceSpans": [', JSON, "", "truncated or not JSON"),
+        (b'{"a": 1}', JSON, "", "no resourceSpans"),
+        (b"[" * 100_000, JSON, "", "not JSON"),
+        (b"\x12\x02hi", PROTOBUF, "", "no OTLP"),
+        (gzip.compress(b"0" * 9_000_000), PROTOBUF, "gzip", "more than 1000000 bytes"),
+        (gzip.compress(b"0" * 9_000)[:-9], PROTOBUF, "gzip", "truncated"),
+        (b"{}", JSON, "br", "gzip, deflate"),
+        (b"{}", "text/html; charset=utf-8", "", "'text/html'"),
+        (encode([ONE] * 101, trace_id="t", resource={}), PROTOBUF, "", "more than 100 spans"),
+    ],
+)
+def test_a_body_that_is_no_otlp_is_refused(body: bytes, content_type: str, encoding: str, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        decode(body, content_type=content_type, content_encoding=encoding, **LIMITS)
+
+
+GOOD = {"spanId": "00000000000000ab", "startTimeUnixNano": "1000000000", "endTimeUnixNano": 2_000_000_000}
+
+
+def _sent(*spans: dict[str, Any]) -> tuple[tuple[RawSpan, ...], dict[str, int]]:
+    body = json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}).encode()
+    found, refused = decode(body, content_type=JSON, **LIMITS)
+    return found, dict(refused)
+
+
+def test_what_is_wrong_with_one_span_is_counted_and_the_others_are_kept() -> None:
+    deep: dict[str, Any] = {"intValue": "1"}
+    for _ in range(20):
+        deep = {"arrayValue": {"values": [deep]}}
+    bad: list[dict[str, Any]] = [
+        {**GOOD, "startTimeUnixNano": "yesterday"},
+        {**GOOD, "spanId": "no hex"},
+        {**GOOD, "spanId": "0000000000000000"},
+        {"spanId": "00000000000000ac"},
+        {**GOOD, "name": "again"},
+        {**GOOD, "spanId": "00000000000000ad", "endTimeUnixNano": "5"},
+        {**GOOD, "spanId": "00000000000000ae", "attributes": [{"key": "deep", "value": deep}]},
+    ]
+    found, refused = _sent(GOOD, *bad)
+    assert [span.span_id for span in found] == ["00000000000000ab", "00000000000000ad", "00000000000000ae"]
+    assert [(span.started_at, span.ended_at) for span in found] == [(1.0, 2.0), (1.0, 1.0), (1.0, 2.0)]
+    assert refused == {
+        "a span that cannot be read": 1,
+        "a span without id": 2,
+        "a span without start time": 1,
+        "a span id for the second time": 1,
+        "repaired: end before start": 1,
+        "repaired: a value nested too deep": 1,
+    }
+    assert set(refused) == set(REASONS)
+
+
+def test_the_error_of_a_span_is_its_exception_else_its_status() -> None:
+    attributes = [{"key": "exception.type", "value": {"stringValue": "ValueError"}}]
+    attributes += [{"key": "exception.message", "value": {"stringValue": "no"}}]
+    raised = {**GOOD, "events": [{"name": "exception", "attributes": attributes}]}
+    cases = [({"code": 2}, "ValueError: no"), ({"code": 1}, ""), ({}, "")]
+    assert [_sent({**raised, "status": status})[0][0].error for status, _ in cases] == [error for _, error in cases]
+    assert _sent({**GOOD, "status": {"code": "STATUS_CODE_ERROR", "message": "broke"}})[0][0].error == "broke"
+
+
+def test_two_traces_of_a_body_stay_apart() -> None:
+    body = ExportTraceServiceRequest.FromString(encode([ONE], trace_id="1" * 32, resource={}))
+    body.MergeFrom(ExportTraceServiceRequest.FromString(encode([ONE], trace_id="2" * 32, resource={})))
+    by_trace, refused = decode_traces(body.SerializeToString(), content_type=PROTOBUF, **LIMITS)
+    assert by_trace == {"1" * 32: (ONE,), "2" * 32: (ONE,)}
+    assert not refused

@@ -1,0 +1,198 @@
+"""Sweeps but for Tune: the search space, what is refused before anything starts, and what a sweep leaves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from agent_lightning.config.load import load
+from agent_lightning.core.errors import UserError
+from agent_lightning.run.plots import evaluations
+from agent_lightning.sweeps.comparisons import Axis, Curve, plot_curves, plot_parallel
+from agent_lightning.sweeps.plan import (
+    SweepFolder,
+    TrialRecord,
+    best_experiment,
+    best_of,
+    finish_sweep,
+    hydra_words,
+    plan_sweep,
+    trial_words,
+)
+from agent_lightning.sweeps.space import Between, Choice, parse_words, sampled_words
+from agent_lightning.sweeps.trials import Trial, TrialFailed
+from agent_lightning.sweeps.view import SweepView
+
+PROGRAM = (sys.executable, str(Path(__file__).parents[1] / "support" / "short_run.py"))
+ASKED = ["experiment=toy", "sweep=asha", "eval_every=2", "algorithm.lr=loguniform(1,9)", "seed=choice(0,1)"]
+
+
+@pytest.mark.parametrize(
+    ("text", "distribution"),
+    [
+        ("choice(a,b)", Choice(("a", "b"))),
+        ("choice([1,2],'x,y')", Choice(("[1,2]", "'x,y'"))),
+        ("range(0,4)", Choice(("0", "1", "2", "3"))),
+        ("range(0.1,0.4,0.1)", Choice(("0.1", "0.2", "0.3"))),
+        ("uniform(0,1)", Between(low=0, high=1)),
+        ("loguniform(1e-4,3e-3)", Between(low=1e-4, high=3e-3, log=True)),
+        ("quniform(0,1,0.25)", Between(low=0, high=1, step=0.25)),
+        ("randint(1,5)", Between(low=1, high=4, whole=True)),
+    ],
+)
+def test_a_distribution_is_read(text: str, distribution: Choice | Between) -> None:
+    assert parse_words(["steps=3", f"a.b={text}"]) == (("steps=3",), {"a.b": distribution})
+
+
+def test_a_trials_words_are_what_one_would_type() -> None:
+    space = parse_words(["a=loguniform(1e-4,1)", "b=randint(1,9)", "c=choice(x,y)"])[1]
+    assert sampled_words(space, {"a": 0.00031234567, "b": 3, "c": "y"}) == ("a=0.000312346", "b=3", "c=y")
+
+
+def test_a_value_comes_back_into_its_space() -> None:
+    assert Between(low=1, high=4, whole=True).nearest(7.3) == 4
+    assert Between(low=0, high=1, step=0.25).nearest(0.4) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("algorithm.lrr=uniform(1,2)", "algorithm.lrr: no such key; did you mean algorithm.lr?"),
+        ("algorithm.lr=normal(1,2)", "there is no distribution normal"),
+        ("algorithm.lr=uniform(2,1)", "the first number must be below the second"),
+        ("algorithm.lr=loguniform(0,1)", "above 0"),
+        ("algorithm.lr=uniform(1)", "write uniform(LOW,HIGH)"),
+        ("algorithm.tasks_per_step=randint(0,9)", "algorithm.tasks_per_step=0: must be at least 1"),
+        ("seed=uniform(0.5,1)", "seed=0.5: must be a whole number"),
+        ("credit=choice(identical,airr)", "credit=airr: unknown"),
+        ("seed=choice(0,1) seed=2", "seed: given twice"),
+        ("seed=2", "needs something to search"),
+        ("seed=choice(0,1) name=x", "name: a sweep names"),
+        ("seed=choice(0,1) sweep=best", "sweep=best: unknown; choose one of asha, bayes, grid, pbt, random"),
+        ("seed=choice(0,1) sweep.trails=2", "sweep.trails: no such key"),
+        ("seed=choice(0,1) sweep.trials=0", "sweep.trials=0: must be at least 1"),
+        ("seed=choice(0,1) sweep.grace_steps=2", "only sweep.scheduler=asha reads it"),
+        ("seed=choice(0,1) sweep=grid sweep.trials=2", "leave it out"),
+        ("algorithm.lr=uniform(1,2) sweep=grid", "a grid needs choice(…) or range(…)"),
+        ("seed=range(0,300) sweep=grid", "the grid has 300 combinations"),
+        ("steps=choice(5,10) sweep=asha eval_every=1", "steps and eval_every cannot be searched"),
+        ("seed=choice(0,1) sweep=asha eval_every=0", "eval_every: asha compares trials on their way"),
+        ("seed=choice(0,1) sweep=pbt sweep.trials=1", "a population has at least 2"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_in_one_line(words: str, said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        plan_sweep(["experiment=toy", *words.split()])
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_short_run_can_be_swept() -> None:
+    assert plan_sweep(["experiment=toy", "steps=1", "seed=choice(0,1)"])[0].num_trials == 16
+
+
+def test_hydras_own_sweeps_are_a_grid() -> None:
+    words = hydra_words(["experiment=toy", "algorithm.lr=2.0,4.0", "seed=range(0,3)"])
+    assert words == ["experiment=toy", "algorithm.lr=choice(2.0,4.0)", "seed=choice(0,1,2)", "sweep=grid"]
+    assert plan_sweep(words)[0].num_trials == 6
+    assert hydra_words(["seed=0,1", "sweep=random"]) == ["seed=choice(0,1)", "sweep=random"]
+
+
+def test_the_trials_of_a_sweep_are_one_group_and_of_pbt_have_checkpoints() -> None:
+    plan, _ = plan_sweep(["experiment=toy", "seed=choice(0,1)", "sweep=pbt", "eval_every=2"])
+    assert trial_words(plan, "sweep-1") == ("tracking.group=sweep-1", "checkpoint_every=2")
+
+
+def record(number: int, *rewards: float, state: str = "done", lr: str = "2") -> TrialRecord:
+    name = f"trial-{number:03d}"
+    points = tuple((2 * index, reward) for index, reward in enumerate(rewards))
+    return TrialRecord(name=name, words=(f"algorithm.lr={lr}", "seed=1"), state=state, run=name, rewards=points)
+
+
+def test_the_best_trial_is_of_those_that_did_not_fail_and_of_equal_ones_the_furthest() -> None:
+    records = [record(0, 0.1, 0.5), record(1, 0.1, 0.4, 0.5), record(2, 0.9, state="failed"), record(3)]
+    assert best_of(records) is records[1]
+    assert best_of(records[2:]) is None
+
+
+def test_the_best_config_is_an_experiment_that_trains_the_same(tmp_path: Path) -> None:
+    plan, _ = plan_sweep([*ASKED, "credit=choice(identical,air)"])
+    best = TrialRecord(name="trial-001", words=("algorithm.lr=2.5", "seed=1", "credit=air"), rewards=((2, 0.5),))
+    file = tmp_path / "experiment" / "best.yaml"
+    file.parent.mkdir()
+    file.write_text(best_experiment(plan, best))
+    ours = load([f"experiment={file}"])
+    assert ours.experiment == "toy_best"
+    ours.experiment = "toy"
+    assert ours == load([*plan.fixed, *best.words])
+
+
+def test_a_sweep_leaves_its_trials_its_best_and_two_pictures(tmp_path: Path) -> None:
+    plan, _ = plan_sweep(ASKED)
+    folder = SweepFolder.create(tmp_path, plan)
+    view = SweepView(plan, Console(file=(tmp_path / "said").open("w"), width=80), [])
+    for one in (record(0, 0.1, 0.5), record(1, 0.1, 0.7, lr="3"), record(2, state="failed", lr="4")):
+        view.changed(one)
+    folder.write(view.records)
+    assert SweepFolder.open(folder.path).read() == view.records
+    assert folder.command() == ASKED
+    assert finish_sweep(plan, folder, view.records) == record(1, 0.1, 0.7, lr="3")
+    for picture in (folder.curves, folder.parallel):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_of_few_and_equal_values_are_drawn(tmp_path: Path) -> None:
+    plot_curves([Curve("a", []), Curve("b", [(0, 0.5)], highlight=True)], tmp_path / "a.png", "a")
+    plot_parallel(
+        [Axis("lr", ["1", "1"]), Axis("x", ["a", "a"], ("a",))], [0.5, float("nan")], 0, tmp_path / "b.png", "b"
+    )
+    assert (tmp_path / "a.png").stat().st_size > 0 < (tmp_path / "b.png").stat().st_size
+
+
+def trial(sweep: Path, *words: str, name: str = "trial-000") -> Trial:
+    (sweep / "logs").mkdir(exist_ok=True)
+    return Trial(sweep=sweep, name=name, words=("steps=4", "eval_every=2", *words), program=PROGRAM)
+
+
+def test_a_trial_tells_each_evaluation_and_its_end(tmp_path: Path) -> None:
+    one = trial(tmp_path, "algorithm.lr=2")
+    results = [one.next_result() for _ in range(3)]
+    assert [(result.step, result.reward) for result in results] == [(0, 0.0), (2, 0.04), (4, 0.08)]
+    assert [result.finished for result in results] == [False, False, True]
+
+
+def test_a_trial_that_breaks_down_says_its_last_line(tmp_path: Path) -> None:
+    one = trial(tmp_path, "algorithm.lr=2", "seed=13")
+    one.next_result()
+    with pytest.raises(TrialFailed, match="trial-000 ended with exit code 1: agl: the engine broke down"):
+        one.next_result()
+
+
+def test_a_trial_that_was_stopped_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    one = trial(tmp_path, "algorithm.lr=2", "seed=14")
+    one.next_result()
+    one.stop()
+    again = trial(tmp_path, "algorithm.lr=2", "seed=14")
+    while not (result := again.next_result()).finished:
+        pass
+    assert result.step == 4
+    assert [folder.name for folder in tmp_path.glob("trial-*")] == ["trial-000"]
+
+
+def test_a_trial_goes_on_from_the_checkpoint_of_a_better_one_in_a_new_run(tmp_path: Path) -> None:
+    good = trial(tmp_path, "experiment=toy", "algorithm.lr=3", "checkpoint_every=2")
+    good.next_result()
+    good.next_result()
+    worse = trial(tmp_path, "experiment=toy", "algorithm.lr=2", name="trial-001")
+    worse.next_result()
+    worse.stop()
+    other = trial(tmp_path, "experiment=toy", "algorithm.lr=4", name="trial-001")
+    other.adopt(*good.saved())
+    result = other.next_result()
+    good.stop()
+    assert (result.step, result.reward, result.finished) == (4, 0.16, True)
+    assert other.run.name == "trial-001-2"
+    assert evaluations(other.run / "metrics.jsonl") == [(0, 0.0), (2, 0.06), (4, 0.16)]
