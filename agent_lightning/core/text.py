@@ -1,0 +1,54 @@
+"""Texts for people: errors as one line, and secrets hidden from what is shown, recorded or sent."""
+
+from __future__ import annotations
+
+import re
+
+LONGEST_LINE = 300
+"""Characters of an error that `error_line` keeps."""
+
+_ATTEMPT_URL = re.compile(r"(/attempt/\d+/)[0-9a-f]{32}")
+
+
+def one_line(text: object) -> str:
+    """The text with every run of white space, line breaks too, as one space."""
+    return " ".join(str(text).split())
+
+
+def error_line(error: BaseException) -> str:
+    """An error as one line: its type and the first line of its message.
+
+    A group of errors is shown as its first member. Only `\\n` ends a line: other separators may be a user's text.
+
+    Example:
+
+        error_line(ValueError("no\\nway"))  # "ValueError: no"
+    """
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    first = str(error).strip().split("\n")[0].strip()
+    return f"{type(error).__name__}: {first or 'no message'}"[:LONGEST_LINE]
+
+
+def last_line(text: str) -> str:
+    """The last line that is not blank, without white space at its ends; "" if there is none."""
+    return next((line.strip() for line in reversed(text.split("\n")) if line.strip()), "")
+
+
+def hide_secret(text: str, secret: str) -> str:
+    """The text with each occurrence of `secret` replaced by as many stars, so that lengths and offsets stay.
+
+    Every text that leaves an attempt passes here: agents tell the model, their instrumentor or their error messages the
+    URL that they call, and the URL holds the attempt's secret.
+    """
+    return text.replace(secret, "*" * len(secret)) if secret else text
+
+
+def hide_attempt_secrets(text: str) -> str:
+    """The text with the secret of every attempt's URL hidden, where the secrets themselves are not known.
+
+    Example:
+
+        hide_attempt_secrets(".../attempt/1/0123456789abcdef0123456789abcdef/v1")  # ".../attempt/1/***/v1"
+    """
+    return _ATTEMPT_URL.sub(r"\1***", text)
