@@ -4,17 +4,17 @@
   + UserError           bad input from a person: one line, exit code 2
     - ConfigError       a key, a type or a value of the config
     - DataError         a task file or row
-  + RolloutError        something a rollout did; becomes an outcome, never a crash
-    - UnknownRollout    a key that is not open: never admitted, ended, or an older attempt
+  + RolloutError        a fault of one rollout; becomes its outcome, never a crash
+    - UnknownRollout    a key that is not open: never admitted, ended, or of an older attempt
     - RewardError       a reward that is not a number in the declared range
     - AgentProcessError the agent's process died
   + JournalError        the journal cannot be written or read
     - JournalDamaged    a broken record in the middle of it
     - JournalFull       it has reached its limit on disk
-  + PartDied            a process that the run cannot do without is gone; it goes on from a checkpoint
-  + EngineError         the policy's engine could not do what was asked
-  + StepFailed          a whole step of rollouts failed: the run stops, with the reasons counted
-  + BooksError          what came in is not what was trained and dropped: a fault of this package
+  + PartDied            a process that the run needs has died; the run resumes from a checkpoint
+  + EngineError         the policy's engine could not do its work
+  + StepFailed          all rollouts of a step failed: the run stops, with the reasons counted
+  + AccountingError     rollouts or tokens received != trained + dropped: a fault of this package
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 
 class AgentLightningError(Exception):
-    """Root of everything this package raises on purpose."""
+    """The root of all errors that this package raises on purpose."""
 
 
 class UserError(AgentLightningError):
@@ -39,11 +39,11 @@ class DataError(UserError):
 
 
 class RolloutError(AgentLightningError):
-    """Something a rollout did. Becomes an outcome."""
+    """A fault of one rollout, which becomes its outcome."""
 
 
 class UnknownRollout(RolloutError):
-    """The key is not open: never admitted, already ended, or of an older attempt."""
+    """The key is not open: it was never admitted, has ended, or names an older attempt."""
 
 
 class RewardError(RolloutError):
@@ -59,7 +59,7 @@ class JournalError(AgentLightningError):
 
 
 class JournalDamaged(JournalError):
-    """A record is broken that is not the torn end: nothing from there on is believed."""
+    """A record before the journal's end is broken: neither it nor any record after it can be trusted."""
 
     def __init__(self, path: Path, offset: int, why: str) -> None:
         super().__init__(f"{path} is damaged at byte {offset}: {why}")
@@ -72,20 +72,20 @@ class JournalDamaged(JournalError):
 
 
 class JournalFull(JournalError):
-    """The journal may not grow: new rollouts and calls are refused, what runs may end."""
+    """The journal has reached its size limit: new rollouts and calls are refused, running attempts may end."""
 
 
 class PartDied(AgentLightningError):
-    """A process that the run cannot do without is gone. The message names it."""
+    """A process that the run needs has died. The message names it."""
 
 
 class EngineError(AgentLightningError):
-    """The policy's engine could not do what was asked."""
+    """The policy's engine could not do its work."""
 
 
 class StepFailed(AgentLightningError):
     """Every rollout of a step failed. The message counts the reasons."""
 
 
-class BooksError(AgentLightningError):
-    """Rollouts or tokens that came in are neither trained nor dropped, or both. The message has the totals."""
+class AccountingError(AgentLightningError):
+    """The rollouts or tokens received are not the sum of those trained and dropped. The message has the totals."""

@@ -1,4 +1,4 @@
-"""Metric values that merge: functions return them, the loop logs one merged record a step.
+"""Metric values that can be merged: functions return them, and the loop logs one merged record for each step.
 
 Example:
 
@@ -13,7 +13,7 @@ from typing import Protocol, Self
 
 
 class Metric(Protocol):
-    """A value that can be combined with another of its kind."""
+    """A value that can be merged with another of its own class."""
 
     @property
     def value(self) -> float: ...
@@ -23,7 +23,7 @@ class Metric(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """An average that remembers how many values it stands for."""
+    """An average that knows how many values it is the average of."""
 
     total: float
     count: float
@@ -43,6 +43,8 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
+    """A total."""
+
     value: float
 
     def merge(self, other: Sum) -> Sum:
@@ -51,6 +53,8 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Max:
+    """A maximum."""
+
     value: float
 
     def merge(self, other: Max) -> Max:
@@ -61,7 +65,7 @@ Metrics = Mapping[str, Mean | Sum | Max]
 
 
 def merge(*records: Metrics) -> dict[str, Mean | Sum | Max]:
-    """Combine records key by key. Raises TypeError where one key has two kinds."""
+    """Merge records key by key. Raises TypeError if a key has metrics of two classes."""
     merged: dict[str, Mean | Sum | Max] = {}
     for record in records:
         for name, value in record.items():
@@ -80,5 +84,5 @@ def merge(*records: Metrics) -> dict[str, Mean | Sum | Max]:
 
 
 def values(metrics: Metrics) -> dict[str, float]:
-    """The plain numbers of a record."""
+    """Each metric as a plain number."""
     return {name: metric.value for name, metric in metrics.items()}

@@ -23,6 +23,7 @@ from typing import Final
 from agent_lightning.core import process_tags as marks
 from agent_lightning.core.errors import AgentProcessError
 from agent_lightning.core.process_tags import CLUSTER, MARK, kill_marked
+from agent_lightning.core.text import last_line
 
 _TAIL: Final = 1 << 20
 """Bytes kept of what a child prints: enough for any result, and a bound on a child that prints forever."""
@@ -59,11 +60,6 @@ async def run_child(command: Sequence[str], *, stdin: str, env: Mapping[str, str
     if child.returncode != 0:
         raise AgentProcessError(last_line(stderr.decode(errors="replace")) or f"exit code {child.returncode}")
     return stdout.decode(errors="replace")
-
-
-def last_line(text: str) -> str:
-    """The last that is not blank."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def guard(name: str, start: str, *, grace_s: float = 0.0) -> subprocess.Popen[bytes]:

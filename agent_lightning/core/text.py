@@ -15,8 +15,8 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def error_line(error: BaseException) -> str:
-    """An error as one line: its type and the first line of its message.
+def error_line(error: BaseException, *, secret: str = "") -> str:
+    """An error as one line: its type and the first line of its message, with `secret` hidden.
 
     A group of errors is shown as its first member. Only `\\n` ends a line: other separators may be a user's text.
 
@@ -26,7 +26,7 @@ def error_line(error: BaseException) -> str:
     """
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    first = str(error).strip().split("\n")[0].strip()
+    first = hide_secret(str(error), secret).strip().split("\n")[0].strip()
     return f"{type(error).__name__}: {first or 'no message'}"[:LONGEST_LINE]
 
 
@@ -52,3 +52,8 @@ def hide_attempt_secrets(text: str) -> str:
         hide_attempt_secrets(".../attempt/1/0123456789abcdef0123456789abcdef/v1")  # ".../attempt/1/***/v1"
     """
     return _ATTEMPT_URL.sub(r"\1***", text)
+
+
+def replace_surrogates(text: str) -> str:
+    """The text with each half of a surrogate pair as "?": a model can be made to write one, and it is no UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Work that has to end: within a time, or soon after it is cancelled."""
+"""Work with a time limit: blocking functions run in threads, coroutines are cancelled."""
 
 from __future__ import annotations
 
@@ -15,49 +15,57 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _CANCELS: Final = 5
+"""How often `run_cancellable` cancels its work."""
 _CANCEL_WAIT: Final = 0.5
-"""How often a coroutine is cancelled, and the seconds that it then has each time."""
+"""Seconds that the work has to end after each cancellation."""
 
 
-async def awaited(work: Awaitable[T], timeout_s: float, what: str) -> T:
-    """The result of async work, which is cancelled after `timeout_s` seconds. Raises TimeoutError, naming `what`."""
+def start_thread(work: Callable[[], T], name: str) -> Future[T]:
+    """Run a blocking function in a daemon thread of its own, with the caller's context variables.
+
+    A hanging function takes no slot of a pool from others, and does not keep the process alive.
+    """
+    result: Future[T] = Future()
+    result.set_running_or_notify_cancel()
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        try:
+            result.set_result(context.run(work))
+        except StopIteration:  # asyncio's futures refuse it
+            result.set_exception(RuntimeError("StopIteration"))
+        except BaseException as error:  # the thread's boundary: the error is raised to whoever waits for the result
+            result.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return result
+
+
+def call_with_timeout(work: Callable[[], T], timeout_s: float, name: str) -> T:
+    """Run a blocking function in a thread, and abandon the thread after `timeout_s` seconds. Raises TimeoutError."""
+    result = start_thread(work, name)
+    if not wait((result,), timeout_s).done:
+        raise _timeout_error(name, timeout_s)
+    return result.result()
+
+
+async def await_with_timeout(work: Awaitable[T], timeout_s: float, name: str) -> T:
+    """Await `work`, and cancel it after `timeout_s` seconds. Raises TimeoutError with `name` in its message."""
     clock = asyncio.timeout(timeout_s)
     try:
         async with clock:
             return await work
     except TimeoutError:
         if clock.expired():
-            raise _late(what, timeout_s) from None
-        raise  # its own
+            raise _timeout_error(name, timeout_s) from None
+        raise  # the work itself raised it
 
 
-def begun(work: Callable[[], T], what: str) -> Future[T]:
-    """Blocking work, in a thread that keeps no process alive."""
-    ended: Future[T] = Future()
-    ended.set_running_or_notify_cancel()
-    carried = contextvars.copy_context()
+async def run_cancellable(work: Awaitable[Any]) -> Any:
+    """Await `work`. If this call is cancelled, cancel the work up to five times, then abandon it.
 
-    def run() -> None:
-        try:
-            ended.set_result(carried.run(work))
-        except BaseException as error:  # the thread's boundary: it is raised where it is waited for
-            ended.set_exception(error)
-
-    threading.Thread(target=run, name=what, daemon=True).start()
-    return ended
-
-
-def called(work: Callable[[], T], timeout_s: float, what: str) -> T:
-    """The result of blocking work, in a thread, which is left behind after `timeout_s` seconds. Raises TimeoutError."""
-    ended = begun(work, what)
-    if not wait((ended,), timeout_s).done:
-        raise _late(what, timeout_s)
-    return ended.result()
-
-
-async def stoppable(work: Awaitable[Any]) -> Any:
-    """The result of async work. Where this is cancelled, so is the work, again and again: code that swallows one
-    cancellation seldom swallows five. What goes on even then is left behind."""
+    Code that swallows one cancellation seldom swallows five.
+    """
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
@@ -69,9 +77,9 @@ async def stoppable(work: Awaitable[Any]) -> Any:
             await asyncio.wait((task,), timeout=_CANCEL_WAIT)
         else:
             logger.warning("an agent does not stop when it is cancelled, and is left behind")
-        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody else looks at it
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody else retrieves the error
         raise
 
 
-def _late(what: str, timeout_s: float) -> TimeoutError:
-    return TimeoutError(f"{what}: not done after {timeout_s:g} s")
+def _timeout_error(name: str, timeout_s: float) -> TimeoutError:
+    return TimeoutError(f"{name}: not done after {timeout_s:g} s")

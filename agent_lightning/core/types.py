@@ -1,10 +1,14 @@
 """The nouns of the system: frozen dataclasses over read-only NumPy arrays.
 
-Shape legend, used as a suffix of names: `_T` tokens of one sequence, `_N` rows of a batch, `_G` groups,
-`_R` rollouts of a group. `token_NT` has shape [N, T].
+A task is run as a group of rollouts. A rollout has one attempt or more (`RolloutKey`). An attempt leaves spans
+(`ModelCall`, `ToolCall`, `Reward`, `AgentSpan`), which become a `Trajectory`; trajectories become `Sample`s to train
+on, and samples become a `Batch`.
 
-Arrays are made read-only on construction, because Ray hands them back read-only: a test on a laptop
-then fails in the same way a cluster would.
+Names end in the shape of their array: `_T` tokens of one sequence, `_N` rows of a batch, `_G` groups, `_R` rollouts of
+a group. `token_NT` has shape [N, T].
+
+Arrays are made read-only on construction, because Ray returns them read-only: a test on a laptop then fails in the same
+way as a cluster would.
 """
 
 from __future__ import annotations
@@ -21,70 +25,72 @@ Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 InFlight = Literal["wait", "keep", "restart"]
-"""What becomes of a call that an update of the weights finds unfinished; see serving/gate.py."""
+"""What happens to a call that is running when the policy's weights are updated; see serving/gate.py."""
 Split = Literal["train", "val"]
 Source = Literal["gateway", "trace", "request"]
-"""Where a span was seen: at the gateway; in a trace that the agent's side sent (OpenTelemetry); or in the next
-request, whose tool messages answer the last reply."""
-
+"""Where a span was seen: at the gateway; in a trace that the agent's process sent (OpenTelemetry); or in a later
+request, whose tool messages answer an earlier reply."""
 
 DEFAULT_AGENT = "agent"
-"""The name in a rollout's URL where nobody chose another."""
+"""The agent's name in a rollout's URL, unless the config or the agent chooses another."""
 
 
 class Outcome(StrEnum):
-    """How a rollout ended. Exactly one for each admitted rollout."""
+    """How a rollout ended. Every admitted rollout gets exactly one outcome."""
 
     FINISHED = "finished"
     """The agent returned and its reward is a number in the declared range."""
     AGENT_ERROR = "agent_error"
     """The agent raised, or its process exited with an error."""
     TOOL_ERROR = "tool_error"
-    """The same, with an error that the config says is its surroundings' and not its own (agent.tool_errors)."""
+    """Like AGENT_ERROR, but the error matches `agent.tool_errors`: a tool or service failed, not the agent."""
     TIMEOUT = "timeout"
     """The deadline of the rollout passed."""
     NO_MODEL_CALL = "no_model_call"
-    """The agent returned without one recorded call of the policy."""
+    """The agent returned, but no call of the policy was recorded."""
     OVERLONG_PROMPT = "overlong_prompt"
     """A prompt did not fit in the model's context."""
     ENGINE_ERROR = "engine_error"
     """The engine failed to answer a call."""
     TOO_MANY_CALLS = "too_many_calls"
-    """The agent asked for more model calls than a rollout may make."""
+    """The agent made more model calls than a rollout may make."""
     BAD_REWARD = "bad_reward"
     """The reward is None, not a number, not finite, or outside the declared range."""
     WORKER_LOST = "worker_lost"
-    """The worker that ran it died, or was not heard of any more."""
+    """The worker that ran the rollout died, or its lease expired."""
     CANCELLED = "cancelled"
-    """The run stopped, or the rollout's group was given up."""
+    """The run stopped, or the rollout's group was abandoned."""
 
 
 class ToolStatus(StrEnum):
-    """How a tool call went."""
+    """How a tool call ended."""
 
     OK = "ok"
     ERROR = "error"
-    """The tool said that it failed."""
+    """The result is an error message."""
     INVALID_ARGUMENTS = "invalid_arguments"
-    """The arguments are not a JSON object, or the tool would not have them."""
+    """The arguments are not a JSON object, or the tool rejected them."""
     TIMEOUT = "timeout"
+    """The result says that the tool ran out of time."""
     EMPTY = "empty"
     """The tool returned nothing."""
     UNANSWERED = "unanswered"
-    """No later request had a result: the agent stopped, or did not run the tool."""
+    """No later request contains a result: the agent stopped, or did not run the tool."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """A row of data."""
+    """A row of the data set: what an agent has to solve."""
 
     task_id: str
+    """The row's id, unique in its data set."""
     payload: Mapping[str, Any]
+    """The row's columns, as the agent and the reward function receive them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class RolloutKey:
-    """One attempt at one rollout.
+    """The name of one attempt at one rollout.
 
     Example:
 
@@ -95,10 +101,11 @@ class RolloutKey:
 
     split: Split
     group: int
-    """Number of the group in its split, counted from 0 in the order of admission."""
+    """The group's number in its split, counted from 0 in the order of admission."""
     index: int
-    """Which of the group's rollouts, from 0."""
+    """The rollout's number in its group, from 0."""
     attempt: int = 0
+    """The attempt's number, from 0: a rollout that failed may be tried again."""
 
     @property
     def group_id(self) -> str:
@@ -119,16 +126,18 @@ class RolloutKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """The versioned thing an agent may depend on: an endpoint, a model name, and how it samples."""
+    """The model that is trained, as an agent sees it: an endpoint, a model name, and sampling parameters."""
 
     version: int
+    """How often the weights have been updated."""
     base_url: str
-    """OpenAI base URL of this rollout, ending in /v1: it carries rollout, attempt, secret and agent name."""
+    """OpenAI base URL of this attempt, ending in /v1: it contains rollout, attempt, secret and agent name."""
     model: str
+    """The model name that requests must contain."""
     api_key: str = "agent-lightning"
     """Any string: the secret is in the URL."""
     sampling: Mapping[str, float | int] = field(default_factory=dict)
-    """What the gateway asks of the engine, e.g. {"temperature": 1.0, "max_tokens": 64}."""
+    """Sampling parameters that the gateway sends to the engine, e.g. {"temperature": 1.0, "max_tokens": 64}."""
 
     @property
     def anthropic_base_url(self) -> str:
@@ -138,42 +147,44 @@ class Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCall:
-    """A span: one call of the policy, with exactly what the engine read and sampled."""
+    """A span: one call of the policy, with exactly the tokens that the engine read and sampled."""
 
     key: RolloutKey
     call_id: str
-    """Unique in the run; the id of the reply that the agent saw."""
+    """The id of the reply that the agent received; unique in the run."""
     agent: str
-    """Name of the agent that called: from the header, the URL, or the agent span above."""
+    """Name of the agent that made the call: from the header, the URL, or the agent span above."""
     policy_version: int
-    """When it began: no token is of an older one."""
+    """Version of the weights when the call began: no token was sampled by an older version."""
     prompt_T: Ints
+    """Token ids that the engine read."""
     response_T: Ints
-    """Sampled tokens, the end-of-turn token included where it was sampled."""
+    """Token ids that the engine sampled, including the end-of-turn token if it was sampled."""
     logprob_T: Floats
-    """Of each token of `response_T`, as the engine sampled it; natural logarithm. NaN where it is not known."""
+    """Natural log-probability of each token of `response_T` when it was sampled; NaN if unknown."""
     finish_reason: str
-    """stop, length, tool_calls, …: the engine's word."""
+    """Why the reply ended, in the engine's words: stop, length, tool_calls, …"""
     started_at: float
     """Unix seconds."""
     ended_at: float
     request: str = ""
     """JSON text of the messages that the agent sent."""
     reply: str = ""
-    """JSON text of the message that the agent got."""
+    """JSON text of the message that the agent received."""
     span_id: str = ""
-    """Its own id in a trace, where one shows it."""
+    """The call's own id in a trace; "" if no trace shows the call."""
     parent_id: str = ""
-    """Of the span above, "" where none is known."""
+    """Id of the span above; "" if none is known."""
     model: str = ""
-    """Its name in a trace; "" is the policy's."""
+    """The model's name in a trace; "" for the policy."""
     error: str = ""
-    """Why there is no reply, in a trace; "" where there is one."""
+    """Why a trace shows no reply; "" if there is a reply."""
     source: Source = "gateway"
-    """From a trace it is another model's call, or one of another run: it has no tokens and is never trained."""
+    """A call with source "trace" was made to another model, or in another run. It is never trained."""
     last_version: int | None = None
-    """When it ended, where serving.in_flight=keep let an update come between: no token is of a newer one. None: it has
-    one version. Each log-probability is that of the version which sampled the token."""
+    """Version of the weights when the call ended, if an update happened while it ran (serving.in_flight=keep): no token
+    was sampled by a newer version. None: a single version sampled all tokens. Each log-probability was computed by the
+    version that sampled the token."""
 
     def __post_init__(self) -> None:
         if self.response_T.shape != self.logprob_T.shape:
@@ -187,32 +198,33 @@ class ModelCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """A span: one use of a tool, and what became of it."""
+    """A span: one use of a tool, and its result."""
 
     key: RolloutKey
     span_id: str
-    """Unique in the attempt."""
     parent_id: str = ""
-    """Of the span above: the agent, or the model call that asked for it."""
+    """Id of the span above: the agent, or the model call that requested the tool."""
     call_id: str = ""
-    """Of the ModelCall that caused it: whose reply asked for it, or else the last one before it; "" where none was."""
+    """Id of the ModelCall whose reply requested the tool, or else of the last call before it; "" if there was none."""
     tool_call_id: str = ""
-    """The id in that reply, "" where it has none."""
+    """The tool call's id in that reply; "" if it has none."""
     name: str
     arguments: str
-    """As the model wrote them: JSON text, if all is well."""
+    """The arguments as the model wrote them: normally JSON text."""
     result: str = ""
-    """What the tool returned, as text; its error where it failed."""
+    """What the tool returned, as text; its error message if it failed."""
     status: ToolStatus
     started_at: float
-    """Unix seconds; read from requests: when the reply that asked for it was there."""
+    """Unix seconds. With source "request": when the reply that requested the tool was complete."""
     ended_at: float
+    """Unix seconds. With source "request": when the request with the result was sent."""
     source: Source
+    """Where the span was seen: in a trace, or in a later request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
-    """A span: a number that the agent's side gave to something that happened."""
+    """A span: a number with which the agent's process rated the rollout or an event in it (`emit_reward`)."""
 
     key: RolloutKey
     span_id: str
@@ -220,60 +232,81 @@ class Reward:
     """The dimension, e.g. "format"."""
     value: float
     about: str = ""
-    """The `call_id` of a ModelCall or the `span_id` of a ToolCall; "" is the whole rollout."""
+    """The `call_id` of a ModelCall or the `span_id` of a ToolCall; "" for the rollout itself."""
     at: float
     """Unix seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentSpan:
-    """A span: an agent at work; its model calls, tools and sub-agents have it as parent."""
+    """A span: the time in which an agent worked; its model calls, tools and sub-agents have this span as parent."""
 
     key: RolloutKey
     span_id: str
     parent_id: str = ""
+    """Id of the span above; "" if none is known."""
     name: str
     started_at: float
+    """Unix seconds."""
     ended_at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How an attempt ended, or what the gateway reports to have gone wrong in it."""
+
+    outcome: Outcome
+    error: str = ""
+    """What went wrong, as one line; "" for FINISHED."""
+    reward: float | None = None
+    """The final reward; None if the outcome gives none."""
+    output: str = ""
+    """What the agent returned, as text cut to 2,000 characters."""
+    at: float = 0.0
+    """Unix seconds at which the buffer recorded the ending; 0 before that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """The ordered spans of one finished attempt, its reward and its outcome."""
+    """The spans of one finished attempt in the order of time, its reward and its outcome."""
 
     key: RolloutKey
     task_id: str
+    """Id of the task that the agent worked on."""
     calls: tuple[ModelCall, ...]
     reward: float | None
-    """None where the outcome gives no reward."""
+    """The final reward; None if the outcome gives none."""
     outcome: Outcome
     error: str = ""
-    """One line: what went wrong; empty for FINISHED."""
+    """What went wrong, as one line; "" for FINISHED."""
     output: str = ""
-    """What the agent returned, as text cut to a sensible length."""
+    """What the agent returned, as text cut to 2,000 characters."""
     started_at: float = 0.0
+    """Unix seconds."""
     ended_at: float = 0.0
     tools: tuple[ToolCall, ...] = ()
     rewards: tuple[Reward, ...] = ()
-    """Those that the agent's side emitted; `reward` is the rollout's own."""
+    """Rewards that the agent's process emitted; the final reward is `reward`."""
     agents: tuple[AgentSpan, ...] = ()
-    """Where a trace showed them."""
+    """Agents, if a trace shows them."""
     refused_spans: Mapping[str, int] = field(default_factory=dict)
-    """Reason -> spans of its trace that are not among these, or that were repaired."""
+    """Reason -> number of the trace's spans that were left out, or repaired, for this reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """All rollouts of one task, in the order of their index."""
+    """All rollouts of one task."""
 
     group_id: str
     task: Task
+    """The task that all rollouts worked on."""
     trajectories: tuple[Trajectory, ...]
+    """The last attempt of each rollout, in the order of `RolloutKey.index`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One flat training row: a chain of calls whose prompts extend each other.
+    """One flat training row: a chain of calls, each of whose prompts begins with the tokens before it.
 
     Example: prompt [5 6], response [7 8], next prompt [5 6 7 8 9], response [4] become
 
@@ -285,16 +318,17 @@ class Sample:
     policy_version: int
     """The oldest version among the calls of the chain."""
     token_T: Ints
+    """The last call's prompt and response, which contain all earlier ones."""
     mask_T: Bools
     """True where the policy sampled the token and it is trained."""
     logprob_T: Floats
     """The engine's log-probability where `mask_T`, else 0; NaN where the engine gave none."""
     advantage_T: Floats
-    """Where `mask_T`, else 0. All 0 where the learner's critic is to say."""
+    """The advantage where `mask_T`, else 0. All 0 if the learner's critic computes it later."""
     reward_T: Floats
-    """What the rollout earned: a call's share at the last token that it sampled, else 0."""
+    """The reward of each call, at the last token that the call sampled; else 0."""
     call_T: Ints
-    """Which of the rollout's trained calls sampled the token, in their order; 0 where none did."""
+    """Index, among the rollout's trained calls, of the call that sampled the token; 0 for tokens not sampled."""
 
     def __post_init__(self) -> None:
         arrays = (self.token_T, self.mask_T, self.logprob_T, self.advantage_T, self.reward_T, self.call_T)
@@ -306,7 +340,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Right-padded samples of one optimiser step. Rows of one rollout are never split between batches."""
+    """Right-padded samples of one optimiser step. Rows of one rollout are never split between batches.
+
+    The arrays with two dimensions hold, row for row, the arrays of the samples.
+    """
 
     token_NT: Ints
     mask_NT: Bools
@@ -315,12 +352,12 @@ class Batch:
     reward_NT: Floats
     call_NT: Ints
     weight_NT: Floats
-    """How much each trained token counts in the loss; sums to 1 over the batch: each rollout weighs the same
-    (1 / rollouts), spread evenly over its trained tokens. All-zero rows are padding."""
+    """Weight of each trained token in the loss. The weights of a batch sum to 1: each rollout has 1 / num_rollouts,
+    spread evenly over its trained tokens. All-zero rows are padding."""
     length_N: Ints
-    """Tokens of each row before padding."""
+    """Number of tokens of each row before padding."""
     rollout_N: Ints
-    """Which of the batch's rollouts each row is of; -1 for a padding row."""
+    """Index, among the batch's rollouts, of the rollout that each row comes from; -1 for a padding row."""
     num_rollouts: int
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.journal import Fsync, JournalConfig
 from agent_lightning.config.load import Config
 from agent_lightning.core.errors import EngineError, PartDied
-from agent_lightning.core.threads import begun
+from agent_lightning.core.threads import start_thread
 from agent_lightning.launch import placement
 from agent_lightning.launch.preflight import (
     check_memory,
@@ -96,8 +96,8 @@ async def system(
             board=board,
             replica=_toy_replica(config),
         )
-        serving = begun(start, "serving")
-        learning = begun(partial(_learner, config, model, serving) if train else lambda: None, "learner")
+        serving = start_thread(start, "serving")
+        learning = start_thread(partial(_learner, config, model, serving) if train else lambda: None, "learner")
         if not own:  # one's own cluster ends with all that is in it, or starts there
             stack.callback(_stop, serving)
         service, learner = await _both(serving, learning)
@@ -333,7 +333,7 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
             )
 
         hung_s, name = config.rollout.hung_s, f"worker-{node[:8]}"
-        return Workers(make, number=number, buffer=buffer, kill=cluster.kill, hung_s=hung_s, name=name)
+        return Workers(make, number=number, buffer=buffer, kill=cluster.kill, unresponsive_timeout_s=hung_s, name=name)
 
     nodes = Nodes(find, workers, service.scale_gateways if everywhere else None)
     await nodes.start(number)

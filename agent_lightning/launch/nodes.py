@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from agent_lightning.core import actors as cluster
 from agent_lightning.core.errors import EngineError
-from agent_lightning.rollouts.health import Find
+from agent_lightning.rollouts.health import FindGateway
 from agent_lightning.rollouts.supervise import Workers
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ GATEWAY_SECONDS = 120.0
 
 
 async def beside(app: str, timeout: float) -> str:
-    """`Find`, where each node has a gateway of this application of Serve."""
+    """`FindGateway`, where each node has a gateway of this application of Serve."""
     from agent_lightning.serving import app as service  # two seconds; a worker needs it where its gateway is gone
 
     return await service.gateway_here(app, timeout)
@@ -37,7 +37,7 @@ class Nodes:
     """
 
     def __init__(
-        self, find: Find, make: Callable[[str, int, str], Workers], scale: Callable[[int], None] | None
+        self, find: FindGateway, make: Callable[[str, int, str], Workers], scale: Callable[[int], None] | None
     ) -> None:
         """`make`: a number of workers on a node, which ask this gateway. `scale`: to so many gateways, one on each."""
         self._find, self._make, self._scale = find, make, scale
@@ -86,5 +86,5 @@ class Nodes:
         await asyncio.wait((running,))
 
 
-def _found(find: Find) -> str:
+def _found(find: FindGateway) -> str:
     return asyncio.run(find(GATEWAY_SECONDS))

@@ -1,24 +1,23 @@
 """What an agent is: a function or a command, found by name and run in one of four ways.
 
-    mode     an agent is                        it is stopped by            it may block
-    async    async def agent(payload, policy)   cancellation                no: it shares the worker's event loop
-    thread   def agent(payload, policy)         nothing: abandoned          yes
-    process  either of the two                  SIGKILL to its whole tree   yes
-    command  any executable                     SIGKILL to its whole tree   yes
+    mode     what an agent is                   how it is stopped              may it block
+    async    async def agent(payload, policy)   cancellation                   no: it shares the worker's event loop
+    thread   def agent(payload, policy)         not at all: it is abandoned    yes
+    process  either of the two                  SIGKILL to its process tree    yes
+    command  any executable                     SIGKILL to its process tree    yes
 
 A thread cannot be killed in Python: an agent that may hang forever belongs in a process.
 
-Processes and commands find the policy in OPENAI_BASE_URL, OPENAI_API_KEY (or ANTHROPIC_BASE_URL, ANTHROPIC_API_KEY)
-and AGL_MODEL, as most agents already do, their rollout in AGL_ROLLOUT_ID and AGL_ATTEMPT, and where traces go in
-OpenTelemetry's own variables; a function may then take `payload` alone. A command reads the payload as JSON from stdin
-and from AGL_TASK, and its result is the last line that it prints.
+Processes and commands get the policy in OPENAI_BASE_URL and OPENAI_API_KEY (or ANTHROPIC_BASE_URL and
+ANTHROPIC_API_KEY) and AGL_MODEL, which most agents already read; their rollout in AGL_ROLLOUT_ID and AGL_ATTEMPT; and
+the address for traces in OpenTelemetry's own variables. A function may therefore take `payload` alone. A command reads
+the payload as JSON from stdin and from AGL_TASK, and its result is the last line that it prints.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -31,7 +30,6 @@ import re
 import shlex
 import shutil
 import sys
-import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -40,8 +38,9 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from agent_lightning.core.errors import AgentProcessError, ConfigError
-from agent_lightning.core.processes import last_line, run_child
-from agent_lightning.core.threads import stoppable
+from agent_lightning.core.processes import run_child
+from agent_lightning.core.text import last_line
+from agent_lightning.core.threads import run_cancellable, start_thread
 from agent_lightning.core.types import Policy, Task
 from agent_lightning.rollouts.client import Rollout, current_rollout, flush, inside, install
 
@@ -50,17 +49,15 @@ Agent = Callable[..., object]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _RESULT = "AGL_RESULT "
-"""Starts the line on which a child process hands its result back."""
+"""Begins the line on which a child process prints its result."""
 _LONGEST_VARIABLE = 100_000
-"""Linux refuses environment variables of 128 KiB (MAX_ARG_STRLEN): a longer task is on stdin only."""
-
-
+"""Characters of a payload beyond which it is on stdin only: Linux refuses variables of 128 KiB (MAX_ARG_STRLEN)."""
 _IMPORT_ERRORS = (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError, OSError)
-"""What a user's module raises on import when it is wrong."""
+"""Errors with which the import of a user's faulty module ends."""
 
 
 def load(target: str) -> Agent:
-    """The function that a target names. Raises ConfigError where there is none.
+    """The function that a target names. Raises ConfigError if there is none.
 
     Example:
 
@@ -74,14 +71,14 @@ def load(target: str) -> Agent:
         module = _load_file(_find(where)) if where.endswith(".py") else importlib.import_module(where)
     except _IMPORT_ERRORS as error:
         raise ConfigError(f"{target!r} cannot be imported: {type(error).__name__}: {error}") from error
-    found = vars(module).get(name)
-    if not callable(found):
+    function = vars(module).get(name)
+    if not callable(function):
         raise ConfigError(f"{target!r}: there is no function {name!r} in {where}")
-    return cast(Agent, found)
+    return cast(Agent, function)
 
 
 def check(agent: str | Agent, mode: Mode) -> None:
-    """Raise ConfigError where `agent` cannot be run in this mode; what can be known without starting it."""
+    """Raise ConfigError if `agent` cannot be run in this mode, as far as this can be known without starting it."""
     if not isinstance(agent, str):
         if mode in ("process", "command"):
             raise ConfigError(f"mode {mode} needs the agent's name, not a function object")
@@ -91,7 +88,7 @@ def check(agent: str | Agent, mode: Mode) -> None:
         if not words or shutil.which(words[0]) is None:
             raise ConfigError(f"there is no executable for the command {agent!r}")
         return
-    elif mode == "process":  # not loaded: a process keeps the agent's imports out of the worker
+    elif mode == "process":  # not loaded here: a process keeps the agent's imports out of the worker
         where = agent.rpartition(":")[0]
         if where.endswith(".py"):
             _find(where)
@@ -107,12 +104,12 @@ def check(agent: str | Agent, mode: Mode) -> None:
 async def run_agent(
     agent: str | Agent, mode: Mode, task: Task, policy: Policy, rollout: Rollout, *, instrumentors: Sequence[str] = ()
 ) -> object:
-    """What the agent returns for a task: an object, or in mode command a line of text.
+    """Run the agent on a task and return its result: an object, or in mode command a line of text.
 
-    `instrumentors` are turned on in a process; in the other modes they are the caller's.
+    `instrumentors` are turned on in mode process; in the other modes the caller turns them on.
 
-    Raises what the agent raises, and AgentProcessError where its process fails or ends without a result.
-    Cancel it to stop the agent: a process and all its descendants are gone when this returns (`processes.py`).
+    Raises what the agent raises, and AgentProcessError if its process fails or ends without a result. Cancelling this
+    call stops the agent: when it returns, a process and all its descendants are gone (`core.processes`).
     """
     match mode:
         case "async" | "thread":
@@ -137,47 +134,23 @@ async def run_agent(
 
 
 async def call(function: Agent, *arguments: object) -> object:
-    """The result of a function: an async one is awaited, a plain one runs in its own thread.
+    """Call a function: await it if it is async, else run it in a thread of its own.
 
-    Raises what it raises; `sys.exit` becomes AgentProcessError, since it would end the worker. Where this is cancelled,
-    so is an async function; one that swallows that is left behind after a while.
+    Raises what the function raises; `sys.exit` becomes AgentProcessError, since it would end the worker. If this call
+    is cancelled, an async function is cancelled too; if it swallows every cancellation, it is abandoned.
     """
 
     async def run() -> object:
         try:
-            result = function(*arguments) if _is_async(function) else await _in_thread(function, arguments)
+            if _is_async(function):
+                result = function(*arguments)
+            else:
+                result = await asyncio.wrap_future(start_thread(functools.partial(function, *arguments), "agent"))
             return await cast(Awaitable[object], result) if inspect.isawaitable(result) else result
         except SystemExit as error:
             raise AgentProcessError(f"sys.exit({error.code!r}) was called") from error
 
-    return await stoppable(run())
-
-
-async def _in_thread(function: Agent, arguments: Sequence[object]) -> object:
-    """One daemon thread a call: a hung one takes no slot of a pool from other rollouts, and ends with the process."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[object] = loop.create_future()
-    context = contextvars.copy_context()
-
-    def deliver(result: object, error: BaseException | None) -> None:
-        if future.done():  # cancelled: nobody waits for this thread any more
-            return
-        if error is None:
-            future.set_result(result)
-        else:  # a future refuses StopIteration
-            future.set_exception(RuntimeError("StopIteration") if isinstance(error, StopIteration) else error)
-
-    def run() -> None:
-        result, failure = None, None
-        try:
-            result = context.run(function, *arguments)
-        except BaseException as error:  # the thread's boundary: whatever it was is raised where it is awaited
-            failure = error
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(deliver, result, failure)
-
-    threading.Thread(target=run, name="agent", daemon=True).start()
-    return await future
+    return await run_cancellable(run())
 
 
 def _environment(policy: Policy, rollout: Rollout) -> dict[str, str]:
@@ -206,7 +179,7 @@ def _load_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file")
     if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # its siblings can be imported, as when it is run as a script
+        sys.path.insert(0, str(path.parent))  # its siblings can be imported, as if it were run as a script
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up by name
     with contextlib.ExitStack() as undo:
@@ -217,13 +190,13 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def _is_async(function: Agent) -> bool:
-    """Async functions, also under functools.wraps, and objects whose `__call__` is async."""
+    """Whether a function is async, also under functools.wraps, or is an object whose `__call__` is async."""
     unwrapped = inspect.unwrap(function)
     return inspect.iscoroutinefunction(unwrapped) or inspect.iscoroutinefunction(unwrapped.__call__)
 
 
 def _arguments(function: Agent, payload: Mapping[str, Any], policy: Policy) -> tuple[object, ...]:
-    """(payload, policy), or (payload,) for a function with one parameter."""
+    """The arguments for a function: (payload, policy), or (payload,) if it has a single parameter."""
     kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
     positional = kinds.count(inspect.Parameter.POSITIONAL_ONLY) + kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
     takes_policy = positional >= 2 or inspect.Parameter.VAR_POSITIONAL in kinds
@@ -231,7 +204,7 @@ def _arguments(function: Agent, payload: Mapping[str, Any], policy: Policy) -> t
 
 
 def _to_json(value: object) -> str:
-    """JSON text; NumPy numbers and arrays, which rows of Parquet files hold, become plain ones."""
+    """The value as JSON text. NumPy numbers and arrays, which rows of Parquet files hold, become plain values."""
 
     def plain(item: object) -> object:
         if isinstance(item, np.generic | np.ndarray):
@@ -242,7 +215,7 @@ def _to_json(value: object) -> str:
 
 
 def _main() -> None:
-    """The child process of mode "process": a job on stdin, the result on the last line of stdout."""
+    """Run the child process of mode "process": it reads a job from stdin and prints the result on its last line."""
     job = json.loads(sys.stdin.read())
     rollout = current_rollout()
     install(job["instrumentors"])

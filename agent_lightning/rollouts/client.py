@@ -1,4 +1,4 @@
-"""What an agent's own code may import: say what it earned, show its tools, know its rollout.
+"""What an agent's own code may import: it can emit rewards, show its uses of tools, and read which rollout it is in.
 
     @tool
     def search(query: str) -> str: ...
@@ -7,8 +7,8 @@
         span.result = connection.execute(query).fetchall()
     emit_reward(0.2, name="found", about=span)
 
-OpenTelemetry underneath: these are spans of its SDK, sent over OTLP to the URL of the rollout, together with the
-spans of any instrumentor in the process. Outside a run nothing is sent, so an agent runs as it did before.
+Rewards and tools are spans of OpenTelemetry's SDK. They are sent over OTLP to the URL of the rollout, together with the
+spans of any instrumentor in the process. Outside a run nothing is sent, so an agent behaves as without this module.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import logging
 import math
 import numbers
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -35,7 +34,8 @@ from opentelemetry import context, propagate, trace
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 
 from agent_lightning.core.errors import ConfigError, RewardError
-from agent_lightning.core.threads import awaited, called
+from agent_lightning.core.text import hide_attempt_secrets
+from agent_lightning.core.threads import await_with_timeout, call_with_timeout
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +44,12 @@ T = TypeVar("T")
 
 _ROLLOUT = context.create_key("agent_lightning.rollout")
 _UNSENT = 4096
-"""Spans of one rollout that wait to be sent; what comes beyond is dropped."""
+"""Most spans of a rollout that wait to be sent; if there are more, all are dropped."""
 _SEND_TIMEOUT = 30.0
-"""Seconds: a gateway that hundreds of agents ask at once is slow, not gone."""
+"""Seconds that sending may take: a gateway that serves hundreds of agents at once is slow, not gone."""
 _LAST_SPANS = 0.25
-"""Seconds that spans which are still open are waited for."""
-_TELLTALES = (
+"""Seconds for which `close` waits for spans that have not ended."""
+_LOGGERS_WITH_URLS = (
     "opentelemetry.exporter.otlp.proto.http.trace_exporter",
     "httpx",
     "httpx2",
@@ -57,26 +57,25 @@ _TELLTALES = (
     "anthropic._base_client",
     "urllib3.connectionpool",
 )
-"""Loggers that write URLs down."""
-_SECRET = re.compile(r"(/attempt/\d+/)[0-9a-f]{32}")
+"""Loggers whose messages contain the URL that is called, and so the attempt's secret."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """The attempt that the calling code is a part of."""
+    """The attempt that the calling code is part of."""
 
     rollout_id: str
     attempt: int
     base_url: str = field(repr=False)
-    """OpenAI base URL, ending in /v1. It holds the attempt's secret."""
+    """OpenAI base URL, ending in /v1. It contains the attempt's secret."""
 
     @property
     def traces_url(self) -> str:
-        """Takes OTLP over HTTP."""
+        """The URL that accepts spans as OTLP over HTTP."""
         return f"{self.base_url}/traces"
 
     def environment(self) -> dict[str, str]:
-        """Variables by which a process knows that it is a part of this rollout, and of the span that is open now.
+        """Environment variables that make a process part of this rollout, and of the span that is open now.
 
         Example: subprocess.run(command, env=os.environ | current_rollout().environment())
         """
@@ -93,23 +92,24 @@ class Rollout:
 
 
 def current_rollout() -> Rollout | None:
-    """The rollout that this code runs in, None where it is not a part of a run.
+    """The rollout that this code runs in, or None outside a run.
 
     It is known in coroutines, in threads that carry their creator's context (`asyncio.to_thread`, and all threads in a
     rollout worker), and in processes that were started with `Rollout.environment`.
     """
-    found = context.get_value(_ROLLOUT)
-    return found if isinstance(found, Rollout) else _of_process()
+    rollout = context.get_value(_ROLLOUT)
+    return rollout if isinstance(rollout, Rollout) else _rollout_of_process()
 
 
 def emit_reward(
     value: float | Mapping[str, float], *, name: str = "reward", about: ToolSpan | str | None = None
 ) -> None:
-    """Say what the rollout, or one thing in it, is worth.
+    """Emit a reward for the rollout, or for an event in it.
 
-    `about`: a tool's span, its id, or the id of a model's reply; the reward goes to the call that caused it. None is
-    the rollout as a whole: the reward of an agent that returns None, see `spans.emitted`. A mapping has several
-    dimensions at once. Raises RewardError for a value that is not a finite number.
+    `about` is a tool's span, the id of such a span, or the id of a model's reply; the reward is credited to the model
+    call that caused the event. With None the reward is about the rollout: if the agent returns None, it is the final
+    reward (`spans.assemble.emitted_reward`). A mapping gives several named rewards at once. Raises RewardError for a
+    value that is not a finite number.
 
     Example:
 
@@ -132,7 +132,7 @@ def emit_reward(
 
 
 class ToolSpan:
-    """One use of a tool, as a context manager, or as a decorator of a function: made by `tool`."""
+    """One use of a tool, as a context manager or a decorator; made by `tool`."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class ToolSpan:
         self._name, self._arguments, self._call_id, self._timeout_s = name, arguments or {}, call_id, timeout_s
         self._stack = ExitStack()
         self.span_id = ""
-        """16 hex digits while it is open and after; "" outside a run."""
+        """16 hex digits once the block has been entered; "" outside a run."""
         self.result: object = None
         """What the tool returned; set it before the block ends."""
 
@@ -179,7 +179,7 @@ class ToolSpan:
         def opened(*args: P.args, **kwargs: P.kwargs) -> ToolSpan:
             try:
                 arguments: Mapping[str, Any] = signature.bind(*args, **kwargs).arguments
-            except TypeError:  # the call below says so better
+            except TypeError:  # the call below raises it with a better message
                 arguments = {}
             return ToolSpan(name, arguments)
 
@@ -189,7 +189,9 @@ class ToolSpan:
             async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:
                 with opened(*args, **kwargs) as span:
                     work = function(*args, **kwargs)
-                    span.result = await (work if timeout_s is None else awaited(work, timeout_s, f"tool {name}"))
+                    span.result = await (
+                        work if timeout_s is None else await_with_timeout(work, timeout_s, f"tool {name}")
+                    )
                     return span.result
 
             return cast(Callable[P, T], run_async)
@@ -198,7 +200,9 @@ class ToolSpan:
         def run(*args: P.args, **kwargs: P.kwargs) -> T:
             with opened(*args, **kwargs) as span:
                 work = functools.partial(function, *args, **kwargs)
-                result = span.result = work() if timeout_s is None else called(work, timeout_s, f"tool {name}")
+                result = span.result = (
+                    work() if timeout_s is None else call_with_timeout(work, timeout_s, f"tool {name}")
+                )
                 return result
 
         return run
@@ -220,9 +224,9 @@ def tool(
 ) -> Callable[P, T] | ToolSpan:
     """Show a use of a tool: `@tool`, `@tool("name", timeout_s=10)`, or `with tool("name", arguments) as span`.
 
-    `call_id`: of the model's tool call, where the code knows it. An exception goes on, and is the tool's error.
-    `timeout_s`, of a decorated function: seconds until it raises TimeoutError. An async one is cancelled then; a plain
-    one runs in a thread, which cannot be stopped and is left behind.
+    `call_id` is the id of the model's tool call, if the code knows it. An exception is recorded as the tool's error and
+    propagates. `timeout_s` is for decorated functions: the seconds until TimeoutError is raised. An async function is
+    then cancelled; a plain function runs in a thread, which cannot be stopped and is abandoned.
     """
     if isinstance(what, str):
         return ToolSpan(what, arguments, call_id=call_id, timeout_s=timeout_s)
@@ -234,7 +238,7 @@ def tool(
 
 @contextmanager
 def inside(rollout: Rollout) -> Iterator[None]:
-    """Whatever runs in the block, and whatever it starts, is a part of the rollout."""
+    """Make whatever runs in the block, and whatever it starts, part of the rollout."""
     token = context.attach(context.set_value(_ROLLOUT, rollout))
     try:
         yield
@@ -243,10 +247,10 @@ def inside(rollout: Rollout) -> Iterator[None]:
 
 
 def install(instrumentors: Iterable[str] = ()) -> None:
-    """Have the spans of this process sent to their rollouts, and turn instrumentors on by name, each once.
+    """Send the spans of this process to their rollouts from now on, and turn on instrumentors, each once.
 
-    The names are entry points of OpenTelemetry's own group or OpenInference's, e.g. "langchain". Raises ConfigError for
-    one that is not installed.
+    The names are entry points of OpenTelemetry's own group or OpenInference's, e.g. "langchain". Raises ConfigError if
+    an instrumentor is not installed.
     """
     _processor()
     for name in ("threading", *instrumentors):
@@ -254,7 +258,7 @@ def install(instrumentors: Iterable[str] = ()) -> None:
 
 
 def check_instrumentors(names: Iterable[str]) -> None:
-    """Raise ConfigError for one that is not installed."""
+    """Raise ConfigError if an instrumentor is not installed."""
     for name in names:
         _entry_point(name)
 
@@ -266,34 +270,34 @@ def _instrument(name: str) -> None:
 
 def _entry_point(name: str) -> EntryPoint:
     groups = ("opentelemetry_instrumentor", "openinference_instrumentor")
-    found = [one for group in groups for one in entry_points(group=group, name=name)]
-    if not found:
+    points = [point for group in groups for point in entry_points(group=group, name=name)]
+    if not points:
         raise ConfigError(f"agent.instrument: no instrumentor {name!r} is installed in this environment")
-    return found[0]
+    return points[0]
 
 
 def flush(rollout: Rollout) -> None:
-    """Send what waits. Blocks; what cannot be sent is logged and given up."""
+    """Send the rollout's waiting spans. This blocks; spans that cannot be sent are dropped, and this is logged."""
     _processor().send(rollout)
 
 
 async def close(rollout: Rollout) -> None:
-    """Send what waits, at the end of a rollout: spans that end later are no part of it."""
+    """Send the waiting spans at the end of a rollout; spans that end later are not part of it."""
     spans = _processor()
     try:  # a coroutine's last spans may end a moment after it: the event loop closes its asynchronous generators
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_SPANS):
-                while spans.runs(rollout):  # ends with the spans, or the timeout
+                while spans.has_open(rollout):  # ends with the spans, or the timeout
                     await asyncio.sleep(0.005)
-        if spans.waits(rollout):
+        if spans.has_waiting(rollout):
             await asyncio.to_thread(flush, rollout)
-    finally:  # also where this is cancelled
+    finally:  # also if this is cancelled
         spans.forget(rollout)
 
 
 @functools.cache
-def _of_process() -> Rollout | None:
-    """From the variables of `Rollout.environment`."""
+def _rollout_of_process() -> Rollout | None:
+    """The rollout that this process is part of, by the variables of `Rollout.environment`."""
     rollout_id, base_url = os.environ.get("AGL_ROLLOUT_ID"), os.environ.get("OPENAI_BASE_URL")
     if not rollout_id or not base_url:
         return None
@@ -311,48 +315,48 @@ def _tracer() -> trace.Tracer:
 
 
 @functools.cache
-def _processor() -> _Spans:
-    """Put into the process's tracer provider: the one that the user set up, or else a new one."""
+def _processor() -> _RolloutSpans:
+    """The processor of this process's spans, added to the user's tracer provider, or else to a new one."""
     provider = trace.get_tracer_provider()
     if not isinstance(provider, TracerProvider):
         provider = TracerProvider()
         trace.set_tracer_provider(provider)
-    spans = _Spans()
+    spans = _RolloutSpans()
     provider.add_span_processor(spans)
-    for name in _TELLTALES:
-        logging.getLogger(name).addFilter(_hide)
+    for name in _LOGGERS_WITH_URLS:
+        logging.getLogger(name).addFilter(_hide_secrets)
     return spans
 
 
-def _hide(record: logging.LogRecord) -> bool:
-    """Client libraries log what they ask, and an exporter where it cannot send to: without the rollout's secret."""
-    record.msg, record.args = _SECRET.sub(r"\1***", record.getMessage()), None
+def _hide_secrets(record: logging.LogRecord) -> bool:
+    """Hide the attempt's secret in a log record: client libraries log the URLs of requests and of failed exports."""
+    record.msg, record.args = hide_attempt_secrets(record.getMessage()), None
     return True
 
 
-class _Spans(SpanProcessor):
-    """Keeps the ended spans of each rollout until they are sent. In no rollout, no span is kept."""
+class _RolloutSpans(SpanProcessor):
+    """Keeps the ended spans of each rollout until they are sent. Spans outside a rollout are not kept."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[int, Rollout] = {}
         self._ended: dict[Rollout, list[ReadableSpan]] = {}
 
-    def waits(self, rollout: Rollout) -> bool:
+    def has_waiting(self, rollout: Rollout) -> bool:
         return rollout in self._ended
 
-    def runs(self, rollout: Rollout) -> bool:
+    def has_open(self, rollout: Rollout) -> bool:
         with self._lock:
             return rollout in self._open.values()
 
     def forget(self, rollout: Rollout) -> None:
         with self._lock:
-            self._open = {span: one for span, one in self._open.items() if one != rollout}
+            self._open = {span: other for span, other in self._open.items() if other != rollout}
             self._ended.pop(rollout, None)
 
     def on_start(self, span: Span, parent_context: context.Context | None = None) -> None:
-        found = context.get_value(_ROLLOUT, parent_context)
-        rollout = found if isinstance(found, Rollout) else current_rollout()
+        inherited = context.get_value(_ROLLOUT, parent_context)
+        rollout = inherited if isinstance(inherited, Rollout) else current_rollout()
         if rollout is not None:
             with self._lock:
                 self._open[span.get_span_context().span_id] = rollout
@@ -382,7 +386,7 @@ class _Spans(SpanProcessor):
         return True
 
     def shutdown(self) -> None:
-        """At the end of a process that is an agent."""
+        """Send all waiting spans when the process of an agent ends."""
         self.force_flush()
 
 

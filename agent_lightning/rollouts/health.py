@@ -1,4 +1,4 @@
-"""Whether a gateway answers, seen from where its agents are."""
+"""Whether a gateway answers, as seen from the node of its agents."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import aiohttp
 
 from agent_lightning.core.errors import EngineError
 
-Find = Callable[[float], Coroutine[Any, Any, str]]
-"""Root of the gateway that is to be asked, once it answers. Raises EngineError after so many seconds."""
+FindGateway = Callable[[float], Coroutine[Any, Any, str]]
+"""Waits until a gateway answers, and returns its root URL. Raises EngineError after the given number of seconds."""
 _PAUSE = 0.1
 _ANSWER_SECONDS = 3.0
 
 
 async def is_healthy(url: str) -> bool:
-    """`url`: root of the gateway. A proxy whose gateways are all gone answers too, but not with 200."""
+    """Whether the gateway with root `url` answers with 200: a proxy whose gateways are all gone answers otherwise."""
     try:
         clock = aiohttp.ClientTimeout(total=_ANSWER_SECONDS)
         async with aiohttp.ClientSession(timeout=clock) as session, session.get(f"{url}/health") as response:
@@ -28,7 +28,7 @@ async def is_healthy(url: str) -> bool:
 
 
 async def wait_until_healthy(url: str, timeout: float) -> str:
-    """Poll the gateway until it answers; the same URL. Raises EngineError after `timeout` seconds."""
+    """Poll the gateway until it answers, and return its URL. Raises EngineError after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not await is_healthy(url):
         if time.monotonic() > deadline:

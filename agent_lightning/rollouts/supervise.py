@@ -1,7 +1,7 @@
-"""Keeping a run alive: rollout workers that die are replaced, and whoever waits for rollouts hears of trouble.
+"""Supervision of the rollouts of a run.
 
-Workers   one task for each worker: run it, ask it now and then whether it lives, replace it
-watch     says how far the rollouts are; ends with one line where the run had better stop
+Workers   runs rollout workers, checks that they respond, and replaces those that die
+watch     reports the progress of the rollouts, and ends with one line when the run should stop
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from typing import Final, Protocol
 
 from agent_lightning.buffer.buffer import Stats
 from agent_lightning.core.errors import UserError
+from agent_lightning.core.text import error_line, last_line
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS: Final = 0.5
 MOST_DEATHS: Final = 5
-"""Of one worker within `DEATHS_WITHIN` seconds: more is no accident."""
+"""Deaths of a worker within `DEATHS_WITHIN` seconds after which it is not replaced any more."""
 DEATHS_WITHIN: Final = 300.0
 
 
 class Worker(Protocol):
-    """The part of a RolloutWorker that is watched."""
+    """The part of a RolloutWorker that the supervision uses."""
 
     async def run(self) -> None: ...
     async def stop(self) -> None: ...
@@ -35,7 +36,7 @@ class Worker(Protocol):
 
 
 class WatchedBuffer(Protocol):
-    """The part of the Buffer that is used here."""
+    """The part of the Buffer that the supervision uses."""
 
     async def release(self, worker: str) -> int: ...
     async def alarm(self, trouble: str) -> None: ...
@@ -44,10 +45,11 @@ class WatchedBuffer(Protocol):
 
 
 class Workers:
-    """A number of rollout workers, whatever becomes of each.
+    """A constant number of rollout workers, some of which may die.
 
-    A worker whose process dies, or that does not answer for `hung_s` seconds because an agent blocks its event loop,
-    is replaced; the rollouts that it had are over at once. One that cannot be kept alive is reported to the buffer.
+    A worker is replaced if its process dies, or if it does not answer for `unresponsive_timeout_s` seconds because an
+    agent blocks its event loop; its running attempts end at once. If a worker dies again and again, the buffer is told
+    so, and the run stops.
 
     Example:
 
@@ -65,27 +67,27 @@ class Workers:
         number: int,
         buffer: WatchedBuffer,
         kill: Callable[[Worker], None],
-        hung_s: float = 60.0,
+        unresponsive_timeout_s: float = 60.0,
         pause_s: float = 1.0,
         name: str = "worker",
     ) -> None:
-        """`make` starts a worker of the name that it is given. `pause_s`: before a replacement."""
+        """`make` starts a worker with the given name. `pause_s` is the pause before a replacement, in seconds."""
         self._make, self._number, self._buffer, self._kill = make, number, buffer, kill
-        self._hung_s, self._pause_s, self._name = hung_s, pause_s, name
+        self._unresponsive_timeout_s, self._pause_s, self._name = unresponsive_timeout_s, pause_s, name
         self._stopping = asyncio.Event()
         self.replaced = 0
 
     async def run(self) -> None:
-        """Until `stop`. Raises where the buffer is gone."""
+        """Run the workers until `stop` is called. Raises if the buffer is gone."""
         async with asyncio.TaskGroup() as group:
             for number in range(self._number):
-                group.create_task(self._keep(number))
+                group.create_task(self._keep_alive(number))
 
     async def stop(self) -> None:
-        """Have the workers give back what they run, and end."""
+        """Make the workers return their rollouts and end."""
         self._stopping.set()
 
-    async def _keep(self, number: int) -> None:
+    async def _keep_alive(self, number: int) -> None:
         deaths: deque[float] = deque(maxlen=MOST_DEATHS)
         generation = 0
         while not self._stopping.is_set():
@@ -93,17 +95,17 @@ class Workers:
             worker = self._make(name)
             died = await self._until_over(worker)
             if died is None:
-                with contextlib.suppress(Exception):  # where its node is gone, it has not given back what it ran
+                with contextlib.suppress(Exception):  # if its node is gone, it has not returned its rollouts
                     await asyncio.wait_for(self._buffer.release(name), 5.0)
                 return
             lost = await self._buffer.release(name)
-            said = _reason(died)
-            logger.warning("rollout worker %s is replaced, with %d rollouts to run again: %s", name, lost, said)
+            reason = _reason(died)
+            logger.warning("rollout worker %s is replaced, with %d rollouts to run again: %s", name, lost, reason)
             deaths.append(time.monotonic())
             often = len(deaths) == MOST_DEATHS and deaths[-1] - deaths[0] < DEATHS_WITHIN
             if isinstance(died, UserError) or often:
                 times = f"{MOST_DEATHS} times in a row: " if often else ""
-                await self._buffer.alarm(f"a rollout worker died {times}{said}")
+                await self._buffer.alarm(f"a rollout worker died {times}{reason}")
                 return
             self.replaced += 1
             generation += 1
@@ -112,17 +114,17 @@ class Workers:
                     await self._stopping.wait()
 
     async def _until_over(self, worker: Worker) -> BaseException | None:
-        """What a worker died of; None where it was told to stop."""
+        """The error that a worker died of; None if it was stopped."""
         tasks = {
             "running": asyncio.ensure_future(worker.run()),
-            "watching": asyncio.ensure_future(self._until_hung(worker)),
+            "watching": asyncio.ensure_future(self._until_unresponsive(worker)),
             "stopping": asyncio.ensure_future(self._stopping.wait()),
         }
         running = tasks["running"]
         try:
             await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
             if not running.done() and self._stopping.is_set():
-                with contextlib.suppress(Exception):  # it is dead, or dies: there is nothing to give back
+                with contextlib.suppress(Exception):  # it is dead or dying, and has nothing to return
                     await asyncio.wait_for(worker.stop(), 5.0)
                 await asyncio.wait((running,), timeout=10.0)
                 return None
@@ -130,39 +132,39 @@ class Workers:
                 return None if running.cancelled() else running.exception()
             self._kill(worker)
             return tasks["watching"].exception() or TimeoutError(
-                f"it did not answer for {self._hung_s:g} s: an agent blocks its event loop (use agent.mode=process), "
-                "or its node is out of reach"
+                f"it did not answer for {self._unresponsive_timeout_s:g} s: an agent blocks its event loop "
+                "(use agent.mode=process), or its node is out of reach"
             )
         finally:
             for task in tasks.values():
                 task.cancel()
             await asyncio.wait(tasks.values(), timeout=1.0)
 
-    async def _until_hung(self, worker: Worker) -> None:
-        """Ends where the worker does not answer. Raises where it is dead."""
+    async def _until_unresponsive(self, worker: Worker) -> None:
+        """Return when the worker does not answer any more. Raises if it is dead."""
         while True:
             try:
-                async with asyncio.timeout(self._hung_s):
+                async with asyncio.timeout(self._unresponsive_timeout_s):
                     await worker.is_alive()
             except TimeoutError:
                 return
-            await asyncio.sleep(self._hung_s / 10)
+            await asyncio.sleep(self._unresponsive_timeout_s / 10)
 
 
 def _reason(error: BaseException) -> str:
-    """In one line; of a traceback that came over the wire, the error at its end."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-    cause = [f": {lines[-1]}"] if re.match(r"[\w.]*(Error|Exception)\b", lines[-1]) and len(lines) > 1 else []
-    return f"{type(error).__name__}: {lines[0]}{''.join(cause)}"[:500]
+    """An error as one line. If it holds a traceback of another process, the error at its end is added."""
+    line, cause = error_line(error), last_line(str(error))
+    is_remote = re.match(r"[\w.]*(Error|Exception)\b", cause) and not line.endswith(cause)
+    return f"{line}: {cause}"[:500] if is_remote else line
 
 
 async def watch(
-    buffer: WatchedBuffer, tell: Callable[[Stats], None], alive: Callable[[], Awaitable[object]] | None = None
+    buffer: WatchedBuffer, report: Callable[[Stats], None], alive: Callable[[], Awaitable[object]] | None = None
 ) -> str:
-    """Look after the rollouts until cancelled: say how far they are, and give up those whose worker is not heard of.
+    """Watch the rollouts until cancelled: report their progress, and end those whose lease has expired.
 
-    Ends with one line where they had better stop: the circuit breaker has tripped, or no worker can be kept alive.
-    Raises what `alive` raises: something is gone without which no rollout will end.
+    Returns one line if the run should stop: the circuit breaker has tripped, or no worker can be kept alive. Raises
+    what `alive` raises: a process without which no rollout can end is gone.
     """
     while True:
         if alive is not None:
@@ -171,5 +173,5 @@ async def watch(
         stats = await buffer.stats()
         if stats.trouble:
             return stats.trouble
-        tell(stats)
+        report(stats)
         await asyncio.sleep(POLL_SECONDS)

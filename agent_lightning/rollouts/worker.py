@@ -1,6 +1,6 @@
-"""The RolloutWorker: leases rollouts, runs agents, scores what they return, and says how each one ended.
+"""The RolloutWorker: it leases rollouts, runs agents, scores their results, and reports how each attempt ended.
 
-A bad rollout is data: whatever an agent does becomes one Outcome, here and nowhere else.
+A bad rollout is data: whatever an agent does becomes one Outcome, in this module and nowhere else.
 """
 
 from __future__ import annotations
@@ -19,39 +19,44 @@ import numpy as np
 
 from agent_lightning.buffer.buffer import Lease
 from agent_lightning.core.errors import EngineError, RewardError, UnknownRollout
-from agent_lightning.core.types import DEFAULT_AGENT, Outcome, Policy, RolloutKey
+from agent_lightning.core.text import error_line, hide_secret
+from agent_lightning.core.types import DEFAULT_AGENT, Ending, Outcome, Policy, RolloutKey
 from agent_lightning.rollouts.agents import Agent, Mode, call, check, load, run_agent
 from agent_lightning.rollouts.client import Rollout, close, install
-from agent_lightning.rollouts.health import Find, is_healthy, wait_until_healthy
+from agent_lightning.rollouts.health import FindGateway, is_healthy, wait_until_healthy
 
 logger = logging.getLogger(__name__)
 
 _LEASE_WAIT = 5.0
-"""Seconds of one wait for work: it ends sooner where there is some."""
+"""Longest wait for a lease, in seconds; it ends as soon as there is work."""
 _GATEWAY_WAIT = 20.0
-"""Seconds for which a rollout that met no gateway waits for one: less than the grace of a lease."""
+"""Seconds for which a rollout that reached no gateway waits for one: less than the grace period of a lease."""
+_LONGEST_OUTPUT = 2000
+"""Characters of an agent's result that are kept."""
 _UNKNOWN_VERSION = -1
-"""A worker does not follow the policy: the gateway stamps each call with the version that answered."""
+"""The policy version in a worker: it does not follow the updates, and the gateway notes the version of each call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentSpec:
-    """What to run for each task, how to score it, and within which bounds."""
+    """Which agent to run for each task, how to score its result, and within which limits."""
 
     target: str | Agent
     """A name for `agents.load`, a command line, or the function itself."""
     mode: Mode
+    """How the agent is run; see `agents`."""
     reward_target: str | Agent | None = None
-    """`score(payload, output)`, async or plain; None where the agent returns its reward or emits it."""
+    """`score(payload, output)`, async or plain; None if the agent returns or emits its reward."""
     reward_range: tuple[float, float] = (0.0, 1.0)
+    """Lowest and highest reward."""
     timeout_s: float = 600.0
-    """Of the agent and its scoring together."""
+    """Seconds that the agent and its scoring may take together."""
     concurrency: int = 8
-    """Rollouts at a time in one worker."""
+    """Rollouts that a worker runs at a time."""
     tool_errors: tuple[str, ...] = ()
-    """Globs of errors, as `one_line` writes them, that are the surroundings' and not the agent's: TOOL_ERROR."""
+    """Globs over errors as `core.text.error_line` writes them; an error that matches is a TOOL_ERROR."""
     instrumentors: tuple[str, ...] = ()
-    """OpenTelemetry instrumentors to turn on, by the names of their entry points."""
+    """Names of the OpenTelemetry instrumentors (entry points) to turn on."""
 
 
 class RolloutBuffer(Protocol):
@@ -66,18 +71,8 @@ class RolloutBuffer(Protocol):
     ) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
-    """How a rollout went, as its worker sees it."""
-
-    outcome: Outcome
-    reward: float | None = None
-    error: str = ""
-    output: str = ""
-
-
 def to_reward(value: object, reward_range: tuple[float, float]) -> float:
-    """A finite number in the range. Raises RewardError.
+    """The value as a reward: a finite number in the range. Raises RewardError.
 
     Example:
 
@@ -94,26 +89,15 @@ def to_reward(value: object, reward_range: tuple[float, float]) -> float:
     return reward
 
 
-def one_line(error: BaseException, *, secret: str = "") -> str:
-    """An error as one line of at most 300 characters, without the secret that URLs in it would show.
-
-    Example: ValueError("no\\nway") -> "ValueError: no"; of a group of errors, the first.
-    """
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    lines = _hide(str(error), secret).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
-
-
 class RolloutWorker:
-    """Runs agents until `stop`.
+    """Runs agents until `stop` is called.
 
     Example:
 
         worker = RolloutWorker(buffer=buffer, agent=spec, policy_url="http://127.0.0.1:8000", model="policy")
         await worker.run()
 
-    Raises ConfigError on construction where the agent or the reward function cannot be loaded.
+    Raises ConfigError on construction if the agent or the reward function cannot be loaded.
     """
 
     def __init__(
@@ -125,10 +109,10 @@ class RolloutWorker:
         model: str,
         agent_name: str = DEFAULT_AGENT,
         worker: str = "",
-        find: Find | None = None,
+        find: FindGateway | None = None,
     ) -> None:
-        """`policy_url`: root of the gateway. `agent_name`: of the calls whose URL says no other. `worker`: who this is,
-        in the buffer's leases. `find`: the gateway that takes the place of one that is gone; None: the same URL."""
+        """`policy_url` is the gateway's root. `agent_name` names the agent in the URL of its calls. `worker` names this
+        worker in the buffer's leases. `find` locates a gateway when this one is gone; None waits for the same URL."""
         check(agent.target, agent.mode)
         target = agent.reward_target
         self._score = load(target) if isinstance(target, str) else target
@@ -143,41 +127,43 @@ class RolloutWorker:
         self._running: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Lease and run rollouts until `stop`. Raises where the buffer is gone; ConfigError for an instrumentor that is
-        not installed."""
-        # An agent in a process of its own turns them on there.
+        """Lease and run rollouts until `stop`. Raises if the buffer is gone, and ConfigError if an instrumentor is not
+        installed."""
+        # An agent in a process of its own turns its instrumentors on in that process.
         install(self._agent.instrumentors if self._agent.mode in ("async", "thread") else ())
         async with asyncio.TaskGroup() as group:
             feeding = group.create_task(self._feed(group))
-            await self._stopping.wait()  # ends with stop(), or with cancellation where `feeding` failed
+            await self._stopping.wait()  # ends with stop(), or by cancellation if `feeding` failed
             for task in (feeding, *self._running):
                 task.cancel()
 
     async def stop(self) -> None:
-        """Lease no more, and give back the rollouts that run: another worker may retry them."""
+        """Lease no more rollouts, and return the running ones: another worker may retry them."""
         self._stopping.set()
 
     async def is_alive(self) -> bool:
-        """Answers, unless an agent blocks the event loop."""
+        """Return True; a caller waits in vain if an agent blocks the event loop."""
         return True
 
     async def run_one(self, lease: Lease) -> None:
-        """Run one attempt and tell the buffer how it ended."""
+        """Run one attempt and report its ending to the buffer."""
         try:
-            ending = await self._blame(await self._attempt(lease))
+            ending = await self._excuse_without_gateway(await self._attempt(lease))
         except asyncio.CancelledError:
             ending = Ending(outcome=Outcome.CANCELLED, error="the worker was stopped")
-            await self._finish(lease.key, ending, retry=True)  # no fault of the rollout
+            await self._finish(lease.key, ending, retry=True)  # the rollout did nothing wrong
             raise
         await self._finish(lease.key, ending, retry=False)
 
     async def _feed(self, group: asyncio.TaskGroup) -> None:
-        if self._find is not None:  # a worker that replaces another may be told of a gateway that is gone
-            await self._is_answered()
+        if self._find is not None:  # a worker that replaces a dead one may have got the URL of a gateway that is gone
+            await self._reach_gateway()
         while True:  # ends by cancellation, in run()
             free = self._agent.concurrency - len(self._running)
             if free == 0:
-                await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)  # ends: each has a deadline
+                await asyncio.wait(
+                    self._running, return_when=asyncio.FIRST_COMPLETED
+                )  # ends: every task has a deadline
                 continue
             leases = await self._buffer.lease(free, _LEASE_WAIT, deadline=self._agent.timeout_s, worker=self._worker)
             for lease in leases:
@@ -186,7 +172,7 @@ class RolloutWorker:
                 task.add_done_callback(self._running.discard)
 
     async def _attempt(self, lease: Lease) -> Ending:
-        """The boundary that turns anything an agent or a reward function does into data."""
+        """Run agent and reward function; whatever they do, even an error, becomes an Ending."""
         agent, key, output = self._agent, lease.key, ""
         root = f"{self._policy_url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{lease.secret}"
         policy = Policy(version=_UNKNOWN_VERSION, base_url=f"{root}/{self._agent_name}/v1", model=self._model)
@@ -201,30 +187,30 @@ class RolloutWorker:
                     )
                 finally:
                     await close(rollout)
-                output = _hide(str(result), lease.secret)[:2000]
+                output = hide_secret(str(result), lease.secret)[:_LONGEST_OUTPUT]
                 blame = Outcome.BAD_REWARD
                 reward = to_reward(await self._value(lease, result), agent.reward_range)
         except asyncio.CancelledError as error:
             if _is_being_cancelled():
                 raise
-            return Ending(outcome=blame, error=one_line(error), output=output)  # the agent's own doing
+            return Ending(outcome=blame, error=error_line(error, secret=lease.secret), output=output)
         except Exception as error:
             if not clock.expired():
-                line = one_line(error, secret=lease.secret)
-                of_tools = any(fnmatch.fnmatchcase(line, pattern) for pattern in agent.tool_errors)
-                return Ending(outcome=Outcome.TOOL_ERROR if of_tools else blame, error=line, output=output)
-        if clock.expired():  # also where the agent swallowed its cancellation
+                line = error_line(error, secret=lease.secret)
+                is_tool_error = any(fnmatch.fnmatchcase(line, pattern) for pattern in agent.tool_errors)
+                return Ending(outcome=Outcome.TOOL_ERROR if is_tool_error else blame, error=line, output=output)
+        if clock.expired():  # also if the agent swallowed its cancellation
             return Ending(outcome=Outcome.TIMEOUT, error=f"not done after {agent.timeout_s:g} s", output=output)
         return Ending(outcome=Outcome.FINISHED, reward=reward, output=output)
 
-    async def _blame(self, ending: Ending) -> Ending:
-        """An agent that failed while no gateway answered is not at fault."""
-        if ending.outcome is not Outcome.AGENT_ERROR or await self._is_answered():
+    async def _excuse_without_gateway(self, ending: Ending) -> Ending:
+        """The ending, with ENGINE_ERROR instead of AGENT_ERROR if no gateway answered: the agent is not at fault."""
+        if ending.outcome is not Outcome.AGENT_ERROR or await self._reach_gateway():
             return ending
         return replace(ending, outcome=Outcome.ENGINE_ERROR, error=f"no gateway answered: {ending.error}"[:300])
 
-    async def _is_answered(self) -> bool:
-        """Else a gateway is waited for, so that the rollouts which run again are not all spent on it."""
+    async def _reach_gateway(self) -> bool:
+        """Whether the gateway answers. If not, wait for one, so that retries are not all used up meanwhile."""
         if await is_healthy(self._policy_url):
             return True
         with contextlib.suppress(EngineError):
@@ -233,7 +219,8 @@ class RolloutWorker:
         return False
 
     async def _value(self, lease: Lease, result: object) -> object:
-        """What is to be the reward: the score, or the result; a command can only print its own as text."""
+        """The reward before it is checked: the score, the agent's result, or what the agent emitted. A command prints
+        its reward as text."""
         if self._score is not None:
             return await call(self._score, dict(lease.task.payload), result)
         if result is None or result == "":
@@ -252,15 +239,11 @@ class RolloutWorker:
             await self._buffer.finish(
                 key, reward=ending.reward, outcome=ending.outcome, error=ending.error, output=ending.output, retry=retry
             )
-        except UnknownRollout:  # cancelled, or its lease expired: the buffer has ended this attempt already
+        except UnknownRollout:  # the buffer has ended the attempt: it was cancelled, or its lease expired
             logger.info("rollout %s attempt %d had ended already", key.rollout_id, key.attempt)
 
 
-def _hide(text: str, secret: str) -> str:
-    return text.replace(secret, "***") if secret else text
-
-
 def _is_being_cancelled() -> bool:
-    """Whether somebody cancels this task, as opposed to an agent that raised CancelledError by itself."""
+    """Whether the current task is being cancelled; if not, the agent raised CancelledError by itself."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agent_lightning.core.errors import DataError
+from agent_lightning.core.text import replace_surrogates
 from agent_lightning.core.types import (
     AgentSpan,
     Group,
@@ -165,7 +166,11 @@ def _rollout_row(step: int, policy_version: int, group: Group, one: Trajectory) 
     row: dict[str, Any] = {"rollout_id": one.key.rollout_id, "group_id": group.group_id, "split": one.key.split}
     row |= {"attempt": one.key.attempt, "task_id": one.task_id, "step": step, "policy_version": policy_version}
     row |= {"task": json.dumps(dict(group.task.payload), default=str), "reward": one.reward}
-    row |= {"outcome": one.outcome.value, "error": _storable(one.error), "output": _storable(one.output)}
+    row |= {
+        "outcome": one.outcome.value,
+        "error": replace_surrogates(one.error),
+        "output": replace_surrogates(one.output),
+    }
     row |= {"started_at": one.started_at, "ended_at": one.ended_at, "num_calls": len(one.calls)}
     row |= {"calls": [_row(call) for call in one.calls], "tools": [_row(tool) for tool in one.tools]}
     row |= {"rewards": [_row(reward) for reward in one.rewards], "agents": [_row(agent) for agent in one.agents]}
@@ -175,13 +180,10 @@ def _rollout_row(step: int, policy_version: int, group: Group, one: Trajectory) 
 def _row(span: ModelCall | ToolCall | Reward | AgentSpan) -> dict[str, Any]:
     """A span as columns; its key is the row's."""
     values = {field.name: getattr(span, field.name) for field in fields(span) if field.name != "key"}
-    return {_column(name): _storable(value) if isinstance(value, str) else value for name, value in values.items()}
+    return {
+        _column(name): replace_surrogates(value) if isinstance(value, str) else value for name, value in values.items()
+    }
 
 
 def _column(name: str) -> str:
     return _ARRAYS[name][0] if name in _ARRAYS else name
-
-
-def _storable(text: str) -> str:
-    """Half of a surrogate pair, which a model can be made to write, is no UTF-8: it becomes "?"."""
-    return text.encode("utf-8", "replace").decode("utf-8")

@@ -28,7 +28,7 @@ from agent_lightning.credit import batching
 from agent_lightning.credit.assign import Credit
 from agent_lightning.learners.base import Learner, Weights
 from agent_lightning.rollouts.supervise import WatchedBuffer, watch
-from agent_lightning.run.state import Plan, State, check_books
+from agent_lightning.run.state import Plan, State, check_conservation
 
 
 class LoopBuffer(WatchedBuffer, Protocol):
@@ -105,7 +105,7 @@ class Loop:
             await self.save(force=last)
         if self.stop.is_set():
             await self.save(force=True)
-        check_books(self.state)
+        check_conservation(self.state)
         return self.state
 
     async def step(self) -> bool:

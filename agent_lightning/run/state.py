@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from agent_lightning.core.errors import BooksError
+from agent_lightning.core.errors import AccountingError
 from agent_lightning.core.types import Split
 from agent_lightning.credit.rules import CreditRules
 from agent_lightning.run.tasks import TaskCursor
@@ -57,11 +57,11 @@ class State:
     wall_s: float = 0.0
 
 
-def check_books(state: State) -> None:
-    """Every admitted rollout and every sampled token was trained or dropped. Raises BooksError."""
+def check_conservation(state: State) -> None:
+    """Every admitted rollout and every sampled token was trained or dropped. Raises AccountingError."""
     for what, came, trained, dropped in (
         ("rollouts", state.admitted, state.trained, state.dropped),
         ("tokens", state.sampled_tokens, state.trained_tokens, state.dropped_tokens),
     ):
         if came != trained + sum(dropped.values()):
-            raise BooksError(f"{came} {what} came in, but {trained} were trained and {dict(dropped)} dropped")
+            raise AccountingError(f"{came} {what} came in, but {trained} were trained and {dict(dropped)} dropped")

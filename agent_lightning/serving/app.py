@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from agent_lightning.core.errors import EngineError, UserError
-from agent_lightning.core.threads import begun
+from agent_lightning.core.threads import start_thread
 from agent_lightning.core.types import InFlight
 from agent_lightning.rollouts.health import is_healthy
 from agent_lightning.serving.engine import Completion, Part, Refusal
@@ -240,7 +240,7 @@ def start(
         )
         .bind(policy, recorder, gateway)
     )
-    proxy = begun(partial(_start_proxy, config.host, config.port), "proxy")
+    proxy = start_thread(partial(_start_proxy, config.host, config.port), "proxy")
     try:
         _wait_for_controller(proxy)
         # The replicas start while the proxy does: Serve's own `start` would have them wait for it.

@@ -20,10 +20,20 @@ SECRET = "0123456789abcdef0123456789abcdef"
         (ValueError("a\u2028b"), "ValueError: a\u2028b"),
         (ExceptionGroup("two", [KeyError("x"), ValueError("y")]), "KeyError: 'x'"),
         (ValueError("x" * 1000), f"ValueError: {'x' * 288}"),
+        (KeyError(), "KeyError: no message"),
     ],
 )
 def test_an_error_is_one_line(error: Exception, line: str) -> None:
     assert text.error_line(error) == line
+
+
+def test_an_error_that_is_cut_shows_no_part_of_the_secret() -> None:
+    line = text.error_line(ValueError("x" * 280 + SECRET), secret=SECRET)
+    assert line == f"ValueError: {'x' * 280}{'*' * 8}"
+
+
+def test_half_of_a_surrogate_pair_becomes_a_question_mark() -> None:
+    assert text.replace_surrogates("a\ud800b") == "a?b"
 
 
 def test_a_hidden_secret_keeps_the_length_of_the_text() -> None:

@@ -21,7 +21,7 @@ from agent_lightning.core.types import Outcome, Policy, Task, Trajectory
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.agents import Mode, check, load, run_agent
 from agent_lightning.rollouts.client import Rollout
-from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker, one_line, to_reward
+from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker, to_reward
 
 HERE = Path(__file__).parents[1] / "support"
 FILE = f"{HERE}/agents_for_tests.py"
@@ -260,14 +260,6 @@ def test_anything_else_is_not(value: object) -> None:
         to_reward(value, (0.0, 1.0))
 
 
-def test_errors_become_one_short_line() -> None:
-    assert one_line(ValueError("no\nway")) == "ValueError: no"
-    assert one_line(KeyError()) == "KeyError: no message"
-    assert one_line(ExceptionGroup("g", [ValueError("inner")])) == "ValueError: inner"
-    assert len(one_line(ValueError("x" * 1000))) == 300
-    assert one_line(ValueError("at /s3cret/v1"), secret="s3cret") == "ValueError: at /***/v1"
-
-
 # Outcomes.
 
 
@@ -355,9 +347,9 @@ async def test_a_command_that_prints_no_number_has_no_reward() -> None:
 async def test_the_secret_of_the_url_shows_in_no_error(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
     trajectory = await run_task(make_spec(agents.does), do="raise the url")
-    assert "/attempt/0/***/agent/v1" in trajectory.error
+    assert f"/attempt/0/{'*' * 32}/agent/v1" in trajectory.error
     seen = [record.getMessage() for record in caplog.records if record.name.startswith("agent_lightning")]
-    assert any("/***/" in line for line in seen)
+    assert any(f"/{'*' * 32}/" in line for line in seen)
 
 
 # The worker.

@@ -133,7 +133,10 @@ async def test_kill_9_of_a_worker_costs_an_attempt_and_no_rollout(tmp_path: Path
 async def test_a_worker_whose_agent_blocks_it_is_replaced() -> None:
     buffer = cluster.spawn(Buffer, run_secret=RUN_SECRET, retries=Retries(max_attempts=1))
     spec = AgentSpec(target=f"{agents.__file__}:blocks_the_event_loop", mode="async", timeout_s=100.0)
-    async with asyncio.timeout(100), kept(workers_on_ray(buffer, "http://127.0.0.1:9", spec, hung_s=3.0)):
+    async with (
+        asyncio.timeout(100),
+        kept(workers_on_ray(buffer, "http://127.0.0.1:9", spec, unresponsive_timeout_s=3.0)),
+    ):
         await buffer.admit(make_task(), split="train", num_rollouts=1)
         (group,) = await buffer.take(1, split="train")
     assert (group.trajectories[0].outcome, group.trajectories[0].error) == (Outcome.WORKER_LOST, "its worker died")
