@@ -29,11 +29,11 @@ from agent_lightning.buffer.events import (
     Admitted,
     Advanced,
     Called,
+    CallFailed,
     Cancelled,
     Checkpointed,
     Ended,
     Leased,
-    Marked,
     Released,
     Resumed,
     Taken,
@@ -225,10 +225,10 @@ class Buffer:
         rollout = self._open(key, refused="refused_spans")
         return emitted(read(tuple(rollout.raw.values()), key).rewards)
 
-    async def mark(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
+    async def note_failure(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
         """Remember why the gateway refused a call: it explains the exception that the agent may raise next."""
         self._open(key, refused="refused_spans")
-        self._store.note(Marked(key=key, cause=Ending(outcome=outcome, error=error, at=time.time())))
+        self._store.note(CallFailed(key=key, cause=Ending(outcome=outcome, error=error, at=time.time())))
         await self._store.kept()
 
     async def finish(

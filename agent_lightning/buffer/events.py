@@ -51,7 +51,7 @@ class Traced:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Marked:
+class CallFailed:
     key: RolloutKey
     cause: Ending
 
@@ -134,7 +134,7 @@ Event = (
     | Leased
     | Called
     | Traced
-    | Marked
+    | CallFailed
     | Ended
     | Cancelled
     | Taken

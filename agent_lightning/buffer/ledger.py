@@ -19,12 +19,12 @@ from agent_lightning.buffer.events import (
     Advanced,
     Base,
     Called,
+    CallFailed,
     Cancelled,
     Checkpointed,
     Ended,
     Event,
     Leased,
-    Marked,
     Released,
     Resumed,
     Taken,
@@ -67,7 +67,7 @@ class Ledger:
             Leased: self._leased,
             Called: self._called,
             Traced: self._traced,
-            Marked: self._marked,
+            CallFailed: self._call_failed,
             Ended: self._ended,
             Cancelled: self._cancelled,
             Taken: self._took,
@@ -185,7 +185,7 @@ class Ledger:
             add(rollout.state.refused, event.refused)
             self._answer(event.request, ())
 
-    def _marked(self, event: Marked, place: Place | None) -> None:
+    def _call_failed(self, event: CallFailed, place: Place | None) -> None:
         self._of(event.key).state.cause = event.cause
 
     def _ended(self, event: Ended, place: Place | None) -> None:

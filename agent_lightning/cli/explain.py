@@ -108,8 +108,8 @@ def _bars(rollout: Trajectory) -> Iterator[_Bar]:
 
 def _credits(rollout: Trajectory, credits: Sequence[CallCredit]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("call", "events", "given", "return", "advantage", "tokens", "fate"):
-        table.add_column(column, justify="left" if column in ("events", "fate") else "right")
+    for column in ("call", "events", "given", "return", "advantage", "tokens", "status"):
+        table.add_column(column, justify="left" if column in ("events", "status") else "right")
     found = events(rollout)
     for t, one in enumerate(credits):
         kinds = ", ".join(event.kind for event in found if event.call == t)
@@ -121,7 +121,7 @@ def _credits(rollout: Trajectory, credits: Sequence[CallCredit]) -> Table:
             number(one.return_to_go),
             Text(f"{one.advantage:+.3f}" if math.isfinite(one.advantage) else "by the critic", style=style),
             str(one.tokens),
-            one.fate,
+            one.status,
         )
     return table
 
@@ -131,11 +131,11 @@ def ledger(credits: Sequence[CallCredit]) -> Text:
 
     Example: "tokens: 31 sampled = 20 trained + 11 overlong_sample; 7 not selected"
     """
-    fates: Counter[str] = Counter()
+    tokens_of: Counter[str] = Counter()
     for one in credits:
-        fates[one.fate] += one.tokens
-    beside = fates.pop("not selected", 0)
-    terms = [f"{fates.pop('trained', 0)} trained", *(f"{tokens} {reason}" for reason, tokens in fates.items())]
+        tokens_of[one.status] += one.tokens
+    beside = tokens_of.pop("not selected", 0)
+    terms = [f"{tokens_of.pop('trained', 0)} trained", *(f"{tokens} {reason}" for reason, tokens in tokens_of.items())]
     total = sum(one.tokens for one in credits) - beside
     return Text(f"tokens: {total} sampled = {' + '.join(terms)}" + (f"; {beside} not selected" if beside else ""))
 

@@ -74,17 +74,17 @@ def assign(group: Group, rules: CreditRules) -> Credit:
 
     Raises ConfigError where the pattern of agents has an empty name.
     """
-    books = _Books.of(group, rules)
-    dropped_tokens = sum((Counter(share.dropped_tokens) for share in books.shares), Counter[str]())
-    samples = tuple(sample for share in books.shares for sample in share.samples)
+    accounting = _Accounting.of(group, rules)
+    dropped_tokens = sum((Counter(share.dropped_tokens) for share in accounting.shares), Counter[str]())
+    samples = tuple(sample for share in accounting.shares for sample in share.samples)
     return Credit(
         samples=samples,
-        trained_rollouts=sum(share.reason is None for share in books.shares),
-        dropped_rollouts=dict(Counter(share.reason for share in books.shares if share.reason is not None)),
+        trained_rollouts=sum(share.reason is None for share in accounting.shares),
+        dropped_rollouts=dict(Counter(share.reason for share in accounting.shares if share.reason is not None)),
         dropped_tokens=dict(dropped_tokens),
-        sampled_tokens=sum(_num_sampled(calls) for calls in books.selected),
-        reward_R=np.array([math.nan if reward is None else reward for reward in books.rewards], np.float32),
-        metrics=_measure(group, books, samples, with_air=rules.air is not None),
+        sampled_tokens=sum(_num_sampled(calls) for calls in accounting.selected),
+        reward_R=np.array([math.nan if reward is None else reward for reward in accounting.rewards], np.float32),
+        metrics=_measure(group, accounting, samples, with_air=rules.air is not None),
     )
 
 
@@ -101,35 +101,35 @@ class CallCredit:
     """0 where it is not trained; NaN where a critic said, token by token."""
     tokens: int
     """Sampled."""
-    fate: str
+    status: str
     """"trained", "not selected", or the reason why it was dropped."""
 
 
 def examine(group: Group, index: int, rules: CreditRules) -> tuple[CallCredit, ...]:
     """Call by call, what `assign` makes of the rollout at `index` of the group's trajectories."""
-    books = _Books.of(group, rules)
-    trajectory, earned, share = group.trajectories[index], books.earned[index], books.shares[index]
-    advantage = dict(zip((c.call_id for c in books.selected[index]), books.advantages[index], strict=True))
+    accounting = _Accounting.of(group, rules)
+    trajectory, earned, share = group.trajectories[index], accounting.earned[index], accounting.shares[index]
+    advantage = dict(zip((c.call_id for c in accounting.selected[index]), accounting.advantages[index], strict=True))
     rows, token_wise = [], rules.estimator.method == "gae"
     for t, call in enumerate(trajectory.calls):
-        fate = "trained" if call.call_id in advantage else "not selected"
-        if fate == "trained":
-            fate = share.reason or share.dropped_calls.get(call.call_id, fate)
+        status = "trained" if call.call_id in advantage else "not selected"
+        if status == "trained":
+            status = share.reason or share.dropped_calls.get(call.call_id, status)
         rows.append(
             CallCredit(
                 call_id=call.call_id,
                 intermediate=float(earned.intermediate_T[t]),
                 return_to_go=float(earned.return_T[t]),
-                advantage=0.0 if fate != "trained" else math.nan if token_wise else float(advantage[call.call_id]),
+                advantage=0.0 if status != "trained" else math.nan if token_wise else float(advantage[call.call_id]),
                 tokens=call.response_T.size,
-                fate=fate,
+                status=status,
             )
         )
     return tuple(rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Books:
+class _Accounting:
     """All that is worked out of a group, in the order of its trajectories."""
 
     rewards: Sequence[float | None]
@@ -142,7 +142,7 @@ class _Books:
     shares: Sequence[_Share]
 
     @classmethod
-    def of(cls, group: Group, rules: CreditRules) -> _Books:
+    def of(cls, group: Group, rules: CreditRules) -> _Accounting:
         rewards = [rules.failures.reward_of(trajectory) for trajectory in group.trajectories]
         earned = [_earned(t, reward, rules) for t, reward in zip(group.trajectories, rewards, strict=True)]
         chosen = [select(trajectory.calls, rules.agents) for trajectory in group.trajectories]
@@ -278,15 +278,15 @@ def _num_sampled(calls: Sequence[ModelCall]) -> int:
     return sum(call.response_T.size for call in calls)
 
 
-def _measure(group: Group, books: _Books, samples: Sequence[Sample], *, with_air: bool) -> Metrics:
+def _measure(group: Group, accounting: _Accounting, samples: Sequence[Sample], *, with_air: bool) -> Metrics:
     """Averages over: rewards that count, the group, its rollouts, the calls of trained agents, the trained rows."""
-    calls = [call for calls in books.selected for call in calls]
+    calls = [call for calls in accounting.selected for call in calls]
     metrics = {
-        "reward": Mean.of(reward for reward in books.rewards if reward is not None),
-        "group/no_spread": Mean.of([not books.spread]),
+        "reward": Mean.of(reward for reward in accounting.rewards if reward is not None),
+        "group/no_spread": Mean.of([not accounting.spread]),
         "rollout/finished": Mean.of(t.outcome is Outcome.FINISHED for t in group.trajectories),
-        "rollout/calls": Mean.of(len(calls) for calls in books.selected),
-        "rollout/response_tokens": Mean.of(_num_sampled(calls) for calls in books.selected),
+        "rollout/calls": Mean.of(len(calls) for calls in accounting.selected),
+        "rollout/response_tokens": Mean.of(_num_sampled(calls) for calls in accounting.selected),
         "call/prompt_tokens": Mean.of(call.prompt_T.size for call in calls),
         "call/response_tokens": Mean.of(call.response_T.size for call in calls),
         "sample/tokens": Mean.of(sample.token_T.size for sample in samples),
@@ -295,5 +295,5 @@ def _measure(group: Group, books: _Books, samples: Sequence[Sample], *, with_air
     for name in names:
         metrics[f"emitted/{name}"] = Mean.of(o.value for t in group.trajectories for o in t.rewards if o.name == name)
     if with_air:
-        metrics["air/reward"] = Mean.of(float(one.intermediate_T.sum()) for one in books.earned)
+        metrics["air/reward"] = Mean.of(float(one.intermediate_T.sum()) for one in accounting.earned)
     return metrics

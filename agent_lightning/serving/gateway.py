@@ -70,7 +70,7 @@ class Recorder(SpanRecorder, Protocol):
 
     async def record(self, call: ModelCall) -> int: ...
 
-    async def mark(self, key: RolloutKey, outcome: Outcome, error: str) -> None: ...
+    async def note_failure(self, key: RolloutKey, outcome: Outcome, error: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +246,7 @@ class Gateway:
             error = "this rollout has made all the model calls that it may make"
             if not spent:
                 error = f"this rollout has {attempt.in_flight} model calls in flight, and may have no more"
-            await self._recorder.mark(call.key, Outcome.TOO_MANY_CALLS, error)
+            await self._recorder.note_failure(call.key, Outcome.TOO_MANY_CALLS, error)
             # 400, not 429: client libraries retry 429, and it would not get better.
             return Refusal(status=400, message=error, code="too_many_calls")
         attempt.in_flight += 1
@@ -285,7 +285,7 @@ class Gateway:
             if found.code in ("context_length_exceeded", "engine_error"):
                 long = found.code == "context_length_exceeded"
                 outcome = Outcome.OVERLONG_PROMPT if long else Outcome.ENGINE_ERROR
-                await self._recorder.mark(call.key, outcome, found.message)
+                await self._recorder.note_failure(call.key, outcome, found.message)
             return found
         if call.counts:
             answer.whole(JSONResponse({"input_tokens": found.choices[0].prompt_T.size}))

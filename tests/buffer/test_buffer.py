@@ -110,7 +110,7 @@ async def test_only_the_open_attempt_may_record_mark_or_finish() -> None:
         with pytest.raises(UnknownRollout):
             await buffer.record(make_call(key, "x"))
         with pytest.raises(UnknownRollout):
-            await buffer.mark(key, Outcome.ENGINE_ERROR, "x")
+            await buffer.note_failure(key, Outcome.ENGINE_ERROR, "x")
         with pytest.raises(UnknownRollout):
             await buffer.finish(key, reward=1.0, outcome=Outcome.FINISHED)
 
@@ -160,7 +160,7 @@ async def test_what_the_gateway_saw_explains_what_the_worker_saw(
     buffer = make_buffer()
     (lease,) = await started(buffer)
     if marked is not None:
-        await buffer.mark(lease.key, marked, "the cause")
+        await buffer.note_failure(lease.key, marked, "the cause")
     for number in range(calls_after):
         await buffer.record(make_call(lease.key, f"{number}", started_at=time.time() + 1.0))
     await buffer.finish(lease.key, reward=1.0, outcome=said, error="seen")

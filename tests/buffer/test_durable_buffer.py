@@ -82,7 +82,7 @@ async def play(buffer: Buffer, source: random.Random, num: int) -> None:
                     )
                     await buffer.record_spans(key, [span], {"late": 1}, request=request)
                 case "m":
-                    await buffer.mark(key, Outcome.ENGINE_ERROR, "the engine is broken")
+                    await buffer.note_failure(key, Outcome.ENGINE_ERROR, "the engine is broken")
                 case "f":
                     outcome = source.choice([Outcome.FINISHED, Outcome.FINISHED, Outcome.ENGINE_ERROR, Outcome.TIMEOUT])
                     await buffer.finish(key, outcome=outcome, reward=1.0 if outcome is Outcome.FINISHED else None)

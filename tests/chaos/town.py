@@ -155,7 +155,7 @@ class Witness:
     def __init__(self, town: Town) -> None:
         self._buffer = town.buffer()
         self._file = os.open(town.witness, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        self.mark = self._buffer.mark
+        self.note_failure = self._buffer.note_failure
         self.record_spans = self._buffer.record_spans
 
     async def record(self, call: ModelCall) -> int:

@@ -126,7 +126,7 @@ def test_tokens_are_coloured_by_advantage(
 ) -> None:
     assert "+0.475  " in shown(capsys, monkeypatch, "explain", run, "train-4-0", "--tokens").splitlines()[-3]
     group = read_group(run, "train-4-0")
-    credit = CallCredit(call_id="a", intermediate=0, return_to_go=1, advantage=-1.0, tokens=3, fate="trained")
+    credit = CallCredit(call_id="a", intermediate=0, return_to_go=1, advantage=-1.0, tokens=3, status="trained")
     console = Console(width=100, force_terminal=True, color_system="standard", record=True)
     console.print(coloured(group.trajectories[0].calls[:1], [credit], TOKENIZER))
     styles = console.export_text(styles=True)
@@ -137,7 +137,7 @@ def test_tokens_are_coloured_by_advantage(
 def test_what_only_the_critic_knew_is_not_made_up() -> None:
     key = RolloutKey(split="train", group=4, index=0)
     calls = (call(key, 0, agent="solver", request=[], reply={"content": "0"}),)
-    credit = CallCredit(call_id="a", intermediate=0, return_to_go=1, advantage=math.nan, tokens=3, fate="trained")
+    credit = CallCredit(call_id="a", intermediate=0, return_to_go=1, advantage=math.nan, tokens=3, status="trained")
     rollout = Trajectory(key=key, task_id="t", calls=calls, reward=1.0, outcome=Outcome.FINISHED)
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(explain(rollout, Task(task_id="t", payload={}), [credit]))
@@ -148,11 +148,11 @@ def test_what_only_the_critic_knew_is_not_made_up() -> None:
 
 
 def test_the_ledger_adds_up() -> None:
-    def one(tokens: int, fate: str) -> CallCredit:
-        return CallCredit(call_id="", intermediate=0, return_to_go=0, advantage=0, tokens=tokens, fate=fate)
+    def one(tokens: int, status: str) -> CallCredit:
+        return CallCredit(call_id="", intermediate=0, return_to_go=0, advantage=0, tokens=tokens, status=status)
 
-    fates = [one(20, "trained"), one(11, "overlong_sample"), one(7, "not selected"), one(2, "trained")]
-    assert str(ledger(fates)) == "tokens: 33 sampled = 22 trained + 11 overlong_sample; 7 not selected"
+    credits = [one(20, "trained"), one(11, "overlong_sample"), one(7, "not selected"), one(2, "trained")]
+    assert str(ledger(credits)) == "tokens: 33 sampled = 22 trained + 11 overlong_sample; 7 not selected"
 
 
 def test_runs_lists_runs_and_filters_rollouts(

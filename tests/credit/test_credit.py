@@ -332,7 +332,7 @@ def test_a_critic_s_advantage_is_not_known_to_explain() -> None:
     first, second = examine(
         Group(group_id="train-0", task=Task(task_id="t", payload={}), trajectories=(one,)), 0, rules
     )
-    assert (first.fate, second.fate, second.advantage) == ("trained", "not selected", 0.0)
+    assert (first.status, second.status, second.advantage) == ("trained", "not selected", 0.0)
     assert math.isnan(first.advantage)
     assert first.return_to_go == 1.0
 

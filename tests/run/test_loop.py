@@ -136,8 +136,8 @@ class Holding:
         await self.release.wait()
         return left
 
-    async def mark(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
-        await self.buffer.mark(key, outcome, error)
+    async def note_failure(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
+        await self.buffer.note_failure(key, outcome, error)
 
 
 async def test_1_a_call_is_recorded_before_it_is_answered() -> None:

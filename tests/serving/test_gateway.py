@@ -514,8 +514,8 @@ class SlowFirst:
         await asyncio.sleep(0.05 if self._num == 1 else 0)
         return left
 
-    async def mark(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
-        await self._buffer.mark(key, outcome, error)
+    async def note_failure(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
+        await self._buffer.note_failure(key, outcome, error)
 
 
 class Broken:
@@ -527,7 +527,7 @@ class Broken:
     async def record(self, call: ModelCall) -> int:
         raise ConnectionError("a detail that agents must not see")
 
-    async def mark(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
+    async def note_failure(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
         raise ConnectionError("a detail that agents must not see")
 
 
@@ -541,11 +541,11 @@ async def test_acknowledgements_in_any_order_open_no_closed_door() -> None:
             assert code_of(await slow.post()) == (400, "too_many_calls")
 
 
-@pytest.mark.parametrize("part", ["engine", "recorder", "mark"])
+@pytest.mark.parametrize("part", ["engine", "recorder", "note_failure"])
 async def test_what_breaks_behind_the_gateway_is_an_error_of_openai(part: str) -> None:
     async with open_rig() as rig:
         broken = Broken()
-        rig.engine.fail_next(1 if part == "mark" else 0)
+        rig.engine.fail_next(1 if part == "note_failure" else 0)
         gateway = Gateway(
             engine=broken if part == "engine" else rig.engine,
             recorder=rig.buffer if part == "engine" else broken,

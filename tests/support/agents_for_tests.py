@@ -81,7 +81,7 @@ class SmallGateway:
         body = await request.json()
         try:
             if fail := body.get("fail"):
-                await self._buffer.mark(key, Outcome(fail), f"the gateway says {fail}")
+                await self._buffer.note_failure(key, Outcome(fail), f"the gateway says {fail}")
                 return web.json_response({"error": {"code": fail}}, status=400)
             self._num_calls += 1
             left = await self._buffer.record(make_call(key, f"call-{self._num_calls}"))
