@@ -20,7 +20,7 @@ from agent_lightning.config.schema import (
     SourceConfig,
 )
 from agent_lightning.core.errors import ConfigError
-from agent_lightning.core.types import InFlight
+from agent_lightning.core.types import OnWeightUpdate
 from agent_lightning.credit.air import Form
 from agent_lightning.credit.estimators import Baseline, Scale
 from agent_lightning.credit.rules import Method
@@ -80,7 +80,7 @@ def _check_choices(config: Config) -> None:
         ("air.form", config.air.form, get_args(Form)),
         ("hardware.device", config.hardware.device, ("cpu", "cuda")),
         ("buffer.fsync", config.buffer.fsync, tuple(FSYNC)),
-        ("serving.in_flight", config.serving.in_flight, get_args(InFlight)),
+        ("serving.in_flight", config.serving.in_flight, get_args(OnWeightUpdate)),
         ("hardware.placement", config.hardware.placement, ("apart", "together")),
         ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
         ("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled")),

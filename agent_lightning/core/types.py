@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
-InFlight = Literal["wait", "keep", "restart"]
+OnWeightUpdate = Literal["wait", "keep", "restart"]
 """What happens to a call that is running when the policy's weights are updated; see serving/gate.py."""
 Split = Literal["train", "val"]
 Source = Literal["gateway", "trace", "request"]

@@ -181,8 +181,8 @@ def _toy_replica(config: Config) -> MakeReplica | None:
         return None
     from agent_lightning.toy.run import ToyReplica
 
-    in_flight = cast(Any, config.serving.in_flight)
-    return partial(ToyReplica, tuple(config.model.words), config.seed, config.model.max_len, in_flight)
+    rule = cast(Any, config.serving.in_flight)
+    return partial(ToyReplica, tuple(config.model.words), config.seed, config.model.max_len, rule)
 
 
 def _learner(config: Config, model: str, serving: Future[Service]) -> Learner:
@@ -264,7 +264,7 @@ def _serving(config: Config, model: str, port: int) -> Any:
         dtype=config.model.dtype,
         max_model_len=config.model.max_len,
         max_num_seqs=serving.max_num_seqs,
-        in_flight=cast(Any, serving.in_flight),
+        on_weight_update=cast(Any, serving.in_flight),
         kv_cache_gib=serving.kv_cache_gib,
         bundles=placement.replica_bundles(config),
         gpu_memory_utilization=serving.gpu_memory_utilization,

@@ -1,10 +1,10 @@
 """An answer in the making: one piece of work, and the connections that wait for it or read it.
 
-    request -> Answer --head--> a response of one piece, or a stream, whose events come one by one
+    request -> Answer --head--> a response in one piece, or a stream whose events are sent as they come
     retry   ---^                (the same work: no second call)
 
-Nobody reads any more -> the work is cancelled: at once where the client cannot come back for it (its client library
-counts no retries, or the stream has begun), else after a grace in which its retry finds the work still going.
+If no connection is left, the work is cancelled: at once if the client cannot come back for it (its library counts no
+retries, or the stream has started), else after a grace period in which a retry finds the work still running.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from starlette.responses import Response, StreamingResponse
 
 
 class Answer:
-    """`work` gets the answer, and must end it: by `whole`, or by `begin`, any number of `send`, and `close`."""
+    """The answer to a request and to its retries.
+
+    `work` gets the answer and must complete it: by `respond`, or by `start_stream` and any number of `send`. The answer
+    ends with the work.
+    """
 
     def __init__(self, work: Callable[[Answer], Coroutine[Any, Any, None]], *, grace: float) -> None:
-        """`grace`: seconds that the work goes on for nobody, before its first byte."""
+        """`grace`: seconds for which the work goes on without a connection, before its first byte is sent."""
         self.failed = False
-        """Whether a retry should ask again."""
+        """Whether a retry should start new work."""
         self._grace = grace
         self._head: asyncio.Future[Response | None] = asyncio.get_running_loop().create_future()
         self._events: list[str] = []
@@ -33,41 +37,43 @@ class Answer:
         self._readers = 0
         self._timer: asyncio.TimerHandle | None = None
         self._ended_at = math.inf
-        # A context of its own: Serve cancels what a request's context has asked for when its client goes away.
+        # In a new context: Serve cancels the calls of a request's context when its client goes away.
         self._task = asyncio.create_task(work(self), context=contextvars.Context())
-        self._task.add_done_callback(self._ended)
+        self._task.add_done_callback(self._on_end)
 
     @property
-    def begun(self) -> bool:
+    def started(self) -> bool:
         """Whether something was sent that cannot be taken back."""
         return self._head.done()
 
     @property
     def done(self) -> bool:
+        """Whether the work has ended."""
         return self._task.done()
 
     def age(self) -> float:
-        """Seconds since it was done; 0 while it is not."""
+        """Seconds since the work ended; 0 while it runs."""
         return asyncio.get_running_loop().time() - self._ended_at if self.done else 0.0
 
-    def whole(self, response: Response) -> None:
-        """The answer is one piece."""
+    def respond(self, response: Response) -> None:
+        """Answer in one piece."""
         self.failed = response.status_code >= 500
         self._head.set_result(response)
 
-    def begin(self, text: str) -> None:
-        """The answer is a stream, and this is how it starts."""
+    def start_stream(self, text: str) -> None:
+        """Answer with a stream of server-sent events that starts with `text`."""
         self._head.set_result(None)
         self.send(text)
 
     def send(self, text: str) -> None:
+        """Add events to the stream."""
         if text:
             self._events.append(text)
-            self._tell()
+            self._wake_readers()
 
     async def response(self, request: Request) -> Response:
-        """What a client is answered, as soon as that is known; a client that goes away first gets nothing."""
-        gone = asyncio.create_task(_gone(request))
+        """The response for a connection, as soon as there is one; status 499 if its client goes away before."""
+        gone = asyncio.create_task(_wait_for_disconnect(request))
         self._readers += 1
         if self._timer is not None:
             self._timer.cancel()
@@ -79,14 +85,14 @@ class Answer:
             gone.cancel()
             self._readers -= 1
             if not self._head.done():
-                self._timer = asyncio.get_running_loop().call_later(self._grace, self._give_up)
+                self._timer = asyncio.get_running_loop().call_later(self._grace, self._cancel_if_unread)
         if not self._head.done() or self._head.cancelled():
             return Response(status_code=499)
         head = self._head.result()
         return head or StreamingResponse(self._read(), media_type="text/event-stream", headers=_UNBUFFERED)
 
     async def _read(self) -> AsyncIterator[str]:
-        """All events from the first, as they come."""
+        """All events from the first on, as they come."""
         position = 0
         self._readers += 1
         try:
@@ -100,19 +106,19 @@ class Answer:
                 await news.wait()  # ends with the next event, or with the work
         finally:
             self._readers -= 1
-            self._give_up()
+            self._cancel_if_unread()
 
-    def _give_up(self) -> None:
+    def _cancel_if_unread(self) -> None:
         if self._readers == 0:
             self._task.cancel()
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _on_end(self, task: asyncio.Task[None]) -> None:
         self._ended_at = asyncio.get_running_loop().time()
         self.failed = self.failed or task.cancelled() or task.exception() is not None
         self._head.cancel()
-        self._tell()
+        self._wake_readers()
 
-    def _tell(self) -> None:
+    def _wake_readers(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
 
@@ -120,7 +126,7 @@ class Answer:
 _UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
-async def _gone(request: Request) -> None:
-    """Until the client of a request, whose body was read, is gone."""
+async def _wait_for_disconnect(request: Request) -> None:
+    """Return when the client of a request, whose body was read, has gone away."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -25,7 +25,7 @@ from starlette.responses import Response
 
 from agent_lightning.core.errors import EngineError, UserError
 from agent_lightning.core.threads import start_thread
-from agent_lightning.core.types import InFlight
+from agent_lightning.core.types import OnWeightUpdate
 from agent_lightning.rollouts.health import is_healthy
 from agent_lightning.serving.engine import Completion, Part, Refusal
 from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig, Recorder
@@ -81,7 +81,7 @@ class ServingConfig:
     dtype: str = "float32"
     max_model_len: int = 1024
     max_num_seqs: int = 256
-    in_flight: InFlight = "wait"
+    on_weight_update: OnWeightUpdate = "wait"
     kv_cache_gib: int = 1
     """On a CPU: memory of each replica's KV cache."""
     gpu_memory_utilization: float = 0.85
@@ -157,11 +157,11 @@ class PolicyReplica(Engine, Protocol):
 MakeReplica = Callable[[PolicyBoard], PolicyReplica]
 
 
-def _vllm(settings: Mapping[str, Any], in_flight: InFlight, board: PolicyBoard) -> PolicyReplica:
+def _vllm(settings: Mapping[str, Any], on_weight_update: OnWeightUpdate, board: PolicyBoard) -> PolicyReplica:
     """vLLM is imported in the replica, so the driver is spared its ten seconds."""
     from agent_lightning.serving.replica import PolicyServer
 
-    return PolicyServer(settings, in_flight, board)
+    return PolicyServer(settings, on_weight_update, board)
 
 
 class PolicyDeployment:
@@ -226,7 +226,7 @@ def start(
 ) -> Service:
     """Deploy the service and wait until it answers; `replica` makes another policy than vLLM's. Raises EngineError,
     UserError."""
-    make = replica or partial(_vllm, _llm_settings(config), config.in_flight)
+    make = replica or partial(_vllm, _llm_settings(config), config.on_weight_update)
     policy = serve.deployment(PolicyDeployment).options(**_policy_options(config)).bind(make, board)
     nodes = sum(node["Alive"] for node in ray.nodes())
     app = (

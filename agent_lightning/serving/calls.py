@@ -1,46 +1,121 @@
-"""What the gateway knows of an attempt, and of one request of it."""
+"""A request to the gateway: its body, read within limits, and what is remembered of the attempt that sends it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
+import time
+import uuid
+import zlib
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from starlette.requests import ClientDisconnect, Request
+
+from agent_lightning.core.json_values import compact, is_deeper
 from agent_lightning.core.types import RolloutKey
-from agent_lightning.serving.bounds import Held
-from agent_lightning.serving.dialects.base import Asked, Stream, Wire
+from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream
+from agent_lightning.serving.engine import Refusal
 
 
 @dataclass(slots=True)
 class Attempt:
-    """What the gateway remembers of an attempt that it has seen."""
+    """What the gateway remembers of an attempt that it has heard of."""
 
     calls_left: int = sys.maxsize
-    """The least that the buffer ever told: its answers to calls in flight may come back in any order."""
-    in_flight: int = 0
-    asked: Counter[int] = field(default_factory=Counter)
-    """How often it asked for the same, by a hash of it; counted where calls are seeded."""
-    held: Held = field(default_factory=Held)
+    """The smallest number of remaining calls that the buffer has reported: its replies may arrive out of order."""
+    calls_in_flight: int = 0
+    bytes_in_flight: int = 0
+    """Bytes of all requests that are being read or answered."""
+    repeats: Counter[int] = field(default_factory=Counter)
+    """How often each request was made, by a hash of it; counted only if calls are seeded."""
     ended: str = ""
-    """Why the buffer knows this attempt no more: the engine does not work for those that run on."""
+    """Why the buffer no longer knows this attempt: the engine does not work for an attempt that has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One request of an agent."""
+    """One request for a reply of the policy."""
 
     key: RolloutKey
     secret: str = field(repr=False)
     agent: str
     parent_id: str
-    """Of the span that sent it, "" where it does not say."""
-    wire: Wire
-    asked: Asked
+    """Id of the span that sent the request; "" if its headers name none."""
+    dialect: Dialect
+    context: RequestContext
     stream: Stream
     attempt: Attempt
-    counts: bool
-    """Whether it asks for the number of its tokens only."""
+    is_token_count: bool
+    """Whether the agent wants only the number of tokens of its prompt."""
 
     @property
-    def streams(self) -> bool:
-        return bool(self.asked.body.get("stream")) and not self.counts
+    def wants_stream(self) -> bool:
+        return bool(self.context.body.get("stream")) and not self.is_token_count
+
+    def seed(self, run_seed: int) -> int:
+        """The seed of this call's sampling, a number below 2**32.
+
+        Every attempt at a rollout gets the same seed for the same request, if it repeated it as often before.
+        """
+        digest = zlib.crc32(compact(self.context.engine).encode(), zlib.crc32(self.agent.encode()))
+        self.attempt.repeats[digest] += 1
+        text = f"{run_seed}/{self.key.rollout_id}/{digest}/{self.attempt.repeats[digest]}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+
+def parse_request(raw: bytes, dialect: Dialect, *, model: str, max_depth: int, max_choices: int) -> RequestContext:
+    """The request that a body holds. Raises BadRequest if it is not JSON, too deep, or wants too many choices.
+
+    `model` is the name in the reply if the agent names none; `max_choices` counts `n` choices of every prompt.
+    """
+    try:
+        body = json.loads(raw)
+        if is_deeper(body, max_depth):
+            raise BadRequest(f"the request is nested more than {max_depth} levels deep")
+        compact(body).encode()  # fails for text that a span could not hold: half a surrogate pair
+    except (ValueError, RecursionError):
+        raise BadRequest("the request is not JSON") from None
+    if not isinstance(body, dict):
+        raise BadRequest("the request is not a JSON object")
+    engine = dialect.to_engine(body)
+    prompt = engine.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt) else 1
+    if (engine.get("n") or 1) * prompts > max_choices:
+        raise BadRequest(f"n must be a number from 1 to {max_choices}, all prompts together")
+    return RequestContext(
+        body=body,
+        engine=engine,
+        reply_id=f"{dialect.prefix}{uuid.uuid4().hex}",
+        model=body.get("model") or model,
+        created=int(time.time()),
+    )
+
+
+@asynccontextmanager
+async def reading(
+    request: Request, attempt: Attempt, *, max_bytes: int, max_bytes_in_flight: int
+) -> AsyncIterator[bytes | Refusal]:
+    """The body of a request, or why it is refused: it is larger than `max_bytes`, or the attempt has more than
+    `max_bytes_in_flight` in all its requests. The body counts as in flight until the block ends."""
+    raw, refusal = bytearray(), None
+    try:
+        async for part in request.stream():
+            raw += part
+            attempt.bytes_in_flight += len(part)
+            if len(raw) > max_bytes:
+                refusal = Refusal(status=413, message=f"the request is over {max_bytes} bytes", code="size")
+                break
+            if attempt.bytes_in_flight > max_bytes_in_flight:
+                message = f"this rollout has requests of over {max_bytes_in_flight} bytes in flight: try again later"
+                refusal = Refusal(status=429, message=message, code="busy", type="rate_limit_error")
+                break
+    except ClientDisconnect:
+        refusal = Refusal(status=400, message="the client went away", code="disconnected")
+    try:
+        yield bytes(raw) if refusal is None else refusal
+    finally:
+        attempt.bytes_in_flight -= len(raw)

@@ -1,20 +1,19 @@
-"""What the engine is asked, and what it answered: its JSON, split into what an agent sees and exact arrays. Pure.
+"""Requests to the engine, and its replies, split into what an agent sees and the exact arrays to train on. Pure.
 
-The rule for sampling: in training the policy's sampling parameters govern (what the agent asks for is replaced or,
-where the policy has no word on it, left out); in validation the agent's own parameters are respected and the policy's
-fill the gaps. In both the smaller `max_tokens` wins. It is the same for every wire format: they all become the one
-request that is made here.
+The sampling rule, the same for every dialect: in training the policy's sampling parameters replace the agent's, and
+those that the policy does not set are left out. In validation the agent's parameters hold, and the policy's fill the
+gaps. In both, the smaller `max_tokens` wins.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from agent_lightning.core.json_values import clean_logprobs, join_chunks
 from agent_lightning.core.types import Floats, Ints, Split
 
 MAX_TOKENS = ("max_tokens", "max_completion_tokens")
@@ -30,64 +29,66 @@ SAMPLING = (
     "min_tokens",
     "seed",
 )
-"""What an agent may not choose in training: the learner would believe in another distribution than was sampled, and
-with one seed all rollouts of a group would be the same."""
+"""Parameters that an agent may not choose in training: the learner would assume another distribution than the sampled
+one, and with a fixed seed all rollouts of a group would be the same."""
 _NEVER = ("stream_options", "request_id", "use_beam_search")
-"""What no agent may choose: the gateway's own, and what leaves no log-probabilities."""
+"""Parameters that an agent may never choose: the gateway sets them, or they leave no log-probabilities."""
 CUT = "cancelled"
-"""The finish reason of a choice that the agent left before its end."""
+"""Finish reason of a choice whose agent went away before its end."""
 _IDS = ("token_ids", "prompt_token_ids", "prompt_logprobs")
 _END = ("stop_reason", "finish_reason")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What the engine read and sampled for one choice of a reply."""
+    """The tokens of one choice of a reply, exactly as the engine read and sampled them."""
 
     prompt_T: Ints
     response_T: Ints
     logprob_T: Floats
+    """Log-probability of each response token, with the shape of `response_T`; NaN if the engine gave none."""
     finish_reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """An engine's answer: the reply as OpenAI JSON, and exactly what was read and sampled."""
+    """An engine's answer: the reply as OpenAI JSON, and the tokens of each of its choices."""
 
     reply: Mapping[str, Any]
-    """Without token ids; log-probabilities as the engine gave them."""
+    """The JSON without token ids, with log-probabilities as the engine gave them."""
     choices: tuple[Choice, ...]
     policy_version: int
+    """The policy's version at the first token."""
     last_version: int | None = None
-    """That at its end, where an update came between; None: one version answered it all."""
+    """The policy's version at the last token, if an update came in between; else None."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A piece of a streamed answer: one chunk of the engine's own JSON, token ids and log-probabilities in it."""
+    """A piece of a streamed answer: one chunk of the engine's JSON, with token ids and log-probabilities."""
 
     chunk: Mapping[str, Any]
     policy_version: int
-    """That at the beginning of the whole answer."""
+    """The policy's version at the first token of the answer."""
     last_version: int | None = None
-    """The newest one that can have sampled it, where that is another."""
+    """The newest version that can have sampled this piece, if it is not `policy_version`."""
 
     def visible(self) -> Iterator[dict[str, Any]]:
-        """What an agent may see of its choices at once: no ids, and no end, which waits until the call is recorded."""
+        """The choices as an agent may see them at once: without ids, and without the end, which is sent only after the
+        call is recorded."""
         for choice in self.chunk["choices"]:
             yield {key: value for key, value in choice.items() if key not in (*_IDS, *_END)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """An engine's or the gateway's error; each wire format has its own shape for it.
-
-    `code` is what a program can act on: context_length_exceeded, engine_error, too_many_calls, invalid_request, …
-    """
+    """An error of the engine or the gateway, which each dialect writes in its own shape."""
 
     status: int
+    """The HTTP status."""
     message: str
     code: str
+    """What a program can act on: context_length_exceeded, engine_error, too_many_calls, invalid_request, …"""
     type: str = "invalid_request_error"
 
     def body(self) -> dict[str, Any]:
@@ -98,7 +99,7 @@ class Refusal:
 def engine_request(
     body: Mapping[str, Any], *, model: str, split: Split, sampling: Mapping[str, float | int], stream: bool = False
 ) -> dict[str, Any]:
-    """What the engine is asked: a chat request, or a completion request where `body` has a `prompt`.
+    """The request that the engine gets: a completion request if `body` has a `prompt`, else a chat request.
 
     Example:
 
@@ -109,10 +110,10 @@ def engine_request(
     request = {name: value for name, value in body.items() if name not in left_out}
     for name, value in sampling.items():
         if name in MAX_TOKENS:
-            asked = [int(body[key]) for key in MAX_TOKENS if body.get(key) is not None]
+            limits = [int(body[key]) for key in MAX_TOKENS if body.get(key) is not None]
             for key in MAX_TOKENS:
                 request.pop(key, None)
-            request["max_tokens"] = min([*asked, int(value)])
+            request["max_tokens"] = min([*limits, int(value)])
         elif request.get(name) is None:
             request[name] = value
     request |= {"model": model, "stream": stream, "return_token_ids": True}
@@ -128,108 +129,64 @@ def engine_request(
 def parse_reply(raw: Mapping[str, Any], *, policy_version: int, last_version: int | None = None) -> Completion:
     """Split vLLM's reply into OpenAI JSON and arrays. Log-probabilities that are missing are NaN.
 
-    Raises ValueError where token ids are missing or none of any vocabulary.
+    Raises ValueError if token ids are missing, or if an id is outside any vocabulary.
     """
-    choices, kept = [], []
+    choices, visible = [], []
     for choice in raw["choices"]:
         prompt = raw.get("prompt_token_ids", choice.get("prompt_token_ids"))
-        tokens, logprobs = choice.get("token_ids"), choice.get("logprobs")
+        tokens, logprobs = choice.get("token_ids"), choice.get("logprobs") or {}
         if prompt is None:
             raise ValueError("the engine's reply has no token ids of the prompt")
         if tokens is None:
             raise ValueError("the engine's reply has no token ids")
         if any(not 0 <= token < 2**31 for token in (*prompt, *tokens)):
             raise ValueError("the engine's reply has token ids out of any vocabulary")
-        response_T = np.asarray(tokens, dtype=np.int32)
-        prompt_T = np.asarray(prompt, dtype=np.int32)
-        logprob_T = _logprobs(logprobs or {}, response_T.size)
-        reason = str(choice["finish_reason"])
-        choices.append(Choice(prompt_T=prompt_T, response_T=response_T, logprob_T=logprob_T, finish_reason=reason))
-        kept.append({key: value for key, value in choice.items() if key not in _IDS})
-    reply = {key: value for key, value in raw.items() if key not in _IDS} | {"choices": kept}
+        values = [entry["logprob"] for entry in logprobs.get("content") or ()] or logprobs.get("token_logprobs") or []
+        choices.append(
+            Choice(
+                prompt_T=np.asarray(prompt, dtype=np.int32),
+                response_T=np.asarray(tokens, dtype=np.int32),
+                logprob_T=clean_logprobs(values, len(tokens)),
+                finish_reason=str(choice["finish_reason"]),
+            )
+        )
+        visible.append({key: value for key, value in choice.items() if key not in _IDS})
+    reply = {key: value for key, value in raw.items() if key not in _IDS} | {"choices": visible}
     return Completion(reply=reply, choices=tuple(choices), policy_version=policy_version, last_version=last_version)
 
 
-def within(found: Completion | Refusal, vocab_size: int) -> Completion | Refusal:
-    """The answer, or a refusal where a token id in it is none of the model's: no row is made of what it cannot be."""
-    if isinstance(found, Refusal):
-        return found
-    for choice in found.choices:
-        if any(tokens_T.size and tokens_T.max() >= vocab_size for tokens_T in (choice.prompt_T, choice.response_T)):
-            message = f"the engine's reply has token ids out of the model's vocabulary of {vocab_size}"
-            return Refusal(status=500, message=message, code="engine_error", type="server_error")
-    return found
+def join_parts(parts: Sequence[Part]) -> Completion:
+    """The completion that the parts of a stream add up to, the same as if it had not been streamed.
 
-
-def _logprobs(held: Mapping[str, Any], size: int) -> Floats:
-    """Of `size` tokens. All are NaN where their number is another: nobody could say which are whose."""
-    values = [entry["logprob"] for entry in held.get("content") or ()] or held.get("token_logprobs") or []
-    if len(values) != size:
-        return np.full(size, np.nan, np.float32)
-    logprob_T = np.array([np.nan if value is None else value for value in values], np.float32)
-    logprob_T[np.isinf(logprob_T) | (logprob_T > _ROUNDING)] = np.nan
-    return np.minimum(logprob_T, np.float32(0.0))  # NaN stays
-
-
-_ROUNDING = 1e-3
-"""A log-probability of a certain token may come out so much above 0."""
-
-
-def join(parts: Sequence[Part]) -> Completion:
-    """What the parts of a stream are together: the same as if it had not been streamed. A choice that was cut has the
-    finish reason CUT. Raises ValueError as `parse_reply` does.
-
-    Example: {"delta": {"content": "4"}, "token_ids": [7], …}, {"delta": {"content": "2"}, "token_ids": [5], …}
-    -> {"message": {"role": "assistant", "content": "42"}}, response_T [7 5].
+    A choice whose end is missing has the finish reason CUT. Raises ValueError as `parse_reply` does.
     """
-    raw: dict[str, Any] = {}
-    choices: dict[int, dict[str, Any]] = {}
-    for part in parts:
-        raw |= {key: value for key, value in part.chunk.items() if key != "choices" and value is not None}
-        for piece in part.chunk["choices"]:
-            _extend(choices.setdefault(piece["index"], {"finish_reason": CUT, "token_ids": []}), piece)
-    raw["choices"] = [choices[index] for index in sorted(choices)]
+    raw = join_chunks(part.chunk for part in parts)
+    raw["choices"] = [{"finish_reason": CUT, "token_ids": []} | choice for choice in raw["choices"]]
     return parse_reply(raw, policy_version=parts[0].policy_version, last_version=parts[-1].last_version)
 
 
-def _extend(choice: dict[str, Any], piece: Mapping[str, Any]) -> None:
-    """Add a piece of a streamed choice to what came before it."""
-    for name, value in piece.items():
-        if name == "delta":
-            message = choice.setdefault("message", {"role": "assistant", "content": ""})
-            for key in ("content", "reasoning"):
-                if value.get(key):
-                    message[key] = message.get(key, "") + value[key]
-        elif name == "text":
-            choice["text"] = choice.get("text", "") + value
-        elif name == "token_ids":
-            choice["token_ids"] += value or []
-        elif name == "logprobs":
-            held = choice.setdefault("logprobs", {})
-            for key, entries in (value or {}).items():
-                if isinstance(entries, list):
-                    held[key] = held.get(key, []) + entries
-        elif value is not None:
-            choice[name] = value
+def check_vocabulary(answer: Completion | Refusal, vocab_size: int) -> Completion | Refusal:
+    """The answer itself, or a Refusal if it holds a token id that is not below `vocab_size`."""
+    if isinstance(answer, Refusal):
+        return answer
+    for choice in answer.choices:
+        if any(tokens_T.size and tokens_T.max() >= vocab_size for tokens_T in (choice.prompt_T, choice.response_T)):
+            message = f"the engine's reply has token ids out of the model's vocabulary of {vocab_size}"
+            return Refusal(status=500, message=message, code="engine_error", type="server_error")
+    return answer
 
 
-def spoken(choice: Mapping[str, Any]) -> dict[str, Any]:
-    """The assistant's message in a choice of any reply, the same whether it was streamed or not."""
+def assistant_message(choice: Mapping[str, Any]) -> dict[str, Any]:
+    """The assistant's message in a choice of a chat or text completion, streamed or not."""
     message = choice.get("message") or {"content": choice.get("text")}
-    said = {key: value for key, value in message.items() if value and key not in ("role", "content")}
-    return {"role": "assistant", "content": message.get("content") or None, **said}
+    others = {key: value for key, value in message.items() if value and key not in ("role", "content")}
+    return {"role": "assistant", "content": message.get("content") or None, **others}
 
 
 def parse_error(message: str, status: int, kind: str) -> Refusal:
-    """An engine's error as a Refusal, with a code that says whether the prompt was too long."""
-    too_long = "maximum context length" in message or "maximum model length" in message
-    if too_long:
+    """An engine's error as a Refusal; its code tells a prompt that is too long from other errors."""
+    if "maximum context length" in message or "maximum model length" in message:
         return Refusal(status=400, message=message, code="context_length_exceeded")
     if 400 <= status < 500:
         return Refusal(status=status, message=message, code="invalid_request", type=kind)
     return Refusal(status=500, message=message, code="engine_error", type="server_error")
-
-
-def compact(value: object) -> str:
-    """JSON text without spaces, for what a span keeps. Raises ValueError for numbers that JSON does not have."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

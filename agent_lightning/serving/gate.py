@@ -1,12 +1,12 @@
-"""A gate between calls and weight updates, with the rule for the calls that an update finds in flight.
+"""A gate between calls and weight updates, with a rule for the calls that run when an update comes.
 
-    rule     the update                           a call
-    wait     waits for their ends                 has one version
-    restart  has them made again by the new       has one version, unless its client has seen a part of it: then it is
-             version                              waited for
-    keep     waits for none                       goes on with the new version, and may have several
+    rule     the update                     a running call
+    wait     waits until they have ended    is answered by one version
+    restart  cancels and repeats them with  is answered by one version; if its client has seen a part of the answer, the
+             the new weights                update waits for its end instead
+    keep     does not wait                  goes on with the new weights, so several versions may answer it
 
-Whatever the rule, no call begins during an update; it waits at the gate, so an agent sees a slow call.
+With every rule, no call starts during an update: it waits at the gate, and its agent sees a slow call.
 """
 
 from __future__ import annotations
@@ -16,29 +16,35 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
 
-from agent_lightning.core.types import InFlight
+from agent_lightning.core.types import OnWeightUpdate
 
 T = TypeVar("T")
 
 
 class _Interrupted(Exception):
-    """The call is to be made again."""
+    """An update has cancelled the call, which is to be repeated."""
 
 
 class Gate:
-    """`await gate.whole(work)` or `async for part in gate.parts(work)` for each call, `async with gate.update()` for
-    an update. `work` starts a call, and is asked again where the call is to be made again."""
+    """Lets calls through one by one, and updates between them.
 
-    def __init__(self, rule: InFlight = "wait") -> None:
+    Example:
+
+        reply = await gate.complete(work)         # work() starts the call; it is called again if the call is repeated
+        async for part in gate.stream(work): ...
+        async with gate.update(): ...             # install new weights
+    """
+
+    def __init__(self, rule: OnWeightUpdate = "wait") -> None:
         self._rule = rule
         self._calls = 0
         self._updating = False
         self._changed = asyncio.Condition()
-        self._unseen: set[asyncio.Timeout] = set()
-        """Of the calls that can be made again."""
+        self._restartable: set[asyncio.Timeout] = set()
+        """The cancel scopes of calls of which no client has seen a part."""
 
-    async def whole(self, work: Callable[[], Awaitable[T]]) -> T:
-        """The result of one call."""
+    async def complete(self, work: Callable[[], Awaitable[T]]) -> T:
+        """The result of a call that is answered in one piece."""
         while True:  # ends: each turn but the last is interrupted by an update
             async with self.call():
                 try:
@@ -46,32 +52,32 @@ class Gate:
                 except _Interrupted:
                     continue
 
-    async def parts(self, work: Callable[[], AsyncGenerator[T, None]]) -> AsyncIterator[T]:
-        """The parts of one call; after the first, it cannot be made again."""
+    async def stream(self, work: Callable[[], AsyncGenerator[T, None]]) -> AsyncIterator[T]:
+        """The parts of a call; once the first is out, the call is not repeated."""
         nothing = object()
         while True:  # as above
-            async with self.call(), aclosing(work()) as coming:
+            async with self.call(), aclosing(work()) as parts:
                 try:
-                    first = await self._interruptible(anext(coming, nothing))
+                    first = await self._interruptible(anext(parts, nothing))
                 except _Interrupted:
                     continue
                 if first is not nothing:
                     yield first  # type: ignore[misc]  # it is a T
-                    async for part in coming:
+                    async for part in parts:
                         yield part
                 return
 
     @asynccontextmanager
     async def update(self) -> AsyncIterator[None]:
-        """No call begins in the block; and none goes on, unless the rule is "keep"."""
+        """A block in which no call starts, and none runs unless the rule is "keep"."""
         async with self._changed:
             await self._changed.wait_for(lambda: not self._updating)
             self._updating = True
         try:
             if self._rule == "restart":
-                for scope in self._unseen:
+                for scope in self._restartable:
                     scope.reschedule(asyncio.get_running_loop().time())
-                self._unseen.clear()
+                self._restartable.clear()
             if self._rule != "keep":
                 async with self._changed:
                     await self._changed.wait_for(lambda: self._calls == 0)
@@ -83,6 +89,7 @@ class Gate:
 
     @asynccontextmanager
     async def call(self) -> AsyncIterator[None]:
+        """A block that starts outside of updates, and that updates wait for unless the rule is "keep"."""
         async with self._changed:
             await self._changed.wait_for(lambda: not self._updating)
             self._calls += 1
@@ -94,12 +101,12 @@ class Gate:
                 self._changed.notify_all()
 
     async def _interruptible(self, work: Awaitable[T]) -> T:
-        """Raises _Interrupted where an update cancels it, whatever it makes of that: vLLM answers a call that is
-        cancelled with an error."""
+        """The result of the work. Raises _Interrupted if an update has cancelled it, even if the work then returned:
+        vLLM answers a cancelled call with an error."""
         scope = asyncio.timeout(None)
         try:
             async with scope:
-                self._unseen.add(scope)
+                self._restartable.add(scope)
                 result = await work
                 if not scope.expired():
                     return result
@@ -107,5 +114,5 @@ class Gate:
             if not scope.expired():
                 raise  # the work's own
         finally:
-            self._unseen.discard(scope)
+            self._restartable.discard(scope)
         raise _Interrupted

@@ -1,8 +1,8 @@
 """The gateway: OpenAI- and Anthropic-compatible endpoints that record every call before they answer.
 
 The URL says whose call it is: /rollout/{rollout}/attempt/{n}/{secret}/{agent}/v1/chat/completions. The agent needs
-nothing but that base URL. A plain class over Starlette's requests; `serving/app.py` puts it on Ray Serve. No
-tokenising happens here: the engine renders templates and tokenises in its own process. docs/gateway.md is its manual.
+nothing but that base URL. A plain class over Starlette's requests; `serving/app.py` puts it on Ray Serve. The gateway
+does not tokenise: the engine renders templates and tokenises in its own process. docs/gateway.md is the manual.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
 import logging
 import math
 import time
-import uuid
-import zlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -26,83 +23,92 @@ from starlette.responses import JSONResponse, Response
 
 from agent_lightning.buffer.buffer import verify_secret
 from agent_lightning.core.errors import UnknownRollout
+from agent_lightning.core.json_values import compact
+from agent_lightning.core.text import hide_secret
 from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Split
+from agent_lightning.serving import engine
 from agent_lightning.serving.answers import Answer
-from agent_lightning.serving.bounds import Limits, is_deeper, reading, without
-from agent_lightning.serving.calls import Attempt, Call
-from agent_lightning.serving.dialects.base import Asked, BadRequest, Wire
+from agent_lightning.serving.calls import Attempt, Call, parse_request, reading
+from agent_lightning.serving.dialects.base import BadRequest, Dialect
 from agent_lightning.serving.dialects.chat import ChatCompletions, Completions
 from agent_lightning.serving.dialects.messages import Messages
 from agent_lightning.serving.dialects.responses import Responses
-from agent_lightning.serving.engine import CUT, Completion, Part, Refusal, compact, engine_request, join, spoken, within
-from agent_lightning.serving.openapi import describe
+from agent_lightning.serving.engine import Completion, Part, Refusal
 from agent_lightning.serving.tracing import SpanRecorder, agent_of, parent_of, take_traces
 
 logger = logging.getLogger(__name__)
 
 RETRY_HEADER = "x-stainless-retry-count"
-"""The client libraries of OpenAI and Anthropic count their retries here."""
-WIRES: Mapping[str, Wire] = {
+"""The client libraries of OpenAI and Anthropic count their retries in this header."""
+DIALECTS: Mapping[str, Dialect] = {
     "v1/chat/completions": ChatCompletions(),
     "v1/completions": Completions(),
     "v1/responses": Responses(),
     "v1/messages": Messages(),
 }
 """The formats that agents speak, by the end of the path."""
-_ATTEMPTS = 16_384
-"""That a gateway remembers, those it heard of last: many times those that run at once."""
-_COUNT = "v1/messages/count_tokens"
+_MAX_ATTEMPTS = 16_384
+"""Number of attempts that a gateway remembers, the most recent ones: many times those that run at once."""
+_MAX_ANSWERS = 4_096
+"""Number of answers that a gateway keeps for retries."""
+_COUNT_TOKENS = "v1/messages/count_tokens"
 _TRACES = "v1/traces"
 
 
 class Engine(Protocol):
-    """What the gateway asks of the policy. Cancelling a call stops its work."""
+    """The policy as the gateway calls it. Cancelling a call stops its work."""
 
-    async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal: ...
+    async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
+        """Answer a request of `engine.engine_request` in one piece."""
+        ...
 
     def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
-        """The parts of an answer as they come; a refusal is the last."""
+        """Answer a request in parts, as they are sampled; a refusal is the last part."""
         ...
 
 
 class Recorder(SpanRecorder, Protocol):
-    """What the gateway asks of the buffer."""
+    """The buffer as the gateway calls it. Both methods raise UnknownRollout if the attempt has ended."""
 
-    async def record(self, call: ModelCall) -> int: ...
+    async def record(self, call: ModelCall) -> int:
+        """Record a call; returns how many more calls the attempt may make."""
+        ...
 
-    async def note_failure(self, key: RolloutKey, outcome: Outcome, error: str) -> None: ...
+    async def note_failure(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
+        """Note why a call of the attempt failed."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
-    """What the gateway must know."""
+    """Settings of the gateway. Limits "of an attempt" hold for all its requests together."""
 
     model: str
     run_secret: bytes
     sampling: Mapping[Split, Mapping[str, float | int]]
-    """Per split, e.g. {"train": {"temperature": 1.0, "max_tokens": 64}, "val": {"temperature": 0.0}}."""
+    """Sampling parameters for each split: {"train": {"temperature": 1.0, "max_tokens": 64}, "val": {…}}."""
     seed: int | None = None
-    """Of the run: what is sampled in training is then a function of it, the rollout, and what its agent asks for how
-    often, so that a rollout that is run again, also as another attempt, samples the same. One gateway must see all."""
+    """The run's seed: it makes each training call's sampling a function of the rollout, the request and how often the
+    request was repeated, so that a rollout that is run again samples the same. One gateway must see all calls."""
     vocab_size: int = 2**31
-    """Of the model: an answer with another token id in it is the engine's error."""
+    """Vocabulary of the model: an answer with a token id from here on is an error of the engine."""
     max_body_bytes: int = 4 * 1024 * 1024
     max_json_depth: int = 64
     max_choices: int = 16
     max_concurrent_calls: int = 64
-    """Of one attempt, in flight at once."""
+    """Calls of an attempt that may run at once."""
     call_timeout_s: float = math.inf
-    """Seconds that the engine has for a call; it must then be another's fault than the agent's."""
+    """Seconds that the engine has for a call; a call that takes longer is counted as the engine's error."""
     max_bytes_in_flight: int = 64 * 1024 * 1024
-    """Of one attempt's requests, of any kind, that are being read or answered."""
+    """Bytes of an attempt's requests, of any kind, that are being read or answered."""
     retry_grace_s: float = 10.0
-    """Seconds in which a client library that went away finds the work still going: theirs wait 8 s at most."""
+    """Seconds for which work goes on after its client went away: client libraries retry after 8 s at most."""
     retry_memory_s: float = 30.0
-    """Seconds for which an answer that is done is kept for such a retry."""
+    """Seconds for which a finished answer is kept for a retry."""
 
 
 class Gateway:
-    """Answers agents. `handle` takes any request under its root and never raises."""
+    """Answers the requests of agents: model calls, token counts, traces and the list of models."""
 
     def __init__(self, *, engine: Engine, recorder: Recorder, config: GatewayConfig) -> None:
         self._engine = engine
@@ -112,113 +118,79 @@ class Gateway:
         self._answers: OrderedDict[tuple[RolloutKey, str, str, bytes], Answer] = OrderedDict()
 
     async def handle(self, request: Request) -> Response:
+        """The response to any request under the gateway's root; never raises. Errors have the shape of the dialect."""
         parts = [part for part in request.url.path.split("/") if part]
         if parts[-1:] == ["health"]:
             return JSONResponse({"status": "ok", "model": self._config.model})
-        if parts[-1:] == ["openapi.json"]:
-            return JSONResponse(describe(WIRES))
-        wire = WIRES["v1/messages" if "anthropic-version" in request.headers else "v1/chat/completions"]
+        dialect = DIALECTS["v1/messages" if "anthropic-version" in request.headers else "v1/chat/completions"]
         try:
             start = parts.index("rollout")
             _, rollout_id, _, attempt, secret, agent, *rest = parts[start:]
             key = RolloutKey.parse(rollout_id, int(attempt))
         except ValueError:
-            return _refuse(wire, Refusal(status=404, message=f"no such path: {request.url.path}", code="not_found"))
+            return _refuse(dialect, Refusal(status=404, message=f"no such path: {request.url.path}", code="not_found"))
         if not verify_secret(self._config.run_secret, key, secret):
-            return _refuse(wire, Refusal(status=403, message="wrong secret in the URL", code="forbidden"))
-        end = "/".join(rest)
+            return _refuse(dialect, Refusal(status=403, message="wrong secret in the URL", code="forbidden"))
+        endpoint = "/".join(rest)
         if rest[:2] == ["v1", "models"] and len(rest) < 4 and request.method == "GET":
             return JSONResponse(self._models(rest[2:]))
-        if end not in (*WIRES, _COUNT, _TRACES) or request.method != "POST":
-            return _refuse(wire, Refusal(status=404, message=f"no such endpoint: /{end}", code="not_found"))
+        if endpoint not in (*DIALECTS, _COUNT_TOKENS, _TRACES) or request.method != "POST":
+            return _refuse(dialect, Refusal(status=404, message=f"no such endpoint: /{endpoint}", code="not_found"))
         config = self._config
-        limits = Limits(one=config.max_body_bytes, all_together=config.max_bytes_in_flight)
-        async with reading(request, self._attempt(key).held, limits) as raw:
+        limits = {"max_bytes": config.max_body_bytes, "max_bytes_in_flight": config.max_bytes_in_flight}
+        async with reading(request, self._attempt(key), **limits) as raw:
             if isinstance(raw, Refusal):
-                return _refuse(wire, raw)
-            if end == _TRACES:
+                return _refuse(dialect, raw)
+            if endpoint == _TRACES:
                 return await take_traces(
                     self._recorder, key, raw, request.headers, max_bytes=config.max_body_bytes, secret=secret
                 )
-            wire = WIRES[end.removesuffix("/count_tokens")]
-            try:
-                call = self._call(key, secret, agent, wire, raw, request.headers, counts=end == _COUNT)
-            except BadRequest as error:
-                return _refuse(wire, Refusal(status=400, message=str(error), code=error.code))
-            return await self._once(call, end, raw, request)
+            return await self._call(key, secret, agent, endpoint, raw, request)
 
     def _attempt(self, key: RolloutKey) -> Attempt:
-        """What is remembered of an attempt whose secret was right."""
+        """The memory of an attempt whose secret was right."""
         attempt = self._attempts.setdefault(key, Attempt())
         self._attempts.move_to_end(key)
-        while len(self._attempts) > _ATTEMPTS:
+        while len(self._attempts) > _MAX_ATTEMPTS:
             self._attempts.popitem(last=False)
         return attempt
 
-    def _call(
-        self,
-        key: RolloutKey,
-        secret: str,
-        agent: str,
-        wire: Wire,
-        raw: bytes,
-        headers: Mapping[str, str],
-        *,
-        counts: bool,
-    ) -> Call:
-        """The request that a body is. Raises BadRequest."""
-        depth = self._config.max_json_depth
+    async def _call(
+        self, key: RolloutKey, secret: str, agent: str, endpoint: str, raw: bytes, request: Request
+    ) -> Response:
+        """The response to a model call or token count. A client library's retry gets the first answer, so that it makes
+        no second span: only a request that says it is a retry, since an agent may repeat a request on purpose."""
+        config, dialect = self._config, DIALECTS[endpoint.removesuffix("/count_tokens")]
         try:
-            body = json.loads(raw)
-            if is_deeper(body, depth):
-                raise BadRequest(f"the request is nested more than {depth} levels deep")
-            compact(body).encode()  # fails where a span could not be written down: half a surrogate pair
-        except (ValueError, RecursionError):
-            raise BadRequest("the request is not JSON") from None
-        if not isinstance(body, dict):
-            raise BadRequest("the request is not a JSON object")
-        engine = wire.to_engine(body)
-        prompt = engine.get("prompt")
-        prompts = len(prompt) if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt) else 1
-        if (engine.get("n") or 1) * prompts > self._config.max_choices:
-            raise BadRequest(f"n must be a number from 1 to {self._config.max_choices}, all prompts together")
-        asked = Asked(
-            body=body,
-            engine=engine,
-            reply_id=f"{wire.prefix}{uuid.uuid4().hex}",
-            model=body.get("model") or self._config.model,
-            created=int(time.time()),
-        )
-        return Call(
+            context = parse_request(
+                raw, dialect, model=config.model, max_depth=config.max_json_depth, max_choices=config.max_choices
+            )
+        except BadRequest as error:
+            return _refuse(dialect, Refusal(status=400, message=str(error), code=error.code))
+        call = Call(
             key=key,
             secret=secret,
-            agent=agent_of(headers, agent),
-            parent_id=parent_of(headers),
-            wire=wire,
-            asked=asked,
-            stream=wire.stream(asked),
+            agent=agent_of(request.headers, agent),
+            parent_id=parent_of(request.headers),
+            dialect=dialect,
+            context=context,
+            stream=dialect.stream(context),
             attempt=self._attempt(key),
-            counts=counts,
+            is_token_count=endpoint == _COUNT_TOKENS,
         )
-
-    async def _once(self, call: Call, end: str, raw: bytes, request: Request) -> Response:
-        """Answer a client library's retry with the first answer, so that it makes no second span.
-
-        Only a request that says it is a retry is matched: an agent may well ask the same thing twice on purpose.
-        """
-        config, retries = self._config, request.headers.get(RETRY_HEADER)
-        digest = (call.key, call.agent, end, hashlib.sha256(raw).digest())
+        retries = request.headers.get(RETRY_HEADER)
+        digest = (key, call.agent, endpoint, hashlib.sha256(raw).digest())
         answer = self._answers.get(digest) if retries not in (None, "0") else None
         if answer is None or answer.failed:
             grace = 0.0 if retries is None else config.retry_grace_s
             answer = self._answers[digest] = Answer(lambda answer: self._answer(call, answer), grace=grace)
-            # The first of them was made first; whoever still reads it holds it.
-            while len(self._answers) > 4096 or next(iter(self._answers.values())).age() > config.retry_memory_s:
+            # In order of their start; connections that still read an answer hold it themselves.
+            while len(self._answers) > _MAX_ANSWERS or next(iter(self._answers.values())).age() > config.retry_memory_s:
                 self._answers.popitem(last=False)
         return await answer.response(request)
 
     async def _answer(self, call: Call, answer: Answer) -> None:
-        """Answer a call, whatever happens."""
+        """Complete the answer to a call, whatever happens."""
         try:
             refusal = await self._admit(call, answer)
         except UnknownRollout as error:
@@ -230,110 +202,115 @@ class Gateway:
             refusal = Refusal(status=500, message=message, code="engine_error", type="server_error")
         if refusal is None:
             return
-        if answer.begun:
+        if answer.started:
             answer.failed = True
             answer.send(call.stream.fail(refusal))
         else:
-            answer.whole(_refuse(call.wire, refusal))
+            answer.respond(_refuse(call.dialect, refusal))
 
     async def _admit(self, call: Call, answer: Answer) -> Refusal | None:
-        """Call the engine, where this attempt may call it once more. Raises UnknownRollout."""
+        """Answer a call if its attempt may make one more, else return why not. Raises UnknownRollout."""
         attempt = call.attempt
         if attempt.ended:
             return Refusal(status=409, message=attempt.ended, code="rollout_ended")
-        spent = attempt.calls_left <= attempt.in_flight
-        if spent or attempt.in_flight >= self._config.max_concurrent_calls:
+        spent = attempt.calls_left <= attempt.calls_in_flight
+        if spent or attempt.calls_in_flight >= self._config.max_concurrent_calls:
             error = "this rollout has made all the model calls that it may make"
             if not spent:
-                error = f"this rollout has {attempt.in_flight} model calls in flight, and may have no more"
+                error = f"this rollout has {attempt.calls_in_flight} model calls in flight, and may have no more"
             await self._recorder.note_failure(call.key, Outcome.TOO_MANY_CALLS, error)
-            # 400, not 429: client libraries retry 429, and it would not get better.
+            # 400, not 429: client libraries would retry a 429, in vain.
             return Refusal(status=400, message=error, code="too_many_calls")
-        attempt.in_flight += 1
+        attempt.calls_in_flight += 1
         try:
-            return await self._work(call, answer)
+            return await self._complete(call, answer)
         finally:
-            attempt.in_flight -= 1
+            attempt.calls_in_flight -= 1
 
-    async def _work(self, call: Call, answer: Answer) -> Refusal | None:
-        """Ask, record, and only then end the answer. Raises UnknownRollout."""
-        config, started = self._config, time.time()
-        # With tools an answer is streamed when it is whole: vLLM's parsers of a stream read half a tool call, or a
-        # call's arguments, in another way than those of a whole answer.
-        live = call.streams and not call.asked.engine.get("tools")
-        # The engine counts tokens by reading them, and samples one that nobody sees.
-        limits = {"max_tokens": 1, "n": 1} if call.counts else {}
-        request = engine_request(
-            {**call.asked.engine, **limits},
-            model=config.model,
-            split=call.key.split,
-            sampling=config.sampling[call.key.split],
-            stream=live,
-        )
-        if config.seed is not None and call.key.split == "train":
-            request["seed"] = _seed(config.seed, call)
-        try:
-            async with asyncio.timeout(None if math.isinf(config.call_timeout_s) else config.call_timeout_s):
-                if live:
-                    found = await self._follow(call, answer, request, started)
-                else:
-                    found = within(await self._engine.generate(request), config.vocab_size)
-        except TimeoutError:
-            late = f"the engine did not answer within {config.call_timeout_s:g} s"
-            found = Refusal(status=504, message=late, code="engine_error", type="server_error")
-        if isinstance(found, Refusal):
-            if found.code in ("context_length_exceeded", "engine_error"):
-                long = found.code == "context_length_exceeded"
-                outcome = Outcome.OVERLONG_PROMPT if long else Outcome.ENGINE_ERROR
-                await self._recorder.note_failure(call.key, outcome, found.message)
-            return found
-        if call.counts:
-            answer.whole(JSONResponse({"input_tokens": found.choices[0].prompt_T.size}))
+    async def _complete(self, call: Call, answer: Answer) -> Refusal | None:
+        """Call the engine, record the call, and only then end the answer. Raises UnknownRollout."""
+        started_at = time.time()
+        completion = await self._ask_engine(call, answer, started_at)
+        if isinstance(completion, Refusal):
+            if completion.code in ("context_length_exceeded", "engine_error"):
+                too_long = completion.code == "context_length_exceeded"
+                outcome = Outcome.OVERLONG_PROMPT if too_long else Outcome.ENGINE_ERROR
+                await self._recorder.note_failure(call.key, outcome, completion.message)
+            return completion
+        if call.is_token_count:
+            answer.respond(JSONResponse({"input_tokens": completion.choices[0].prompt_T.size}))
             return None
-        # Shielded: what was sampled to its end is recorded, also where the agent leaves just now.
-        await asyncio.shield(self._record(call, found, started))
-        if not call.streams:
-            answer.whole(JSONResponse(call.wire.reply(call.asked, found)))
+        # Shielded: a call that was sampled to its end is recorded, even if the agent goes away at this moment.
+        await asyncio.shield(self._record(call, completion, started_at))
+        if not call.wants_stream:
+            answer.respond(JSONResponse(call.dialect.reply(call.context, completion)))
             return None
-        if not answer.begun:
-            answer.begin(call.stream.begin())
-        answer.send(call.stream.end(found))
+        if not answer.started:
+            answer.start_stream(call.stream.begin())
+        answer.send(call.stream.end(completion))
         return None
 
-    async def _follow(
-        self, call: Call, answer: Answer, request: Mapping[str, Any], started: float
+    async def _ask_engine(self, call: Call, answer: Answer, started_at: float) -> Completion | Refusal:
+        """The engine's answer, or why there is none; a stream's deltas are sent on as they come."""
+        config, split = self._config, call.key.split
+        # With tools, the engine's answer is not streamed: vLLM's parsers of a stream read half a tool call, or a call's
+        # arguments, in another way than its parsers of a complete answer.
+        streamed = call.wants_stream and not call.context.engine.get("tools")
+        # The engine counts a prompt's tokens by reading them, and samples one token that nobody sees.
+        limits = {"max_tokens": 1, "n": 1} if call.is_token_count else {}
+        request = engine.engine_request(
+            {**call.context.engine, **limits},
+            model=config.model,
+            split=split,
+            sampling=config.sampling[split],
+            stream=streamed,
+        )
+        if config.seed is not None and split == "train":
+            request["seed"] = call.seed(config.seed)
+        try:
+            async with asyncio.timeout(None if math.isinf(config.call_timeout_s) else config.call_timeout_s):
+                if streamed:
+                    return await self._follow_stream(call, answer, request, started_at)
+                return engine.check_vocabulary(await self._engine.generate(request), config.vocab_size)
+        except TimeoutError:
+            message = f"the engine did not answer within {config.call_timeout_s:g} s"
+            return Refusal(status=504, message=message, code="engine_error", type="server_error")
+
+    async def _follow_stream(
+        self, call: Call, answer: Answer, request: Mapping[str, Any], started_at: float
     ) -> Completion | Refusal:
-        """Hand on the deltas of a stream. Where the agent leaves it, what it was sent is recorded."""
+        """Send a stream's deltas on. If the agent goes away, what it was sent is recorded."""
         parts: list[Part] = []
         try:
             async for part in self._engine.stream(request):
                 if isinstance(part, Refusal):
                     return part
                 if not parts:
-                    answer.begin(call.stream.begin())
+                    answer.start_stream(call.stream.begin())
                 parts.append(part)
                 for choice in part.visible():
                     answer.send(call.stream.delta(choice))
         except asyncio.CancelledError:
             if parts:
                 with contextlib.suppress(UnknownRollout, ValueError):
-                    seen = within(join(parts), self._config.vocab_size)
-                    if isinstance(seen, Completion):
-                        await self._record(call, seen, started)
+                    completion = engine.check_vocabulary(engine.join_parts(parts), self._config.vocab_size)
+                    if isinstance(completion, Completion):
+                        await self._record(call, completion, started_at)
             raise
-        return within(join(parts), self._config.vocab_size)
+        return engine.check_vocabulary(engine.join_parts(parts), self._config.vocab_size)
 
-    async def _record(self, call: Call, completion: Completion, started: float) -> None:
-        """One span per choice: each is a sampled response to its prompt. Raises UnknownRollout."""
-        ended = time.time()
-        prompt = call.asked.engine.get("prompt")
-        messages = call.asked.engine["messages"] if prompt is None else [{"role": "user", "content": prompt}]
+    async def _record(self, call: Call, completion: Completion, started_at: float) -> None:
+        """Record a span for each choice, since each is a sampled response to the prompt. Raises UnknownRollout."""
+        ended_at, context = time.time(), call.context
+        prompt = context.engine.get("prompt")
+        messages = context.engine["messages"] if prompt is None else [{"role": "user", "content": prompt}]
         for index, choice in enumerate(completion.choices):
-            if choice.finish_reason == CUT and not choice.response_T.size:
+            if choice.finish_reason == engine.CUT and not choice.response_T.size:
                 continue
+            reply = engine.assistant_message(completion.reply["choices"][index])
             span = ModelCall(
                 key=call.key,
-                call_id=call.asked.reply_id if index == 0 else f"{call.asked.reply_id}#{index}",
+                call_id=context.reply_id if index == 0 else f"{context.reply_id}#{index}",
                 agent=call.agent,
                 parent_id=call.parent_id,
                 policy_version=completion.policy_version,
@@ -342,16 +319,16 @@ class Gateway:
                 response_T=choice.response_T,
                 logprob_T=choice.logprob_T,
                 finish_reason=choice.finish_reason,
-                started_at=started,
-                ended_at=ended,
-                request=without(call.secret, compact(messages)),
-                reply=without(call.secret, compact(spoken(completion.reply["choices"][index]))),
+                started_at=started_at,
+                ended_at=ended_at,
+                request=hide_secret(compact(messages), call.secret),
+                reply=hide_secret(compact(reply), call.secret),
             )
-            left = await self._recorder.record(span)
-            call.attempt.calls_left = min(call.attempt.calls_left, left)
+            calls_left = await self._recorder.record(span)
+            call.attempt.calls_left = min(call.attempt.calls_left, calls_left)
 
     def _models(self, name: list[str]) -> dict[str, Any]:
-        """The one model there is, by any name that an agent asks for, as OpenAI's and Anthropic's clients read it."""
+        """The models, or the model called `name`, in OpenAI's and Anthropic's form; every name means the policy."""
         model = name[0] if name else self._config.model
         openai = {"id": model, "object": "model", "created": 0, "owned_by": "agent-lightning"}
         card = openai | {"type": "model", "display_name": model, "created_at": "1970-01-01T00:00:00Z"}
@@ -359,17 +336,9 @@ class Gateway:
         return card if name else {"object": "list", "data": [card], **ends}
 
 
-def _seed(run_seed: int, call: Call) -> int:
-    """Of one call: the same for every attempt at its rollout that has asked the same so far."""
-    asked = zlib.crc32(compact(call.asked.engine).encode(), zlib.crc32(call.agent.encode()))
-    call.attempt.asked[asked] += 1
-    text = f"{run_seed}/{call.key.rollout_id}/{asked}/{call.attempt.asked[asked]}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
-
-
-def _refuse(wire: Wire, refusal: Refusal) -> JSONResponse:
-    # The client libraries obey the header: they would repeat a 409, and it would not get better; and a call that took
-    # too long once has left no time for another.
+def _refuse(dialect: Dialect, refusal: Refusal) -> JSONResponse:
+    # Client libraries obey the header. Without it they would repeat a 409 in vain, and a call that timed out, though no
+    # time is left for a repetition.
     hopeless = (refusal.status < 500 and refusal.status != 429) or refusal.status == 504
     headers = {"x-should-retry": "false"} if hopeless else {}
-    return JSONResponse(wire.error(refusal), status_code=refusal.status, headers=headers)
+    return JSONResponse(dialect.error(refusal), status_code=refusal.status, headers=headers)

@@ -28,7 +28,7 @@ from ray.serve.llm.deployment import LLMServer
 from vllm.exceptions import VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from agent_lightning.core.types import InFlight
+from agent_lightning.core.types import OnWeightUpdate
 from agent_lightning.learners.base import Weights
 from agent_lightning.serving.engine import Completion, Part, Refusal, parse_error, parse_reply
 from agent_lightning.serving.gate import Gate
@@ -69,14 +69,14 @@ class _Server(LLMServer):
 class PolicyServer:
     """Ray's LLM server, which also stamps each reply with the version that made it and installs new weights."""
 
-    def __init__(self, settings: Mapping[str, Any], in_flight: InFlight, board: PolicyBoard) -> None:
-        """`settings`: the fields of Ray's LLMConfig. `in_flight`: the rule for calls that an update finds."""
+    def __init__(self, settings: Mapping[str, Any], on_weight_update: OnWeightUpdate, board: PolicyBoard) -> None:
+        """`settings`: the fields of Ray's LLMConfig. `on_weight_update`: the rule for calls that an update finds."""
         config = LLMConfig(**settings)
         if os.path.isdir(config.model_loading_config.model_source):
             config.callback_config.callback_class = _NothingToDownload
         alone = config.accelerator_config.kind == "cpu" and len(settings["placement_group_config"]["bundles"]) == 1
         self._server = _Server.sync_init(config, engine_cls=OneProcessEngine if alone else VLLMEngine)
-        self._gate = Gate(in_flight)
+        self._gate = Gate(on_weight_update)
         self._version = 0
         self._follower = Follower(board, self._install, self.check_health)
         self._following: asyncio.Task[None] | None = None
@@ -93,16 +93,16 @@ class PolicyServer:
         await self._server.check_health()
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
-        """Answer one request, already made ready by `dialects.engine_request`."""
+        """Answer one request, already made ready by `engine.engine_request`."""
         with _its_engine():
             await self._follower.attached()
-            return await self._gate.whole(lambda: self._answer(request))
+            return await self._gate.complete(lambda: self._answer(request))
 
     async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
         """The same, in parts as they come."""
         with _its_engine():
             await self._follower.attached()
-            async for part in self._gate.parts(lambda: self._parts(request)):
+            async for part in self._gate.stream(lambda: self._parts(request)):
                 yield part
 
     async def _answer(self, request: Mapping[str, Any]) -> Completion | Refusal:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from agent_lightning.core import actors as cluster
-from agent_lightning.core.types import InFlight
+from agent_lightning.core.types import OnWeightUpdate
 from agent_lightning.learners.base import Weights
 from agent_lightning.serving.engine import Completion, Part, Refusal
 from agent_lightning.serving.policy import PolicyBoard
@@ -30,9 +30,11 @@ class ToyReplica:
     """A replica of the policy: a ToyEngine that follows the board."""
 
     def __init__(
-        self, words: tuple[str, ...], seed: int, max_len: int, in_flight: InFlight, board: PolicyBoard
+        self, words: tuple[str, ...], seed: int, max_len: int, on_weight_update: OnWeightUpdate, board: PolicyBoard
     ) -> None:
-        self._engine = _FetchingEngine(ToyLanguage(words), seed=seed, max_len=max_len, in_flight=in_flight)
+        self._engine = _FetchingEngine(
+            ToyLanguage(words), seed=seed, max_len=max_len, on_weight_update=on_weight_update
+        )
         self._board = board
         self._following: asyncio.Task[None] | None = None
 

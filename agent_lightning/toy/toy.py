@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_lightning.core.metrics import Max, Mean, Metrics, merge
-from agent_lightning.core.types import Batch, InFlight, Ints
+from agent_lightning.core.types import Batch, Ints, OnWeightUpdate
 from agent_lightning.learners.base import WeightBucket, Weights
-from agent_lightning.serving.engine import Choice, Completion, Part, Refusal, join
+from agent_lightning.serving.engine import Choice, Completion, Part, Refusal, join_parts
 from agent_lightning.serving.gate import Gate
 from agent_lightning.serving.policy import Follower, PolicyBoard
 
@@ -97,8 +97,8 @@ class ToyEngine:
     """The policy's engine: exact token ids, true log-probabilities, and errors as vLLM would have them.
 
     Knows `temperature` (0: the likeliest word, log-probability 0), `max_tokens`, `n` and `seed`. As in the real engine,
-    one version answers a call from start to end, unless `in_flight` is "keep": then the word is the old version's, and
-    its end the new one's.
+    one version answers a call from start to end, unless `on_weight_update` is "keep": then the word is the old
+    version's, and its end the new one's.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class ToyEngine:
         seed: int = 0,
         max_len: int = 4096,
         delay_s: float = 0.0,
-        in_flight: InFlight = "wait",
+        on_weight_update: OnWeightUpdate = "wait",
     ) -> None:
         """`max_len`: tokens of prompt and response. `delay_s`: seconds that an answer takes; may be changed.
 
@@ -124,7 +124,7 @@ class ToyEngine:
         self._seed = seed
         self._asked: Counter[int] = Counter()
         self._table = np.zeros((language.num_states, len(language.words)), np.float32)
-        self._gate = Gate(in_flight)
+        self._gate = Gate(on_weight_update)
         self._failures = 0
         self._follower: Follower | None = None
 
@@ -139,7 +139,7 @@ class ToyEngine:
             return asked
         with self._counted():
             await self._attached()
-            completion = await self._gate.whole(lambda: self._answer(asked, request))
+            completion = await self._gate.complete(lambda: self._answer(asked, request))
         if request.get("tools"):
             for choice in completion.reply["choices"]:
                 _call_tool(choice, request["tools"][0]["function"]["name"])
@@ -153,13 +153,13 @@ class ToyEngine:
             return
         with self._counted():
             await self._attached()
-            async for part in self._gate.parts(lambda: self._parts(asked, request)):
+            async for part in self._gate.stream(lambda: self._parts(asked, request)):
                 yield part
 
     async def _answer(self, asked: _Asked, request: Mapping[str, Any]) -> Completion:
         version, choices = self.version, self._sample(asked)
         await asyncio.sleep(self.delay_s)
-        return join([_part(self._language, choices, slice(None), request, version, self._newer(version))])
+        return join_parts([_part(self._language, choices, slice(None), request, version, self._newer(version))])
 
     async def _parts(self, asked: _Asked, request: Mapping[str, Any]) -> AsyncGenerator[Part, None]:
         version, choices = self.version, self._sample(asked)
@@ -209,7 +209,7 @@ class ToyEngine:
         return asked
 
     async def install(self, weights: Weights) -> None:
-        """Answer with these weights; `in_flight` says what becomes of the calls that are being answered."""
+        """Answer with these weights; `on_weight_update` says what becomes of the calls that are being answered."""
         (bucket,) = weights.buckets
         (entry,) = bucket.parameters
         async with self._gate.update():

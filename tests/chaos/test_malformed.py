@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import schemathesis
+from gateway_openapi import describe
 from hypothesis import HealthCheck, settings
 from malformed import SECRET, attack, new_rollout
 from schemathesis.checks import not_a_server_error
@@ -21,7 +22,7 @@ from starlette.applications import Starlette
 
 from agent_lightning.buffer.buffer import Buffer, attempt_secret
 from agent_lightning.core.types import RolloutKey
-from agent_lightning.serving.gateway import Gateway, GatewayConfig
+from agent_lightning.serving.gateway import DIALECTS, Gateway, GatewayConfig
 from agent_lightning.toy.world import SAMPLING, ToyEngine, ToyLanguage, application
 
 pytestmark = pytest.mark.chaos
@@ -36,7 +37,8 @@ def open_gateway() -> tuple[Starlette, RolloutKey]:
 
 
 app, key = open_gateway()
-schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+schema = schemathesis.openapi.from_dict(describe(DIALECTS))
+schema.app = app
 
 
 @schemathesis.serializer("application/x-protobuf")

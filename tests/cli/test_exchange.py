@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from agent_lightning.cli.main import main
 from agent_lightning.core.errors import DataError
+from agent_lightning.core.json_values import compact
 from agent_lightning.core.types import (
     AgentSpan,
     ModelCall,
@@ -26,7 +27,6 @@ from agent_lightning.core.types import (
     Trajectory,
 )
 from agent_lightning.run.archive import RolloutWriter, read_trajectories
-from agent_lightning.serving.engine import compact
 from agent_lightning.spans import otlp
 from agent_lightning.spans.traces.export import FILES, Format, from_row, to_line, to_otlp, to_spans, write
 from agent_lightning.spans.traces.imports import conversations, read_files

@@ -1,184 +1,284 @@
-"""What is added to a request, and what is taken from a reply."""
+"""Every wire format over a real connection, by the official client libraries: the same tokens, the same spans."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
+import anthropic
 import numpy as np
+import openai
 import pytest
+from formats import FORMATS, Clients, converse
+from test_gateway import Rig, open_rig, url_of
 
-from agent_lightning.core.types import Split
-from agent_lightning.serving.engine import Refusal, compact, engine_request, parse_error, parse_reply
+from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Task
+from agent_lightning.learners.base import WeightBucket, Weights
+from agent_lightning.serving.engine import Part, Refusal
+from agent_lightning.serving.gateway import Gateway, GatewayConfig
+from agent_lightning.toy.world import SAMPLING, serve_locally
 
-MESSAGES = [{"role": "user", "content": "hello"}]
-POLICY: dict[str, float | int] = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 64}
-
-
-def ask(split: Split, **body: Any) -> dict[str, Any]:
-    return engine_request({"messages": MESSAGES, **body}, model="policy", split=split, sampling=POLICY)
-
-
-def vllm_reply(**changes: Any) -> dict[str, Any]:
-    """What vLLM sends where token ids and log-probabilities were asked for."""
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": "yes"},
-        "logprobs": {"content": [{"token": "yes", "logprob": -0.5}, {"token": "<end>", "logprob": -0.25}]},
-        "finish_reason": "stop",
-        "stop_reason": None,
-        "token_ids": [7, 1],
-    }
-    reply = {"id": "chatcmpl-1", "model": "policy", "prompt_token_ids": [3, 4], "prompt_logprobs": None}
-    return {**reply, "usage": {"total_tokens": 4}, "choices": [{**choice, **changes}]}
+HELLO = [{"role": "user", "content": "hello"}]
+WAYS = [(name, stream) for name in FORMATS for stream in (False, True)]
 
 
-def test_what_is_always_asked() -> None:
-    for split in ("train", "val"):
-        request = ask(split, model="gpt-4o", stream=True, stream_options={"include_usage": True}, tools=["a tool"])
-        always = {"model": "policy", "stream": False, "logprobs": True, "top_logprobs": 0, "return_token_ids": True}
-        assert request == {"messages": MESSAGES, "tools": ["a tool"], "include_reasoning": True, **POLICY, **always}
-        streamed = engine_request(request, model="policy", split=split, sampling=POLICY, stream=True)
-        assert streamed == request | {"stream": True, "stream_options": {"include_usage": True}}
+async def learned(rig: Rig, seed: int) -> None:
+    """A policy that prefers another word for each question."""
+    table = np.random.default_rng(seed).normal(size=(1024, 4)).astype(np.float32)
+    entry = {"name": "table", "dtype": "float32", "shape": [1024, 4], "offset": 0}
+    bucket = WeightBucket(parameters=(entry,), data=np.frombuffer(table.tobytes(), np.uint8))
+    await rig.engine.install(Weights(version=7, buckets=(bucket,)))
 
 
-def test_a_prompt_without_a_template_is_asked_with_the_number_of_log_probabilities() -> None:
-    for asked, sent in ((None, 0), (0, 0), (3, 3)):
-        body = {"prompt": [1, 2], "logprobs": asked}
-        request = engine_request(body, model="policy", split="val", sampling=POLICY)
-        assert (request["logprobs"], request["prompt"]) == (sent, [1, 2])
-        assert not {"top_logprobs", "include_reasoning"} & set(request)
+@asynccontextmanager
+async def clients_of(rig: Rig) -> AsyncIterator[Clients]:
+    async with serve_locally(rig.gateway) as root, Clients(root=root + url_of(rig.key)[: -len("/v1")]) as clients:
+        yield clients
 
 
-def test_the_agents_request_is_left_as_it_is() -> None:
-    body: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 5, "stream": False}
-    before = json.dumps(body)
-    engine_request(body, model="policy", split="train", sampling=POLICY)
-    assert json.dumps(body) == before
+def essence(call: ModelCall) -> dict[str, Any]:
+    """What must not depend on the format: all but ids and times."""
+    named = {name: re.sub(r"call-\w+", "call", getattr(call, name)) for name in ("request", "reply")}
+    arrays = {name: getattr(call, name).tolist() for name in ("prompt_T", "response_T", "logprob_T")}
+    same = {name: getattr(call, name) for name in ("agent", "policy_version", "finish_reason")}
+    return named | arrays | same
 
 
-@pytest.mark.parametrize(
-    ("name", "asked", "in_training", "in_validation"),
-    [
-        ("temperature", 0.2, 1.0, 0.2),
-        ("temperature", 0, 1.0, 0),
-        ("temperature", None, 1.0, 0.9999),
-        ("top_p", 0.5, 0.9, 0.5),
-        # The policy has no word on these: what the learner believes would not be what was sampled.
-        ("top_k", 5, None, 5),
-        ("min_p", 0.1, None, 0.1),
-        ("frequency_penalty", 1.0, None, 1.0),
-        ("logit_bias", {"7": 100}, None, {"7": 100}),
-        ("seed", 3, None, 3),
-        # These are what the agent wants, not how it is sampled.
-        ("stop", ["\n"], ["\n"], ["\n"]),
-        ("tool_choice", "auto", "auto", "auto"),
-        ("top_logprobs", 2, 2, 2),
-    ],
-)
-def test_who_chooses_how_it_is_sampled(name: str, asked: Any, in_training: Any, in_validation: Any) -> None:
-    assert ask("train", **{name: asked}).get(name) == in_training
-    expected = POLICY[name] if in_validation == 0.9999 else in_validation
-    assert ask("val", **{name: asked}).get(name) == expected
+@pytest.mark.parametrize("tools", [False, True])
+@pytest.mark.parametrize("seed", range(2))
+async def test_every_format_streamed_or_not_gives_the_same_tokens_and_the_same_spans(tools: bool, seed: int) -> None:
+    spans: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for name, stream in WAYS:
+        async with open_rig(split="val") as rig, clients_of(rig) as clients:
+            await learned(rig, seed)
+            turns = await converse(clients, name, "How much is 2+3?", tools=tools, stream=stream, temperature=0.0)
+            calls = (await rig.end()).calls
+        assert [turn.reply_id for turn in turns] == [call.call_id for call in calls]
+        for turn, call in zip(turns, calls, strict=True):
+            said = json.loads(call.reply)
+            assert turn.text == (said["content"] or "")
+            assert turn.reason == ("stop" if not turn.calls else "tool_calls")
+            asked = [json.loads(c["function"]["arguments"]) for c in said.get("tool_calls", ())]
+            assert [arguments for _, arguments in turn.calls] == asked
+        spans[name, stream] = [essence(call) for call in calls]
+    first = spans["chat", False]
+    for way, found in spans.items():
+        assert found == first, way
+    assert {span["policy_version"] for span in first} == {7}
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize(
-    ("asked", "limit"),
-    [
-        ({}, 64),
-        ({"max_tokens": 10}, 10),
-        ({"max_tokens": 100}, 64),
-        ({"max_tokens": None}, 64),
-        ({"max_completion_tokens": 10}, 10),
-        ({"max_completion_tokens": 10, "max_tokens": 20}, 10),
-    ],
-)
-def test_the_smaller_limit_of_tokens_wins(split: Split, asked: dict[str, Any], limit: int) -> None:
-    request = ask(split, **asked)
-    assert request["max_tokens"] == limit
-    assert "max_completion_tokens" not in request
+async def test_parallel_tool_calls_come_back_in_every_format() -> None:
+    for name, stream in WAYS:
+        async with open_rig(split="val", words=("call:2+3;4",)) as rig, clients_of(rig) as clients:
+            (first, second) = await converse(clients, name, "?", tools=True, stream=stream, turns=2)
+            one, two = (await rig.end()).calls
+        assert first.calls == second.calls == [("calculator", {"expression": e}) for e in ("2+3", "4")]
+        history = [*one.prompt_T.tolist(), *one.response_T.tolist()]
+        assert two.prompt_T.tolist()[: len(history)] == history
 
 
-def test_a_reply_is_split_into_json_and_arrays() -> None:
-    completion = parse_reply(vllm_reply(), policy_version=3)
-    (choice,) = completion.choices
-    assert completion.policy_version == 3
-    assert choice.prompt_T.tolist() == [3, 4]
-    assert (choice.response_T.tolist(), choice.logprob_T.tolist(), choice.finish_reason) == (
-        [7, 1],
-        [-0.5, -0.25],
-        "stop",
-    )
-    assert {choice.response_T.dtype, choice.prompt_T.dtype, choice.logprob_T.dtype} == {
-        np.dtype(np.int32),
-        np.dtype(np.float32),
-    }
-    assert "token_ids" not in json.dumps(completion.reply)
-    assert completion.reply["usage"] == {"total_tokens": 4}
+async def test_a_prompt_of_token_ids_is_answered_as_the_chat_that_it_is() -> None:
+    async with open_rig(split="val") as rig, clients_of(rig) as clients:
+        await learned(rig, 1)
+        await converse(clients, "chat", "hello", tools=False, stream=False)
+        prompt = rig.engine._language.encode(HELLO).tolist()
+        whole = await clients.openai.completions.create(model="m", prompt=prompt, logprobs=1)
+        parts = [
+            part
+            async for part in await clients.openai.completions.create(
+                model="m", prompt=prompt, stream=True, stream_options={"include_usage": True}
+            )
+        ]
+        several = await clients.openai.completions.create(model="m", prompt=["a", "b"], n=2)
+        calls = (await rig.end()).calls
+    streamed = [part.choices[0] for part in parts if part.choices]
+    assert "".join(choice.text for choice in streamed) == whole.choices[0].text
+    assert (streamed[-1].finish_reason, parts[-1].usage) == ("stop", whole.usage)
+    assert whole.choices[0].logprobs is not None
+    assert len(whole.choices[0].logprobs.token_logprobs or ()) == 2
+    tokens = [(call.prompt_T.tolist(), call.response_T.tolist(), call.reply) for call in calls]
+    assert tokens[0] == tokens[1] == tokens[2]
+    assert len(several.choices) == 4
+    assert [call.prompt_T.size for call in calls[3:]] == [1] * 4
+    assert len({call.call_id for call in calls}) == 7
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"token_ids": None}, "no token ids"),
-        ({"token_ids": [7, -1]}, "out of any vocabulary"),
-        ({"token_ids": [7, 2**31]}, "out of any vocabulary"),
-    ],
-)
-def test_a_reply_without_what_is_trained_on_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_reply(vllm_reply(**changes), policy_version=0)
+async def test_tokens_of_a_prompt_are_counted_without_a_span() -> None:
+    async with open_rig() as rig, clients_of(rig) as clients:
+        counted = await clients.anthropic.messages.count_tokens(model="m", messages=HELLO)  # type: ignore[arg-type]
+        await converse(clients, "messages", "hello", tools=False, stream=False)
+        with pytest.raises(anthropic.BadRequestError):
+            await clients.anthropic.messages.count_tokens(model="m", messages=[{"role": "nobody", "content": ""}])  # type: ignore[typeddict-item]
+        rig.engine.fail_next(1)
+        with pytest.raises(anthropic.InternalServerError):
+            await clients.anthropic.messages.count_tokens(model="m", messages=HELLO)  # type: ignore[arg-type]
+        (call,) = (await rig.end()).calls
+    assert counted.input_tokens == call.prompt_T.size
 
 
-@pytest.mark.parametrize(
-    ("logprobs", "expected"),
-    [
-        (None, [np.nan, np.nan]),
-        ({"content": None}, [np.nan, np.nan]),
-        ({"token_logprobs": [-0.5]}, [np.nan, np.nan]),  # one for two tokens: of which?
-        ({"token_logprobs": [-0.5, None]}, [-0.5, np.nan]),
-        ({"token_logprobs": [-np.inf, 2.0]}, [np.nan, np.nan]),
-        ({"token_logprobs": [1e-6, -1.0]}, [0.0, -1.0]),  # rounding
-    ],
-)
-def test_a_log_probability_that_is_missing_is_not_a_number(logprobs: Any, expected: list[float]) -> None:
-    (choice,) = parse_reply(vllm_reply(logprobs=logprobs), policy_version=0).choices
-    np.testing.assert_array_equal(choice.logprob_T, np.array(expected, np.float32))
+async def test_models_and_errors_as_each_client_reads_them() -> None:
+    async with open_rig() as rig, clients_of(rig) as clients:
+        assert [model.id async for model in clients.openai.models.list()] == ["policy"]
+        assert [model.id async for model in clients.anthropic.models.list()] == ["policy"]
+        assert (await clients.openai.models.retrieve("gpt")).id == (await clients.anthropic.models.retrieve("gpt")).id
+        stranger = clients.of(clients.root.replace("/agent", "x/agent"))
+        with pytest.raises(openai.PermissionDeniedError):
+            await stranger.openai.responses.create(model="m", input="hello")
+        with pytest.raises(anthropic.PermissionDeniedError) as error:
+            await stranger.anthropic.messages.create(model="m", max_tokens=5, messages=HELLO)  # type: ignore[arg-type]
+        assert error.value.body["type"] == "error"  # type: ignore[index]
 
 
-@pytest.mark.parametrize("prompt", [{}, {"prompt_token_ids": None}])
-def test_a_reply_without_its_prompt_is_refused(prompt: dict[str, Any]) -> None:
-    reply = {name: value for name, value in vllm_reply().items() if name != "prompt_token_ids"}
-    with pytest.raises(ValueError, match="prompt"):
-        parse_reply({**reply, **prompt}, policy_version=0)
+# Streams.
 
 
-def test_an_empty_response_is_no_error() -> None:
-    (choice,) = parse_reply(vllm_reply(token_ids=[], logprobs={"content": []}), policy_version=0).choices
-    assert choice.response_T.size == choice.logprob_T.size == 0
+async def test_deltas_come_before_the_answer_is_whole_and_the_end_only_when_it_is_recorded() -> None:
+    async with open_rig() as rig, clients_of(rig) as clients:
+        rig.engine.delay_s = 0.1
+        seen: list[tuple[str, int]] = []
+        stream = await clients.openai.chat.completions.create(model="m", messages=HELLO, stream=True)  # type: ignore[arg-type]
+        async for chunk in stream:
+            (choice,) = chunk.choices
+            recorded = (await rig.buffer.stats()).calls
+            seen.append((choice.finish_reason or choice.delta.content or "", recorded))
+    (_, *deltas, (reason, at_end)) = seen
+    assert deltas
+    assert {recorded for _, recorded in deltas} == {0}
+    assert (reason, at_end) == ("stop", 1)
 
 
-@pytest.mark.parametrize(
-    ("message", "status", "code", "seen"),
-    [
-        ("This model's maximum context length is 64 tokens", 400, "context_length_exceeded", 400),
-        ("longer than the maximum model length of 64", 500, "context_length_exceeded", 400),
-        ("n must be at least 1", 400, "invalid_request", 400),
-        ("CUDA error", 500, "engine_error", 500),
-        ("no status at all", 0, "engine_error", 500),
-    ],
-)
-def test_errors_get_a_code(message: str, status: int, code: str, seen: int) -> None:
-    refusal = parse_error(message, status, "BadRequestError")
-    assert (refusal.code, refusal.status, refusal.message) == (code, seen, message)
+async def test_new_weights_wait_for_a_stream_and_the_next_agent_does_not_notice() -> None:
+    async with open_rig() as rig, clients_of(rig) as clients:
+        rig.engine.delay_s = 0.1
+        first = asyncio.create_task(converse(clients, "chat", "a", tools=False, stream=True))
+        while not rig.engine.in_flight:
+            await asyncio.sleep(0.01)
+        installing = asyncio.create_task(learned(rig, 0))
+        await asyncio.sleep(0.01)
+        await asyncio.gather(first, installing, converse(clients, "messages", "b", tools=False, stream=True))
+        assert [call.policy_version for call in (await rig.end()).calls] == [0, 7]
 
 
-def test_a_refusal_is_in_openais_shape() -> None:
-    assert Refusal(status=400, message="m", code="c").body() == {
-        "error": {"message": "m", "type": "invalid_request_error", "param": None, "code": "c"}
-    }
+async def test_log_probabilities_and_choices_of_a_stream() -> None:
+    async with open_rig() as rig, clients_of(rig) as clients:
+        asked: dict[str, Any] = {"model": "m", "messages": HELLO, "n": 3, "logprobs": True}
+        async with clients.openai.chat.completions.stream(**asked) as events:
+            async for _ in events:
+                pass
+            reply = await events.get_final_completion()
+        calls = (await rig.end()).calls
+    for choice, call in zip(reply.choices, calls, strict=True):
+        assert choice.logprobs is not None
+        logged = [entry.logprob for entry in choice.logprobs.content or ()]
+        np.testing.assert_allclose(logged, call.logprob_T, rtol=1e-6)
 
 
-def test_compact_text() -> None:
-    assert compact([{"a": "日本", "b": None}]) == '[{"a":"日本","b":null}]'
+@pytest.mark.parametrize("name", FORMATS)
+async def test_an_agent_that_leaves_a_stream_has_what_it_was_sent_on_record(name: str) -> None:
+    async with open_rig() as rig, clients_of(rig) as clients:
+        rig.engine.delay_s = 0.2
+        if name == "messages":
+            stream: Any = await clients.anthropic.messages.create(
+                model="m",
+                max_tokens=9,
+                messages=HELLO,
+                stream=True,  # type: ignore[arg-type]
+            )
+        elif name == "chat":
+            stream = await clients.openai.chat.completions.create(model="m", messages=HELLO, stream=True)  # type: ignore[arg-type]
+        else:
+            stream = await clients.openai.responses.create(model="m", input="hello", stream=True)
+        async for chunk in stream:
+            if "delta" in str(chunk) and ("yes" in str(chunk) or "no" in str(chunk) or "maybe" in str(chunk)):
+                break
+        await stream.close()
+        while (await rig.buffer.stats()).calls == 0:
+            await asyncio.sleep(0.01)
+        assert rig.engine.in_flight == 0
+        (call,) = (await rig.end()).calls
+    assert (call.finish_reason, call.response_T.size, call.logprob_T.size) == ("cancelled", 1, 1)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+async def test_a_library_that_times_out_before_the_first_delta_finds_the_stream_again(name: str) -> None:
+    async with open_rig() as rig, clients_of(rig) as clients:
+        patient = {"timeout": 0.3, "max_retries": 3}
+        hasty = replace(
+            clients,
+            openai=clients.openai.with_options(**patient),  # type: ignore[arg-type]
+            anthropic=clients.anthropic.with_options(**patient),  # type: ignore[arg-type]
+        )
+        rig.engine.delay_s = 0.6
+        asking = asyncio.create_task(FORMATS[name](hasty, HELLO, tools=False, stream=True))
+        while not rig.engine.in_flight:
+            await asyncio.sleep(0.01)
+        rig.engine.delay_s = 0.0  # of the second token
+        turn = await asking
+        (call,) = (await rig.end()).calls
+    assert (call.call_id, call.finish_reason) == (turn.reply_id, "stop")
+
+
+class Cut:
+    """An engine that breaks in the middle of a stream."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._engine = rig.engine
+
+    async def stream(self, request: dict[str, Any]) -> AsyncIterator[Part | Refusal]:
+        async for part in self._engine.stream(request):
+            yield part
+            yield Refusal(status=500, message="the replica died", code="engine_error", type="server_error")
+            return
+
+
+@pytest.mark.parametrize("name", FORMATS)
+async def test_a_stream_that_the_engine_cuts_is_an_error_of_the_protocol(name: str) -> None:
+    async with open_rig(words=("yes",)) as rig:
+        config = GatewayConfig(model="policy", run_secret=rig.gateway._config.run_secret, sampling=SAMPLING)
+        cut = replace(rig, gateway=Gateway(engine=Cut(rig), recorder=rig.buffer, config=config))  # type: ignore[arg-type]
+        async with clients_of(cut) as clients:
+            with pytest.raises(Exception, match="the replica died") as error:
+                await FORMATS[name](clients, HELLO, tools=False, stream=True)
+        assert isinstance(error.value, openai.APIError) or type(error.value).__module__.startswith("anthropic")
+        assert (await rig.end(Outcome.AGENT_ERROR)).outcome is Outcome.ENGINE_ERROR
+
+
+async def test_a_rollout_that_ends_during_a_stream_is_told_so() -> None:
+    async with open_rig() as rig, clients_of(rig) as clients:
+        rig.engine.delay_s = 0.1
+        stream = await clients.openai.chat.completions.create(model="m", messages=HELLO, stream=True)  # type: ignore[arg-type]
+        await rig.end(Outcome.TIMEOUT)
+        with pytest.raises(openai.APIError, match="not open"):
+            async for _ in stream:
+                pass
+
+
+# Many.
+
+
+async def test_500_agents_of_mixed_formats_at_once() -> None:
+    async with open_rig(max_concurrent_calls=64) as rig, clients_of(rig) as clients:
+        await rig.buffer.admit(Task(task_id="many", payload={}), split="train", num_rollouts=500)
+        leases = await rig.buffer.lease(500, 1.0)
+        root = clients.root.partition("/rollout")[0]
+        rig.engine.delay_s = 0.02
+
+        async def agent(number: int, key: RolloutKey) -> list[str]:
+            name, stream = WAYS[number % len(WAYS)]
+            own = clients.of(root + url_of(key)[: -len("/v1")])
+            turns = await converse(own, name, f"question {number}", tools=number % 2 == 0, stream=stream)
+            await rig.buffer.finish(key, outcome=Outcome.FINISHED, reward=0.0)
+            return [turn.reply_id for turn in turns]
+
+        told = await asyncio.gather(*(agent(number, lease.key) for number, lease in enumerate(leases)))
+        (group,) = await rig.buffer.take(1, split="train")
+        stats = await rig.buffer.stats()
+    assert [[call.call_id for call in one.calls] for one in group.trajectories] == told
+    assert {one.outcome for one in group.trajectories} == {Outcome.FINISHED}
+    assert stats.calls == sum(map(len, told)) == len({i for ids in told for i in ids})
+    assert stats.refused_spans == 0

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_lightning.core.types import InFlight
+from agent_lightning.core.types import OnWeightUpdate
 from agent_lightning.serving.gate import Gate
 
 
 class Guarded:
     """A version behind a gate, and what was seen at the wrong time."""
 
-    def __init__(self, rule: InFlight = "wait") -> None:
+    def __init__(self, rule: OnWeightUpdate = "wait") -> None:
         self.gate = Gate(rule)
         self.version = 0
         self.calls = 0
@@ -26,11 +26,11 @@ class Guarded:
         self.errors: list[str] = []
 
     async def call(self, ticks: int) -> None:
-        assert await self.gate.whole(lambda: self._work(ticks)) == ticks
+        assert await self.gate.complete(lambda: self._work(ticks)) == ticks
         self.done += 1
 
     async def stream(self, ticks: int) -> None:
-        assert [part async for part in self.gate.parts(lambda: self._parts(ticks))] == list(range(ticks))
+        assert [part async for part in self.gate.stream(lambda: self._parts(ticks))] == list(range(ticks))
         self.done += 1
 
     async def _work(self, ticks: int) -> int:
@@ -80,7 +80,7 @@ async def cancel_after(task: asyncio.Task[None], ticks: int) -> None:
     task.cancel()  # twice: the second may arrive while the first is being handled
 
 
-async def interleave(actions: list[tuple[str, int, int, int | None]], rule: InFlight) -> Guarded:
+async def interleave(actions: list[tuple[str, int, int, int | None]], rule: OnWeightUpdate) -> Guarded:
     guarded = Guarded(rule)
     tasks: list[asyncio.Task[None]] = []
     for kind, ticks, pause, cancelled_after in actions:
@@ -102,7 +102,7 @@ async def interleave(actions: list[tuple[str, int, int, int | None]], rule: InFl
 @given(ACTIONS, st.sampled_from(["wait", "restart"]))
 @settings(max_examples=300, deadline=None)
 def test_no_interleaving_lets_a_call_see_an_update(
-    actions: list[tuple[str, int, int, int | None]], rule: InFlight
+    actions: list[tuple[str, int, int, int | None]], rule: OnWeightUpdate
 ) -> None:
     guarded = asyncio.run(interleave(actions, rule))
     assert not guarded.errors
@@ -182,7 +182,7 @@ async def test_a_call_that_makes_an_answer_of_its_cancellation_is_made_again_too
         return "whole"
 
     async with asyncio.timeout(20):
-        calling = asyncio.create_task(gate.whole(work))
+        calling = asyncio.create_task(gate.complete(work))
         await asyncio.sleep(0.01)
         async with gate.update():
             pass
@@ -199,7 +199,7 @@ async def test_a_call_that_is_made_again_ends_with_what_its_own_failure_was() ->
         raise TimeoutError("of its own")
 
     async with asyncio.timeout(20):
-        calling = asyncio.create_task(gate.whole(work))
+        calling = asyncio.create_task(gate.complete(work))
         await asyncio.sleep(0.01)
         async with gate.update():
             assert not calling.done()

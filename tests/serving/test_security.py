@@ -9,8 +9,6 @@ from typing import Any
 
 import openai
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from test_gateway import HELLO, TOOL, code_of, open_rig, url_of
 
 from agent_lightning.buffer.journal import JournalConfig
@@ -18,7 +16,6 @@ from agent_lightning.core.types import Policy, Task
 from agent_lightning.rollouts.client import current_rollout, tool
 from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.run.archive import RolloutWriter, read_rollouts, read_trajectories
-from agent_lightning.serving.bounds import is_deeper
 from agent_lightning.spans.traces import export
 from agent_lightning.toy.world import ToyWorld
 
@@ -27,17 +24,6 @@ def nested(levels: int, inner: Any = 1) -> Any:
     for level in range(levels):
         inner = [inner] if level % 2 else {"a": inner, "b": 0}
     return inner
-
-
-@given(
-    st.recursive(st.integers(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner))
-)
-def test_depth_is_what_recursion_says(value: Any) -> None:
-    def depth(one: Any) -> int:
-        inside = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
-        return isinstance(one, dict | list) + max(map(depth, inside), default=0)
-
-    assert [is_deeper(value, limit) for limit in range(1, 8)] == [depth(value) > limit for limit in range(1, 8)]
 
 
 async def test_a_request_that_is_nested_too_deep_is_refused_and_one_below_is_not() -> None:

@@ -20,7 +20,7 @@ from ray import serve
 from agent_lightning.config.load import load
 from agent_lightning.core.types import ModelCall, Outcome, Task
 from agent_lightning.launch import launch
-from agent_lightning.serving.engine import engine_request, join
+from agent_lightning.serving.engine import engine_request, join_parts
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(420)]
 SYSTEM = "Solve the problem. Use the calculator."
@@ -147,7 +147,7 @@ async def tokens_of_a_stream_with_tools(stack: Stack) -> None:
         asked = {"model": "policy", "split": "val", "sampling": {"temperature": 0.0, "max_tokens": 60}}
         whole = await handle.generate.remote(engine_request(body, **asked))  # type: ignore[arg-type]
         parts = handle.options(stream=True).stream.remote(engine_request(body, **asked, stream=True))  # type: ignore[arg-type]
-        streamed = join([part async for part in parts])
+        streamed = join_parts([part async for part in parts])
         (one,), (other,) = whole.choices, streamed.choices
         assert one.response_T.tolist() == other.response_T.tolist()
         assert np.abs(one.logprob_T - other.logprob_T).max() < 1e-4

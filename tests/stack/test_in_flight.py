@@ -13,7 +13,7 @@ import ray
 from models import as_weights, random_model, reference_logprobs, serving
 
 from agent_lightning.buffer.buffer import Buffer
-from agent_lightning.core.types import InFlight, ModelCall, Outcome, Task
+from agent_lightning.core.types import ModelCall, OnWeightUpdate, Outcome, Task
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(420)]
 SECRET = b"0123456789abcdef"
@@ -21,10 +21,10 @@ CALLS, TOKENS = 8, 400
 
 
 @pytest.mark.parametrize("rule", ["wait", "keep", "restart"])
-async def test_calls_in_flight_during_a_publish(rule: InFlight, tmp_path: Path) -> None:
+async def test_calls_in_flight_during_a_publish(rule: OnWeightUpdate, tmp_path: Path) -> None:
     old = random_model(tmp_path / "old", seed=0, tied=True)
     new = random_model(tmp_path / "new", seed=1, tied=True)
-    settings = {"max_model_len": 512, "in_flight": rule}
+    settings = {"max_model_len": 512, "on_weight_update": rule}
     async with serving(tmp_path / "old", secret=SECRET, max_tokens=TOKENS, **settings) as (buffer, board, service):
         streamed, *whole = await calls_around(buffer, service.url, board.publish(as_weights(new, 1, ray.put), 300.0))
     versions = [(call.policy_version, call.last_version) for call in whole]

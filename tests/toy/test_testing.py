@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent_lightning.core.types import Batch, InFlight, Outcome, Policy, RolloutKey, Task
+from agent_lightning.core.types import Batch, OnWeightUpdate, Outcome, Policy, RolloutKey, Task
 from agent_lightning.credit import assign as credit
 from agent_lightning.credit import batching
 from agent_lightning.credit.rules import CreditRules
-from agent_lightning.serving.engine import Completion, Part, Refusal, join
+from agent_lightning.serving.engine import Completion, Part, Refusal, join_parts
 from agent_lightning.toy.world import (
     END,
     FIRST_WORD,
@@ -168,7 +168,7 @@ async def test_an_update_waits_for_slow_answers() -> None:
 
 async def test_calls_in_flight_are_made_again_or_go_on_where_that_is_asked() -> None:
     for rule, expected in (("restart", (1, None)), ("keep", (0, 1))):
-        engine = ToyEngine(LANGUAGE, delay_s=0.05, in_flight=rule)
+        engine = ToyEngine(LANGUAGE, delay_s=0.05, on_weight_update=rule)
         answering = asyncio.create_task(ask(engine, user("A")))
         await asyncio.sleep(0.01)
         await engine.install(await ToyLearner(LANGUAGE).publish())
@@ -186,8 +186,10 @@ async def test_calls_in_flight_are_made_again_or_go_on_where_that_is_asked() -> 
         ("wait", False, (0, None)),
     ],
 )
-async def test_a_stream_that_an_update_finds(rule: InFlight, seen: bool, versions: tuple[int, int | None]) -> None:
-    engine, parts = ToyEngine(LANGUAGE, delay_s=0.1, in_flight=rule), list[Part | Refusal]()
+async def test_a_stream_that_an_update_finds(
+    rule: OnWeightUpdate, seen: bool, versions: tuple[int, int | None]
+) -> None:
+    engine, parts = ToyEngine(LANGUAGE, delay_s=0.1, on_weight_update=rule), list[Part | Refusal]()
 
     async def read() -> None:
         async for part in engine.stream({"model": "policy", "messages": [user("A")]}):
@@ -200,7 +202,7 @@ async def test_a_stream_that_an_update_finds(rule: InFlight, seen: bool, version
         await engine.install(await ToyLearner(LANGUAGE).publish())
         assert reading.done() == (rule == "wait" or (seen and rule == "restart"))
         await reading
-    completion = join([part for part in parts if isinstance(part, Part)])
+    completion = join_parts([part for part in parts if isinstance(part, Part)])
     assert completion.choices[0].response_T.size == 2
     assert (completion.policy_version, completion.last_version) == versions
 

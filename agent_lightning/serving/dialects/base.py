@@ -1,7 +1,7 @@
-"""What a wire format is: how an agent's request becomes the engine's, and the engine's answer the agent's. Pure.
+"""What a dialect is: a format in which agents send requests and get replies. Pure.
 
-Each format is one class with no state, and one that writes a stream. What they all become is the engine's own form:
-an OpenAI chat request (or a completion request with a `prompt`), and its `Completion`.
+Each dialect has a class without state, and a class that writes a stream. It turns requests into the engine's form, an
+OpenAI chat request (or a completion request with a `prompt`), and the engine's `Completion` into its own replies.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from agent_lightning.serving.engine import Completion, Refusal
 
 
 class BadRequest(Exception):
-    """A request that cannot be answered as it is. `code`: invalid_request, or unsupported."""
+    """The request cannot be answered as it is. `code`: invalid_request or unsupported."""
 
     def __init__(self, message: str, code: str = "invalid_request") -> None:
         super().__init__(message)
@@ -25,71 +25,77 @@ class BadRequest(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """A request, and what its reply is called."""
+class RequestContext:
+    """A request, and the fields that identify its reply."""
 
     body: Mapping[str, Any]
-    """As it came."""
+    """The agent's JSON, unchanged."""
     engine: Mapping[str, Any]
-    """As the engine is asked, before the rule for sampling."""
+    """The request in the engine's form, before the sampling rule is applied."""
     reply_id: str
     model: str
-    """The name that the agent used."""
+    """The model's name as the agent wrote it."""
     created: int
     """Unix seconds."""
 
     @property
     def hex(self) -> str:
-        """Of the reply's id: ids of the parts of a reply are made of it, the same streamed or not."""
+        """The reply's id without its prefix; the ids of its items contain it, so that a streamed reply has the same."""
         return self.reply_id.rpartition("_")[2].rpartition("-")[2]
 
 
 class Stream(Protocol):
-    """Writes one answer as server-sent events."""
+    """Writes one answer as the text of server-sent events."""
 
     def begin(self) -> str:
-        """Before the first token."""
+        """The events before the first token."""
         ...
 
     def delta(self, choice: Mapping[str, Any]) -> str:
-        """A piece of a choice, as `Part.visible` gives it. May be empty."""
+        """The events for a piece of a choice, as `Part.visible` gives it; "" if there is nothing to send."""
         ...
 
     def end(self, completion: Completion) -> str:
-        """What was not sent yet, which is all of it where there were no deltas, and the end."""
+        """The last events: what was not sent yet, which is everything if there were no deltas, and the end."""
         ...
 
     def fail(self, refusal: Refusal) -> str:
-        """An error after the beginning."""
+        """The events for an error after `begin`."""
         ...
 
 
-class Wire(Protocol):
-    """A wire format."""
+class Dialect(Protocol):
+    """A format in which agents speak to the gateway."""
 
     @property
     def prefix(self) -> str:
-        """Of the ids of its replies."""
+        """Prefix of the ids of its replies."""
         ...
 
     @property
     def request(self) -> type[BaseModel]:
-        """What is known of a request's fields."""
+        """The fields of a request that are checked."""
         ...
 
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The request in the engine's form. Raises BadRequest."""
         ...
 
-    def reply(self, asked: Asked, completion: Completion) -> dict[str, Any]: ...
+    def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
+        """The JSON of an answer in one piece."""
+        ...
 
-    def stream(self, asked: Asked) -> Stream: ...
+    def stream(self, context: RequestContext) -> Stream:
+        """The writer of an answer in parts."""
+        ...
 
-    def error(self, refusal: Refusal) -> dict[str, Any]: ...
+    def error(self, refusal: Refusal) -> dict[str, Any]:
+        """The JSON of an error."""
+        ...
 
 
 class Strict(BaseModel):
-    """A JSON object of which some fields are known. Nothing is converted; unknown fields pass."""
+    """A JSON object of which some fields are checked. Values are not converted; unknown fields pass."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -102,13 +108,13 @@ class Tool(Strict):
     function: _Function
 
 
-class _Called(_Function):
+class _CalledFunction(_Function):
     arguments: str
 
 
 class _ToolCall(Strict):
     id: str | None = None
-    function: _Called
+    function: _CalledFunction
 
 
 class _Message(Strict):
@@ -123,7 +129,7 @@ class _StreamOptions(Strict):
 
 
 class Sampled(Strict):
-    """What chat and completions have in common."""
+    """The fields that chat and completion requests share."""
 
     model: str | None = None
     n: int | None = Field(None, ge=1)
@@ -153,17 +159,17 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read(model: type[Model], body: Mapping[str, Any]) -> Model:
-    """The known fields of a body. Raises BadRequest, which names the field."""
+    """The checked fields of a body. Raises BadRequest, whose message names the field."""
     try:
         return model.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BadRequest(f"{where}: {first['msg']}") from None
+        field = ".".join(str(part) for part in first["loc"])
+        raise BadRequest(f"{field}: {first['msg']}") from None
 
 
 def content_of(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]] | None:
-    """The content of a chat message: one text is a text, as agents that speak chat send it."""
+    """The content of a chat message: a single text part becomes a string, as agents that speak chat send it."""
     texts = [part["text"] for part in parts if part["type"] == "text"]
     if len(parts) == len(texts) < 2:
         return texts[0] if texts else None
@@ -171,6 +177,6 @@ def content_of(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]] | None
 
 
 def event(data: Mapping[str, Any], name: str = "") -> str:
-    """One server-sent event. ASCII: some clients take U+2028 in it for the end of a line."""
+    """The text of a server-sent event, in ASCII: some clients take U+2028 for the end of a line."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(data, separators=(',', ':'))}\n\n"

@@ -1,4 +1,4 @@
-"""OpenAI chat completions and completions: the engine's own forms."""
+"""OpenAI chat completions and completions, which are also the engine's own form."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from agent_lightning.serving.dialects.base import Asked, BadRequest, Chat, Sampled, Stream, event, read
+from agent_lightning.serving.dialects.base import BadRequest, Chat, RequestContext, Sampled, Stream, event, read
 from agent_lightning.serving.engine import Completion, Refusal
 
 
 class ChatCompletions:
-    """POST /v1/chat/completions"""
+    """The dialect of POST /v1/chat/completions."""
 
     prefix = "chatcmpl-"
     request: type[BaseModel] = Chat
@@ -22,28 +22,28 @@ class ChatCompletions:
         read(Chat, body)
         return dict(body)
 
-    def reply(self, asked: Asked, completion: Completion) -> dict[str, Any]:
-        """Log-probabilities only where they were asked for, under the model name that the agent used."""
+    def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
+        """The engine's reply, with log-probabilities only if the agent wants them."""
         choices = [
             {key: value for key, value in choice.items() if key != "stop_reason"}
-            | ({} if _logprobs_asked(asked) else {"logprobs": None})
+            | ({} if _wants_logprobs(context) else {"logprobs": None})
             for choice in completion.reply["choices"]
         ]
-        return {**completion.reply, **_head(asked), "object": self.kind, "choices": choices}
+        return {**completion.reply, **_head(context), "object": self.kind, "choices": choices}
 
-    def stream(self, asked: Asked) -> Stream:
-        return _ChatStream(asked)
+    def stream(self, context: RequestContext) -> Stream:
+        return _ChatStream(context)
 
     def error(self, refusal: Refusal) -> dict[str, Any]:
         return refusal.body()
 
 
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
-"""Of a prompt. Whether the vocabulary has it the engine says; a negative one it would look up."""
+"""A token id of a prompt. The engine checks it against the vocabulary, but would look up a negative id."""
 
 
 class _Completion(Sampled):
-    """A completion request. Its prompts: a text, token ids, or several of either."""
+    """A completion request. Its prompts are a text, token ids, or a list of either."""
 
     prompt: str | list[str] | list[_Token] | list[list[_Token]]
     logprobs: int | None = None
@@ -51,7 +51,7 @@ class _Completion(Sampled):
 
 
 class Completions(ChatCompletions):
-    """POST /v1/completions: a prompt without a chat template."""
+    """The dialect of POST /v1/completions: a prompt without a chat template."""
 
     prefix = "cmpl-"
     request = _Completion
@@ -62,32 +62,34 @@ class Completions(ChatCompletions):
             raise BadRequest("echo is not supported: the prompt is not part of the answer", "unsupported")
         return dict(body)
 
-    def stream(self, asked: Asked) -> Stream:
-        return _TextStream(asked)
+    def stream(self, context: RequestContext) -> Stream:
+        return _TextStream(context)
 
 
 class _ChatStream:
-    kind = "chat.completion.chunk"
-    silence: Mapping[str, Any] = {"delta": {}}
+    """Writes a chat completion in chunks; a tool call is sent complete, in two chunks as OpenAI sends it."""
 
-    def __init__(self, asked: Asked) -> None:
-        self._asked = asked
+    kind = "chat.completion.chunk"
+    empty: Mapping[str, Any] = {"delta": {}}
+
+    def __init__(self, context: RequestContext) -> None:
+        self._context = context
         self._sent: set[int] = set()
-        """Choices of which something was sent."""
+        """Indices of choices with text that was sent."""
 
     def begin(self) -> str:
-        asked = self._asked.engine
+        request = self._context.engine
         # As OpenAI does: a client that adds up the deltas must not find an empty text beside a tool call.
-        opening = {"delta": {"role": "assistant", "content": None if asked.get("tools") else ""}}
-        return "".join(self._chunk({"index": index, **opening}) for index in range(asked.get("n") or 1))
+        opening = {"delta": {"role": "assistant", "content": None if request.get("tools") else ""}}
+        return "".join(self._chunk({"index": index, **opening}) for index in range(request.get("n") or 1))
 
     def delta(self, choice: Mapping[str, Any]) -> str:
-        said = self._said(choice)
-        logprobs = choice.get("logprobs") if _logprobs_asked(self._asked) else None
-        if not any(said.values()) and not logprobs:
+        content = self._content(choice)
+        logprobs = choice.get("logprobs") if _wants_logprobs(self._context) else None
+        if not any(content.values()) and not logprobs:
             return ""
         self._sent.add(choice["index"])
-        return self._chunk({"index": choice["index"], **said, "logprobs": logprobs})
+        return self._chunk({"index": choice["index"], **content, "logprobs": logprobs})
 
     def end(self, completion: Completion) -> str:
         text = ""
@@ -101,37 +103,39 @@ class _ChatStream:
                 for piece in (opened, filled):
                     text += self._chunk({"index": index, "delta": {"tool_calls": [piece]}})
             text += self._chunk({"index": index, "finish_reason": choice["finish_reason"]})
-        if (self._asked.body.get("stream_options") or {}).get("include_usage"):
+        if (self._context.body.get("stream_options") or {}).get("include_usage"):
             usage = {"choices": [], "usage": completion.reply["usage"]}
-            text += event({**_head(self._asked), "object": self.kind, **usage})
+            text += event({**_head(self._context), "object": self.kind, **usage})
         return text + "data: [DONE]\n\n"
 
     def fail(self, refusal: Refusal) -> str:
         return event(refusal.body()) + "data: [DONE]\n\n"
 
-    def _said(self, choice: Mapping[str, Any]) -> dict[str, Any]:
+    def _content(self, choice: Mapping[str, Any]) -> dict[str, Any]:
         source = choice.get("delta") or choice.get("message") or {}
         return {"delta": {key: source[key] for key in ("content", "reasoning") if source.get(key)}}
 
     def _chunk(self, choice: Mapping[str, Any]) -> str:
-        whole = {**self.silence, "logprobs": None, "finish_reason": None, **choice}
-        return event({**_head(self._asked), "object": self.kind, "choices": [whole]})
+        complete = {**self.empty, "logprobs": None, "finish_reason": None, **choice}
+        return event({**_head(self._context), "object": self.kind, "choices": [complete]})
 
 
 class _TextStream(_ChatStream):
+    """Writes a completion in chunks."""
+
     kind = "text_completion"
-    silence: Mapping[str, Any] = {"text": ""}
+    empty: Mapping[str, Any] = {"text": ""}
 
     def begin(self) -> str:
         return ""
 
-    def _said(self, choice: Mapping[str, Any]) -> dict[str, Any]:
+    def _content(self, choice: Mapping[str, Any]) -> dict[str, Any]:
         return {"text": choice.get("text") or ""}
 
 
-def _head(asked: Asked) -> dict[str, Any]:
-    return {"id": asked.reply_id, "created": asked.created, "model": asked.model}
+def _head(context: RequestContext) -> dict[str, Any]:
+    return {"id": context.reply_id, "created": context.created, "model": context.model}
 
 
-def _logprobs_asked(asked: Asked) -> bool:
-    return asked.body.get("logprobs") not in (None, False)
+def _wants_logprobs(context: RequestContext) -> bool:
+    return context.body.get("logprobs") not in (None, False)

@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from agent_lightning.serving.dialects.base import Asked, BadRequest, Chat, Strict, content_of, event, read
+from agent_lightning.serving.dialects.base import BadRequest, Chat, RequestContext, Strict, content_of, event, read
 from agent_lightning.serving.engine import Completion, Refusal
 
-_TAKEN = ("system", "stop_sequences", "thinking", "metadata", "service_tier", "cache_control", "output_config", "n")
-"""Fields that become others, or mean nothing to an engine; all others pass."""
+_REPLACED = ("system", "stop_sequences", "thinking", "metadata", "service_tier", "cache_control", "output_config", "n")
+"""Fields that are translated or that mean nothing to the engine; all others are passed on."""
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 _ERRORS = {403: "permission_error", 404: "not_found_error", 413: "request_too_large", 500: "api_error"}
@@ -58,16 +58,16 @@ class _Request(Strict):
 
 
 class Messages:
-    """POST /v1/messages"""
+    """The dialect of POST /v1/messages."""
 
     prefix = "msg_"
     request = _Request
 
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
         request = read(_Request, body)
-        chat = {name: value for name, value in body.items() if name not in _TAKEN and value is not None}
+        chat = {name: value for name, value in body.items() if name not in _REPLACED and value is not None}
         chat["messages"] = _system(request.system) + [new for message in request.messages for new in _chat(message)]
-        if request.messages and request.messages[-1].role == "assistant":  # the beginning of the answer
+        if request.messages and request.messages[-1].role == "assistant":  # its text is the beginning of the answer
             chat |= {"add_generation_prompt": False, "continue_final_message": True}
         if body.get("stop_sequences"):
             chat["stop"] = body["stop_sequences"]
@@ -77,29 +77,29 @@ class Messages:
             named = {"type": "function", "function": {"name": request.tool_choice.name}}
             chat["tool_choice"] = _CHOICES.get(request.tool_choice.type, named)
             chat["parallel_tool_calls"] = not request.tool_choice.disable_parallel_tool_use
-        wanted = request.output_config.format if request.output_config else None
-        if wanted:
-            schema = {"name": "answer", "schema": wanted.get("schema")}
-            chat["response_format"] = {"type": wanted.get("type"), "json_schema": schema}
+        output = request.output_config.format if request.output_config else None
+        if output:
+            schema = {"name": "answer", "schema": output.get("schema")}
+            chat["response_format"] = {"type": output.get("type"), "json_schema": schema}
         read(Chat, chat)
         return chat
 
-    def reply(self, asked: Asked, completion: Completion) -> dict[str, Any]:
+    def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
         (choice,) = completion.reply["choices"]
         reason, sequence = choice["finish_reason"], choice.get("stop_reason")
         blocks = _blocks(choice["message"])
         stopped = "stop_sequence" if isinstance(sequence, str) else "end_turn"
         if reason == "tool_calls" and not any(block["type"] == "tool_use" for block in blocks):
             reason = "stop"
-        return _opening(asked) | {
+        return _opening(context) | {
             "content": blocks,
             "stop_reason": _REASONS.get(reason, stopped),
             "stop_sequence": sequence if isinstance(sequence, str) else None,
             "usage": _usage(completion),
         }
 
-    def stream(self, asked: Asked) -> _Stream:
-        return _Stream(asked)
+    def stream(self, context: RequestContext) -> _Stream:
+        return _Stream(context)
 
     def error(self, refusal: Refusal) -> dict[str, Any]:
         kind = _ERRORS.get(refusal.status, "invalid_request_error")
@@ -107,30 +107,32 @@ class Messages:
 
 
 class _Stream:
-    def __init__(self, asked: Asked) -> None:
-        self._asked = asked
-        self._text_begun = False
+    """Writes a message as events, one content block after the other."""
+
+    def __init__(self, context: RequestContext) -> None:
+        self._context = context
+        self._text_started = False
 
     def begin(self) -> str:
-        return _event("message_start", message=_opening(self._asked))
+        return _event("message_start", message=_opening(self._context))
 
     def delta(self, choice: Mapping[str, Any]) -> str:
         text = choice["delta"].get("content")
         if not text:
             return ""
-        opening = "" if self._text_begun else _event(_START, index=0, content_block={"type": "text", "text": ""})
-        self._text_begun = True
+        opening = "" if self._text_started else _event(_START, index=0, content_block={"type": "text", "text": ""})
+        self._text_started = True
         return opening + _event(_DELTA, index=0, delta={"type": "text_delta", "text": text})
 
     def end(self, completion: Completion) -> str:
-        message = MESSAGES.reply(self._asked, completion)
+        message = MESSAGES.reply(self._context, completion)
         text = ""
         for index, block in enumerate(message["content"]):
             if block["type"] == "tool_use":
                 piece = {"type": "input_json_delta", "partial_json": _json(block["input"])}
                 text += _event(_START, index=index, content_block={**block, "input": {}})
                 text += _event(_DELTA, index=index, delta=piece)
-            elif not self._text_begun:
+            elif not self._text_started:
                 text += self.delta({"delta": {"content": block["text"]}})
             text += _event("content_block_stop", index=index)
         ending = {name: message[name] for name in ("stop_reason", "stop_sequence")}
@@ -148,12 +150,12 @@ def _event(kind: str, **fields: Any) -> str:
     return event({"type": kind, **fields}, kind)
 
 
-def _opening(asked: Asked) -> dict[str, Any]:
+def _opening(context: RequestContext) -> dict[str, Any]:
     return {
-        "id": asked.reply_id,
+        "id": context.reply_id,
         "type": "message",
         "role": "assistant",
-        "model": asked.model,
+        "model": context.model,
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
@@ -188,7 +190,7 @@ def _system(system: str | list[_Block] | None) -> list[dict[str, Any]]:
 
 
 def _chat(message: _Message) -> list[dict[str, Any]]:
-    """One message as chat has it: tool results first, each a message of its own."""
+    """The chat messages for one message: first a message for each tool result, then the rest."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     results = [
@@ -202,10 +204,10 @@ def _chat(message: _Message) -> list[dict[str, Any]]:
         if block.type == "tool_use"
     ]
     content = _content(block for block in message.content if block.type not in ("tool_result", "tool_use"))
-    said: dict[str, Any] = {"role": message.role, "content": content}
+    turn: dict[str, Any] = {"role": message.role, "content": content}
     if calls:
-        said["tool_calls"] = calls
-    return [*results, *([said] if content or calls else [])]
+        turn["tool_calls"] = calls
+    return [*results, *([turn] if content or calls else [])]
 
 
 def _result(content: str | list[_Block] | None) -> str | list[dict[str, Any]]:
@@ -223,7 +225,7 @@ def _content(blocks: Iterable[_Block]) -> str | list[dict[str, Any]] | None:
                 url = source.get("url") or f"data:{source.get('media_type')};base64,{source.get('data')}"
                 parts.append({"type": "image_url", "image_url": {"url": url}})
             case "thinking" | "redacted_thinking":
-                continue  # a chat template leaves out what was thought before
+                continue  # chat templates leave out earlier thoughts
             case kind:
                 raise BadRequest(f"a content block of type {kind!r} is not supported", "unsupported")
     return content_of(parts)

@@ -1,17 +1,17 @@
-"""OpenAI Responses: items instead of messages. Functions are its only tools, and no response is kept."""
+"""OpenAI Responses: items instead of messages. Only functions are supported as tools, and no response is stored."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from agent_lightning.serving.dialects.base import Asked, BadRequest, Chat, Strict, content_of, event, read
+from agent_lightning.serving.dialects.base import BadRequest, Chat, RequestContext, Strict, content_of, event, read
 from agent_lightning.serving.engine import Completion, Refusal
 
-_KEPT = ("previous_response_id", "conversation", "prompt", "background")
-"""What would need a conversation that is kept here."""
-_TAKEN = ("input", "instructions", "text", "include", "max_output_tokens", "reasoning", "store", "truncation", "n")
-"""Fields that become others, or mean nothing to an engine; all others pass."""
+_STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
+"""Fields that are refused, because they need a conversation that is stored by the server."""
+_REPLACED = ("input", "instructions", "text", "include", "max_output_tokens", "reasoning", "store", "truncation", "n")
+"""Fields that are translated or that mean nothing to the engine; all others are passed on."""
 
 
 class _Tool(Strict):
@@ -44,18 +44,18 @@ class _Request(Strict):
 
 
 class Responses:
-    """POST /v1/responses"""
+    """The dialect of POST /v1/responses."""
 
     prefix = "resp_"
     request = _Request
 
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        for name in _KEPT:
+        for name in _STATEFUL:
             if body.get(name):
                 message = f"{name} is not supported: the gateway keeps no conversations, send the whole input"
                 raise BadRequest(message, "unsupported")
         request = read(_Request, body)
-        chat = {name: value for name, value in body.items() if name not in _TAKEN and value is not None}
+        chat = {name: value for name, value in body.items() if name not in _REPLACED and value is not None}
         chat["messages"] = _messages(request)
         if request.max_output_tokens is not None:
             chat["max_tokens"] = request.max_output_tokens
@@ -72,12 +72,12 @@ class Responses:
         read(Chat, chat)
         return chat
 
-    def reply(self, asked: Asked, completion: Completion) -> dict[str, Any]:
+    def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
         (choice,) = completion.reply["choices"]
         status = "incomplete" if choice["finish_reason"] == "length" else "completed"
         usage = completion.reply["usage"]
-        return _response(asked, status) | {
-            "output": _items(asked, choice, status),
+        return _response(context, status) | {
+            "output": _items(context, choice, status),
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "usage": {
                 "input_tokens": usage["prompt_tokens"],
@@ -88,21 +88,23 @@ class Responses:
             },
         }
 
-    def stream(self, asked: Asked) -> _Stream:
-        return _Stream(asked)
+    def stream(self, context: RequestContext) -> _Stream:
+        return _Stream(context)
 
     def error(self, refusal: Refusal) -> dict[str, Any]:
         return refusal.body()
 
 
 class _Stream:
-    def __init__(self, asked: Asked) -> None:
-        self._asked = asked
+    """Writes a response as numbered events, one output item after the other."""
+
+    def __init__(self, context: RequestContext) -> None:
+        self._context = context
         self._number = 0
-        self._text_begun = False
+        self._text_started = False
 
     def begin(self) -> str:
-        response = _response(self._asked, "in_progress")
+        response = _response(self._context, "in_progress")
         return self._event("response.created", response=response) + self._event(
             "response.in_progress", response=response
         )
@@ -111,28 +113,28 @@ class _Stream:
         return self._text(choice["delta"].get("content") or "", choice.get("logprobs"))
 
     def end(self, completion: Completion) -> str:
-        response = RESPONSES.reply(self._asked, completion)
+        response = RESPONSES.reply(self._context, completion)
         (choice,) = completion.reply["choices"]
-        text = "" if self._text_begun else self._text(choice["message"].get("content") or "", choice.get("logprobs"))
+        text = "" if self._text_started else self._text(choice["message"].get("content") or "", choice.get("logprobs"))
         for index, item in enumerate(response["output"]):
             text += self._close_text(item) if item["type"] == "message" else self._call(index, item)
         return text + self._event(f"response.{response['status']}", response=response)
 
     def fail(self, refusal: Refusal) -> str:
-        # The official client raises for an `error` object, and hands on an event without one.
+        # The official client raises for an `error` object, and passes on an event without it.
         fields = {"code": refusal.code, "message": refusal.message, "param": None}
         return self._event("error", **fields, **refusal.body())
 
     def _text(self, text: str, logprobs: Any) -> str:
         if not text:
             return ""
-        opening = "" if self._text_begun else self._open_text()
-        entries = _logprobs(self._asked, {"logprobs": logprobs})
+        opening = "" if self._text_started else self._open_text()
+        entries = _logprobs(self._context, {"logprobs": logprobs})
         return opening + self._event("response.output_text.delta", **self._place(), delta=text, logprobs=entries)
 
     def _open_text(self) -> str:
-        self._text_begun = True
-        item = _message(self._asked, "in_progress", [])
+        self._text_started = True
+        item = _message(self._context, "in_progress", [])
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         added = self._event("response.output_item.added", output_index=0, item=item)
         return added + self._event("response.content_part.added", **self._place(), part=part)
@@ -141,7 +143,7 @@ class _Stream:
         (part,) = item["content"]
         place = self._place()
         return (
-            ("" if self._text_begun else self._open_text())
+            ("" if self._text_started else self._open_text())
             + self._event("response.output_text.done", **place, text=part["text"], logprobs=part["logprobs"])
             + self._event("response.content_part.done", **place, part=part)
             + self._event("response.output_item.done", output_index=0, item=item)
@@ -159,7 +161,7 @@ class _Stream:
         )
 
     def _place(self) -> dict[str, Any]:
-        return {"item_id": f"msg_{self._asked.hex}", "output_index": 0, "content_index": 0}
+        return {"item_id": f"msg_{self._context.hex}", "output_index": 0, "content_index": 0}
 
     def _event(self, kind: str, **fields: Any) -> str:
         self._number += 1
@@ -170,27 +172,27 @@ RESPONSES = Responses()
 
 
 def _messages(request: _Request) -> list[dict[str, Any]]:
-    """The messages that the items are. What a model said in one turn (a text, calls) is one message again."""
+    """The chat messages for the input items; a text and the calls after it become one assistant message."""
     messages: list[dict[str, Any]] = []
     if request.instructions:
         messages.append({"role": "system", "content": request.instructions})
     if isinstance(request.input, str):
         return [*messages, {"role": "user", "content": request.input}]
     for item in request.input:
-        said = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
+        turn = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
         match item.type:
             case "message" if item.role:
                 messages.append({"role": item.role, "content": _content(item.content)})
             case "function_call":
-                if said is None:
-                    messages.append(said := {"role": "assistant", "content": None})
+                if turn is None:
+                    messages.append(turn := {"role": "assistant", "content": None})
                 function = {"name": item.name, "arguments": item.arguments}
                 call = {"id": item.call_id, "type": "function", "function": function}
-                said["tool_calls"] = [*said.get("tool_calls", ()), call]
+                turn["tool_calls"] = [*turn.get("tool_calls", ()), call]
             case "function_call_output":
                 messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _content(item.output)})
             case "reasoning":
-                continue  # a chat template leaves out what was thought before
+                continue  # chat templates leave out earlier thoughts
             case _:
                 raise BadRequest(f"an item of type {item.type!r} is not supported", "unsupported")
     return messages
@@ -220,16 +222,16 @@ def _tool(tool: _Tool) -> dict[str, Any]:
     return {"type": "function", "function": tool.model_dump(exclude={"type", "strict"}, exclude_none=True)}
 
 
-def _response(asked: Asked, status: str) -> dict[str, Any]:
-    """A response without its output; what was asked is repeated, as the API does."""
-    body = asked.body
+def _response(context: RequestContext, status: str) -> dict[str, Any]:
+    """A response without its output; fields of the request are repeated, as the API does."""
+    body = context.body
     repeated = ("instructions", "metadata", "temperature", "top_p", "max_output_tokens", "text", "reasoning", "user")
     return {
-        "id": asked.reply_id,
+        "id": context.reply_id,
         "object": "response",
-        "created_at": asked.created,
+        "created_at": context.created,
         "status": status,
-        "model": asked.model,
+        "model": context.model,
         "output": [],
         "error": None,
         "incomplete_details": None,
@@ -243,25 +245,25 @@ def _response(asked: Asked, status: str) -> dict[str, Any]:
     }
 
 
-def _items(asked: Asked, choice: Mapping[str, Any], status: str) -> list[dict[str, Any]]:
+def _items(context: RequestContext, choice: Mapping[str, Any], status: str) -> list[dict[str, Any]]:
     message = choice["message"]
     calls = message.get("tool_calls") or ()
     items: list[dict[str, Any]] = []
     if message.get("content") or not calls:
-        part = {"text": message.get("content") or "", "annotations": [], "logprobs": _logprobs(asked, choice)}
-        items.append(_message(asked, status, [{"type": "output_text", **part}]))
+        part = {"text": message.get("content") or "", "annotations": [], "logprobs": _logprobs(context, choice)}
+        items.append(_message(context, status, [{"type": "output_text", **part}]))
     for number, call in enumerate(calls):
-        item = {"type": "function_call", "id": f"fc_{asked.hex}_{number}", "call_id": call["id"], "status": status}
+        item = {"type": "function_call", "id": f"fc_{context.hex}_{number}", "call_id": call["id"], "status": status}
         items.append(item | call["function"])
     return items
 
 
-def _message(asked: Asked, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+def _message(context: RequestContext, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
     fields = {"type": "message", "role": "assistant", "status": status, "content": content}
-    return {"id": f"msg_{asked.hex}", **fields}
+    return {"id": f"msg_{context.hex}", **fields}
 
 
-def _logprobs(asked: Asked, choice: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if "message.output_text.logprobs" not in (asked.body.get("include") or ()):
+def _logprobs(context: RequestContext, choice: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if "message.output_text.logprobs" not in (context.body.get("include") or ()):
         return []
     return (choice.get("logprobs") or {}).get("content") or []

@@ -14,11 +14,20 @@ from hypothesis import strategies as st
 from test_gateway import open_rig, url_of
 
 from agent_lightning.buffer.buffer import Stats
-from agent_lightning.serving.dialects.base import Asked, BadRequest, Wire
+from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext
 from agent_lightning.serving.dialects.chat import ChatCompletions, Completions
 from agent_lightning.serving.dialects.messages import Messages
 from agent_lightning.serving.dialects.responses import Responses
-from agent_lightning.serving.engine import CUT, Choice, Completion, Part, Refusal, join, parse_reply, spoken
+from agent_lightning.serving.engine import (
+    CUT,
+    Choice,
+    Completion,
+    Part,
+    Refusal,
+    assistant_message,
+    join_parts,
+    parse_reply,
+)
 
 USER = {"role": "user", "content": "hello"}
 SCHEMA = {"type": "object", "properties": {}}
@@ -195,25 +204,25 @@ def completion_of(message: dict[str, Any], finish_reason: str = "tool_calls") ->
     return Completion(reply={"choices": [choice], "usage": usage}, choices=(), policy_version=0)
 
 
-def asked_of(wire: Wire, **body: Any) -> Asked:
-    return Asked(body=body, engine={}, reply_id=f"{wire.prefix}ab12", model="m", created=0)
+def context_of(dialect: Dialect, **body: Any) -> RequestContext:
+    return RequestContext(body=body, engine={}, reply_id=f"{dialect.prefix}ab12", model="m", created=0)
 
 
 def test_a_tool_call_that_is_half_json_is_text_for_anthropic_and_as_it_is_for_openai() -> None:
     half = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1'}}
     completion = completion_of({"role": "assistant", "content": None, "tool_calls": [half]})
-    anthropic = Messages().reply(asked_of(Messages()), completion)
+    anthropic = Messages().reply(context_of(Messages()), completion)
     assert anthropic["content"] == [{"type": "text", "text": 'f({"x": 1)'}]
     assert anthropic["stop_reason"] == "end_turn"
-    (item,) = Responses().reply(asked_of(Responses()), completion)["output"]
+    (item,) = Responses().reply(context_of(Responses()), completion)["output"]
     assert (item["type"], item["arguments"]) == ("function_call", '{"x": 1')
-    (choice,) = ChatCompletions().reply(asked_of(ChatCompletions()), completion)["choices"]
+    (choice,) = ChatCompletions().reply(context_of(ChatCompletions()), completion)["choices"]
     assert choice["message"]["tool_calls"] == [half]
 
 
-@pytest.mark.parametrize("wire", [ChatCompletions(), Responses(), Messages()])
-def test_an_answer_without_a_word_has_a_beginning_and_an_end(wire: Wire) -> None:
-    stream, completion = wire.stream(asked_of(wire)), completion_of({"content": None}, "stop")
+@pytest.mark.parametrize("dialect", [ChatCompletions(), Responses(), Messages()])
+def test_an_answer_without_a_word_has_a_beginning_and_an_end(dialect: Dialect) -> None:
+    stream, completion = dialect.stream(context_of(dialect)), completion_of({"content": None}, "stop")
     events = stream.begin() + stream.end(completion)
     assert events.endswith("\n\n")
     for line in events.splitlines():
@@ -257,9 +266,9 @@ def part(index: int, text: str, tokens: list[int], finish_reason: str | None = N
 def test_the_parts_of_a_stream_are_the_answer_wherever_it_was_cut(pieces: list[tuple[str, list[int]]]) -> None:
     text, tokens = "".join(text for text, _ in pieces), [token for _, ids in pieces for token in ids]
     parts = [part(0, text, ids) for text, ids in pieces]
-    cut = join(parts)
+    cut = join_parts(parts)
     assert (cut.choices[0].finish_reason, cut.policy_version) == (CUT, 3)
-    ended = join([*parts, part(0, "", [], "stop")])
+    ended = join_parts([*parts, part(0, "", [], "stop")])
     message = {"role": "assistant", "content": text}
     content = [{"token": "t", "logprob": -0.5} for _ in tokens]
     whole = {"index": 0, "message": message, "token_ids": tokens, "logprobs": {"content": content}}
@@ -267,7 +276,7 @@ def test_the_parts_of_a_stream_are_the_answer_wherever_it_was_cut(pieces: list[t
     expected = parse_reply(raw, policy_version=3)
     for found in (cut, ended):
         assert ids_of(found.choices[0]) == ids_of(expected.choices[0]) == ([1, 2], tokens, [-0.5] * len(tokens))
-        assert spoken(found.reply["choices"][0]) == spoken(expected.reply["choices"][0])
+        assert assistant_message(found.reply["choices"][0]) == assistant_message(expected.reply["choices"][0])
 
 
 def ids_of(choice: Choice) -> tuple[list[int], list[int], list[float]]:

@@ -1,4 +1,4 @@
-"""What the gateway takes and answers, as an OpenAPI document. Made of the models that requests are checked with."""
+"""The gateway as an OpenAPI document, made of the models that check requests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from pydantic.json_schema import models_json_schema
 
-from agent_lightning.serving.dialects.base import Wire
+from agent_lightning.serving.dialects.base import Dialect
 
 _ROOT: Final = "/rollout/{rollout}/attempt/{attempt}/{secret}/{agent}/"
 _PARAMETERS: Final[Mapping[str, Any]] = {
@@ -28,14 +28,16 @@ _REFUSALS: Final[Mapping[str, str]] = {
 _ANY: Final[Mapping[str, Any]] = {"type": "object"}
 
 
-def describe(wires: Mapping[str, Wire]) -> dict[str, Any]:
-    """The document; `wires`: path below an agent's URL -> format."""
+def describe(dialects: Mapping[str, Dialect]) -> dict[str, Any]:
+    """The OpenAPI document; `dialects` by their path below an agent's URL."""
     references, schemas = models_json_schema(
-        [(wire.request, "validation") for wire in wires.values()], ref_template="#/components/schemas/{model}"
+        [(dialect.request, "validation") for dialect in dialects.values()], ref_template="#/components/schemas/{model}"
     )
     paths: dict[str, Any] = {
-        f"{_ROOT}{end}": _post({"application/json": {"schema": references[wire.request, "validation"]}}, streams=True)
-        for end, wire in wires.items()
+        f"{_ROOT}{end}": _post(
+            {"application/json": {"schema": references[dialect.request, "validation"]}}, streams=True
+        )
+        for end, dialect in dialects.items()
     }
     messages = paths[f"{_ROOT}v1/messages"]["post"]["requestBody"]["content"]
     paths[f"{_ROOT}v1/messages/count_tokens"] = _post(messages)
@@ -61,7 +63,9 @@ def _post(content: Mapping[str, Any], *, streams: bool = False) -> dict[str, Any
 
 
 def _operation() -> dict[str, Any]:
-    parameters = [{"name": name, "in": "path", "required": True, "schema": one} for name, one in _PARAMETERS.items()]
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": schema} for name, schema in _PARAMETERS.items()
+    ]
     answers = {code: _answer(text) for code, text in _REFUSALS.items()}
     return {"parameters": parameters, "responses": {"200": _answer("the answer, as the format has it"), **answers}}
 
