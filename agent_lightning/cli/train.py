@@ -29,13 +29,13 @@ from agent_lightning.credit.rules import CreditRules
 from agent_lightning.launch import launch, placement
 from agent_lightning.rollouts.agents import load as load_target
 from agent_lightning.rollouts.supervise import watch
-from agent_lightning.run import checkpoint, storage
+from agent_lightning.run import storage
 from agent_lightning.run.archive import read_group
 from agent_lightning.run.loop import Loop
-from agent_lightning.run.observer import RunObserver, reward_by, summarise
+from agent_lightning.run.observer import RunObserver, reward_by, summarize
 from agent_lightning.run.plots import plot_learning_curve
 from agent_lightning.run.report import Progress, Summary, report
-from agent_lightning.run.state import Plan, State
+from agent_lightning.run.state import Plan, State, complete_checkpoints, newest_checkpoint, read_state
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.run.tracking import RunDirectory
 from agent_lightning.sweeps.plan import SweepFolder, finish_sweep, plan_sweep, trial_words
@@ -61,12 +61,12 @@ async def train(overrides: Sequence[str], *, resume: str | None) -> int:
         try:
             return await _train(config, run, state, loaded, console, restored=restored)
         except PartDied as error:
-            found = checkpoint.whole(run.checkpoints)
+            found = complete_checkpoints(run.checkpoints)
             if not found:
                 raise PartDied(f"{error}; there is no checkpoint yet to go on from (checkpoint_every)") from error
             if not left:
                 raise PartDied(f"{error}; go on with: agl train resume={run.path}") from error
-            state, restored = checkpoint.read_state(found[-1]), True
+            state, restored = read_state(found[-1]), True
             console.print(f"{error}; going on from the checkpoint of step {state.step}")
     raise AssertionError("unreachable: the last turn returns or raises")
 
@@ -83,15 +83,14 @@ async def _train(
     """From start to end with one set of processes; `restored`: from the newest checkpoint, whose state this is."""
     progress = Progress(config.experiment, steps=config.steps, console=console)
     journal = _journal(config, run, restored)
-    observer = RunObserver(config=config, run=run, progress=progress, step=state.step if restored else None)
+    observer = RunObserver(config=config, run=run, progress=progress, resumed_step=state.step if restored else None)
     progress.start()
     progress.waiting_for("start: Ray, the policy's engine, the learner")
     stopped = asyncio.Event()
     started = time.monotonic()
-    place = config.runs_dir
-    mirrored = storage.Mirror(place, run.path).following() if storage.is_remote(place) else nullcontext()
+    mirror = storage.Mirror(config.runs_dir, run.path) if storage.is_remote(config.runs_dir) else None
     try:
-        with _signals(stopped) as install, mirrored:
+        with _signals(stopped) as install, mirror.following() if mirror else nullcontext():
             async with AsyncExitStack() as stack:
                 resumed = state if restored else None
                 starting = launch.system(
@@ -106,17 +105,17 @@ async def _train(
                 start_s = time.monotonic() - started
                 loop = _loop(config, state, system, observer, loaded, stopped)
                 if restored:
-                    await loop.restore(checkpoint.newest(run.checkpoints))
+                    await loop.restore(newest_checkpoint(run.checkpoints))
                 await loop.run()
     finally:
         progress.stop()
         observer.close()
-    summary = summarise(
+    summary = summarize(
         config, state, val_rows=len(loaded["val"]), val_reward_by=observer.val_reward_by, start_s=start_s
     )
     _close_run(config, run, summary, console)
-    if storage.is_remote(config.runs_dir):
-        storage.Mirror(config.runs_dir, run.path).push()
+    if mirror is not None:
+        mirror.push()
     return STOPPED if stopped.is_set() else 0
 
 
@@ -147,7 +146,7 @@ def _create(config: Config) -> RunDirectory:
     place = config.runs_dir
     root = storage.local_root(place)
     run = RunDirectory.create(
-        root, config.experiment, config.seed, config.name, taken=lambda name: storage.taken(place, name)
+        root, config.experiment, config.seed, config.name, is_taken=lambda name: storage.exists(place, name)
     )
     run.config.write_text(to_yaml(config))
     return run
@@ -166,7 +165,7 @@ def _open(overrides: Sequence[str], resume: str | None) -> tuple[Config, RunDire
     path = storage.fetch(resume, storage.local_root(resume)) if storage.is_remote(resume) else Path(resume)
     run = RunDirectory.open(path)
     config = reload(run.config, overrides)
-    state = checkpoint.read_state(checkpoint.newest(run.checkpoints))
+    state = read_state(newest_checkpoint(run.checkpoints))
     if state.step >= config.steps:
         raise UserError(f"{resume} has done its {state.step} steps: give steps=N with N above {state.step} to go on")
     return config, run, state
@@ -189,7 +188,7 @@ def make_plan(config: Config) -> Plan:
         steps=config.steps,
         tasks_per_step=algorithm.tasks_per_step,
         rollouts_per_task=algorithm.rollouts_per_task,
-        refills=algorithm.refills,
+        dynamic_sampling_rounds=algorithm.refills,
         rollouts_per_batch=algorithm.rollouts_per_batch,
         epochs=algorithm.epochs,
         eval_every=config.eval_every,

@@ -1,12 +1,13 @@
-"""The loop: generate, train, publish, evaluate.
+"""The training loop. A step generates rollouts, trains on them, and publishes the new weights; some steps evaluate.
 
-    generate   admits tasks, waits for whole groups      ends with the last rollout of the step, or with `stop`
+    generate   admit tasks, wait for complete groups     ends with the last rollout of the step, or with `stop`
     train      credit -> samples -> batches -> update    ends with the optimiser's last step
-    publish    new weights to every replica              ends when all of them answer with the new version
-    evaluate   one rollout a held-out task               between steps, so one version answers all of it
+    publish    new weights to every replica              ends when every replica serves the new version
+    evaluate   one rollout for each held-out task        runs between steps, so a single version answers every call
 
-On-policy: a step's rollouts start when its version is live everywhere, and none outlives its step. The loop knows
-protocols only; it runs the same on plain objects in one process and on Ray actors.
+Training is on-policy: the rollouts of a step start after its policy version is live on every replica, and end before
+the next version is published. The loop knows protocols only, so it runs the same on plain objects in one process and
+on Ray actors.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import asyncio
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -23,9 +24,9 @@ from typing import Protocol
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.metrics import Metrics, merge, values
 from agent_lightning.core.types import Group, Outcome, Split, Task
-from agent_lightning.credit import assign as credit
 from agent_lightning.credit import batching
 from agent_lightning.credit.assign import Credit
+from agent_lightning.credit.assign import assign as assign_credit
 from agent_lightning.learners.base import Learner, Weights
 from agent_lightning.rollouts.supervise import WatchedBuffer, watch
 from agent_lightning.run.state import Plan, State, check_conservation
@@ -50,26 +51,33 @@ class Board(Protocol):
 
 
 class Observer(Protocol):
-    """Who is told how the run goes: progress, metrics, rollouts on disk."""
+    """The loop's reporter: it shows progress, records metrics and rollouts, and decides when to checkpoint."""
 
-    def waiting_for(self, text: str) -> None: ...
-    def rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None: ...
-    def evaluated(self, step: int, reward: float, rows: int) -> None: ...
-    def step(self, step: int, record: Mapping[str, float]) -> None: ...
-    def checkpoint(self, state: State, *, force: bool) -> Path | None:
-        """The folder to save into after this step, which may have one already, or None; `force`: there will be no
-        later step."""
+    def waiting_for(self, text: str) -> None:
+        """Show what the run waits for now, such as "generate: 41/64 rollouts"; the first word names the phase."""
         ...
 
-    def saved(self, path: Path, state: State) -> None: ...
+    def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None: ...
+    def record_evaluation(self, step: int, reward: float, rows: int) -> None: ...
+    def record_step(self, step: int, record: Mapping[str, float]) -> None: ...
+    def checkpoint_folder(self, state: State, *, force: bool) -> Path | None:
+        """The folder for a checkpoint of this state, which may exist already; None if no checkpoint is due.
+
+        `force`: the run ends here, so that this checkpoint is the last.
+        """
+        ...
+
+    def complete_checkpoint(self, folder: Path, state: State) -> None:
+        """Write the state beside the learner's files, which makes the checkpoint complete."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True)
 class Loop:
-    """One run's parts, and where it is.
+    """The parts of a run and its progress.
 
-    `stop` may be set at any time: the rollouts in flight are cancelled, the step is given up, and `run` returns
-    after a checkpoint.
+    `stop` may be set at any time: the running rollouts are cancelled, the step is abandoned, and `run` returns after
+    a checkpoint.
     """
 
     plan: Plan
@@ -82,13 +90,13 @@ class Loop:
     val_tasks: Sequence[Task]
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     _saved: tuple[int, Mapping[Split, int]] | None = None
-    """Step and groups of the newest checkpoint."""
+    """The step of the newest checkpoint, and the numbers of the buffer's next groups at that time."""
 
     async def run(self) -> State:
-        """Run to the last step. Raises StepFailed, EngineError."""
+        """Run to the last step, or until `stop` is set. Raises StepFailed, EngineError."""
         started = time.monotonic() - self.state.wall_s
         if not self.state.val_rewards:
-            await self.save()  # a run that is killed in its first step is resumed too
+            await self.save()  # so that a run that is killed in its first step can be resumed
             await self.evaluate()
         while self.state.step < self.plan.steps and not self.stop.is_set():
             try:
@@ -109,20 +117,21 @@ class Loop:
         return self.state
 
     async def step(self) -> bool:
-        """One step; False where it was given up because the run stops."""
+        """Run a step: generate, train, publish. False if the step was abandoned because the run stops."""
         clock = Clock()
-        before, version = replace(self.state.cursor), self.state.version
+        # An abandoned step takes no tasks: the resumed run draws the same tasks again.
+        cursor_before, version = replace(self.state.cursor), self.state.version
         try:
-            gathered = await self._gather()
+            gathered = await self._gather_groups()
         except StepFailed:
-            self.state.cursor = before
+            self.state.cursor = cursor_before
             raise
         clock.lap("generate")
         if gathered is None:
-            self.state.cursor = before
+            self.state.cursor = cursor_before
             return False
         groups, credits = gathered
-        samples = [sample for one in credits for sample in one.samples]
+        samples = [sample for credit in credits for sample in credit.samples]
         batches = batching.pack(
             samples,
             rollouts_per_batch=self.plan.rollouts_per_batch,
@@ -130,54 +139,56 @@ class Loop:
             row_multiple=self.plan.row_multiple,
         )
         clock.lap("other")
-        learned: Metrics = {}
+        update_metrics: Metrics = {}
         if batches:
             self.observer.waiting_for(f"update: {len(samples)} rows")
-            learned = await self.learner.update(batches, epochs=self.plan.epochs)
+            update_metrics = await self.learner.update(batches, epochs=self.plan.epochs)
             clock.lap("update")
             await self.publish()
             clock.lap("publish")
-        await self._account(groups, version, credits, learned, clock)
+        await self._record_step(groups, version, credits, update_metrics, clock)
         return True
 
-    async def _gather(self) -> tuple[list[Group], list[Credit]] | None:
-        """The step's groups with their credit; None where the run was stopped. Raises StepFailed.
+    async def _gather_groups(self) -> tuple[list[Group], list[Credit]] | None:
+        """Generate the step's groups and assign their credit; None if the run was stopped. Raises StepFailed.
 
-        Groups that give nothing to train on are made up for with new tasks, in at most `plan.refills` more rounds:
-        dynamic sampling of DAPO, arXiv 2503.14476 section 3.2.
+        Groups without a sample to train on are replaced by groups of new tasks, in at most
+        `plan.dynamic_sampling_rounds` further rounds: dynamic sampling of DAPO, arXiv 2503.14476 section 3.2.
         """
         groups: list[Group] = []
         credits: list[Credit] = []
         missing = self.plan.tasks_per_step
-        for _ in range(1 + self.plan.refills):
+        for _ in range(1 + self.plan.dynamic_sampling_rounds):
             tasks = self.state.cursor.next(self.train_tasks, missing)
             try:
-                more = await self.generate(tasks, split="train", num_rollouts=self.plan.rollouts_per_task)
-                groups += more or []
-                if more is not None:
-                    _check_alive(groups)
+                new_groups = await self.generate(tasks, split="train", num_rollouts=self.plan.rollouts_per_task)
+                if new_groups is not None:
+                    groups += new_groups
+                    _check_any_finished(groups)
             except StepFailed:
-                await self._give_up(groups, "step_failed")
+                await self._drop(groups, "step_failed")
                 raise
-            if more is None:
-                await self._give_up(groups, "run_stopped")
+            if new_groups is None:
+                await self._drop(groups, "run_stopped")
                 return None
-            credits += [credit.assign(group, self.plan.rules) for group in more]
-            missing = self.plan.tasks_per_step - sum(bool(one.samples) for one in credits)
+            credits += [assign_credit(group, self.plan.rules) for group in new_groups]
+            missing = self.plan.tasks_per_step - sum(bool(credit.samples) for credit in credits)
             if missing == 0:
                 break
         return groups, credits
 
-    async def _give_up(self, groups: Sequence[Group], reason: str) -> None:
-        """Groups that were taken and will not be trained."""
-        lost = sum(len(group.trajectories) for group in groups)
-        if lost:
-            await self.buffer.advance(trained=0, dropped={reason: lost})
-            self.state.dropped[reason] += lost
+    async def _drop(self, groups: Sequence[Group], reason: str) -> None:
+        """Count the rollouts of groups that were taken from the buffer and will not be trained."""
+        num_rollouts = sum(len(group.trajectories) for group in groups)
+        if num_rollouts:
+            await self.buffer.advance(trained=0, dropped={reason: num_rollouts})
+            self.state.dropped[reason] += num_rollouts
 
     async def generate(self, tasks: Sequence[Task], *, split: Split, num_rollouts: int) -> list[Group] | None:
-        """Whole groups of these tasks; None where the run was stopped meanwhile. Raises StepFailed where most rollouts
-        fail alike."""
+        """Admit the tasks and wait for their complete groups; None if the run was stopped meanwhile.
+
+        Raises StepFailed if most rollouts fail for the same reason, or no worker can be kept alive.
+        """
         for task in tasks:
             await self.buffer.admit(task, split=split, num_rollouts=num_rollouts)
         self.state.admitted += len(tasks) * num_rollouts if split == "train" else 0
@@ -199,7 +210,7 @@ class Loop:
             await self.buffer.cancel(trouble or "the run was stopped")
             cancelled = await taking
             if split == "train":
-                await self._give_up(cancelled, "step_failed" if failed else "run_stopped")
+                await self._drop(cancelled, "step_failed" if failed else "run_stopped")
             if failed:
                 raise StepFailed(f"{what}: {trouble}")
             return None
@@ -208,110 +219,125 @@ class Loop:
                 waiting.cancel()
 
     async def publish(self) -> None:
-        """Make the learner's weights the policy, everywhere."""
+        """Publish the learner's weights and wait until every replica serves them."""
         self.observer.waiting_for("publish")
         weights = await self.learner.publish()
         await self.board.publish(weights, self.plan.publish_timeout_s)
         self.state.version = weights.version
 
     async def evaluate(self) -> float:
-        """Mean reward over the held-out tasks, one rollout each; a rollout that failed counts as 0."""
+        """The mean reward over the held-out tasks, with a rollout for each; a rollout without a reward counts as 0.
+
+        NaN if the run was stopped meanwhile.
+        """
         groups = await self.generate(self.val_tasks, split="val", num_rollouts=1)
         if groups is None:
             return math.nan
         rewards = [trajectory.reward or 0.0 for group in groups for trajectory in group.trajectories]
         reward = sum(rewards) / len(rewards)
         self.state.val_rewards.append((self.state.step, reward))
-        self.observer.rollouts(self.state.step, self.state.version, groups)
-        self.observer.evaluated(self.state.step, reward, len(rewards))
+        self.observer.record_rollouts(self.state.step, self.state.version, groups)
+        self.observer.record_evaluation(self.state.step, reward, len(rewards))
         return reward
 
     async def save(self, *, force: bool = False) -> None:
-        """Checkpoint, where the observer has a folder for one and something has changed. A step that was given up
-        changes the state alone: of its groups, those of a resumed run must know."""
-        folder = self.observer.checkpoint(self.state, force=force)
+        """Save a checkpoint if the observer has a folder for it and the run has changed since the last checkpoint.
+
+        An abandoned step changes no weights but uses group numbers, which a resumed run must not use again: then the
+        state alone is written, into the checkpoint of the same step.
+        """
+        folder = self.observer.checkpoint_folder(self.state, force=force)
         if folder is None:
             return
-        now = self.state.step, dict((await self.buffer.stats()).next_group)
-        if now == self._saved:
+        current = self.state.step, dict((await self.buffer.stats()).next_group)
+        if current == self._saved:
             return
-        self.state.next_group = now[1]
+        self.state.next_group = current[1]
         self.observer.waiting_for("checkpoint")
-        await self.buffer.milestone(self.state.step)  # before the checkpoint is whole: there is one for each
+        # Before the checkpoint is complete: the journal must have a milestone for every complete checkpoint.
+        await self.buffer.milestone(self.state.step)
         if self._saved is None or self._saved[0] != self.state.step:
             await self.learner.save(folder)
-        self.observer.saved(folder, self.state)
-        self._saved = now
+        self.observer.complete_checkpoint(folder, self.state)
+        self._saved = current
         await self.buffer.forget_before(self.state.step)
 
     async def restore(self, folder: Path) -> None:
-        """The learner as a checkpoint has it; its weights are the policy again, as the version that they were."""
+        """Restore the learner from a checkpoint, and publish its weights under the version that they had."""
         self._saved = self.state.step, dict(self.state.next_group)
         await self.learner.restore(folder, max(0, self.state.version - 1))
-        if self.state.version:  # else they are what the engines start with
+        if self.state.version:  # at version 0 the engines have these weights already
             await self.publish()
 
-    async def _account(
-        self, groups: list[Group], version: int, credits: list[Credit], learned: Metrics, clock: Clock
+    async def _record_step(
+        self, groups: list[Group], version: int, credits: list[Credit], update_metrics: Metrics, clock: Clock
     ) -> None:
-        """Close the books of a step whose rollouts are of `version`: the buffer's, the run's, and what is logged."""
+        """Count the step, whose rollouts are of policy `version`, in buffer and state, and log its metrics."""
         state = self.state
         state.step += 1
-        trained = sum(one.trained_rollouts for one in credits)
-        dropped: Counter[str] = Counter()
-        for one in credits:
-            dropped.update(one.dropped_rollouts)
+        trained = sum(credit.trained_rollouts for credit in credits)
+        dropped = _sum_counts(credit.dropped_rollouts for credit in credits)
         await self.buffer.advance(trained=trained, dropped=dropped)
-        failed = _failures(groups)
-        sampled = sum(one.sampled_tokens for one in credits)
+        failed = _count_failures(groups)
+        sampled_tokens = sum(credit.sampled_tokens for credit in credits)
+        trained_tokens = sum(int(sample.mask_T.sum()) for credit in credits for sample in credit.samples)
         state.trained += trained
         state.dropped.update(dropped)
         state.failed.update(failed)
-        state.sampled_tokens += sampled
-        for one in credits:
-            state.dropped_tokens.update(one.dropped_tokens)
-        tokens = sum(int(sample.mask_T.sum()) for one in credits for sample in one.samples)
-        state.trained_tokens += tokens
-        record = values(merge(*(one.metrics for one in credits), learned))
+        state.sampled_tokens += sampled_tokens
+        state.trained_tokens += trained_tokens
+        state.dropped_tokens.update(_sum_counts(credit.dropped_tokens for credit in credits))
+        record = values(merge(*(credit.metrics for credit in credits), update_metrics))
         record["train/reward"] = record.pop("reward")
         if "logprob_gap/mean_abs" in record:
-            state.gap_total += record["logprob_gap/mean_abs"] * tokens
-            state.gap_count += tokens
+            state.gap_total += record["logprob_gap/mean_abs"] * trained_tokens
+            state.gap_count += trained_tokens
             state.gap_max = max(state.gap_max, record["logprob_gap/max_abs"])
-        record |= {"tokens/sampled": sampled, "tokens/trained": tokens, "policy/version": version}
+        record |= {"tokens/sampled": sampled_tokens, "tokens/trained": trained_tokens, "policy/version": version}
         retried = sum(trajectory.key.attempt for group in groups for trajectory in group.trajectories)
         record |= {"rollouts/trained": trained, "rollouts/retried": retried}
         record |= {f"rollouts/dropped/{reason}": count for reason, count in dropped.items()}
         record |= {f"rollouts/failed/{outcome}": count for outcome, count in failed.items()}
-        refused = sum((Counter(t.refused_spans) for group in groups for t in group.trajectories), Counter[str]())
+        refused = _sum_counts(trajectory.refused_spans for group in groups for trajectory in group.trajectories)
         record |= {f"spans/refused/{reason}": count for reason, count in refused.items()}
-        self.observer.rollouts(state.step, version, groups)
+        self.observer.record_rollouts(state.step, version, groups)
         seconds = clock.finish()
         state.seconds.update(seconds)
         record |= {f"time/{'step' if name == 'total' else name}": spent for name, spent in seconds.items()}
-        self.observer.step(state.step, record)
+        self.observer.record_step(state.step, record)
 
 
 @dataclass(slots=True)
 class Clock:
-    """Where the seconds of a step go. What no lap names is "other"."""
+    """The seconds of a step by phase. Time that no lap names is "other"."""
 
     started: float = field(default_factory=time.monotonic)
     last: float = field(default_factory=time.monotonic)
     laps: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def lap(self, name: str) -> None:
+        """Add the time since the last lap to the phase `name`."""
         now = time.monotonic()
         self.laps[name] += now - self.last
         self.last = now
 
     def finish(self) -> dict[str, float]:
+        """The seconds of each phase, and their total."""
         self.lap("other")
         parts = {name: self.laps[name] for name in ("generate", "update", "publish", "other")}
         return {"total": self.last - self.started, **parts}
 
 
-def _failures(groups: Sequence[Group]) -> Counter[str]:
+def _sum_counts(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """The sum of several counts, by key."""
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return total
+
+
+def _count_failures(groups: Sequence[Group]) -> Counter[str]:
+    """The rollouts that did not finish, by outcome."""
     return Counter(
         trajectory.outcome.value
         for group in groups
@@ -320,12 +346,12 @@ def _failures(groups: Sequence[Group]) -> Counter[str]:
     )
 
 
-def _check_alive(groups: Sequence[Group]) -> None:
-    """A whole step of failures would train on nothing. Raises StepFailed with the reasons counted."""
-    failed = _failures(groups)
+def _check_any_finished(groups: Sequence[Group]) -> None:
+    """Raise StepFailed, with the reasons counted, if every rollout failed: the step would train on nothing."""
+    failed = _count_failures(groups)
     total = sum(len(group.trajectories) for group in groups)
     if sum(failed.values()) < total:
         return
     errors = Counter(trajectory.error for group in groups for trajectory in group.trajectories)
-    counted = ", ".join(f"{count} {name}" for name, count in failed.most_common())
-    raise StepFailed(f"all {total} rollouts of the step failed: {counted}. Most often: {errors.most_common(1)[0][0]}")
+    counts = ", ".join(f"{count} {name}" for name, count in failed.most_common())
+    raise StepFailed(f"all {total} rollouts of the step failed: {counts}. Most often: {errors.most_common(1)[0][0]}")

@@ -1,4 +1,4 @@
-"""The loop's observer: terminal, metrics, rollouts on disk and checkpoint folders, of one run directory."""
+"""The observer of a run: it shows the loop's progress and writes metrics, rollouts and checkpoints into the folder."""
 
 from __future__ import annotations
 
@@ -11,48 +11,52 @@ from typing import Any, cast
 
 from agent_lightning.config.load import Config, to_mapping
 from agent_lightning.core.types import Group
-from agent_lightning.run import checkpoint
 from agent_lightning.run.archive import RolloutWriter
 from agent_lightning.run.report import Progress, RolloutCounts, StepSeconds, Summary
-from agent_lightning.run.state import State
+from agent_lightning.run.state import State, checkpoint_folder, prune_checkpoints, write_state
 from agent_lightning.run.tracking import JsonLines, RunDirectory, Sink, TensorBoardSink, Tracker, WandbSink
 
 logger = logging.getLogger(__name__)
 
 
 class RunObserver:
-    """Writes a run down while it happens."""
+    """What `Loop` reports to: the terminal (`Progress`), the metric sinks, and the files of the run's folder."""
 
-    def __init__(self, *, config: Config, run: RunDirectory, progress: Progress, step: int | None = None) -> None:
-        """`step`: of the checkpoint from which the run goes on; what was written of later ones is of no run."""
+    def __init__(
+        self, *, config: Config, run: RunDirectory, progress: Progress, resumed_step: int | None = None
+    ) -> None:
+        """`resumed_step`: the step of the checkpoint that the run resumes from; metrics of later steps are removed."""
         self._config = config
         self._run = run
         self._progress = progress
         self._writer: RolloutWriter | None = RolloutWriter(run.rollouts)
-        sinks: list[Sink] = [JsonLines(run.metrics, resumed=step)]
-        if config.tracking.tensorboard:
-            sinks.append(TensorBoardSink(run.logs / "tensorboard", resumed=step))
-        if config.tracking.wandb != "disabled":
+        tracking = config.tracking
+        sinks: list[Sink] = [JsonLines(run.metrics, resumed_step=resumed_step)]
+        if tracking.tensorboard:
+            sinks.append(TensorBoardSink(run.logs / "tensorboard", resumed_step=resumed_step))
+        if tracking.wandb != "disabled":
             sinks.append(
                 WandbSink(
                     run,
-                    project=config.tracking.project,
-                    group=config.tracking.group,
-                    tags=config.tracking.tags,
+                    project=tracking.project,
+                    group=tracking.group,
+                    tags=tracking.tags,
                     config=to_mapping(config),
-                    mode=cast(Any, config.tracking.wandb),
+                    mode=cast(Any, tracking.wandb),
                 )
             )
         self._tracker = Tracker(sinks)
         self.val_reward_by: Mapping[str, float] = {}
-        """Of the newest evaluation, by the values of data.strata."""
+        """The held-out reward of the newest evaluation, by the values of the field `data.strata`."""
 
     def waiting_for(self, text: str) -> None:
         self._progress.waiting_for(text)
 
-    def rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
+    def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
+        """Write rollouts to disk, and log the rewards of an evaluation by the values of `data.strata`."""
         field = self._config.data.strata
-        if field is not None and all(one.key.split == "val" for group in groups for one in group.trajectories):
+        is_evaluation = all(rollout.key.split == "val" for group in groups for rollout in group.trajectories)
+        if field is not None and is_evaluation:
             self.val_reward_by = reward_by(groups, field)
             self._tracker.log(step, {f"val/reward/{name}": reward for name, reward in self.val_reward_by.items()})
         if self._writer is None:
@@ -64,40 +68,43 @@ class RunObserver:
             logger.warning("rollouts are no longer written: %s", error)
             self._writer = None
 
-    def evaluated(self, step: int, reward: float, rows: int) -> None:
+    def record_evaluation(self, step: int, reward: float, rows: int) -> None:
         self._tracker.log(step, {"val/reward": reward, "val/rows": float(rows)})
-        self._progress.evaluated(step, reward, rows)
+        self._progress.show_evaluation(step, reward, rows)
 
-    def step(self, step: int, record: Mapping[str, float]) -> None:
+    def record_step(self, step: int, record: Mapping[str, float]) -> None:
         self._tracker.log(step, record)
-        self._progress.step(step, record)
+        self._progress.show_step(step, record)
 
-    def checkpoint(self, state: State, *, force: bool) -> Path | None:
+    def checkpoint_folder(self, state: State, *, force: bool) -> Path | None:
+        """The checkpoint's folder every `checkpoint_every` steps (0: never), and whenever `force` is set; else None."""
         every = self._config.checkpoint_every
-        if not force and not (every and state.step % every == 0):
-            return None
-        return checkpoint.folder_of(self._run.checkpoints, state.step)
+        due = force or (every and state.step % every == 0)
+        return checkpoint_folder(self._run.checkpoints, state.step) if due else None
 
-    def saved(self, folder: Path, state: State) -> None:
-        checkpoint.write_state(folder, state)
-        checkpoint.prune(self._run.checkpoints, self._config.checkpoints_kept)
+    def complete_checkpoint(self, folder: Path, state: State) -> None:
+        write_state(folder, state)
+        prune_checkpoints(self._run.checkpoints, self._config.checkpoints_kept)
 
     def close(self) -> None:
         self._tracker.close()
 
 
 def reward_by(groups: Sequence[Group], field: str) -> dict[str, float]:
-    """Mean reward by the values of a field of the tasks: {"easy": 0.5, "hard": 0.1}. What failed counts as 0."""
+    """The mean reward for each value of a field of the tasks; a rollout without a reward counts as 0.
+
+    Example: reward_by(groups, "level") -> {"easy": 0.5, "hard": 0.1}
+    """
     rewards: defaultdict[str, list[float]] = defaultdict(list)
     for group in groups:
-        rewards[str(group.task.payload.get(field))] += [one.reward or 0.0 for one in group.trajectories]
+        rewards[str(group.task.payload.get(field))] += [rollout.reward or 0.0 for rollout in group.trajectories]
     return {name: sum(rewards[name]) / len(rewards[name]) for name in sorted(rewards)}
 
 
-def summarise(
+def summarize(
     config: Config, state: State, *, val_rows: int, val_reward_by: Mapping[str, float], start_s: float
 ) -> Summary:
-    """A run's outcome in numbers, from the loop's state."""
+    """The summary of a run in numbers, from the loop's state."""
     rewards = [reward for _, reward in state.val_rewards] or [math.nan]
     steps = max(1, state.step)
     seconds = {name: state.seconds[name] / steps for name in ("total", "generate", "update", "publish", "other")}

@@ -1,4 +1,4 @@
-"""Reading metrics.jsonl, and drawing it: the learning curve of a run as one picture.
+"""Reads metrics.jsonl, and draws the learning curve of a run.
 
 Example:
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_lightning.core.errors import DataError
+from agent_lightning.core.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,11 +30,11 @@ MAX_BARS = 100
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl by rising step; lines of one step are merged, the later value wins; null is NaN.
+    """Read a metrics.jsonl: a row for each step, in order. Lines of the same step are merged, and later values win.
 
     Example: {"step": 1, "a": 2} and {"step": 1, "b": null} -> [{"step": 1.0, "wall_s": 0.0, "a": 2.0, "b": nan}]
 
-    A line that is no JSON is left out: a killed process can leave half a line. Raises DataError without the file.
+    Lines that are not JSON are left out: a killed process can leave half a line. Raises DataError if there is no file.
     """
     if not path.is_file():
         raise DataError(f"no metrics at {path}")
@@ -49,16 +50,16 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def evaluations(path: Path) -> list[tuple[int, float]]:
-    """(step, held-out reward) of each evaluation in a metrics.jsonl; none where there is no such file yet."""
+    """(step, held-out reward) of each evaluation in a metrics.jsonl; empty if the file does not exist yet."""
     rows = read_metrics(path) if path.is_file() else []
     return [(int(row["step"]), row["val/reward"]) for row in rows if "val/reward" in row]
 
 
 def plot_learning_curve(metrics: Path, out: Path, title: str) -> None:
-    """Draw `metrics` (metrics.jsonl) as a PNG of 1200 x 700 pixels at `out`.
+    """Draw the file `metrics` (metrics.jsonl) as a PNG of 1200 x 700 pixels at `out`.
 
-    Above: reward of training and of the held-out tasks. Below: the log-probability gap, and where a step's time goes.
-    Series that were never logged are left out. Raises DataError where there is no metrics file.
+    Above: the rewards of training and of the held-out tasks. Below: the log-probability gap, and the time of a step by
+    phase. Series that were never logged are left out. Raises DataError if there is no metrics file.
     """
     rows = read_metrics(metrics)
     figure = new_figure(title)
@@ -73,7 +74,7 @@ def plot_learning_curve(metrics: Path, out: Path, title: str) -> None:
 
 
 def new_figure(title: str) -> Figure:
-    """1200 x 700 pixels. No pyplot: a Figure with its own canvas touches no global backend, display or open windows."""
+    """A figure of 1200 x 700 pixels with its own canvas: unlike pyplot, it touches no global backend or display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -85,14 +86,13 @@ def new_figure(title: str) -> Figure:
 
 
 def save(figure: Figure, out: Path) -> None:
-    """As a PNG, which appears whole or not at all."""
-    unfinished = out.with_name(f".{out.name}.tmp")
-    figure.savefig(unfinished, format="png")
-    unfinished.replace(out)
+    """Write a figure as a PNG."""
+    with replacing(out) as unfinished:
+        figure.savefig(unfinished, format="png")
 
 
 def smooth(value_N: Series, window: int) -> Series:
-    """Mean of the last `window` values that are numbers.
+    """The mean over the last `window` positions, without the values that are not finite.
 
     Example: smooth([1, 3, nan, 5], 2) -> [1, 2, 3, 5]
     """
@@ -108,7 +108,7 @@ def smooth(value_N: Series, window: int) -> Series:
 
 
 def _series(rows: list[dict[str, float]], name: str) -> tuple[Series, Series]:
-    """Steps and values of one metric, where it is a number."""
+    """The steps and values of a metric, without steps at which it is not a finite number."""
     known = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
     pair_N2 = np.array(known, dtype=np.float64).reshape(-1, 2)
     return pair_N2[:, 0], pair_N2[:, 1]
@@ -136,7 +136,7 @@ def _draw_reward(axes: Axes, rows: list[dict[str, float]]) -> None:
 
 
 def _number(axes: Axes, step: float, value: float, side: int) -> None:
-    """Write a value beside its point: left of it (`side` -1) or right of it (1), where no line runs."""
+    """Write a value beside its point, on the left (`side` -1) or on the right (1), away from the curve."""
     axes.annotate(
         f"{value:.3f}",
         (step, value),
@@ -153,7 +153,7 @@ def _number(axes: Axes, step: float, value: float, side: int) -> None:
 def _draw_gap(axes: Axes, rows: list[dict[str, float]]) -> None:
     for kind, color in (("max", GREY), ("mean", BLUE)):
         step_N, gap_N = _series(rows, f"logprob_gap/{kind}_abs")
-        above_N = gap_N > 0  # zero has no place on a logarithmic axis
+        above_N = gap_N > 0  # a logarithmic axis cannot show zero
         if above_N.any():
             dots = "." if len(step_N) <= MAX_BARS else ""
             axes.plot(step_N[above_N], gap_N[above_N], color=color, linewidth=1.3, marker=dots, label=kind)
@@ -168,7 +168,7 @@ def _draw_gap(axes: Axes, rows: list[dict[str, float]]) -> None:
 def _draw_seconds(axes: Axes, rows: list[dict[str, float]]) -> None:
     timed = [row for row in rows if any(math.isfinite(row.get(f"time/{name}", math.nan)) for name in PHASES)]
     if timed:
-        # A bar thinner than a pixel shows nothing: in a long run each bar is the mean of neighbouring steps.
+        # Bars thinner than a pixel are invisible: in a long run a bar is the mean of several steps.
         bars = np.array_split(np.arange(len(timed)), min(len(timed), MAX_BARS))
         first_step_B = [timed[bar[0]]["step"] for bar in bars]
         edge_B = np.array([*first_step_B, timed[-1]["step"] + 1]) - 0.5
@@ -186,7 +186,7 @@ def _draw_seconds(axes: Axes, rows: list[dict[str, float]]) -> None:
 
 
 def plain_axes(axes: Axes, last_step: float, margin: float) -> None:
-    """A light grid, whole steps, and a `margin` (as a share) on both sides."""
+    """Style axes over steps: a light grid, integer ticks, and a `margin` on both sides, as a share of the width."""
     from matplotlib.ticker import MaxNLocator
 
     axes.grid(True, color="#e6e9ee", linewidth=0.8)
@@ -200,7 +200,7 @@ def plain_axes(axes: Axes, last_step: float, margin: float) -> None:
 
 
 def _legend_or_note(axes: Axes, above: bool = False) -> None:
-    """Say what the lines are, inside or in a row `above` the panel; an empty panel says that it is empty."""
+    """Add a legend, inside or in a row `above` the panel; an empty panel gets a note instead."""
     labels = axes.get_legend_handles_labels()[1]
     if not labels:
         axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", va="center", color=GREY)

@@ -1,11 +1,11 @@
-"""What a person sees of a run: the block in the terminal while it trains, and the short report when it ends.
+"""What a run shows in the terminal: progress while it trains, and a short report when it ends; and its `Summary`.
 
 Example:
 
     progress = Progress("calc_x", steps=100)
     progress.start()
     progress.waiting_for("generate: 41/64 rollouts")
-    progress.step(1, {"train/reward": 0.25, "tokens/sampled": 9000.0, "time/step": 12.0})
+    progress.show_step(1, {"train/reward": 0.25, "tokens/sampled": 9000.0, "time/step": 12.0})
     progress.stop()
 """
 
@@ -28,7 +28,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from agent_lightning.core import files
 from agent_lightning.core.errors import UserError
+from agent_lightning.core.text import one_line
 from agent_lightning.run.tracking import RunDirectory
 
 LEVELS = "▁▂▃▅▇"
@@ -38,7 +40,7 @@ FAILED = "rollouts/failed/"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutCounts:
-    """Training rollouts of a whole run."""
+    """Counts over all training rollouts of a run."""
 
     admitted: int
     trained: int
@@ -50,7 +52,7 @@ class RolloutCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSeconds:
-    """Mean seconds of one step, and its parts."""
+    """The mean seconds of a step, and of its phases."""
 
     total: float
     generate: float
@@ -61,7 +63,7 @@ class StepSeconds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """The outcome of a run in numbers; NaN where nothing was measured."""
+    """The outcome of a run in numbers; NaN if nothing was measured."""
 
     experiment: str
     seed: int
@@ -79,27 +81,25 @@ class Summary:
     versions: int
     """Policy versions published."""
     start_s: float
-    """Seconds until the service answered."""
+    """Seconds from the start to the first answer of the policy service."""
     val_reward_best: float
     val_reward_by: Mapping[str, float] = field(default_factory=dict)
-    """The last one, by the values of data.strata."""
+    """The last held-out reward, by the values of the field `data.strata`."""
 
     def write(self, path: Path) -> None:
-        """Write JSON, NaN as null; the file appears whole or not at all."""
-        unfinished = path.with_name(f".{path.name}.tmp")
-        unfinished.write_text(json.dumps(_replace_nan(asdict(self)), indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        """Write JSON, with null for NaN."""
+        files.write_text(path, json.dumps(_replace_nan(asdict(self)), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Summary:
-        """What `write` wrote. Raises UserError where `path` is no summary."""
+        """Read what `write` wrote. Raises UserError if the file is not a summary."""
         try:
             loaded = json.loads(path.read_text(encoding="utf-8"))
             rollouts = RolloutCounts(**loaded.pop("rollouts"))
             step_s = StepSeconds(**_replace_null(loaded.pop("step_s")))
             return cls(rollouts=rollouts, step_s=step_s, **_replace_null(loaded))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is no summary of a run: {' '.join(str(error).split())}") from error
+            raise UserError(f"{path} is no summary of a run: {one_line(error)}") from error
 
 
 def _replace_nan(value: Any) -> Any:
@@ -113,7 +113,7 @@ def _replace_null(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def report(summary: Summary, run: RunDirectory) -> RenderableType:
-    """The closing report: held-out reward before and after, what the run did, and where its files are."""
+    """The report at the end: the held-out reward before and after, what the run did, and the paths of its files."""
     gain = 100 * (summary.val_reward_last - summary.val_reward_first)
     headline = Text(" held-out reward  ", style="bold")
     headline.append(f"{number(summary.val_reward_first)} -> {number(summary.val_reward_last)}")
@@ -141,18 +141,24 @@ def report(summary: Summary, run: RunDirectory) -> RenderableType:
     table = Table.grid(Column(style="cyan", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for name, value in rows.items():
         table.add_row(f" {name}", Text(value))
-    for path, what in _files(run):
-        table.add_row("", f"{path.name:<13} {what}")
+    for path, description in _files(run):
+        table.add_row("", f"{path.name:<13} {description}")
     title = Text(f" {summary.experiment}, seed {summary.seed}", style="bold")
     return Group(title, Text(), headline, Text(), table)
 
 
 def _files(run: RunDirectory) -> list[tuple[Path, str]]:
-    """Those that the run wrote, with a word on each."""
-    known = [(run.config, "what was run"), (run.summary, "these numbers"), (run.metrics, "every step")]
-    known += [(run.curve, "learning curve"), (run.rollouts, "every rollout (Parquet)")]
-    known += [(run.checkpoints, "to resume from"), (run.logs, "logs")]
-    return [(path, what) for path, what in known if path.is_file() or (path.is_dir() and any(path.iterdir()))]
+    """The files that the run wrote, each with a short description."""
+    descriptions = {
+        run.config: "what was run",
+        run.summary: "these numbers",
+        run.metrics: "every step",
+        run.curve: "learning curve",
+        run.rollouts: "every rollout (Parquet)",
+        run.checkpoints: "to resume from",
+        run.logs: "logs",
+    }
+    return [(path, text) for path, text in descriptions.items() if path.is_file() or any(path.glob("*"))]
 
 
 def _counted(counts: Mapping[str, int], before: str = "") -> str:
@@ -178,7 +184,7 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The course of `values` in at most `width` characters, each the mean of its share of them.
+    """The course of `values` as at most `width` characters; a character shows the mean of an equal part of the values.
 
     Example: sparkline([0, 1, 2, 3, 4], 5) -> "▁▂▃▅▇"
     """
@@ -192,7 +198,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 class Progress:
-    """The terminal while training: a block that redraws itself, or a plain line a step where stdout is no terminal."""
+    """Progress while training: a block that redraws itself, or plain lines if the output is not a terminal."""
 
     def __init__(
         self, experiment: str, steps: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
@@ -209,20 +215,20 @@ class Progress:
 
     def start(self) -> None:
         self._started_at = self._waiting_since = self._stepped_at = self._clock()
-        # Forced colours (FORCE_COLOR) on a pipe are no reason to move a cursor that is not there: ask the file too.
+        # FORCE_COLOR makes a console interactive even on a pipe, which has no cursor to move: the file decides.
         if self.console.is_interactive and self.console.file.isatty():
             self._live = Live(get_renderable=self.render, console=self.console, refresh_per_second=4)
             self._live.start()
 
     def stop(self) -> None:
-        """Leave the block as it last was; calling it twice is fine."""
+        """Stop redrawing; the last state of the block stays on the screen. May be called twice."""
         self._waiting = ""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def waiting_for(self, text: str) -> None:
-        """What the run waits for now. The first word is the phase: its seconds count from where it began.
+        """Show what the run waits for. The first word is the phase; its seconds count from the phase's first call.
 
         Example: waiting_for("generate: 41/64 rollouts")
         """
@@ -230,8 +236,8 @@ class Progress:
             self._waiting_since = self._clock()
         self._waiting = text
 
-    def step(self, step: int, record: Mapping[str, float]) -> None:
-        """A step ended: `step` of them are done."""
+    def show_step(self, step: int, record: Mapping[str, float]) -> None:
+        """Show the metrics of the step that has ended; `step` steps are done."""
         self._step, self._record, self._stepped_at = step, record, self._clock()
         self._steps_here += 1
         self._train.append(record.get("train/reward", math.nan))
@@ -245,18 +251,18 @@ class Progress:
             parts += [f"failed: {_counted(failed)}"] if failed else []
             self.message("  ".join([*parts, f"left {duration(self._left_s())}"]))
 
-    def evaluated(self, step: int, reward: float, rows: int) -> None:
-        """The held-out tasks were evaluated after `step` steps."""
+    def show_evaluation(self, step: int, reward: float, rows: int) -> None:
+        """Show the held-out reward after `step` steps."""
         self._val.append((step, reward, rows))
         if self._live is None:
             self.message(f"step {step}/{self._steps}  held-out {number(reward)} on {rows:,} rows")
 
     def message(self, text: str) -> None:
-        """A line of its own, above the block."""
+        """Print a line above the block."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def render(self) -> RenderableType:
-        """The block as it is now."""
+        """Render the block with the current values."""
         line = Table.grid(Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True), padding=(0, 1), expand=True)
         now = self._clock()
         left = f", {duration(self._left_s())} left" if self._steps_here else ""
@@ -291,7 +297,7 @@ class Progress:
         return self._record.get("tokens/sampled", math.nan) / seconds if seconds > 0 else math.nan
 
     def _left_s(self) -> float:
-        """Steps left, at the pace of the steps of this process: a resumed run did the others elsewhere."""
+        """Seconds for the remaining steps at the mean pace of the steps that this process has done."""
         if not self._steps_here:
             return math.nan
         pace_s = (self._stepped_at - self._started_at) / self._steps_here

@@ -1,67 +1,130 @@
-"""What a run is to do, and how far it is: the loop's plan, and the state that a checkpoint keeps."""
+"""What a run is to do (`Plan`), how far it is (`State`), and its checkpoints.
+
+checkpoints/step-000010/   the learner's own files, and
+    state.json             the State, written last: a folder without this file is not a complete checkpoint
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
-from agent_lightning.core.errors import AccountingError
+from agent_lightning.core import files
+from agent_lightning.core.errors import AccountingError, UserError
 from agent_lightning.core.types import Split
 from agent_lightning.credit.rules import CreditRules
 from agent_lightning.run.tasks import TaskCursor
 
+STATE_FILE = "state.json"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How long, how much, and how credit is given."""
+    """The length of a run, the size of its steps, and its rules of credit."""
 
     steps: int
     tasks_per_step: int
     rollouts_per_task: int
-    refills: int
-    """More rounds of rollouts in a step, for groups that give nothing to train on."""
+    dynamic_sampling_rounds: int
+    """Further rounds of rollouts in a step, which replace groups that give nothing to train on."""
     rollouts_per_batch: int | None
-    """Rollouts of one optimiser step; None: all of the step's."""
+    """Rollouts in an optimiser step; None: all rollouts of the step."""
     epochs: int
-    """Times that the batches of a step are trained on."""
+    """How often the learner trains on the batches of a step."""
     eval_every: int
-    """Steps between evaluations; there is always one before the first step and one after the last."""
+    """Steps between evaluations. The first step is always preceded, and the last followed, by an evaluation."""
     rules: CreditRules
     pad_token: int
     row_multiple: int
+    """Batches are padded to a multiple of this many rows: the learner's processes share them equally."""
     publish_timeout_s: float = 300.0
 
 
 @dataclass(slots=True, kw_only=True)
 class State:
-    """What a checkpoint keeps beside the learner's own files. Counts are of the whole run."""
+    """The progress of a run, as a checkpoint keeps it beside the learner's files. Counts go over the complete run."""
 
     step: int = 0
     version: int = 0
+    """The policy version that the engines serve."""
     cursor: TaskCursor
     next_group: dict[Split, int] = field(default_factory=dict)
+    """The number of the next group that the buffer will name, for each split."""
     val_rewards: list[tuple[int, float]] = field(default_factory=list)
-    """(step, mean held-out reward) of each evaluation."""
+    """(step, mean held-out reward) for each evaluation."""
     admitted: int = 0
+    """Training rollouts that entered the buffer: each is trained or dropped in the end (`check_conservation`)."""
     trained: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    """Rollouts that were not trained, by reason."""
     dropped_tokens: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
+    """Rollouts that did not finish, by outcome; they may have been trained all the same."""
     sampled_tokens: int = 0
     trained_tokens: int = 0
     gap_total: float = 0.0
+    """Sum of |log-probability of the engine - of the trainer|, in nats, over `gap_count` tokens."""
     gap_count: float = 0.0
     gap_max: float = 0.0
     seconds: Counter[str] = field(default_factory=Counter)
-    """Of all steps together: total, generate, update, publish, other."""
+    """Time that all steps took: total, generate, update, publish, other."""
     wall_s: float = 0.0
 
 
 def check_conservation(state: State) -> None:
-    """Every admitted rollout and every sampled token was trained or dropped. Raises AccountingError."""
-    for what, came, trained, dropped in (
+    """Check that every admitted rollout and every sampled token was trained or dropped. Raises AccountingError."""
+    for name, entered, trained, dropped in (
         ("rollouts", state.admitted, state.trained, state.dropped),
         ("tokens", state.sampled_tokens, state.trained_tokens, state.dropped_tokens),
     ):
-        if came != trained + sum(dropped.values()):
-            raise AccountingError(f"{came} {what} came in, but {trained} were trained and {dict(dropped)} dropped")
+        if entered != trained + sum(dropped.values()):
+            raise AccountingError(f"{entered} {name} came in, but {trained} were trained and {dict(dropped)} dropped")
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    """The folder of the checkpoint that is saved after `step` steps."""
+    return checkpoints / f"step-{step:06d}"
+
+
+def write_state(folder: Path, state: State) -> None:
+    """Write `state.json`, which makes the checkpoint complete."""
+    # Not asdict(): on Python 3.11 it turns a Counter into one of its items.
+    values = {item.name: getattr(state, item.name) for item in fields(state)} | {"cursor": asdict(state.cursor)}
+    files.write_text(folder / STATE_FILE, json.dumps(values, indent=1) + "\n")
+
+
+def read_state(folder: Path) -> State:
+    """The state that `write_state` wrote into a checkpoint's folder."""
+    values: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+    values["cursor"] = TaskCursor(**values["cursor"])
+    values["val_rewards"] = [(int(step), float(reward)) for step, reward in values["val_rewards"]]
+    for name in ("dropped", "dropped_tokens", "failed", "seconds"):
+        values[name] = Counter(values[name])
+    return State(**values)
+
+
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """The folders of a run's complete checkpoints, the newest last."""
+    return sorted(folder for folder in checkpoints.glob("step-*") if (folder / STATE_FILE).exists())
+
+
+def newest_checkpoint(checkpoints: Path) -> Path:
+    """The folder of a run's newest complete checkpoint. Raises UserError if there is none."""
+    complete = complete_checkpoints(checkpoints)
+    if not complete:
+        raise UserError(f"{checkpoints} holds no complete checkpoint: nothing to resume from")
+    return complete[-1]
+
+
+def prune_checkpoints(checkpoints: Path, keep: int) -> None:
+    """Remove all complete checkpoints but the newest `keep`; 0 keeps all.
+
+    `state.json` goes first, so that an interrupted removal leaves no folder that looks complete.
+    """
+    for folder in complete_checkpoints(checkpoints)[:-keep] if keep else ():
+        (folder / STATE_FILE).unlink()
+        shutil.rmtree(folder)

@@ -1,7 +1,7 @@
-"""Runs kept where fsspec can write: s3://bucket/runs, gs://, az://, or any folder, a shared one too.
+"""Runs at places that fsspec can write: s3://bucket/runs, gs://, az://, or any folder, also a shared one.
 
-A run is written on the driver's disk, as ever, and mirrored: whatever changed is copied every half minute, after the
-last step, and when the run is stopped. A checkpoint's `state.json` is copied last, so half a copy is no checkpoint.
+A run is always written to the driver's disk. A run at a remote place is mirrored from there: files that changed are
+copied every half minute, after the last step, and when the run is stopped.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from agent_lightning.core.errors import UserError
+from agent_lightning.core.text import error_line
+from agent_lightning.run.state import STATE_FILE
+
+# Why not fsspec.generic.rsync: it writes each file to the temporary folder on its way (checkpoints need that space
+# again), ignores files that fail, takes a file of the same size for the same file, and cannot copy state.json last.
 
 logger = logging.getLogger(__name__)
 LEAST_FREE_MIB = 256
@@ -24,12 +29,12 @@ PUSH_SECONDS = 30.0
 
 
 def is_remote(place: str) -> bool:
-    """Whether a place is another than a folder: "s3://bucket/runs"."""
+    """Whether a place is not a local folder. Example: "s3://bucket/runs"."""
     return "://" in place and not place.startswith("file://")
 
 
 def local_root(place: str) -> Path:
-    """The folder that runs are written to; of a remote place, the one that is mirrored. Raises UserError."""
+    """The local folder that runs are written to; for a remote place, the folder in the cache that is mirrored."""
     if is_remote(place):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return cache / "agent-lightning" / "runs"
@@ -37,26 +42,26 @@ def local_root(place: str) -> Path:
 
 
 def check_place(place: str, least_free_mib: float = LEAST_FREE_MIB) -> None:
-    """Can be written, and has room. Raises UserError."""
+    """Check that runs can be written to a place and that its disk has room. Raises UserError."""
     folder = local_root(place)
-    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"runs_dir={place}: {there} cannot be written; choose another folder")
-    free = shutil.disk_usage(there).free / 2**20
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"runs_dir={place}: {existing} cannot be written; choose another folder")
+    free = shutil.disk_usage(existing).free / 2**20
     if free < least_free_mib:
-        raise UserError(f"runs_dir={place}: {free:.0f} MiB are free on {there}, a run needs {least_free_mib:.0f}")
+        raise UserError(f"runs_dir={place}: {free:.0f} MiB are free on {existing}, a run needs {least_free_mib:.0f}")
     if is_remote(place):
-        files, path = _open(place)
+        file_system, path = _open(place)
         probe = f"{path}/.agl-{secrets.token_hex(4)}"
         try:
-            files.pipe_file(probe, b"")
-            files.rm_file(probe)
+            file_system.pipe_file(probe, b"")
+            file_system.rm_file(probe)
         except Exception as error:  # each file system has errors of its own
-            raise UserError(f"runs_dir={place}: cannot be written: {_said(error)}") from error
+            raise UserError(f"runs_dir={place}: cannot be written: {error_line(error)}") from error
 
 
 class Mirror:
-    """A run's folder, and its copy under `place`.
+    """Copies a run's folder to a remote place.
 
     Example: Mirror("s3://bucket/runs", Path("…/calc_tiny-s0")).push() -> s3://bucket/runs/calc_tiny-s0/metrics.jsonl, …
     """
@@ -64,30 +69,31 @@ class Mirror:
     def __init__(self, place: str, folder: Path) -> None:
         self.url = f"{place.rstrip('/')}/{folder.name}"
         self._folder = folder
-        self._files, self._path = _open(self.url)
-        self._sent: dict[Path, tuple[int, int]] = {}
-        self._lock = threading.Lock()
+        self._file_system, self._path = _open(self.url)
+        self._pushed: dict[Path, tuple[int, int]] = {}
+        """Size and time of change (ns) of each file when it was last copied."""
 
     def push(self) -> None:
-        """Copy what is new or has changed. Raises what the file system raises."""
-        with self._lock:
-            found = [path for path in self._folder.rglob("*") if path.is_file()]
-            for path in sorted(found, key=lambda one: (one.name == "state.json", one)):
-                size, changed = path.stat().st_size, path.stat().st_mtime_ns
-                if self._sent.get(path) != (size, changed):
-                    self._files.put_file(str(path), f"{self._path}/{path.relative_to(self._folder).as_posix()}")
-                    self._sent[path] = (size, changed)
+        """Copy files that are new or have changed. Raises the file system's errors; files copied before stay copied."""
+        for path in sorted(filter(Path.is_file, self._folder.rglob("*")), key=_copy_order):
+            version = path.stat().st_size, path.stat().st_mtime_ns
+            if self._pushed.get(path) != version:
+                self._file_system.put_file(str(path), f"{self._path}/{path.relative_to(self._folder).as_posix()}")
+                self._pushed[path] = version
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Push while the block runs, and after it. A push that fails is told, and tried again: the run goes on."""
+        """Push every half minute while the block runs, and once after it.
+
+        A push that fails is logged and tried again: a lost service must not end the training.
+        """
         ended = threading.Event()
 
-        def work() -> None:
+        def push_regularly() -> None:
             while not ended.wait(PUSH_SECONDS):
                 self._try_push()
 
-        thread = threading.Thread(target=work, daemon=True, name="mirror")
+        thread = threading.Thread(target=push_regularly, daemon=True, name="mirror")
         thread.start()
         try:
             yield
@@ -99,44 +105,46 @@ class Mirror:
     def _try_push(self) -> None:
         try:
             self.push()
-        except Exception as error:  # a boundary: a lost service must not end the training
-            logger.warning("%s: not up to date, the files are in %s: %s", self.url, self._folder, _said(error))
+        except Exception as error:
+            logger.warning("%s: not up to date, the files are in %s: %s", self.url, self._folder, error_line(error))
 
 
-def taken(place: str, name: str) -> bool:
-    """Whether there is a run of this name at a remote place."""
+def exists(place: str, name: str) -> bool:
+    """Whether a remote place has a run of this name; a local folder is checked when the run's folder is made."""
     if not is_remote(place):
         return False
-    files, path = _open(place)
-    return bool(files.exists(f"{path}/{name}"))
+    file_system, path = _open(place)
+    return bool(file_system.exists(f"{path}/{name}"))
 
 
 def fetch(url: str, root: Path) -> Path:
-    """A run from a remote place into a folder below `root`. Raises UserError where there is none."""
-    files, path = _open(url)
+    """Copy a run from a remote place into a folder in `root`. Raises UserError if there is no such run."""
+    file_system, path = _open(url)
     folder = root / url.rstrip("/").rpartition("/")[2]
     try:
-        names = files.find(path)
+        names = sorted(file_system.find(path), key=lambda name: _copy_order(Path(name)))
         for name in names:
             target = folder / name.removeprefix(path).lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
-            files.get_file(name, str(target))
+            file_system.get_file(name, str(target))
     except Exception as error:  # each file system has errors of its own
-        raise UserError(f"{url}: cannot be read: {_said(error)}") from error
+        raise UserError(f"{url}: cannot be read: {error_line(error)}") from error
     if not names:
         raise UserError(f"{url}: there is nothing")
     return folder
 
 
+def _copy_order(path: Path) -> tuple[bool, Path]:
+    """A sort key that puts state.json last: a checkpoint whose copy was interrupted must not look complete."""
+    return path.name == STATE_FILE, path
+
+
 def _open(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it. Raises UserError for an unknown protocol or a missing package."""
     import fsspec
 
     try:
-        files, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    except (ImportError, ValueError) as error:  # a package for this protocol is missing; an unknown protocol
-        raise UserError(f"{url}: {_said(error)}") from error
-    return files, path.rstrip("/")
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        file_system, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: {error_line(error)}") from error
+    return file_system, path.rstrip("/")

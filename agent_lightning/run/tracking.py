@@ -1,4 +1,4 @@
-"""What is kept of a run: its folder, and its numbers (JSON lines, wandb, TensorBoard).
+"""The folder of a run, and the sinks that its metrics go to: JSON lines, TensorBoard, Weights & Biases.
 
 Example:
 
@@ -8,6 +8,10 @@ Example:
 
 Each sink imports its library when it is made, so importing this module costs nothing.
 """
+
+# Why not verl.utils.tracking.Tracking: it cannot continue a run. It gives wandb.init no id, group, tags, folder or mode
+# (a resumed run becomes a new one), logs with wandb's own step (which refuses the repeated steps of a resumed run),
+# never purges TensorBoard's later steps, imports torch for it, and one failing service stops the logging to the others.
 
 from __future__ import annotations
 
@@ -21,11 +25,12 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from agent_lightning.core import files
 from agent_lightning.core.errors import UserError
+from agent_lightning.core.text import one_line
 from agent_lightning.run.plots import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -33,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """The folder of one run, and where each thing lies in it."""
+    """The folder of a run, and the paths of its files."""
 
     path: Path
 
@@ -45,20 +50,19 @@ class RunDirectory:
         seed: int,
         name: str | None = None,
         *,
-        taken: Callable[[str], bool] = lambda name: False,
+        is_taken: Callable[[str], bool] = lambda name: False,
     ) -> RunDirectory:
-        """Make a new folder in `root`; an existing one, or a name that is `taken`, is never reused: -2, -3, … is
-        appended.
+        """Make a new folder in `root`. If the folder exists or its name `is_taken`, -2, -3, … is appended.
 
         Example: ("runs", "calc_x", 0, None) -> runs/calc_x-s0-20250131-093000; with name "first" -> runs/first
 
-        Raises UserError where `name` is no plain folder name or `root` cannot be written.
+        Raises UserError if `name` is not a plain folder name or `root` cannot be written.
         """
         if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"run name {name!r}: use letters, digits, '.', '_' and '-' only")
         stem = name or f"{re.sub('[^0-9A-Za-z_.-]+', '-', experiment)}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):  # ends at the first free name
-            if taken(stem + suffix):
+            if is_taken(stem + suffix):
                 continue
             run = cls(root / (stem + suffix))
             try:
@@ -73,7 +77,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
-        """The folder of an earlier run, to resume it. Raises UserError where `path` holds no run."""
+        """Open the folder of an earlier run, to read or resume it. Raises UserError if `path` holds no run."""
         run = cls(path)
         if not run.config.is_file():
             raise UserError(f"{path} is no run: it has no {run.config.name}")
@@ -109,28 +113,29 @@ class RunDirectory:
 
 
 class Sink(Protocol):
-    """Somewhere the numbers of a step go."""
+    """A destination of metrics."""
 
     def log(self, step: int, record: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """One line a call, flushed before `log` returns; a number that is not finite is written as null.
+    """A file with a JSON line for each `log`, flushed before `log` returns. Numbers that are not finite become null.
 
     Example: log(3, {"train/reward": 0.5}) appends {"step": 3, "wall_s": 41.2, "train/reward": 0.5}
-    `wall_s` counts the seconds the run was alive: a resumed run counts on from its last line. `resumed`: the step from
-    which it goes on; lines of later ones are removed, as those steps are done again.
+
+    `wall_s` counts the seconds that the run was alive; a resumed run continues from its last line. `resumed_step`: the
+    step of the checkpoint that the run resumes from; lines of later steps are removed, since those steps run again.
     """
 
-    def __init__(self, path: Path, *, resumed: int | None = None) -> None:
-        if resumed is not None and path.exists():
-            _keep_until(path, resumed)
+    def __init__(self, path: Path, *, resumed_step: int | None = None) -> None:
+        if resumed_step is not None and path.exists():
+            remove_later_steps(path, resumed_step)
         alive_s = max((row["wall_s"] for row in read_metrics(path)), default=0.0) if path.exists() else 0.0
         self._started = time.monotonic() - alive_s
         self._file = path.open("a", encoding="utf-8")
         if self._file.tell() and not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")  # the process before died in the middle of a line
+            self._file.write("\n")  # an earlier process died in the middle of a line
 
     def log(self, step: int, record: Mapping[str, float]) -> None:
         line = {"step": step, "wall_s": round(time.monotonic() - self._started, 3), **record}
@@ -141,30 +146,28 @@ class JsonLines:
         self._file.close()
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Remove the lines of later steps. Atomic."""
-    kept = []
+def remove_later_steps(path: Path, step: int) -> None:
+    """Remove the lines of steps after `step` from a metrics.jsonl, and lines that are not complete."""
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # the process before died in the middle of a line
+        with contextlib.suppress(ValueError):  # an earlier process died in the middle of a line
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    half = path.with_suffix(".half")
-    half.write_text("".join(kept), encoding="utf-8")
-    half.replace(path)
+                lines.append(line + "\n")
+    files.write_text(path, "".join(lines))
 
 
 class TensorBoardSink:
-    """Scalars for TensorBoard, written without importing torch or TensorFlow. `resumed`: as of JsonLines."""
+    """Scalars for TensorBoard, written without importing torch or TensorFlow. `resumed_step`: see JsonLines."""
 
-    def __init__(self, directory: Path, *, resumed: int | None = None) -> None:
+    def __init__(self, directory: Path, *, resumed_step: int | None = None) -> None:
         from tensorboard.summary.writer import event_file_writer
 
         self._writer = event_file_writer.EventFileWriter(str(directory))
-        if resumed is not None:
+        if resumed_step is not None:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-            start = SessionLog(status=SessionLog.START)  # TensorBoard forgets this step and later ones
-            self._writer.add_event(Event(wall_time=time.time(), step=resumed + 1, session_log=start))
+            start = SessionLog(status=SessionLog.START)  # TensorBoard then discards this step and later steps
+            self._writer.add_event(Event(wall_time=time.time(), step=resumed_step + 1, session_log=start))
 
     def log(self, step: int, record: Mapping[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -181,8 +184,9 @@ class TensorBoardSink:
 class WandbSink:
     """A Weights & Biases run in the run's logs/, silent on the terminal.
 
-    Its id is kept in logs/wandb-id, so a resumed run goes on in the same one. Steps are an ordinary metric ("step"),
-    so an evaluation may be logged after a later step. Raises UserError where it cannot start.
+    The run's id lies in logs/wandb-id, so that a resumed run continues the same Weights & Biases run. Steps are an
+    ordinary metric ("step"), so that an evaluation may be logged after a later step. Raises UserError if Weights &
+    Biases cannot start.
     """
 
     def __init__(
@@ -218,7 +222,7 @@ class WandbSink:
                 settings=settings,
             )
         except wandb.errors.Error as error:
-            raise UserError(f"wandb cannot start: {' '.join(str(error).split())}") from error
+            raise UserError(f"wandb cannot start: {one_line(error)}") from error
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, record: Mapping[str, float]) -> None:
@@ -229,27 +233,26 @@ class WandbSink:
 
 
 class Tracker:
-    """Sends each record to all sinks. A sink that fails is warned about once and dropped: the run goes on."""
+    """Sends each record to all sinks.
+
+    A sink that fails is dropped with a warning: a full disk or a lost service must not end the training.
+    """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)
 
     def log(self, step: int, record: Mapping[str, float]) -> None:
         for sink in list(self._sinks):
-            if not _survives(f"stopped at step {step}", sink, partial(sink.log, step, record)):
+            try:
+                sink.log(step, record)
+            except Exception as error:
+                logger.warning("%s stopped at step %d: %r", type(sink).__name__, step, error)
                 self._sinks.remove(sink)
 
     def close(self) -> None:
         for sink in self._sinks:
-            _survives("did not close", sink, sink.close)
+            try:
+                sink.close()
+            except Exception as error:
+                logger.warning("%s did not close: %r", type(sink).__name__, error)
         self._sinks.clear()
-
-
-def _survives(what: str, sink: Sink, action: Callable[[], None]) -> bool:
-    """Whether the action succeeds. A boundary: a full disk or a lost service must not end the training."""
-    try:
-        action()
-    except Exception as error:
-        logger.warning("%s %s: %r", type(sink).__name__, what, error)
-        return False
-    return True

@@ -1,11 +1,11 @@
-"""A trial of a sweep: `agl train …` in a process of its own, watched through the files that a run writes.
+"""A trial of a sweep: `agl train …` in a process of its own, watched through the files that the run writes.
 
     trial = Trial(sweep=Path("runs/sweep-x"), name="trial-000", words=("experiment=calc_tiny", "algorithm.lr=0.001"))
     while not (result := trial.next_result()).finished:   # {"step": 0, "reward": 0.42}, …
         ...
     trial.stop()
 
-Whatever happens to it, the sweep goes on: a run that ends with an error raises TrialFailed with its last line.
+A run that ends with an error raises TrialFailed with the last line of its log; the sweep goes on.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ import yaml
 
 from agent_lightning.config.load import load, to_yaml
 from agent_lightning.core.errors import AgentLightningError
-from agent_lightning.run import checkpoint
+from agent_lightning.core.text import last_line
 from agent_lightning.run.plots import evaluations
-from agent_lightning.run.tracking import RunDirectory
+from agent_lightning.run.state import STATE_FILE, checkpoint_folder, complete_checkpoints
+from agent_lightning.run.tracking import RunDirectory, remove_later_steps
 
 PROGRAM = (sys.executable, "-m", "agent_lightning.cli")
 POLL_SECONDS = 0.3
 STOP_SECONDS = 90.0
-"""Between asking a run to stop, when it writes a checkpoint, and ending it."""
+"""Time that a run has to write its checkpoint after SIGTERM; then it is killed."""
 
 
 class TrialFailed(AgentLightningError):
-    """A trial's run ended with an error. The message is its last line."""
+    """A trial's run ended with an error. The message has the last line of its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +46,11 @@ class Result:
     step: int
     reward: float
     finished: bool
-    """The run has ended by itself."""
+    """The run has done all of its steps and has ended."""
 
 
 class Trial:
-    """Starts with the first `next_result`; goes on from its own newest checkpoint where there is one."""
+    """Runs a trial, from its newest checkpoint if it has any; the process starts with the first `next_result`."""
 
     def __init__(
         self,
@@ -61,61 +62,63 @@ class Trial:
         folder: Path | None = None,
         program: Sequence[str] = PROGRAM,
     ) -> None:
-        """`environment`: beside this process's. `folder`: where the command is given; None: here. `program`: `agl`."""
+        """`words`: the overrides of `agl train`. `environment`: variables added to those of this process. `folder`: the
+        working directory; None: that of this process. `program`: the command that stands for `agl`."""
         self._sweep, self._name = sweep, name
         self._words = (*words, f"runs_dir={sweep}")
         self._environment = dict(environment or {})
         self._folder = folder
         self._program = program
         self._process: subprocess.Popen[bytes] | None = None
-        self._seen = -1
+        self._last_step = -1
+        """The step of the newest evaluation that `next_result` returned."""
         self.run = newest_run(sweep, name)
 
     def next_result(self) -> Result:
-        """Wait for the run's next evaluation, or its end. Raises TrialFailed."""
+        """Wait for the run's next evaluation. Raises TrialFailed if the run ends without one."""
         if self._process is None:
             self._start()
         while True:
-            ended = self._code() is not None
+            ended = self._exit_code() is not None
             for step, reward in evaluations(self.run / "metrics.jsonl"):
-                # The last one counts when the run has closed its books, and not a second before its checkpoint.
-                if step > self._seen and (ended or step < self._steps()):
-                    self._seen = step
-                    return Result(step, reward, finished=ended and step >= self._steps())
+                # The last evaluation counts once the run has ended, since its checkpoint is written after it.
+                if step > self._last_step and (ended or step < steps_of(self.run)):
+                    self._last_step = step
+                    return Result(step, reward, finished=ended and step >= steps_of(self.run))
             if ended:
-                raise TrialFailed(f"{self.run.name} ended with exit code {self._code()}: {last_line(self.log)}")
+                last = last_log_line(self._sweep, self._name)
+                raise TrialFailed(f"{self.run.name} ended with exit code {self._exit_code()}: {last}")
             time.sleep(POLL_SECONDS)
 
-    def seen(self) -> tuple[Path, int]:
-        """The run, and the step of its last evaluation."""
-        return self.run, self._seen
+    def position(self) -> tuple[Path, int]:
+        """The run, and the step of its newest evaluation."""
+        return self.run, self._last_step
 
-    def saved(self) -> tuple[Path, int]:
-        """The run, and the step of its last evaluation, once that has a checkpoint. Raises TrialFailed."""
-        folder = checkpoint.folder_of(RunDirectory(self.run).checkpoints, self._seen)
-        while not (folder / checkpoint.STATE).exists():
-            if self._code() is not None and not (folder / checkpoint.STATE).exists():
-                raise TrialFailed(f"{self.run.name} has no checkpoint of step {self._seen}")
+    def wait_for_checkpoint(self) -> tuple[Path, int]:
+        """Wait until the step of the newest evaluation has a checkpoint; gives `position`. Raises TrialFailed."""
+        state = checkpoint_folder(RunDirectory(self.run).checkpoints, self._last_step) / STATE_FILE
+        while not state.exists():
+            if self._exit_code() is not None and not state.exists():
+                raise TrialFailed(f"{self.run.name} has no checkpoint of step {self._last_step}")
             time.sleep(POLL_SECONDS)
-        return self.run, self._seen
+        return self.position()
 
-    def adopt(self, other: Path, step: int) -> None:
-        """Go on from another trial's checkpoint, in a new run with this trial's own values."""
-        if other == self.run:  # its own: it only goes on
-            self._seen = step
+    def adopt(self, source_run: Path, step: int) -> None:
+        """Continue from a checkpoint of another trial's run, in a new run with this trial's own values."""
+        self._last_step = step
+        if source_run == self.run:
             return
-        theirs = RunDirectory(other)
+        source = RunDirectory(source_run)
         run = RunDirectory.create(self._sweep, self._name, 0, self._name)
         run.config.write_text(to_yaml(load([*self._words, f"name={run.path.name}"])))
-        copied = checkpoint.folder_of(theirs.checkpoints, step)
-        shutil.copytree(copied, run.checkpoints / copied.name)
-        lines = theirs.metrics.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and yaml.safe_load(line)["step"] <= step]
-        run.metrics.write_text("".join(kept))
-        self.run, self._seen = run.path, step
+        checkpoint = checkpoint_folder(source.checkpoints, step)
+        shutil.copytree(checkpoint, run.checkpoints / checkpoint.name)
+        shutil.copy(source.metrics, run.metrics)
+        remove_later_steps(run.metrics, step)
+        self.run = run.path
 
     def stop(self) -> None:
-        """Ask the run to stop, which leaves a checkpoint and a summary; end it where it does not."""
+        """Send SIGTERM, on which the run writes a checkpoint and a summary; kill it if it does not end."""
         process = self._process
         if process is None or process.poll() is not None:
             return
@@ -126,72 +129,66 @@ class Trial:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    @property
-    def log(self) -> Path:
-        """What the run says on its terminal."""
-        return log_of(self._sweep, self._name)
-
     def _start(self) -> None:
         run = RunDirectory(self.run)
-        started = self.run.is_dir() and any((one / checkpoint.STATE).exists() for one in run.checkpoints.glob("*"))
-        if not started:
-            self.run = _free(self._sweep, self._name)
-        words = [f"resume={self.run}"] if started else [*self._words, f"name={self.run.name}"]
-        if started and run.summary.exists() and is_done(self.run):
-            words = []  # it had ended before the sweep was interrupted
-        command = [*self._program, "train", *words] if words else ["true"]
-        with self.log.open("ab") as out:
+        if run.summary.exists() and is_done(self.run):
+            command = ["true"]  # the run had ended before the sweep was interrupted
+        elif complete_checkpoints(run.checkpoints):
+            command = [*self._program, "train", f"resume={self.run}"]
+        else:
+            self.run = _free_run(self._sweep, self._name)
+            command = [*self._program, "train", *self._words, f"name={self.run.name}"]
+        with log_path(self._sweep, self._name).open("ab") as log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=out,
+                stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self._environment},
                 cwd=self._folder,
-                start_new_session=True,  # Ctrl-C is for the sweep, which then stops its trials
+                start_new_session=True,  # Ctrl-C reaches the sweep only, which then stops its trials
             )
 
-    def _code(self) -> int | None:
+    def _exit_code(self) -> int | None:
         return self._process.poll() if self._process is not None else None
-
-    def _steps(self) -> int:
-        return steps_of(self.run)
 
 
 def steps_of(run: Path) -> int:
-    """That a run is to do, by its own config."""
+    """The number of steps that a run is to do, from its config."""
     return int(yaml.safe_load((run / "config.yaml").read_text())["steps"])
 
 
 def is_done(run: Path) -> bool:
-    """Whether its last step was evaluated."""
+    """Whether the last step of a run was evaluated."""
     return any(step >= steps_of(run) for step, _ in evaluations(run / "metrics.jsonl"))
 
 
-def log_of(sweep: Path, name: str) -> Path:
+def log_path(sweep: Path, name: str) -> Path:
+    """The file of a trial's terminal output."""
     return sweep / "logs" / f"{name}.log"
 
 
-def last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+def last_log_line(sweep: Path, name: str) -> str:
+    """The last line of a trial's terminal output."""
+    log = log_path(sweep, name)
+    return last_line(log.read_text(errors="replace") if log.is_file() else "") or "its log is empty"
 
 
 def newest_run(sweep: Path, name: str) -> Path:
-    """The folder of a trial's newest run: trial-003, or trial-003-2 after it."""
-    return max(_runs(sweep, name), key=_number, default=sweep / name)
+    """The folder of a trial's newest run: trial-003, or trial-003-2 if it exists."""
+    return max(_runs(sweep, name), key=_run_number, default=sweep / name)
 
 
-def _free(sweep: Path, name: str) -> Path:
-    """The name that RunDirectory.create will find free."""
-    taken = [_number(one) for one in _runs(sweep, name)]
-    return sweep / (f"{name}-{max(taken) + 1}" if taken else name)
+def _free_run(sweep: Path, name: str) -> Path:
+    """The folder that `RunDirectory.create` will make for the trial's next run."""
+    numbers = [_run_number(run) for run in _runs(sweep, name)]
+    return sweep / (f"{name}-{max(numbers) + 1}" if numbers else name)
 
 
 def _runs(sweep: Path, name: str) -> list[Path]:
-    return [one for one in (sweep / name, *sweep.glob(f"{name}-*")) if one.is_dir()]
+    return [run for run in (sweep / name, *sweep.glob(f"{name}-*")) if run.is_dir()]
 
 
-def _number(run: Path) -> int:
+def _run_number(run: Path) -> int:
     """trial-003-2 -> 2, trial-003 -> 1."""
     return int(run.name.split("-")[2]) if run.name.count("-") == 2 else 1

@@ -21,7 +21,7 @@ from agent_lightning.core.errors import UserError
 from agent_lightning.run.plots import evaluations
 from agent_lightning.sweeps.plan import SweepPlan, TrialRecord
 from agent_lightning.sweeps.space import Between, Choice, Distribution, sampled_words
-from agent_lightning.sweeps.trials import PROGRAM, Trial, is_done, last_line, log_of, newest_run
+from agent_lightning.sweeps.trials import PROGRAM, Trial, is_done, last_log_line, log_path, newest_run
 
 SEAT = "sweep_seat"
 """A resource of a cluster that is started for a sweep, one for each trial that it is to hold at a time."""
@@ -57,7 +57,7 @@ class TrialActor(tune.Trainable):
         return values | {"done": True} if result.finished else values
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        run, step = self._trial.saved() if self._copied else self._trial.seen()
+        run, step = self._trial.wait_for_checkpoint() if self._copied else self._trial.position()
         (Path(checkpoint_dir) / POINTER).write_text(json.dumps({"run": str(run), "step": step}))
 
     def load_checkpoint(self, checkpoint: str) -> None:
@@ -108,7 +108,7 @@ class _Watch(tune.Callback):
             state=state,
             run=run.name,
             rewards=tuple(evaluations(run / "metrics.jsonl")),
-            error=last_line(log_of(self._sweep, name)) if state == "failed" else None,
+            error=last_log_line(self._sweep, name) if state == "failed" else None,
             seconds=round(time.monotonic() - started, 1),
         )
 
@@ -206,7 +206,7 @@ class _Names:
     def __call__(self, trial: Any) -> str:
         number = len(list((self._sweep / "logs").glob("trial-*.log")))
         name = f"trial-{number:03d}"
-        log_of(self._sweep, name).touch(exist_ok=False)
+        log_path(self._sweep, name).touch(exist_ok=False)
         return name
 
 

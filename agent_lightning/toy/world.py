@@ -42,9 +42,8 @@ from agent_lightning.credit.tools import tool_calls
 from agent_lightning.rollouts.agents import Agent
 from agent_lightning.rollouts.supervise import Workers
 from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker
-from agent_lightning.run import checkpoint
 from agent_lightning.run.loop import Loop
-from agent_lightning.run.state import Plan, State
+from agent_lightning.run.state import Plan, State, checkpoint_folder, newest_checkpoint, read_state, write_state
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.serving.policy import PolicyBoard
@@ -94,21 +93,21 @@ class QuietObserver:
     def waiting_for(self, text: str) -> None:
         self.doing = text
 
-    def rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
+    def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
         self.groups.extend(groups)
 
-    def evaluated(self, step: int, reward: float, rows: int) -> None:
+    def record_evaluation(self, step: int, reward: float, rows: int) -> None:
         self.evaluations.append((step, reward))
 
-    def step(self, step: int, record: Mapping[str, float]) -> None:
+    def record_step(self, step: int, record: Mapping[str, float]) -> None:
         self.records.append(dict(record))
 
-    def checkpoint(self, state: State, *, force: bool) -> Path | None:
+    def checkpoint_folder(self, state: State, *, force: bool) -> Path | None:
         due = force or (self._every and state.step % self._every == 0)
-        return checkpoint.folder_of(self._checkpoints, state.step) if due and self._checkpoints else None
+        return checkpoint_folder(self._checkpoints, state.step) if due and self._checkpoints else None
 
-    def saved(self, path: Path, state: State) -> None:
-        checkpoint.write_state(path, state)
+    def complete_checkpoint(self, folder: Path, state: State) -> None:
+        write_state(folder, state)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,7 +157,7 @@ class ToyWorld:
     async def __aenter__(self) -> Self:
         state = State(cursor=TaskCursor(seed=self.seed))
         if self.resume and self.checkpoints is not None:
-            state = checkpoint.read_state(checkpoint.newest(self.checkpoints))
+            state = read_state(newest_checkpoint(self.checkpoints))
         language, run_secret = ToyLanguage(tuple(self.words)), secrets.token_bytes(32)
         self.buffer = Buffer(
             run_secret=run_secret,
@@ -191,7 +190,7 @@ class ToyWorld:
             running.create_task(self.workers.run())
             stack.push_async_callback(self.workers.stop)
             if self.resume and self.checkpoints is not None:
-                await self.loop.restore(checkpoint.newest(self.checkpoints))
+                await self.loop.restore(newest_checkpoint(self.checkpoints))
             self._stack = stack.pop_all()
         return self
 
@@ -234,7 +233,7 @@ class ToyWorld:
             steps=0,
             tasks_per_step=len(self.tasks),
             rollouts_per_task=self.rollouts_per_task,
-            refills=0,
+            dynamic_sampling_rounds=0,
             rollouts_per_batch=None,
             epochs=1,
             eval_every=0,

@@ -30,9 +30,8 @@ from agent_lightning.core.types import Group, ModelCall, Policy, Task
 from agent_lightning.credit.failures import Retries
 from agent_lightning.credit.rules import CreditRules
 from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker
-from agent_lightning.run import checkpoint
 from agent_lightning.run.loop import Loop
-from agent_lightning.run.state import Plan, State
+from agent_lightning.run.state import STATE_FILE, Plan, State, checkpoint_folder, newest_checkpoint, read_state
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.serving.engine import Completion, Refusal
 from agent_lightning.serving.gateway import RETRY_HEADER, Gateway, GatewayConfig
@@ -218,10 +217,10 @@ class Books(QuietObserver):
         super().__init__()
         self._town = town
 
-    def checkpoint(self, state: State, *, force: bool) -> Path | None:
-        return checkpoint.folder_of(self._town.checkpoints, state.step)
+    def checkpoint_folder(self, state: State, *, force: bool) -> Path | None:
+        return checkpoint_folder(self._town.checkpoints, state.step)
 
-    def rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
+    def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
         with self._town.books.open("a") as file:
             for group in groups:
                 rollouts = [
@@ -238,9 +237,9 @@ class Books(QuietObserver):
 
 async def _driver(part: str, town: Town) -> None:
     town.checkpoints.mkdir(exist_ok=True)
-    resumed = any(town.checkpoints.glob(f"step-*/{checkpoint.STATE}"))
-    newest = checkpoint.newest(town.checkpoints) if resumed else None
-    state = State(cursor=TaskCursor(seed=town.seed)) if newest is None else checkpoint.read_state(newest)
+    resumed = any(town.checkpoints.glob(f"step-*/{STATE_FILE}"))
+    newest = newest_checkpoint(town.checkpoints) if resumed else None
+    state = State(cursor=TaskCursor(seed=town.seed)) if newest is None else read_state(newest)
     board, buffer = PolicyBoard(silence=3.0), town.buffer()
     learner: Any = Peer(town.at("learner"))
     await listen(town.at("board"), board)
@@ -248,7 +247,7 @@ async def _driver(part: str, town: Town) -> None:
         steps=town.steps,
         tasks_per_step=len(TASKS),
         rollouts_per_task=ROLLOUTS,
-        refills=0,
+        dynamic_sampling_rounds=0,
         rollouts_per_batch=None,
         epochs=1,
         eval_every=0,

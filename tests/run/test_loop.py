@@ -19,8 +19,7 @@ from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.types import ModelCall, Outcome, Policy, RolloutKey, Task
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.worker import AgentSpec
-from agent_lightning.run import checkpoint
-from agent_lightning.run.state import State
+from agent_lightning.run.state import State, newest_checkpoint, read_state
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.toy.world import SAMPLING, ToyEngine, ToyLanguage, ToyWorld, application
 
@@ -219,7 +218,7 @@ async def test_a_run_stopped_in_the_middle_loses_nothing(client: openai.AsyncOpe
     assert position
     assert 3 <= state.step < 50
     assert state.dropped["run_stopped"] == 4 * 8
-    saved = checkpoint.read_state(checkpoint.newest(tmp_path))
+    saved = read_state(newest_checkpoint(tmp_path))
     assert saved == state
     assert saved.cursor.epoch == state.step  # each step is one epoch here: the step given up is not counted
     assert saved.next_group == {"train": state.step * 4 + 4, "val": 4}
@@ -304,7 +303,7 @@ async def test_groups_with_nothing_to_learn_are_made_up_for(client: openai.Async
         return float(task["answer"] == "1" or asked[task["question"]] % 2)
 
     async with make_world(client, agent=easy_or_not) as world:
-        world.loop.plan = replace(world.loop.plan, refills=3)
+        world.loop.plan = replace(world.loop.plan, dynamic_sampling_rounds=3)
         state = await world.train(steps=1)
         await check_accounts(world)
     # Four tasks, of which one teaches nothing: one more is taken until four groups do.
@@ -319,7 +318,7 @@ async def test_refills_end_where_nothing_can_be_learned(client: openai.AsyncOpen
         return 1.0
 
     async with make_world(client, agent=always_right) as world:
-        world.loop.plan = replace(world.loop.plan, refills=2)
+        world.loop.plan = replace(world.loop.plan, dynamic_sampling_rounds=2)
         state = await world.train(steps=1)
         await check_accounts(world)
     assert (state.step, state.trained, state.dropped) == (1, 0, {"no_spread": 3 * 32})

@@ -1,4 +1,4 @@
-"""Runs at fsspec places: in memory here, on a local S3 server where its packages are installed."""
+"""Runs at fsspec places: in memory, and on a local S3 server if its packages are installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from agent_lightning.core.errors import UserError
-from agent_lightning.run.storage import Mirror, check_place, fetch, is_remote, local_root, taken
+from agent_lightning.run.storage import Mirror, check_place, exists, fetch, is_remote, local_root
 
 
 @pytest.fixture(params=["memory", "s3"])
@@ -45,20 +45,20 @@ def a_run(folder: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_run_goes_out_and_comes_back(place: str, tmp_path: Path) -> None:
     check_place(place)
     run = a_run(tmp_path)
-    assert not taken(place, run.name)
+    assert not exists(place, run.name)
     mirror = Mirror(place, run)
     mirror.push()
-    assert taken(place, run.name)
+    assert exists(place, run.name)
     assert files(fetch(mirror.url, tmp_path / "elsewhere")) == files(run)
 
 
-def test_only_what_changed_is_copied_and_a_checkpoint_is_whole_last(tmp_path: Path) -> None:
+def test_only_changed_files_are_copied_and_a_checkpoint_is_complete_last(tmp_path: Path) -> None:
     copied: list[str] = []
 
     class Watched(type(fsspec.filesystem("memory"))):  # type: ignore[misc]
@@ -81,13 +81,45 @@ def test_only_what_changed_is_copied_and_a_checkpoint_is_whole_last(tmp_path: Pa
     assert copied == ["metrics.jsonl"]
 
 
-def test_what_is_written_while_a_run_is_followed_is_there_at_its_end(tmp_path: Path) -> None:
+def test_files_written_while_a_run_is_mirrored_are_copied_at_its_end(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     mirror = Mirror("memory://bucket/runs", run)
     with mirror.following():
         (run / "summary.json").write_text("{}")
     assert "summary.json" in files(fetch(mirror.url, tmp_path / "elsewhere"))
     fsspec.filesystem("memory").store.clear()
+
+
+def test_an_interrupted_copy_leaves_no_checkpoint_that_looks_complete(tmp_path: Path) -> None:
+    class Failing(type(fsspec.filesystem("memory"))):  # type: ignore[misc]
+        protocol = "failing"
+        cachable = False
+        failing = True
+
+        def put_file(self, lpath: str, rpath: str, **options: object) -> None:
+            if self.failing and lpath.endswith("weights"):
+                raise OSError("the connection is lost")
+            super().put_file(lpath, rpath, **options)
+
+        def get_file(self, rpath: str, lpath: str, **options: object) -> None:
+            if self.failing and rpath.endswith("weights"):
+                raise OSError("the connection is lost")
+            super().get_file(rpath, lpath, **options)
+
+    fsspec.register_implementation("failing", Failing, clobber=True)
+    run = a_run(tmp_path)
+    mirror = Mirror("failing://bucket/runs", run)
+    with pytest.raises(OSError, match="the connection is lost"):
+        mirror.push()
+    state = "calc_tiny-s0/checkpoints/step-000002/state.json"
+    assert not exists("failing://bucket/runs", state)
+    Failing.failing = False
+    mirror.push()
+    assert exists("failing://bucket/runs", state)
+    Failing.failing = True
+    with pytest.raises(UserError, match="cannot be read: OSError: the connection is lost"):
+        fetch(mirror.url, tmp_path / "elsewhere")
+    assert not list((tmp_path / "elsewhere").rglob("state.json"))
 
 
 def test_a_place_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_json_lines_are_valid_json_and_flushed(tmp_path: Path) -> None:
 def test_a_resumed_run_drops_the_lines_of_steps_that_are_done_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "wall_s": 1.0}\n{"step": 2, "wall_s": 2.0}\n{"step": 3, "wall_s": 3.0}\n{"ste')
-    sink = JsonLines(path, resumed=2)
+    sink = JsonLines(path, resumed_step=2)
     sink.log(3, {"a": 1.0})
     sink.close()
     lines = path.read_text().splitlines()
@@ -341,12 +341,12 @@ def trained(console: Console, clock: Clock) -> Progress:
     """A run of 100 steps after its tenth, with two evaluations."""
     progress = Progress("calc_x", 100, console=console, clock=clock)
     progress.start()
-    progress.evaluated(0, 0.213, 237)
+    progress.show_evaluation(0, 0.213, 237)
     for step in range(1, 11):
         clock.now += 12.0
         record = {"train/reward": step / 10, "tokens/sampled": 12_000.0, "time/step": 12.0}
-        progress.step(step, record | {"rollouts/failed/timeout": float(step == 3)})
-    progress.evaluated(10, 0.402, 237)
+        progress.show_step(step, record | {"rollouts/failed/timeout": float(step == 3)})
+    progress.show_evaluation(10, 0.402, 237)
     progress.waiting_for("generate: 3/64 rollouts")
     clock.now += 5
     progress.waiting_for("generate: 41/64 rollouts")
@@ -404,9 +404,9 @@ def test_a_pipe_gets_one_plain_line_a_step_and_no_control_codes(force_color: boo
 def test_a_block_without_numbers_says_so() -> None:
     console = Console(record=True, width=80, file=io.StringIO())
     progress = Progress("calc_x", 100, console=console, clock=Clock())
-    progress.evaluated(0, math.nan, 0)
-    progress.step(1, {})
-    progress.evaluated(1, math.nan, 0)
+    progress.show_evaluation(0, math.nan, 0)
+    progress.show_step(1, {})
+    progress.show_evaluation(1, math.nan, 0)
     console.print(progress.render())
     assert "nan" not in console.export_text()
 
@@ -473,9 +473,9 @@ def test_held_out_reward_is_told_by_the_values_of_a_field(tmp_path: Path) -> Non
         ]
 
     observer = RunObserver(config=config, run=run, progress=Progress("calc_x", steps=1, console=Console(quiet=True)))
-    observer.rollouts(0, 0, groups("train"))
+    observer.record_rollouts(0, 0, groups("train"))
     assert observer.val_reward_by == {}
-    observer.rollouts(3, 0, groups("val"))
+    observer.record_rollouts(3, 0, groups("val"))
     observer.close()
     assert observer.val_reward_by == {"easy": 0.5, "hard": 1.0}
     logged = json.loads(run.metrics.read_text())

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from agent_lightning.run import checkpoint
-from agent_lightning.run.state import State
+from agent_lightning.run.state import State, checkpoint_folder, newest_checkpoint, read_state, write_state
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.run.tracking import JsonLines, RunDirectory
 
@@ -31,7 +30,7 @@ def main(words: list[str]) -> int:
     given = dict(word.partition("=")[::2] for word in words)
     if "resume" in given:
         run = RunDirectory.open(Path(given["resume"]))
-        step = checkpoint.read_state(checkpoint.newest(run.checkpoints)).step
+        step = read_state(newest_checkpoint(run.checkpoints)).step
     else:
         run, step = RunDirectory.create(Path(given["runs_dir"]), "toy", 0, given["name"]), -1
         nested = {
@@ -62,10 +61,10 @@ def main(words: list[str]) -> int:
 
 
 def save(run: RunDirectory, step: int) -> None:
-    folder = checkpoint.folder_of(run.checkpoints, step)
+    folder = checkpoint_folder(run.checkpoints, step)
     folder.mkdir(exist_ok=True)
     (folder / "weights").write_text(json.dumps(step))
-    checkpoint.write_state(folder, State(step=step, cursor=TaskCursor(seed=0)))
+    write_state(folder, State(step=step, cursor=TaskCursor(seed=0)))
 
 
 def stop(number: int, frame: object) -> None:

@@ -190,7 +190,7 @@ def test_a_trial_goes_on_from_the_checkpoint_of_a_better_one_in_a_new_run(tmp_pa
     worse.next_result()
     worse.stop()
     other = trial(tmp_path, "experiment=toy", "algorithm.lr=4", name="trial-001")
-    other.adopt(*good.saved())
+    other.adopt(*good.wait_for_checkpoint())
     result = other.next_result()
     good.stop()
     assert (result.step, result.reward, result.finished) == (4, 0.16, True)

@@ -22,8 +22,7 @@ from agent_lightning.credit.failures import Retries
 from agent_lightning.credit.rules import CreditRules, FailurePolicy
 from agent_lightning.rollouts.client import current_rollout
 from agent_lightning.rollouts.worker import AgentSpec
-from agent_lightning.run.checkpoint import newest, read_state
-from agent_lightning.run.state import check_conservation
+from agent_lightning.run.state import check_conservation, newest_checkpoint, read_state
 from agent_lightning.toy.world import ToyWorld
 
 WORDS = ("0", "1", "2", "3")
@@ -238,7 +237,7 @@ async def test_a_tool_that_is_down_ends_the_step_early_and_is_named(agent: Agent
     said = r"generate: \d+ of the last 12 attempts ended alike: tool_error: ConnectionError: search-# refused URL"
     assert re.fullmatch(said, str(failed.value))
     assert stats.retried <= 24
-    state = read_state(newest(tmp_path))  # the step is as if it had not begun: the run can be resumed
+    state = read_state(newest_checkpoint(tmp_path))  # the step is as if it had not begun: the run can be resumed
     assert (state.step, state.cursor, state.dropped) == (0, position, {"step_failed": 24})
     check_conservation(state)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from agent_lightning.core.errors import UserError
-from agent_lightning.run.checkpoint import STATE, folder_of, newest, read_state, write_state
-from agent_lightning.run.state import State
+from agent_lightning.run.state import STATE_FILE, State, checkpoint_folder, newest_checkpoint, read_state, write_state
 from agent_lightning.run.tasks import TaskCursor
 
 
@@ -49,22 +48,22 @@ def test_writing_again_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     write_state(tmp_path, State(cursor=TaskCursor(seed=0)))
     write_state(tmp_path, full_state())
     assert read_state(tmp_path).step == 12
-    assert [file.name for file in tmp_path.iterdir()] == [STATE]
+    assert [file.name for file in tmp_path.iterdir()] == [STATE_FILE]
 
 
 def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
     for step in (2, 10, 100):
-        folder = folder_of(tmp_path, step)
+        folder = checkpoint_folder(tmp_path, step)
         folder.mkdir()
         if step != 100:  # was being saved when the process died
             write_state(folder, full_state())
-    assert newest(tmp_path) == folder_of(tmp_path, 10)
+    assert newest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 10)
 
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_without_a_whole_checkpoint_there_is_nothing_to_resume(exists: bool, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     if exists:
-        folder_of(folder, 4).mkdir(parents=True)
+        checkpoint_folder(folder, 4).mkdir(parents=True)
     with pytest.raises(UserError, match="nothing to resume from"):
-        newest(folder)
+        newest_checkpoint(folder)
