@@ -8,22 +8,25 @@ import re
 from typing import Any
 
 import pytest
-import schemathesis
 from gateway_openapi import describe
 from hypothesis import HealthCheck, settings
 from malformed import SECRET, attack, new_rollout
-from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import (
-    content_type_conformance,
-    response_schema_conformance,
-    status_code_conformance,
-)
 from starlette.applications import Starlette
 
 from agent_lightning.buffer.buffer import Buffer, attempt_secret
 from agent_lightning.core.types import RolloutKey
 from agent_lightning.serving.gateway import DIALECTS, Gateway, GatewayConfig
 from agent_lightning.toy.world import SAMPLING, ToyEngine, ToyLanguage, application
+
+pytest.importorskip("schemathesis")
+
+import schemathesis
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
 pytestmark = pytest.mark.chaos
 

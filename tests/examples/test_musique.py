@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-
-pytest.importorskip("agents")
+from optional import needs
 
 from agent_lightning.rollouts.agents import load
 
-solve: Any = load("examples/musique/agent.py:solve")
+pytestmark = needs("agents")
 reward: Any = load("examples/musique/reward.py:score")
 ASK = "<think>Who sang?</think><query>singer of The Doors</query>"
 ANSWER = "<think>It says so.</think><answer>Jim Morrison</answer>"
@@ -28,15 +27,21 @@ TASK = {
 }
 
 
+@pytest.fixture(scope="module")
+def solve() -> Any:
+    """The agent, which imports the OpenAI Agents SDK."""
+    return load("examples/musique/agent.py:solve")
+
+
 class World:
-    """A policy that says its script turn by turn, and a search service; both keep what they were asked."""
+    """A policy that replies with its script turn by turn, and a search service; both keep their requests."""
 
     def __init__(self, *script: str) -> None:
-        self.script, self.asked, self.searched = script, [], []
+        self.script, self.conversations, self.searched = script, [], []
 
     async def chat(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.asked.append(body["messages"])
+        self.conversations.append(body["messages"])
         turn = sum(message["role"] == "assistant" for message in body["messages"])
         message = {"role": "assistant", "content": self.script[turn], "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
@@ -62,7 +67,7 @@ async def serving(world: World) -> AsyncIterator[SimpleNamespace]:
     await runner.cleanup()
 
 
-async def test_what_it_searched_for_comes_back_and_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_it_searched_for_comes_back_and_it_answers(solve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(ASK, ANSWER)
     async with serving(world) as policy:
         monkeypatch.setenv("MUSIQUE_SEARCH_URL", policy.search)
@@ -70,7 +75,7 @@ async def test_what_it_searched_for_comes_back_and_it_answers(monkeypatch: pytes
     assert turns == [ASK, ANSWER]
     assert reward(TASK, turns) == pytest.approx(1.0)
     assert world.searched == [{"query": "singer of The Doors", "k": 3}]
-    first, second = world.asked
+    first, second = world.conversations
     assert [message["role"] for message in first] == ["system", "user"]
     # Each request extends the one before, which is what makes its tokens one training row.
     assert second[:2] == first
@@ -78,18 +83,20 @@ async def test_what_it_searched_for_comes_back_and_it_answers(monkeypatch: pytes
     assert second[3] == {"role": "user", "content": "(1) The Doors: A band with Jim Morrison."}
 
 
-async def test_without_a_service_it_searches_the_questions_own_paragraphs(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_service_it_searches_the_questions_own_paragraphs(
+    solve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("bm25s")
     pytest.importorskip("Stemmer")
     monkeypatch.delenv("MUSIQUE_SEARCH_URL", raising=False)
     world = World(ASK, "<think>?</think><query>zebra</query>", ANSWER)
     async with serving(world) as policy:
         await solve(TASK, policy)
-    assert world.asked[1][-1]["content"] == "(1) The Doors: Jim Morrison was the singer."
-    assert world.asked[2][-1]["content"] == "Nothing found."
+    assert world.conversations[1][-1]["content"] == "(1) The Doors: Jim Morrison was the singer."
+    assert world.conversations[2][-1]["content"] == "Nothing found."
 
 
-async def test_it_stops_after_its_last_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_stops_after_its_last_turn(solve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(*[ASK] * 9)
     async with serving(world) as policy:
         monkeypatch.setenv("MUSIQUE_SEARCH_URL", policy.search)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
+from optional import needs
 
 from agent_lightning.config.load import load
 from agent_lightning.core.types import Task
@@ -16,18 +17,25 @@ from agent_lightning.rollouts import agents
 from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.toy.world import ToyWorld
 
-pytest.importorskip("langgraph")
-pytest.importorskip("langchain_openai")
-
+pytestmark = needs("langgraph", "langchain_openai")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "spider"
 TARGET = f"{EXAMPLE}/agent.py"
 
 sys.path.insert(0, str(EXAMPLE))
-spec = importlib.util.spec_from_file_location("spider_agent", TARGET)
-agent = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(agent)
 databases = importlib.import_module("databases")
 sys.path.remove(str(EXAMPLE))
+
+
+@pytest.fixture(scope="module")
+def agent():
+    """The agent's module, which imports LangGraph."""
+    spec = importlib.util.spec_from_file_location("spider_agent", TARGET)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as path:
+        path.syspath_prepend(str(EXAMPLE))
+        spec.loader.exec_module(module)
+    return module
+
 
 COUNT = "SELECT count(*) FROM singer"
 
@@ -91,7 +99,7 @@ def task(tmp_path_factory):
         ),
     ],
 )
-async def test_the_agent_writes_checks_and_rewrites_in_at_most_three_rounds(task, script, roles, query):
+async def test_the_agent_writes_checks_and_rewrites_in_at_most_three_rounds(task, script, roles, query, agent):
     model = Model(**{role: list(lines) for role, lines in script.items()})
     async with serving(model) as policy:
         assert await agent.solve(task, policy) == query
@@ -99,7 +107,7 @@ async def test_the_agent_writes_checks_and_rewrites_in_at_most_three_rounds(task
     assert model.asked[0][1] == "table singer: name, age\nQuestion: How many singers?"
 
 
-async def test_what_the_models_see_of_a_result(task):
+async def test_what_the_models_see_of_a_result(task, agent):
     writer = ["SELECT nobody FROM singer"]
     model = Model(writer=writer, checker=["No.", "No."], rewriter=["SELECT name, age FROM singer", "DROP TABLE singer"])
     async with serving(model) as policy:
@@ -112,7 +120,7 @@ async def test_what_the_models_see_of_a_result(task):
     assert agent.shown(databases.Table(columns=("a",), rows=(), cut=False)) == "no rows"
 
 
-async def test_the_checker_may_be_another_model_elsewhere(task, monkeypatch):
+async def test_the_checker_may_be_another_model_elsewhere(task, monkeypatch, agent):
     model, other = Model(writer=["SELECT 1"], rewriter=[COUNT]), Model(checker=["No.", "CORRECT"])
     async with serving(model) as policy, serving(other) as elsewhere:
         monkeypatch.setenv("CHECKER_BASE_URL", elsewhere.base_url)

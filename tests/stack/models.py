@@ -6,12 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.config.load import resolve_path
@@ -23,9 +22,14 @@ from agent_lightning.serving import app
 from agent_lightning.serving.gateway import GatewayConfig
 from agent_lightning.serving.policy import PolicyBoard
 
+if TYPE_CHECKING:  # transformers takes seconds to import: in the functions, and not when the tests are collected
+    from transformers import LlamaForCausalLM
+
 
 def random_model(folder: Path, *, seed: int, tied: bool) -> LlamaForCausalLM:
     """A Llama of 0.1M parameters with the tiny policy's tokenizer, saved to `folder`."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     tokenizer = AutoTokenizer.from_pretrained(resolve_path("examples/calc_x/tiny_policy"))
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -107,6 +111,8 @@ def reference_logprobs(model: Any, call: ModelCall) -> np.ndarray:
 
 
 def load(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 

@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
-
-from agent_lightning.learners.attention import rows_attention
 
 pytestmark = pytest.mark.stack
 SHAPE: dict[str, Any] = {
@@ -20,13 +17,21 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "initializer_range": 0.5,
 }
-CONFIGS = {"grouped": LlamaConfig(**SHAPE), "window": MistralConfig(**SHAPE, sliding_window=3)}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "grouped": {"model_type": "llama"},
+    "window": {"model_type": "mistral", "sliding_window": 3},
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rows_end_to_end_give_what_each_gives_alone(name: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import agent_lightning.learners.attention  # noqa: F401  (registers rows_sdpa)
+
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager")
+    config = AutoConfig.for_model(**CONFIGS[name], **SHAPE)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     rows = [torch.randint(50, (length,)) for length in (7, 1, 2, 12)]
     alone = torch.cat([model(row[None], use_cache=False).logits[0] for row in rows])
     model.set_attn_implementation("rows_sdpa")
@@ -36,6 +41,8 @@ def test_rows_end_to_end_give_what_each_gives_alone(name: str) -> None:
 
 
 def test_what_it_would_leave_out_is_refused() -> None:
+    from agent_lightning.learners.attention import rows_attention
+
     query, positions = torch.zeros(1, 1, 2, 4), torch.arange(2)[None]
     with pytest.raises(ValueError, match="softcap"):
         rows_attention(torch.nn.Module(), query, query, query, None, position_ids=positions, softcap=30.0)

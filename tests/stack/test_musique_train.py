@@ -9,13 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from optional import needs
 
 from agent_lightning.run.archive import read_rollouts
 
-pytest.importorskip("agents")
-pytest.importorskip("bm25s")
-
-pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [needs("agents", "bm25s"), pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[2]
 HOPS = {
     "Harbour Light": ("performer", "Anna Bergman", "Harbour Light is a song by the Swedish singer Anna Bergman."),

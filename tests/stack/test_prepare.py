@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from models import random_batch
-from tensordict import TensorDict
-from verl.trainer.ppo import core_algos
-from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
 
 from agent_lightning.core.metrics import Metrics, values
 from agent_lightning.core.types import Batch, Floats
 from agent_lightning.credit.estimators import normalised, whitened
 from agent_lightning.learners.verl_credit import Forward, Prepared, prepare
 from agent_lightning.learners.verl_groups import CriticSettings, LearnerConfig
-from agent_lightning.learners.verl_worker import value_loss
 
 pytestmark = pytest.mark.stack
 RNG = np.random.default_rng(0)
 BATCH = random_batch(3, rows=6, vocab=50)
 SHAPE = BATCH.token_NT.shape
+
+
+@pytest.fixture(scope="module")
+def core_algos() -> ModuleType:
+    """veRL's own formulas. veRL takes seconds to import: here, and not when the tests are collected."""
+    return importlib.import_module("verl.trainer.ppo.core_algos")
 
 
 def noise(scale: float = 1.0) -> Floats:
@@ -43,7 +46,7 @@ def prepared(batch: Batch, said: Forward, **config: Any) -> tuple[Prepared, dict
 
 
 @pytest.mark.parametrize(("discount", "trace"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0)])
-def test_generalised_advantages_and_returns_are_veRL_s(discount: float, trace: float) -> None:
+def test_generalised_advantages_and_returns_are_veRL_s(discount: float, trace: float, core_algos: ModuleType) -> None:
     value_NT = noise()
     reward, value, mask = tensors(BATCH.reward_NT, value_NT, BATCH.mask_NT)
     _, returns = core_algos.compute_gae_advantage_return(reward, value, mask, discount, trace)
@@ -77,7 +80,7 @@ def one_token_a_rollout(rewards: list[float]) -> Batch:
     )
 
 
-def test_reinforce_plus_plus_is_veRL_s() -> None:
+def test_reinforce_plus_plus_is_veRL_s(core_algos: ModuleType) -> None:
     batch = one_token_a_rollout([1.0, 0.0, 0.0, 0.25, 1.0, -0.5])
     reward, mask = tensors(batch.reward_NT, batch.mask_NT)
     expected, _ = core_algos.compute_reinforce_plus_plus_outcome_advantage(
@@ -87,7 +90,7 @@ def test_reinforce_plus_plus_is_veRL_s() -> None:
     np.testing.assert_allclose(one.batch.advantage_NT, expected.numpy(), atol=1e-6)
 
 
-def test_reinforce_plus_plus_with_a_group_baseline_is_veRL_s() -> None:
+def test_reinforce_plus_plus_with_a_group_baseline_is_veRL_s(core_algos: ModuleType) -> None:
     rewards, groups = np.array([1.0, 0.0, 0.0, 0.25, 1.0, -0.5]), np.array([0, 0, 0, 1, 1, 1])
     batch = one_token_a_rollout(rewards.tolist())
     reward, mask = tensors(batch.reward_NT, batch.mask_NT)
@@ -96,7 +99,7 @@ def test_reinforce_plus_plus_with_a_group_baseline_is_veRL_s() -> None:
     np.testing.assert_allclose(whitened(centred, np.arange(6)), expected.numpy()[:, 1], atol=1e-6)
 
 
-def test_reinforce_plus_plus_charges_a_token_the_kl_from_there_on() -> None:
+def test_reinforce_plus_plus_charges_a_token_the_kl_from_there_on(core_algos: ModuleType) -> None:
     batch = replace(BATCH, logprob_NT=-np.abs(noise()), advantage_NT=np.zeros(SHAPE, np.float32))
     reference_NT = -np.abs(noise())
     old, reference, mask = tensors(batch.logprob_NT, reference_NT, batch.mask_NT)
@@ -113,6 +116,8 @@ def test_reinforce_plus_plus_charges_a_token_the_kl_from_there_on() -> None:
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_importance_weights_are_veRL_s(level: str) -> None:
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
+
     engine, own = -np.abs(noise()), -np.abs(noise())
     batch = replace(BATCH, logprob_NT=np.where(BATCH.mask_NT, engine, 0).astype(np.float32))
     log_ratio, mask = tensors(own - engine, BATCH.mask_NT)
@@ -144,7 +149,11 @@ def test_a_row_without_log_probabilities_is_not_corrected_and_no_other_row_minds
     assert math.isfinite(metrics["logprob_gap/max_abs"])
 
 
-def test_the_value_loss_is_veRL_s_token_by_token_with_our_weights() -> None:
+def test_the_value_loss_is_veRL_s_token_by_token_with_our_weights(core_algos: ModuleType) -> None:
+    from tensordict import TensorDict
+
+    from agent_lightning.learners.verl_worker import value_loss
+
     torch.manual_seed(0)
     lengths = (5, 3)
     rows = {name: [torch.rand(n) for n in lengths] for name in ("weights", "values", "returns")}

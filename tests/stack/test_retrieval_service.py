@@ -16,11 +16,10 @@ from typing import Any
 from urllib.error import HTTPError
 
 import pytest
+from optional import needs
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "musique"
-pytestmark = [pytest.mark.stack, pytest.mark.slow]
-pytest.importorskip("bm25s")
-pytest.importorskip("Stemmer")
+pytestmark = [needs("bm25s", "Stemmer"), pytest.mark.stack, pytest.mark.slow]
 
 
 def command(*arguments: str) -> subprocess.Popen[str]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
-from verl.utils.import_utils import load_extern_object
 
 from agent_lightning.core.errors import DataError
 
@@ -25,25 +24,32 @@ CHATS = [
 ]
 
 
-def dataset(path: Path) -> object:
-    """As veRL's trainer makes it from `data.custom_cls`."""
-    made = load_extern_object("pkg://agent_lightning.learners.verl_sft", "JsonlSFTDataset")
-    tokenizer = AutoTokenizer.from_pretrained(POLICY)
-    return made(parquet_files=[str(path)], tokenizer=tokenizer, config={"pad_mode": "no_padding"}, max_samples=-1)
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(POLICY)
+
+
+def dataset(path: Path) -> Any:
+    """The data set as veRL's trainer makes it from `data.custom_cls`."""
+    from verl.utils.import_utils import load_extern_object
+
+    data_set = load_extern_object("pkg://agent_lightning.learners.verl_sft", "JsonlSFTDataset")
+    return data_set(parquet_files=[str(path)], tokenizer=tokenizer(), config={"pad_mode": "no_padding"}, max_samples=-1)
 
 
 def test_each_chat_is_learnt_where_the_assistant_speaks_and_tools_keep_their_own_arguments(tmp_path: Path) -> None:
     path = tmp_path / "sft.jsonl"
     path.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
     rows = dataset(path)
-    tokenizer = AutoTokenizer.from_pretrained(POLICY)
-    with_tools, without = (rows[i] for i in range(len(rows)))  # type: ignore[arg-type,index]
-    assert "Tools: add(sum) look_up(word)" in tokenizer.decode(with_tools["input_ids"])
-    learnt = tokenizer.decode(with_tools["input_ids"][with_tools["loss_mask"].bool()])
+    decode = tokenizer().decode
+    with_tools, without = (rows[i] for i in range(len(rows)))
+    assert "Tools: add(sum) look_up(word)" in decode(with_tools["input_ids"])
+    learnt = decode(with_tools["input_ids"][with_tools["loss_mask"].bool()])
     assert '{"name": "add", "arguments": {"sum": "1 + 1"}}' in learnt
     assert "1 + 1?" not in learnt
-    assert "Tools:" not in tokenizer.decode(without["input_ids"])
-    assert tokenizer.decode(without["input_ids"][without["loss_mask"].bool()]).startswith("2")
+    assert "Tools:" not in decode(without["input_ids"])
+    assert decode(without["input_ids"][without["loss_mask"].bool()]).startswith("2")
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:

@@ -10,13 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from optional import needs
 
 from agent_lightning.run.archive import read_rollouts
 
-pytest.importorskip("langgraph")
-pytest.importorskip("langchain_openai")
-
-pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [needs("langgraph", "langchain_openai"), pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[2]
 ALLERGIES = ("Nuts", "Milk", "Nuts", "Shellfish")
 TRAIN = [
