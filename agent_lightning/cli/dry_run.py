@@ -2,48 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any, cast
-from urllib.parse import urlsplit
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agent_lightning.config.load import Config, resolve_path
+from agent_lightning.config.load import Config
 from agent_lightning.config.sources import sources
-from agent_lightning.core.errors import ConfigError, UserError
+from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.types import Split
-from agent_lightning.launch import placement
-from agent_lightning.launch.preflight import check_memory, check_reach, cluster_is_own, cluster_nodes, load_tasks
-from agent_lightning.rollouts.agents import Mode, check, load
-from agent_lightning.rollouts.client import check_instrumentors
-from agent_lightning.run.storage import check_place
-
-HUB_SECONDS = 4.0
-"""For a hub to answer: a dry run tells, and does not wait."""
-
-
-@dataclass(slots=True, kw_only=True)
-class DryRun:
-    """What was found, for `show`."""
-
-    config: Config
-    nodes: Sequence[placement.Resources]
-    missing: list[str] = field(default_factory=list)
-    """What a real start would refuse, a line each."""
-    tasks: dict[Split, str] = field(default_factory=dict)
-    model: str = ""
-    size: placement.ModelSize | None = None
-
-    @property
-    def asked(self) -> list[placement.BundleGroup]:
-        return placement.groups(self.config)
+from agent_lightning.launch import backend, placement
+from agent_lightning.launch.checks import Inspection, cluster_is_own
 
 
 def assumed(text: str) -> list[placement.Resources]:
@@ -54,94 +24,7 @@ def assumed(text: str) -> list[placement.Resources]:
     return [{"CPU": 1024.0, "GPU": float(gpus)}] * int(nodes)
 
 
-def examine(config: Config, assume: str | None = None) -> DryRun:
-    """Look at everything that a run needs. Raises UserError only for what no machine could mend: the config."""
-    missing: list[str] = []
-
-    def attempt(what: str, look: Callable[[], Any]) -> Any:
-        try:
-            return look()
-        except UserError as error:
-            missing.append(f"{what}: {' '.join(str(error).split())}")
-            return None
-
-    nodes = assumed(assume) if assume else attempt("cluster", lambda: cluster_nodes(config))
-    found = DryRun(config=config, nodes=nodes or [], missing=missing)
-    if nodes:
-        missing += [f"cluster: {line}" for line in placement.missing(found.asked, nodes)]
-        attempt("cluster", partial(check_reach, config, len(nodes)))
-    agent = config.agent
-    attempt("agent", lambda: check(agent.target, cast(Mode, agent.mode)))
-    attempt("agent", lambda: check_instrumentors(agent.instrument))
-    if agent.reward is not None:
-        attempt("agent", lambda: load(cast(str, agent.reward)))
-    attempt("memory", lambda: check_memory(config))
-    attempt("runs", lambda: check_place(config.runs_dir))
-    splits: tuple[Split, ...] = ("train", "val")
-    for split in splits:
-        found.tasks[split] = attempt(f"data.{split}", partial(_tasks, config, split)) or "not found"
-    found.model = "a toy one" if config.model.words else config.model.path
-    if not config.model.words:
-        description = attempt("model", lambda: _model_config(config.model.path))
-        if description is not None:
-            found.size = attempt("model", lambda: _size(description))
-    return found
-
-
-def _tasks(config: Config, split: Split) -> str:
-    source = config.data.train if split == "train" else config.data.val
-    if source.kind != "hub" or Path(cast(str, source.path)).is_dir():
-        return f"{len(load_tasks(config, split)):,} tasks"
-    from huggingface_hub import HfApi
-
-    _check_hub()
-    try:
-        HfApi().dataset_info(cast(str, source.path), timeout=HUB_SECONDS)
-    except Exception as error:  # a hub that cannot be reached fails in many ways
-        raise UserError(f"{source.path}: not reachable from here ({type(error).__name__})") from error
-    return f"{source.path}, split {source.split}, from the hub"
-
-
-def _model_config(path: str) -> dict[str, Any]:
-    """The model's own config.json; of a hub model, that file alone. Raises UserError."""
-    folder = Path(resolve_path(path))
-    if folder.is_dir() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        from agent_lightning.launch.preflight import find_model
-
-        file = Path(find_model(path)) / "config.json"
-    else:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-        cached = try_to_load_from_cache(path, "config.json")
-        if isinstance(cached, str):
-            return cast(dict[str, Any], json.loads(Path(cached).read_text()))
-        _check_hub()
-        try:
-            file = Path(hf_hub_download(path, "config.json", etag_timeout=HUB_SECONDS))
-        except Exception as error:  # as above
-            raise UserError(f"{path}: not reachable from here ({type(error).__name__}); no estimate") from error
-    return cast(dict[str, Any], json.loads(file.read_text()))
-
-
-def _check_hub() -> None:
-    """The hub's own client tries for half a minute. Raises UserError."""
-    from huggingface_hub import constants
-
-    host = urlsplit(constants.ENDPOINT).hostname or "huggingface.co"
-    try:
-        socket.create_connection((host, 443), timeout=HUB_SECONDS).close()
-    except OSError as error:
-        raise UserError(f"{host} cannot be reached from here ({error})") from error
-
-
-def _size(description: dict[str, Any]) -> placement.ModelSize:
-    try:
-        return placement.ModelSize.of(description)
-    except KeyError as error:
-        raise UserError(f"its config.json has no {error}; no estimate") from error
-
-
-def show(found: DryRun, console: Console) -> None:
+def show(found: Inspection, console: Console) -> None:
     """The plan on the terminal."""
     config = found.config
     table = Table.grid(padding=(0, 2))
@@ -155,18 +38,18 @@ def show(found: DryRun, console: Console) -> None:
         console.print("[green]ready[/green]    nothing is missing")
 
 
-def _plan(found: DryRun) -> list[tuple[str, str]]:
+def _plan(found: Inspection) -> list[tuple[str, str]]:
     config, nodes = found.config, found.nodes
     serving, rollout = config.serving, config.rollout
     gateways = "one a node" if serving.gateways is None else str(serving.gateways)
-    lines = [("model", found.model)]
-    lines += [("data", f"{split}: {text}") for split, text in found.tasks.items()]
+    lines = [("model", found.model or config.model.path)]
+    lines += [("data", f"{split}: {_tasks(found, split)}") for split in found.splits]
     lines += [
         ("agent", f"{config.agent.target} ({config.agent.mode})"),
         ("actors", f"{rollout.workers} rollout workers x {rollout.concurrency} rollouts, buffer, policy board"),
         ("", f"{serving.replicas} policy replicas, gateways: {gateways}, learner of {config.learner.processes}"),
     ]
-    for group in found.asked:
+    for group in backend.choose(config).groups():
         one = " ".join(f"{number:g} {kind}" for kind, number in group.bundles[0].items())
         where = ", each on one node" if group.one_node else ""
         lines.append(("placement", f"{group.number} x {group.what}: {len(group.bundles)} x [{one}]{where}"))
@@ -178,6 +61,15 @@ def _plan(found: DryRun) -> list[tuple[str, str]]:
     lines.append(("cluster", f"{where}: {len(nodes)} nodes, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs"))
     lines.append(("runs", config.runs_dir))
     return lines
+
+
+def _tasks(found: Inspection, split: Split) -> str:
+    if split in found.tasks:
+        return f"{len(found.tasks[split]):,} tasks"
+    if any(line.startswith(f"data.{split}:") for line in found.missing):
+        return "not found"
+    source = found.config.data.train if split == "train" else found.config.data.val
+    return f"{source.path}, split {source.split}, from the hub"
 
 
 def _arithmetic(config: Config) -> list[tuple[str, str]]:

@@ -94,7 +94,7 @@ async def _run(options: argparse.Namespace) -> int:
 
 
 async def _submit(options: argparse.Namespace) -> int:
-    from agent_lightning.launch.preflight import use_token
+    from agent_lightning.core.ray_private import use_token
 
     use_token()
     from agent_lightning.cli.submit import Submission, submit
@@ -136,10 +136,12 @@ def _look(options: argparse.Namespace) -> int:
 
     from agent_lightning.cli import dry_run
     from agent_lightning.config.load import load
+    from agent_lightning.launch import checks
 
     if options.command == "config":
         return dry_run.show_config(options.overrides, changed=options.changed, console=Console())
-    found = dry_run.examine(load(options.overrides), options.assume)
+    config = load(options.overrides)
+    found = checks.inspect(config, dry_run.assumed(options.assume) if options.assume else ())
     dry_run.show(found, Console())
     return USER_ERROR if found.missing else 0
 

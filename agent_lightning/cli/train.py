@@ -21,12 +21,13 @@ from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.segments import listed
 from agent_lightning.cli import explain
 from agent_lightning.config.load import Config, load, reload, to_yaml
+from agent_lightning.core import ray_private
 from agent_lightning.core.errors import PartDied, StepFailed, UserError
 from agent_lightning.core.types import Group, Split, Task
 from agent_lightning.credit.air import Signal
 from agent_lightning.credit.assign import examine
 from agent_lightning.credit.rules import CreditRules
-from agent_lightning.launch import launch, placement
+from agent_lightning.launch import backend, checks, hub, launch, placement
 from agent_lightning.rollouts.agents import load as load_target
 from agent_lightning.rollouts.supervise import watch
 from agent_lightning.run import storage
@@ -52,7 +53,7 @@ async def train(overrides: Sequence[str], *, resume: str | None) -> int:
     """Run the loop to its end; the exit code. Raises UserError, EngineError, StepFailed, PartDied."""
     console = Console()
     config, run, state = _open(overrides, resume)
-    loaded = launch.preflight(config, ("train", "val"))
+    loaded = checks.require(config, ("train", "val"))
     if run is None:
         run = _create(config)
     console.print(f"run folder: {_whereabouts(config, run)}", soft_wrap=True, highlight=False)
@@ -227,16 +228,16 @@ def sweep(words: Sequence[str], *, resume: Path | None) -> int:
         raise UserError(f"{words[0]}: a resumed sweep keeps what it was asked for; leave it out")
     folder = SweepFolder.open(resume) if resume is not None else None
     plan, config = plan_sweep(folder.command() if folder is not None else words)
-    launch.preflight(config, ("train", "val"))
+    checks.require(config, ("train", "val"))
     folder = folder or SweepFolder.create(Path(config.runs_dir), plan)
     plan = replace(plan, fixed=(*plan.fixed, *trial_words(plan, folder.path.name)))
     # Ray's own imports take seconds: after what can be refused at once.
     from agent_lightning.core import actors as cluster
     from agent_lightning.sweeps import tune as tuning
 
-    launch.prepare_environment()
+    ray_private.prepare_environment()
     # One CPU beside what the run takes: of the actor that watches it.
-    taken = placement.total(placement.groups(config))
+    taken = placement.total(backend.choose(config).groups())
     taken["CPU"] = taken.get("CPU", 0.0) + 1
     at_once = plan.settings.concurrent or max(1, (os.cpu_count() or 1) // 2)
     cpus = math.ceil(at_once * taken["CPU"]) if config.hardware.device == "cpu" else None
@@ -301,7 +302,7 @@ def _signals(stopped: asyncio.Event) -> Iterator[Callable[[], None]]:
 async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) -> int:
     """Any model on any task set: prints a table's worth of JSON, and writes it where `out` says."""
     config = load(overrides)
-    loaded = launch.preflight(config, (split,))[split]
+    loaded = checks.require(config, (split,))[split]
     async with launch.system(config, train=False, workers=config.rollout.workers) as system:
         started = time.monotonic()
         for task in loaded:
@@ -375,7 +376,7 @@ def show_rollout(run: Path, rollout_id: str, *, tokens: bool) -> int:
     console = Console()
     console.print(explain.explain(rollout, group.task, credits))
     if tokens and credits is not None:
-        model = Path(launch.find_model(config.model.path))
+        model = Path(hub.find_model(config.model.path))
         console.print(explain.coloured(rollout.calls, credits, model / "tokenizer.json"))
     return 0
 

@@ -12,10 +12,9 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import uuid
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, TypeVar, cast
@@ -25,6 +24,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from agent_lightning import __version__
+from agent_lightning.core import ray_private
 from agent_lightning.core.errors import EngineError, UserError
 from agent_lightning.core.process_tags import CLUSTER
 from agent_lightning.core.processes import guard
@@ -134,12 +134,6 @@ def kill_handles(handles: Sequence[Any]) -> None:
         ray.kill(handle)
 
 
-def joins(address: str | None) -> str | None:
-    """The address of the cluster that is to be joined (RAY_ADDRESS in a submitted job); None: one is started here."""
-    address = address or os.environ.get("RAY_ADDRESS")
-    return None if address in (None, "", "local") else address
-
-
 def init_ray(
     address: str | None = None,
     num_cpus: int | None = None,
@@ -156,13 +150,13 @@ def init_ray(
     """
     if ray.is_initialized():
         return False
-    address = joins(address)
+    address = ray_private.cluster_address(address)
     if address is None:
-        os.environ.update({**NODE_ENVIRONMENT, **os.environ})
+        os.environ.update({**ray_private.NODE_ENVIRONMENT, **os.environ})
         mark = os.environ[CLUSTER] = f"{os.getpid()}.{uuid.uuid4().hex}"  # inherited by all that Ray starts
         _guards.append(guard(CLUSTER, mark, grace_s=_GRACE_S))
         try:
-            with _patient():
+            with ray_private.batch_scheduling():
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,
@@ -182,7 +176,7 @@ def init_ray(
         return True
     check_answers(address, "hardware.address")
     try:
-        ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": dict(_passed_on)})
+        ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": ray_private.passed_on()})
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
             f"hardware.address={address}: cannot be joined: {' '.join(str(error).split())[:300]}"
@@ -190,54 +184,10 @@ def init_ray(
     return False
 
 
-@contextmanager
-def _patient() -> Iterator[None]:
-    """What is started in the block, and what that starts, takes no core from a process that runs when it wakes up:
-    those of a run that pass on messages then find several at once. On Linux only; as by `chrt --batch 0`."""
-    if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:  # another one is somebody's choice
-        yield
-        return
-    with suppress(OSError):  # a sandbox may forbid it
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-
-
-NODE_ENVIRONMENT: Mapping[str, str] = {
-    # Else it lists the folder of all logs ten times a second, and not twice.
-    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
-    # How often the dashboard's agent measures every process; Ray's own value is 5 seconds.
-    "REPORTER_UPDATE_INTERVAL_MS": "30000",
-    # How often each of Ray's processes sends it its metrics; Ray's own value is 10 seconds.
-    "RAY_metrics_report_interval_ms": "30000",
-    # How often a raylet looks whether the disk is full, objects are to be freed or fetched anew, its workers are idle
-    # for long, and what it has to offer has changed. Ray's own values are 100 ms, of the idle workers 200.
-    "RAY_local_fs_monitor_interval_ms": "1000",
-    "RAY_raylet_check_gc_period_milliseconds": "1000",
-    "RAY_object_manager_timer_freq_ms": "1000",
-    "RAY_kill_idle_workers_interval_ms": "1000",
-    "RAY_raylet_report_resources_period_milliseconds": "500",
-}
-"""Of what Ray runs on each node beside the workers: a node of two cores has little to spare. Read by `ray start`."""
-
-_passed_on: dict[str, str] = {}
 _guards: Final[list[subprocess.Popen[bytes]]] = []
 """Of the cluster that was started here: Ray's own processes end with this one, what they have started may not."""
 _GRACE_S: Final = 5.0
 """Seconds that these have to end by themselves."""
-
-
-def pass_on(environment: Mapping[str, str]) -> None:
-    """What Ray's processes are to find in their environment, where it has no value yet.
-
-    Those of a cluster that is started inherit it; those of one that is joined are told.
-    """
-    for key, value in environment.items():
-        if key not in os.environ:
-            os.environ[key] = _passed_on[key] = value
 
 
 def check_answers(address: str, what: str) -> None:

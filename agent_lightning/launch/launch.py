@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
@@ -18,20 +17,10 @@ from typing import TYPE_CHECKING, Any, cast
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.journal import Fsync, JournalConfig
 from agent_lightning.config.load import Config
+from agent_lightning.core import ray_private
 from agent_lightning.core.errors import EngineError, PartDied
 from agent_lightning.core.threads import start_thread
-from agent_lightning.launch import placement
-from agent_lightning.launch.preflight import (
-    check_memory,
-    check_port,
-    cluster_is_own,
-    find_model,
-    load_tasks,
-    model_folder,
-    own_cpus,
-    preflight,
-    prepare_environment,
-)
+from agent_lightning.launch import backend, checks, placement
 from agent_lightning.learners.base import Learner
 from agent_lightning.rollouts.agents import Mode
 from agent_lightning.rollouts.health import wait_until_healthy
@@ -42,9 +31,7 @@ from agent_lightning.serving.policy import PolicyBoard
 
 if TYPE_CHECKING:
     from agent_lightning.learners.verl import LearnerConfig
-    from agent_lightning.serving.app import MakeReplica, Service
-
-__all__ = ["System", "find_model", "learner_config", "load_tasks", "preflight", "prepare_environment", "system"]
+    from agent_lightning.serving.app import Service
 
 logger = logging.getLogger(__name__)
 
@@ -67,18 +54,13 @@ async def system(
     """Start everything, and stop it again however the block ends. `journal`: the buffer's folder, where it keeps one;
     `resumed`: the checkpoint from which the run goes on. Raises UserError, EngineError, JournalError, PartDied. May be
     cancelled while it starts."""
-    model = model_folder(config)
-    check_memory(config)
-    if cluster_is_own(config):
-        check_port(config)
-    # A thread that is still starting something when Ray ends must not start another Ray; read when Ray is imported.
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    model = checks.require_engine(config)
+    ray_private.prepare_environment()
     # Ray's own imports take seconds: after what can be refused at once.
     from agent_lightning.core import actors as cluster
     from agent_lightning.serving import app
 
-    port = config.serving.port or app.free_port(config.serving.host)
-    prepare_environment()
+    port = config.serving.port or ray_private.free_port(config.serving.host)
     async with AsyncExitStack() as stack:
         own = await _start_ray(config, stack)
         run_secret = secrets.token_bytes(32)
@@ -94,7 +76,7 @@ async def system(
             gateway=_gateway(config, model, run_secret),
             recorder=buffer,
             board=board,
-            replica=_toy_replica(config),
+            replica=backend.choose(config).replica(),
         )
         serving = start_thread(start, "serving")
         learning = start_thread(partial(_learner, config, model, serving) if train else lambda: None, "learner")
@@ -153,7 +135,9 @@ async def _start_ray(config: Config, stack: AsyncExitStack) -> bool:
     await asyncio.sleep(0)  # where this was cancelled while Ray was imported, it ends here
     stack.callback(cluster.shutdown_ray)
     # Not a thread of its own: what Ray starts ends with the thread that started it (PR_SET_PDEATHSIG).
-    joining = asyncio.ensure_future(asyncio.to_thread(cluster.init_ray, config.hardware.address, own_cpus(config)))
+    joining = asyncio.ensure_future(
+        asyncio.to_thread(cluster.init_ray, config.hardware.address, checks.own_cpus(config))
+    )
     try:
         return await asyncio.shield(joining)
     except asyncio.CancelledError:
@@ -175,31 +159,12 @@ def _stop(serving: Future[Service]) -> None:
         serving.result().stop()
 
 
-def _toy_replica(config: Config) -> MakeReplica | None:
-    """What makes a replica of a toy model; None for any other."""
-    if not config.model.words:
-        return None
-    from agent_lightning.toy.run import ToyReplica
-
-    rule = cast(Any, config.serving.in_flight)
-    return partial(ToyReplica, tuple(config.model.words), config.seed, config.model.max_len, rule)
-
-
 def _learner(config: Config, model: str, serving: Future[Service]) -> Learner:
     """Raises EngineError where `serving` did and had to be waited for."""
     if config.hardware.placement == "together":
         # vLLM measures what its GPU has free: another process must not take or give back memory meanwhile.
         serving.result()
-    if config.model.words:
-        from agent_lightning.toy.run import SharedToyLearner
-        from agent_lightning.toy.toy import ToyLanguage
-
-        algorithm, temperature = config.algorithm, config.sampling.train.temperature
-        language = ToyLanguage(tuple(config.model.words))
-        return SharedToyLearner(language, lr=algorithm.lr, clip_ratio=algorithm.clip_ratio_low, temperature=temperature)
-    from agent_lightning.learners.verl import VerlLearner
-
-    return VerlLearner(learner_config(config, model))
+    return backend.choose(config).learner(model)
 
 
 def learner_config(config: Config, model: str) -> LearnerConfig:
@@ -266,7 +231,7 @@ def _serving(config: Config, model: str, port: int) -> Any:
         max_num_seqs=serving.max_num_seqs,
         on_weight_update=cast(Any, serving.in_flight),
         kv_cache_gib=serving.kv_cache_gib,
-        bundles=placement.replica_bundles(config),
+        bundles=backend.choose(config).replica_bundles(),
         gpu_memory_utilization=serving.gpu_memory_utilization,
         tool_parser=config.model.tool_parser,
         seed=config.seed,
@@ -338,6 +303,6 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
     nodes = Nodes(find, workers, service.scale_gateways if everywhere else None)
     await nodes.start(number)
     stack.push_async_callback(nodes.stop)
-    if number and not cluster_is_own(config):
+    if number and not checks.cluster_is_own(config):
         following = asyncio.create_task(nodes.follow())
         stack.callback(following.cancel)

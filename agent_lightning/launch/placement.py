@@ -18,7 +18,6 @@ Resources = Mapping[str, float]
 """As Ray counts them: {"CPU": 16.0, "GPU": 8.0}."""
 LEARNER_SHARE = 0.5
 """Of a GPU that a learner process shares with an engine."""
-TOY_CPUS = 0.01
 GIB = 2**30
 
 
@@ -34,10 +33,8 @@ class BundleGroup:
     """Whether a group's bundles must be on one node."""
 
 
-def replica_bundles(config: Config) -> tuple[Resources, ...]:
-    """What one copy of the policy's engine takes: the first bundle holds the replica and its first engine worker."""
-    if config.model.words:
-        return ({"CPU": TOY_CPUS},)
+def engine_bundles(config: Config) -> tuple[Resources, ...]:
+    """The bundles of one vLLM replica; the first holds the replica and its first engine worker."""
     share = 1 - LEARNER_SHARE if config.hardware.placement == "together" else 1.0
     bundle = {"CPU": 1.0} if config.hardware.device == "cpu" else {"CPU": 1.0, "GPU": share}
     return (bundle,) * config.serving.tensor_parallel_size
@@ -55,19 +52,18 @@ def learner_gpu(config: Config) -> float:
     return LEARNER_SHARE if config.hardware.placement == "together" else 1.0
 
 
-def groups(config: Config, *, train: bool = True) -> list[BundleGroup]:
-    """The placement groups of a run. Buffer, board, gateways and rollout workers wait more than they work and take no
-    share; what their agents compute comes on top."""
-    serving, learner = config.serving, config.learner
-    asked = [
-        BundleGroup(what="policy replica", number=serving.replicas, bundles=replica_bundles(config), one_node=False)
-    ]
-    if train and not config.model.words:
-        cpus = float(learner_roles(config)) / (learner_gpu(config) or 1.0)
-        bundle = {"CPU": cpus} | ({"GPU": learner_gpu(config)} if learner_gpu(config) else {})
-        bundles = (bundle,) * (learner.processes // learner.nodes)
-        asked.append(BundleGroup(what="learner", number=learner.nodes, bundles=bundles, one_node=True))
-    return asked
+def replica_group(config: Config, bundles: tuple[Resources, ...]) -> BundleGroup:
+    """The placement groups of the policy replicas. Buffer, board, gateways and rollout workers mostly wait and reserve
+    nothing; what their agents compute comes on top."""
+    return BundleGroup(what="policy replica", number=config.serving.replicas, bundles=bundles, one_node=False)
+
+
+def learner_group(config: Config) -> BundleGroup:
+    """The placement groups of veRL's learner processes, one group on each of its nodes."""
+    learner, gpu = config.learner, learner_gpu(config)
+    bundle = {"CPU": float(learner_roles(config)) / (gpu or 1.0)} | ({"GPU": gpu} if gpu else {})
+    bundles = (bundle,) * (learner.processes // learner.nodes)
+    return BundleGroup(what="learner", number=learner.nodes, bundles=bundles, one_node=True)
 
 
 def total(asked: Sequence[BundleGroup]) -> dict[str, float]:
@@ -123,10 +119,11 @@ class ModelSize:
     """Numbers in the KV cache for one token."""
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> ModelSize:
-        """Of a decoder with attention and a gated MLP, as Llama, Qwen and Mistral are; others come near.
+    def read(cls, config: Mapping[str, Any]) -> ModelSize:
+        """The size of a decoder with attention and a gated MLP, such as Llama, Qwen and Mistral, from its config.json;
+        an estimate for other models. Raises KeyError for a config without one of the fields.
 
-        Example: of Llama-3.2-3B -> 3.2e9 parameters, 57,344 values a token. Raises KeyError where the file says less.
+        Example: Llama-3.2-3B has 3.2e9 parameters and 57,344 values per token.
         """
         hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
         head = config.get("head_dim") or hidden // heads

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
 import ray
 from ray import serve
-from ray.serve._private.common import DeploymentID
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
+from agent_lightning.core import ray_private
 from agent_lightning.core.errors import EngineError, UserError
 from agent_lightning.core.threads import start_thread
 from agent_lightning.core.types import OnWeightUpdate
@@ -30,37 +25,6 @@ from agent_lightning.rollouts.health import is_healthy
 from agent_lightning.serving.engine import Completion, Part, Refusal
 from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig, Recorder
 from agent_lightning.serving.policy import PolicyBoard
-
-SERVE_ENVIRONMENT = {
-    # Measured on 2 cores: several times the requests per second of Serve's default proxy.
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # By the path up to the attempt: all requests of an attempt are of one gateway, which knows its first answers and
-    # what it has in flight.
-    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "uri depth 5",
-    # One thread of it passes on more than a node's gateway, which is Python, can answer.
-    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-    # A gateway listens where the proxy does, so where that is 127.0.0.1 the proxy cannot reach the other nodes'
-    # gateways, and takes them to be down: it would ask each of them four times a second. Those that are up it asks
-    # now and then only, and waits as long for the answer of a busy one; failed calls take one out at once.
-    "RAY_SERVE_HAPROXY_HEALTH_CHECK_DOWNINTER": "2s",
-    "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "15s",
-    # Else Python reads a line of HAProxy's log for each request.
-    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-    # Serve's own counts, ten times a second in each of its processes, which Ray reads every ten seconds.
-    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
-    # Serve's controller copies what it knows of every replica in each turn, by default ten times a second.
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
-    # Serve keeps a gateway that is to end for half a minute, for load balancers other than its own.
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-    # On a busy laptop a proxy takes longer to come up than Serve's few seconds, after which it would be killed.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
-    "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120",
-    # Ray runs its workers at nice 15: a browser beside them would slow them many times over.
-    "RAY_worker_niceness": "0",
-}
-"""Read when Serve starts, so it must be set before Ray does."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -204,10 +168,8 @@ class Service:
 
     def scale_gateways(self, number: int) -> None:
         """To as many as there are nodes, which Serve gives one each. Raises EngineError."""
-        deployment = DeploymentID(name=self.gateway, app_name=self.app)
         try:
-            controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-            ray.get(controller.update_deployment_replicas.remote(deployment, number), timeout=60.0)
+            ray_private.set_replicas(self.app, self.gateway, number)
         except (ValueError, ray.exceptions.RayError) as error:
             raise EngineError(f"Ray Serve does not give the nodes their gateways: {type(error).__name__}") from error
 
@@ -261,12 +223,12 @@ _QUIET = {"enable_access_log": False}
 
 def _root(app: str) -> str:
     """Where Serve was first told to have its proxy listen, or else this node's gateway. Raises EngineError."""
-    options = _get_global_client().http_config
-    head = next(node for node in ray.nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"])
-    if options.host == "0.0.0.0":
-        return f"http://{head['NodeManagerAddress']}:{options.port}/{app}"
+    host, port = ray_private.proxy_address()
+    head = ray_private.head_node()
+    if host == "0.0.0.0":
+        return f"http://{head['NodeManagerAddress']}:{port}/{app}"
     if head["NodeID"] == ray.get_runtime_context().get_node_id():
-        return f"http://{options.host}:{options.port}/{app}"
+        return f"http://{host}:{port}/{app}"
     return asyncio.run(gateway_here(app, 60.0))
 
 
@@ -287,12 +249,11 @@ def _gateways_here(app: str) -> list[str]:
     """Roots of those that Serve knows of; of several nodes at one address those of all."""
     here = ray.util.get_node_ip_address()
     try:
-        host = _get_global_client().http_config.host.replace("0.0.0.0", "127.0.0.1")
-        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-        groups = ray.get(controller.get_target_groups.remote(app, True), timeout=10.0)
+        host = ray_private.proxy_address()[0].replace("0.0.0.0", "127.0.0.1")
+        addresses = ray_private.ingress_addresses(app)
     except (ValueError, RayServeException, ray.exceptions.RayError):  # it comes again
         return []
-    return [f"http://{host}:{one.port}/{app}" for group in groups for one in group.targets if one.ip == here]
+    return [f"http://{host}:{port}/{app}" for ip, port in addresses if ip == here]
 
 
 def _start_proxy(host: str, port: int) -> None:
@@ -314,7 +275,7 @@ def _wait_for_controller(proxy: Future[None]) -> None:
     """Until Serve's controller is there, or `serve.start` is over. Raises what that raised."""
     while not proxy.done():
         try:
-            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            ray_private.serve_controller()
             return
         except ValueError:  # not yet
             time.sleep(0.1)
@@ -375,20 +336,6 @@ def _policy_options(config: ServingConfig) -> dict[str, Any]:
         "placement_group_strategy": "PACK",
         "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": _environment(config)}},
     }
-
-
-_PORTS = range(20_000, 30_000)
-"""Those that neither Linux nor macOS gives to a connection or to whoever asks for any, and that neither Ray (below)
-nor Serve's replicas (above) take by themselves: what listens there has been told to."""
-
-
-def free_port(host: str) -> int:
-    """A port that is free now, and likely to be when it is used, seconds later. Raises OSError."""
-    for port in random.SystemRandom().sample(_PORTS, 100):
-        with suppress(OSError), socket.socket() as probe:
-            probe.bind((host, port))
-            return port
-    raise OSError(f"no free port at {host}")
 
 
 def _cause(name: str, error: Exception) -> str:

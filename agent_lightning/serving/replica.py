@@ -12,22 +12,14 @@ import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import ray
 from pydantic import ValidationError
-from ray.llm._internal.common.callbacks.base import CallbackBase
-from ray.llm._internal.serve.core.configs.openai_api_models import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    ErrorResponse,
-)
-from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
-from ray.serve.llm import LLMConfig
-from ray.serve.llm.deployment import LLMServer
 from vllm.exceptions import VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from agent_lightning.core import ray_private
 from agent_lightning.core.types import OnWeightUpdate
 from agent_lightning.learners.base import Weights
 from agent_lightning.serving.engine import Completion, Part, Refusal, parse_error, parse_reply
@@ -40,42 +32,12 @@ _INVALID = (VLLMClientError, ValidationError, ValueError, TypeError, KeyError, R
 """What vLLM raises for a request that it cannot read: its own class, and what its templates and models let through."""
 
 
-class OneProcessEngine(VLLMEngine):
-    """Ray's vLLM engine with the model in the engine's own process.
-
-    Ray asks for a worker process of its own on a CPU; with one worker that is one more import of vLLM at the start,
-    and a message to and fro for every step.
-    """
-
-    def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
-        vllm_engine_config.parallel_config.distributed_executor_backend = "uni"
-        return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
-
-
-class _NothingToDownload(CallbackBase):
-    """For a model in a local folder: Ray's download step is a worker process more, and an import of vLLM in it."""
-
-    async def on_before_node_init(self) -> None:
-        self.ctx.run_init_node = False
-
-
-class _Server(LLMServer):
-    """Ray's LLM server without its usage report, which starts an actor and waits for it before the first call."""
-
-    async def _start_engine(self) -> None:
-        await self.engine.start()
-
-
 class PolicyServer:
     """Ray's LLM server, which also stamps each reply with the version that made it and installs new weights."""
 
     def __init__(self, settings: Mapping[str, Any], on_weight_update: OnWeightUpdate, board: PolicyBoard) -> None:
         """`settings`: the fields of Ray's LLMConfig. `on_weight_update`: the rule for calls that an update finds."""
-        config = LLMConfig(**settings)
-        if os.path.isdir(config.model_loading_config.model_source):
-            config.callback_config.callback_class = _NothingToDownload
-        alone = config.accelerator_config.kind == "cpu" and len(settings["placement_group_config"]["bundles"]) == 1
-        self._server = _Server.sync_init(config, engine_cls=OneProcessEngine if alone else VLLMEngine)
+        self._server = ray_private.llm_server(settings)
         self._gate = Gate(on_weight_update)
         self._version = 0
         self._follower = Follower(board, self._install, self.check_health)
@@ -108,18 +70,19 @@ class PolicyServer:
     async def _answer(self, request: Mapping[str, Any]) -> Completion | Refusal:
         version = self._version
         try:
-            replies = [reply async for reply in await self._ask(request)]
+            replies = [reply async for reply in await ray_private.ask_llm(self._server, request)]
         except _INVALID as error:
             return _invalid(error)
         reply = replies[-1]
-        if isinstance(reply, ErrorResponse):
-            return parse_error(reply.error.message, int(reply.error.code or 500), reply.error.type)
+        refused = ray_private.llm_error(reply)
+        if refused is not None:
+            return parse_error(*refused)
         return parse_reply(reply.model_dump(), policy_version=version, last_version=self._newer(version))
 
     async def _parts(self, request: Mapping[str, Any]) -> AsyncGenerator[Part | Refusal, None]:
         version = self._version
         try:
-            async for batch in await self._ask(request):
+            async for batch in await ray_private.ask_llm(self._server, request):
                 for part in _parts(batch, version, self._newer(version)):
                     yield part
                     if isinstance(part, Refusal):
@@ -130,13 +93,6 @@ class PolicyServer:
     def _newer(self, version: int) -> int | None:
         """The version now, where it is another."""
         return self._version if self._version > version else None
-
-    async def _ask(self, request: Mapping[str, Any]) -> AsyncIterator[Any]:
-        """Ray's stream of replies: one, or batches of server-sent events. Raises ValidationError, ValueError."""
-        server = self._server
-        if "prompt" in request:
-            return cast(AsyncIterator[Any], await server.completions(CompletionRequest(**request)))
-        return cast(AsyncIterator[Any], await server.chat(ChatCompletionRequest(**request)))
 
     async def _follow(self) -> None:
         """Take new weights as they are published, and end the replica where its engine is dead: Serve starts another at
@@ -182,8 +138,9 @@ def _end_process(why: str) -> None:
 def _parts(batch: Iterable[Any], version: int, last_version: int | None) -> Iterator[Part | Refusal]:
     """What a batch of vLLM's server-sent events says."""
     for text in batch:
-        if isinstance(text, ErrorResponse):
-            yield parse_error(text.error.message, int(text.error.code or 500), text.error.type)
+        refused = ray_private.llm_error(text)
+        if refused is not None:
+            yield parse_error(*refused)
             return
         data = text.removeprefix("data: ").strip()
         if data == "[DONE]":

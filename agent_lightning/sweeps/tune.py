@@ -17,6 +17,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from ray.tune.search import BasicVariantGenerator
 
+from agent_lightning.core import ray_private
 from agent_lightning.core.errors import UserError
 from agent_lightning.run.plots import evaluations
 from agent_lightning.sweeps.plan import SweepPlan, TrialRecord
@@ -134,8 +135,7 @@ def run(
             "together; take fewer, or a larger cluster"
         )
     sweep = sweep.resolve()
-    # Each run has its own files; Tune's loggers would write the same again, and its table is not ours.
-    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+    os.environ |= ray_private.TUNE_ENVIRONMENT
     trainable = tune.with_resources(
         tune.with_parameters(TrialActor, plan=plan, sweep=sweep, folder=Path.cwd(), program=program),
         tune.PlacementGroupFactory([{"CPU": 1, SEAT: 1} if seats else {"CPU": 1}], strategy="PACK"),

@@ -13,7 +13,7 @@ import pytest
 
 from agent_lightning.config.load import load
 from agent_lightning.core.errors import DataError
-from agent_lightning.launch.launch import load_tasks
+from agent_lightning.launch.checks import load_tasks
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "spider"
 DATA = Path(os.environ.get("AGL_DATA", Path(__file__).parents[3] / "shared" / "data")) / "spider"

@@ -20,8 +20,8 @@ from ray.scripts.scripts import start
 
 from agent_lightning import __version__
 from agent_lightning.config.load import load
-from agent_lightning.core.actors import NODE_ENVIRONMENT
-from agent_lightning.launch import placement
+from agent_lightning.core.ray_private import NODE_ENVIRONMENT
+from agent_lightning.launch import backend, placement
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -159,7 +159,7 @@ def test_the_job_runs_an_experiment_that_its_cluster_can_hold() -> None:
         for group in job["rayClusterSpec"]["workerGroupSpecs"]
         for limits in [group["template"]["spec"]["containers"][0]["resources"]["limits"]] * group["minReplicas"]
     ]
-    assert placement.missing(placement.groups(load(overrides)), nodes) == []
+    assert placement.missing(backend.choose(load(overrides)).groups(), nodes) == []
 
 
 def test_the_image_has_the_versions_and_the_settings_of_the_project() -> None:

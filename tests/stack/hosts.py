@@ -25,7 +25,7 @@ from types import TracebackType
 
 import psutil
 
-from agent_lightning.core.actors import NODE_ENVIRONMENT
+from agent_lightning.core.ray_private import NODE_ENVIRONMENT
 
 BIN = Path(sys.executable).parent
 PORT = 6379

@@ -15,8 +15,8 @@ import torch
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.config.load import resolve_path
 from agent_lightning.core import actors as cluster
+from agent_lightning.core.ray_private import free_port, prepare_environment
 from agent_lightning.core.types import Batch, ModelCall
-from agent_lightning.launch.launch import prepare_environment
 from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.serving import app
 from agent_lightning.serving.gateway import GatewayConfig
@@ -67,7 +67,7 @@ async def serving(
         service = await asyncio.to_thread(
             app.start,
             name="model",
-            config=app.ServingConfig(model_path=str(model), port=app.free_port("127.0.0.1"), **settings),
+            config=app.ServingConfig(model_path=str(model), port=free_port("127.0.0.1"), **settings),
             gateway=GatewayConfig(model="policy", run_secret=secret, sampling={"train": sampling, "val": sampling}),
             recorder=buffer,
             board=board,

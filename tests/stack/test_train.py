@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from agent_lightning.config.load import load
-from agent_lightning.launch.preflight import load_tasks
+from agent_lightning.launch.checks import load_tasks
 from agent_lightning.run.archive import read_rollouts
 from agent_lightning.run.tasks import TaskCursor
 

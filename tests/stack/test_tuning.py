@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent_lightning.core import actors as cluster
-from agent_lightning.launch.preflight import prepare_environment
+from agent_lightning.core.ray_private import prepare_environment
 from agent_lightning.run.plots import evaluations
 from agent_lightning.sweeps import tune as tuning
 from agent_lightning.sweeps.plan import SweepFolder, SweepPlan, TrialRecord, best_of, plan_sweep, trial_words

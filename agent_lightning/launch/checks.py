@@ -1,0 +1,247 @@
+"""What must hold before a run starts: one table of checks, for a start and for a dry run.
+
+tasks = require(config, ("train", "val"))  # a start: raises the error of the first check that fails
+inspect(config).missing                    # a dry run: ["port: serving.port=8000 cannot be used on ...", ...]
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from pathlib import Path
+from typing import Any, Final, cast
+
+from agent_lightning.config.load import Config, SourceConfig
+from agent_lightning.core import ray_private
+from agent_lightning.core.errors import ConfigError, UserError
+from agent_lightning.core.text import one_line
+from agent_lightning.core.types import Split, Task
+from agent_lightning.launch import backend, hub, placement
+from agent_lightning.rollouts import agents
+from agent_lightning.rollouts.client import check_instrumentors
+from agent_lightning.run import tasks
+from agent_lightning.run.storage import check_place
+
+
+@dataclass(slots=True, kw_only=True)
+class Inspection:
+    """A config, and what its checks learn about the world that it is to run in."""
+
+    config: Config
+    splits: Sequence[Split]
+    """The splits whose tasks are read; a run that reads "train" also trains."""
+    download: bool = True
+    """Whether models and data sets are downloaded; if not, the hub is only asked whether it has them."""
+    assumed: Sequence[placement.Resources] = ()
+    """The resources of nodes that are planned for, in place of those of the cluster."""
+    nodes: Sequence[placement.Resources] = ()
+    model: str = ""
+    """The model's folder if it is downloaded, else the model in words; empty if it is missing."""
+    size: placement.ModelSize | None = None
+    tasks: dict[Split, list[Task]] = field(default_factory=dict)
+    """Without the splits that are missing, and those that stay on the hub."""
+    missing: list[str] = field(default_factory=list)
+    """A line for each check that failed."""
+
+
+def require(config: Config, splits: Sequence[Split]) -> dict[Split, list[Task]]:
+    """Make all checks of a run, and return the tasks of its splits. Raises the UserError of the first that fails."""
+    inspection = Inspection(config=config, splits=splits)
+    for _, check in CHECKS:
+        check(inspection)
+    return inspection.tasks
+
+
+def require_engine(config: Config) -> str:
+    """Make the checks of the model and of what serves it, and return the model's folder. Raises UserError."""
+    inspection = Inspection(config=config, splits=())
+    for _, check in ENGINE_CHECKS:
+        check(inspection)
+    return inspection.model
+
+
+def inspect(config: Config, assumed: Sequence[placement.Resources] = ()) -> Inspection:
+    """Make all checks of a training run and note each that fails. Starts nothing, and downloads no weights or data."""
+    inspection = Inspection(config=config, splits=("train", "val"), download=False, assumed=assumed)
+    for what, check in CHECKS:
+        try:
+            check(inspection)
+        except UserError as error:
+            inspection.missing.append(f"{what}: {one_line(error)}")
+    return inspection
+
+
+def _check_agent(inspection: Inspection) -> None:
+    agent = inspection.config.agent
+    agents.check(agent.target, cast(agents.Mode, agent.mode))
+
+
+def _check_instrumentors(inspection: Inspection) -> None:
+    check_instrumentors(inspection.config.agent.instrument)
+
+
+def _check_reward(inspection: Inspection) -> None:
+    if inspection.config.agent.reward is not None:
+        agents.load(inspection.config.agent.reward)
+
+
+def _check_model(inspection: Inspection) -> None:
+    model = backend.choose(inspection.config)
+    if inspection.download:
+        inspection.model = model.find_model()
+    else:
+        inspection.model, inspection.size = model.describe_model()
+
+
+def _check_memory(inspection: Inspection) -> None:
+    backend.choose(inspection.config).check_memory()
+
+
+def _check_port(inspection: Inspection) -> None:
+    """Serve's proxy would retry a port in use for a long time, and then fail without naming it."""
+    if inspection.assumed or not cluster_is_own(inspection.config):
+        return  # the port is then one of another machine
+    host, port = inspection.config.serving.host, inspection.config.serving.port
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            message = f"serving.port={port} cannot be used on {host} ({error.strerror}): choose another, or 0 for any"
+            raise UserError(message) from error
+
+
+def _check_runs_dir(inspection: Inspection) -> None:
+    if "train" in inspection.splits:
+        check_place(inspection.config.runs_dir)
+
+
+def _check_cluster(inspection: Inspection) -> None:
+    """Join the cluster if there is one, and see that its nodes can hold the run."""
+    config = inspection.config
+    groups = backend.choose(config).groups(train="train" in inspection.splits)
+    inspection.nodes = inspection.assumed or cluster_nodes(config)
+    lacks = placement.missing(groups, inspection.nodes)
+    if lacks:
+        number = len(inspection.nodes)
+        where = f"the cluster of {number} nodes" if number > 1 else "this machine"
+        raise UserError(f"{where} is too small: {', '.join(lacks)}; choose another hardware=, or hardware.address=")
+
+
+def _check_reach(inspection: Inspection) -> None:
+    """The workers of each node must reach a gateway, or the proxy on the head."""
+    serving, nodes = inspection.config.serving, len(inspection.nodes)
+    gateways, setting = serving.gateways, f"serving.gateways={serving.gateways}"
+    instead = "leave it null for one on each node"
+    if inspection.config.sampling.seeded:
+        gateways, setting, instead = 1, "sampling.seeded=true, which has one gateway,", "leave it false"
+    if gateways is not None and nodes > 1 and serving.host != "0.0.0.0":
+        raise UserError(
+            f"{setting} on {nodes} nodes: workers on the others do not reach the head's proxy at {serving.host}; "
+            f"{instead}, or set serving.host=0.0.0.0"
+        )
+
+
+def _check_train_tasks(inspection: Inspection) -> None:
+    _check_tasks(inspection, "train")
+
+
+def _check_val_tasks(inspection: Inspection) -> None:
+    _check_tasks(inspection, "val")
+
+
+def _check_tasks(inspection: Inspection, split: Split) -> None:
+    config = inspection.config
+    source = config.data.train if split == "train" else config.data.val
+    if split not in inspection.splits:
+        return
+    if inspection.download or source.kind != "hub" or source.path is None or Path(source.path).is_dir():
+        inspection.tasks[split] = load_tasks(config, split)
+    else:
+        hub.check_data_set(source.path)
+
+
+Check = Callable[[Inspection], None]
+"""Raises UserError if a start would have to refuse the config; notes in the inspection what it has learned."""
+
+ENGINE_CHECKS: Final[Sequence[tuple[str, Check]]] = (
+    ("model", _check_model),
+    ("memory", _check_memory),
+    ("port", _check_port),
+)
+CHECKS: Final[Sequence[tuple[str, Check]]] = (
+    ("agent", _check_agent),
+    ("agent", _check_instrumentors),
+    ("agent", _check_reward),
+    *ENGINE_CHECKS,
+    ("runs", _check_runs_dir),
+    ("cluster", _check_cluster),
+    ("cluster", _check_reach),
+    ("data.train", _check_train_tasks),
+    ("data.val", _check_val_tasks),
+)
+"""All that a start refuses, with the word under which a dry run shows it; in this order, quick checks first."""
+
+
+def load_tasks(config: Config, split: Split) -> list[Task]:
+    """The tasks of a split, as the config says. Raises DataError, ConfigError."""
+    source = config.data.train if split == "train" else config.data.val
+    loaded = _load(config, source, f"data.{split}")
+    if source.num is not None and source.kind != "generated":
+        loaded = tasks.sample(loaded, source.num, source.seed or 0)
+    if not loaded:
+        raise ConfigError(f"data.{split}: there are no tasks")
+    return loaded
+
+
+def _load(config: Config, source: SourceConfig, where: str) -> list[Task]:
+    if source.kind == "calcx":
+        return tasks.load_calcx(config.data.root, source.names)
+    if source.kind == "generated":
+        if source.target is None or source.num is None:
+            raise ConfigError(f"{where}: kind=generated needs target and num")
+        rows = cast(Any, agents.load(source.target))
+        root = {"root": config.data.root} if "root" in signature(rows).parameters else {}
+        return tasks.make(rows, seed=source.seed or 0, num=source.num, split=source.split or "train", **root)
+    if source.path is None:
+        raise ConfigError(f"{where}.path: kind={source.kind} needs it")
+    if source.kind == "jsonl":
+        return tasks.load_jsonl(source.path)
+    return tasks.load_hub(
+        source.path,
+        name=source.name,
+        split=source.split or "train",
+        question_field=source.question_field or "question",
+        result_field=source.result_field or "result",
+    )
+
+
+def cluster_is_own(config: Config) -> bool:
+    """Whether the run starts a cluster on this machine instead of joining one."""
+    return ray_private.cluster_address(config.hardware.address) is None
+
+
+def own_cpus(config: Config) -> int | None:
+    """The CPUs that a cluster of this run's own declares: on a CPU as many as the run reserves, even if the machine has
+    fewer; None on GPUs: as many as the machine has."""
+    if config.hardware.device != "cpu":
+        return None
+    return math.ceil(placement.total(backend.choose(config).groups())["CPU"]) + 3
+
+
+def cluster_nodes(config: Config) -> list[placement.Resources]:
+    """The resources of each node of the cluster that is joined, or of this machine. Raises UserError."""
+    if cluster_is_own(config):
+        gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+        return [{"CPU": float(own_cpus(config) or os.cpu_count() or 1), "GPU": float(gpus)}]
+    ray_private.use_token()
+    ray_private.prepare_environment()
+    from agent_lightning.core import actors
+
+    actors.init_ray(config.hardware.address)
+    actors.check_nodes()
+    return [node.resources for node in actors.nodes()]

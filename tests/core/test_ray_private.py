@@ -1,0 +1,135 @@
+"""What we use of Ray beyond its documentation is still as core/ray_private.py has it.
+
+Each test fails with one line that names what the installed version of Ray has changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import mmap
+import os
+import tomllib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from agent_lightning.core import ray_private
+
+RAY = Path(ray.__file__).parent
+READERS = ("_private", "dashboard", "serve/_private", "tune")
+"""The parts of Ray's Python code that read the environment variables that we set."""
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+CHANGED = f"Ray {ray.__version__} has changed what core/ray_private.py uses of {ray_private.RAY_VERSION}: "
+
+
+@cache
+def ray_code() -> str:
+    return "".join(file.read_text() for part in READERS for file in (RAY / part).rglob("*.py"))
+
+
+@cache
+def raylet() -> mmap.mmap:
+    """Ray's C++ program, which holds the name of each of its settings."""
+    with (RAY / "core/src/ray/raylet/raylet").open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def test_the_pinned_ray_is_the_one_whose_code_was_read() -> None:
+    (pin,) = [need for need in PROJECT["optional-dependencies"]["gpu"] if need.startswith("ray[")]
+    assert pin.partition("==")[2] == ray_private.RAY_VERSION == ray.__version__, CHANGED + "read its code again"
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        *ray_private.NODE_ENVIRONMENT,
+        *ray_private.SERVE_ENVIRONMENT,
+        *ray_private.SERVE_PORTS,
+        *ray_private.TUNE_ENVIRONMENT,
+        *("RAY_ENABLE_AUTO_CONNECT", "RAY_AUTH_MODE"),
+    ],
+)
+def test_ray_reads_our_environment_variables(variable: str) -> None:
+    setting = variable.removeprefix("RAY_")  # the variable of a C++ setting is RAY_ and its name, in lower case
+    known = raylet().find(setting.encode()) >= 0 if setting.islower() else f'"{variable}"' in ray_code()
+    assert known, CHANGED + f"it does not read {variable}"
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_serve_has_the_calls_of_its_controller() -> None:
+    from ray.serve._private.common import DeploymentID
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+    from ray.serve._private.controller import ServeController
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import Target, TargetGroup
+
+    assert all((SERVE_CONTROLLER_NAME, SERVE_NAMESPACE, _get_global_client))
+    assert parameters(DeploymentID) == ["name", "app_name"], CHANGED + "DeploymentID"
+    targets = parameters(ServeController.get_target_groups)
+    assert targets == ["self", "app_name", "from_proxy_manager"], CHANGED + "ServeController.get_target_groups"
+    replicas = parameters(ServeController.update_deployment_replicas)
+    assert replicas == ["self", "deployment_id", "target_num_replicas"], CHANGED + "update_deployment_replicas"
+    assert Target.model_fields.keys() >= {"ip", "port"}, CHANGED + "Target"
+    assert "targets" in TargetGroup.model_fields, CHANGED + "TargetGroup"
+
+
+@pytest.mark.stack
+def test_the_llm_server_has_the_methods_that_we_override() -> None:
+    from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackCtx
+    from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+    from ray.serve.llm.deployment import LLMServer
+
+    engine = parameters(VLLMEngine._start_async_llm_engine)
+    expected = ["self", "vllm_engine_args", "vllm_engine_config", "placement_group"]
+    assert engine == expected, CHANGED + "VLLMEngine._start_async_llm_engine"
+    assert inspect.iscoroutinefunction(LLMServer._start_engine), CHANGED + "LLMServer._start_engine"
+    assert "engine_cls" in parameters(LLMServer.sync_init), CHANGED + "LLMServer.sync_init"
+    assert parameters(CallbackBase.on_before_node_init) == ["self"], CHANGED + "CallbackBase.on_before_node_init"
+    assert "run_init_node" in parameters(CallbackCtx), CHANGED + "CallbackCtx"
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getscheduler") or os.sched_getscheduler(0) != os.SCHED_OTHER, reason="another policy is set"
+)
+def test_batch_scheduling_ends_with_its_block() -> None:
+    with ray_private.batch_scheduling():
+        assert os.sched_getscheduler(0) == os.SCHED_BATCH
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_a_variable_that_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dict(os.environ)
+    for name in (*ray_private.SERVE_ENVIRONMENT, *ray_private.SERVE_PORTS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_NBTHREAD", "7")
+    try:
+        ray_private.prepare_environment()
+        assert os.environ["RAY_SERVE_HAPROXY_NBTHREAD"] == "7"
+        assert ray_private.passed_on()["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+        assert "RAY_SERVE_HAPROXY_NBTHREAD" not in ray_private.passed_on()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "joined"),
+    [
+        (None, "", None),
+        ("local", "10.0.0.1:6379", None),
+        (None, "10.0.0.1:6379", "10.0.0.1:6379"),
+        ("auto", "10.0.0.1:6379", "auto"),
+    ],
+)
+def test_a_cluster_is_joined_only_at_an_address(
+    given: str | None, variable: str, joined: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert ray_private.cluster_address(given) == joined
