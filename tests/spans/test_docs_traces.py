@@ -26,7 +26,7 @@ def kinds() -> str:
 
 
 def present() -> str:
-    rows = ["| attribute that is there | the span is a |", "|---|---|"]
+    rows = ["| attribute that is present | the span is a |", "|---|---|"]
     return "\n".join([*rows, *(f"| `{name}` | {kind.value} |" for name, kind in PRESENT)])
 
 
