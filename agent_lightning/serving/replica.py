@@ -57,13 +57,13 @@ class PolicyServer:
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
         """Answer one request, already made ready by `engine.engine_request`."""
         with _its_engine():
-            await self._follower.attached()
+            await self._follower.wait_until_joined()
             return await self._gate.complete(lambda: self._answer(request))
 
     async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
         """The same, in parts as they come."""
         with _its_engine():
-            await self._follower.attached()
+            await self._follower.wait_until_joined()
             async for part in self._gate.stream(lambda: self._parts(request)):
                 yield part
 

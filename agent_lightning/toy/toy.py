@@ -173,7 +173,7 @@ class ToyEngine:
 
     async def _attached(self) -> None:
         if self._follower is not None:
-            await self._follower.attached()
+            await self._follower.wait_until_joined()
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -240,7 +240,7 @@ async def _driver(part: str, town: Town) -> None:
     resumed = any(town.checkpoints.glob(f"step-*/{STATE_FILE}"))
     newest = newest_checkpoint(town.checkpoints) if resumed else None
     state = State(cursor=TaskCursor(seed=town.seed)) if newest is None else read_state(newest)
-    board, buffer = PolicyBoard(silence=3.0), town.buffer()
+    board, buffer = PolicyBoard(heartbeat_timeout=3.0), town.buffer()
     learner: Any = Peer(town.at("learner"))
     await listen(town.at("board"), board)
     plan = Plan(

@@ -172,7 +172,7 @@ def weights(version: int) -> Weights:
 @pytest.mark.stack
 @pytest.mark.usefixtures("ray_here")
 async def test_kill_9_of_a_policy_replica_holds_no_publish_and_the_next_one_has_its_weights_before_it_answers() -> None:
-    board = cluster.spawn(PolicyBoard, silence=3.0)
+    board = cluster.spawn(PolicyBoard, heartbeat_timeout=3.0)
     first, second = (cluster.spawn(Replica, board) for _ in range(2))
     pid, _ = await asyncio.gather(first.start(), second.start())
     assert await board.publish(weights(1), timeout=60.0) == 2

@@ -38,12 +38,12 @@ async def test_publish_waits_for_every_replica() -> None:
     for replica in ("a", "b"):
         assert await board.join(replica) is None
     publishing = asyncio.create_task(board.publish(weights(1), timeout=5.0))
-    assert version_of(await board.newer_than(0, timeout=1.0)) == 1
-    await board.installed("a", 1)
+    assert version_of(await board.wait_for_newer(0, timeout=1.0)) == 1
+    await board.note_installed("a", 1)
     await asyncio.sleep(0.02)
     assert not publishing.done()
     assert await board.versions() == {"a": 1, "b": 0}
-    await board.installed("b", 1)
+    await board.note_installed("b", 1)
     assert await publishing == 2
 
 
@@ -54,10 +54,10 @@ async def test_a_late_joiner_gets_the_current_weights() -> None:
     publishing = asyncio.create_task(board.publish(weights(2), timeout=5.0))
     await asyncio.sleep(0.01)
     assert version_of(await board.join("later")) == 2
-    await board.installed("late", 2)
+    await board.note_installed("late", 2)
     await asyncio.sleep(0.01)
     assert not publishing.done()  # the one that joined meanwhile is waited for too
-    await board.installed("later", 2)
+    await board.note_installed("later", 2)
     assert await publishing == 2
 
 
@@ -66,7 +66,7 @@ async def test_a_replica_that_leaves_is_not_waited_for() -> None:
     for replica in ("a", "b"):
         await board.join(replica)
     publishing = asyncio.create_task(board.publish(weights(1), timeout=5.0))
-    await board.installed("a", 1)
+    await board.note_installed("a", 1)
     await board.leave("b")
     assert await publishing == 1
     await board.leave("b")  # twice does no harm
@@ -77,7 +77,7 @@ async def test_a_failure_reaches_the_publisher() -> None:
     await board.join("a")
     publishing = asyncio.create_task(board.publish(weights(1), timeout=5.0))
     await asyncio.sleep(0)
-    await board.failed("a", "out of memory")
+    await board.note_failure("a", "out of memory")
     with pytest.raises(EngineError, match=r"version 1 could not be installed: .*out of memory"):
         await publishing
 
@@ -85,8 +85,8 @@ async def test_a_failure_reaches_the_publisher() -> None:
 async def test_a_failure_of_one_version_is_not_one_of_the_next() -> None:
     board = PolicyBoard()
     await board.join("a")
-    await board.failed("a", "out of memory")
-    await board.installed("a", 2)
+    await board.note_failure("a", "out of memory")
+    await board.note_installed("a", 2)
     assert await board.publish(weights(2), timeout=1.0) == 1
 
 
@@ -94,18 +94,18 @@ async def test_a_timeout_names_the_late_ones() -> None:
     board = PolicyBoard()
     for replica in ("quick", "slow-2", "slow-1"):
         await board.join(replica)
-    await board.installed("quick", 1)
+    await board.note_installed("quick", 1)
     with pytest.raises(EngineError, match=r"version 1 not installed after 0 s by \['slow-1', 'slow-2'\]"):
         await board.publish(weights(1), timeout=0.05)
-    await board.installed("slow-1", 1)
-    await board.installed("slow-2", 1)
+    await board.note_installed("slow-1", 1)
+    await board.note_installed("slow-2", 1)
     assert await board.publish(weights(1), timeout=0.05) == 3  # the board goes on
 
 
-async def test_newer_than_waits_and_gives_up() -> None:
+async def test_waiting_for_newer_weights_waits_and_gives_up() -> None:
     board = PolicyBoard()
-    assert await board.newer_than(0, timeout=0.01) is None
-    waiting = asyncio.create_task(board.newer_than(1, timeout=5.0))
+    assert await board.wait_for_newer(0, timeout=0.01) is None
+    waiting = asyncio.create_task(board.wait_for_newer(1, timeout=5.0))
     await board.publish(weights(1), timeout=1.0)
     await asyncio.sleep(0.01)
     assert not waiting.done()
@@ -122,7 +122,7 @@ async def test_a_cancelled_publisher_leaves_the_board_usable() -> None:
     with pytest.raises(asyncio.CancelledError):
         await publishing
     async with asyncio.timeout(1):
-        await board.installed("a", 1)
+        await board.note_installed("a", 1)
         assert await board.publish(weights(1), timeout=1.0) == 1
 
 
@@ -160,7 +160,7 @@ async def test_replicas_follow_under_load_and_each_call_has_one_version() -> Non
 
 
 async def test_a_replica_that_is_not_heard_of_is_struck_off_and_the_others_are_not_kept_waiting() -> None:
-    board, language = PolicyBoard(silence=0.4), ToyLanguage(("no", "yes"))
+    board, language = PolicyBoard(heartbeat_timeout=0.4), ToyLanguage(("no", "yes"))
     dead, alive = ToyEngine(language), ToyEngine(language)
     for engine in (dead, alive):
         await engine.join(board)
@@ -173,7 +173,7 @@ async def test_a_replica_that_is_not_heard_of_is_struck_off_and_the_others_are_n
 
 
 async def test_a_replica_that_was_cut_off_answers_nothing_until_it_has_the_current_weights() -> None:
-    board, language = PolicyBoard(silence=0.3), ToyLanguage(("no", "yes"))
+    board, language = PolicyBoard(heartbeat_timeout=0.3), ToyLanguage(("no", "yes"))
     engine = ToyEngine(language)
     await engine.join(board)
     await asyncio.sleep(0.4)  # nobody hears of it: for all that it knows, it is struck off
@@ -190,7 +190,7 @@ async def test_a_replica_that_was_cut_off_answers_nothing_until_it_has_the_curre
 
 
 async def test_an_engine_that_dies_while_it_installs_is_not_the_publishers_failure() -> None:
-    board, dead = PolicyBoard(silence=0.3), False
+    board, dead = PolicyBoard(heartbeat_timeout=0.3), False
 
     async def install(new: Weights) -> None:
         nonlocal dead
