@@ -16,7 +16,7 @@ from rich.text import Text
 
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.types import ModelCall, Task, Trajectory
-from agent_lightning.credit.air import events
+from agent_lightning.credit.air import observed_events
 from agent_lightning.credit.assign import CallCredit
 from agent_lightning.run.archive import read_rollouts
 from agent_lightning.run.report import Summary, duration, number
@@ -110,7 +110,7 @@ def _credits(rollout: Trajectory, credits: Sequence[CallCredit]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("call", "events", "given", "return", "advantage", "tokens", "status"):
         table.add_column(column, justify="left" if column in ("events", "status") else "right")
-    found = events(rollout)
+    found = observed_events(rollout)
     for t, one in enumerate(credits):
         kinds = ", ".join(event.kind for event in found if event.call == t)
         style = "green" if one.advantage > 0 else "red" if one.advantage < 0 else ""

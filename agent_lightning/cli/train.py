@@ -25,7 +25,7 @@ from agent_lightning.core import ray_private
 from agent_lightning.core.errors import PartDied, StepFailed, UserError
 from agent_lightning.core.types import Group, Split, Task
 from agent_lightning.credit.air import Signal
-from agent_lightning.credit.assign import examine
+from agent_lightning.credit.assign import explain_credit
 from agent_lightning.credit.rules import CreditRules
 from agent_lightning.launch import backend, checks, hub, launch, placement
 from agent_lightning.rollouts.agents import load as load_target
@@ -372,7 +372,7 @@ def show_rollout(run: Path, rollout_id: str, *, tokens: bool) -> int:
     group = read_group(run, rollout_id)
     index = next(i for i, one in enumerate(group.trajectories) if one.key.rollout_id == rollout_id)
     rollout = group.trajectories[index]
-    credits = examine(group, index, credit_rules(config)) if rollout.key.split == "train" else None
+    credits = explain_credit(group, index, credit_rules(config)) if rollout.key.split == "train" else None
     console = Console()
     console.print(explain.explain(rollout, group.task, credits))
     if tokens and credits is not None:

@@ -12,8 +12,8 @@ from typing import Any, cast
 from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.credit.air import DEFAULT_RULES, Air, Form, Rule, Signal
 from agent_lightning.credit.estimators import Baseline, Scale
-from agent_lightning.credit.failures import Retries
-from agent_lightning.credit.rules import Estimator, FailurePolicy, Method
+from agent_lightning.credit.failures import FailurePolicy, Retries
+from agent_lightning.credit.rules import Estimator, Method
 
 SOURCE_FIELDS = {
     "generated": {"target", "num", "seed", "split"},

@@ -1,13 +1,14 @@
-"""Automatic Intermediate Rewarding (AIR): what the system saw of a rollout -> a reward for each of its calls. Pure.
+"""Automatic Intermediate Rewarding (AIR): the events of a rollout become a reward for each of its calls.
 
-The idea is of arXiv 2508.03680, section 3.3: signals such as the status of a tool call, which a running system has
-anyway, become intermediate rewards. The paper gives no formula; this is ours, made so that it cannot be farmed:
+The idea is from arXiv 2508.03680, section 3.3: signals that a running system has anyway, such as the status of a tool
+call, become intermediate rewards. The paper gives no formula. The formula here is our own, built so that a policy
+cannot exploit it:
 
-    - An action that was done before in the rollout (the same tool, the same arguments) is "repeated", whatever its
-      result: only a rule for repetition can pay for it, and such a rule may not be positive.
+    - An action that occurred before in the rollout (same tool, same arguments) is "repeated", whatever its result: only
+      a rule for repetition can reward it, and such a rule may not be positive.
     - A rule pays at most `cap` in a rollout, and all rules together stay within [-bound, bound].
-    - `bound` is below half the range of the final reward, so no rollout that failed can overtake one that succeeded.
-    - form="potential" takes the running total as a potential: its sum over the rollout is exactly zero.
+    - `bound` is below half the range of the final reward, so a failed rollout cannot overtake a successful one.
+    - form="potential" uses the running total as a potential: the rewards of a rollout sum to exactly zero.
 """
 
 from __future__ import annotations
@@ -23,33 +24,34 @@ from numpy.typing import NDArray
 
 from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.types import Floats, ModelCall, ToolCall, ToolStatus, Trajectory
-from agent_lightning.credit.tools import canonical, looks_like_tool_call
+from agent_lightning.credit.tools import canonical_arguments, looks_like_tool_call
 
 REPEATED: Final = "repeated"
 UNPARSED: Final = "unparsed"
 CUT: Final = "cut"
-EVENTS: Final = (*(status.value for status in ToolStatus), REPEATED, UNPARSED, CUT)
-"""What a rule can be about: how a tool call went, or what was wrong with a reply."""
+EVENT_KINDS: Final = (*(status.value for status in ToolStatus), REPEATED, UNPARSED, CUT)
+"""The kinds of events that rules can reward: how a tool call ended, or what is wrong with a reply."""
 
 Form = Literal["sum", "potential"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """Something that the system saw a call do."""
+class ObservedEvent:
+    """An event of a rollout, and the call that caused it."""
 
     call: int
-    """Index of the model call that caused it."""
+    """Index of the model call that caused the event."""
     kind: str
-    """One of EVENTS."""
+    """One of EVENT_KINDS."""
     tool: str = ""
+    """The tool's name; "" if the event is about a reply."""
     text: str = ""
-    """The tool's result; the reply where there is no tool."""
+    """The tool's result; the reply if there is no tool."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What an event is worth.
+    """A reward for events of one kind.
 
     Example: Rule(on="error", tool="sql*", match="no such table", value=-0.1, cap=0.2)
     """
@@ -57,15 +59,15 @@ class Rule:
     on: str
     value: float
     cap: float
-    """Most that the rule may give or take in a rollout, as a size."""
+    """Most that the rule may add or subtract in a rollout."""
     tool: str = "*"
     """Glob over tool names."""
     match: str = ""
-    """Regular expression searched for in the event's text, whatever the case."""
+    """Regular expression that is searched for in the event's text; upper and lower case are equal."""
 
     def __post_init__(self) -> None:
-        if self.on not in EVENTS:
-            raise ConfigError(f"air.rules: on={self.on}: must be one of {', '.join(EVENTS)}")
+        if self.on not in EVENT_KINDS:
+            raise ConfigError(f"air.rules: on={self.on}: must be one of {', '.join(EVENT_KINDS)}")
         if not (np.isfinite(self.value) and np.isfinite(self.cap) and self.cap >= abs(self.value) > 0):
             raise ConfigError(f"air.rules: on={self.on}: needs a value that is not 0 and a cap of at least its size")
         if self.on == REPEATED and self.value > 0:
@@ -75,8 +77,8 @@ class Rule:
         except re.error as error:
             raise ConfigError(f"air.rules: match={self.match}: not a regular expression ({error})") from error
 
-    def applies(self, event: Event) -> bool:
-        """Whether the rule is about this event."""
+    def applies(self, event: ObservedEvent) -> bool:
+        """Whether the rule rewards this event."""
         return (
             event.kind == self.on
             and fnmatchcase(event.tool, self.tool)
@@ -93,17 +95,17 @@ DEFAULT_RULES: Final = (
     Rule(on="unparsed", value=-0.1, cap=0.2),
     Rule(on="cut", value=-0.1, cap=0.2),
 )
-"""For a final reward of range 1. An empty or missing result says nothing of who is to blame, so it is worth nothing."""
+"""Rules for a final reward of range 1. No rule is about an empty or missing result: nobody knows whose fault it is."""
 
 Signal = Callable[[Trajectory], Floats]
-"""A signal of one's own: an attempt -> a reward for each of its calls, before the bound."""
+"""A user's own function from an attempt to a reward for each of its calls, before the bound is applied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Air:
-    """How events become rewards.
+    """The rules by which events become rewards.
 
-    Example, bound 0.3, the default rules, three calls: a failing tool call, the same again, a good one:
+    Example, bound 0.3, the default rules, three calls: a failing tool call, the same call again, a good call:
 
         events            error   repeated    ok
         rules             -0.05      -0.05  +0.10
@@ -112,11 +114,13 @@ class Air:
     """
 
     rules: tuple[Rule, ...] = DEFAULT_RULES
-    """The first rule that applies to an event counts."""
+    """The first rule that applies to an event rewards it."""
     bound: float = 0.3
-    """Most that all rules together may give or take in a rollout, as a share of the final reward's range."""
+    """Most that all rules together may add or subtract in a rollout, as a share of the final reward's range."""
     form: Form = "sum"
+    """How the running total becomes rewards; see `rewards`."""
     signals: tuple[Signal, ...] = field(default=())
+    """Functions that add to the rewards of the rules."""
 
     def __post_init__(self) -> None:
         if not 0 < self.bound < 0.5:
@@ -130,12 +134,12 @@ class Air:
     def rewards(self, trajectory: Trajectory, *, reward_range: float = 1.0, discount: float = 1.0) -> Floats:
         """The intermediate reward of each call; shape [len(trajectory.calls)].
 
-        "sum": what a call's events are worth, the running total P clipped to +-bound. "potential": with P as
-        potential, 0 before the first call and after the last, call t gets discount * P[t] - P[t-1]. Its discounted
-        sum over the rollout is zero, so the order of policies by return is that of the final reward alone
-        (Ng, Harada and Russell, 1999, theorem 1).
+        P[t] is the sum of all rewards up to call t, clipped to [-bound, bound] * reward_range after each call.
+        "sum": call t gets P[t] - P[t-1]. "potential": P is the potential, 0 before the first call and after the last,
+        and call t gets discount * P[t] - P[t-1]. The discounted sum over the rollout is zero, so policies are ordered
+        by the final reward alone (Ng, Harada and Russell, 1999, theorem 1).
         """
-        total_T = _clipped_total(self._raw(trajectory), self.bound * reward_range)
+        total_T = _clip_total(self._unbounded(trajectory), self.bound * reward_range)
         before_T = np.concatenate([np.zeros(1), total_T])[:-1]
         if self.form == "sum":
             return np.asarray(total_T - before_T, np.float32)
@@ -143,50 +147,50 @@ class Air:
         after_T[-1:] = 0.0
         return np.asarray(discount * after_T - before_T, np.float32)
 
-    def _raw(self, trajectory: Trajectory) -> NDArray[np.float64]:
-        """What rules and signals say, each rule within its cap; one number for each call."""
+    def _unbounded(self, trajectory: Trajectory) -> NDArray[np.float64]:
+        """The rewards of rules and signals before the bound, each rule within its cap; shape [T]."""
         raw_T = np.zeros(len(trajectory.calls), np.float64)
         spent: dict[Rule, float] = {}
-        for event in events(trajectory):
+        for event in observed_events(trajectory):
             rule = next((rule for rule in self.rules if rule.applies(event)), None)
             if rule is None or spent.get(rule, 0.0) + abs(rule.value) > rule.cap + 1e-9:
                 continue
             spent[rule] = spent.get(rule, 0.0) + abs(rule.value)
             raw_T[event.call] += rule.value
         for signal in self.signals:
-            raw_T += _own(signal, trajectory)
+            raw_T += _call_signal(signal, trajectory)
         return raw_T
 
 
-def events(trajectory: Trajectory) -> tuple[Event, ...]:
-    """What the system saw in an attempt, in the order of its calls."""
+def observed_events(trajectory: Trajectory) -> tuple[ObservedEvent, ...]:
+    """All events of an attempt, in the order of its calls."""
     index = {call.call_id: i for i, call in enumerate(trajectory.calls)}
-    found = [*_tool_events(trajectory.tools, index), *_reply_events(trajectory.calls)]
-    return tuple(sorted(found, key=lambda event: event.call))
+    events = [*_tool_events(trajectory.tools, index), *_reply_events(trajectory.calls)]
+    return tuple(sorted(events, key=lambda event: event.call))
 
 
-def _tool_events(tools: Sequence[ToolCall], index: Mapping[str, int]) -> Iterator[Event]:
+def _tool_events(tools: Sequence[ToolCall], index: Mapping[str, int]) -> Iterator[ObservedEvent]:
     done: set[tuple[str, str]] = set()
     for tool in tools:
-        action = tool.name, canonical(tool.arguments)
+        action = tool.name, canonical_arguments(tool.arguments)
         kind = REPEATED if action in done else tool.status.value
         done.add(action)
         if tool.call_id in index:
-            yield Event(call=index[tool.call_id], kind=kind, tool=tool.name, text=tool.result)
+            yield ObservedEvent(call=index[tool.call_id], kind=kind, tool=tool.name, text=tool.result)
 
 
-def _reply_events(calls: Sequence[ModelCall]) -> Iterator[Event]:
+def _reply_events(calls: Sequence[ModelCall]) -> Iterator[ObservedEvent]:
     for i, call in enumerate(calls):
-        if call.source != "gateway":  # another model's: not ours to teach
+        if call.source != "gateway":  # a call of another model, which is not trained
             continue
         if looks_like_tool_call(call):
-            yield Event(call=i, kind=UNPARSED, text=call.reply)
+            yield ObservedEvent(call=i, kind=UNPARSED, text=call.reply)
         if call.finish_reason == "length":
-            yield Event(call=i, kind=CUT, text=call.reply)
+            yield ObservedEvent(call=i, kind=CUT, text=call.reply)
 
 
-def _clipped_total(raw_T: NDArray[np.float64], limit: float) -> NDArray[np.float64]:
-    """Running total that stays within +-limit at every call."""
+def _clip_total(raw_T: NDArray[np.float64], limit: float) -> NDArray[np.float64]:
+    """The running total, clipped to [-limit, limit] after every call; shape [T]."""
     total, totals = 0.0, np.empty(raw_T.shape, np.float64)
     for i, value in enumerate(raw_T):
         total = min(limit, max(-limit, total + value))
@@ -194,13 +198,13 @@ def _clipped_total(raw_T: NDArray[np.float64], limit: float) -> NDArray[np.float
     return totals
 
 
-def _own(signal: Signal, trajectory: Trajectory) -> NDArray[np.float64]:
-    """What a signal of one's own says. Raises ConfigError where that is not one finite number for each call."""
+def _call_signal(signal: Signal, trajectory: Trajectory) -> NDArray[np.float64]:
+    """The rewards of a user's signal; shape [T]. Raises ConfigError unless they are a finite number for each call."""
     name = getattr(signal, "__name__", type(signal).__name__)
     try:
-        own = np.asarray(signal(trajectory), np.float64)
+        reward_T = np.asarray(signal(trajectory), np.float64)
     except Exception as error:  # a user's code may raise anything
         raise ConfigError(f"air.signals: {name} raised {type(error).__name__}: {error}") from error
-    if own.shape != (len(trajectory.calls),) or not np.isfinite(own).all():
+    if reward_T.shape != (len(trajectory.calls),) or not np.isfinite(reward_T).all():
         raise ConfigError(f"air.signals: {name} must return {len(trajectory.calls)} finite numbers, one for each call")
-    return own
+    return reward_T

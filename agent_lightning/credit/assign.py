@@ -1,13 +1,13 @@
-"""LightningRL: rewards of a group -> advantages of its calls -> the samples to train on.
+"""LightningRL: the rewards of a group become advantages of its calls, and its calls become samples to train on.
 
 Statistics are taken over rollouts and before anything is dropped, so a rollout counts once whatever its number of
-calls or rows. What is not trained is counted under one of these reasons:
+calls or rows. Rollouts and tokens that are not trained are counted under one of these reasons:
 
     masked_<outcome>   the outcome has no reward (FailurePolicy); masked_truncated: finished, but a reply was cut
     no_selected_call   no call of a trained agent sampled a token
-    no_spread          every advantage of the group, and so its policy gradient, is zero; not where the whole step or
-                       a critic decides on the advantage
-    overlong_sample    a row longer than `max_tokens`; the rollout too, where all of its rows are
+    no_spread          every advantage of the group is zero, and so is its policy gradient. This reason is not used if
+                       the advantage depends on the other groups of the step, or on a critic
+    overlong_sample    the row is longer than `max_tokens`; the rollout is dropped if all of its rows are
 """
 
 from __future__ import annotations
@@ -22,17 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_lightning.core.metrics import Mean, Metrics
-from agent_lightning.core.types import Bools, Floats, Group, ModelCall, Outcome, Sample, Trajectory
-from agent_lightning.credit.estimators import (
-    carried_back,
-    group_normalised,
-    has_spread,
-    normalised,
-    returns_to_go,
-    same_state,
-)
+from agent_lightning.core.types import Floats, Group, ModelCall, Outcome, Sample, Trajectory
+from agent_lightning.credit import estimators
 from agent_lightning.credit.rules import CreditRules, Estimator
-from agent_lightning.credit.samples import OVERLONG_SAMPLE, select, to_samples
+from agent_lightning.credit.samples import OVERLONG_SAMPLE, select_calls, to_samples
 
 NO_SPREAD: Final = "no_spread"
 NO_SELECTED_CALL: Final = "no_selected_call"
@@ -40,7 +33,7 @@ NO_SELECTED_CALL: Final = "no_selected_call"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
-    """What a group gives to train on, and an account of the rest.
+    """The samples of a group, and an account of everything that is not trained.
 
     rollouts of the group = trained_rollouts + sum(dropped_rollouts), and
     sampled_tokens = tokens with mask True in `samples` + sum(dropped_tokens).
@@ -50,20 +43,20 @@ class Credit:
     trained_rollouts: int
     """Rollouts with at least one sample."""
     dropped_rollouts: Mapping[str, int]
-    """Reason -> rollouts."""
+    """Reason -> number of rollouts."""
     dropped_tokens: Mapping[str, int]
-    """Reason -> sampled tokens of selected calls."""
+    """Reason -> number of tokens that selected calls sampled."""
     sampled_tokens: int
-    """Of all selected calls of the group."""
+    """Number of tokens that the selected calls of the group sampled."""
     reward_R: Floats
-    """In the order of the group's trajectories; NaN where masked."""
+    """Final rewards, in the order of the group's trajectories; NaN for masked rollouts."""
     metrics: Metrics
 
 
 def assign(group: Group, rules: CreditRules) -> Credit:
     """The samples of a group, with an advantage on every trained token, and an account of what is not trained.
 
-    The step's learner has the last word where the estimator says so: scale="batch" and method="gae".
+    With scale="batch" and method="gae" the learner computes the final advantages from those of the whole step.
 
     Example, one call a rollout, scale="none":
 
@@ -72,228 +65,238 @@ def assign(group: Group, rules: CreditRules) -> Credit:
         1        finished        0        -0.5      one sample
         2        engine_error    -          -       dropped_rollouts = {"masked_engine_error": 1}
 
-    Raises ConfigError where the pattern of agents has an empty name.
+    Raises ConfigError if the pattern of trained agents has an empty name.
     """
     accounting = _Accounting.of(group, rules)
-    dropped_tokens = sum((Counter(share.dropped_tokens) for share in accounting.shares), Counter[str]())
-    samples = tuple(sample for share in accounting.shares for sample in share.samples)
+    shares = accounting.shares
+    samples = tuple(sample for share in shares for sample in share.samples)
     return Credit(
         samples=samples,
-        trained_rollouts=sum(share.reason is None for share in accounting.shares),
-        dropped_rollouts=dict(Counter(share.reason for share in accounting.shares if share.reason is not None)),
-        dropped_tokens=dict(dropped_tokens),
-        sampled_tokens=sum(_num_sampled(calls) for calls in accounting.selected),
-        reward_R=np.array([math.nan if reward is None else reward for reward in accounting.rewards], np.float32),
-        metrics=_measure(group, accounting, samples, with_air=rules.air is not None),
+        trained_rollouts=sum(share.reason is None for share in shares),
+        dropped_rollouts=dict(Counter(share.reason for share in shares if share.reason is not None)),
+        dropped_tokens=dict(sum((Counter(share.dropped_tokens) for share in shares), Counter[str]())),
+        sampled_tokens=sum(rollout.num_sampled for rollout in accounting.rollouts),
+        reward_R=np.array([rollout.final for rollout in accounting.rollouts], np.float32),
+        metrics=_measure(accounting, samples, with_air=rules.air is not None),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallCredit:
-    """What one call got, and what became of its tokens."""
+    """The credit of one call, and whether its tokens are trained."""
 
     call_id: str
     intermediate: float
-    """What AIR and the agent's side gave it."""
+    """Intermediate reward: from AIR, and from rewards that the agent's process emitted."""
     return_to_go: float
-    """What it and the calls after it earned; NaN where the rollout is masked."""
+    """Rewards of this call and all later ones, discounted; NaN if the rollout is masked."""
     advantage: float
-    """0 where it is not trained; NaN where a critic said, token by token."""
+    """0 if the call is not trained; NaN if a critic computes the advantage of each token."""
     tokens: int
-    """Sampled."""
+    """Number of sampled tokens."""
     status: str
-    """"trained", "not selected", or the reason why it was dropped."""
+    """"trained", "not selected", or the reason why the call was dropped."""
 
 
-def examine(group: Group, index: int, rules: CreditRules) -> tuple[CallCredit, ...]:
-    """Call by call, what `assign` makes of the rollout at `index` of the group's trajectories."""
+def explain_credit(group: Group, index: int, rules: CreditRules) -> tuple[CallCredit, ...]:
+    """The credit that `assign` gives to each call of the rollout at `index` of the group's trajectories."""
     accounting = _Accounting.of(group, rules)
-    trajectory, earned, share = group.trajectories[index], accounting.earned[index], accounting.shares[index]
-    advantage = dict(zip((c.call_id for c in accounting.selected[index]), accounting.advantages[index], strict=True))
-    rows, token_wise = [], rules.estimator.method == "gae"
-    for t, call in enumerate(trajectory.calls):
-        status = "trained" if call.call_id in advantage else "not selected"
-        if status == "trained":
-            status = share.reason or share.dropped_calls.get(call.call_id, status)
-        rows.append(
+    rollout, share = accounting.rollouts[index], accounting.shares[index]
+    advantages = dict(zip(rollout.selected, accounting.advantages[index].tolist(), strict=True))
+    credits = []
+    for t, call in enumerate(rollout.trajectory.calls):
+        status = share.reason or share.dropped_calls.get(call.call_id, "trained") if t in advantages else "not selected"
+        advantage = advantages[t] if status == "trained" else 0.0
+        credits.append(
             CallCredit(
                 call_id=call.call_id,
-                intermediate=float(earned.intermediate_T[t]),
-                return_to_go=float(earned.return_T[t]),
-                advantage=0.0 if status != "trained" else math.nan if token_wise else float(advantage[call.call_id]),
+                intermediate=float(rollout.intermediate_T[t]),
+                return_to_go=float(rollout.return_T[t]),
+                advantage=math.nan if status == "trained" and rules.estimator.method == "gae" else advantage,
                 tokens=call.response_T.size,
                 status=status,
             )
         )
-    return tuple(rows)
+    return tuple(credits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Accounting:
-    """All that is worked out of a group, in the order of its trajectories."""
+    """All intermediate results for a group, in the order of its trajectories."""
 
-    rewards: Sequence[float | None]
-    earned: Sequence[_Earned]
-    selected: Sequence[Sequence[ModelCall]]
+    rollouts: Sequence[_Rollout]
     advantages: Sequence[Floats]
-    """Of the selected calls."""
+    """Advantages of the selected calls of each rollout."""
     spread: bool
     """Whether the group's own rewards tell its rollouts apart."""
     shares: Sequence[_Share]
 
     @classmethod
     def of(cls, group: Group, rules: CreditRules) -> _Accounting:
-        rewards = [rules.failures.reward_of(trajectory) for trajectory in group.trajectories]
-        earned = [_earned(t, reward, rules) for t, reward in zip(group.trajectories, rewards, strict=True)]
-        chosen = [select(trajectory.calls, rules.agents) for trajectory in group.trajectories]
-        selected = [[t.calls[i] for i in indices] for t, indices in zip(group.trajectories, chosen, strict=True)]
-        return_C = np.array([one.return_T[i] for one, indices in zip(earned, chosen, strict=True) for i in indices])
-        total_R = np.array([one.total for one in earned], np.float64)
-        valid_R = np.array([reward is not None for reward in rewards], np.bool_)
-        advantages = _advantages(selected, total_R, return_C, valid_R, rules.estimator)
-        of_group = rules.estimator.of_group
-        spread = any(one.any() for one in advantages) if of_group else has_spread(total_R[valid_R])
-        earnings = [carried_back(one.reward_T, indices) for one, indices in zip(earned, chosen, strict=True)]
-        masks = [
-            None if reward is not None else rules.failures.reason_of(trajectory)
-            for trajectory, reward in zip(group.trajectories, rewards, strict=True)
-        ]
+        rollouts = [_Rollout.of(trajectory, rules) for trajectory in group.trajectories]
+        advantages = _advantages(rollouts, rules.estimator)
+        if rules.estimator.is_per_group:
+            spread = any(advantage.any() for advantage in advantages)
+        else:
+            spread = estimators.has_spread(np.array([r.total for r in rollouts if r.reward is not None], np.float64))
+        is_useful = spread or not rules.estimator.is_per_group
         shares = [
-            _share(trajectory, calls, masked, spread or not of_group, advantage, earning, rules.max_tokens)
-            for trajectory, calls, masked, advantage, earning in zip(
-                group.trajectories, selected, masks, advantages, earnings, strict=True
-            )
+            _Share.of(rollout, advantage, is_useful=is_useful, rules=rules)
+            for rollout, advantage in zip(rollouts, advantages, strict=True)
         ]
+        return cls(rollouts=rollouts, advantages=advantages, spread=spread, shares=shares)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rollout:
+    """A rollout and its rewards. `_T` are all of its calls, including those of agents that are not trained."""
+
+    trajectory: Trajectory
+    reward: float | None
+    """The final reward; None if the rollout is masked."""
+    selected: tuple[int, ...]
+    """Indices of the calls of trained agents."""
+    intermediate_T: Floats
+    """Rewards from AIR, and rewards that the agent's process emitted about a call or its tools."""
+    reward_T: NDArray[np.float64]
+    """The intermediate rewards, plus the final reward on the last call; NaN there if the rollout is masked."""
+    return_T: NDArray[np.float64]
+    """Discounted return of each call, including the final reward; NaN if the rollout is masked."""
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, rules: CreditRules) -> _Rollout:
+        discount = rules.estimator.discount
+        reward = rules.failures.reward_of(trajectory)
+        intermediate_T = emitted_rewards(trajectory, rules.reward_weights)
+        if rules.air is not None:
+            intermediate_T += rules.air.rewards(trajectory, reward_range=rules.reward_range, discount=discount)
+        reward_T = intermediate_T.astype(np.float64)
+        reward_T[-1:] += math.nan if reward is None else reward
         return cls(
-            rewards=rewards, earned=earned, selected=selected, advantages=advantages, spread=spread, shares=shares
+            trajectory=trajectory,
+            reward=reward,
+            selected=select_calls(trajectory.calls, rules.agents),
+            intermediate_T=intermediate_T,
+            reward_T=reward_T,
+            return_T=estimators.returns_to_go(reward_T, discount),
         )
 
+    @property
+    def final(self) -> float:
+        """The final reward as a number, NaN if the rollout is masked."""
+        return math.nan if self.reward is None else self.reward
 
-@dataclass(frozen=True, slots=True)
-class _Earned:
-    """What a rollout earned: `T` are all of its calls, those of unselected agents included."""
+    @property
+    def total(self) -> float:
+        """The sum of all rewards, without discount; NaN if the rollout is masked."""
+        return self.final + float(self.intermediate_T.sum())
 
-    intermediate_T: Floats
-    """By AIR, and by rewards that the agent's side emitted about a call or its tools."""
-    reward_T: NDArray[np.float64]
-    """With the final reward on the last call; NaN there where the rollout is masked."""
-    return_T: NDArray[np.float64]
-    """Discounted return of each call, the final reward included; NaN where the rollout is masked."""
-    total: float
-    """Undiscounted."""
+    @property
+    def calls(self) -> list[ModelCall]:
+        """The calls of trained agents."""
+        return [self.trajectory.calls[t] for t in self.selected]
 
-
-def _earned(trajectory: Trajectory, reward: float | None, rules: CreditRules) -> _Earned:
-    discount = rules.estimator.discount
-    intermediate_T = emitted_rewards(trajectory, rules.reward_weights)
-    if rules.air is not None:
-        intermediate_T += rules.air.rewards(trajectory, reward_range=rules.reward_range, discount=discount)
-    final = math.nan if reward is None else reward
-    reward_T = intermediate_T.astype(np.float64)
-    reward_T[-1:] += final
-    return _Earned(intermediate_T, reward_T, returns_to_go(reward_T, discount), final + float(intermediate_T.sum()))
+    @property
+    def num_sampled(self) -> int:
+        """Number of tokens that the calls of trained agents sampled."""
+        return sum(call.response_T.size for call in self.calls)
 
 
 def emitted_rewards(trajectory: Trajectory, weights: Mapping[str, float]) -> Floats:
-    """What the agent's side said that each call was worth; shape [len(trajectory.calls)].
+    """The rewards that the agent's process emitted about each call; shape [len(trajectory.calls)].
 
-    A reward about a tool goes to the call that caused it. `weights`: by name of the reward, 1 where it is not there.
+    A reward about a tool goes to the call that caused the tool's use. `weights` maps names of rewards to factors; a
+    name that is missing has factor 1.
 
     Example: Reward(name="format", value=0.5, about="call-1") with weights {"format": 0.2} -> [0, 0.1]
     """
     reward_T = np.zeros(len(trajectory.calls), np.float32)
     if trajectory.rewards:
-        index = {call.call_id: i for i, call in enumerate(trajectory.calls)}
+        index = {call.call_id: t for t, call in enumerate(trajectory.calls)}
         index |= {tool.span_id: index[tool.call_id] for tool in trajectory.tools if tool.call_id in index}
-        for one in trajectory.rewards:
-            if one.about in index:
-                reward_T[index[one.about]] += weights.get(one.name, 1.0) * one.value
+        for reward in trajectory.rewards:
+            if reward.about in index:
+                reward_T[index[reward.about]] += weights.get(reward.name, 1.0) * reward.value
     return reward_T
 
 
-def _advantages(
-    selected: Sequence[Sequence[ModelCall]],
-    total_R: NDArray[np.float64],
-    return_C: NDArray[np.float64],
-    valid_R: Bools,
-    estimator: Estimator,
-) -> list[Floats]:
-    """Of each rollout's selected calls, of which `_C` are all, rollout after rollout; zeros where it is masked."""
-    rollout_C = np.array([r for r, calls in enumerate(selected) for _ in calls], np.int64)
+def _advantages(rollouts: Sequence[_Rollout], estimator: Estimator) -> list[Floats]:
+    """The advantages of each rollout's selected calls; zeros if the rollout is masked.
+
+    Shapes: `_R` the rollouts, `_C` the selected calls of all rollouts, one rollout after the other.
+    """
+    valid_R = np.array([rollout.reward is not None for rollout in rollouts], np.bool_)
+    rollout_C = np.array([r for r, rollout in enumerate(rollouts) for _ in rollout.selected], np.int64)
     advantage_C = np.zeros(rollout_C.size, np.float64)
     if estimator.method in ("identical", "same_state"):
-        whole_R = group_normalised(total_R, valid_R, scale=estimator.scale, baseline=estimator.baseline)
-        advantage_C += whole_R[rollout_C]
+        total_R = np.array([rollout.total for rollout in rollouts], np.float64)
+        shared_R = estimators.normalise_group(total_R, valid_R, scale=estimator.scale, baseline=estimator.baseline)
+        advantage_C += shared_R[rollout_C]
     if estimator.method in ("return_to_go", "same_state"):
-        counts_C = valid_R[rollout_C]
-        values, owners = return_C[counts_C], rollout_C[counts_C]
+        valid_C = valid_R[rollout_C]
+        return_C = np.array([rollout.return_T[t] for rollout in rollouts for t in rollout.selected])[valid_C]
+        owner_C = rollout_C[valid_C]
         if estimator.method == "return_to_go":
-            own = normalised(values, owners, scale=estimator.scale, baseline=estimator.baseline)
+            own_C = estimators.normalise(return_C, owner_C, scale=estimator.scale, baseline=estimator.baseline)
         else:
-            calls = [call for calls, valid in zip(selected, valid_R, strict=True) if valid for call in calls]
+            calls = [call for rollout in rollouts if rollout.reward is not None for call in rollout.calls]
             states = [(call.agent, call.prompt_T.tobytes()) for call in calls]
-            own = estimator.state_weight * same_state(values, owners, states, scale=estimator.scale)
-        advantage_C[counts_C] += own
-    ends = np.cumsum([len(calls) for calls in selected])
-    return [advantage_C[end - len(calls) : end].astype(np.float32) for calls, end in zip(selected, ends, strict=True)]
+            own_C = estimator.state_weight * estimators.same_state_advantages(
+                return_C, owner_C, states, scale=estimator.scale
+            )
+        advantage_C[valid_C] += own_C
+    ends = np.cumsum([len(rollout.selected) for rollout in rollouts])
+    return [part.astype(np.float32) for part in np.split(advantage_C, ends[:-1])] if rollouts else []
 
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """One rollout's part of a Credit: samples, or the reason why there are none."""
+    """The contribution of one rollout to a Credit: its samples, or the reason why it has none."""
 
     samples: tuple[Sample, ...]
     reason: str | None
     dropped_tokens: Mapping[str, int]
     dropped_calls: Mapping[str, str] = field(default_factory=dict)
-    """Call id -> reason, of calls whose row alone was dropped."""
+    """Call id -> reason, for calls whose row alone was dropped."""
+
+    @classmethod
+    def of(cls, rollout: _Rollout, advantage: Floats, *, is_useful: bool, rules: CreditRules) -> _Share:
+        """`advantage` has the shape of the selected calls. `is_useful` is False if the group has no gradient."""
+        reason = None
+        if rollout.reward is None:
+            reason = rules.failures.reason_of(rollout.trajectory)
+        elif rollout.num_sampled == 0:
+            reason = NO_SELECTED_CALL
+        elif not is_useful:
+            reason = NO_SPREAD
+        if reason is not None:
+            return cls((), reason, {reason: rollout.num_sampled} if rollout.num_sampled else {})
+        earned = estimators.carry_back(rollout.reward_T, rollout.selected)
+        samples, dropped = to_samples(rollout.trajectory, rollout.calls, advantage, earned, max_tokens=rules.max_tokens)
+        tokens: Counter[str] = Counter()
+        for drop in dropped:
+            tokens[drop.reason] += drop.tokens
+        dropped_calls = {call_id: drop.reason for drop in dropped for call_id in drop.calls}
+        return cls(samples, None if samples else OVERLONG_SAMPLE, tokens, dropped_calls)
 
 
-def _share(
-    trajectory: Trajectory,
-    calls: Sequence[ModelCall],
-    masked: str | None,
-    worthwhile: bool,
-    advantage: Floats,
-    earning: NDArray[np.float64],
-    max_tokens: int,
-) -> _Share:
-    num_sampled = _num_sampled(calls)
-    reason = masked
-    if reason is None and num_sampled == 0:
-        reason = NO_SELECTED_CALL
-    elif reason is None and not worthwhile:
-        reason = NO_SPREAD
-    if reason is not None:
-        return _Share((), reason, {reason: num_sampled} if num_sampled else {})
-    samples, dropped = to_samples(trajectory, calls, advantage, earning, max_tokens=max_tokens)
-    tokens: Counter[str] = Counter()
-    for drop in dropped:
-        tokens[drop.reason] += drop.tokens
-    calls_of = {call_id: drop.reason for drop in dropped for call_id in drop.calls}
-    return _Share(samples, None if samples else OVERLONG_SAMPLE, tokens, calls_of)
-
-
-def _num_sampled(calls: Sequence[ModelCall]) -> int:
-    return sum(call.response_T.size for call in calls)
-
-
-def _measure(group: Group, accounting: _Accounting, samples: Sequence[Sample], *, with_air: bool) -> Metrics:
-    """Averages over: rewards that count, the group, its rollouts, the calls of trained agents, the trained rows."""
-    calls = [call for calls in accounting.selected for call in calls]
+def _measure(accounting: _Accounting, samples: Sequence[Sample], *, with_air: bool) -> Metrics:
+    """The metrics of a group: averages over rewards, rollouts, calls of trained agents, and trained rows."""
+    rollouts = accounting.rollouts
+    calls = [call for rollout in rollouts for call in rollout.calls]
     metrics = {
-        "reward": Mean.of(reward for reward in accounting.rewards if reward is not None),
+        "reward": Mean.of(rollout.reward for rollout in rollouts if rollout.reward is not None),
         "group/no_spread": Mean.of([not accounting.spread]),
-        "rollout/finished": Mean.of(t.outcome is Outcome.FINISHED for t in group.trajectories),
-        "rollout/calls": Mean.of(len(calls) for calls in accounting.selected),
-        "rollout/response_tokens": Mean.of(_num_sampled(calls) for calls in accounting.selected),
+        "rollout/finished": Mean.of(rollout.trajectory.outcome is Outcome.FINISHED for rollout in rollouts),
+        "rollout/calls": Mean.of(len(rollout.selected) for rollout in rollouts),
+        "rollout/response_tokens": Mean.of(rollout.num_sampled for rollout in rollouts),
         "call/prompt_tokens": Mean.of(call.prompt_T.size for call in calls),
         "call/response_tokens": Mean.of(call.response_T.size for call in calls),
         "sample/tokens": Mean.of(sample.token_T.size for sample in samples),
     }
-    names = sorted({one.name for t in group.trajectories for one in t.rewards})
-    for name in names:
-        metrics[f"emitted/{name}"] = Mean.of(o.value for t in group.trajectories for o in t.rewards if o.name == name)
+    emitted = [reward for rollout in rollouts for reward in rollout.trajectory.rewards]
+    for name in sorted({reward.name for reward in emitted}):
+        metrics[f"emitted/{name}"] = Mean.of(reward.value for reward in emitted if reward.name == name)
     if with_air:
-        metrics["air/reward"] = Mean.of(float(one.intermediate_T.sum()) for one in accounting.earned)
+        metrics["air/reward"] = Mean.of(float(rollout.intermediate_T.sum()) for rollout in rollouts)
     return metrics

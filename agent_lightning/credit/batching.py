@@ -1,4 +1,4 @@
-"""Samples -> right-padded batches. Rows of one rollout stay together; each rollout weighs the same."""
+"""From samples to right-padded batches. Rows of one rollout stay together, and each rollout has the same weight."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def pack(
     pad_multiple: int = 1,
     row_multiple: int = 1,
 ) -> tuple[Batch, ...]:
-    """Batches of at most `rollouts_per_batch` rollouts (None: all in one), in order of first appearance.
+    """Batches of at most `rollouts_per_batch` rollouts (None: a single batch), in order of first appearance.
 
-    The rollouts are spread evenly: 9 with rollouts_per_batch=8 make batches of 5 and 4, not 8 and 1. In each batch the
-    number of rows is rounded up to `row_multiple` and the number of columns to `pad_multiple`.
+    The rollouts are spread evenly: 9 rollouts with rollouts_per_batch=8 make batches of 5 and 4, not of 8 and 1. The
+    number of rows is rounded up to a multiple of `row_multiple`, the number of columns to one of `pad_multiple`.
 
     Example, rollouts A (rows 5 6* 7* and 5 8*) and B (row 5 9*), * = trained, pad_token=0, row_multiple=4:
 
@@ -30,8 +30,8 @@ def pack(
                     0 0 0                   0   0   0                1
 
     A padding row has weight 0 and mask False everywhere, and length 1, so that no engine meets an empty sequence.
-    No samples -> no batches. Raises ValueError for a number below 1, or a rollout without one trained token: it
-    would have weight but nothing to put it on.
+    No samples make no batches. Raises ValueError if a number is below 1, or if a rollout has no trained token that
+    could bear its weight.
     """
     for name, number in (("pad_multiple", pad_multiple), ("row_multiple", row_multiple)):
         if number < 1:
@@ -51,7 +51,7 @@ def pack(
 
 
 def _split_evenly(rollouts: list[list[Sample]], size: int | None) -> list[list[list[Sample]]]:
-    """As few parts of at most `size` as possible, their sizes differing by one at most, larger ones first."""
+    """As few parts of at most `size` rollouts as possible; sizes differ by at most 1, and larger parts come first."""
     if not rollouts:
         return []
     num_parts = 1 if size is None else -(-len(rollouts) // size)

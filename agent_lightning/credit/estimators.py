@@ -1,6 +1,7 @@
-"""Returns and advantages of the calls of a group: NumPy, no spans, no batches.
+"""Returns and advantages of the calls of a group, as functions of NumPy arrays.
 
-Shapes: `_R` rollouts of a group, `_C` all calls of the group, rollout after rollout; `rollout_C` says whose they are.
+Shapes: `_R` the rollouts of a group; `_C` all calls of the group, one rollout after the other, with `rollout_C` the
+index of each call's rollout; `_T` the calls of one rollout.
 Statistics are taken over rollouts: a rollout with ten calls weighs as much as one with a single call.
 """
 
@@ -16,18 +17,19 @@ from numpy.typing import NDArray
 from agent_lightning.core.types import Bools, Floats
 
 Scale = Literal["std", "none", "batch"]
-"""batch: left as it is in the group, and `whitened` over the whole step later."""
+"""What the advantages of a group are divided by. With "batch" they are not divided here: the learner applies `whiten`
+to the advantages of all groups of a step."""
 Baseline = Literal["mean", "leave_one_out", "none"]
 Values = NDArray[np.float64]
 
 _EPSILON = 1e-6
-"""Added to a standard deviation; veRL's compute_grpo_outcome_advantage has the same."""
+"""A number added to standard deviations, the same as in veRL's compute_grpo_outcome_advantage."""
 
 
-def group_normalised(
+def normalise_group(
     rewards_R: NDArray[np.floating], valid_R: Bools, *, scale: Scale = "std", baseline: Baseline = "mean"
 ) -> Floats:
-    """How much better each rollout did than its group; shape [R], computed in float64.
+    """The advantage of each rollout over its group; shape [R], computed in float64.
 
     scale="std" is GRPO, arXiv 2402.03300 section 4.1: (r - mean) / (std + epsilon), with the sample standard deviation
     (ddof=1). scale="none" is Dr. GRPO, arXiv 2503.20783: r - mean. baseline="leave_one_out" with scale="none" is RLOO,
@@ -41,33 +43,33 @@ def group_normalised(
         scale="none"                          0.67 -0.33 -0.33     0
         scale="none", "leave_one_out"            1  -0.5  -0.5     0
 
-    Mean and std are over valid rollouts. Invalid ones get 0, and so do all, exactly, where fewer than two are valid or
-    all valid rewards are equal. Raises ValueError for different shapes or a valid reward that is not finite.
+    Mean and std are taken over the valid rollouts. Invalid rollouts get 0. All get exactly 0 if fewer than two rollouts
+    are valid or all valid rewards are equal. Raises ValueError if the shapes differ or a valid reward is not finite.
     """
     if rewards_R.shape != valid_R.shape:
         raise ValueError(f"rewards of shape {rewards_R.shape}, validity of shape {valid_R.shape}")
     advantage_R = np.zeros(rewards_R.shape, np.float32)
     valid = rewards_R[valid_R].astype(np.float64)
-    advantage_R[valid_R] = normalised(valid, np.arange(valid.size), scale=scale, baseline=baseline)
+    advantage_R[valid_R] = normalise(valid, np.arange(valid.size), scale=scale, baseline=baseline)
     return advantage_R
 
 
-def normalised(
+def normalise(
     value_C: Values, rollout_C: NDArray[np.integer], *, scale: Scale = "std", baseline: Baseline = "mean"
 ) -> Values:
-    """How much better each call did than its group, where calls have values of their own; shape [C].
+    """The advantage of each call over its group, if each call has a value of its own; shape [C].
 
-    With n_i calls in rollout i of R, a call weighs 1 / n_i: mean = sum(value / n_i) / R, and
-    std^2 = sum((value - mean)^2 / n_i) / (R - 1). Where all calls of a rollout have its reward, this is
-    `group_normalised`. Process supervision in arXiv 2402.03300 section 4.1.3 has the same form, with statistics over
+    If rollout i of R has n_i calls, each of them weighs 1 / n_i: mean = sum(value / n_i) / R, and
+    std^2 = sum((value - mean)^2 / n_i) / (R - 1). If all calls of a rollout have its reward as value, this equals
+    `normalise_group`. Process supervision in arXiv 2402.03300 section 4.1.3 has the same form, with statistics over
     steps instead of rollouts. "leave_one_out" takes the mean over the other rollouts.
 
     Example, rollout 0 with values 1 and 0, rollout 1 with value 1, scale="none":
 
         mean = (0.5 + 1) / 2 = 0.75  ->  0.25 -0.75 | 0.25
 
-    All zeros, exactly, where there are fewer than two rollouts or all values are equal; but baseline="none" gives the
-    values themselves, whatever the scale. Raises ValueError for a value that is not finite.
+    The result is exactly 0 for all calls if there are fewer than two rollouts or all values are equal. baseline="none"
+    returns the values unchanged, whatever the scale. Raises ValueError if a value is not finite.
     """
     if not np.isfinite(value_C).all():
         raise ValueError(f"values {value_C.tolist()} are not all finite")
@@ -90,58 +92,60 @@ def normalised(
     return np.asarray(centred_C / (std + _EPSILON))
 
 
-def whitened(value_C: Values, rollout_C: NDArray[np.integer]) -> Values:
-    """Values of a whole step with mean 0 and standard deviation 1, each rollout with the same weight; shape [C].
+def whiten(value_C: Values, rollout_C: NDArray[np.integer]) -> Values:
+    """The values of all rollouts of a step, scaled to mean 0 and standard deviation 1; shape [C].
 
-    The normalisation of REINFORCE++, arXiv 2501.03262 section 3, and of PPO's advantages: veRL's masked_whiten, with
-    statistics over rollouts instead of tokens. Mean and variance are those of `normalised`.
+    This is the normalisation of REINFORCE++, arXiv 2501.03262 section 3, and of PPO's advantages: veRL's masked_whiten,
+    but each rollout has the same weight, instead of each token. Mean and variance are those of `normalise`.
 
     Example, two rollouts of one token each:
 
-        whitened([1, 0], [0, 1])  # 0.7071 -0.7071
+        whiten([1, 0], [0, 1])  # 0.7071 -0.7071
     """
-    centred_C = normalised(value_C, rollout_C, scale="none")
+    centred_C = normalise(value_C, rollout_C, scale="none")
     _, member_C, count_R = np.unique(rollout_C, return_inverse=True, return_counts=True)
     variance = (centred_C**2 / count_R[member_C]).sum() / max(count_R.size - 1, 1)
     return np.asarray(centred_C / np.sqrt(variance + 1e-8))
 
 
-def generalised_advantage(reward_RS: Values, value_RS: Values, *, discount: float, trace: float) -> Values:
-    """Generalised advantage estimation, arXiv 1506.02438 eq. 16; `_S` steps of each rollout, zeros after its last.
+def generalised_advantage(reward_RS: Values, value_RS: Values, *, discount: float, gae_lambda: float) -> Values:
+    """Generalised advantage estimation (GAE), arXiv 1506.02438 eq. 16; shape [R, S].
 
-    delta[s] = r[s] + discount * V[s+1] - V[s], and A[s] = delta[s] + discount * trace * A[s+1]: nothing follows the
-    last step. `trace` is the paper's lambda. veRL's compute_gae_advantage_return is the same before its whitening.
+    `_S` are the steps of each rollout, with zeros after its last step.
+    delta[s] = r[s] + discount * V[s+1] - V[s], and A[s] = delta[s] + discount * gae_lambda * A[s+1], with V and A equal
+    to 0 after the last step. veRL's compute_gae_advantage_return computes the same before its whitening.
 
     Example, discount=1:
 
         reward_RS               0     0     1
         value_RS              0.5   0.5   0.5
-        trace=1               0.5   0.5   0.5
-        trace=0                 0     0   0.5
+        gae_lambda=1          0.5   0.5   0.5
+        gae_lambda=0            0     0   0.5
     """
     advantage_RS = reward_RS - value_RS
     advantage_RS[:, :-1] += discount * value_RS[:, 1:]
     for s in range(advantage_RS.shape[1] - 2, -1, -1):
-        advantage_RS[:, s] += discount * trace * advantage_RS[:, s + 1]
+        advantage_RS[:, s] += discount * gae_lambda * advantage_RS[:, s + 1]
     return np.asarray(advantage_RS)
 
 
-def carried_back(reward_T: NDArray[np.floating], kept: Sequence[int]) -> Values:
-    """The rewards of the `kept` calls of a rollout: what another call earned goes to the last kept one before it.
+def carry_back(reward_T: NDArray[np.floating], kept: Sequence[int]) -> Values:
+    """Rewards of the `kept` calls (indices) of a rollout, including those of the calls that are left out.
 
-    What was earned before the first kept call is lost: no trained token led to it.
+    The reward of a call that is left out goes to the last kept call before it. Rewards before the first kept call are
+    lost: no trained token led to them.
 
     Example:
 
-        carried_back([1, 2, 3, 4], [1, 2])  # [2 7]
+        carry_back([1, 2, 3, 4], [1, 2])  # [2 7]
     """
     owner_T = np.searchsorted(kept, np.arange(reward_T.size), side="right") - 1
-    led_T = owner_T >= 0
-    return np.bincount(owner_T[led_T], reward_T[led_T], minlength=len(kept)).astype(np.float64)
+    owned_T = owner_T >= 0
+    return np.bincount(owner_T[owned_T], reward_T[owned_T], minlength=len(kept)).astype(np.float64)
 
 
 def returns_to_go(reward_T: NDArray[np.floating], discount: float) -> Values:
-    """What each call of a rollout and all that follow it earned: G[t] = r[t] + discount * G[t+1].
+    """The discounted return of each call of a rollout: G[t] = r[t] + discount * G[t+1]; shape [T].
 
     Sutton and Barto, Reinforcement Learning (2018), eq. 3.9.
 
@@ -155,13 +159,14 @@ def returns_to_go(reward_T: NDArray[np.floating], discount: float) -> Values:
     return return_T
 
 
-def same_state(
+def same_state_advantages(
     value_C: Values, rollout_C: NDArray[np.integer], state_C: Sequence[Hashable], *, scale: Scale = "std"
 ) -> Values:
-    """How much better each call did than calls of other rollouts that stood in the same state; shape [C].
+    """The advantage of each call over calls of other rollouts in the same state; shape [C].
 
-    The step-level advantage of GiGPO, arXiv 2505.10978 eq. 7: calls whose states are equal form a group of their own.
-    A state that only one rollout was in compares nothing, so its calls get 0. Statistics as in `normalised`.
+    This is the step-level advantage of GiGPO, arXiv 2505.10978 eq. 7: calls with equal states form a group of their
+    own. If a state occurs in a single rollout, nothing can be compared, and its calls get 0. The statistics are those
+    of `normalise`.
 
     Example, scale="none":
 
@@ -175,10 +180,10 @@ def same_state(
     for index, state in enumerate(state_C):
         members[state].append(index)
     for indices in members.values():
-        advantage_C[indices] = normalised(value_C[indices], rollout_C[indices], scale=scale)
+        advantage_C[indices] = normalise(value_C[indices], rollout_C[indices], scale=scale)
     return advantage_C
 
 
 def has_spread(values: NDArray[np.floating]) -> bool:
-    """Whether the values differ. By extremes: the std of equal floats can be 1e-17 instead of 0."""
+    """Whether the values differ. The extremes are compared, because the std of equal floats can be 1e-17."""
     return bool(values.size >= 2 and values.max() > values.min())

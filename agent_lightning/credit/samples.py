@@ -1,6 +1,6 @@
-"""Calls -> chains -> samples: which calls are trained, which extend each other, and the flat rows they make.
+"""From calls to samples: trained calls are selected, joined to chains whose prompts extend each other, and flattened.
 
-Every sampled token of the calls given to `to_samples` is either `mask_T` True in exactly one row, or counted in
+Every sampled token of the calls given to `to_samples` either has `mask_T` True in exactly one row, or is counted in
 exactly one `Dropped`.
 """
 
@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.types import Floats, Ints, ModelCall, Sample, Trajectory
-from agent_lightning.credit.estimators import carried_back
+from agent_lightning.credit.estimators import carry_back
 
 OVERLONG_SAMPLE: Final = "overlong_sample"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dropped:
-    """Sampled tokens that are not trained, and why."""
+    """Sampled tokens that are not trained, and the reason."""
 
     reason: str
     tokens: int
@@ -31,17 +31,17 @@ class Dropped:
     """Ids of the calls that sampled them."""
 
 
-def select(calls: Sequence[ModelCall], pattern: str) -> tuple[int, ...]:
+def select_calls(calls: Sequence[ModelCall], pattern: str) -> tuple[int, ...]:
     """Indices of the calls of trained agents; `pattern` is a comma-separated list of case-sensitive globs.
 
-    Calls of other models, which only a trace has, are context: no pattern selects them.
+    Calls of other models, which come from a trace, are context: no pattern selects them.
 
     Example, with calls of agents writer, judge, rewriter-2:
 
-        select(calls, "*")                  # 0, 1, 2
-        select(calls, "writer, rewriter*")  # 0, 2
+        select_calls(calls, "*")                  # 0, 1, 2
+        select_calls(calls, "writer, rewriter*")  # 0, 2
 
-    Raises ConfigError where the list is empty or has an empty entry.
+    Raises ConfigError if the list is empty or has an empty entry.
     """
     globs = [part.strip() for part in pattern.split(",")]
     if not all(globs):
@@ -53,12 +53,13 @@ def select(calls: Sequence[ModelCall], pattern: str) -> tuple[int, ...]:
     )
 
 
-def chains(calls: Sequence[ModelCall]) -> tuple[tuple[ModelCall, ...], ...]:
-    """Calls grouped into conversations: each attaches to the longest conversation that its prompt extends.
+def chain_calls(calls: Sequence[ModelCall]) -> tuple[tuple[ModelCall, ...], ...]:
+    """Group calls into conversations: a call joins the longest conversation that its prompt extends.
 
-    `calls` are in the order they were made. A conversation's history is the prompt and response of its last call; a
-    prompt extends it when it starts with all of it. A call that extends none starts a new conversation. Between equal
-    histories the earlier conversation is taken. Conversations come in the order of their first calls.
+    `calls` are in the order they were made. The history of a conversation is the prompt and response of its last call;
+    a prompt extends a conversation if it starts with all of its history. A call that extends no conversation starts a
+    new one. Between equal histories the earlier conversation is taken. Conversations are in the order of their first
+    calls.
 
     Example, two agents taking turns:
 
@@ -68,7 +69,7 @@ def chains(calls: Sequence[ModelCall]) -> tuple[tuple[ModelCall, ...], ...]:
         a2    1 5 6 9        3         a1
         b2    1 7 8 2        4         b1
 
-        chains([a1, b1, a2, b2])  # ((a1, a2), (b1, b2))
+        chain_calls([a1, b1, a2, b2])  # ((a1, a2), (b1, b2))
     """
     return tuple(tuple(calls[i] for i in members) for members in _chain_indices(calls))
 
@@ -83,7 +84,7 @@ def to_samples(
 ) -> tuple[tuple[Sample, ...], tuple[Dropped, ...]]:
     """One flat row for each chain of the `trained` calls; `advantage` and `reward` have shape [len(trained)].
 
-    Example, calls a1 and a2 of `chains` with advantages 0.5 and -1, rewards 0 and 2; a2 is the third trained call:
+    Example, calls a1 and a2 of `chain_calls` with advantages 0.5 and -1, rewards 0 and 2; a2 is the third trained call:
 
         token_T       1    5    6    9    3
         mask_T        0    0    1    0    1
@@ -91,11 +92,11 @@ def to_samples(
         reward_T      0    0    0    0    2
         call_T        0    0    0    0    2
 
-    A row of more than `max_tokens` tokens is dropped whole and returned as Dropped("overlong_sample", …): a cut
-    conversation would be trained on text that the policy never saw end. A chain that sampled no token makes no row.
-    What a call without a place in a row earned goes to the call before it (`estimators.carried_back`).
+    A row of more than `max_tokens` tokens is not cut but dropped, and returned as Dropped("overlong_sample", …): the
+    policy never saw a conversation end at the cut. A chain that sampled no token makes no row. The reward of a call
+    that is in no row goes to the call before it (`estimators.carry_back`).
 
-    Raises ValueError where `advantage` or `reward` has another shape.
+    Raises ValueError if `advantage` or `reward` has another shape.
     """
     if not advantage.shape == reward.shape == (len(trained),):
         raise ValueError(f"{len(trained)} trained calls but advantages of shape {advantage.shape}")
@@ -113,7 +114,7 @@ def to_samples(
             rows.append(members)
     kept = sorted(i for members in rows for i in members if trained[i].response_T.size)
     earned = np.zeros(len(trained), np.float32)
-    earned[kept] = carried_back(reward, kept)
+    earned[kept] = carry_back(reward, kept)
     return tuple(_flatten(trajectory, trained, members, advantage, earned) for members in rows), tuple(dropped)
 
 
@@ -121,7 +122,7 @@ def to_samples(
 class _Conversation:
     history_T: Ints
     members: list[int]
-    """Indices of its calls, in order."""
+    """Indices of the conversation's calls, in order."""
 
 
 def _chain_indices(calls: Sequence[ModelCall]) -> list[list[int]]:
@@ -130,7 +131,7 @@ def _chain_indices(calls: Sequence[ModelCall]) -> list[list[int]]:
         history_T = np.concatenate([call.prompt_T, call.response_T])
         longest: _Conversation | None = None
         for candidate in conversations:
-            # A candidate no longer than the best so far cannot win, so its tokens are not compared.
+            # A candidate that is not longer than the best so far cannot win: its tokens need not be compared.
             if longest is not None and candidate.history_T.size <= longest.history_T.size:
                 continue
             if _extends(call.prompt_T, candidate.history_T):
@@ -144,10 +145,11 @@ def _chain_indices(calls: Sequence[ModelCall]) -> list[list[int]]:
 
 
 def _extends(prompt_T: Ints, history_T: Ints) -> bool:
+    """Whether a prompt starts with all of a history."""
     size = history_T.size
     if prompt_T.size < size:
         return False
-    # Conversations share their system prompt and part late: the last token rejects most of them at once.
+    # Conversations share their system prompt and differ late: the last token rejects most of them at once.
     if size and prompt_T[size - 1] != history_T[-1]:
         return False
     return np.array_equal(prompt_T[:size], history_T)
@@ -156,7 +158,7 @@ def _extends(prompt_T: Ints, history_T: Ints) -> bool:
 def _flatten(
     trajectory: Trajectory, trained: Sequence[ModelCall], members: Sequence[int], advantage: Floats, reward: Floats
 ) -> Sample:
-    """The last call's prompt and response hold all earlier ones; each response sits right after its own prompt."""
+    """The row of a chain: the last call's prompt and response, which contain those of all earlier calls."""
     chain = [trained[i] for i in members]
     token_T = np.concatenate([chain[-1].prompt_T, chain[-1].response_T]).astype(np.int32)
     mask_T = np.zeros(token_T.shape, np.bool_)

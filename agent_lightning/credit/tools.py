@@ -1,6 +1,6 @@
-"""What an agent's tools did, read from its model calls: no instrumentation, any language. Pure.
+"""Tool calls, read from the model calls of an agent: this needs no instrumentation and works for any language.
 
-A reply asks for tools; the next request that carries on the conversation shows what they returned.
+A reply requests tools; the next request of the same conversation contains their results.
 """
 
 from __future__ import annotations
@@ -21,35 +21,34 @@ _TIMEOUT = re.compile(r"\btime[d]?[ -]?out\b|\btimeouterror\b|deadline exceeded"
 _ERROR = re.compile(r"^\W*(\w*error|\w*exception|traceback|failed|failure|cannot|could not)\b", re.IGNORECASE)
 _EMPTY = frozenset(["", "null", "none", "[]", "{}", '""'])
 _HEAD = 400
-"""Characters of a result that are searched for the words of an error: a long result is one, whatever it quotes."""
+"""Characters of a result that are searched for the words of an error: later ones may quote other errors."""
 
 
 def tool_calls(calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
-    """The tool calls that the replies of `calls` asked for, in order, with what later requests say of their results.
+    """The tool calls in the replies of `calls`, in order, with their results from later requests.
 
-    `calls` are one attempt's, in the order they were made. An id that a later reply uses again is another call: each
-    takes the first answer after its own reply.
+    `calls` are those of one attempt, in the order they were made. If a later reply uses an id again, it is another tool
+    call: each takes the first result after its own reply.
 
     Example: a reply with tool call calculator({"expression": "1/0"}), and a next request that ends with
     {"role": "tool", "tool_call_id": "call_0", "content": "error: division by zero"}, give
     ToolCall(name="calculator", status=ToolStatus.ERROR, result="error: division by zero", …).
     """
-    asked = [list(_asked(call)) for call in calls]
-    if not any(asked):
+    requested = [list(_requested_tools(call)) for call in calls]
+    if not any(requested):
         return ()
-    answers = [_answers(call) for call in calls]
-    found: list[ToolCall] = []
-    for index, requests in enumerate(asked):
-        call = calls[index]
-        for number, request in enumerate(requests):
+    results = [_tool_results(call) for call in calls]
+    tools: list[ToolCall] = []
+    for index, call in enumerate(calls):
+        for number, request in enumerate(requested[index]):
             function = _mapping(request.get("function"))
             identity = str(request.get("id") or "")
             arguments = _text(function.get("arguments"))
-            # A conversation is sent whole each time: the first later request that has the id has this call's answer,
-            # unless its own reply comes twice in it.
-            after = next((i for i in range(index + 1, len(calls)) if identity in answers[i]), None)
-            result = None if after is None else answers[after][identity]
-            found.append(
+            # Each request repeats the conversation: the first later request with the id has this call's result, unless
+            # the same reply occurs twice in the conversation.
+            after = next((i for i in range(index + 1, len(calls)) if identity in results[i]), None)
+            result = None if after is None else results[after][identity]
+            tools.append(
                 ToolCall(
                     key=call.key,
                     span_id=f"{call.call_id}/{number}",
@@ -59,23 +58,23 @@ def tool_calls(calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
                     name=str(function.get("name") or ""),
                     arguments=arguments,
                     result=result or "",
-                    status=status_of(arguments, result),
+                    status=tool_status(arguments, result),
                     started_at=call.ended_at,
                     ended_at=call.ended_at if after is None else max(call.ended_at, calls[after].started_at),
                     source="request",
                 )
             )
-    return tuple(found)
+    return tuple(tools)
 
 
-def status_of(arguments: str, result: str | None) -> ToolStatus:
-    """How a tool call went, from its arguments and its result; `result` is None where no request has one.
+def tool_status(arguments: str, result: str | None) -> ToolStatus:
+    """The status of a tool call, from its arguments and its result; `result` is None if no request contains one.
 
     Example:
 
-        status_of('{"x": 1}', "3")                    # ok
-        status_of('{"x": 1}', "Error: no such file")  # error
-        status_of("x=1", "3")                         # invalid_arguments
+        tool_status('{"x": 1}', "3")                    # ok
+        tool_status('{"x": 1}', "Error: no such file")  # error
+        tool_status("x=1", "3")                         # invalid_arguments
     """
     if result is None:
         return ToolStatus.UNANSWERED
@@ -96,8 +95,8 @@ def status_of(arguments: str, result: str | None) -> ToolStatus:
     return ToolStatus.INVALID_ARGUMENTS if _INVALID.search(complaint) else ToolStatus.ERROR
 
 
-def canonical(arguments: str) -> str:
-    """Arguments that mean the same have the same text: JSON with sorted keys, or else without outer blanks."""
+def canonical_arguments(arguments: str) -> str:
+    """Arguments in a form that is equal if they mean the same: JSON with sorted keys, or else the stripped text."""
     try:
         return json.dumps(json.loads(arguments), sort_keys=True, separators=(",", ":"))
     except (ValueError, RecursionError):
@@ -105,21 +104,20 @@ def canonical(arguments: str) -> str:
 
 
 def reply_identity(call: ModelCall) -> tuple[str, tuple[tuple[str, str], ...]] | None:
-    """What a reply says and asks for, so that two accounts of it can be compared; None where nothing is known of it.
+    """The text and tool calls of a reply, to compare two records of it; None if the reply is empty or unknown.
 
     Example: {"content": " 4 ", "tool_calls": [{"function": {"name": "f", "arguments": "{ }"}}]} gives
     ("4", (("f", "{}"),)).
     """
-    reply = _mapping(_json(call.reply))
-    asked = [_mapping(request.get("function")) for request in _asked(call)]
-    said = _text(reply.get("content")).strip()
-    if not said and not asked:
+    text = _text(_mapping(_json(call.reply)).get("content")).strip()
+    functions = [_mapping(request.get("function")) for request in _requested_tools(call)]
+    if not text and not functions:
         return None
-    return said, tuple((str(one.get("name") or ""), canonical(_text(one.get("arguments")))) for one in asked)
+    return text, tuple((str(f.get("name") or ""), canonical_arguments(_text(f.get("arguments")))) for f in functions)
 
 
 def looks_like_tool_call(call: ModelCall) -> bool:
-    """Whether a reply tried to be a tool call and could not be parsed as one.
+    """Whether a reply looks like a tool call that the engine could not parse.
 
     Example: content '<tool_call>\\n{"name": "calculator", "arguments": {' and no tool_calls -> True.
     """
@@ -132,7 +130,7 @@ def looks_like_tool_call(call: ModelCall) -> bool:
 
 
 def _complaint(text: str) -> str | None:
-    """The words in which a result says that it is an error, None where it does not."""
+    """The error message in a result; None if the result is no error."""
     if text.startswith("{"):
         fields = _mapping(_json(text))
         error = fields.get("error") or fields.get("isError") or fields.get("is_error")
@@ -141,8 +139,8 @@ def _complaint(text: str) -> str | None:
     return head if _ERROR.match(head) or _TIMEOUT.match(head) else None
 
 
-def _asked(call: ModelCall) -> Iterator[Mapping[str, Any]]:
-    """The tool calls in a reply, in the OpenAI form."""
+def _requested_tools(call: ModelCall) -> Iterator[Mapping[str, Any]]:
+    """The tool calls in a reply, in OpenAI's form."""
     if '"tool_calls"' not in call.reply:
         return
     for request in _mapping(_json(call.reply)).get("tool_calls") or ():
@@ -150,8 +148,8 @@ def _asked(call: ModelCall) -> Iterator[Mapping[str, Any]]:
             yield request
 
 
-def _answers(call: ModelCall) -> dict[str, str]:
-    """Tool call id -> result, of the tool messages in a request; the last of an id counts."""
+def _tool_results(call: ModelCall) -> dict[str, str]:
+    """Tool call id -> result, from the tool messages in a request; if an id occurs twice, the last result counts."""
     if '"tool_call_id"' not in call.request:
         return {}
     messages = _json(call.request)
@@ -174,7 +172,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """Content as text: OpenAI allows a list of parts."""
+    """Content as text; OpenAI allows a list of parts."""
     if isinstance(value, list):
         return "".join(str(_mapping(part).get("text") or "") for part in value)
     if value is None or isinstance(value, str):

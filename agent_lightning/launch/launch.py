@@ -179,8 +179,8 @@ def learner_config(config: Config, model: str) -> LearnerConfig:
         clip_range=config.critic.clip_range,
         warmup_steps=config.critic.warmup_steps,
         discount=credit.discount,
-        trace=credit.gae_lambda,
-        over=cast(Any, credit.gae_over),
+        gae_lambda=credit.gae_lambda,
+        level=cast(Any, credit.gae_over),
     )
     return LearnerConfig(
         model_path=model,

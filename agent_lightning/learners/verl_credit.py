@@ -9,7 +9,7 @@ import numpy as np
 
 from agent_lightning.core.metrics import Max, Mean, Metrics, Sum, merge
 from agent_lightning.core.types import Batch, Bools, Floats
-from agent_lightning.credit.tokens import explained_variance, first_of_call, step_advantages, whiten
+from agent_lightning.credit.tokens import explained_variance, share_first_values, step_advantages, whiten_step
 from agent_lightning.learners.verl_groups import LearnerConfig
 
 
@@ -58,7 +58,7 @@ def prepare(batches: Sequence[Batch], said: Sequence[Forward], config: LearnerCo
         corrections.append(correction_NT)
         advantages.append(advantage_NT)
     if config.normalise and batches:
-        advantages = whiten(batches, advantages)
+        advantages = whiten_step(batches, advantages)
     if config.critic is not None and batches:
         records.append({"critic/explained_variance": Mean.of([_explained(batches, columns)])})
     prepared = [
@@ -126,9 +126,14 @@ def _advantages(
             return batch.advantage_NT, {}
         return batch.advantage_NT + step_advantages(batch, -penalty_NT, np.zeros_like(penalty_NT)), {}
     advantage_NT = step_advantages(
-        batch, batch.reward_NT - penalty_NT, value_NT, discount=critic.discount, trace=critic.trace, over=critic.over
+        batch,
+        batch.reward_NT - penalty_NT,
+        value_NT,
+        discount=critic.discount,
+        gae_lambda=critic.gae_lambda,
+        level=critic.level,
     )
-    state_NT = first_of_call(batch, value_NT) if critic.over == "call" else value_NT
+    state_NT = share_first_values(batch, value_NT) if critic.level == "call" else value_NT
     return advantage_NT, {"values": value_NT, "returns": advantage_NT + state_NT}
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from agent_lightning.core.types import Batch, Floats
-from agent_lightning.credit.tokens import Over
+from agent_lightning.credit.tokens import AdvantageLevel
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -44,8 +44,8 @@ class CriticSettings:
     warmup_steps: int = 0
     """First steps of the run in which the critic alone is trained."""
     discount: float = 1.0
-    trace: float = 0.95
-    over: Over = "token"
+    gae_lambda: float = 0.95
+    level: AdvantageLevel = "token"
 
 
 @dataclass(slots=True, kw_only=True)

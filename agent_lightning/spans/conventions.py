@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agent_lightning.core.types import AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus
-from agent_lightning.credit.tools import status_of
+from agent_lightning.credit.tools import tool_status
 from agent_lightning.spans.attributes import FIELDS, Kind
 from agent_lightning.spans.fields import (
     agent_name_of,
@@ -203,7 +203,7 @@ def _tools(tree: SpanTree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple
         match = asked.take(identity, name, arguments, before, cause)
         arguments = match.arguments if match else arguments
         result = text_of(given) if given is not None else match.result or None if match else None
-        seen = status_of(arguments, f"error: {span.error}" if span.error else result)
+        seen = tool_status(arguments, f"error: {span.error}" if span.error else result)
         tools.append(
             ToolCall(
                 key=key,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from agent_lightning.core.types import ModelCall, ToolCall
-from agent_lightning.credit.tools import canonical, tool_calls
+from agent_lightning.credit.tools import canonical_arguments, tool_calls
 
 
 class Asked:
@@ -19,14 +19,14 @@ class Asked:
         self._taken: set[str] = set()
         self._all = tool_calls(calls)
         for one in self._all:
-            for index in (("id", one.tool_call_id), ("name", one.name), (one.name, canonical(one.arguments))):
+            for index in (("id", one.tool_call_id), ("name", one.name), (one.name, canonical_arguments(one.arguments))):
                 self._open.setdefault(index, deque()).append(one)
 
     def take(self, identity: str, name: str, arguments: str, before: int, cause: str) -> ToolCall | None:
         """The one that a span is, of the first `before` calls, or of the call `cause`: by its id, in the newest reply;
         or the oldest with its name and arguments; or the only one with its name."""
         same_id = list(self._find(("id", identity), before, cause)) if identity else []
-        same = islice(self._find((name, canonical(arguments)), before, cause), 1)
+        same = islice(self._find((name, canonical_arguments(arguments)), before, cause), 1)
         same_name = list(islice(self._find(("name", name), before, cause), 2))
         found = same_id[-1] if same_id else next(same, same_name[0] if len(same_name) == 1 else None)
         if found is not None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.types import ModelCall, RolloutKey, ToolStatus, Trajectory
-from agent_lightning.credit.air import DEFAULT_RULES, Air, Rule, events
-from agent_lightning.credit.tools import looks_like_tool_call, status_of, tool_calls
+from agent_lightning.credit.air import DEFAULT_RULES, Air, Rule, observed_events
+from agent_lightning.credit.tools import looks_like_tool_call, tool_calls, tool_status
 from agent_lightning.toy.world import trajectory
 
 KEY = RolloutKey(split="train", group=0, index=0)
@@ -96,7 +96,7 @@ def test_an_id_used_again_is_another_call() -> None:
     ],
 )
 def test_status(arguments: str, result: str | None, status: str) -> None:
-    assert status_of(arguments, result) == status
+    assert tool_status(arguments, result) == status
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_events_of_a_rollout() -> None:
     same = ("sql", '{"q": 1, "db": 2}', "error: x")
     calls = conversation([same], [("sql", '{"db": 2,"q": 1}', "7")], answer="<tool_call>")
     cut = model_call(3, reply={"content": "and so on"}, finish_reason="length")
-    assert [(e.call, e.kind) for e in events(seen([*calls, cut]))] == [
+    assert [(e.call, e.kind) for e in observed_events(seen([*calls, cut]))] == [
         (0, "error"),
         (1, "repeated"),
         (2, "unparsed"),

@@ -16,9 +16,10 @@ from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.metrics import values
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
 from agent_lightning.credit.air import Air, Rule
-from agent_lightning.credit.assign import Credit, assign, examine
+from agent_lightning.credit.assign import Credit, assign, explain_credit
 from agent_lightning.credit.estimators import Baseline, Scale
-from agent_lightning.credit.rules import CreditRules, Estimator, FailurePolicy, Method
+from agent_lightning.credit.failures import FailurePolicy
+from agent_lightning.credit.rules import CreditRules, Estimator, Method
 
 
 def trajectory(
@@ -329,7 +330,7 @@ def test_where_the_step_decides_a_group_without_spread_is_trained() -> None:
 def test_a_critic_s_advantage_is_not_known_to_explain() -> None:
     one = trajectory(0, [1, 1], reward=1.0, agents=["writer", "judge"])
     rules = CreditRules(agents="writer", estimator=Estimator(method="gae", scale="none"))
-    first, second = examine(
+    first, second = explain_credit(
         Group(group_id="train-0", task=Task(task_id="t", payload={}), trajectories=(one,)), 0, rules
     )
     assert (first.status, second.status, second.advantage) == ("trained", "not selected", 0.0)

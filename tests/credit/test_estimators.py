@@ -12,10 +12,10 @@ from agent_lightning.core.errors import ConfigError
 from agent_lightning.credit.estimators import (
     Scale,
     generalised_advantage,
-    group_normalised,
-    normalised,
+    normalise,
+    normalise_group,
     returns_to_go,
-    same_state,
+    same_state_advantages,
 )
 from agent_lightning.credit.rules import Estimator
 
@@ -35,29 +35,31 @@ NORMALISED: list[tuple[Scale, list[float], list[int], list[float]]] = [
 
 @pytest.mark.parametrize(("scale", "rewards", "valid", "expected"), NORMALISED)
 def test_group_normalised(scale: Scale, rewards: list[float], valid: list[int], expected: list[float]) -> None:
-    found = group_normalised(np.array(rewards, np.float64), np.array(valid, np.bool_), scale=scale)
+    found = normalise_group(np.array(rewards, np.float64), np.array(valid, np.bool_), scale=scale)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_without_a_baseline_the_rewards_stay_as_they_are() -> None:
     for scale in ("none", "batch"):
-        same = group_normalised(np.array([1.0, 1.0, 7.0]), np.array([1, 1, 0], np.bool_), scale=scale, baseline="none")
+        same = normalise_group(np.array([1.0, 1.0, 7.0]), np.array([1, 1, 0], np.bool_), scale=scale, baseline="none")
         assert same.tolist() == [1, 1, 0]
 
 
-@pytest.mark.parametrize(("trace", "expected"), [(1.0, [0.5, 0.5, 0.5]), (0.0, [0, 0, 0.5]), (0.5, [0.125, 0.25, 0.5])])
-def test_generalised_advantage(trace: float, expected: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("gae_lambda", "expected"), [(1.0, [0.5, 0.5, 0.5]), (0.0, [0, 0, 0.5]), (0.5, [0.125, 0.25, 0.5])]
+)
+def test_generalised_advantage(gae_lambda: float, expected: list[float]) -> None:
     rewards, values = np.array([[0.0, 0, 1], [2, 0, 0]]), np.array([[0.5, 0.5, 0.5], [1, 0, 0]])
-    found = generalised_advantage(rewards, values, discount=1.0, trace=trace)
+    found = generalised_advantage(rewards, values, discount=1.0, gae_lambda=gae_lambda)
     np.testing.assert_allclose(found, [expected, [1, 0, 0]])
 
 
 def test_group_normalised_refuses_what_is_not_a_reward() -> None:
     with pytest.raises(ValueError, match="not all finite"):
-        group_normalised(np.array([math.inf, 0.0]), np.ones(2, np.bool_))
+        normalise_group(np.array([math.inf, 0.0]), np.ones(2, np.bool_))
     with pytest.raises(ValueError, match="validity of shape"):
-        group_normalised(np.zeros(2), np.ones(3, np.bool_))
+        normalise_group(np.zeros(2), np.ones(3, np.bool_))
 
 
 rewards_and_valid = st.lists(
@@ -70,10 +72,10 @@ Rollouts = tuple[NDArray[np.float64], NDArray[np.bool_]]
 @given(rewards_and_valid, st.floats(-10, 10), st.floats(0.1, 10))
 def test_advantages_do_not_depend_on_the_reward_s_unit(case: Rollouts, shift: float, factor: float) -> None:
     rewards, valid = case
-    moved = group_normalised(rewards * factor + shift, valid)
-    np.testing.assert_allclose(moved, group_normalised(rewards, valid), atol=1e-3)
-    unscaled = group_normalised(rewards * factor + shift, valid, scale="none")
-    np.testing.assert_allclose(unscaled, factor * group_normalised(rewards, valid, scale="none"), rtol=1e-4, atol=1e-4)
+    moved = normalise_group(rewards * factor + shift, valid)
+    np.testing.assert_allclose(moved, normalise_group(rewards, valid), atol=1e-3)
+    unscaled = normalise_group(rewards * factor + shift, valid, scale="none")
+    np.testing.assert_allclose(unscaled, factor * normalise_group(rewards, valid, scale="none"), rtol=1e-4, atol=1e-4)
 
 
 @settings(deadline=None, max_examples=1000)
@@ -81,25 +83,25 @@ def test_advantages_do_not_depend_on_the_reward_s_unit(case: Rollouts, shift: fl
 def test_order_of_rollouts_does_not_matter(case: Rollouts, seed: int, scale: Scale) -> None:
     rewards, valid = case
     order = np.random.default_rng(seed).permutation(len(rewards))
-    shuffled = group_normalised(rewards[order], valid[order], scale=scale)
-    np.testing.assert_allclose(shuffled, group_normalised(rewards, valid, scale=scale)[order], atol=1e-5)
+    shuffled = normalise_group(rewards[order], valid[order], scale=scale)
+    np.testing.assert_allclose(shuffled, normalise_group(rewards, valid, scale=scale)[order], atol=1e-5)
 
 
 @settings(deadline=None, max_examples=1000)
 @given(rewards_and_valid, st.sampled_from(["std", "none"]))
 def test_advantages_balance_and_masked_rollouts_leave_no_trace(case: Rollouts, scale: Scale) -> None:
     rewards, valid = case
-    found = group_normalised(rewards, valid, scale=scale)
+    found = normalise_group(rewards, valid, scale=scale)
     assert abs(float(found.sum())) < 1e-4
     assert not found[~valid].any()
-    np.testing.assert_array_equal(found[valid], group_normalised(rewards[valid], valid[valid], scale=scale))
+    np.testing.assert_array_equal(found[valid], normalise_group(rewards[valid], valid[valid], scale=scale))
 
 
 @pytest.mark.parametrize("scale", ["std", "none"])
 @settings(deadline=None, max_examples=1000)
 @given(reward=st.floats(-1e3, 1e3), size=st.integers(1, 12))
 def test_equal_rewards_give_exactly_zero(scale: Scale, reward: float, size: int) -> None:
-    assert group_normalised(np.full(size, reward), np.ones(size, np.bool_), scale=scale).tolist() == [0.0] * size
+    assert normalise_group(np.full(size, reward), np.ones(size, np.bool_), scale=scale).tolist() == [0.0] * size
 
 
 @pytest.mark.stack
@@ -119,7 +121,7 @@ def test_group_normalised_agrees_with_verl(scale: Scale) -> None:
             index=np.zeros(size, np.int64),
             norm_adv_by_std_in_grpo=scale == "std",
         )
-        ours = group_normalised(rewards, np.ones(size, np.bool_), scale=scale)
+        ours = normalise_group(rewards, np.ones(size, np.bool_), scale=scale)
         np.testing.assert_allclose(ours, theirs[:, 0].numpy(), rtol=1e-4, atol=1e-5)
 
 
@@ -131,7 +133,7 @@ def test_leave_one_out_agrees_with_verl() -> None:
     theirs, _ = core_algos.compute_rloo_outcome_advantage(
         torch.from_numpy(rewards)[:, None], response_mask=torch.ones(12, 1), index=np.zeros(12, np.int64)
     )
-    ours = group_normalised(rewards, np.ones(12, np.bool_), scale="none", baseline="leave_one_out")
+    ours = normalise_group(rewards, np.ones(12, np.bool_), scale="none", baseline="leave_one_out")
     np.testing.assert_allclose(ours, theirs[:, 0].numpy(), atol=1e-6)
 
 
@@ -140,13 +142,13 @@ def test_leave_one_out_agrees_with_verl() -> None:
 
 def test_a_rollout_weighs_the_same_however_many_calls_it_made() -> None:
     value_C = np.array([1.0, 0.0, 1.0])
-    assert normalised(value_C, np.array([0, 0, 1]), scale="none").tolist() == pytest.approx([0.25, -0.75, 0.25])
+    assert normalise(value_C, np.array([0, 0, 1]), scale="none").tolist() == pytest.approx([0.25, -0.75, 0.25])
     # Weighted variance: (0.25^2 + 0.75^2) / 2 + 0.25^2 over one degree of freedom.
     std = math.sqrt(0.3125 + 0.0625)
-    assert normalised(value_C, np.array([0, 0, 1])).tolist() == pytest.approx(
+    assert normalise(value_C, np.array([0, 0, 1])).tolist() == pytest.approx(
         [0.25 / std, -0.75 / std, 0.25 / std], rel=1e-5
     )
-    left_out = normalised(value_C, np.array([0, 0, 1]), scale="none", baseline="leave_one_out")
+    left_out = normalise(value_C, np.array([0, 0, 1]), scale="none", baseline="leave_one_out")
     assert left_out.tolist() == pytest.approx([0.0, -1.0, 0.5])
 
 
@@ -157,8 +159,8 @@ def test_where_calls_share_their_rollout_s_value_it_is_the_group_s(
 ) -> None:
     rewards = case[0]
     rollout_C = np.repeat(np.arange(rewards.size), counts[: rewards.size])
-    found = normalised(rewards[rollout_C], rollout_C, scale=scale)
-    whole = group_normalised(rewards, np.ones(rewards.size, np.bool_), scale=scale)
+    found = normalise(rewards[rollout_C], rollout_C, scale=scale)
+    whole = normalise_group(rewards, np.ones(rewards.size, np.bool_), scale=scale)
     np.testing.assert_allclose(found, whole[rollout_C], atol=1e-4)
 
 
@@ -166,11 +168,11 @@ def test_where_calls_share_their_rollout_s_value_it_is_the_group_s(
 @given(st.lists(st.tuples(st.integers(0, 4), st.floats(-5, 5)), min_size=1, max_size=20), st.integers(0, 99))
 def test_call_advantages_balance_over_rollouts_and_ignore_order(rows: list[tuple[int, float]], seed: int) -> None:
     rollout_C, value_C = np.array([r for r, _ in rows]), np.array([v for _, v in rows])
-    found = normalised(value_C, rollout_C)
+    found = normalise(value_C, rollout_C)
     means = [found[rollout_C == rollout].mean() for rollout in np.unique(rollout_C)]
     assert abs(sum(means)) < 1e-6 * max(1.0, np.abs(found).max())
     order = np.random.default_rng(seed).permutation(len(rows))
-    np.testing.assert_allclose(normalised(value_C[order], rollout_C[order]), found[order], atol=1e-6)
+    np.testing.assert_allclose(normalise(value_C[order], rollout_C[order]), found[order], atol=1e-6)
 
 
 def test_returns_to_go() -> None:
@@ -181,9 +183,9 @@ def test_returns_to_go() -> None:
 
 def test_same_state() -> None:
     value_C, rollout_C = np.array([1.0, 1.0, 0.0, 0.0]), np.array([0, 0, 1, 1])
-    assert same_state(value_C, rollout_C, "abac", scale="none").tolist() == [0.5, 0.0, -0.5, 0.0]
+    assert same_state_advantages(value_C, rollout_C, "abac", scale="none").tolist() == [0.5, 0.0, -0.5, 0.0]
     # Twice in the same state within one rollout compares nothing.
-    assert same_state(value_C, rollout_C, "aabb", scale="none").tolist() == [0.0] * 4
+    assert same_state_advantages(value_C, rollout_C, "aabb", scale="none").tolist() == [0.0] * 4
 
 
 def test_a_discount_above_one_is_refused() -> None:

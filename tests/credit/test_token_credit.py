@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from agent_lightning.core.types import Batch, RolloutKey, Sample
 from agent_lightning.credit import batching
-from agent_lightning.credit.estimators import carried_back, returns_to_go, whitened
-from agent_lightning.credit.tokens import explained_variance, first_of_call, step_advantages, whiten
+from agent_lightning.credit.estimators import carry_back, returns_to_go, whiten
+from agent_lightning.credit.tokens import explained_variance, share_first_values, step_advantages, whiten_step
 
 
 def row(rollout: int, calls: Sequence[int], rewards: Sequence[float]) -> Sample:
@@ -48,9 +48,9 @@ def test_over_calls_the_tokens_of_a_call_share_one_step() -> None:
     batch = pack(row(0, [-1, 0, 0, 1, 1], [0, 0, 0, 0, 1]))
     value_NT = np.zeros(batch.token_NT.shape, np.float32)
     value_NT[0] = [9, 0.5, 7, 0.25, 7]
-    found = step_advantages(batch, batch.reward_NT, value_NT, discount=0.5, trace=0.0, over="call")
+    found = step_advantages(batch, batch.reward_NT, value_NT, discount=0.5, gae_lambda=0.0, level="call")
     np.testing.assert_allclose(found[0], [0, 0.125 - 0.5, 0.125 - 0.5, 0.75, 0.75])
-    assert first_of_call(batch, value_NT)[0].tolist() == [9, 0.5, 0.5, 0.25, 0.25]
+    assert share_first_values(batch, value_NT)[0].tolist() == [9, 0.5, 0.5, 0.25, 0.25]
 
 
 calls_of_rollouts = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=5), min_size=1, max_size=5)
@@ -91,17 +91,17 @@ def test_whitening_counts_rollouts_and_goes_over_all_batches() -> None:
     batches = [pack(long, short), pack(other)]
     advantages = [np.zeros(batch.mask_NT.shape, np.float32) for batch in batches]
     advantages[0][1, 0], advantages[1][0, :2] = 3.0, 6.0
-    first, second = whiten(batches, advantages)
+    first, second = whiten_step(batches, advantages)
     np.testing.assert_allclose([first[0, 0], first[1, 0], second[0, 0]], [-1, 0, 1], atol=1e-6)
     assert not first[~batches[0].mask_NT].any()
-    np.testing.assert_allclose(whitened(np.array([0.0, 3, 6]), np.arange(3)), [-1, 0, 1], atol=1e-6)
+    np.testing.assert_allclose(whiten(np.array([0.0, 3, 6]), np.arange(3)), [-1, 0, 1], atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("kept", "expected"), [([0, 1, 2, 3], [1, 2, 3, 4]), ([1, 2], [2, 7]), ([3], [4]), ([0], [10]), ([], [])]
 )
 def test_rewards_are_carried_back_to_the_last_kept_call(kept: list[int], expected: list[float]) -> None:
-    assert carried_back(np.array([1.0, 2, 3, 4]), kept).tolist() == expected
+    assert carry_back(np.array([1.0, 2, 3, 4]), kept).tolist() == expected
 
 
 def test_explained_variance() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Sample, Trajectory
-from agent_lightning.credit.samples import Dropped, chains, select, to_samples
+from agent_lightning.credit.samples import Dropped, chain_calls, select_calls, to_samples
 
 KEY = RolloutKey(split="train", group=0, index=0)
 
@@ -61,13 +61,13 @@ def samples_of(
 )
 def test_select(pattern: str, selected: str) -> None:
     calls = [call(agent, [1], [2], agent=agent) for agent in ("writer", "judge", "rewriter-2")]
-    assert " ".join(calls[i].call_id for i in select(calls, pattern)) == selected
+    assert " ".join(calls[i].call_id for i in select_calls(calls, pattern)) == selected
 
 
 @pytest.mark.parametrize("pattern", ["", "  ", ",", "writer,", "a,,b"])
 def test_select_refuses_an_empty_name(pattern: str) -> None:
     with pytest.raises(ConfigError, match="empty agent name"):
-        select([], pattern)
+        select_calls([], pattern)
 
 
 # chains ---------------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def test_select_refuses_an_empty_name(pattern: str) -> None:
     ],
 )
 def test_chains(calls: list[ModelCall], expected: list[str]) -> None:
-    assert names(chains(calls)) == expected
+    assert names(chain_calls(calls)) == expected
 
 
 @st.composite
@@ -142,7 +142,7 @@ def interleavings(draw: st.DrawFn) -> tuple[list[ModelCall], list[str]]:
 @given(interleavings())
 def test_interleaved_conversations_are_recovered(case: tuple[list[ModelCall], list[str]]) -> None:
     calls, expected = case
-    assert names(chains(calls)) == expected
+    assert names(chain_calls(calls)) == expected
 
 
 # Few tokens and short calls, so that prompts extend each other, or almost, by chance.
@@ -154,7 +154,7 @@ tiny_calls = st.lists(
 @settings(deadline=None)
 @given(tiny_calls)
 def test_each_call_is_in_one_chain_and_extends_the_one_before(calls: list[ModelCall]) -> None:
-    found = chains(calls)
+    found = chain_calls(calls)
     assert sorted(c.call_id for chain in found for c in chain) == sorted(c.call_id for c in calls)
     for chain in found:
         assert [c.call_id for c in chain] == sorted(c.call_id for c in chain)

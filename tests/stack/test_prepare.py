@@ -15,7 +15,7 @@ from models import random_batch
 
 from agent_lightning.core.metrics import Metrics, values
 from agent_lightning.core.types import Batch, Floats
-from agent_lightning.credit.estimators import normalised, whitened
+from agent_lightning.credit.estimators import normalise, whiten
 from agent_lightning.learners.verl_credit import Forward, Prepared, prepare
 from agent_lightning.learners.verl_groups import CriticSettings, LearnerConfig
 
@@ -45,12 +45,14 @@ def prepared(batch: Batch, said: Forward, **config: Any) -> tuple[Prepared, dict
     return one, values(metrics)
 
 
-@pytest.mark.parametrize(("discount", "trace"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0)])
-def test_generalised_advantages_and_returns_are_veRL_s(discount: float, trace: float, core_algos: ModuleType) -> None:
+@pytest.mark.parametrize(("discount", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0)])
+def test_generalised_advantages_and_returns_are_veRL_s(
+    discount: float, gae_lambda: float, core_algos: ModuleType
+) -> None:
     value_NT = noise()
     reward, value, mask = tensors(BATCH.reward_NT, value_NT, BATCH.mask_NT)
-    _, returns = core_algos.compute_gae_advantage_return(reward, value, mask, discount, trace)
-    critic = CriticSettings(discount=discount, trace=trace)
+    _, returns = core_algos.compute_gae_advantage_return(reward, value, mask, discount, gae_lambda)
+    critic = CriticSettings(discount=discount, gae_lambda=gae_lambda)
     one, metrics = prepared(BATCH, Forward(value_NT=value_NT), critic=critic)
     expected = np.where(BATCH.mask_NT, (returns - value).numpy(), 0)  # before veRL's whitening
     np.testing.assert_allclose(one.batch.advantage_NT, expected, atol=1e-6)
@@ -95,8 +97,8 @@ def test_reinforce_plus_plus_with_a_group_baseline_is_veRL_s(core_algos: ModuleT
     batch = one_token_a_rollout(rewards.tolist())
     reward, mask = tensors(batch.reward_NT, batch.mask_NT)
     expected, _ = core_algos.compute_reinforce_plus_plus_baseline_outcome_advantage(reward, mask, groups)
-    centred = np.concatenate([normalised(rewards[groups == g], np.arange(3), scale="batch") for g in (0, 1)])
-    np.testing.assert_allclose(whitened(centred, np.arange(6)), expected.numpy()[:, 1], atol=1e-6)
+    centred = np.concatenate([normalise(rewards[groups == g], np.arange(3), scale="batch") for g in (0, 1)])
+    np.testing.assert_allclose(whiten(centred, np.arange(6)), expected.numpy()[:, 1], atol=1e-6)
 
 
 def test_reinforce_plus_plus_charges_a_token_the_kl_from_there_on(core_algos: ModuleType) -> None:

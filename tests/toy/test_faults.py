@@ -18,8 +18,8 @@ import pytest
 from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.types import Outcome, Policy, Task, Trajectory
-from agent_lightning.credit.failures import Retries
-from agent_lightning.credit.rules import CreditRules, FailurePolicy
+from agent_lightning.credit.failures import FailurePolicy, Retries
+from agent_lightning.credit.rules import CreditRules
 from agent_lightning.rollouts.client import current_rollout
 from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.run.state import check_conservation, newest_checkpoint, read_state
