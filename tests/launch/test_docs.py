@@ -27,9 +27,11 @@ def anchors(page: Path) -> set[str]:
 
 
 def is_module(name: str) -> bool:
-    """True if `name` is a package, a module, or a public name in a module: agent_lightning.toy.world.Faults."""
+    """True if `name` is a package, a module, or a name that a module or a package offers: agent_lightning.tool."""
     path = ROOT / name.replace(".", "/")
-    return path.is_dir() or path.with_suffix(".py").is_file() or path.parent.with_suffix(".py").is_file()
+    offered_by = [path.parent.with_suffix(".py"), path.parent / "__init__.py"]
+    is_offered = any(file.is_file() and re.search(rf"\b{path.name}\b", file.read_text()) for file in offered_by)
+    return path.is_dir() or path.with_suffix(".py").is_file() or is_offered
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
