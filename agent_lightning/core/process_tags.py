@@ -1,8 +1,9 @@
-"""Processes known by a mark in their environment, which all that they start inherits. The standard library only.
+"""Tags that processes carry in their environment and their descendants inherit. Imports only the standard library.
 
-As a script it is a guard: it waits until whoever started it is gone, however that ended, and kills what that has left:
+As a script this file is a guard. It waits until its stdin is closed, because the process that started it closes it or
+is gone, waits SECONDS more, and then kills every process whose tag NAME begins with START:
 
-    python -I -S process_tags.py NAME MARK SECONDS   # ends what has a mark that begins so, once its stdin is closed
+    python -I -S process_tags.py NAME START SECONDS
 """
 
 from __future__ import annotations
@@ -15,27 +16,28 @@ import time
 from pathlib import Path
 from typing import Final
 
-MARK: Final = "AGL_PROCESS_TREE"
-"""Of a child and all that it starts."""
+CHILD: Final = "AGL_PROCESS_TREE"
+"""The name of the tag of a child process and its descendants."""
 CLUSTER: Final = "AGL_CLUSTER"
-"""Of a Ray cluster that was started for one run."""
+"""The name of the tag of all processes of a Ray cluster that was started for one run."""
 _ROUNDS: Final = 20
-"""Looks for processes with the mark: one that is found may have started another just before it was killed."""
+"""How often processes with the tag are looked up: a process may start another just before it is killed."""
 
 
-def kill_marked(start: str, name: str = MARK) -> None:
-    """Kill every process whose mark of this name begins so."""
-    sought = f"{name}={start}".encode()
-    for _ in range(_ROUNDS):  # ends where none is left, or where they start others as fast as they are killed
-        found = [pid for pid in _pids() if sought in _environment(pid)]
-        if not found:
+def kill_tagged(start: str, name: str = CHILD) -> None:
+    """Kill every process whose tag `name` begins with `start`."""
+    tag = f"{name}={start}".encode()
+    for _ in range(_ROUNDS):  # bounded, as processes may start others as fast as they are killed
+        tagged = [pid for pid in _pids() if tag in _environment(pid)]
+        if not tagged:
             return
-        for pid in found:
+        for pid in tagged:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
 
 
 def _pids() -> list[int]:
+    """The ids of all processes; empty if the system has no /proc."""
     try:
         return [int(name) for name in os.listdir("/proc") if name.isdigit()]
     except FileNotFoundError:
@@ -43,7 +45,7 @@ def _pids() -> list[int]:
 
 
 def _environment(pid: int) -> bytes:
-    """Of a process as it was started; b"" of one that is another user's, has ended, or waits to be buried."""
+    """The environment that a process was started with; b"" if it is another user's, has ended, or is a zombie."""
     try:
         return Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
@@ -52,9 +54,9 @@ def _environment(pid: int) -> bytes:
 
 def _guard() -> None:
     name, start, grace = sys.argv[1:]
-    sys.stdin.buffer.read()  # ends when the pipe's other end is closed: its owner has ended
+    sys.stdin.buffer.read()  # returns when the other end of the pipe is closed
     time.sleep(float(grace))
-    kill_marked(start, name)
+    kill_tagged(start, name)
 
 
 if __name__ == "__main__":

@@ -91,13 +91,17 @@ _FREE_PORTS: Final = range(20_000, 30_000)
 
 
 def prepare_environment() -> None:
-    """Set the variables that Ray's processes inherit, and quieten Ray's logs. A variable that is set already stays."""
+    """Set the variables that Ray's processes inherit; a variable that is set already stays."""
     # A thread that still starts something when Ray ends must not start another Ray. Read when Ray is imported.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     ports = {name: str(free_port("0.0.0.0")) for name in SERVE_PORTS}
     for name, value in {**SERVE_ENVIRONMENT, "TOKENIZERS_PARALLELISM": "false", **ports}.items():
         if name not in os.environ:
             os.environ[name] = _passed_on[name] = value
+
+
+def quieten_logs() -> None:
+    """Keep Ray's and Serve's own notes off the terminal. Their imports set these levels, so it is called after them."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
