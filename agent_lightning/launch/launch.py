@@ -1,4 +1,4 @@
-"""From a config to a running system and back to nothing: Ray, service, learner, rollout workers."""
+"""Start what a run needs, from its config, and stop it again: Ray, buffer, service, learner, rollout workers."""
 
 from __future__ import annotations
 
@@ -38,25 +38,35 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, kw_only=True)
 class System:
-    """What runs. `learner` is None where nothing is trained."""
+    """The running parts of a run; `buffer` and `board` are proxies of actors."""
 
     buffer: Buffer
     board: PolicyBoard
     service: Service
     learner: Learner | None
+    """None if nothing is trained."""
     run_secret: bytes
+    """Signs the secrets of attempts."""
 
 
 @asynccontextmanager
 async def system(
     config: Config, *, train: bool, workers: int, journal: Path | None = None, resumed: State | None = None
 ) -> AsyncIterator[System]:
-    """Start everything, and stop it again however the block ends. `journal`: the buffer's folder, where it keeps one;
-    `resumed`: the checkpoint from which the run goes on. Raises UserError, EngineError, JournalError, PartDied. May be
-    cancelled while it starts."""
+    """Start all parts of a run, and stop them at the end of the block, however it ends.
+
+    May be cancelled while it starts. Raises UserError or EngineError if a part cannot start, JournalError if the
+    journal cannot be used, and PartDied if a process of the run is gone that cannot be replaced.
+
+    Args:
+        train: whether there is a learner.
+        workers: the number of rollout workers on all nodes together.
+        journal: the folder of the buffer's journal; None: the buffer keeps its rollouts in memory only.
+        resumed: the state of the checkpoint from which the run continues.
+    """
     model = checks.require_engine(config)
     ray_private.prepare_environment()
-    # Ray's own imports take seconds: after what can be refused at once.
+    # These imports take seconds, so they come after the checks that refuse a config at once.
     from agent_lightning.core import actors as cluster
     from agent_lightning.serving import app
 
@@ -64,7 +74,7 @@ async def system(
     async with AsyncExitStack() as stack:
         own = await _start_ray(config, stack)
         run_secret = secrets.token_bytes(32)
-        # What must not be lost with another node is on this one.
+        # The loss of another node must not take the buffer or the board with it.
         here = cluster.on_node(cluster.nodes()[0].node_id)
         buffer = await _start_buffer(config, run_secret, journal, resumed, here)
         board = cluster.spawn(PolicyBoard, options=here)
@@ -80,7 +90,7 @@ async def system(
         )
         serving = start_thread(start, "serving")
         learning = start_thread(partial(_learner, config, model, serving) if train else lambda: None, "learner")
-        if not own:  # one's own cluster ends with all that is in it, or starts there
+        if not own:  # the end of a cluster of our own ends the service too
             stack.callback(_stop, serving)
         service, learner = await _both(serving, learning)
         await wait_until_healthy(service.url, timeout=60.0)
@@ -94,26 +104,26 @@ async def system(
 async def _start_buffer(
     config: Config, run_secret: bytes, journal: Path | None, resumed: State | None, options: dict[str, Any]
 ) -> Buffer:
-    """Raises JournalError where the journal cannot be read or written."""
+    """The buffer, with the rollouts of its journal if the run is resumed. Raises JournalError."""
     from agent_lightning.core import actors as cluster
 
-    kept = None if journal is None else journal_config(config, journal)
+    settings = None if journal is None else journal_config(config, journal)
     buffer = cluster.spawn(
         Buffer,
         options=options,
-        restarts=kept is not None,
+        restarts=settings is not None,
         run_secret=run_secret,
         retries=config.retries(),
         breaker=config.breaker(),
         max_calls=config.agent.max_calls,
         max_spans=config.agent.max_spans,
         first_group=resumed.next_group if resumed is not None else None,
-        journal=kept,
+        journal=settings,
         memory_bytes=int(config.buffer.memory_gib * 2**30),
     )
-    if resumed is not None and kept is not None:
-        there = await buffer.resume(resumed.step, resumed.next_group)
-        logger.warning("resumed from step %d: the journal has %d rollouts that need not run again", resumed.step, there)
+    if resumed is not None and settings is not None:
+        ready = await buffer.resume(resumed.step, resumed.next_group)
+        logger.warning("resumed from step %d: the journal has %d rollouts that need not run again", resumed.step, ready)
     return buffer
 
 
@@ -129,40 +139,41 @@ def journal_config(config: Config, folder: Path) -> JournalConfig:
 
 
 async def _start_ray(config: Config, stack: AsyncExitStack) -> bool:
-    """Whether it is one's own cluster. Raises UserError."""
+    """Join a cluster or start one; whether it was started, and ends with this run. Raises UserError."""
     from agent_lightning.core import actors as cluster
 
-    await asyncio.sleep(0)  # where this was cancelled while Ray was imported, it ends here
+    await asyncio.sleep(0)  # a cancellation during the imports takes effect here
     stack.callback(cluster.shutdown_ray)
-    # Not a thread of its own: what Ray starts ends with the thread that started it (PR_SET_PDEATHSIG).
+    # In a thread of asyncio's pool, which stays: Ray's processes end with the thread that started them
+    # (PR_SET_PDEATHSIG).
     joining = asyncio.ensure_future(
         asyncio.to_thread(cluster.init_ray, config.hardware.address, checks.own_cpus(config))
     )
     try:
         return await asyncio.shield(joining)
     except asyncio.CancelledError:
-        await asyncio.wait((joining,))  # half a Ray cannot be ended
+        await asyncio.wait((joining,))  # Ray can be shut down only once it has started
         raise
 
 
 async def _both(serving: Future[Service], learning: Future[Learner | None]) -> tuple[Service, Learner | None]:
-    """To their ends, also where one fails; not where this is cancelled. Raises EngineError."""
+    """Wait for both threads, even if one of them fails. Raises the error of the first that failed."""
     threads = asyncio.wrap_future(serving), asyncio.wrap_future(learning)
-    for ended in await asyncio.gather(*threads, return_exceptions=True):
-        if isinstance(ended, BaseException):
-            raise ended
+    for result in await asyncio.gather(*threads, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
     return threads[0].result(), threads[1].result()
 
 
 def _stop(serving: Future[Service]) -> None:
-    with suppress(EngineError):  # it is said already
+    with suppress(EngineError):  # a service that did not start has been reported already
         serving.result().stop()
 
 
 def _learner(config: Config, model: str, serving: Future[Service]) -> Learner:
-    """Raises EngineError where `serving` did and had to be waited for."""
+    """The learner. On GPUs that it shares with the engines it waits for the service, and raises its EngineError."""
     if config.hardware.placement == "together":
-        # vLLM measures what its GPU has free: another process must not take or give back memory meanwhile.
+        # vLLM measures the free memory of its GPU: another process must not change it meanwhile.
         serving.result()
     return backend.choose(config).learner(model)
 
@@ -278,11 +289,11 @@ def agent_spec(config: Config) -> AgentSpec:
 
 async def _start_workers(config: Config, buffer: Buffer, service: Service, number: int, stack: AsyncExitStack) -> None:
     from agent_lightning.core import actors as cluster
-    from agent_lightning.launch.nodes import Nodes, beside
+    from agent_lightning.launch.nodes import Nodes, find_local_gateway
 
     spec = agent_spec(config)
     everywhere = config.serving.gateways is None and not config.sampling.seeded
-    find = partial(beside, service.app) if everywhere else partial(wait_until_healthy, service.url)
+    find = partial(find_local_gateway, service.app) if everywhere else partial(wait_until_healthy, service.url)
 
     def workers(node: str, number: int, url: str) -> Workers:
         def make(name: str) -> RolloutWorker:

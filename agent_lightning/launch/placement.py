@@ -1,9 +1,7 @@
-"""What a run asks of a cluster, whether the cluster has it, and how much memory a model takes. Pure.
+"""The resources that a run reserves, what a cluster lacks of them, and the memory of a model. Pure functions.
 
-Example:
-
-    asked = groups(config)      # [BundleGroup("policy replica", 4, ...), BundleGroup("learner", 1, ...)]
-    missing(asked, nodes)       # ["needs 8 GPUs, has 0"]
+groups = [replica_group(config, engine_bundles(config)), learner_group(config)]
+missing(groups, nodes)  # ["needs 8 GPUs, has 0"]
 """
 
 from __future__ import annotations
@@ -17,20 +15,20 @@ from agent_lightning.config.schema import Config
 Resources = Mapping[str, float]
 """As Ray counts them: {"CPU": 16.0, "GPU": 8.0}."""
 LEARNER_SHARE = 0.5
-"""Of a GPU that a learner process shares with an engine."""
+"""The share of a GPU that a learner process has if an engine has the rest."""
 GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleGroup:
-    """Placement groups of one kind."""
+    """`number` placement groups of Ray with the same bundles."""
 
     what: str
     number: int
     bundles: tuple[Resources, ...]
-    """Of each of them."""
+    """The bundles of each group."""
     one_node: bool
-    """Whether a group's bundles must be on one node."""
+    """Whether all bundles of a group must be on the same node."""
 
 
 def engine_bundles(config: Config) -> tuple[Resources, ...]:
@@ -41,12 +39,12 @@ def engine_bundles(config: Config) -> tuple[Resources, ...]:
 
 
 def learner_roles(config: Config) -> int:
-    """How many models a learner process trains or asks: policy, reference, critic."""
+    """The number of models in a learner process: the policy, with a KL term the reference, with GAE the critic."""
     return 1 + (config.algorithm.kl_coef > 0) + (config.credit.method == "gae")
 
 
 def learner_gpu(config: Config) -> float:
-    """Of a GPU, what a learner process takes."""
+    """The share of a GPU that a learner process reserves."""
     if config.hardware.device == "cpu":
         return 0.0
     return LEARNER_SHARE if config.hardware.placement == "together" else 1.0
@@ -66,41 +64,48 @@ def learner_group(config: Config) -> BundleGroup:
     return BundleGroup(what="learner", number=learner.nodes, bundles=bundles, one_node=True)
 
 
-def total(asked: Sequence[BundleGroup]) -> dict[str, float]:
-    """{"CPU": 8.0, "GPU": 8.0} of all groups together."""
-    kinds = {kind for group in asked for bundle in group.bundles for kind in bundle}
+def total(groups: Sequence[BundleGroup]) -> dict[str, float]:
+    """The resources of all groups together: {"CPU": 8.0, "GPU": 8.0}."""
+    kinds = {kind for group in groups for bundle in group.bundles for kind in bundle}
     return {
-        kind: sum(group.number * bundle.get(kind, 0.0) for group in asked for bundle in group.bundles)
+        kind: sum(group.number * bundle.get(kind, 0.0) for group in groups for bundle in group.bundles)
         for kind in sorted(kinds)
     }
 
 
-def missing(asked: Sequence[BundleGroup], nodes: Sequence[Resources]) -> list[str]:
-    """What the nodes lack, a line each; empty: they can hold it all. First fit, the groups on one node first."""
-    wanted = total(asked)
-    has = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in wanted}
+def missing(groups: Sequence[BundleGroup], nodes: Sequence[Resources]) -> list[str]:
+    """What the nodes lack, a line for each kind of resource; empty if the groups fit.
+
+    The groups are placed first fit, those that need a node for themselves first.
+    """
+    needed = total(groups)
+    has = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in needed}
     short = [
-        f"needs {_count(wanted[k], k)}, has {has[k]:g}" for k in sorted(wanted, reverse=True) if has[k] < wanted[k]
+        f"needs {_count(needed[k], k)}, has {has[k]:g}" for k in sorted(needed, reverse=True) if has[k] < needed[k]
     ]
     if short:
         return short
     free = [dict(node) for node in nodes]
-    for group in sorted(asked, key=lambda one: not one.one_node):
+    for group in sorted(groups, key=lambda group: not group.one_node):
         for _ in range(group.number):
             parts = [group.bundles] if group.one_node else [(bundle,) for bundle in group.bundles]
             for part in parts:
                 if not _take(part, free):
-                    one = {kind: sum(bundle.get(kind, 0.0) for bundle in part) for kind in part[0]}
-                    said = " and ".join(_count(number, kind) for kind, number in one.items())
-                    return [f"{group.what}: no node has {said} free; the cluster has enough, but on several nodes"]
+                    amounts = " and ".join(_count(number, kind) for kind, number in _sum(part).items())
+                    return [f"{group.what}: no node has {amounts} free; the cluster has enough, but on several nodes"]
     return []
 
 
+def _sum(bundles: Sequence[Resources]) -> dict[str, float]:
+    return {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in bundles[0]}
+
+
 def _take(bundles: Sequence[Resources], free: list[dict[str, float]]) -> bool:
-    wanted = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in bundles[0]}
+    """Take the bundles out of the first node that has them all free; whether there is such a node."""
+    needed = _sum(bundles)
     for node in free:
-        if all(node.get(kind, 0.0) >= number for kind, number in wanted.items()):
-            for kind, number in wanted.items():
+        if all(node.get(kind, 0.0) >= number for kind, number in needed.items()):
+            for kind, number in needed.items():
                 node[kind] -= number
             return True
     return False
@@ -112,11 +117,11 @@ def _count(number: float, kind: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """What a model's own config.json says of its size."""
+    """The size of a model."""
 
     parameters: int
     kv_values: int
-    """Numbers in the KV cache for one token."""
+    """Values in the KV cache for each token."""
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> ModelSize:
@@ -136,18 +141,19 @@ class ModelSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """An estimate, in GiB. Activations, CUDA graphs and the libraries' own come on top."""
+    """The estimated memory of a run in GiB, without activations, CUDA graphs and what the libraries need."""
 
     learner: float
-    """Of each process: float32 weights, gradients and Adam's two moments, sharded; the reference's weights too."""
+    """For each learner process: its shard of float32 weights, gradients, Adam's two moments and the reference."""
     engine_weights: float
-    """Of each GPU (or of the replica on a CPU)."""
+    """For each GPU of a replica, or for a replica on a CPU."""
     kv_per_token: float
     kv_wanted: float
-    """Of each replica, where max_num_seqs conversations of max_len are in it at once; with fewer, some wait."""
+    """For each replica with max_num_seqs conversations of max_len at once; with less KV cache, some have to wait."""
 
 
 def memory(config: Config, size: ModelSize) -> Memory:
+    """Estimate the memory of a run that trains a model of this size."""
     width = 4 if config.model.dtype == "float32" else 2
     trained = 16 * (1 + (config.credit.method == "gae")) + 4 * (config.algorithm.kl_coef > 0)
     per_token = size.kv_values * width / GIB

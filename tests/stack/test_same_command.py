@@ -15,7 +15,10 @@ WORDS = ["experiment=toy", "steps=3", "eval_every=1", "seed=5"]
 
 
 def agl(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "agent_lightning.cli", *arguments], check=True, timeout=280)
+    command = [sys.executable, "-m", "agent_lightning.cli", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stderr
+    assert "INFO" not in ended.stdout + ended.stderr, "notes of Ray or Serve are on the terminal"
 
 
 def figures(run: Path) -> list[dict[str, float]]:
