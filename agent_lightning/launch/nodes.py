@@ -24,7 +24,7 @@ async def find_local_gateway(app: str, timeout: float) -> str:
     seconds."""
     from agent_lightning.serving import app as service  # takes two seconds, and few workers ever call this
 
-    return await service.gateway_here(app, timeout)
+    return await service.find_local_gateway(app, timeout)
 
 
 class Nodes:

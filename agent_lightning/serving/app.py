@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from agent_lightning.core import ray_private
 from agent_lightning.core.errors import EngineError, UserError
+from agent_lightning.core.text import error_line
 from agent_lightning.core.threads import start_thread
 from agent_lightning.core.types import OnWeightUpdate
 from agent_lightning.rollouts.health import is_healthy
@@ -37,9 +38,9 @@ class ServingConfig:
     replicas: int = 1
     tensor_parallel_size: int = 1
     bundles: tuple[Mapping[str, float], ...] = ({"CPU": 1},)
-    """What one replica takes: the first holds the replica itself and its first engine worker."""
+    """Resources of a replica; the first bundle holds the replica itself and its first engine worker."""
     gateways: int | None = None
-    """None: one on each node."""
+    """Number of gateways; None: one on each node."""
     host: str = "127.0.0.1"
     port: int = 8000
     dtype: str = "float32"
@@ -47,24 +48,26 @@ class ServingConfig:
     max_num_seqs: int = 256
     on_weight_update: OnWeightUpdate = "wait"
     kv_cache_gib: int = 1
-    """On a CPU: memory of each replica's KV cache."""
+    """Memory of each replica's KV cache on a CPU."""
     gpu_memory_utilization: float = 0.85
     tool_parser: str | None = "hermes"
     seed: int = 0
     engine: dict[str, Any] = field(default_factory=dict)
-    """vLLM engine arguments, untouched, for experts."""
+    """Further vLLM engine arguments, for experts; they override the others."""
 
 
-class _HandleEngine:
-    """The gateway's engine: a handle to the policy replicas. A call whose replica dies goes to another, or to the one
-    that takes its place, unless the agent has seen a part of the answer."""
+class HandleEngine:
+    """The gateway's engine: Serve's handle of the policy replicas.
+
+    If a replica dies, its call is sent to another replica, unless the agent has seen a part of the answer.
+    """
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        # Over gRPC and not as calls of actors, whose answers take the way of Ray's objects.
+        # Over gRPC: as calls of actors, the answers would be stored as Ray objects.
         self._handle = handle.options(_by_reference=False)
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
-        for left in range(_REPLICAS_TRIED - 1, -1, -1):
+        for tries_left in range(_REPLICAS_TRIED - 1, -1, -1):
             response = self._handle.generate.remote(request)
             try:
                 completion: Completion | Refusal = await response
@@ -73,14 +76,14 @@ class _HandleEngine:
                 response.cancel()
                 raise
             except Exception as error:  # any failure of a replica reaches the agent as an error of its protocol
-                if not left or not isinstance(error, ray.exceptions.RayActorError):
+                if not tries_left or not isinstance(error, ray.exceptions.RayActorError):
                     return _failure(error)
-            await asyncio.sleep(_UNTIL_MISSED)
+            await asyncio.sleep(_RETRY_DELAY_S)
         raise AssertionError("unreachable: the last try returns")
 
     async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
         seen = False
-        for left in range(_REPLICAS_TRIED - 1, -1, -1):
+        for tries_left in range(_REPLICAS_TRIED - 1, -1, -1):
             parts = self._handle.options(stream=True).stream.remote(request)
             try:
                 async for part in parts:
@@ -88,33 +91,32 @@ class _HandleEngine:
                     yield part
                 return
             except Exception as error:  # as above
-                if seen or not left or not isinstance(error, ray.exceptions.RayActorError):
+                if seen or not tries_left or not isinstance(error, ray.exceptions.RayActorError):
                     yield _failure(error)
                     return
             finally:
                 parts.cancel()
-            await asyncio.sleep(_UNTIL_MISSED)
+            await asyncio.sleep(_RETRY_DELAY_S)
 
 
 _REPLICAS_TRIED = 3
-_UNTIL_MISSED = 0.5
-"""Seconds until Serve is likely to know that a replica is gone."""
+_RETRY_DELAY_S = 0.5
+"""Seconds after which Serve is likely to know that a replica is dead."""
 
 
 def _failure(error: Exception) -> Refusal:
-    message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    return Refusal(status=500, message=message, code="engine_error", type="server_error")
+    return Refusal(status=500, message=error_line(error), code="engine_error", type="server_error")
 
 
 class PolicyReplica(Engine, Protocol):
-    """What answers in a replica of the policy, and follows the board."""
+    """The engine in a replica of the policy, which follows the board."""
 
     async def start(self) -> None:
-        """Take the current weights, and follow the board from then on."""
+        """Install the current weights, and follow the board from then on."""
         ...
 
     async def check_health(self) -> None:
-        """Raises where it is dead: Serve then replaces the replica."""
+        """Raises if the engine is dead; Serve then replaces the replica."""
         ...
 
 
@@ -122,14 +124,14 @@ MakeReplica = Callable[[PolicyBoard], PolicyReplica]
 
 
 def _vllm(settings: Mapping[str, Any], on_weight_update: OnWeightUpdate, board: PolicyBoard) -> PolicyReplica:
-    """vLLM is imported in the replica, so the driver is spared its ten seconds."""
+    """A replica with vLLM, which is imported here, in the replica's process: the import takes ten seconds."""
     from agent_lightning.serving.replica import PolicyServer
 
     return PolicyServer(settings, on_weight_update, board)
 
 
 class PolicyDeployment:
-    """The shell around a `PolicyReplica` that Serve runs."""
+    """A `PolicyReplica` as a Serve deployment."""
 
     async def __init__(self, make: MakeReplica, board: PolicyBoard) -> None:  # type: ignore[misc]
         self._server = make(board)
@@ -147,10 +149,10 @@ class PolicyDeployment:
 
 
 class GatewayDeployment:
-    """The shell around `Gateway` that Serve runs."""
+    """A `Gateway` as a Serve deployment."""
 
     def __init__(self, policy: DeploymentHandle[Any], recorder: Recorder, config: GatewayConfig) -> None:
-        self._gateway = Gateway(engine=_HandleEngine(policy), recorder=recorder, config=config)
+        self._gateway = Gateway(engine=HandleEngine(policy), recorder=recorder, config=config)
 
     async def __call__(self, request: Request) -> Response:
         return await self._gateway.handle(request)
@@ -161,19 +163,20 @@ class Service:
     """A running service."""
 
     url: str
-    """Where this driver asks, without a trailing slash: the gateways' proxy, or its own node's gateway."""
+    """Root URL for this driver, without a trailing slash: the gateways' proxy, or its own node's gateway."""
     app: str
     gateway: str
-    """The gateway's deployment."""
+    """Name of the gateway's deployment."""
 
     def scale_gateways(self, number: int) -> None:
-        """To as many as there are nodes, which Serve gives one each. Raises EngineError."""
+        """Run this many gateways, at most one on each node. Raises EngineError."""
         try:
             ray_private.set_replicas(self.app, self.gateway, number)
         except (ValueError, ray.exceptions.RayError) as error:
             raise EngineError(f"Ray Serve does not give the nodes their gateways: {type(error).__name__}") from error
 
     def stop(self) -> None:
+        """End the gateways and the policy replicas."""
         serve.delete(self.app)
 
 
@@ -186,8 +189,10 @@ def start(
     board: PolicyBoard,
     replica: MakeReplica | None = None,
 ) -> Service:
-    """Deploy the service and wait until it answers; `replica` makes another policy than vLLM's. Raises EngineError,
-    UserError."""
+    """Deploy the service and wait until it answers. `replica` makes the policy's replicas; the default is vLLM.
+
+    Raises UserError if the port cannot be used, EngineError if a replica does not start.
+    """
     make = replica or partial(_vllm, _llm_settings(config), config.on_weight_update)
     policy = serve.deployment(PolicyDeployment).options(**_policy_options(config)).bind(make, board)
     nodes = sum(node["Alive"] for node in ray.nodes())
@@ -218,26 +223,28 @@ def start(
 
 
 _QUIET = {"enable_access_log": False}
-"""A line for each call, in two places, would say nothing that the spans do not."""
+"""An access log would repeat what the spans say, in two places."""
 
 
 def _root(app: str) -> str:
-    """Where Serve was first told to have its proxy listen, or else this node's gateway. Raises EngineError."""
+    """Root URL of Serve's proxy if this node can reach it, else of this node's gateway. Raises EngineError."""
     host, port = ray_private.proxy_address()
     head = ray_private.head_node()
     if host == "0.0.0.0":
         return f"http://{head['NodeManagerAddress']}:{port}/{app}"
     if head["NodeID"] == ray.get_runtime_context().get_node_id():
         return f"http://{host}:{port}/{app}"
-    return asyncio.run(gateway_here(app, 60.0))
+    return asyncio.run(find_local_gateway(app, 60.0))
 
 
-async def gateway_here(app: str, timeout: float) -> str:
-    """Root of a gateway on this node that answers, past the proxy: an agent asks it without one. Raises EngineError
-    after `timeout` seconds."""
+async def find_local_gateway(app: str, timeout: float) -> str:
+    """Root URL of a gateway on this node that answers; agents call it directly, without the proxy.
+
+    Raises EngineError after `timeout` seconds.
+    """
     deadline = time.monotonic() + timeout
     while True:
-        for url in await asyncio.to_thread(_gateways_here, app):
+        for url in await asyncio.to_thread(_local_gateways, app):
             if await is_healthy(url):
                 return url
         if time.monotonic() > deadline:
@@ -245,24 +252,24 @@ async def gateway_here(app: str, timeout: float) -> str:
         await asyncio.sleep(0.5)
 
 
-def _gateways_here(app: str) -> list[str]:
-    """Roots of those that Serve knows of; of several nodes at one address those of all."""
+def _local_gateways(app: str) -> list[str]:
+    """Root URLs of the gateways at this node's address; in tests, several nodes may share an address."""
     here = ray.util.get_node_ip_address()
     try:
         host = ray_private.proxy_address()[0].replace("0.0.0.0", "127.0.0.1")
         addresses = ray_private.ingress_addresses(app)
-    except (ValueError, RayServeException, ray.exceptions.RayError):  # it comes again
+    except (ValueError, RayServeException, ray.exceptions.RayError):  # the caller tries again
         return []
     return [f"http://{host}:{port}/{app}" for ip, port in addresses if ip == here]
 
 
 def _start_proxy(host: str, port: int) -> None:
-    """Start Serve and its HTTP proxy, or find them. Raises UserError."""
+    """Start Serve and its HTTP proxy, if they do not run yet. Raises UserError."""
     options = {"host": host, "port": port, "request_timeout_s": None}
     try:
         try:
             serve.start(proxy_location="HeadOnly", http_options=options)
-        except ray.exceptions.ActorAlreadyExistsError:  # another run has started it between the look and the start
+        except ray.exceptions.ActorAlreadyExistsError:  # another run has just started it
             serve.start(proxy_location="HeadOnly", http_options=options)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError, RayServeException) as error:
         raise UserError(
@@ -272,7 +279,7 @@ def _start_proxy(host: str, port: int) -> None:
 
 
 def _wait_for_controller(proxy: Future[None]) -> None:
-    """Until Serve's controller is there, or `serve.start` is over. Raises what that raised."""
+    """Return when Serve's controller runs, or when `_start_proxy` has ended. Raises what `_start_proxy` has raised."""
     while not proxy.done():
         try:
             ray_private.serve_controller()
@@ -283,7 +290,7 @@ def _wait_for_controller(proxy: Future[None]) -> None:
 
 
 def _llm_settings(config: ServingConfig) -> dict[str, Any]:
-    """The fields of Ray's LLMConfig, as plain values: its class brings vLLM with it."""
+    """The fields of Ray's LLMConfig, as plain values: importing its class imports vLLM."""
     on_cpu = config.device == "cpu"
     engine: dict[str, Any] = {
         "dtype": config.dtype,
@@ -292,9 +299,9 @@ def _llm_settings(config: ServingConfig) -> dict[str, Any]:
         "tensor_parallel_size": config.tensor_parallel_size,
         "seed": config.seed,
         "weight_transfer_config": {"backend": "ray_object_store"},
-        # Log-probabilities after temperature and top-p: those of the distribution that was sampled.
+        # Log-probabilities after temperature and top-p, of the distribution that is sampled.
         "logprobs_mode": "processed_logprobs",
-        # Of a response_format: a policy that likes spaces would write them between two fields to the end.
+        # With a response_format, a policy that likes spaces would write spaces between two fields until its limit.
         "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
         "enable_log_requests": False,
         "disable_log_stats": True,
@@ -319,7 +326,7 @@ def _environment(config: ServingConfig) -> dict[str, str]:
     environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     if config.device == "cpu":
         environment |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib)}
-        # The cores are shared with the learner and the agents: pinning the engine to some would starve them.
+        # The learner and the agents need the cores too: engine threads pinned to some cores would starve them.
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     elif config.bundles[0]["GPU"] < 1:
         environment |= {"VLLM_RAY_PER_WORKER_GPUS": str(config.bundles[0]["GPU"])}
@@ -339,8 +346,10 @@ def _policy_options(config: ServingConfig) -> dict[str, Any]:
 
 
 def _cause(name: str, error: Exception) -> str:
-    """The engine's own last words, where Serve kept them; Serve's message only says which deployment failed."""
+    """The engine's last error if Serve has kept it: Serve's own message only names the deployment that failed."""
     application = serve.status().applications.get(name)
-    texts = [d.message for d in application.deployments.values() if d.message] if application else []
-    lines: list[str] = [line.strip() for text in texts for line in text.splitlines() if "Error" in line]
+    deployments = application.deployments.values() if application else ()
+    lines: list[str] = [
+        line.strip() for status in deployments for line in status.message.splitlines() if "Error" in line
+    ]
     return (lines or [str(error).splitlines()[0]])[-1][:500]

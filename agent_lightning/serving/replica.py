@@ -1,7 +1,7 @@
-"""The policy's replica: vLLM through Ray Serve LLM, following the PolicyBoard.
+"""A replica of the policy: vLLM through Ray Serve LLM, which follows the PolicyBoard.
 
-One version answers a call from its first to its last token, unless the rule for calls in flight is "keep" (see
-`gate.py`); and with the old weights go all keys and values that they made, those of calls that go on too.
+One version answers a call from its first to its last token, unless the rule of its Gate is "keep". No token is sampled
+from a KV cache that older weights have computed, not even in a call that continues.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from vllm.exceptions import VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from agent_lightning.core import ray_private
+from agent_lightning.core.text import one_line
 from agent_lightning.core.types import OnWeightUpdate
 from agent_lightning.learners.base import Weights
 from agent_lightning.serving.engine import Completion, Part, Refusal, parse_error, parse_reply
 from agent_lightning.serving.gate import Gate
 from agent_lightning.serving.policy import Follower, PolicyBoard
-from agent_lightning.serving.shared import in_shared_memory
+from agent_lightning.serving.weights import in_shared_memory
 
 logger = logging.getLogger(__name__)
 _INVALID = (VLLMClientError, ValidationError, ValueError, TypeError, KeyError, RecursionError)
-"""What vLLM raises for a request that it cannot read: its own class, and what its templates and models let through."""
+"""What vLLM raises for a bad request: its own errors, and those that its chat templates and models do not catch."""
 
 
 class PolicyServer:
-    """Ray's LLM server, which also stamps each reply with the version that made it and installs new weights."""
+    """Ray's LLM server, which also notes in each reply the version that sampled it, and installs new weights."""
 
     def __init__(self, settings: Mapping[str, Any], on_weight_update: OnWeightUpdate, board: PolicyBoard) -> None:
-        """`settings`: the fields of Ray's LLMConfig. `on_weight_update`: the rule for calls that an update finds."""
+        """`settings`: the fields of Ray's LLMConfig. `on_weight_update`: the rule of the Gate."""
         self._server = ray_private.llm_server(settings)
         self._gate = Gate(on_weight_update)
         self._version = 0
@@ -44,46 +45,46 @@ class PolicyServer:
         self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Load the model, take the current weights, and follow the board from then on."""
+        """Load the model, install the current weights, and follow the board from then on."""
         await self._server.start()
         await self._server.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
         await self._follower.join()
         self._following = asyncio.create_task(self._follow())
 
     async def check_health(self) -> None:
-        """Raises where the engine is dead: Serve then replaces the replica."""
+        """Raises if the engine is dead; Serve then replaces the replica."""
         await self._server.check_health()
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
-        """Answer one request, already made ready by `engine.engine_request`."""
-        with _its_engine():
+        """Answer a request that `engine.engine_request` has made, in one piece."""
+        with _end_with_engine():
             await self._follower.wait_until_joined()
-            return await self._gate.complete(lambda: self._answer(request))
+            return await self._gate.complete(lambda: self._generate(request))
 
     async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
-        """The same, in parts as they come."""
-        with _its_engine():
+        """Answer a request in parts, as they are sampled."""
+        with _end_with_engine():
             await self._follower.wait_until_joined()
-            async for part in self._gate.stream(lambda: self._parts(request)):
+            async for part in self._gate.stream(lambda: self._stream(request)):
                 yield part
 
-    async def _answer(self, request: Mapping[str, Any]) -> Completion | Refusal:
+    async def _generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
         version = self._version
         try:
             replies = [reply async for reply in await ray_private.ask_llm(self._server, request)]
         except _INVALID as error:
             return _invalid(error)
         reply = replies[-1]
-        refused = ray_private.llm_error(reply)
-        if refused is not None:
-            return parse_error(*refused)
+        error_fields = ray_private.llm_error(reply)
+        if error_fields is not None:
+            return parse_error(*error_fields)
         return parse_reply(reply.model_dump(), policy_version=version, last_version=self._newer(version))
 
-    async def _parts(self, request: Mapping[str, Any]) -> AsyncGenerator[Part | Refusal, None]:
+    async def _stream(self, request: Mapping[str, Any]) -> AsyncGenerator[Part | Refusal, None]:
         version = self._version
         try:
             async for batch in await ray_private.ask_llm(self._server, request):
-                for part in _parts(batch, version, self._newer(version)):
+                for part in _parse_events(batch, version, self._newer(version)):
                     yield part
                     if isinstance(part, Refusal):
                         return
@@ -91,23 +92,24 @@ class PolicyServer:
             yield _invalid(error)
 
     def _newer(self, version: int) -> int | None:
-        """The version now, where it is another."""
+        """The current version, if it is above `version`; else None."""
         return self._version if self._version > version else None
 
     async def _follow(self) -> None:
-        """Take new weights as they are published, and end the replica where its engine is dead: Serve starts another at
-        once, and not after the health checks that it would need to see it."""
+        """Install new weights as they are published. If that fails, end the process: Serve then replaces the replica at
+        once, instead of after several failed health checks."""
         try:
             await self._follower.run()
         except* ray.exceptions.RayActorError:
             logger.info("the board is gone, and the run with it")
-        except* Exception as errors:  # whatever it was: a replica that does not follow the board must not answer
+        except* Exception as errors:  # whatever it is: a replica that does not follow the board must not answer
             first = errors.exceptions[0]
             _end_process(f"{type(first).__name__}: {first}")
 
     async def _install(self, weights: Weights) -> None:
         async with self._gate.update():
-            # Calls that go on stand still; theirs is all that the old weights made but tokens, and is made anew.
+            # Running calls are paused. They keep their tokens; their KV cache, computed by the old weights, is dropped
+            # and recomputed.
             await self._server.pause(mode="keep", clear_cache=True)
             await self._server.collective_rpc("start_weight_update")
             arrays = (asyncio.wrap_future(bucket.data.future()) for bucket in weights.buckets)
@@ -116,13 +118,13 @@ class PolicyServer:
                     update = {"path": await anext(paths), "parameters": list(bucket.parameters)}
                     await self._server.collective_rpc("update_weights", kwargs={"update_info": update})
             await self._server.collective_rpc("finish_weight_update")
-            self._version = weights.version  # before a token of it can be seen
+            self._version = weights.version  # before its first token can be sampled
             await self._server.resume()
 
 
 @contextmanager
-def _its_engine() -> Iterator[None]:
-    """A call that shows that the engine is dead ends the replica."""
+def _end_with_engine() -> Iterator[None]:
+    """End the process if a call in the block finds the engine dead."""
     try:
         yield
     except EngineDeadError:
@@ -135,12 +137,12 @@ def _end_process(why: str) -> None:
     os._exit(1)
 
 
-def _parts(batch: Iterable[Any], version: int, last_version: int | None) -> Iterator[Part | Refusal]:
-    """What a batch of vLLM's server-sent events says."""
+def _parse_events(batch: Iterable[Any], version: int, last_version: int | None) -> Iterator[Part | Refusal]:
+    """The parts in a batch of vLLM's server-sent events, up to the first error."""
     for text in batch:
-        refused = ray_private.llm_error(text)
-        if refused is not None:
-            yield parse_error(*refused)
+        error_fields = ray_private.llm_error(text)
+        if error_fields is not None:
+            yield parse_error(*error_fields)
             return
         data = text.removeprefix("data: ").strip()
         if data == "[DONE]":
@@ -154,4 +156,4 @@ def _parts(batch: Iterable[Any], version: int, last_version: int | None) -> Iter
 
 
 def _invalid(error: Exception) -> Refusal:
-    return parse_error(" ".join(f"{type(error).__name__}: {error}".split())[:500], 400, "invalid_request_error")
+    return parse_error(one_line(f"{type(error).__name__}: {error}")[:500], 400, "invalid_request_error")

@@ -1,4 +1,4 @@
-"""The gateway's door for traces: OTLP over HTTP in, spans to the buffer."""
+"""The gateway's endpoint for traces: OTLP over HTTP in, spans to the buffer."""
 
 from __future__ import annotations
 
@@ -14,30 +14,33 @@ from agent_lightning.spans.otlp import PROTOBUF, acknowledge, decode
 from agent_lightning.spans.tree import RawSpan
 
 MAX_SPANS = 10_000
-"""Of one body."""
+"""Spans of a body that are read; the others are counted as rejected."""
 AGENT_HEADER = "x-agl-agent"
-"""Names the agent that calls, above what the URL says."""
+"""Name of the agent that sends a request; overrides the name in the URL."""
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
 
 
-def agent_of(headers: Mapping[str, str], in_url: str) -> str:
-    """Name of the agent that sent a request."""
-    return headers.get(AGENT_HEADER, "").strip()[:200] or in_url
+def agent_of(headers: Mapping[str, str], name_in_url: str) -> str:
+    """Name of the agent that sent a request, at most 200 characters of a header."""
+    return headers.get(AGENT_HEADER, "").strip()[:200] or name_in_url
 
 
 def parent_of(headers: Mapping[str, str]) -> str:
-    """Id of the span that sent a request, from W3C's `traceparent`; "" where it has none.
+    """Id of the span that sent a request, from W3C's `traceparent` header; "" if there is none.
 
     Example: {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"} -> "b7ad6b7169203331"
     """
-    found = _TRACEPARENT.fullmatch(headers.get("traceparent", "").strip())
-    return found[1] if found else ""
+    match = _TRACEPARENT.fullmatch(headers.get("traceparent", "").strip())
+    return match[1] if match else ""
 
 
 class SpanRecorder(Protocol):
-    """What the door asks of the buffer."""
+    """The buffer as `take_traces` calls it."""
 
-    async def record_spans(self, key: RolloutKey, spans: tuple[RawSpan, ...], faults: Mapping[str, int]) -> int: ...
+    async def record_spans(self, key: RolloutKey, spans: tuple[RawSpan, ...], faults: Mapping[str, int]) -> int:
+        """Record spans, and count faults by their reason; returns how many spans were rejected. Raises UnknownRollout
+        if the attempt has ended."""
+        ...
 
 
 async def take_traces(
@@ -45,8 +48,8 @@ async def take_traces(
 ) -> Response:
     """Record the spans of an ExportTraceServiceRequest, protobuf or JSON, and answer as OTLP's specification says.
 
-    What is refused is said in the answer's `partial_success` and counted in the buffer; a body that cannot be read is a
-    400, a rollout that has ended a 409: an exporter repeats neither.
+    Rejected spans are counted in the answer's `partial_success` and in the buffer. The status is 400 if the body cannot
+    be read, and 409 if the rollout has ended: exporters repeat neither.
     """
     content_type = headers.get("content-type", PROTOBUF)
     try:

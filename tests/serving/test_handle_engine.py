@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ray.exceptions
 
-from agent_lightning.serving.app import _HandleEngine
+from agent_lightning.serving.app import HandleEngine
 from agent_lightning.serving.engine import Part, Refusal
 
 DIED = ray.exceptions.RayActorError()
@@ -62,7 +62,7 @@ class Reply:
 )
 async def test_an_answer_is_asked_for_again_where_its_replica_died(ends: list[Any], code: str, left: int) -> None:
     replicas = Replicas(ends)
-    answer = await _HandleEngine(replicas).generate({})  # type: ignore[arg-type]
+    answer = await HandleEngine(replicas).generate({})  # type: ignore[arg-type]
     assert isinstance(answer, Refusal)
     assert (answer.code, len(replicas.ends)) == (code, left)
 
@@ -79,6 +79,6 @@ async def test_a_stream_is_begun_again_where_nothing_of_it_was_seen(
     ends: list[Any], seen: list[Any], left: int
 ) -> None:
     replicas = Replicas(ends)
-    parts = [part async for part in _HandleEngine(replicas).stream({})]  # type: ignore[arg-type]
+    parts = [part async for part in HandleEngine(replicas).stream({})]  # type: ignore[arg-type]
     assert [part.code if isinstance(part, Refusal) else part for part in parts] == seen
     assert len(replicas.ends) == left

@@ -1,9 +1,13 @@
-"""New weights in vLLM, proven by log-probabilities against Hugging Face: tied embeddings, two replicas."""
+"""New weights in vLLM, proven by log-probabilities against Hugging Face: tied embeddings, two replicas. The files that
+carry them hold each array while it is read, and are removed at the end."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -17,6 +21,7 @@ from agent_lightning.core.types import Group, Outcome, Task
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 SECRET = b"0123456789abcdef"
 CALLS = 24
+SIZES = (5, 3, 0, 9, 2)
 
 
 async def ask(session: aiohttp.ClientSession, url: str, lease: Lease, question: str) -> None:
@@ -67,3 +72,46 @@ async def check(group: Group, model: object, *, version: int, unlike: object) ->
     assert gap.mean() < 1e-3
     assert gap.max() < 2e-2
     assert other.mean() > 0.1, "the two models must differ, or this test could not fail"
+
+
+def in_files(arrays: list[Awaitable[Any]]) -> AsyncGenerator[str, None]:
+    from agent_lightning.serving.weights import in_shared_memory  # imports vLLM
+
+    return in_shared_memory(arrays)
+
+
+def arrays(*sizes: int, error: Exception | None = None) -> list[Awaitable[Any]]:
+    async def array(value: int, size: int) -> np.ndarray:
+        return np.full(size, value, np.uint8)
+
+    async def fails() -> np.ndarray:
+        raise error or RuntimeError
+
+    return [array(i, size) for i, size in enumerate(sizes)] + ([fails()] if error else [])
+
+
+@pytest.mark.parametrize("count", range(len(SIZES) + 1))
+async def test_each_file_begins_with_its_array_until_the_next_is_requested(count: int) -> None:
+    paths = []
+    async with aclosing(in_files(arrays(*SIZES[:count]))) as files:
+        async for path in files:
+            await asyncio.sleep(0.01)  # the next is written meanwhile
+            value, size = len(paths), SIZES[len(paths)]
+            assert Path(path).read_bytes()[:size] == bytes([value]) * size
+            paths.append(path)
+    assert len(paths) == count
+    assert not any(Path(path).exists() for path in paths)
+
+
+async def test_an_array_that_is_lost_raises_at_its_turn_and_leaves_no_file() -> None:
+    files = in_files(arrays(4, 4, error=OSError("lost")))
+    paths = [await anext(files), await anext(files)]
+    with pytest.raises(OSError, match="lost"):
+        await anext(files)
+    assert not any(Path(path).exists() for path in paths)
+
+
+async def test_files_go_when_the_reader_stops_early() -> None:
+    async with aclosing(in_files(arrays(4, 1 << 20))) as files:
+        path = await anext(files)
+    assert not Path(path).exists()
