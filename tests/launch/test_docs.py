@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from agent_lightning.cli.main import main
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*/README.md")],
@@ -54,3 +56,18 @@ def test_the_index_lists_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert pages == {name for name in pages if f"]({name})" in index}
+
+
+def test_the_pages_list_every_command_experiment_and_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"^    ([a-z]+) ", capsys.readouterr().out, flags=re.M)
+    cli, experiments, credit = (
+        (ROOT / "docs" / name).read_text() for name in ("cli.md", "experiments.md", "credit.md")
+    )
+    assert len(commands) > 10
+    assert [command for command in commands if f"`agl {command}" not in cli] == []
+    assert [
+        path.stem for path in (ROOT / "conf/experiment").glob("*.yaml") if f"`{path.stem}`" not in experiments
+    ] == []
+    assert [path.stem for path in (ROOT / "conf/algorithm").glob("*.yaml") if f"| `{path.stem}` |" not in credit] == []
