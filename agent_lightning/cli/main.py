@@ -9,13 +9,19 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from agent_lightning import __version__
+from agent_lightning.cli import benchmarks
 from agent_lightning.core.errors import AgentLightningError, UserError
+from agent_lightning.core.text import one_line
 from agent_lightning.core.types import Outcome
 
 USER_ERROR = 2
 FAILED = 1
+INTERRUPTED = 130
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,15 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return asyncio.run(_run(options))
-    except UserError as error:
-        _say(f"agl: {_one_line(error)}")
-        return USER_ERROR
     except AgentLightningError as error:
-        _say(f"agl: {_one_line(error)}")
-        return FAILED
+        sys.stderr.write(f"agl: {one_line(error)}\n")
+        return USER_ERROR if isinstance(error, UserError) else FAILED
     except KeyboardInterrupt:
-        _say("agl: interrupted")
-        return 130
+        sys.stderr.write("agl: interrupted\n")
+        return INTERRUPTED
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -47,56 +50,82 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 async def _run(options: argparse.Namespace) -> int:
-    # Imported here, so that `agl --help` answers at once.
-    if options.command == "doctor":
-        from agent_lightning.cli.doctor import doctor
+    """Run a command and return its exit code. Commands are imported here, so that `agl --help` answers at once."""
+    match options.command:
+        case "doctor":
+            from agent_lightning.cli import doctor
 
-        return doctor()
-    if options.command == "journal":
-        from agent_lightning.cli import journal as inspect_journal
+            return doctor.doctor()
+        case "journal":
+            from agent_lightning.cli import journal
 
-        return inspect_journal.check(options.path)
-    if options.command in ("import", "export"):
-        from agent_lightning.cli import exchange
+            return journal.check(options.path)
+        case "import" | "export":
+            from agent_lightning.cli import exchange
 
-        if options.command == "import":
-            return exchange.import_traces(options.files, options.out)
-        return exchange.export_run(options.run, options.out, options.format)
+            if options.command == "import":
+                return exchange.import_traces(options.files, options.out)
+            return exchange.export_run(options.run, options.out, options.format)
+        case "explain":
+            from agent_lightning.cli import inspect
+
+            return inspect.show_rollout(options.run, options.rollout, tokens=options.tokens)
+        case "runs":
+            from agent_lightning.cli import inspect
+
+            wanted = inspect.Wanted(options.split, options.outcome, options.min_reward, options.max_reward)
+            return inspect.show_runs(options.path, wanted, options.limit)
+        case "score" | "reproduce":
+            return _benchmark(options)
+        case "config":
+            return _look(options)
+        case "submit":
+            return await _submit(options)
+        case "eval" | "serve":
+            from agent_lightning.cli import train
+
+            if options.command == "serve":
+                return await train.serve(options.overrides)
+            return await train.evaluate(options.overrides, split=options.split, out=options.out)
+        case "train" if options.dry_run and not options.multirun:
+            return _look(options)
+        case "train" if not options.multirun:
+            from agent_lightning.cli import train
+
+            overrides, resume = _resume(options.overrides)
+            return await train.train(overrides, resume=resume)
+    return _sweep(options)
+
+
+def _benchmark(options: argparse.Namespace) -> int:
     if options.command == "score":
-        from agent_lightning.cli import scoring
-
-        return scoring.run(options.benchmark, options.file, options.databases)
-    if options.command in ("sweep", "reproduce") or (options.command == "train" and options.multirun):
-        return _many(options)
-    if options.command == "submit":
-        return await _submit(options)
-    if options.command == "config" or (options.command == "train" and options.dry_run):
-        return _look(options)
-    from agent_lightning.cli import train as commands
-
-    if options.command == "explain":
-        return commands.show_rollout(options.run, options.rollout, tokens=options.tokens)
-    if options.command == "runs":
-        return commands.show_runs(
-            options.path,
-            split=options.split,
-            outcome=options.outcome,
-            min_reward=options.min_reward,
-            max_reward=options.max_reward,
-            limit=options.limit,
+        given = {name: vars(options)[name] for name in benchmarks.score_paths()}
+        return benchmarks.score(
+            options.benchmark, options.file, {name: path for name, path in given.items() if path is not None}
         )
-    if options.command == "train":
-        overrides, resume = _resume(options.overrides)
-        return await commands.train(overrides, resume=resume)
-    if options.command == "eval":
-        return await commands.evaluate(options.overrides, split=options.split, out=options.out)
-    return await commands.serve(options.overrides)
+    return benchmarks.reproduce(
+        options.benchmark,
+        scale=options.scale,
+        seeds=options.seeds,
+        runs=options.runs,
+        out=options.out or Path("runs") / f"reproduce-{options.benchmark}-{options.scale}",
+        overrides=options.overrides,
+    )
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from agent_lightning.cli.train import sweep
+    from agent_lightning.sweeps.plan import hydra_words
+
+    words, resume = _resume(options.overrides)
+    words = hydra_words(words) if options.multirun and resume is None else words
+    return sweep(words, resume=Path(resume) if resume is not None else None)
 
 
 async def _submit(options: argparse.Namespace) -> int:
     from agent_lightning.core.ray_private import use_token
 
-    use_token()
+    use_token()  # before Ray is imported, which reads it
     from agent_lightning.cli.submit import Submission, submit
 
     how = Submission(
@@ -109,28 +138,6 @@ async def _submit(options: argparse.Namespace) -> int:
     return await submit(options.overrides, how)
 
 
-def _many(options: argparse.Namespace) -> int:
-    """The commands that start several runs."""
-    if options.command == "reproduce":
-        from agent_lightning.cli.reproduce import reproduce
-
-        out = options.out or Path("runs") / f"reproduce-{options.benchmark}-{options.scale}"
-        return reproduce(
-            options.benchmark,
-            scale=options.scale,
-            seeds=options.seeds,
-            runs=options.runs,
-            out=out,
-            overrides=options.overrides,
-        )
-    from agent_lightning.cli.train import sweep
-    from agent_lightning.sweeps.plan import hydra_words
-
-    words, resume = _resume(options.overrides)
-    words = hydra_words(words) if options.multirun and resume is None else words
-    return sweep(words, resume=Path(resume) if resume is not None else None)
-
-
 def _look(options: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -141,109 +148,49 @@ def _look(options: argparse.Namespace) -> int:
     if options.command == "config":
         return dry_run.show_config(options.overrides, changed=options.changed, console=Console())
     config = load(options.overrides)
-    found = checks.inspect(config, dry_run.assumed(options.assume) if options.assume else ())
-    dry_run.show(found, Console())
-    return USER_ERROR if found.missing else 0
+    inspection = checks.inspect(config, dry_run.assumed(options.assume) if options.assume else ())
+    dry_run.show(inspection, Console())
+    return USER_ERROR if inspection.missing else 0
 
 
 def _resume(overrides: Sequence[str]) -> tuple[list[str], str | None]:
     """`resume=RUN` is no key of the config: it says where the config comes from."""
-    found = [item.removeprefix("resume=") for item in overrides if item.startswith("resume=")]
+    runs = [item.removeprefix("resume=") for item in overrides if item.startswith("resume=")]
     rest = [item for item in overrides if not item.startswith("resume=")]
-    return rest, found[-1] if found else None
+    return rest, runs[-1] if runs else None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="agl", description="Reinforcement learning for any LLM agent, on Ray.", formatter_class=_Raw
-    )
+    parser = argparse.ArgumentParser(prog="agl", description="Reinforcement learning for any LLM agent, on Ray.")
     parser.add_argument("--version", action="version", version=f"agl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = _add(
         commands,
         "train",
         "train a policy on the rollouts of an agent",
-        "agl train experiment=calc_tiny seed=1\n  agl train experiment=calc_mawps data.root=../shared/data/calcx\n"
-        "  agl train resume=runs/calc_tiny-s0-20260101-120000 steps=80",
+        "agl train experiment=calc_tiny seed=1",
+        "agl train experiment=calc_mawps data.root=../shared/data/calcx",
+        "agl train resume=runs/calc_tiny-s0-20260101-120000 steps=80",
+        overrides=True,
     )
     train.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     train.add_argument("--assume", metavar="NODESxGPUS", help="of --dry-run: plan for such a cluster, e.g. 1x8")
-    config, submit = _add_cluster(commands)
-    evaluate, serve = _add_using(commands)
-    for command in (train, config, submit, evaluate, serve, _add_many(commands, train)):
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
-    _add_scoring(commands)
-    _add_reading(commands)
-    _add_exchange(commands)
-    _add_journal(commands)
-    _add(commands, "doctor", "what is installed, what is wrong, and what to type", "agl doctor")
-    return parser
-
-
-def _add_using(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """The commands that train nothing: eval and serve."""
-    evaluate = _add(
-        commands,
-        "eval",
-        "evaluate a model on a task set, without training",
-        "agl eval experiment=calc_tiny model.path=examples/calc_x/tiny_policy --out result.json",
-    )
-    evaluate.add_argument("--split", choices=("train", "val"), default="val", help="which tasks (default: val)")
-    evaluate.add_argument("--out", type=Path, help="also write the JSON here")
-    serve = _add(
-        commands,
-        "serve",
-        "start gateway and policy alone, to point your own agent at",
-        "agl serve experiment=calc_tiny serving.port=8000",
-    )
-    return evaluate, serve
-
-
-def _add_many(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], train: argparse.ArgumentParser
-) -> argparse.ArgumentParser:
-    """The commands that start several runs; gives that of sweeps."""
+    _add_cluster(commands)
+    _add_using(commands)
     sweep = _add(
         commands,
         "sweep",
         "search the values of any keys: random, grid, ASHA, population-based training, Bayesian",
         "agl sweep experiment=calc_tiny sweep=asha eval_every=4 'algorithm.lr=loguniform(1e-4,3e-3)' "
-        "'credit=choice(identical,air)'\n  agl sweep resume=runs/sweep-calc_tiny-20260101-120000",
+        "'credit=choice(identical,air)'",
+        "agl sweep resume=runs/sweep-calc_tiny-20260101-120000",
+        overrides=True,
     )
     for command in (train, sweep):
         command.add_argument("--multirun", action="store_true", help="Hydra's sweeps: every combination of KEY=A,B")
-    again = _add(
-        commands,
-        "reproduce",
-        "an experiment of the paper with several seeds, and a report beside the published figures",
-        "agl reproduce calc_x\n  agl reproduce spider data.root=DIR --seeds 0,1\n"
-        "  agl reproduce calc_x --runs runs/calc_tiny-s0 runs/calc_tiny-s1 --out report",
-    )
-    again.add_argument("benchmark", choices=("calc_x", "spider", "musique"))
-    again.add_argument("--scale", choices=("tiny", "paper"), default="tiny", help="a laptop's CPU, or the paper's GPUs")
-    again.add_argument("--seeds", type=_numbers, default=[0, 1, 2], metavar="0,1,2", help="(default: 0,1,2)")
-    again.add_argument("--runs", type=Path, nargs="+", default=[], metavar="RUN", help="report on these, run nothing")
-    again.add_argument("--out", type=Path, help="folder of the report (default: runs/reproduce-BENCHMARK-SCALE)")
-    again.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
-    return sweep
-
-
-def _add_scoring(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The command that scores what something else predicted."""
-    score = _add(
-        commands,
-        "score",
-        "score anyone's predictions: rows with their scores, then the totals, as JSON lines",
-        "agl score musique predictions.jsonl\n  agl score spider predictions.jsonl.gz --databases DIR > scored.jsonl",
-    )
-    score.add_argument("benchmark", choices=("spider", "musique", "calc_x"))
-    score.add_argument("file", type=Path, help=".jsonl or .jsonl.gz, rows with `pred`; - reads standard input")
-    score.add_argument("--databases", type=Path, help="spider: the folder of DB/DB.sqlite")
-
-
-def _add_journal(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    _add_benchmarks(commands)
+    _add_reading(commands)
+    _add_exchange(commands)
     journal = _add(
         commands,
         "journal",
@@ -252,15 +199,18 @@ def _add_journal(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     journal.add_argument("what", choices=("check",))
     journal.add_argument("path", type=Path, help="a run's folder, or a journal's")
+    _add(commands, "doctor", "what is installed, what is wrong, and what to type", "agl doctor")
+    return parser
 
 
-def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
+def _add_cluster(commands: Commands) -> None:
     """The commands that look at a run before it starts, and start it elsewhere."""
     config = _add(
         commands,
         "config",
         "every key of a config, its value, and where that came from",
         "agl config experiment=calc_tiny algorithm.lr=1e-3 --changed",
+        overrides=True,
     )
     config.add_argument("--changed", action="store_true", help="leave out what has its default")
     submit = _add(
@@ -268,6 +218,7 @@ def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "submit",
         "train as a Ray job on a cluster",
         "agl submit experiment=calc_tiny --address http://HEAD:8265 --follow",
+        overrides=True,
     )
     submit.add_argument("--address", help="of the dashboard (default: RAY_API_SERVER_ADDRESS, or this machine's)")
     submit.add_argument("--runtime-env", type=Path, help="(default: runtime_env.yaml, here or in the project)")
@@ -276,21 +227,74 @@ def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     submit.add_argument(
         "--out", type=Path, default=Path("runs"), help="where the run's files are brought (default: runs)"
     )
-    return [config, submit]
 
 
-def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_using(commands: Commands) -> None:
+    """The commands that train nothing."""
+    evaluate = _add(
+        commands,
+        "eval",
+        "evaluate a model on a task set, without training",
+        "agl eval experiment=calc_tiny model.path=examples/calc_x/tiny_policy --out result.json",
+        overrides=True,
+    )
+    evaluate.add_argument("--split", choices=("train", "val"), default="val", help="which tasks (default: val)")
+    evaluate.add_argument("--out", type=Path, help="also write the JSON here")
+    _add(
+        commands,
+        "serve",
+        "start gateway and policy alone, to point your own agent at",
+        "agl serve experiment=calc_tiny serving.port=8000",
+        overrides=True,
+    )
+
+
+def _add_benchmarks(commands: Commands) -> None:
+    """The commands that compare with what others have published."""
+    reproduce = _add(
+        commands,
+        "reproduce",
+        "an experiment of the paper with several seeds, and a report beside the published figures",
+        "agl reproduce calc_x",
+        "agl reproduce spider data.root=DIR --seeds 0,1",
+        "agl reproduce calc_x --runs runs/calc_tiny-s0 runs/calc_tiny-s1 --out report",
+    )
+    reproduce.add_argument("benchmark", choices=benchmarks.names())
+    reproduce.add_argument(
+        "--scale", choices=("tiny", "paper"), default="tiny", help="a laptop's CPU, or the paper's GPUs"
+    )
+    reproduce.add_argument("--seeds", type=_numbers, default=[0, 1, 2], metavar="0,1,2", help="(default: 0,1,2)")
+    reproduce.add_argument(
+        "--runs", type=Path, nargs="+", default=[], metavar="RUN", help="report on these, run nothing"
+    )
+    reproduce.add_argument("--out", type=Path, help="folder of the report (default: runs/reproduce-BENCHMARK-SCALE)")
+    _add_overrides(reproduce)
+    score = _add(
+        commands,
+        "score",
+        "score anyone's predictions: rows with their scores, then the totals, as JSON lines",
+        "agl score musique predictions.jsonl",
+        "agl score spider predictions.jsonl.gz --databases DIR > scored.jsonl",
+    )
+    score.add_argument("benchmark", choices=benchmarks.names())
+    score.add_argument("file", type=Path, help=".jsonl or .jsonl.gz, rows with `pred`; - reads standard input")
+    for name, readers in benchmarks.score_paths().items():
+        score.add_argument(f"--{name}", type=Path, help="; ".join(f"{of}: {text}" for of, text in readers.items()))
+
+
+def _add_reading(commands: Commands) -> None:
     """The commands that read what a run wrote."""
     runs = _add(
         commands,
         "runs",
         "list runs, or the rollouts of a run",
-        "agl runs\n  agl runs runs/calc_tiny-s0-20260101-120000 --outcome timeout\n"
-        "  agl runs runs/calc_tiny-s0-20260101-120000 --split val --max-reward 0",
+        "agl runs",
+        "agl runs runs/calc_tiny-s0-20260101-120000 --outcome timeout",
+        "agl runs runs/calc_tiny-s0-20260101-120000 --split val --max-reward 0",
     )
     runs.add_argument("path", type=Path, nargs="?", default=Path("runs"), help="a folder of runs, or a run")
     runs.add_argument("--split", choices=("train", "val"), default="train", help="which rollouts (default: train)")
-    runs.add_argument("--outcome", choices=[one.value for one in Outcome], help="only those that ended so")
+    runs.add_argument("--outcome", choices=[outcome.value for outcome in Outcome], help="only those that ended so")
     runs.add_argument("--min-reward", type=float, default=-math.inf)
     runs.add_argument("--max-reward", type=float, default=math.inf)
     runs.add_argument("--limit", type=int, default=50, help="rows to show (default: 50)")
@@ -305,7 +309,7 @@ def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     explain.add_argument("--tokens", action="store_true", help="also the sampled text, coloured by advantage")
 
 
-def _add_exchange(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_exchange(commands: Commands) -> None:
     """The commands that read what other tools write, and write what they read."""
     bring = _add(
         commands,
@@ -328,25 +332,24 @@ def _add_exchange(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     send.add_argument("--format", choices=("jsonl", "otlp"), default="jsonl", help="(default: jsonl)")
 
 
+def _add(
+    commands: Commands, name: str, help_text: str, *examples: str, overrides: bool = False
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text,
+        epilog="\n  ".join(("example:", *examples)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the line breaks of the examples
+    )
+    if overrides:
+        _add_overrides(command)
+    return command
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
+
+
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
-
-
-class _Raw(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of examples."""
-
-
-def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, example: str
-) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name, help=help_text, description=help_text, epilog=f"example:\n  {example}", formatter_class=_Raw
-    )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")

@@ -19,19 +19,16 @@ from rich.console import Console
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.segments import listed
-from agent_lightning.cli import explain
 from agent_lightning.config.load import Config, load, reload, to_yaml
 from agent_lightning.core import ray_private
 from agent_lightning.core.errors import PartDied, StepFailed, UserError
 from agent_lightning.core.types import Group, Split, Task
 from agent_lightning.credit.air import Signal
-from agent_lightning.credit.assign import explain_credit
 from agent_lightning.credit.rules import CreditRules
-from agent_lightning.launch import backend, checks, hub, launch, placement
+from agent_lightning.launch import backend, checks, launch, placement
 from agent_lightning.rollouts.agents import load as load_target
 from agent_lightning.rollouts.supervise import watch
 from agent_lightning.run import storage
-from agent_lightning.run.archive import read_group
 from agent_lightning.run.loop import Loop
 from agent_lightning.run.observer import RunObserver, reward_by, summarize
 from agent_lightning.run.plots import plot_learning_curve
@@ -363,31 +360,4 @@ async def serve(overrides: Sequence[str]) -> int:
             exports = (f"OPENAI_BASE_URL={url}", "OPENAI_API_KEY=any", f"ANTHROPIC_BASE_URL={url.removesuffix('/v1')}")
             console.print("".join(f"export {text}\n" for text in exports), soft_wrap=True, highlight=False)
             await stopped.wait()
-    return 0
-
-
-def show_rollout(run: Path, rollout_id: str, *, tokens: bool) -> int:
-    """`agl explain`. Raises UserError."""
-    config = reload(RunDirectory.open(run).config, [])
-    group = read_group(run, rollout_id)
-    index = next(i for i, one in enumerate(group.trajectories) if one.key.rollout_id == rollout_id)
-    rollout = group.trajectories[index]
-    credits = explain_credit(group, index, credit_rules(config)) if rollout.key.split == "train" else None
-    console = Console()
-    console.print(explain.explain(rollout, group.task, credits))
-    if tokens and credits is not None:
-        model = Path(hub.find_model(config.model.path))
-        console.print(explain.coloured(rollout.calls, credits, model / "tokenizer.json"))
-    return 0
-
-
-def show_runs(path: Path, *, split: str, outcome: str | None, min_reward: float, max_reward: float, limit: int) -> int:
-    """`agl runs`: the runs in a folder, or the rollouts of a run. Raises UserError."""
-    if not (path / "config.yaml").is_file():
-        Console().print(explain.list_runs(path))
-        return 0
-    rollouts = explain.list_rollouts(
-        path, split=split, outcome=outcome, min_reward=min_reward, max_reward=max_reward, limit=limit
-    )
-    Console().print(rollouts)
     return 0

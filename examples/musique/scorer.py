@@ -1,19 +1,18 @@
-"""`agl score musique`: rows with `pred`, `answer` and, where there are any, `answer_aliases`. The score is F1."""
+"""`agl score musique`: rows with `pred`, `answer` and, if there are any, `answer_aliases`. The score is F1."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from answers import exact_match, f1
 
-from agent_lightning.cli.scoring import means, text_of
+from agent_lightning.cli.benchmarks import means, text_of
 from agent_lightning.core.errors import DataError
 
 
-def score(row: Mapping[str, Any], *, databases: Path | None = None) -> dict[str, float]:
-    """{"score": F1, "em": …, "f1": …} of a row. Raises DataError."""
+def score(row: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a row: {"score": F1, "em": …, "f1": …}. Raises DataError."""
     aliases = row.get("answer_aliases") or []
     if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
         raise DataError("answer_aliases must be a list of texts")

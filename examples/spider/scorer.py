@@ -1,4 +1,4 @@
-"""Execution match of anyone's predictions, row by row: {"id", "pred", "db_id", "query"}, and "difficulty" at will."""
+"""`agl score spider`: execution match of rows with `pred`, `db_id`, `query` and, if there is one, `difficulty`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ LEVELS = ("easy", "medium", "hard", "extra")
 
 
 def score(row: Mapping[str, Any], *, databases: Path | None = None) -> dict[str, float]:
-    """{"score": 1} where the prediction matches the gold query on `databases/db_id/*.sqlite`, else {"score": 0}.
+    """The figures of a row: {"score": 1} if the prediction gives the rows of the gold query, else {"score": 0}.
 
-    Raises DataError: a missing field or database, no folder of databases, a gold query that fails.
+    Both run on `databases/db_id/*.sqlite`.
+
+    Raises DataError if a field, a database or the folder of databases is missing, or the gold query fails.
     """
     missing = [field for field in FIELDS if not isinstance(row.get(field), str)]
     if missing:
@@ -30,9 +32,9 @@ def score(row: Mapping[str, Any], *, databases: Path | None = None) -> dict[str,
 
 
 def totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of scored rows: {"rows": 3, "score": 0.667, "difficulty": {"easy": {"rows": 3, "score": 0.667}}}.
+    """The mean score: {"rows": 3, "score": 0.667, "difficulty": {"easy": {"rows": 3, "score": 0.667}}}.
 
-    "difficulty" is there where rows carry one.
+    "difficulty" is left out if no row has one.
     """
     given = {str(row["difficulty"]) for row in rows if row.get("difficulty") is not None}
     levels = [level for level in LEVELS if level in given] + sorted(given - set(LEVELS))

@@ -18,7 +18,7 @@ def wrong(checks: list[Check]) -> dict[str, str]:
 
 
 def set_of(checks: list[Check]) -> str:
-    return next(check.found for check in checks if check.name == "set")
+    return next(check.value for check in checks if check.name == "set")
 
 
 def test_pins_of_a_lock_file() -> None:
@@ -57,9 +57,9 @@ def test_nothing_installed_says_how_to_install_what_the_machine_is_for() -> None
 def test_another_version_a_stray_package_and_the_wrong_torch_are_named() -> None:
     installed = {**CPU, "ray": "0.9", "rich": "8.0", "torchvision": "1.0", "torch": "2.0+cu130"}
     checks = package_checks(installed, CPU, GPU, on_gpu=False)
-    found = wrong(checks)
-    assert found.keys() == {"torch", "ray", "1 others pinned", "must be absent"}
-    assert found["must be absent"] == "pip uninstall -y torchvision"
+    fixes = wrong(checks)
+    assert fixes.keys() == {"torch", "ray", "1 others pinned", "must be absent"}
+    assert fixes["must be absent"] == "pip uninstall -y torchvision"
     assert set_of(checks) == "CPU set, with differences"
 
 

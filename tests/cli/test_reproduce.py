@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from agent_lightning.cli.reproduce import BENCHMARKS, reproduce, write_report
+from agent_lightning.cli import benchmarks
 from agent_lightning.config.load import load, to_yaml
 from agent_lightning.core.errors import UserError
+from agent_lightning.rollouts.agents import load as load_target
 from agent_lightning.run.report import RolloutCounts, StepSeconds, Summary
 from agent_lightning.run.tracking import JsonLines, RunDirectory
 
 MakeRun = Callable[..., Path]
+Benchmark: Any = load_target("benchmarks/reproduce/report.py:Benchmark")
+write_report: Any = load_target("benchmarks/reproduce/report.py:write_report")
 
 
 @pytest.fixture
@@ -52,7 +56,7 @@ def make_run(tmp_path: Path) -> MakeRun:
 def test_a_report_has_the_spread_the_published_figures_and_how_it_was_run(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run(seed, last) for seed, last in ((0, 0.6), (1, 0.7), (2, 0.8))]
     out = tmp_path / "report"
-    assert reproduce("spider", scale="tiny", seeds=[0], runs=runs, out=out, overrides=[]) == 0
+    assert benchmarks.reproduce("spider", scale="tiny", seeds=[0], runs=runs, out=out, overrides=[]) == 0
     text = (out / "report.md").read_text()
     for wanted in (
         "**Held-out reward at the end: 0.700 ± 0.100** (mean and standard deviation of 3 seeds, 16 rows); "
@@ -69,7 +73,7 @@ def test_a_report_has_the_spread_the_published_figures_and_how_it_was_run(make_r
 
 
 def test_a_benchmark_without_published_figures_says_so(make_run: MakeRun, tmp_path: Path) -> None:
-    write_report(BENCHMARKS["calc_x"], "paper", [make_run(0, 0.5)], tmp_path / "report")
+    write_report(Benchmark.read("calc_x"), "paper", [make_run(0, 0.5)], tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
     assert "arXiv 2508.03680 shows curves of the reward for this experiment, and gives no figures." in text
     assert "**Held-out reward at the end: 0.500**" in text
@@ -77,11 +81,15 @@ def test_a_benchmark_without_published_figures_says_so(make_run: MakeRun, tmp_pa
 
 def test_runs_of_several_experiments_are_no_report(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is of other, .* of toy"):
-        write_report(BENCHMARKS["calc_x"], "tiny", [make_run(0, 0.5), make_run(1, 0.5, "other")], tmp_path / "report")
+        write_report(
+            Benchmark.read("calc_x"), "tiny", [make_run(0, 0.5), make_run(1, 0.5, "other")], tmp_path / "report"
+        )
 
 
-@pytest.mark.parametrize("name", list(BENCHMARKS))
-def test_the_papers_settings_compose(name: str) -> None:
-    config = load([f"experiment={BENCHMARKS[name].experiments['paper']}"])
+@pytest.mark.parametrize("name", benchmarks.names())
+def test_the_experiments_of_a_benchmark_compose(name: str) -> None:
+    experiments = Benchmark.read(name).experiments
+    assert load([f"experiment={experiments['tiny']}"]).hardware.device == "cpu"
+    config = load([f"experiment={experiments['paper']}"])
     assert config.hardware.device == "cuda"
     assert (config.algorithm.tasks_per_step, config.algorithm.rollouts_per_task) == (32, 4)

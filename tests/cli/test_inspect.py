@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console, RenderableType
 
-from agent_lightning.cli.explain import coloured, explain, ledger, list_runs
+from agent_lightning.cli.inspect import coloured, explain, list_runs, token_counts
 from agent_lightning.cli.main import main
 from agent_lightning.config.load import load, to_yaml
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
@@ -78,7 +78,7 @@ def run(tmp_path: Path) -> Path:
 
 def shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
     monkeypatch.setenv("COLUMNS", "140")
-    assert main([str(one) for one in arguments]) == 0
+    assert main([str(argument) for argument in arguments]) == 0
     return capsys.readouterr().out
 
 
@@ -90,14 +90,14 @@ def as_text(part: RenderableType) -> str:
 
 def test_a_group_comes_back_as_it_was(run: Path) -> None:
     group = read_group(run, "train-4-1")
-    assert [one.key.rollout_id for one in group.trajectories] == ["train-4-0", "train-4-1", "train-4-2"]
+    assert [trajectory.key.rollout_id for trajectory in group.trajectories] == ["train-4-0", "train-4-1", "train-4-2"]
     assert group.task == Task(task_id="t4", payload={"question": "What is 1/0?"})
     first = trajectory(0, 1.0)
     assert group.trajectories[0].calls[2].request == first.calls[2].request
     assert group.trajectories[0].calls[2].response_T.tolist() == first.calls[2].response_T.tolist()
 
 
-def test_explain_shows_spans_rewards_advantages_and_the_ledger(
+def test_explain_shows_spans_rewards_advantages_and_token_counts(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = shown(capsys, monkeypatch, "explain", run, "train-4-0")
@@ -147,12 +147,12 @@ def test_what_only_the_critic_knew_is_not_made_up() -> None:
     assert "nan" not in text
 
 
-def test_the_ledger_adds_up() -> None:
-    def one(tokens: int, status: str) -> CallCredit:
+def test_token_counts_add_up() -> None:
+    def credit(tokens: int, status: str) -> CallCredit:
         return CallCredit(call_id="", intermediate=0, return_to_go=0, advantage=0, tokens=tokens, status=status)
 
-    credits = [one(20, "trained"), one(11, "overlong_sample"), one(7, "not selected"), one(2, "trained")]
-    assert str(ledger(credits)) == "tokens: 33 sampled = 22 trained + 11 overlong_sample; 7 not selected"
+    credits = [credit(20, "trained"), credit(11, "overlong_sample"), credit(7, "not selected"), credit(2, "trained")]
+    assert str(token_counts(credits)) == "tokens: 33 sampled = 22 trained + 11 overlong_sample; 7 not selected"
 
 
 def test_runs_lists_runs_and_filters_rollouts(
@@ -178,7 +178,7 @@ def test_runs_lists_runs_and_filters_rollouts(
 def test_bad_input_is_one_line(
     run: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([one.format(run=run) for one in arguments]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    assert main([argument.format(run=run) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

