@@ -36,8 +36,8 @@ from agent_lightning.run.report import Progress, Summary, report
 from agent_lightning.run.state import Plan, State, complete_checkpoints, newest_checkpoint, read_state
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.run.tracking import RunDirectory
-from agent_lightning.sweeps.plan import SweepFolder, finish_sweep, plan_sweep, trial_words
-from agent_lightning.sweeps.view import SweepView, sweep_report
+from agent_lightning.sweeps.plan import SweepFolder, plan_sweep, trial_words
+from agent_lightning.sweeps.view import SweepView, finish_sweep, sweep_report
 
 T = TypeVar("T")
 
@@ -244,7 +244,7 @@ def sweep(words: Sequence[str], *, resume: Path | None) -> int:
     view = SweepView(plan, console, folder.read())
     view.start()
     try:
-        tuning.run(plan, folder.path, concurrent=at_once, seats=own, resume=resume is not None, changed=view.changed)
+        tuning.run(plan, folder.path, concurrent=at_once, seats=own, resume=resume is not None, update=view.update)
     finally:
         view.stop()
         folder.write(view.records)

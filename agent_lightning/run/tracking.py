@@ -24,9 +24,8 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from agent_lightning.core import files
 from agent_lightning.core.errors import UserError
@@ -36,11 +35,18 @@ from agent_lightning.run.plots import read_metrics
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
 class RunDirectory:
     """The folder of a run, and the paths of its files."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path: Final = path
+        self.config: Final = path / "config.yaml"
+        self.metrics: Final = path / "metrics.jsonl"
+        self.summary: Final = path / "summary.json"
+        self.curve: Final = path / "curve.png"
+        self.rollouts: Final = path / "rollouts"
+        self.checkpoints: Final = path / "checkpoints"
+        self.logs: Final = path / "logs"
 
     @classmethod
     def create(
@@ -82,34 +88,6 @@ class RunDirectory:
         if not run.config.is_file():
             raise UserError(f"{path} is no run: it has no {run.config.name}")
         return run
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def curve(self) -> Path:
-        return self.path / "curve.png"
-
-    @property
-    def rollouts(self) -> Path:
-        return self.path / "rollouts"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
 
 
 class Sink(Protocol):

@@ -1,10 +1,10 @@
-"""A sweep before and after its trials: its settings, what a command line asks for, its folder, and its outcome.
+"""The plan of a sweep: its settings and its checked command line; and its folder, with the records of its trials.
 
 runs/sweep-calc_tiny-20260101-120000/
-  sweep.yaml       what was asked for; `agl sweep resume=` reads it
-  trial-000/ …     each an ordinary run
-  logs/            what each trial said on its terminal
-  trials.jsonl     a line for each trial: its words, how it ended, its held-out rewards
+  sweep.yaml       the command line, which `agl sweep resume=` reads
+  trial-000/ …     the trials, which are ordinary runs
+  logs/            the terminal output of each trial
+  trials.jsonl     a line for each trial: its searched values, its state, its held-out rewards
   experiment/best.yaml, curves.png, parallel.png
 """
 
@@ -17,56 +17,56 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from agent_lightning.config.load import Config, load, one_line, project_folder
+from agent_lightning.core import files
 from agent_lightning.core.errors import ConfigError, UserError
-from agent_lightning.sweeps.comparisons import Axis, Curve, plot_curves, plot_parallel
-from agent_lightning.sweeps.space import Between, Choice, Distribution, parse_words, sampled_words
+from agent_lightning.sweeps.space import Choice, Distribution, parse_words, sampled_words
 
 SEARCHES = ("random", "grid", "bayes")
 SCHEDULERS = ("none", "asha", "pbt")
 MAX_GRID = 256
 OWN_KEYS = ("name", "runs_dir")
-"""Of the trials; the sweep itself sets them."""
+"""Keys of the trials that the sweep itself sets."""
 
 
 @dataclass(slots=True, kw_only=True)
 class SweepConfig:
-    """`sweep=NAME` takes one from conf/sweep, `sweep.KEY=VALUE` changes it."""
+    """The settings of a sweep: `sweep=NAME` loads conf/sweep/NAME.yaml, and `sweep.KEY=VALUE` changes a setting."""
 
     search: str = "random"
     """random, grid, or bayes."""
     scheduler: str = "none"
     """none, asha, or pbt."""
     trials: int | None = None
-    """null: 16; a grid has as many as it has."""
+    """The number of trials; null: 16. A grid has a trial for each combination."""
     concurrent: int | None = None
-    """Trials at a time; null: as many as the cluster has room for."""
+    """Trials that run at the same time; null: as many as the cluster has room for."""
     seed: int = 0
-    """Of the draws; a trial's own seed is the key `seed`."""
+    """The seed of the draws from the search space; a trial's own seed is the key `seed`."""
     grace_steps: int | None = None
     """asha: steps before a trial may be stopped; null: eval_every."""
     reduction: float = 4.0
-    """asha: of the trials that come to a rung, one in this many goes on; the next rung is this many times as far."""
+    """asha: the share 1/reduction of the trials at a rung continues, to the next rung at reduction times the steps."""
     interval_steps: int | None = None
     """pbt: steps between comparisons; null: eval_every."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepPlan:
-    """What a sweep does, complete and checked."""
+    """The checked plan of a sweep."""
 
     experiment: str
     command: tuple[str, ...]
-    """As it was asked for."""
+    """The command line, as it was typed."""
     settings: SweepConfig
     fixed: tuple[str, ...]
-    """What every trial's command line says."""
+    """The words that the command lines of all trials share."""
     space: Mapping[str, Distribution]
     steps: int
     eval_every: int
@@ -74,25 +74,25 @@ class SweepPlan:
     @property
     def num_trials(self) -> int:
         if self.settings.search == "grid":
-            return math.prod(len(one.values) for one in self.space.values() if isinstance(one, Choice))
+            return math.prod(len(choice.values) for choice in self.space.values() if isinstance(choice, Choice))
         return self.settings.trials or 16
 
     def words(self, values: Mapping[str, object]) -> tuple[str, ...]:
-        """The command line of the trial with these values, but for its name and folder."""
+        """The command line of the trial with these values, without its name and folder."""
         return (*self.fixed, *sampled_words(self.space, values))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRecord:
-    """What became of a trial."""
+    """The state of a trial and its results so far."""
 
     name: str
     words: tuple[str, ...]
-    """Of the searched keys."""
+    """The words of its command line for the searched keys."""
     state: str = "running"
     """running, done, stopped (by the scheduler), or failed."""
     run: str | None = None
-    """Its folder: of PBT, the newest."""
+    """The name of its run's folder. Under PBT a trial may have several runs; this is the newest."""
     rewards: tuple[tuple[int, float], ...] = ()
     """(step, held-out reward) of each evaluation."""
     error: str | None = None
@@ -104,16 +104,20 @@ class TrialRecord:
 
     @property
     def last(self) -> float:
+        """The held-out reward of the last evaluation; NaN before the first."""
         return self.rewards[-1][1] if self.rewards else math.nan
 
     @property
     def step(self) -> int:
+        """The step of the last evaluation."""
         return self.rewards[-1][0] if self.rewards else 0
 
 
 def hydra_words(words: Sequence[str]) -> list[str]:
-    """Hydra's own sweeps as ours: algorithm.lr=1e-4,3e-4 -> algorithm.lr=choice(1e-4,3e-4), and every combination,
-    where no `sweep=` says otherwise. Raises ConfigError."""
+    """Translate Hydra's own sweeps: algorithm.lr=1e-4,3e-4 -> algorithm.lr=choice(1e-4,3e-4).
+
+    The result is a grid unless a word begins with `sweep=`. Raises ConfigError.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -129,14 +133,14 @@ def hydra_words(words: Sequence[str]) -> list[str]:
 
 
 def plan_sweep(words: Sequence[str]) -> tuple[SweepPlan, Config]:
-    """Read and check a command line, and give its first trial's config. Raises ConfigError, before anything starts.
+    """Read and check a command line; returns the plan and a config of the sweep. Raises ConfigError.
 
-    Every end of every distribution is composed into a whole config, so an unknown key, a wrong type and a value out
-    of its bounds are refused as `agl train` would refuse them.
+    The config is composed with both bounds, or every choice, of each searched key, so that unknown keys, wrong types
+    and values out of bounds are refused with the messages of `agl train`, before anything starts.
     """
     fixed, space = parse_words(words)
-    settings = _settings([word for word in fixed if word.partition("=")[0].split(".")[0] == "sweep"])
-    fixed = tuple(word for word in fixed if word.partition("=")[0].split(".")[0] != "sweep")
+    settings = _settings([word for word in fixed if _is_setting(word)])
+    fixed = tuple(word for word in fixed if not _is_setting(word))
     for key in OWN_KEYS:
         if key in space or any(word.startswith(f"{key}=") for word in fixed if key == "name"):
             raise ConfigError(f"{key}: a sweep names and places its trials itself; leave it out")
@@ -144,22 +148,27 @@ def plan_sweep(words: Sequence[str]) -> tuple[SweepPlan, Config]:
         raise ConfigError("a sweep needs something to search, such as 'algorithm.lr=loguniform(1e-4,3e-3)'")
     if settings.search == "grid":
         _check_grid(settings, space)
-    middle = {key: one.ends()[0] for key, one in space.items()}
-    first = _compose(fixed, middle)
-    for key, one in space.items():
-        for value in one.ends()[1:]:
-            _compose(fixed, middle | {key: value})
+    values = {key: distribution.check_values()[0] for key, distribution in space.items()}
+    config = _compose(fixed, values)
+    for key, distribution in space.items():
+        for value in distribution.check_values()[1:]:
+            _compose(fixed, values | {key: value})
     plan = SweepPlan(
-        experiment=first.experiment,
+        experiment=config.experiment,
         command=tuple(words),
         settings=settings,
         fixed=fixed,
         space=space,
-        steps=first.steps,
-        eval_every=first.eval_every or first.steps,
+        steps=config.steps,
+        eval_every=config.eval_every or config.steps,
     )
-    _check(plan)
-    return plan, first
+    _check_settings(plan)
+    return plan, config
+
+
+def _is_setting(word: str) -> bool:
+    """Whether a word is `sweep=NAME` or `sweep.KEY=VALUE`."""
+    return word.partition("=")[0].partition(".")[0] == "sweep"
 
 
 def _compose(fixed: Sequence[str], values: Mapping[str, str]) -> Config:
@@ -167,15 +176,15 @@ def _compose(fixed: Sequence[str], values: Mapping[str, str]) -> Config:
 
 
 def _settings(words: Sequence[str]) -> SweepConfig:
-    """conf/sweep/NAME.yaml with `sweep.KEY=VALUE` on top. Raises ConfigError."""
+    """Load conf/sweep/NAME.yaml and apply `sweep.KEY=VALUE`. Raises ConfigError."""
     folder = project_folder("conf") / "sweep"
     chosen = [word.removeprefix("sweep=") for word in words if word.startswith("sweep=")] or ["random"]
     file = folder / f"{chosen[-1]}.yaml"
     if not file.is_file():
-        names = ", ".join(sorted(one.stem for one in folder.glob("*.yaml")))
+        names = ", ".join(sorted(preset.stem for preset in folder.glob("*.yaml")))
         raise ConfigError(f"sweep={chosen[-1]}: unknown; choose one of {names}")
     dotted = [word.removeprefix("sweep.") for word in words if word.startswith("sweep.")]
-    known = [one.name for one in fields(SweepConfig)]
+    known = [field.name for field in fields(SweepConfig)]
     if unknown := [key for word in dotted if (key := word.partition("=")[0]) not in known]:
         raise ConfigError(f"sweep.{unknown[0]}: no such key; there are {', '.join(known)}")
     try:
@@ -188,18 +197,18 @@ def _settings(words: Sequence[str]) -> SweepConfig:
 
 
 def _check_grid(settings: SweepConfig, space: Mapping[str, Distribution]) -> None:
-    """Raises ConfigError for what cannot be tried in all combinations."""
+    """Check that all combinations of the space can be tried. Raises ConfigError."""
     if settings.trials is not None:
         raise ConfigError("sweep.trials: a grid has as many trials as it has combinations; leave it out")
-    values = {key: one.values for key, one in space.items() if isinstance(one, Choice)}
+    values = {key: choice.values for key, choice in space.items() if isinstance(choice, Choice)}
     if endless := [key for key in space if key not in values]:
         raise ConfigError(f"{endless[0]}: a grid needs choice(…) or range(…); or choose another sweep")
     if (combinations := math.prod(map(len, values.values()))) > MAX_GRID:
         raise ConfigError(f"the grid has {combinations} combinations, more than {MAX_GRID}: use sweep=random")
 
 
-def _check(plan: SweepPlan) -> None:
-    """Values that cannot be, that contradict each other, or that nothing reads. Raises ConfigError."""
+def _check_settings(plan: SweepPlan) -> None:
+    """Refuse settings that are impossible, contradict each other, or that nothing reads. Raises ConfigError."""
     settings, default = plan.settings, SweepConfig()
     if settings.search not in SEARCHES:
         raise ConfigError(f"sweep.search={settings.search}: must be one of {', '.join(SEARCHES)}")
@@ -229,7 +238,7 @@ def _check(plan: SweepPlan) -> None:
 
 
 def trial_words(plan: SweepPlan, group: str) -> tuple[str, ...]:
-    """What the sweep adds to every trial: one group in Weights & Biases, and the checkpoints that PBT copies."""
+    """The words that the sweep adds to every trial: its group in Weights & Biases, and the checkpoints PBT copies."""
     given = {word.partition("=")[0] for word in plan.fixed}
     added = () if "tracking.group" in given else (f"tracking.group={group}",)
     if plan.settings.scheduler != "pbt":
@@ -238,14 +247,19 @@ def trial_words(plan: SweepPlan, group: str) -> tuple[str, ...]:
 
 
 class SweepFolder:
-    """Where a sweep and its trials lie."""
+    """The folder of a sweep, and the paths of its files."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path: Final = path
+        self.command_file: Final = path / "sweep.yaml"
+        self.trials: Final = path / "trials.jsonl"
+        self.best: Final = path / "experiment" / "best.yaml"
+        self.curves: Final = path / "curves.png"
+        self.parallel: Final = path / "parallel.png"
 
     @classmethod
     def create(cls, root: Path, plan: SweepPlan) -> SweepFolder:
-        """Raises UserError where `root` cannot be written."""
+        """Make a new folder in `root`, with the command line in it. Raises UserError if `root` cannot be written."""
         stem = f"sweep-{plan.experiment}-{time.strftime('%Y%m%d-%H%M%S')}"
         number = 1
         while (path := root / (stem if number == 1 else f"{stem}-{number}")).exists():
@@ -255,47 +269,27 @@ class SweepFolder:
         except OSError as error:
             raise UserError(f"cannot make a folder in {root}: {error.strerror}") from error
         folder = cls(path)
-        folder.asked.write_text(yaml.safe_dump({"command": list(plan.command)}, sort_keys=False, allow_unicode=True))
+        folder.command_file.write_text(yaml.safe_dump({"command": list(plan.command)}, allow_unicode=True))
         return folder
 
     @classmethod
     def open(cls, path: Path) -> SweepFolder:
-        """Raises UserError where `path` is no sweep."""
+        """Open the folder of an earlier sweep. Raises UserError if `path` is not a sweep."""
         folder = cls(path)
-        if not folder.asked.is_file():
-            raise UserError(f"{path} is no sweep: it has no {folder.asked.name}")
+        if not folder.command_file.is_file():
+            raise UserError(f"{path} is no sweep: it has no {folder.command_file.name}")
         return folder
 
-    @property
-    def asked(self) -> Path:
-        return self.path / "sweep.yaml"
-
-    @property
-    def trials(self) -> Path:
-        return self.path / "trials.jsonl"
-
-    @property
-    def best(self) -> Path:
-        return self.path / "experiment" / "best.yaml"
-
-    @property
-    def curves(self) -> Path:
-        return self.path / "curves.png"
-
-    @property
-    def parallel(self) -> Path:
-        return self.path / "parallel.png"
-
     def command(self) -> list[str]:
-        return [str(word) for word in yaml.safe_load(self.asked.read_text())["command"]]
+        """The command line with which the sweep was started."""
+        return [str(word) for word in yaml.safe_load(self.command_file.read_text())["command"]]
 
     def write(self, records: Sequence[TrialRecord]) -> None:
-        """A line for each trial; the file appears whole or not at all."""
-        unfinished = self.trials.with_name(f".{self.trials.name}.tmp")
-        unfinished.write_text("".join(json.dumps(asdict(one)) + "\n" for one in records))
-        unfinished.replace(self.trials)
+        """Write trials.jsonl."""
+        files.write_text(self.trials, "".join(json.dumps(asdict(record)) + "\n" for record in records))
 
     def read(self) -> list[TrialRecord]:
+        """Read trials.jsonl; empty if the sweep has not written it yet."""
         if not self.trials.is_file():
             return []
         rows = [json.loads(line) for line in self.trials.read_text().splitlines()]
@@ -306,37 +300,16 @@ class SweepFolder:
 
 
 def best_of(records: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The trial with the highest last held-out reward, of equal ones the one that came furthest; never a failed one.
+    """The trial with the highest last held-out reward, and among equals the most steps; failed trials do not count.
 
-    The highest of many noisy figures is too high by some of the noise: the winner's fair figure is that of new runs.
+    The maximum of many noisy rewards overestimates: run the best values again for an unbiased figure.
     """
-    known = [one for one in records if one.state in ("done", "stopped") and math.isfinite(one.last)]
-    return max(known, key=lambda one: (one.last, one.step), default=None)
-
-
-def finish_sweep(plan: SweepPlan, folder: SweepFolder, records: Sequence[TrialRecord]) -> TrialRecord | None:
-    """Write the winner as an experiment file, and the two pictures; None where no trial was evaluated."""
-    best = best_of(records)
-    if best is None:
-        return None
-    folder.best.parent.mkdir(exist_ok=True)
-    folder.best.write_text(best_experiment(plan, best))
-    title = f"{plan.experiment}: {len(records)} trials"
-    curves = [Curve(f"{one.name} {one.last:.3f}", one.rewards, one is best) for one in records]
-    plot_curves(curves, folder.curves, title)
-    values = [dict(word.partition("=")[::2] for word in one.words) for one in records]
-    axes = [_axis(key, one, [value[key] for value in values]) for key, one in plan.space.items()]
-    plot_parallel(axes, [one.last for one in records], records.index(best), folder.parallel, title)
-    return best
-
-
-def _axis(key: str, one: Distribution, values: list[str]) -> Axis:
-    words = one.values if isinstance(one, Choice) else None
-    return Axis(key, values, words, log=isinstance(one, Between) and one.log)
+    known = [record for record in records if record.state in ("done", "stopped") and math.isfinite(record.last)]
+    return max(known, key=lambda record: (record.last, record.step), default=None)
 
 
 def best_experiment(plan: SweepPlan, best: TrialRecord) -> str:
-    """The winner as an experiment file: what it says beyond the experiment that was swept.
+    """The text of the best trial's experiment file, which extends the swept experiment with the trial's values.
 
     Example: experiment=calc_tiny, steps=8, credit=air, algorithm.lr=0.001 ->
         defaults: [calc_tiny, override /credit: air, _self_]
@@ -349,15 +322,16 @@ def best_experiment(plan: SweepPlan, best: TrialRecord) -> str:
     values = [f"{key}={value}" for key, value in pairs if not (conf / key).is_dir() and key not in _NOT_IN_BEST]
     defaults: list[Any] = [Path(dict(pairs)["experiment"]).stem]
     defaults += [{f"override /{key}": value} for key, value in groups.items()]
-    title = (
-        f"# The best of {plan.num_trials} trials: held-out reward {best.last:.3f} at step {best.step} ({best.run}).\n"
-    )
-    asked = "# agl sweep " + shlex.join(plan.command) + "\n"
     body = {"defaults": [*defaults, "_self_"]}
-    return f"# @package _global_\n{title}{asked}" + OmegaConf.to_yaml(
+    yaml_text = OmegaConf.to_yaml(
         OmegaConf.merge(body, {"experiment": f"{plan.experiment}_best"}, OmegaConf.from_dotlist(values))
+    )
+    return (
+        "# @package _global_\n"
+        f"# The best of {plan.num_trials} trials: held-out reward {best.last:.3f} at step {best.step} ({best.run}).\n"
+        f"# agl sweep {shlex.join(plan.command)}\n{yaml_text}"
     )
 
 
 _NOT_IN_BEST = ("runs_dir", "tracking.group", "checkpoint_every", "experiment")
-"""Of the sweep, not of what won it."""
+"""Keys that belong to the sweep and not to the best trial's experiment."""

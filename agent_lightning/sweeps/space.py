@@ -1,7 +1,10 @@
-"""Search spaces, a line each: `algorithm.lr=loguniform(1e-4,3e-3)`. Text to values, and nothing else.
+"""Search spaces on a command line: `algorithm.lr=loguniform(1e-4,3e-3)` searches a key by a distribution of Ray Tune.
 
-parse_words(["experiment=calc_tiny", "algorithm.lr=loguniform(1e-4,3e-3)", "credit=choice(identical,air)"])
-# (("experiment=calc_tiny",), {"algorithm.lr": Between(1e-4, 3e-3, log=True), "credit": Choice(("identical", "air"))})
+    parse_words(["experiment=calc_tiny", "algorithm.lr=loguniform(1e-4,3e-3)", "credit=choice(identical,air)"])
+    # (("experiment=calc_tiny",),
+    #  {"algorithm.lr": Numbers("loguniform", (1e-4, 3e-3)), "credit": Choice(("identical", "air"))})
+
+Ray Tune itself is imported when a sweep starts, in `tune.py`.
 """
 
 from __future__ import annotations
@@ -19,56 +22,71 @@ FORMS = {
     "uniform": "uniform(LOW,HIGH)",
     "loguniform": "loguniform(LOW,HIGH)",
     "quniform": "quniform(LOW,HIGH,STEP)",
+    "qloguniform": "qloguniform(LOW,HIGH,STEP)",
     "randint": "randint(LOW,HIGH), HIGH not included",
+    "lograndint": "lograndint(LOW,HIGH), HIGH not included",
+    "qrandint": "qrandint(LOW,HIGH,STEP)",
+    "qlograndint": "qlograndint(LOW,HIGH,STEP)",
 }
-"""The distributions, and how each is written."""
-MANY = 24
+"""The form of each distribution. All but `range`, which stands for a choice, have Ray Tune's name and meaning."""
+MOST_CHECKED = 24
 _CALL = re.compile(r"(\w+)\((.*)\)\Z", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of these, each as it would stand on a command line."""
+    """A choice from values, each written as on a command line."""
 
     values: tuple[str, ...]
 
-    def ends(self) -> tuple[str, ...]:
-        """What the config is checked with: all of them, or of very many the first and the last."""
-        return self.values if len(self.values) <= MANY else (self.values[0], self.values[-1])
+    def check_values(self) -> tuple[str, ...]:
+        """The values with which the config is checked: all, or the first and the last of more than `MOST_CHECKED`."""
+        return self.values if len(self.values) <= MOST_CHECKED else (self.values[0], self.values[-1])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Between:
-    """A number from `low` to `high`, both included."""
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """A distribution of numbers: Ray Tune's name for it, and its arguments (LOW, HIGH) or (LOW, HIGH, STEP)."""
 
-    low: float
-    high: float
-    log: bool = False
-    """Each factor is as likely as the next."""
-    step: float | None = None
-    """Multiples of it only."""
-    whole: bool = False
+    name: str
+    arguments: tuple[float, ...]
 
-    def ends(self) -> tuple[str, ...]:
-        return self.text(self.low), self.text(self.high)
+    @property
+    def integers(self) -> bool:
+        return self.name.endswith("randint")
+
+    @property
+    def logarithmic(self) -> bool:
+        return "log" in self.name
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest possible value."""
+        low, high = self.arguments[:2]
+        return low, high - 1 if self.name in ("randint", "lograndint") else high
+
+    def check_values(self) -> tuple[str, ...]:
+        """The values with which the config is checked: both bounds."""
+        return tuple(map(self.text, self.bounds))
 
     def nearest(self, value: float) -> float:
-        """The value of this distribution that is nearest."""
-        step = 1.0 if self.whole else self.step
-        return min(max(round(value / step) * step if step else value, self.low), self.high)
+        """The possible value that is nearest to `value`."""
+        step = self.arguments[2] if len(self.arguments) == 3 else float(self.integers)
+        low, high = self.bounds
+        return min(max(round(value / step) * step if step else value, low), high)
 
     def text(self, value: float) -> str:
-        """As on a command line: 0.00031234567 -> "0.000312346"."""
-        return str(round(value)) if self.whole else f"{value:.6g}"
+        """A value as on a command line: 0.00031234567 -> "0.000312346"."""
+        return str(round(value)) if self.integers else f"{value:.6g}"
 
 
-Distribution = Choice | Between
+Distribution = Choice | Numbers
 
 
 def parse_words(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Distribution]]:
-    """Split a command line into what is fixed and what is searched. Raises ConfigError.
+    """Split a command line into its fixed words and its search space. Raises ConfigError.
 
-    A value that looks like a call is a distribution; anything else is an ordinary override.
+    A value that looks like a call is a distribution; any other value is an ordinary override.
     """
     fixed: list[str] = []
     space: dict[str, Distribution] = {}
@@ -88,18 +106,18 @@ def parse_words(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Distri
 
 
 def sampled_words(space: Mapping[str, Distribution], values: Mapping[str, object]) -> tuple[str, ...]:
-    """What a trial's command line says of the searched keys.
+    """The words of a trial's command line for the searched keys.
 
-    Example: ({"algorithm.lr": Between(…)}, {"algorithm.lr": 0.00031}) -> ("algorithm.lr=0.00031",)
+    Example: ({"algorithm.lr": Numbers("uniform", (0, 1))}, {"algorithm.lr": 0.00031}) -> ("algorithm.lr=0.00031",)
     """
     return tuple(
-        f"{key}={one.text(float(str(values[key]))) if isinstance(one, Between) else values[key]}"
-        for key, one in space.items()
+        f"{key}={values[key] if isinstance(distribution, Choice) else distribution.text(float(str(values[key])))}"
+        for key, distribution in space.items()
     )
 
 
 def _distribution(word: str, name: str, arguments: list[str]) -> Distribution:
-    """Raises ConfigError that shows how it is written."""
+    """Read a distribution. Raises ConfigError, which shows the form."""
     if name not in FORMS:
         raise ConfigError(f"{word}: there is no distribution {name}; there are {', '.join(FORMS)}")
     if name == "choice":
@@ -107,27 +125,29 @@ def _distribution(word: str, name: str, arguments: list[str]) -> Distribution:
             raise ConfigError(f"{word}: write {FORMS[name]}")
         return Choice(tuple(dict.fromkeys(arguments)))
     try:
-        numbers = [float(argument) for argument in arguments]
-        wanted = {"range": (2, 3), "quniform": (3,)}.get(name, (2,))
-        if len(numbers) not in wanted or not all(map(math.isfinite, numbers)):
+        numbers = tuple(map(float, arguments))
+        if len(numbers) not in ((2, 3) if name == "range" else (2 + name.startswith("q"),)):
+            raise ValueError
+        if not all(map(math.isfinite, numbers)):
             raise ValueError
     except ValueError:
         raise ConfigError(f"{word}: write {FORMS[name]}, in numbers") from None
-    low, high, step = numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else 1.0
-    if low >= high or step <= 0 or (name == "loguniform" and low <= 0):
-        above = " that are above 0" if name == "loguniform" else ""
-        raise ConfigError(f"{word}: the first number must be below the second{above or ', and a step above 0'}")
+    distribution = Numbers(name, numbers)
+    low, high, step = (*numbers, 1.0)[:3]
+    if low >= high or step <= 0 or (distribution.logarithmic and low <= 0):
+        above = " that are above 0" if distribution.logarithmic else ", and a step above 0"
+        raise ConfigError(f"{word}: the first number must be below the second{above}")
     if name == "range":
         return Choice(tuple(f"{low + index * step:.6g}" for index in range(math.ceil((high - low) / step - 1e-9))))
-    if name == "randint":
-        if low != int(low) or high != int(high):
-            raise ConfigError(f"{word}: write {FORMS[name]}, in whole numbers")
-        return Between(low=low, high=high - 1, whole=True)
-    return Between(low=low, high=high, log=name == "loguniform", step=step if name == "quniform" else None)
+    if distribution.integers and not all(map(float.is_integer, numbers)):
+        raise ConfigError(f"{word}: write {FORMS[name]}, in whole numbers")
+    if name.startswith("q") and not all(math.isclose(end / step, round(end / step)) for end in (low, high)):
+        raise ConfigError(f"{word}: the first and the second number must be multiples of the third")
+    return distribution
 
 
 def _arguments(text: str) -> list[str]:
-    """Split at the commas that no bracket or quote encloses: "a,[b,c]" -> ["a", "[b,c]"]."""
+    """Split at the commas outside of brackets and quotes: "a,[b,c]" -> ["a", "[b,c]"]."""
     parts, depth, quote = [""], 0, ""
     for char in text:
         if quote or char in "\"'":

@@ -1,5 +1,8 @@
-"""A sweep on Ray Tune: the only module that knows ray.tune. Tune chooses values and who goes on; each trial is an
-`agl train` that an actor of Tune's watches (`trials.py`), in the one cluster that all trials share."""
+"""A sweep on Ray Tune; no other module imports ray.tune.
+
+Tune draws values and decides which trials continue. Each trial is an `agl train` process that a Tune actor watches
+(`trials.py`), and all trials share a cluster.
+"""
 
 from __future__ import annotations
 
@@ -21,36 +24,35 @@ from agent_lightning.core import ray_private
 from agent_lightning.core.errors import UserError
 from agent_lightning.run.plots import evaluations
 from agent_lightning.sweeps.plan import SweepPlan, TrialRecord
-from agent_lightning.sweeps.space import Between, Choice, Distribution, sampled_words
+from agent_lightning.sweeps.space import Choice, Distribution, Numbers, sampled_words
 from agent_lightning.sweeps.trials import PROGRAM, Trial, is_done, last_log_line, log_path, newest_run
 
 SEAT = "sweep_seat"
-"""A resource of a cluster that is started for a sweep, one for each trial that it is to hold at a time."""
+"""A resource of a cluster that is started for a sweep: a unit for each trial that may run at the same time."""
 POINTER = "run.json"
-"""A checkpoint of Tune's is only this: whose run it is, and the step."""
+"""The only file in Tune's checkpoints. It names a trial's run and a step; the run has the real checkpoint."""
 
 
 class TrialActor(tune.Trainable):
-    """What Tune drives: a trial's next evaluation, its checkpoint, and its end."""
+    """The actor that Tune drives: it reports a trial's evaluations, and saves, loads and ends the trial."""
 
-    def setup(self, config: dict[str, Any], **make: Any) -> None:
-        os.environ.pop("OMP_NUM_THREADS", None)  # Ray's, for an actor that computes in its own process
-        self._make = make
-        # Others are the only ones that go on from it: a trial itself does from whatever its run has.
-        self._copied = make["plan"].settings.scheduler == "pbt"
-        self._trial = self._new(config)
+    def setup(self, config: dict[str, Any], *, plan: SweepPlan, **arguments: Any) -> None:
+        """`config`: Tune's values for the searched keys. `arguments`: those of `Trial` that all trials share."""
+        # Ray limits the threads of an actor's own computations; the trial's process is to use its cores.
+        os.environ.pop("OMP_NUM_THREADS", None)
+        self._plan, self._arguments = plan, arguments
+        self._trial = self._make_trial(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The actor's next trial: starting another actor would take longer than some trials."""
+        """Take the next trial in the same actor: starting another actor would take longer than some trials."""
         self._trial.stop()
-        self._trial = self._new(new_config)
+        self._trial = self._make_trial(new_config)
         return True
 
-    def _new(self, config: dict[str, Any]) -> Trial:
-        made = dict(self._make)
-        words = made.pop("plan").words(config)
+    def _make_trial(self, config: dict[str, Any]) -> Trial:
         environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-        return Trial(name=Path(self.logdir).name, words=words, environment=environment, **made)
+        name, words = Path(self.logdir).name, self._plan.words(config)
+        return Trial(name=name, words=words, environment=environment, **self._arguments)
 
     def step(self) -> dict[str, Any]:
         result = self._trial.next_result()
@@ -58,7 +60,9 @@ class TrialActor(tune.Trainable):
         return values | {"done": True} if result.finished else values
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        run, step = self._trial.wait_for_checkpoint() if self._copied else self._trial.position()
+        # Only PBT copies this checkpoint, into another trial. A trial resumes itself from its own run's folder.
+        is_copied = self._plan.settings.scheduler == "pbt"
+        run, step = self._trial.wait_for_checkpoint() if is_copied else self._trial.position()
         (Path(checkpoint_dir) / POINTER).write_text(json.dumps({"run": str(run), "step": step}))
 
     def load_checkpoint(self, checkpoint: str) -> None:
@@ -70,47 +74,47 @@ class TrialActor(tune.Trainable):
 
 
 _LISTENERS: dict[Path, Callable[[TrialRecord], None]] = {}
-"""Who is told of a sweep's trials, by its folder: Tune pickles its callbacks, and a terminal cannot be."""
+"""The function that takes the trials' records, by the sweep's folder. It may hold a terminal, which Tune, which pickles
+its callbacks, could not pickle."""
 
 
-class _Watch(tune.Callback):
-    """Tells of every trial that started, was evaluated, or ended."""
+class _RecordTrials(tune.Callback):
+    """Makes a record of each trial that started, was evaluated, or ended, and passes it to the sweep's listener."""
 
     def __init__(self, plan: SweepPlan, sweep: Path) -> None:
         self._plan, self._sweep = plan, sweep
         self._started: dict[str, float] = {}
 
-    def _changed(self, record: TrialRecord) -> None:
-        _LISTENERS[self._sweep](record)
-
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._started.setdefault(trial.trial_id, time.monotonic())
-        self._changed(self._record(trial, "running"))
+        self._record(trial, "running")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self._changed(self._record(trial, "running"))
+        self._record(trial, "running")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         run = newest_run(self._sweep, Path(trial.local_path).name)
-        self._changed(self._record(trial, "done" if is_done(run) else "stopped"))
+        self._record(trial, "done" if is_done(run) else "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._changed(self._record(trial, "failed"))
+        self._record(trial, "failed")
 
-    def _record(self, trial: Any, state: str) -> TrialRecord:
+    def _record(self, trial: Any, state: str) -> None:
         name = Path(trial.local_path).name
         run = newest_run(self._sweep, name)
         started = self._started.get(trial.trial_id, time.monotonic())
-        return TrialRecord(
-            name=name,
-            words=sampled_words(self._plan.space, trial.config),
-            state=state,
-            run=run.name,
-            rewards=tuple(evaluations(run / "metrics.jsonl")),
-            error=last_log_line(self._sweep, name) if state == "failed" else None,
-            seconds=round(time.monotonic() - started, 1),
+        _LISTENERS[self._sweep](
+            TrialRecord(
+                name=name,
+                words=sampled_words(self._plan.space, trial.config),
+                state=state,
+                run=run.name,
+                rewards=tuple(evaluations(run / "metrics.jsonl")),
+                error=last_log_line(self._sweep, name) if state == "failed" else None,
+                seconds=round(time.monotonic() - started, 1),
+            )
         )
 
 
@@ -121,13 +125,15 @@ def run(
     concurrent: int,
     seats: bool,
     resume: bool,
-    changed: Callable[[TrialRecord], None],
+    update: Callable[[TrialRecord], None],
     program: Sequence[str] = PROGRAM,
 ) -> None:
-    """Run all trials; Ctrl-C and SIGTERM stop them, each with a checkpoint. Ray runs already, where `seats` with SEAT.
+    """Run all trials, and pass their records to `update`. Ctrl-C and SIGTERM stop them, each with a checkpoint.
 
-    A trial's placement group holds the actor that watches it; its run asks for its own. Raises UserError where the
-    sweep cannot be gone on with, and for a population that a joined cluster cannot hold at once.
+    Ray must run, with the resource `SEAT` if `seats` is set. Tune's placement group for a trial holds the actor that
+    watches it; the trial's run requests its own resources.
+
+    Raises UserError if `resume` finds nothing to resume, or if the cluster cannot hold a population at the same time.
     """
     if plan.settings.scheduler == "pbt" and not seats and concurrent < plan.num_trials:
         raise UserError(
@@ -140,10 +146,10 @@ def run(
         tune.with_parameters(TrialActor, plan=plan, sweep=sweep, folder=Path.cwd(), program=program),
         tune.PlacementGroupFactory([{"CPU": 1, SEAT: 1} if seats else {"CPU": 1}], strategy="PACK"),
     )
-    tuner = _restored(plan, sweep, trainable) if resume else _new(plan, sweep, trainable, concurrent)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the trials' own last lines say why they failed
+    tuner = _restore_tuner(plan, sweep, trainable) if resume else _make_tuner(plan, sweep, trainable, concurrent)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's record has its last line
     terminated = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-    _LISTENERS[sweep] = changed
+    _LISTENERS[sweep] = update
     try:
         tuner.fit()
     finally:
@@ -151,7 +157,7 @@ def run(
         del _LISTENERS[sweep]
 
 
-def _new(plan: SweepPlan, sweep: Path, trainable: Any, concurrent: int) -> tune.Tuner:
+def _make_tuner(plan: SweepPlan, sweep: Path, trainable: Any, concurrent: int) -> tune.Tuner:
     return tune.Tuner(
         trainable,
         param_space={} if plan.settings.search == "bayes" else _domains(plan),
@@ -159,14 +165,14 @@ def _new(plan: SweepPlan, sweep: Path, trainable: Any, concurrent: int) -> tune.
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(sweep),
-            callbacks=[_Watch(plan, sweep)],
+            callbacks=[_RecordTrials(plan, sweep)],
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
 
 
-def _restored(plan: SweepPlan, sweep: Path, trainable: Any) -> tune.Tuner:
+def _restore_tuner(plan: SweepPlan, sweep: Path, trainable: Any) -> tune.Tuner:
     folder = sweep / "tune"
     if not tune.Tuner.can_restore(str(folder)):
         raise UserError(f"{sweep} was interrupted before its first trial: start it anew")
@@ -182,7 +188,7 @@ def _tune_config(plan: SweepPlan, sweep: Path, concurrent: int) -> tune.TuneConf
 
         search = OptunaSearch(space=_domains(plan), metric="reward", mode="max", seed=settings.seed)
     else:
-        # Of a population each has a turn: only the seats bound how many run at a time.
+        # In a population the trials take turns, and the seats alone limit how many run at the same time.
         most = 0 if settings.scheduler == "pbt" else concurrent
         search = BasicVariantGenerator(random_state=settings.seed, max_concurrent=most)
     return tune.TuneConfig(
@@ -193,12 +199,12 @@ def _tune_config(plan: SweepPlan, sweep: Path, concurrent: int) -> tune.TuneConf
         num_samples=1 if settings.search == "grid" else plan.num_trials,
         max_concurrent_trials=concurrent if settings.search == "bayes" else None,
         reuse_actors=True,
-        trial_dirname_creator=_Names(sweep),
+        trial_dirname_creator=_NameTrials(sweep),
     )
 
 
-class _Names:
-    """trial-000, trial-001, … in the order in which Tune makes them; a log that is there is a name that is taken."""
+class _NameTrials:
+    """Names trials trial-000, trial-001, … in the order in which Tune makes them; an existing log marks a used name."""
 
     def __init__(self, sweep: Path) -> None:
         self._sweep = sweep
@@ -224,39 +230,46 @@ def _scheduler(plan: SweepPlan) -> Any:
             time_attr="step",
             perturbation_interval=settings.interval_steps or plan.eval_every,
             hyperparam_mutations={
-                key: list(one.values) if isinstance(one, Choice) else _domain(one) for key, one in plan.space.items()
+                key: list(distribution.values) if isinstance(distribution, Choice) else _domain(distribution)
+                for key, distribution in plan.space.items()
             },
-            custom_explore_fn=_Bounds(plan.space),
+            custom_explore_fn=_ClampToSpace(plan.space),
         )
     return None
 
 
-class _Bounds:
-    """PBT multiplies: back into the search space."""
+class _ClampToSpace:
+    """PBT multiplies values by 0.8 or 1.2; this moves them to the nearest values of the search space."""
 
     def __init__(self, space: Mapping[str, Distribution]) -> None:
         self._space = space
 
     def __call__(self, values: dict[str, Any]) -> dict[str, Any]:
-        for key, one in self._space.items():
-            if isinstance(one, Between):
-                values[key] = one.nearest(float(values[key]))
+        for key, distribution in self._space.items():
+            if isinstance(distribution, Numbers):
+                values[key] = distribution.nearest(float(values[key]))
         return values
 
 
 def _domains(plan: SweepPlan) -> dict[str, Any]:
     grid = plan.settings.search == "grid"
     return {
-        key: tune.grid_search(list(one.values)) if grid and isinstance(one, Choice) else _domain(one)
-        for key, one in plan.space.items()
+        key: tune.grid_search(list(space.values)) if grid and isinstance(space, Choice) else _domain(space)
+        for key, space in plan.space.items()
     }
 
 
-def _domain(one: Distribution) -> Any:
-    if isinstance(one, Choice):
-        return tune.choice(list(one.values))
-    if one.whole:
-        return tune.randint(round(one.low), round(one.high) + 1)
-    if one.step is not None:
-        return tune.quniform(one.low, one.high, one.step)
-    return (tune.loguniform if one.log else tune.uniform)(one.low, one.high)
+_DISTRIBUTIONS: Mapping[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        *(tune.uniform, tune.quniform, tune.loguniform, tune.qloguniform),
+        *(tune.randint, tune.qrandint, tune.lograndint, tune.qlograndint),
+    )
+}
+
+
+def _domain(distribution: Distribution) -> Any:
+    if isinstance(distribution, Choice):
+        return tune.choice(list(distribution.values))
+    number = int if distribution.integers else float
+    return _DISTRIBUTIONS[distribution.name](*map(number, distribution.arguments))

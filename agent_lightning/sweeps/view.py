@@ -1,32 +1,45 @@
-"""What a person sees of a sweep: a table that redraws itself, or a line for every change where there is no terminal."""
+"""What a person sees of a sweep: its progress in the terminal, the report at the end, and pictures of its runs."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from agent_lightning.run.plots import BLUE, GREY, RED, new_figure, plain_axes, save
 from agent_lightning.run.report import duration, number, sparkline
-from agent_lightning.sweeps.plan import SweepFolder, SweepPlan, TrialRecord, best_of
+from agent_lightning.sweeps.plan import SweepFolder, SweepPlan, TrialRecord, best_experiment, best_of
+from agent_lightning.sweeps.space import Choice, Distribution
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STYLES = {"running": "cyan", "done": "green", "stopped": "dim", "failed": "red"}
 
 
 class SweepView:
-    """Keeps the newest record of every trial, and shows them."""
+    """The progress of a sweep: a table that redraws itself, or a line for each change if there is no terminal."""
 
-    def __init__(self, plan: SweepPlan, console: Console, known: list[TrialRecord]) -> None:
+    def __init__(self, plan: SweepPlan, console: Console, records: Sequence[TrialRecord]) -> None:
+        """`records`: the trials of an interrupted sweep that is resumed."""
         self._plan, self._console = plan, console
-        self._records = {one.name: one for one in known}
+        self._records = {record.name: record for record in records}
         self._started = time.monotonic()
         self._live: Live | None = None
 
     @property
     def records(self) -> list[TrialRecord]:
+        """The newest record of each trial, by name."""
         return [self._records[name] for name in sorted(self._records)]
 
     def start(self) -> None:
@@ -39,53 +52,49 @@ class SweepView:
             self._live.stop()
             self._live = None
 
-    def changed(self, record: TrialRecord) -> None:
+    def update(self, record: TrialRecord) -> None:
+        """Take a trial's new record, and print a line if there is no table."""
         before = self._records.get(record.name)
         self._records[record.name] = record
         if self._live is None and (before is None or (before.state, before.rewards) != (record.state, record.rewards)):
-            held_out = (
-                f"  step {record.step}/{self._plan.steps}  held-out {number(record.last)}" if record.rewards else ""
-            )
-            said = f"  {record.error}" if record.error else ""
-            line = f"{record.name} {record.state:<8}{held_out}  {' '.join(record.words)}{said}"
+            reached = f"step {record.step}/{self._plan.steps}  held-out {number(record.last)}" if record.rewards else ""
+            parts = [f"{record.name} {record.state:<8}", reached, " ".join(record.words), record.error]
+            line = "  ".join(part for part in parts if part)
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def render(self) -> RenderableType:
-        """The table as it is now: the running ones, then the best first."""
+        """Render the table with the current records."""
         records = self.records
-        over = [one for one in records if one.ended]
-        passed = duration(time.monotonic() - self._started)
-        title = Text(f"{self._plan.experiment}: {len(over)} of {self._plan.num_trials} trials, {passed}", style="bold")
+        ended, passed = sum(record.ended for record in records), duration(time.monotonic() - self._started)
+        title = Text(f"{self._plan.experiment}: {ended} of {self._plan.num_trials} trials, {passed}", style="bold")
         return Group(title, trial_table(records, self._plan.steps))
 
 
-def trial_table(records: list[TrialRecord], steps: int) -> Table:
-    """A row for each trial, the running ones first, then by what they reached."""
+def trial_table(records: Sequence[TrialRecord], steps: int) -> Table:
+    """A row for each trial: first the running trials, each group by falling held-out reward."""
     table = Table(box=None, padding=(0, 1), header_style="dim")
     for column in ("trial", "state", "step", "held-out", "", "minutes", "values"):
         table.add_column(column, justify="right" if column in ("step", "held-out", "minutes") else "left")
     best = best_of(records)
-    for one in sorted(records, key=_order):
-        text = Text(
-            one.error or " ".join(one.words), style="red" if one.error else "", overflow="ellipsis", no_wrap=True
-        )
+    for record in sorted(records, key=_table_order):
+        values = record.error or " ".join(record.words)
         table.add_row(
-            one.name,
-            Text(one.state, style=STYLES.get(one.state, "")),
-            f"{one.step}/{steps}",
-            Text(number(one.last), style="bold green" if one is best else ""),
-            sparkline([reward for _, reward in one.rewards], 8),
-            f"{one.seconds / 60:.1f}",
-            text,
+            record.name,
+            Text(record.state, style=STYLES.get(record.state, "")),
+            f"{record.step}/{steps}",
+            Text(number(record.last), style="bold green" if record is best else ""),
+            sparkline([reward for _, reward in record.rewards], 8),
+            f"{record.seconds / 60:.1f}",
+            Text(values, style="red" if record.error else "", overflow="ellipsis", no_wrap=True),
         )
     return table
 
 
 def sweep_report(
-    plan: SweepPlan, folder: SweepFolder, records: list[TrialRecord], best: TrialRecord | None
+    plan: SweepPlan, folder: SweepFolder, records: Sequence[TrialRecord], best: TrialRecord | None
 ) -> RenderableType:
-    """The table of all trials, the winner, and where things are."""
-    failed = sum(one.state == "failed" for one in records)
+    """The report at the end: the table of all trials, the best trial, and the paths of the sweep's files."""
+    failed = sum(record.state == "failed" for record in records)
     lines = [f"{len(records)} trials, {failed} failed; files in {folder.path}"]
     if best is None:
         lines.append("no trial was evaluated: see its logs/")
@@ -95,5 +104,154 @@ def sweep_report(
     return Group(trial_table(records, plan.steps), Text(), *(Text(f" {line}", overflow="fold") for line in lines))
 
 
-def _order(one: TrialRecord) -> tuple[bool, float]:
-    return one.state != "running", -one.last if math.isfinite(one.last) else math.inf
+def _table_order(record: TrialRecord) -> tuple[bool, float]:
+    return record.state != "running", -record.last if math.isfinite(record.last) else math.inf
+
+
+def finish_sweep(plan: SweepPlan, folder: SweepFolder, records: Sequence[TrialRecord]) -> TrialRecord | None:
+    """Write the best trial as an experiment file, and draw the two pictures. None if no trial was evaluated."""
+    best = best_of(records)
+    if best is None:
+        return None
+    folder.best.parent.mkdir(exist_ok=True)
+    folder.best.write_text(best_experiment(plan, best))
+    title = f"{plan.experiment}: {len(records)} trials"
+    curves = [Curve(f"{record.name} {record.last:.3f}", record.rewards, record is best) for record in records]
+    plot_curves(curves, folder.curves, title)
+    values = [dict(word.partition("=")[::2] for word in record.words) for record in records]
+    columns = [_column(key, space, [trial[key] for trial in values]) for key, space in plan.space.items()]
+    plot_parallel(columns, [record.last for record in records], records.index(best), folder.parallel, title)
+    return best
+
+
+def _column(key: str, distribution: Distribution, values: Sequence[str]) -> Column:
+    if isinstance(distribution, Choice):
+        return Column(key, values, distribution.values)
+    return Column(key, values, logarithmic=distribution.logarithmic)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The held-out reward of a run: (step, reward) of each evaluation."""
+
+    label: str
+    points: Sequence[tuple[int, float]]
+    highlight: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A searched key in a picture of parallel coordinates."""
+
+    key: str
+    values: Sequence[str]
+    """The value of each trial, as on its command line."""
+    choices: Sequence[str] | None = None
+    """The values to choose from, from bottom to top; None: the values are numbers."""
+    logarithmic: bool = False
+
+
+def plot_curves(curves: Sequence[Curve], out: Path, title: str) -> None:
+    """Draw the held-out rewards of several runs: thin lines, and a thick line with its label for a highlighted run."""
+    figure, axes = _reward_axes(curves, title)
+    for curve in sorted(curves, key=lambda curve: curve.highlight):
+        if not curve.points:
+            continue
+        step_N, reward_N = np.array(curve.points, np.float64).T
+        color, width, alpha = (RED, 2.4, 1.0) if curve.highlight else (GREY, 1.2, 0.55)
+        axes.plot(step_N, reward_N, color=color, linewidth=width, alpha=alpha, marker="o", markersize=3 + width)
+        if curve.highlight:
+            last = (step_N[-1], reward_N[-1])
+            axes.annotate(f"  {curve.label}", last, fontsize=12, color=color, va="center", fontweight="bold")
+    save(figure, out)
+
+
+def _reward_axes(curves: Sequence[Curve], title: str) -> tuple[Figure, Axes]:
+    figure = new_figure(title)
+    axes = figure.add_subplot()
+    plain_axes(axes, max((step for curve in curves for step, _ in curve.points), default=0.0), 0.05)
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out reward")
+    return figure, axes
+
+
+def plot_spread(curves: Sequence[Curve], out: Path, title: str, published: Sequence[tuple[str, float]] = ()) -> None:
+    """Draw runs with different seeds: thin lines, their mean with its range, and published figures as dashed lines."""
+    figure, axes = _reward_axes(curves, title)
+    for curve in curves:
+        step_N, reward_N = np.array(curve.points, np.float64).reshape(-1, 2).T
+        axes.plot(step_N, reward_N, color=BLUE, linewidth=1, alpha=0.45)
+    shared = sorted(set.intersection(*(set(dict(curve.points)) for curve in curves))) if curves else []
+    if shared:
+        reward_SC = np.array([[dict(curve.points)[step] for curve in curves] for step in shared])
+        label = f"mean of {len(curves)} seeds"
+        axes.plot(shared, reward_SC.mean(1), color=BLUE, linewidth=2.6, marker="o", label=label)
+        axes.fill_between(shared, reward_SC.min(1), reward_SC.max(1), color=BLUE, alpha=0.15, label="lowest to highest")
+    for label, value in published:
+        axes.axhline(value, color=RED, linestyle="--", linewidth=1.2)
+        axes.annotate(label, (0, value), color=RED, fontsize=9, va="bottom")
+    axes.legend(frameon=False, fontsize=10, loc="best")
+    save(figure, out)
+
+
+def plot_parallel(columns: Sequence[Column], rewards: Sequence[float], best: int, out: Path, title: str) -> None:
+    """Draw parallel coordinates: a line for each trial through its values to its held-out reward, coloured by the
+    reward, and thick for the trial number `best`."""
+    from matplotlib import colormaps
+
+    figure = new_figure(title)
+    axes = figure.add_subplot()
+    known = [reward for reward in rewards if math.isfinite(reward)]
+    low, high = min(known, default=0.0), max(known, default=1.0)
+    height_CN = [_heights(column) for column in columns] + [_between(rewards, low, high)]
+    for trial, reward in enumerate(rewards):
+        if math.isfinite(reward):
+            width, alpha = (3.2, 1.0) if trial == best else (1.4, 0.75)
+            color = colormaps["viridis"](height_CN[-1][trial] * 0.9)
+            axes.plot([heights[trial] for heights in height_CN], color=color, linewidth=width, alpha=alpha)
+    for index, column in enumerate(columns):
+        _draw_scale(axes, index, _ticks(column))
+    _draw_scale(axes, len(columns), [(height, f"{low + height * (high - low):.3f}") for height in (0.0, 0.5, 1.0)])
+    axes.set_xticks(range(len(height_CN)), [column.key for column in columns] + ["held-out reward"], fontsize=11)
+    axes.set_yticks([])
+    axes.set_xlim(-0.25, len(height_CN) - 0.7)
+    axes.set_ylim(-0.05, 1.05)
+    axes.spines[:].set_visible(False)
+    save(figure, out)
+
+
+def _heights(column: Column) -> list[float]:
+    """The height of each trial's value in the picture, from 0 to 1."""
+    if column.choices is not None:
+        places = dict(zip(column.choices, _even_heights(len(column.choices)), strict=True))
+        return [places[value] for value in column.values]
+    numbers = [math.log(float(value)) if column.logarithmic else float(value) for value in column.values]
+    return _between(numbers, min(numbers), max(numbers))
+
+
+def _between(values: Sequence[float], low: float, high: float) -> list[float]:
+    """`low` -> 0, `high` -> 1; 0.5 for all values if both are equal."""
+    return [(value - low) / (high - low) if high > low else 0.5 for value in values]
+
+
+def _even_heights(count: int) -> list[float]:
+    return _between(range(count), 0, count - 1)
+
+
+def _ticks(column: Column) -> list[tuple[float, str]]:
+    """The heights in a column that get a label, and their labels."""
+    if column.choices is not None:
+        return list(zip(_even_heights(len(column.choices)), column.choices, strict=True))
+    numbers = sorted(float(value) for value in column.values)
+    low, high = numbers[0], numbers[-1]
+    middle = math.sqrt(low * high) if column.logarithmic else (low + high) / 2
+    return [(0.0, f"{low:.3g}"), (0.5, f"{middle:.3g}"), (1.0, f"{high:.3g}")] if high > low else [(0.5, f"{low:.3g}")]
+
+
+def _draw_scale(axes: Axes, index: int, ticks: Sequence[tuple[float, str]]) -> None:
+    """Draw a column's vertical line and its labels."""
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
+    style: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "fontsize": 10, "va": "center"}
+    axes.axvline(index, color=GREY, linewidth=1, zorder=0)
+    for height, text in ticks:
+        axes.annotate(text, (index, height), bbox=box, color="#222", **style)

@@ -26,8 +26,8 @@ from agent_lightning.core.errors import UserError
 from agent_lightning.run.plots import evaluations
 from agent_lightning.run.report import Summary, duration, number
 from agent_lightning.run.tracking import RunDirectory
-from agent_lightning.sweeps.comparisons import Curve, plot_spread
 from agent_lightning.sweeps.trials import PROGRAM
+from agent_lightning.sweeps.view import Curve, plot_spread
 
 Scale = Literal["tiny", "paper"]
 PAPER = "arXiv 2508.03680"

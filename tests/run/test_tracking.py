@@ -82,7 +82,7 @@ def test_open_needs_a_run(tmp_path: Path) -> None:
         RunDirectory.open(tmp_path)
     run = RunDirectory.create(tmp_path, "calc_x", 0)
     run.config.write_text("seed: 0\n")
-    assert RunDirectory.open(run.path) == run
+    assert RunDirectory.open(run.path).path == run.path
 
 
 def test_a_root_that_is_no_folder_is_one_line(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def run(
         if told is not None:
             told(record)
 
-    tuning.run(plan, folder.path, concurrent=2, seats=True, resume=resume, changed=changed, program=PROGRAM)
+    tuning.run(plan, folder.path, concurrent=2, seats=True, resume=resume, update=changed, program=PROGRAM)
     return records
 
 

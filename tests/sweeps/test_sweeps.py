@@ -1,7 +1,8 @@
-"""Sweeps but for Tune: the search space, what is refused before anything starts, and what a sweep leaves."""
+"""Sweeps without Ray Tune: the search space, refusals before anything starts, trials, and the files of a sweep."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,23 +12,21 @@ from rich.console import Console
 from agent_lightning.config.load import load
 from agent_lightning.core.errors import UserError
 from agent_lightning.run.plots import evaluations
-from agent_lightning.sweeps.comparisons import Axis, Curve, plot_curves, plot_parallel
 from agent_lightning.sweeps.plan import (
     SweepFolder,
     TrialRecord,
     best_experiment,
     best_of,
-    finish_sweep,
     hydra_words,
     plan_sweep,
     trial_words,
 )
-from agent_lightning.sweeps.space import Between, Choice, parse_words, sampled_words
+from agent_lightning.sweeps.space import Choice, Numbers, parse_words, sampled_words
 from agent_lightning.sweeps.trials import Trial, TrialFailed
-from agent_lightning.sweeps.view import SweepView
+from agent_lightning.sweeps.view import Column, Curve, SweepView, finish_sweep, plot_curves, plot_parallel
 
 PROGRAM = (sys.executable, str(Path(__file__).parents[1] / "support" / "short_run.py"))
-ASKED = ["experiment=toy", "sweep=asha", "eval_every=2", "algorithm.lr=loguniform(1,9)", "seed=choice(0,1)"]
+COMMAND = ["experiment=toy", "sweep=asha", "eval_every=2", "algorithm.lr=loguniform(1,9)", "seed=choice(0,1)"]
 
 
 @pytest.mark.parametrize(
@@ -37,34 +36,56 @@ ASKED = ["experiment=toy", "sweep=asha", "eval_every=2", "algorithm.lr=logunifor
         ("choice([1,2],'x,y')", Choice(("[1,2]", "'x,y'"))),
         ("range(0,4)", Choice(("0", "1", "2", "3"))),
         ("range(0.1,0.4,0.1)", Choice(("0.1", "0.2", "0.3"))),
-        ("uniform(0,1)", Between(low=0, high=1)),
-        ("loguniform(1e-4,3e-3)", Between(low=1e-4, high=3e-3, log=True)),
-        ("quniform(0,1,0.25)", Between(low=0, high=1, step=0.25)),
-        ("randint(1,5)", Between(low=1, high=4, whole=True)),
+        ("uniform(0,1)", Numbers("uniform", (0, 1))),
+        ("loguniform(1e-4,3e-3)", Numbers("loguniform", (1e-4, 3e-3))),
+        ("quniform(0,1,0.25)", Numbers("quniform", (0, 1, 0.25))),
+        ("randint(1,5)", Numbers("randint", (1, 5))),
+        ("qlograndint(2,64,2)", Numbers("qlograndint", (2, 64, 2))),
     ],
 )
-def test_a_distribution_is_read(text: str, distribution: Choice | Between) -> None:
+def test_a_distribution_is_read(text: str, distribution: Choice | Numbers) -> None:
     assert parse_words(["steps=3", f"a.b={text}"]) == (("steps=3",), {"a.b": distribution})
 
 
-def test_a_trials_words_are_what_one_would_type() -> None:
+def test_the_config_is_checked_with_the_bounds_of_numbers_and_with_every_choice() -> None:
+    assert Numbers("uniform", (0, 1)).check_values() == ("0", "1")
+    assert Numbers("randint", (1, 5)).check_values() == ("1", "4")
+    assert Numbers("qrandint", (2, 8, 2)).check_values() == ("2", "8")
+    assert Choice(("a", "b", "c")).check_values() == ("a", "b", "c")
+
+
+def test_reading_a_search_space_imports_no_ray() -> None:
+    script = (
+        "import sys; from agent_lightning.sweeps.space import parse_words; parse_words(['a=qrandint(2,8,2)']); "
+        "assert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_trials_words_can_be_typed() -> None:
     space = parse_words(["a=loguniform(1e-4,1)", "b=randint(1,9)", "c=choice(x,y)"])[1]
     assert sampled_words(space, {"a": 0.00031234567, "b": 3, "c": "y"}) == ("a=0.000312346", "b=3", "c=y")
 
 
 def test_a_value_comes_back_into_its_space() -> None:
-    assert Between(low=1, high=4, whole=True).nearest(7.3) == 4
-    assert Between(low=0, high=1, step=0.25).nearest(0.4) == 0.5
+    assert Numbers("randint", (1, 5)).nearest(7.3) == 4
+    assert Numbers("qrandint", (2, 8, 2)).nearest(5.2) == 6
+    assert Numbers("quniform", (0, 1, 0.25)).nearest(0.4) == 0.5
+    assert Numbers("loguniform", (1e-4, 1)).nearest(1.2) == 1
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("algorithm.lrr=uniform(1,2)", "algorithm.lrr: no such key; did you mean algorithm.lr?"),
         ("algorithm.lr=normal(1,2)", "there is no distribution normal"),
         ("algorithm.lr=uniform(2,1)", "the first number must be below the second"),
         ("algorithm.lr=loguniform(0,1)", "above 0"),
         ("algorithm.lr=uniform(1)", "write uniform(LOW,HIGH)"),
+        ("algorithm.lr=quniform(0,1)", "write quniform(LOW,HIGH,STEP), in numbers"),
+        ("algorithm.lr=quniform(0,1,0.3)", "must be multiples of the third"),
+        ("algorithm.lr=qloguniform(0,1,0.1)", "above 0"),
+        ("seed=qrandint(0,5,2.5)", "in whole numbers"),
         ("algorithm.tasks_per_step=randint(0,9)", "algorithm.tasks_per_step=0: must be at least 1"),
         ("seed=uniform(0.5,1)", "seed=0.5: must be a whole number"),
         ("credit=choice(identical,airr)", "credit=airr: unknown"),
@@ -83,10 +104,10 @@ def test_a_value_comes_back_into_its_space() -> None:
         ("seed=choice(0,1) sweep=pbt sweep.trials=1", "a population has at least 2"),
     ],
 )
-def test_a_sweep_that_cannot_be_is_refused_in_one_line(words: str, said: str) -> None:
+def test_a_sweep_that_cannot_be_is_refused_in_one_line(words: str, message: str) -> None:
     with pytest.raises(UserError) as refused:
         plan_sweep(["experiment=toy", *words.split()])
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
@@ -112,14 +133,14 @@ def record(number: int, *rewards: float, state: str = "done", lr: str = "2") -> 
     return TrialRecord(name=name, words=(f"algorithm.lr={lr}", "seed=1"), state=state, run=name, rewards=points)
 
 
-def test_the_best_trial_is_of_those_that_did_not_fail_and_of_equal_ones_the_furthest() -> None:
+def test_the_best_trial_did_not_fail_and_among_equals_has_the_most_steps() -> None:
     records = [record(0, 0.1, 0.5), record(1, 0.1, 0.4, 0.5), record(2, 0.9, state="failed"), record(3)]
     assert best_of(records) is records[1]
     assert best_of(records[2:]) is None
 
 
 def test_the_best_config_is_an_experiment_that_trains_the_same(tmp_path: Path) -> None:
-    plan, _ = plan_sweep([*ASKED, "credit=choice(identical,air)"])
+    plan, _ = plan_sweep([*COMMAND, "credit=choice(identical,air)"])
     best = TrialRecord(name="trial-001", words=("algorithm.lr=2.5", "seed=1", "credit=air"), rewards=((2, 0.5),))
     file = tmp_path / "experiment" / "best.yaml"
     file.parent.mkdir()
@@ -130,15 +151,15 @@ def test_the_best_config_is_an_experiment_that_trains_the_same(tmp_path: Path) -
     assert ours == load([*plan.fixed, *best.words])
 
 
-def test_a_sweep_leaves_its_trials_its_best_and_two_pictures(tmp_path: Path) -> None:
-    plan, _ = plan_sweep(ASKED)
+def test_a_sweep_writes_its_trials_its_best_experiment_and_two_pictures(tmp_path: Path) -> None:
+    plan, _ = plan_sweep(COMMAND)
     folder = SweepFolder.create(tmp_path, plan)
-    view = SweepView(plan, Console(file=(tmp_path / "said").open("w"), width=80), [])
-    for one in (record(0, 0.1, 0.5), record(1, 0.1, 0.7, lr="3"), record(2, state="failed", lr="4")):
-        view.changed(one)
+    view = SweepView(plan, Console(file=(tmp_path / "output").open("w"), width=80), [])
+    for trial_record in (record(0, 0.1, 0.5), record(1, 0.1, 0.7, lr="3"), record(2, state="failed", lr="4")):
+        view.update(trial_record)
     folder.write(view.records)
     assert SweepFolder.open(folder.path).read() == view.records
-    assert folder.command() == ASKED
+    assert folder.command() == COMMAND
     assert finish_sweep(plan, folder, view.records) == record(1, 0.1, 0.7, lr="3")
     for picture in (folder.curves, folder.parallel):
         assert picture.read_bytes().startswith(b"\x89PNG")
@@ -147,7 +168,7 @@ def test_a_sweep_leaves_its_trials_its_best_and_two_pictures(tmp_path: Path) -> 
 def test_pictures_of_few_and_equal_values_are_drawn(tmp_path: Path) -> None:
     plot_curves([Curve("a", []), Curve("b", [(0, 0.5)], highlight=True)], tmp_path / "a.png", "a")
     plot_parallel(
-        [Axis("lr", ["1", "1"]), Axis("x", ["a", "a"], ("a",))], [0.5, float("nan")], 0, tmp_path / "b.png", "b"
+        [Column("lr", ["1", "1"]), Column("x", ["a", "a"], ("a",))], [0.5, float("nan")], 0, tmp_path / "b.png", "b"
     )
     assert (tmp_path / "a.png").stat().st_size > 0 < (tmp_path / "b.png").stat().st_size
 
@@ -157,24 +178,24 @@ def trial(sweep: Path, *words: str, name: str = "trial-000") -> Trial:
     return Trial(sweep=sweep, name=name, words=("steps=4", "eval_every=2", *words), program=PROGRAM)
 
 
-def test_a_trial_tells_each_evaluation_and_its_end(tmp_path: Path) -> None:
-    one = trial(tmp_path, "algorithm.lr=2")
-    results = [one.next_result() for _ in range(3)]
+def test_a_trial_reports_each_evaluation_and_its_end(tmp_path: Path) -> None:
+    only = trial(tmp_path, "algorithm.lr=2")
+    results = [only.next_result() for _ in range(3)]
     assert [(result.step, result.reward) for result in results] == [(0, 0.0), (2, 0.04), (4, 0.08)]
     assert [result.finished for result in results] == [False, False, True]
 
 
-def test_a_trial_that_breaks_down_says_its_last_line(tmp_path: Path) -> None:
-    one = trial(tmp_path, "algorithm.lr=2", "seed=13")
-    one.next_result()
+def test_a_failed_trial_is_reported_with_the_last_line_of_its_log(tmp_path: Path) -> None:
+    failing = trial(tmp_path, "algorithm.lr=2", "seed=13")
+    failing.next_result()
     with pytest.raises(TrialFailed, match="trial-000 ended with exit code 1: agl: the engine broke down"):
-        one.next_result()
+        failing.next_result()
 
 
-def test_a_trial_that_was_stopped_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    one = trial(tmp_path, "algorithm.lr=2", "seed=14")
-    one.next_result()
-    one.stop()
+def test_a_stopped_trial_resumes_from_its_checkpoint(tmp_path: Path) -> None:
+    stopped = trial(tmp_path, "algorithm.lr=2", "seed=14")
+    stopped.next_result()
+    stopped.stop()
     again = trial(tmp_path, "algorithm.lr=2", "seed=14")
     while not (result := again.next_result()).finished:
         pass
@@ -182,7 +203,7 @@ def test_a_trial_that_was_stopped_goes_on_from_its_checkpoint(tmp_path: Path) ->
     assert [folder.name for folder in tmp_path.glob("trial-*")] == ["trial-000"]
 
 
-def test_a_trial_goes_on_from_the_checkpoint_of_a_better_one_in_a_new_run(tmp_path: Path) -> None:
+def test_a_trial_continues_from_the_checkpoint_of_a_better_trial_in_a_new_run(tmp_path: Path) -> None:
     good = trial(tmp_path, "experiment=toy", "algorithm.lr=3", "checkpoint_every=2")
     good.next_result()
     good.next_result()
