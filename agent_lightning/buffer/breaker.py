@@ -28,17 +28,20 @@ def same_words(error: str) -> str:
     return " ".join(error.split())[:200]
 
 
-def cause_of(outcome: Outcome, error: str, tools: Sequence[ToolCall] = ()) -> str:
-    """What an attempt failed of, in words that the same failure of another attempt has too; "" where it finished.
+def last_failed_tool(tools: Sequence[ToolCall]) -> str:
+    """The last of an attempt's tool calls if it had no success, e.g. "search: timeout"; else ""."""
+    last = tools[-1] if tools else None
+    return f"{last.name}: {last.status}" if last and last.status not in (ToolStatus.OK, ToolStatus.EMPTY) else ""
 
-    A tool that was at work last, and had no success, is named.
+
+def cause_of(outcome: Outcome, error: str, failed_tool: str = "") -> str:
+    """Why an attempt failed, in words that are the same for the same failure of another attempt; "" if it finished.
+
+    Example: "timeout: not done after # s (its last tool, search: unanswered)"
     """
     if outcome is Outcome.FINISHED:
         return ""
-    last = tools[-1] if tools else None
-    failed = last is not None and last.status not in (ToolStatus.OK, ToolStatus.EMPTY)
-    tool = f" (its last tool, {last.name}: {last.status})" if last is not None and failed else ""
-    return f"{outcome}: {same_words(error)}{tool}"
+    return f"{outcome}: {same_words(error)}{f' (its last tool, {failed_tool})' if failed_tool else ''}"
 
 
 class Breaker:

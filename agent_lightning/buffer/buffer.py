@@ -39,15 +39,14 @@ from agent_lightning.buffer.events import (
     Taken,
     Traced,
 )
-from agent_lightning.buffer.holdings import Ending, Rollout
+from agent_lightning.buffer.holdings import Rollout
 from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.buffer.ledger import keys_of, stats_of
 from agent_lightning.buffer.store import Store
+from agent_lightning.buffer.taken import TakenGroup
 from agent_lightning.core.errors import UnknownRollout
-from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Split, Task
+from agent_lightning.core.types import Ending, ModelCall, Outcome, RolloutKey, Split, Task
 from agent_lightning.credit.failures import Retries
-from agent_lightning.spans.assemble import assemble, emitted
-from agent_lightning.spans.conventions import read
 from agent_lightning.spans.tree import RawSpan
 
 
@@ -220,10 +219,13 @@ class Buffer:
         await self._store.kept()
         return full
 
-    async def emitted(self, key: RolloutKey) -> float | None:
-        """The reward that the agent of an open attempt has emitted about it so far; see `spans.emitted`."""
-        rollout = self._open(key, refused="refused_spans")
-        return emitted(read(tuple(rollout.raw.values()), key).rewards)
+    async def recorded_calls(self, key: RolloutKey) -> tuple[ModelCall, ...]:
+        """The calls of an open attempt so far, in the order of their arrival."""
+        return tuple(self._open(key).calls.values())
+
+    async def recorded_spans(self, key: RolloutKey) -> tuple[RawSpan, ...]:
+        """The spans that the agent's process has sent of an open attempt so far."""
+        return tuple(self._open(key).raw.values())
 
     async def note_failure(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
         """Remember why the gateway refused a call: it explains the exception that the agent may raise next."""
@@ -239,19 +241,21 @@ class Buffer:
         reward: float | None,
         error: str = "",
         output: str = "",
+        failed_tool: str = "",
         retry: bool = False,
     ) -> None:
-        """End an attempt, once. Where attempts remain and `retry` or the outcome asks for it, the next one waits."""
+        """End an attempt, once. If attempts remain and `retry` or the outcome demands it, the next attempt is queued.
+        `failed_tool` is the last tool of a failed attempt as `last_failed_tool` describes it, for the breaker."""
         if outcome is Outcome.FINISHED and reward is None:
             raise ValueError(f"rollout {key.rollout_id}: FINISHED needs a reward")
         async with self._changed:
             rollout = self._open(key, refused="refused_finishes")
             ending = Ending(outcome=outcome, error=error, reward=reward, output=output, at=time.time())
-            self._end(rollout, explain(rollout, ending), retry=retry)
+            self._end(rollout, explain(rollout, ending), failed_tool=failed_tool, retry=retry)
             self._changed.notify_all()
         await self._store.kept()
 
-    async def take(self, num_groups: int, *, split: Split, request: str = "") -> list[Group]:
+    async def take(self, num_groups: int, *, split: Split, request: str = "") -> list[TakenGroup]:
         """The `num_groups` whole groups that were complete first, ordered by group number.
         Waits for them. After `cancel`, and until the next `admit`, returns what there is."""
         ledger, whole, seen = self._ledger, self._ledger.whole, self._cancels
@@ -270,7 +274,7 @@ class Buffer:
             else:
                 groups = [self._store.group(group_id) for group_id in ids]
         await self._store.kept()
-        return sorted(groups, key=lambda group: group.trajectories[0].key.group)
+        return sorted(groups, key=lambda group: group.rollouts[0].key.group)
 
     async def advance(self, *, trained: int, dropped: Mapping[str, int], request: str = "") -> None:
         """After an update: of the taken rollouts, `trained` were used and `dropped` were not, each for a reason.
@@ -368,19 +372,18 @@ class Buffer:
         found = [(key, self._ledger.rollout(key)) for key in keys]
         return [key for key, one in found if one is not None and one.state.key == key and one.state.phase == "running"]
 
-    def _open(self, key: RolloutKey, *, refused: str) -> Rollout:
+    def _open(self, key: RolloutKey, *, refused: str = "") -> Rollout:
         rollout = self._ledger.rollout(key)
         if rollout is None or rollout.state.key != key or rollout.state.phase != "running":
-            self._refused[refused] += 1
+            if refused:
+                self._refused[refused] += 1
             raise UnknownRollout(f"rollout {key.rollout_id} attempt {key.attempt} is not open")
         return rollout
 
-    def _end(self, rollout: Rollout, ending: Ending, *, retry: bool) -> None:
+    def _end(self, rollout: Rollout, ending: Ending, *, failed_tool: str = "", retry: bool) -> None:
         state, calls = rollout.state, rollout.calls.values()
-        if ending.outcome not in (Outcome.CANCELLED, Outcome.WORKER_LOST):  # one death is that of many rollouts at once
-            failed = ending.outcome is not Outcome.FINISHED
-            tools = assemble(state.key, calls, tuple(rollout.raw.values())).tools if failed else ()
-            self._breaker.saw(cause_of(ending.outcome, ending.error, tools))
+        if ending.outcome not in (Outcome.CANCELLED, Outcome.WORKER_LOST):  # one death ends many rollouts at once
+            self._breaker.saw(cause_of(ending.outcome, ending.error, failed_tool))
         again = (retry or self._retries.wanted(ending.outcome, calls)) and self._may_retry(rollout)
         pause = self._retries.delay(state.key.attempt - state.voided, random.random()) if again else 0.0
         event = Ended(key=state.key, ending=ending, again=again, ready_at=time.time() + pause if pause else 0.0)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from agent_lightning.buffer.holdings import Counts, Ending, GroupState, Milestone
-from agent_lightning.core.types import ModelCall, RolloutKey, Split, Task
+from agent_lightning.buffer.holdings import Counts, GroupState, Milestone
+from agent_lightning.core.types import Ending, ModelCall, RolloutKey, Split, Task
 from agent_lightning.spans.tree import RawSpan
 
 

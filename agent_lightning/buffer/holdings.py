@@ -8,24 +8,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from agent_lightning.buffer.segments import Place
-from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Split, Task
+from agent_lightning.core.types import Ending, ModelCall, RolloutKey, Split, Task
 from agent_lightning.spans.tree import RawSpan
 
 Phase = Literal["waiting", "running", "complete"]
 Stage = Literal["open", "taken", "trained", "left"]
 """Of a group. left: of a step that was interrupted, until it is admitted again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
-    """How an attempt ended, or what the gateway says went wrong in it."""
-
-    outcome: Outcome
-    error: str
-    reward: float | None = None
-    output: str = ""
-    at: float
-    """Unix seconds."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from agent_lightning.buffer.codec import decode, encode
@@ -13,9 +12,9 @@ from agent_lightning.buffer.holdings import Rollout
 from agent_lightning.buffer.journal import Journal, JournalConfig
 from agent_lightning.buffer.ledger import Ledger
 from agent_lightning.buffer.segments import path_of
+from agent_lightning.buffer.taken import TakenGroup, TakenRollout
 from agent_lightning.core.errors import JournalDamaged, JournalError, JournalFull
-from agent_lightning.core.types import Group, ModelCall, Outcome, Split, Trajectory
-from agent_lightning.spans.assemble import assemble
+from agent_lightning.core.types import ModelCall, Split
 from agent_lightning.spans.tree import RawSpan
 
 logger = logging.getLogger(__name__)
@@ -71,35 +70,27 @@ class Store:
         if self._journal is not None:
             await self._journal.durable()
 
-    def group(self, group_id: str) -> Group:
-        """A whole group. Raises JournalDamaged."""
+    def group(self, group_id: str) -> TakenGroup:
+        """A complete group with its spans. Raises JournalDamaged."""
         group = self.ledger.groups[group_id]
-        trajectories = tuple(self._trajectory(rollout, group.task.task_id) for rollout in group.rollouts)
-        return Group(group_id=group_id, task=group.task, trajectories=trajectories)
+        return TakenGroup(
+            group_id=group_id, task=group.task, rollouts=tuple(self._taken(rollout) for rollout in group.rollouts)
+        )
 
     def close(self) -> None:
         if self._journal is not None:
             self._journal.close()
 
-    def _trajectory(self, rollout: Rollout, task_id: str) -> Trajectory:
-        state, ending = rollout.state, rollout.state.ending
-        assert ending is not None  # the group is whole
-        calls, raw = self._spans(rollout)
-        seen = assemble(state.key, calls.values(), tuple(raw.values()))
-        return Trajectory(
+    def _taken(self, rollout: Rollout) -> TakenRollout:
+        state, (calls, spans) = rollout.state, self._spans(rollout)
+        assert state.ending is not None  # the group is complete
+        return TakenRollout(
             key=state.key,
-            task_id=task_id,
-            calls=seen.calls,
-            reward=ending.reward if ending.outcome is Outcome.FINISHED else None,
-            outcome=ending.outcome,
-            error=ending.error,
-            output=ending.output,
             started_at=state.started_at,
-            ended_at=ending.at,
-            tools=seen.tools,
-            rewards=seen.rewards,
-            agents=seen.agents,
-            refused_spans=dict(Counter(state.refused) + Counter(seen.refused)),
+            ending=state.ending,
+            calls=tuple(calls.values()),
+            spans=tuple(spans.values()),
+            refused_spans=dict(state.refused),
         )
 
     def _spans(self, rollout: Rollout) -> tuple[dict[str, ModelCall], dict[str, RawSpan]]:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.segments import listed
+from agent_lightning.buffer.taken import take_groups
 from agent_lightning.config.load import Config, load, reload, to_yaml
 from agent_lightning.core import ray_private
 from agent_lightning.core.errors import PartDied, StepFailed, UserError
@@ -329,7 +330,7 @@ async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) 
 
 async def _taken(buffer: Buffer, num_groups: int) -> list[Group]:
     """The groups of an evaluation. Raises StepFailed where its rollouts cannot go on."""
-    taking = asyncio.ensure_future(buffer.take(num_groups, split="val"))
+    taking = asyncio.ensure_future(take_groups(buffer, num_groups, split="val"))
     watching = asyncio.ensure_future(watch(buffer, lambda stats: None))
     try:
         await asyncio.wait((taking, watching), return_when=asyncio.FIRST_COMPLETED)

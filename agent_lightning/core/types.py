@@ -222,6 +222,15 @@ class ToolCall:
     """Where the span was seen: in a trace, or in a later request."""
 
 
+LARGEST_REWARD = 1e15
+"""Largest size of a reward. float32 ends at 3.4e38: the square of a sum of 10,000 such rewards is still finite."""
+
+
+def is_reward(value: float) -> bool:
+    """Whether a number can be a reward: it is finite, and what a step computes from it is finite in float32."""
+    return abs(value) <= LARGEST_REWARD  # False for NaN
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
     """A span: a number with which the agent's process rated the rollout or an event in it (`emit_reward`)."""

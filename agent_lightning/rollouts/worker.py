@@ -17,13 +17,25 @@ from typing import Protocol
 
 import numpy as np
 
+from agent_lightning.buffer.breaker import last_failed_tool
 from agent_lightning.buffer.buffer import Lease
 from agent_lightning.core.errors import EngineError, RewardError, UnknownRollout
 from agent_lightning.core.text import error_line, hide_secret
-from agent_lightning.core.types import DEFAULT_AGENT, Ending, Outcome, Policy, RolloutKey
+from agent_lightning.core.types import (
+    DEFAULT_AGENT,
+    LARGEST_REWARD,
+    Ending,
+    ModelCall,
+    Outcome,
+    Policy,
+    RolloutKey,
+    is_reward,
+)
 from agent_lightning.rollouts.agents import Agent, Mode, call, check, load, run_agent
 from agent_lightning.rollouts.client import Rollout, close, install
 from agent_lightning.rollouts.health import FindGateway, is_healthy, wait_until_healthy
+from agent_lightning.spans.assemble import assemble, emitted_reward
+from agent_lightning.spans.tree import RawSpan
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +76,20 @@ class RolloutBuffer(Protocol):
 
     async def lease(self, num: int, timeout: float, *, deadline: float, worker: str) -> list[Lease]: ...
 
-    async def emitted(self, key: RolloutKey) -> float | None: ...
+    async def recorded_calls(self, key: RolloutKey) -> tuple[ModelCall, ...]: ...
+
+    async def recorded_spans(self, key: RolloutKey) -> tuple[RawSpan, ...]: ...
 
     async def finish(
-        self, key: RolloutKey, *, reward: float | None, outcome: Outcome, error: str, output: str, retry: bool
+        self,
+        key: RolloutKey,
+        *,
+        reward: float | None,
+        outcome: Outcome,
+        error: str,
+        output: str,
+        failed_tool: str,
+        retry: bool,
     ) -> None: ...
 
 
@@ -84,6 +106,8 @@ def to_reward(value: object, reward_range: tuple[float, float]) -> float:
     reward, (low, high) = float(value), reward_range
     if not math.isfinite(reward):
         raise RewardError(f"the reward is {reward}")
+    if not is_reward(reward):
+        raise RewardError(f"the reward {reward:g} is beyond {LARGEST_REWARD:g}")
     if not low <= reward <= high:
         raise RewardError(f"the reward {reward:g} is outside [{low:g}, {high:g}]")
     return reward
@@ -149,11 +173,12 @@ class RolloutWorker:
         """Run one attempt and report its ending to the buffer."""
         try:
             ending = await self._excuse_without_gateway(await self._attempt(lease))
+            failed_tool = await self._failed_tool(lease.key, ending.outcome)
         except asyncio.CancelledError:
             ending = Ending(outcome=Outcome.CANCELLED, error="the worker was stopped")
             await self._finish(lease.key, ending, retry=True)  # the rollout did nothing wrong
             raise
-        await self._finish(lease.key, ending, retry=False)
+        await self._finish(lease.key, ending, failed_tool=failed_tool, retry=False)
 
     async def _feed(self, group: asyncio.TaskGroup) -> None:
         if self._find is not None:  # a worker that replaces a dead one may have got the URL of a gateway that is gone
@@ -224,23 +249,42 @@ class RolloutWorker:
         if self._score is not None:
             return await call(self._score, dict(lease.task.payload), result)
         if result is None or result == "":
-            emitted = await self._buffer.emitted(lease.key)
-            if emitted is None:
+            reward = emitted_reward(lease.key, await self._buffer.recorded_spans(lease.key))
+            if reward is None:
                 raise RewardError("the agent returned nothing and emitted no reward")
-            return emitted
+            return reward
         if self._agent.mode == "command" and isinstance(result, str):
             return float(result)
         return result
 
-    async def _finish(self, key: RolloutKey, ending: Ending, *, retry: bool) -> None:
+    async def _finish(self, key: RolloutKey, ending: Ending, *, failed_tool: str = "", retry: bool) -> None:
         if ending.outcome is not Outcome.FINISHED:
             logger.info("rollout %s attempt %d: %s: %s", key.rollout_id, key.attempt, ending.outcome, ending.error)
         try:
             await self._buffer.finish(
-                key, reward=ending.reward, outcome=ending.outcome, error=ending.error, output=ending.output, retry=retry
+                key,
+                reward=ending.reward,
+                outcome=ending.outcome,
+                error=ending.error,
+                output=ending.output,
+                failed_tool=failed_tool,
+                retry=retry,
             )
         except UnknownRollout:  # the buffer has ended the attempt: it was cancelled, or its lease expired
             logger.info("rollout %s attempt %d had ended already", key.rollout_id, key.attempt)
+
+    async def _failed_tool(self, key: RolloutKey, outcome: Outcome) -> str:
+        """The last tool of a failed attempt, if it had no success, for the buffer's circuit breaker.
+
+        A worker reads the spans, because there are many workers; the buffer is one process and only stores spans.
+        """
+        if outcome is Outcome.FINISHED:
+            return ""
+        try:
+            calls, spans = await self._buffer.recorded_calls(key), await self._buffer.recorded_spans(key)
+        except UnknownRollout:
+            return ""  # the attempt has ended already
+        return last_failed_tool((await asyncio.to_thread(assemble, key, calls, spans)).tools)
 
 
 def _is_being_cancelled() -> bool:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from agent_lightning.buffer.taken import TakenGroup, take_groups
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.metrics import Metrics, merge, values
 from agent_lightning.core.types import Group, Outcome, Split, Task
@@ -36,7 +37,7 @@ class LoopBuffer(WatchedBuffer, Protocol):
     """The part of the Buffer that the loop uses."""
 
     async def admit(self, task: Task, *, split: Split, num_rollouts: int) -> str: ...
-    async def take(self, num_groups: int, *, split: Split) -> list[Group]: ...
+    async def take(self, num_groups: int, *, split: Split) -> list[TakenGroup]: ...
     async def advance(self, *, trained: int, dropped: Mapping[str, int]) -> None: ...
     async def cancel(self, reason: str) -> int: ...
     async def milestone(self, step: int) -> None: ...
@@ -193,7 +194,7 @@ class Loop:
             await self.buffer.admit(task, split=split, num_rollouts=num_rollouts)
         self.state.admitted += len(tasks) * num_rollouts if split == "train" else 0
         what, total = ("generate" if split == "train" else "evaluate"), len(tasks) * num_rollouts
-        taking = asyncio.ensure_future(self.buffer.take(len(tasks), split=split))
+        taking = asyncio.ensure_future(take_groups(self.buffer, len(tasks), split=split))
         stopping = asyncio.ensure_future(self.stop.wait())
         ended = (await self.buffer.stats()).ended
         watching = asyncio.ensure_future(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from agent_lightning.core.types import AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus
+from agent_lightning.core.types import AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus, is_reward
 from agent_lightning.credit.tools import tool_status
 from agent_lightning.spans.attributes import FIELDS, Kind
 from agent_lightning.spans.fields import (
@@ -41,6 +41,7 @@ REASONS = {
     "a span id for the second time": "the one with the most attributes is kept",
     "a time that is not a number": "the span's start or end is infinite or no number",
     "a reward that is not a finite number": "nothing can be learned from it",
+    "a reward beyond 1e15": "float32, in which a step is computed, could not represent its square",
     "repaired: a parent that is its own descendant": "kept, as a span without parent",
     "repaired: a request that is not understood": "kept; its `request` is empty",
     "repaired: a reply that is not understood": "kept; its `reply` is empty",
@@ -182,8 +183,8 @@ def _calls(
 def _agent_of(tree: SpanTree, span: RawSpan) -> str:
     own = next((span.attributes[name] for name in ("gen_ai.agent.name", "agent.name") if name in span.attributes), "")
     own = own or langchain_agent(span.attributes)
-    above = (one for one in tree.above(span) if tree.kind[one.span_id] is Kind.AGENT)
-    return str(own) or next((agent_name_of(one.name, one.attributes) for one in above), "")
+    above = tree.agent_above(span)
+    return str(own) or (agent_name_of(above.name, above.attributes) if above is not None else "")
 
 
 def _tools(tree: SpanTree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
@@ -229,8 +230,9 @@ def _rewards(tree: SpanTree, key: RolloutKey, refused: Counter[str]) -> tuple[Re
     for span in tree.of(Kind.REWARD):
         about = str(first(span.attributes, "what a reward is about") or "")
         for index, (name, value) in enumerate(_dimensions(span)):
-            if not math.isfinite(number(value)):
-                refused["a reward that is not a finite number"] += 1
+            if not is_reward(number(value)):
+                finite = math.isfinite(number(value))
+                refused["a reward beyond 1e15" if finite else "a reward that is not a finite number"] += 1
                 continue
             rewards.append(
                 Reward(

@@ -1,9 +1,9 @@
-"""What spans are and how they stand: raw spans, their kinds, and the tree that they make. Pure."""
+"""Raw spans, their kinds, and the tree that they form. Pure."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,60 +15,84 @@ from agent_lightning.spans.messages import tool_result_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawSpan:
-    """A span as it was sent: OpenTelemetry's fields, whoever wrote them."""
+    """A span as it was sent: OpenTelemetry's fields, whichever instrumentor wrote them."""
 
     span_id: str
     """16 hex digits, or any other text that is unique in its trace."""
     parent_id: str = ""
+    """Id of the span above; "" if there is none."""
     name: str
     started_at: float
     """Unix seconds."""
     ended_at: float
     attributes: Mapping[str, Any]
-    """Plain values: text, numbers, truth values, and lists of them."""
+    """Plain values: text, numbers, booleans, and lists of them."""
     error: str = ""
-    """What went wrong, "" where its status is not an error."""
+    """The error message; "" if the status is not an error."""
 
 
 def kind_of(span: RawSpan) -> Kind:
-    """What a span is, by its attributes.
+    """What a span describes, judged by its attributes.
 
     Example: kind_of(span with {"openinference.span.kind": "LLM"}) -> Kind.CALL
     """
-    there = [kind for name, kind in PRESENT if has(span.attributes, name)]
-    if Kind.REWARD in there:
+    present = [kind for name, kind in PRESENT if has(span.attributes, name)]
+    if Kind.REWARD in present:
         return Kind.REWARD
     for name, kinds in KINDS:
         value = span.attributes.get(name)
         if isinstance(value, str) and value in kinds:
             return kinds[value]
-    if there:
-        return there[0]
+    if present:
+        return present[0]
     if tool_result_of(first(span.attributes, "result")) is not None:
         return Kind.TOOL
     return Kind.AGENT if is_graph_node(span.name, span.attributes) else Kind.OTHER
 
 
-_MAX_DEPTH = 256
-"""Ancestors that are looked at: no agent is nested so deep, and a chain without end would cost its square."""
+def nearest(start: str, parents: Mapping[str, str], wanted: Container[str], passed: dict[str, str]) -> str:
+    """The first id in `wanted` on the way from `start` up through its parents, `start` included; "" if there is none.
+
+    `passed` remembers the answer of every span on the way, so that all questions together take linear time; it belongs
+    to one `wanted`. A circle of parents ends where it begins.
+
+    Example: nearest("c", {"c": "b", "b": "a"}, {"a"}, {}) -> "a"
+    """
+    path: list[str] = []
+    while start and start not in passed and start not in wanted:
+        passed[start] = ""
+        path.append(start)
+        start = parents.get(start, "")
+    answer = start if start in wanted else passed.get(start, "")
+    passed.update(dict.fromkeys(path, answer))
+    return answer
 
 
 class SpanTree:
-    """Unique spans in the order in which they started, and which of them are kept under which id."""
+    """Unique spans in the order in which they started, and the ids under which some of them are kept.
+
+    Building it and asking all its questions take linear time, however deep the tree is.
+    """
 
     def __init__(self, spans: Sequence[RawSpan], refused: Counter[str]) -> None:
         by_id = {span.span_id: span for span in spans}
         self._parent = _parents(by_id, refused)
-        depth = {identity: sum(1 for _ in self._above(identity)) for identity in by_id}
-        # By start; on a tie the parent first. A child may start before its parent where clocks differ: it stays so.
+        depth = _depths(self._parent)
+        # By start; of two spans with the same start the parent is first. With clocks that differ, a child may start
+        # before its parent, and stays before it.
         self.spans = sorted(spans, key=lambda span: (span.started_at, depth[span.span_id], span.span_id))
         self.by_id = by_id
         self.kind = {span.span_id: kind_of(span) for span in spans}
         self.wrappers: dict[str, list[RawSpan]] = {}
-        """Of a model call or a tool: the spans around it that tell of the same event, the nearest first."""
+        """Id of a model call or tool -> the spans around it that describe the same event, the nearest first."""
         self.kept_id: dict[str, str] = {}
+        self._shortcut = dict(self._parent)
+        """An ancestor, with nothing but spans of other kinds between: kinds only change to OTHER."""
+        self._nearest_kept: dict[str, str] = {}
+        self._nearest_agent: dict[str, str] = {}
         self._find_wrappers()
         self._drop_idle_nodes()
+        self._agents = {span.span_id for span in self.of(Kind.AGENT)}
         for span in self.spans:
             if self.kind[span.span_id] in (Kind.TOOL, Kind.AGENT):
                 self.kept_id[span.span_id] = str(first(span.attributes, "span id") or span.span_id)
@@ -76,64 +100,79 @@ class SpanTree:
                     self.kept_id[wrapper.span_id] = self.kept_id[span.span_id]
 
     def of(self, kind: Kind) -> list[RawSpan]:
+        """The spans of a kind, in the order of start."""
         return [span for span in self.spans if self.kind[span.span_id] is kind]
 
     def told_by(self, span: RawSpan) -> list[Mapping[str, Any]]:
-        """Attributes of the spans around a model call or a tool that tell of the same event."""
-        return [one.attributes for one in self.wrappers.get(span.span_id, ())]
+        """The attributes of the spans around a model call or a tool that describe the same event."""
+        return [wrapper.attributes for wrapper in self.wrappers.get(span.span_id, ())]
 
-    def above(self, span: RawSpan) -> Iterator[RawSpan]:
-        """Its ancestors, the nearest first."""
-        return (self.by_id[identity] for identity in self._above(span.span_id))
+    def agent_above(self, span: RawSpan) -> RawSpan | None:
+        """The nearest agent around a span."""
+        return self.by_id.get(nearest(self._parent[span.span_id], self._parent, self._agents, self._nearest_agent))
 
     def parent_of(self, span: RawSpan) -> str:
-        """The id of the nearest ancestor that is kept, or ""."""
-        own = self.kept_id.get(span.span_id)
-        above = (self.kept_id.get(identity) for identity in self._above(span.span_id))
-        return next((identity for identity in above if identity and identity != own), "")
+        """The id of the nearest ancestor that is kept, or "". Call it when all kept ids are known."""
+        own, above = self.kept_id.get(span.span_id), span.span_id
+        while above := nearest(self._parent[above], self._parent, self.kept_id, self._nearest_kept):
+            if self.kept_id[above] != own:  # else it is a wrapper of the span itself
+                return self.kept_id[above]
+        return ""
 
-    def _above(self, identity: str) -> Iterator[str]:
-        for _ in range(_MAX_DEPTH):
-            if not (identity := self._parent[identity]):
-                return
-            yield identity
+    def _event_above(self, span_id: str) -> str:
+        """The id of the nearest ancestor that is a model call, a tool or an agent, or ""."""
+        path: list[str] = []
+        while (above := self._shortcut[span_id]) and self.kind[above] in (Kind.OTHER, Kind.REWARD):
+            path.append(span_id)
+            span_id = above
+        self._shortcut.update(dict.fromkeys(path, above))
+        return above
 
     def _find_wrappers(self) -> None:
-        """Of model calls inside model calls the innermost is the call; those around it alone say more about it. So it
-        is with a use of a tool, of which a framework and its instrumentor may each have a span."""
+        """Find the spans that describe the same event as another span inside them.
+
+        The innermost of nested model calls is the call, and a call around exactly one other call is its wrapper. So it
+        is with a use of a tool, for which a framework and its instrumentor may each write a span.
+        """
         inner: dict[str, list[str]] = {}
         for span in self.of(Kind.CALL):
-            for around in self.above(span):
-                if self.kind[around.span_id] in (Kind.TOOL, Kind.AGENT):
-                    break
-                if self.kind[around.span_id] is Kind.CALL:
-                    inner.setdefault(around.span_id, []).append(span.span_id)
-                    break
+            around = self._event_above(span.span_id)
+            if around and self.kind[around] is Kind.CALL:
+                inner.setdefault(around, []).append(span.span_id)
+        innermost: dict[str, str] = {}
+        for outer in inner:
+            chain = [outer]  # down through calls that have one call inside
+            while chain[-1] not in innermost and len(inner.get(chain[-1], ())) == 1:
+                chain.append(inner[chain[-1]][0])
+            end = innermost.get(chain[-1], "" if chain[-1] in inner else chain[-1])
+            innermost.update(dict.fromkeys(chain, end))
         for wrapper in reversed([span for span in self.spans if span.span_id in inner]):
             self.kind[wrapper.span_id] = Kind.OTHER
-            leaf, only = wrapper.span_id, True
-            while leaf in inner and only:
-                only, leaf = len(inner[leaf]) == 1, inner[leaf][0]
-            if only:
-                self.wrappers.setdefault(leaf, []).append(wrapper)
+            if innermost[wrapper.span_id]:
+                self.wrappers.setdefault(innermost[wrapper.span_id], []).append(wrapper)
         for span in self.of(Kind.TOOL):
-            kept = (one for one in self.above(span) if self.kind[one.span_id] is not Kind.OTHER)
-            outer = next(kept, None)
-            if outer is not None and self.kind[outer.span_id] is Kind.TOOL and _same_use(outer, span):
-                self.kind[outer.span_id] = Kind.OTHER
-                self.wrappers[span.span_id] = [outer, *self.wrappers.pop(outer.span_id, ())]
+            around = self._event_above(span.span_id)
+            if around and self.kind[around] is Kind.TOOL and _same_use(self.by_id[around], span):
+                self.kind[around] = Kind.OTHER
+                self.wrappers[span.span_id] = wrappers = self.wrappers.pop(around, [])
+                wrappers.insert(0, self.by_id[around])
 
     def _drop_idle_nodes(self) -> None:
-        """A graph has nodes that call no model: those are no agents."""
-        busy = {around.span_id for span in self.of(Kind.CALL) for around in self.above(span)}
+        """Nodes of a graph that call no model are not agents."""
+        busy: set[str] = set()
+        for span in self.of(Kind.CALL):
+            above = self._parent[span.span_id]
+            while above and above not in busy:
+                busy.add(above)
+                above = self._parent[above]
         for span in self.of(Kind.AGENT):
             if is_graph_node(span.name, span.attributes) and span.span_id not in busy and _stated(span) is None:
                 self.kind[span.span_id] = Kind.OTHER
 
 
 def _parents(by_id: Mapping[str, RawSpan], refused: Counter[str]) -> dict[str, str]:
-    """Span -> its parent among the spans, "" where there is none; a circle is cut at its smallest id."""
-    parent = {one: span.parent_id if span.parent_id in by_id else "" for one, span in by_id.items()}
+    """Span id -> its parent's id among the spans, "" if there is none; a circle is cut at its smallest id."""
+    parent = {span_id: span.parent_id if span.parent_id in by_id else "" for span_id, span in by_id.items()}
     settled: set[str] = set()
     for start in by_id:
         path: dict[str, None] = {}
@@ -149,18 +188,36 @@ def _parents(by_id: Mapping[str, RawSpan], refused: Counter[str]) -> dict[str, s
     return parent
 
 
+def _depths(parent: Mapping[str, str]) -> dict[str, int]:
+    """Span id -> number of its ancestors."""
+    depth = {"": -1}
+    for start in parent:
+        path = []
+        while start not in depth:
+            path.append(start)
+            start = parent[start]
+        for number, span_id in enumerate(reversed(path), depth[start] + 1):
+            depth[span_id] = number
+    return depth
+
+
 def _stated(span: RawSpan) -> Kind | None:
+    """The kind that an attribute states, as opposed to a kind that is concluded from other attributes."""
     return next((kinds[v] for name, kinds in KINDS if (v := str(span.attributes.get(name))) in kinds), None)
 
 
 def _same_use(around: RawSpan, span: RawSpan) -> bool:
-    """Whether a span of a tool inside another is of the same use of it, and not of one that the tool made of itself."""
-    names = {str(first(one.attributes, "tool")) for one in (around, span)}
-    told = {arguments_of(one) for one in (around, span) if first(one.attributes, "arguments") is not None}
-    return len(names) == 1 and len(told) < 2
+    """Whether two nested spans of a tool describe the same use of it; else the outer use has caused the inner one."""
+    names = {str(first(tool.attributes, "tool")) for tool in (around, span)}
+    arguments = {arguments_of(tool) for tool in (around, span) if first(tool.attributes, "arguments") is not None}
+    return len(names) == 1 and len(arguments) < 2
 
 
 def arguments_of(span: RawSpan) -> str:
+    """The arguments of a tool call as JSON text, without the shell that some instrumentors put around them.
+
+    Example: {"input": {"q": "x"}} -> '{"q": "x"}'
+    """
     given = first(span.attributes, "arguments")
     value = parsed(given)
     if isinstance(value, Mapping) and len(value) == 1 and isinstance(inner := next(iter(value.values())), Mapping):

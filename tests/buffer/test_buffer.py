@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_lightning.buffer.buffer import Buffer, Lease, Stats, attempt_secret, verify_secret
+from agent_lightning.buffer.taken import take_groups
 from agent_lightning.core.errors import UnknownRollout
 from agent_lightning.core.types import Group, Outcome, RolloutKey
 from agent_lightning.credit.failures import Retries
@@ -85,7 +86,7 @@ async def test_a_trajectory_has_the_calls_in_order_of_their_start_each_once() ->
     assert await buffer.record(early) == 1
     assert await buffer.record(early) == 1
     await buffer.finish(lease.key, reward=0.5, outcome=Outcome.FINISHED, output="42")
-    (group,) = await buffer.take(1, split="train")
+    (group,) = await take_groups(buffer, 1, split="train")
     (trajectory,) = group.trajectories
     assert [call.call_id for call in trajectory.calls] == ["early", "late"]
     assert (trajectory.reward, trajectory.outcome, trajectory.output) == (0.5, Outcome.FINISHED, "42")
@@ -125,7 +126,7 @@ async def test_only_the_open_attempt_may_record_mark_or_finish() -> None:
     await buffer.record(make_call(again.key, "x"))
     await buffer.finish(again.key, reward=1.0, outcome=Outcome.FINISHED)
     await is_refused(again.key)  # ended
-    (group,) = await buffer.take(1, split="train")
+    (group,) = await take_groups(buffer, 1, split="train")
     assert group.trajectories[0].key.attempt == 1
     await is_refused(again.key)  # taken
     stats = await buffer.stats()
@@ -164,7 +165,7 @@ async def test_what_the_gateway_saw_explains_what_the_worker_saw(
     for number in range(calls_after):
         await buffer.record(make_call(lease.key, f"{number}", started_at=time.time() + 1.0))
     await buffer.finish(lease.key, reward=1.0, outcome=said, error="seen")
-    (group,) = await buffer.take(1, split="train")
+    (group,) = await take_groups(buffer, 1, split="train")
     assert group.trajectories[0].outcome is becomes
     assert (group.trajectories[0].reward is None) == (becomes is not Outcome.FINISHED)
     if becomes is marked:
@@ -217,7 +218,7 @@ async def test_a_group_that_loses_a_member_gets_another_one() -> None:
     await end(buffer, good)
     for lease in await buffer.lease(9, 1.0):
         await end(buffer, lease)
-    (group,) = await buffer.take(1, split="train")
+    (group,) = await take_groups(buffer, 1, split="train")
     assert [(t.outcome, t.key.attempt) for t in group.trajectories] == [(Outcome.FINISHED, n) for n in (1, 1, 0)]
 
 
@@ -231,7 +232,7 @@ async def test_retries_are_bounded_by_a_share_of_the_rollouts_in_work() -> None:
         for lease in await buffer.lease(9, 0.0):
             await buffer.finish(lease.key, reward=None, outcome=Outcome.ENGINE_ERROR)
     assert (await buffer.stats()).retried == 4
-    await buffer.take(1, split="train")
+    await take_groups(buffer, 1, split="train")
     (fresh, *_) = await started(buffer, 2)  # a later step has a budget of its own
     await buffer.finish(fresh.key, reward=None, outcome=Outcome.ENGINE_ERROR)
     assert (await buffer.stats()).retried == 5
@@ -263,7 +264,7 @@ async def test_take_waits_for_whole_groups_and_hands_out_the_first_complete() ->
         await buffer.admit(make_task(number), split="train", num_rollouts=2)
     await buffer.admit(make_task(9), split="val", num_rollouts=1)
     leases = await buffer.lease(7, 1.0)
-    taking = asyncio.create_task(buffer.take(2, split="train"))
+    taking = asyncio.create_task(take_groups(buffer, 2, split="train"))
     for index in (4, 0, 5, 6):  # group 2 and the evaluation are whole, group 0 is half
         await end(buffer, leases[index])
     await asyncio.sleep(0)
@@ -273,7 +274,7 @@ async def test_take_waits_for_whole_groups_and_hands_out_the_first_complete() ->
     assert [group.group_id for group in groups] == ["train-0", "train-2"]
     assert [t.key.index for t in groups[0].trajectories] == [0, 1]
     assert groups[0].task == make_task(0)
-    assert [group.group_id for group in await buffer.take(1, split="val")] == ["val-0"]
+    assert [group.group_id for group in await take_groups(buffer, 1, split="val")] == ["val-0"]
     stats = await buffer.stats()
     assert (stats.admitted, stats.taken, stats.running, stats.evaluated) == (6, 4, 2, 1)
 
@@ -282,7 +283,7 @@ async def test_advance_moves_what_was_taken_and_no_more() -> None:
     buffer = make_buffer()
     for lease in await started(buffer, 4):
         await end(buffer, lease)
-    await buffer.take(1, split="train")
+    await take_groups(buffer, 1, split="train")
     await buffer.advance(trained=1, dropped={"stale": 2})
     stats = await buffer.stats()
     assert (stats.taken, stats.trained, stats.dropped) == (1, 1, {"stale": 2})
@@ -299,14 +300,15 @@ async def test_cancel_ends_everything_and_wakes_everybody() -> None:
     await buffer.lease(1, 1.0)
     await buffer.admit(make_task(), split="val", num_rollouts=2)
     await buffer.lease(2, 1.0)
-    leasing, taking = asyncio.create_task(buffer.lease(1, 60.0)), asyncio.create_task(buffer.take(9, split="train"))
+    leasing = asyncio.create_task(buffer.lease(1, 60.0))
+    taking = asyncio.create_task(take_groups(buffer, 9, split="train"))
     await asyncio.sleep(0.01)
     assert await buffer.cancel("the run stopped") == 4
     assert await leasing == []
     groups = await taking
     assert [t.outcome for group in groups for t in group.trajectories] == [Outcome.CANCELLED] * 2
     assert groups[0].trajectories[0].error == "the run stopped"
-    assert await buffer.take(9, split="train") == []
+    assert await take_groups(buffer, 9, split="train") == []
     with pytest.raises(UnknownRollout):
         await buffer.finish(leases[0].key, reward=1.0, outcome=Outcome.FINISHED)
     before = time.monotonic()
@@ -315,7 +317,7 @@ async def test_cancel_ends_everything_and_wakes_everybody() -> None:
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
-            await buffer.take(1, split="train")  # waits again
+            await take_groups(buffer, 1, split="train")  # waits again
 
 
 async def test_a_lease_over_its_deadline_is_retried_and_then_lost() -> None:
@@ -332,20 +334,21 @@ async def test_a_lease_over_its_deadline_is_retried_and_then_lost() -> None:
     assert again.key.attempt == 1
     assert await buffer.expire(time.time() + 16.0) == 1
     await end(buffer, endless)
-    (group,) = await buffer.take(1, split="train")
+    (group,) = await take_groups(buffer, 1, split="train")
     assert [t.outcome for t in group.trajectories] == [Outcome.WORKER_LOST, Outcome.FINISHED]
 
 
 async def test_a_cancelled_take_or_lease_loses_nothing() -> None:
     buffer = make_buffer()
-    taking, leasing = asyncio.create_task(buffer.take(1, split="train")), asyncio.create_task(buffer.lease(1, 60.0))
+    taking = asyncio.create_task(take_groups(buffer, 1, split="train"))
+    leasing = asyncio.create_task(buffer.lease(1, 60.0))
     await asyncio.sleep(0.01)
     taking.cancel()
     leasing.cancel()
     await asyncio.gather(taking, leasing, return_exceptions=True)
     (lease,) = await started(buffer)
     await end(buffer, lease)
-    assert len(await buffer.take(1, split="train")) == 1
+    assert len(await take_groups(buffer, 1, split="train")) == 1
 
 
 class Scenario:
@@ -393,14 +396,15 @@ class Scenario:
         for split in ("train", "val"):
             try:
                 async with asyncio.timeout(0.0):
-                    self.groups += await self.buffer.take(1, split=split)
+                    taken = await self.buffer.take(1, split=split)
             except TimeoutError:
                 continue
+            self.groups += [group.assemble() for group in taken]
 
     async def drain(self) -> None:
         await self.buffer.cancel("the end")
         for split in ("train", "val"):
-            self.groups += await self.buffer.take(1000, split=split)
+            self.groups += await take_groups(self.buffer, 1000, split=split)
 
 
 OPERATIONS = ["admit", "lease", "record", "finish", "expire", "take", "advance", "cancel"]

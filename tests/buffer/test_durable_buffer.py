@@ -21,9 +21,10 @@ from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.codec import decode, encode
 from agent_lightning.buffer.events import Admitted, Base
 from agent_lightning.buffer.journal import JournalConfig
+from agent_lightning.buffer.taken import TakenGroup, take_groups
 from agent_lightning.cli.main import main
 from agent_lightning.core.errors import DataError, JournalError, JournalFull, UnknownRollout
-from agent_lightning.core.types import Group, Outcome, RolloutKey, Task
+from agent_lightning.core.types import Outcome, RolloutKey, Task
 from agent_lightning.credit.failures import Retries
 from agent_lightning.spans.tree import RawSpan
 
@@ -181,7 +182,7 @@ async def test_running_rollouts_go_on_after_a_restart_and_a_call_sent_again_is_o
     buffer = await again(buffer, tmp_path)
     with pytest.raises(UnknownRollout):
         await buffer.record(make_call(lease.key, "late"))
-    (group,) = await buffer.take(1, split="train")
+    (group,) = await take_groups(buffer, 1, split="train")
     assert [one.call_id for one in group.trajectories[0].calls] == ["one", "two"]
 
 
@@ -196,7 +197,7 @@ async def test_a_request_sent_again_has_the_first_answer(tmp_path: Path) -> None
         buffer = await again(buffer, tmp_path)
     for lease in leases:
         await buffer.finish(lease.key, outcome=Outcome.TIMEOUT, reward=None)
-    taken: list[Group] = []
+    taken: list[TakenGroup] = []
     for _ in range(2):
         taken += await buffer.take(1, split="train", request="c")
         buffer = await again(buffer, tmp_path)
@@ -230,7 +231,7 @@ async def test_spans_beyond_the_memory_are_read_back_from_disk(tmp_path: Path) -
     held = sum(len(one.calls) for group in buffer._ledger.groups.values() for one in group.rollouts)
     assert 0 < held < 30
     for source in (buffer, plain_buffer):
-        groups = await source.take(20, split="train")
+        groups = await take_groups(source, 20, split="train")
         assert [len(one.calls) for group in groups for one in group.trajectories] == [3] * 40
         assert all(one.output == one.key.rollout_id for group in groups for one in group.trajectories)
 
@@ -240,7 +241,7 @@ async def test_the_journal_of_a_long_run_stays_small(tmp_path: Path) -> None:
     for _ in range(60):
         await buffer.admit(make_task(), split="train", num_rollouts=4)
         await finished(buffer, 4, calls=5)
-        await buffer.take(1, split="train")
+        await take_groups(buffer, 1, split="train")
         await buffer.advance(trained=4, dropped={})
         assert sum(path.stat().st_size for path in tmp_path.glob("segment-*")) < 60_000
     buffer = await again(buffer, tmp_path)
@@ -258,7 +259,7 @@ async def test_a_full_journal_refuses_new_work_and_lets_what_runs_end(tmp_path: 
     with pytest.raises(JournalFull):
         await buffer.admit(Task(task_id="big", payload={"text": "x" * 1000}), split="train", num_rollouts=1)
     await buffer.finish(lease.key, outcome=Outcome.AGENT_ERROR, reward=None, error="the journal is full")
-    (group,) = await buffer.take(1, split="train")
+    (group,) = await take_groups(buffer, 1, split="train")
     await buffer.advance(trained=1, dropped={})
     assert len(group.trajectories[0].calls) > 10
     assert await buffer.admit(make_task(), split="train", num_rollouts=1) == "train-1"  # what was trained made room
@@ -305,7 +306,7 @@ async def a_step(buffer: Buffer, *, ends: int) -> None:
 
 
 async def train(buffer: Buffer, groups: int) -> None:
-    taken = await buffer.take(groups, split="train")
+    taken = await take_groups(buffer, groups, split="train")
     await buffer.advance(trained=sum(len(group.trajectories) for group in taken), dropped={})
 
 
@@ -326,7 +327,7 @@ async def test_a_resumed_run_has_the_rollouts_that_ended_since_its_checkpoint(tm
     assert (stats.admitted, stats.trained, stats.waiting, stats.running, stats.complete) == (4, 4, 0, 0, 0)
     for number in range(2):
         assert await buffer.admit(make_task(number), split="train", num_rollouts=2) == f"train-{2 + number}"
-    groups = await buffer.take(2, split="train")
+    groups = await take_groups(buffer, 2, split="train")
     assert [one.calls[0].call_id for group in groups for one in group.trajectories][:2] == ["train-2-0", "train-2-1"]
     await buffer.advance(trained=4, dropped={})
     for number in range(2):

@@ -20,6 +20,7 @@ from agents_for_tests import RUN_SECRET, make_call, make_task, small_gateway
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.journal import JournalConfig
+from agent_lightning.buffer.taken import take_groups
 from agent_lightning.core.actors import init_ray, kill, spawn
 from agent_lightning.core.errors import UnknownRollout
 from agent_lightning.core.types import Outcome, RolloutKey
@@ -99,7 +100,7 @@ async def test_a_buffer_from_admission_to_training(make: Make) -> None:
     assert await buffer.admit(make_task(), split="train", num_rollouts=2) == "train-0"
     first, second = await buffer.lease(8, timeout=1.0)
     assert await buffer.record(make_call(first.key, "a")) == 99
-    taking = asyncio.create_task(buffer.take(1, split="train"))
+    taking = asyncio.create_task(take_groups(buffer, 1, split="train"))
     await buffer.finish(first.key, reward=1.0, outcome=Outcome.FINISHED)
     await buffer.finish(second.key, reward=None, outcome=Outcome.TIMEOUT)
     (group,) = await taking
@@ -133,7 +134,7 @@ async def test_cancelling_the_caller_cancels_the_method(make: Make) -> None:
 
 async def test_a_cancelled_take_loses_nothing(make: Make) -> None:
     buffer = make(Buffer, run_secret=RUN_SECRET)
-    taking = asyncio.create_task(buffer.take(1, split="train"))
+    taking = asyncio.create_task(take_groups(buffer, 1, split="train"))
     await asyncio.sleep(0.2)
     taking.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -141,7 +142,7 @@ async def test_a_cancelled_take_loses_nothing(make: Make) -> None:
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     (lease,) = await buffer.lease(1, timeout=1.0)
     await buffer.finish(lease.key, reward=None, outcome=Outcome.AGENT_ERROR)
-    assert len(await asyncio.wait_for(buffer.take(1, split="train"), 10)) == 1
+    assert len(await asyncio.wait_for(take_groups(buffer, 1, split="train"), 10)) == 1
 
 
 async def test_workers_run_agents_and_classify_what_they_do(make: Make) -> None:
@@ -159,7 +160,7 @@ async def test_workers_run_agents_and_classify_what_they_do(make: Make) -> None:
             group.create_task(worker.run())
         for do in ends:
             await buffer.admit(make_task(do=do), split="train", num_rollouts=2)
-        groups = await buffer.take(len(ends), split="train")
+        groups = await take_groups(buffer, len(ends), split="train")
         for worker in workers:
             await worker.stop()
     assert {g.task.payload["do"]: {t.outcome for t in g.trajectories} for g in groups} == {
@@ -178,7 +179,7 @@ async def test_cancelling_a_worker_ends_its_agents(make: Make) -> None:
         while (await buffer.stats()).running == 0:
             await asyncio.sleep(0.01)
         running.cancel()
-        (group,) = await buffer.take(1, split="train")
+        (group,) = await take_groups(buffer, 1, split="train")
     assert group.trajectories[0].outcome is Outcome.CANCELLED
 
 
@@ -250,7 +251,7 @@ async def test_a_killed_buffer_comes_again_and_its_clients_notice_nothing(tmp_pa
     """Those that wait for its answer, and those that call it while it is gone; each thing happens once."""
     journal = JournalConfig(path=tmp_path)
     buffer = spawn(KillableBuffer, restarts=True, run_secret=RUN_SECRET, journal=journal)
-    taking = asyncio.create_task(buffer.take(3, split="train"))
+    taking = asyncio.create_task(take_groups(buffer, 3, split="train"))
     leasing = asyncio.create_task(buffer.lease(6, timeout=60.0))
     os.kill(await buffer.pid(), signal.SIGKILL)
     async with asyncio.timeout(100):

@@ -78,10 +78,10 @@ async def played(story: Story, arrival: random.Random) -> tuple[Group, Counter[s
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(0.0):
             (group,) = await buffer.take(1, split="train")
-            return group, refused
+            return group.assemble(), refused
     await buffer.cancel("the story is over")
     (group,) = await buffer.take(1, split="train")
-    return group, refused
+    return group.assemble(), refused
 
 
 def rows(credit: Credit) -> list[tuple[object, ...]]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_lightning.buffer.breaker import Breaker, cause_of, same_words
+from agent_lightning.buffer.breaker import Breaker, cause_of, last_failed_tool, same_words
 from agent_lightning.core.types import Outcome, RolloutKey, ToolCall, ToolStatus
 from agent_lightning.credit.failures import Retries
 
@@ -41,9 +41,10 @@ def tool(status: ToolStatus) -> ToolCall:
 
 
 def test_a_cause_names_the_tool_that_was_at_work_last() -> None:
-    said = cause_of(Outcome.TIMEOUT, "not done after 30 s", [tool(ToolStatus.OK), tool(ToolStatus.UNANSWERED)])
-    assert said == "timeout: not done after # s (its last tool, search: unanswered)"
-    assert cause_of(Outcome.AGENT_ERROR, "a", [tool(ToolStatus.OK)]) == "agent_error: a"
+    failed_tool = last_failed_tool([tool(ToolStatus.OK), tool(ToolStatus.UNANSWERED)])
+    cause = cause_of(Outcome.TIMEOUT, "not done after 30 s", failed_tool)
+    assert cause == "timeout: not done after # s (its last tool, search: unanswered)"
+    assert cause_of(Outcome.AGENT_ERROR, "a", last_failed_tool([tool(ToolStatus.OK)])) == "agent_error: a"
     assert cause_of(Outcome.FINISHED, "") == ""
 
 

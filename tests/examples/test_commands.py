@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from agents_for_tests import skilled
 
+from agent_lightning.buffer.taken import take_groups
 from agent_lightning.core.types import Task, ToolCall, ToolStatus, Trajectory
 from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.toy.world import ToyWorld
@@ -35,7 +36,7 @@ async def run(command: str, num: int) -> list[Trajectory]:
     async with asyncio.timeout(280), ToyWorld(agent=spec, tasks=[TASK], words=WORDS) as world:
         await world.engine.install(skilled(WORDS))
         await world.buffer.admit(TASK, split="train", num_rollouts=num)
-        (group,) = await world.buffer.take(1, split="train")
+        (group,) = await take_groups(world.buffer, 1, split="train")
     assert [(one.error, one.output, one.reward) for one in group.trajectories] == [("", "The answer is 5.", 1.0)] * num
     return list(group.trajectories)
 

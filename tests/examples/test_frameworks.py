@@ -11,6 +11,7 @@ from agents_for_tests import skilled
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
+from agent_lightning.buffer.taken import take_groups
 from agent_lightning.core.types import Policy, Task, ToolStatus, Trajectory
 from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.spans.assemble import assemble
@@ -142,7 +143,7 @@ async def test_500_agents_of_mixed_frameworks_at_once_lose_no_span_and_double_no
         world.engine.delay_s = 2.0  # so that all of them are at it at once
         for task in tasks:
             await world.buffer.admit(task, split="train", num_rollouts=1)
-        taking = asyncio.create_task(world.buffer.take(500, split="train"))
+        taking = asyncio.create_task(take_groups(world.buffer, 500, split="train"))
         most = 0
         while not taking.done():  # ends with the rollouts, each of which has a deadline
             most = max(most, (await world.buffer.stats()).running)

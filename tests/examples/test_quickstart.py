@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from agents_for_tests import skilled
 
+from agent_lightning.buffer.taken import take_groups
 from agent_lightning.config.sources import sources
 from agent_lightning.core.types import Task, Trajectory
 from agent_lightning.rollouts.agents import load
@@ -30,7 +31,7 @@ async def roll_out(*words: str) -> Trajectory:
     async with asyncio.timeout(60), ToyWorld(agent=spec, tasks=[task], words=words) as world:
         await world.engine.install(skilled(words))
         await world.buffer.admit(task, split="train", num_rollouts=1)
-        (group,) = await world.buffer.take(1, split="train")
+        (group,) = await take_groups(world.buffer, 1, split="train")
     (trajectory,) = group.trajectories
     return trajectory
 

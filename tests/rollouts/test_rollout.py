@@ -16,6 +16,7 @@ import pytest
 from agents_for_tests import RUN_SECRET, is_alive, make_task, small_gateway
 
 from agent_lightning.buffer.buffer import Buffer
+from agent_lightning.buffer.taken import take_groups
 from agent_lightning.core.errors import AgentProcessError, ConfigError, RewardError
 from agent_lightning.core.types import Outcome, Policy, Task, Trajectory
 from agent_lightning.credit.failures import Retries
@@ -42,7 +43,7 @@ async def run_tasks(agent: AgentSpec, tasks: list[Task], buffer: Buffer | None =
         group.create_task(worker.run())
         for task in tasks:
             await buffer.admit(task, split="train", num_rollouts=1)
-        groups = await buffer.take(len(tasks), split="train")
+        groups = await take_groups(buffer, len(tasks), split="train")
         await worker.stop()
     return [group.trajectories[0] for group in groups]
 
@@ -394,7 +395,7 @@ async def test_an_agent_that_met_no_gateway_is_not_at_fault_and_runs_again_once_
         stats = await buffer.stats()
         assert (stats.running, stats.retried) == (1, 0)  # it waits, and spends no attempt
         outage.over = True
-        (taken,) = await buffer.take(1, split="train")
+        (taken,) = await take_groups(buffer, 1, split="train")
         await worker.stop()
     (trajectory,) = taken.trajectories
     assert (trajectory.outcome, trajectory.key.attempt) == (Outcome.FINISHED, 1)
@@ -415,10 +416,10 @@ async def test_a_gateway_that_is_gone_is_found_again_where_it_is_now() -> None:
             async with asyncio.TaskGroup() as group:
                 group.create_task(worker.run())
                 await buffer.admit(make_task(3, do="return"), split="train", num_rollouts=1)
-                await buffer.take(1, split="train")
+                await take_groups(buffer, 1, split="train")
                 await first.aclose()
                 await buffer.admit(make_task(3, do="return"), split="train", num_rollouts=1)
-                (taken,) = await buffer.take(1, split="train")
+                (taken,) = await take_groups(buffer, 1, split="train")
                 await worker.stop()
             return taken.trajectories[0]
 
@@ -451,7 +452,7 @@ async def test_a_worker_survives_rollouts_that_the_buffer_cancelled() -> None:
             await asyncio.sleep(0.01)
         await buffer.cancel("not needed")
         await buffer.admit(make_task(seconds=0.0), split="train", num_rollouts=1)
-        outcomes = [taken.trajectories[0].outcome for taken in await buffer.take(2, split="train")]
+        outcomes = [taken.trajectories[0].outcome for taken in await take_groups(buffer, 2, split="train")]
         while (await buffer.stats()).refused_finishes == 0:
             await asyncio.sleep(0.01)
         await worker.stop()

@@ -19,6 +19,7 @@ import ray
 from agents_for_tests import RUN_SECRET, is_alive, make_task, small_gateway
 
 from agent_lightning.buffer.buffer import Buffer
+from agent_lightning.buffer.taken import take_groups
 from agent_lightning.core import actors as cluster
 from agent_lightning.core.types import Outcome
 from agent_lightning.credit.failures import Retries
@@ -88,7 +89,7 @@ async def test_a_worker_that_dies_is_replaced_and_its_rollout_runs_again_at_once
     await buffer.admit(make_task(), split="train", num_rollouts=2)
     async with kept(Workers(lambda name: Frail(buffer, name), number=1, buffer=buffer, kill=kill, pause_s=0.0)) as _:
         async with asyncio.timeout(10):
-            (group,) = await buffer.take(1, split="train")
+            (group,) = await take_groups(buffer, 1, split="train")
     assert [(t.key.attempt, t.error) for t in group.trajectories] == [(2, "worker-0.2"), (0, "worker-0.2")]
 
 
@@ -121,7 +122,7 @@ async def test_kill_9_of_a_worker_costs_an_attempt_and_no_rollout(tmp_path: Path
     pids = tmp_path / "pids"
     async with small_gateway(buffer) as url, asyncio.timeout(100), kept(workers_on_ray(buffer, url, spec)):
         await buffer.admit(make_task(pids=str(pids)), split="train", num_rollouts=1)
-        (group,) = await buffer.take(1, split="train")
+        (group,) = await take_groups(buffer, 1, split="train")
         (rollout,) = group.trajectories
         assert (rollout.key.attempt, rollout.outcome, rollout.reward) == (1, Outcome.FINISHED, 1.0)
         while any(is_alive(int(pid)) for pid in pids.read_text().split()):  # what it had started, the daemon too
@@ -138,7 +139,7 @@ async def test_a_worker_whose_agent_blocks_it_is_replaced() -> None:
         kept(workers_on_ray(buffer, "http://127.0.0.1:9", spec, unresponsive_timeout_s=3.0)),
     ):
         await buffer.admit(make_task(), split="train", num_rollouts=1)
-        (group,) = await buffer.take(1, split="train")
+        (group,) = await take_groups(buffer, 1, split="train")
     assert (group.trajectories[0].outcome, group.trajectories[0].error) == (Outcome.WORKER_LOST, "its worker died")
 
 

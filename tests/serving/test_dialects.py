@@ -17,6 +17,7 @@ import pytest
 from formats import FORMATS, Clients, converse
 from test_gateway import Rig, open_rig, url_of
 
+from agent_lightning.buffer.taken import take_groups
 from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Task
 from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.serving.engine import Part, Refusal
@@ -276,7 +277,7 @@ async def test_500_agents_of_mixed_formats_at_once() -> None:
             return [turn.reply_id for turn in turns]
 
         told = await asyncio.gather(*(agent(number, lease.key) for number, lease in enumerate(leases)))
-        (group,) = await rig.buffer.take(1, split="train")
+        (group,) = await take_groups(rig.buffer, 1, split="train")
         stats = await rig.buffer.stats()
     assert [[call.call_id for call in one.calls] for one in group.trajectories] == told
     assert {one.outcome for one in group.trajectories} == {Outcome.FINISHED}

@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from agent_lightning.buffer.buffer import Buffer, attempt_secret
+from agent_lightning.buffer.taken import take_groups
 from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 from agent_lightning.launch import launch
 from agent_lightning.serving.engine import Completion, Refusal
@@ -50,7 +51,7 @@ class Rig:
     async def end(self, outcome: Outcome = Outcome.FINISHED) -> Trajectory:
         reward = 1.0 if outcome is Outcome.FINISHED else None
         await self.buffer.finish(self.key, outcome=outcome, reward=reward)
-        (group,) = await self.buffer.take(1, split=self.key.split)
+        (group,) = await take_groups(self.buffer, 1, split=self.key.split)
         return group.trajectories[0]
 
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_lightning.core.types import ModelCall, Reward, RolloutKey, ToolStatus
-from agent_lightning.spans.assemble import assemble, emitted
+from agent_lightning.core.types import ModelCall, RolloutKey, ToolStatus
+from agent_lightning.spans.assemble import assemble, emitted_reward
 from agent_lightning.spans.tree import RawSpan
 from agent_lightning.toy.world import model_call
 
@@ -172,11 +172,17 @@ def test_a_reward_may_name_what_it_is_about_by_any_id() -> None:
     ],
 )
 def test_the_reward_that_an_agent_emitted(given_rewards: list[tuple[str, float, str]], expected: float | None) -> None:
-    rewards = [
-        Reward(key=KEY, span_id=str(n), name=name, value=value, about=about, at=float(n))
+    spans = [
+        RawSpan(
+            span_id=str(n),
+            name="reward",
+            started_at=float(n),
+            ended_at=float(n),
+            attributes={"agl.reward.name": name, "agl.reward.value": value, "agl.reward.about": about},
+        )
         for n, (name, value, about) in enumerate(given_rewards)
     ]
-    assert emitted(rewards) == expected
+    assert emitted_reward(KEY, spans) == expected
 
 
 # Properties -----------------------------------------------------------------------------------------------------------

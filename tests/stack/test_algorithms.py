@@ -18,12 +18,13 @@ import torch
 from models import load, random_batch, random_model, to_arrays
 
 from agent_lightning.buffer.buffer import Buffer, Lease
+from agent_lightning.buffer.taken import TakenGroup
 from agent_lightning.cli.train import make_plan
 from agent_lightning.config.load import load as load_config
 from agent_lightning.core import actors as cluster
 from agent_lightning.core.errors import UserError
 from agent_lightning.core.metrics import values
-from agent_lightning.core.types import Group, Outcome, Split, Task
+from agent_lightning.core.types import Outcome, Split, Task
 from agent_lightning.launch.launch import learner_config
 from agent_lightning.learners.base import Weights
 from agent_lightning.learners.verl import VerlLearner
@@ -64,7 +65,7 @@ class Sampler(Buffer):
         generator = torch.Generator().manual_seed(0)
         self._noise = noise * torch.randn(model.config.vocab_size, generator=generator)
 
-    async def take(self, num_groups: int, *, split: Split) -> list[Group]:
+    async def take(self, num_groups: int, *, split: Split) -> list[TakenGroup]:
         leases = await self.lease(10**6, 1.0)
         first = [[1, 10 + lease.key.group % 8] for lease in leases]
         said = self._sample(first)

@@ -17,6 +17,7 @@ import pytest
 from formats import FORMATS, FUNCTION, Clients, chat, converse
 from ray import serve
 
+from agent_lightning.buffer.taken import take_groups
 from agent_lightning.config.load import load
 from agent_lightning.core.types import ModelCall, Outcome, Task
 from agent_lightning.launch import checks, launch
@@ -43,7 +44,7 @@ class Stack:
         key = lease.key
         yield f"{self.system.service.url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{lease.secret}/agent"
         await self.system.buffer.finish(key, outcome=Outcome.CANCELLED, reward=None)
-        (group,) = await self.system.buffer.take(1, split="val")
+        (group,) = await take_groups(self.system.buffer, 1, split="val")
         calls.extend(group.trajectories[0].calls)
 
 

@@ -1,0 +1,80 @@
+"""Groups as the Buffer returns them, with their spans as recorded; whoever takes them assembles the trajectories.
+
+The Buffer is one process that every call of every agent waits for. So it only stores, and reading spans is left to the
+process that needs them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from agent_lightning.core.types import Ending, Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
+from agent_lightning.spans.assemble import assemble
+from agent_lightning.spans.tree import RawSpan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakenRollout:
+    """The last attempt of a rollout."""
+
+    key: RolloutKey
+    started_at: float
+    """Unix seconds at which the attempt was leased; 0 if it never was."""
+    ending: Ending
+    calls: tuple[ModelCall, ...]
+    """The calls that the gateway recorded, in the order of their arrival."""
+    spans: tuple[RawSpan, ...]
+    """The spans that the agent's process sent."""
+    refused_spans: Mapping[str, int]
+    """Reason -> number of spans that were refused when they arrived."""
+
+    def assemble(self, task: Task) -> Trajectory:
+        """The attempt with its spans put together. Never raises: a trace that cannot be assembled is lost and counted
+        in `Trajectory.refused_spans`, and the gateway's calls are kept."""
+        spans, ending = assemble(self.key, self.calls, self.spans), self.ending
+        return Trajectory(
+            key=self.key,
+            task_id=task.task_id,
+            calls=spans.calls,
+            reward=ending.reward if ending.outcome is Outcome.FINISHED else None,
+            outcome=ending.outcome,
+            error=ending.error,
+            output=ending.output,
+            started_at=self.started_at,
+            ended_at=ending.at,
+            tools=spans.tools,
+            rewards=spans.rewards,
+            agents=spans.agents,
+            refused_spans=dict(Counter(self.refused_spans) + Counter(spans.refused)),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakenGroup:
+    """All rollouts of one task, each of which has ended."""
+
+    group_id: str
+    task: Task
+    rollouts: tuple[TakenRollout, ...]
+    """In the order of `RolloutKey.index`."""
+
+    def assemble(self) -> Group:
+        """The group with the trajectories of its rollouts. Never raises."""
+        trajectories = tuple(rollout.assemble(self.task) for rollout in self.rollouts)
+        return Group(group_id=self.group_id, task=self.task, trajectories=trajectories)
+
+
+class GroupSource(Protocol):
+    """The part of the Buffer from which groups are taken."""
+
+    async def take(self, num_groups: int, *, split: Split) -> list[TakenGroup]: ...
+
+
+async def take_groups(buffer: GroupSource, num_groups: int, *, split: Split) -> list[Group]:
+    """Take groups as `Buffer.take` does, and assemble them in a thread of this process: its event loop goes on."""
+    taken = await buffer.take(num_groups, split=split)
+    return await asyncio.to_thread(lambda: [group.assemble() for group in taken])
