@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         "train a policy on the rollouts of an agent",
         "agl train experiment=calc_tiny seed=1",
-        "agl train experiment=calc_mawps data.root=../shared/data/calcx",
+        "agl train experiment=calc_mawps data.root=DIR",
         "agl train resume=runs/calc_tiny-s0-20260101-120000 steps=80",
         overrides=True,
     )

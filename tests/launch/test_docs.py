@@ -61,7 +61,7 @@ def test_the_index_lists_every_page() -> None:
 def test_the_pages_list_every_command_experiment_and_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    commands = re.findall(r"^    ([a-z]+) ", capsys.readouterr().out, flags=re.M)
+    commands = re.findall(r"^    ([a-z]+)(?: |$)", capsys.readouterr().out, flags=re.M)
     cli, experiments, credit = (
         (ROOT / "docs" / name).read_text() for name in ("cli.md", "experiments.md", "credit.md")
     )
