@@ -1,4 +1,4 @@
-"""The rollouts of a run on disk: Parquet, one row a rollout with all its spans, and back to the nouns.
+"""The rollouts of a run on disk, as Parquet: a row is a rollout with all its spans.
 
 pyarrow is imported when it is used, so importing this module costs nothing.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agent_lightning.core.errors import DataError
+from agent_lightning.core.files import replacing
 from agent_lightning.core.text import replace_surrogates
 from agent_lightning.core.types import (
     AgentSpan,
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 
 
 class RolloutWriter:
-    """All rollouts that ended, as Parquet: one file a `write`, one row a rollout. A file appears whole or not at all.
+    """Writes the rollouts of a run: each `write` makes the next Parquet file, after the files that exist already.
 
-    Example: write(3, 2, groups) -> rollouts/part-00002.parquet; counting goes on after the parts that are there.
+    Example: write(step=3, policy_version=2, groups) -> rollouts/part-00002.parquet
     """
 
     def __init__(self, directory: Path) -> None:
@@ -44,27 +45,28 @@ class RolloutWriter:
         self._next_part = max(numbers, default=-1) + 1
 
     def write(self, step: int, policy_version: int, groups: Sequence[Group]) -> Path | None:
-        """Write the rollouts of `groups`; None where there are none. Raises OSError, e.g. on a full disk."""
+        """Write the rollouts of `groups`; None if they have no rollouts. Raises OSError, for example on a full disk."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = [_rollout_row(step, policy_version, group, one) for group in groups for one in group.trajectories]
+        rows = [
+            _rollout_row(step, policy_version, group, rollout) for group in groups for rollout in group.trajectories
+        ]
         if not rows:
             return None
         part = self._directory / f"part-{self._next_part:05d}.parquet"
-        unfinished = self._directory / f".{part.name}.tmp"
-        pq.write_table(pa.Table.from_pylist(rows, schema=_rollout_schema()), unfinished, compression="zstd")
-        unfinished.replace(part)
+        with replacing(part) as unfinished:
+            pq.write_table(pa.Table.from_pylist(rows, schema=_rollout_schema()), unfinished, compression="zstd")
         self._next_part += 1
         return part
 
 
 def read_rollouts(path: Path) -> pyarrow.Table:
-    """All rollouts of a run, in the order they were written; `path` is its folder, its rollouts/, or one part.
+    """Read all rollouts of a run, in the order in which they were written.
+
+    `path` is the folder of a run, its folder rollouts/, or one of the files. Raises DataError if there is no file.
 
     Example: read_rollouts(run.path).column("reward").to_pylist() -> [1.0, 0.0, None]
-
-    Raises DataError where there are none.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -76,7 +78,7 @@ def read_rollouts(path: Path) -> pyarrow.Table:
 
 
 def read_group(path: Path, rollout_id: str) -> Group:
-    """The whole group of a rollout, as it was written. Raises DataError where there is no such rollout.
+    """Read the group that a rollout belongs to. Raises DataError if there is no such rollout.
 
     Example: read_group(run.path, "train-12-3").group_id -> "train-12"
     """
@@ -85,7 +87,7 @@ def read_group(path: Path, rollout_id: str) -> Group:
     table = read_rollouts(path)
     group_id = rollout_id.rpartition("-")[0]
     rows = table.filter(pc.equal(table.column("group_id"), group_id)).to_pylist()
-    # A stopped run that was resumed may have written a group again: the later one counts.
+    # A resumed run may have written a group again: the later rows count.
     latest = {row["rollout_id"]: row for row in rows}
     if rollout_id not in latest:
         example = table.column("rollout_id")[0].as_py()
@@ -96,12 +98,12 @@ def read_group(path: Path, rollout_id: str) -> Group:
 
 
 def read_trajectories(path: Path) -> Iterator[Trajectory]:
-    """The rollouts of a run, in the order they were written; `path` as in `read_rollouts`. Raises DataError.
+    """Read the rollouts of a run, in the order in which they were written. `path` and errors: see `read_rollouts`.
 
-    Example: [one.reward for one in read_trajectories(run.path)] -> [1.0, 0.0, None]
+    Example: [trajectory.reward for trajectory in read_trajectories(run.path)] -> [1.0, 0.0, None]
     """
     table = read_rollouts(path)
-    # A stopped run that was resumed may have written a group again: the later one counts.
+    # A resumed run may have written a rollout of a step again: the later row counts.
     identities = zip(table.column("rollout_id").to_pylist(), table.column("step").to_pylist(), strict=True)
     latest = {identity: index for index, identity in enumerate(identities)}
     batches = table.take(sorted(latest.values())).to_batches(max_chunksize=256)
@@ -139,46 +141,42 @@ _ARRAYS: Mapping[str, tuple[str, type[np.generic]]] = {
     "response_T": ("response_ids", np.int32),
     "logprob_T": ("logprobs", np.float32),
 }
-"""Field of a ModelCall -> its column and kind of number."""
+"""Array fields of a ModelCall, and their columns and number types."""
 
 
 def _rollout_schema() -> pyarrow.Schema:
     import pyarrow as pa
 
-    text, real, whole = pa.string(), pa.float64(), pa.int32()
-    kinds = {"str": text, "float": real, "int": whole, "ToolStatus": text, "Source": text, "Ints": pa.list_(whole)}
-    kinds |= {"int | None": whole}
-    kinds |= {"Floats": pa.list_(pa.float32())}
+    text, real, integer = pa.string(), pa.float64(), pa.int32()
+    types = {"str": text, "ToolStatus": text, "Source": text, "float": real, "int": integer, "int | None": integer}
+    types |= {"Ints": pa.list_(integer), "Floats": pa.list_(pa.float32())}
 
-    def many(kind: type[ModelCall | ToolCall | Reward | AgentSpan]) -> pyarrow.DataType:
-        columns = [(_column(field.name), kinds[str(field.type)]) for field in fields(kind) if field.name != "key"]
+    def list_of(kind: type[ModelCall | ToolCall | Reward | AgentSpan]) -> pyarrow.DataType:
+        columns = [(_column(field.name), types[str(field.type)]) for field in fields(kind) if field.name != "key"]
         return pa.list_(pa.struct(columns))
 
-    row = {"rollout_id": text, "group_id": text, "split": text, "attempt": whole, "task_id": text, "task": text}
-    row |= {"step": whole, "policy_version": whole, "reward": real, "outcome": text, "error": text, "output": text}
-    row |= {"started_at": real, "ended_at": real, "num_calls": whole, "calls": many(ModelCall)}
-    row |= {"tools": many(ToolCall), "rewards": many(Reward), "agents": many(AgentSpan)}
-    row |= {"refused_spans": pa.map_(text, whole)}
+    row = {"rollout_id": text, "group_id": text, "split": text, "attempt": integer, "task_id": text, "task": text}
+    row |= {"step": integer, "policy_version": integer, "reward": real, "outcome": text, "error": text, "output": text}
+    row |= {"started_at": real, "ended_at": real, "num_calls": integer, "calls": list_of(ModelCall)}
+    row |= {"tools": list_of(ToolCall), "rewards": list_of(Reward), "agents": list_of(AgentSpan)}
+    row |= {"refused_spans": pa.map_(text, integer)}
     return pa.schema(list(row.items()))
 
 
-def _rollout_row(step: int, policy_version: int, group: Group, one: Trajectory) -> dict[str, Any]:
-    row: dict[str, Any] = {"rollout_id": one.key.rollout_id, "group_id": group.group_id, "split": one.key.split}
-    row |= {"attempt": one.key.attempt, "task_id": one.task_id, "step": step, "policy_version": policy_version}
-    row |= {"task": json.dumps(dict(group.task.payload), default=str), "reward": one.reward}
-    row |= {
-        "outcome": one.outcome.value,
-        "error": replace_surrogates(one.error),
-        "output": replace_surrogates(one.output),
-    }
-    row |= {"started_at": one.started_at, "ended_at": one.ended_at, "num_calls": len(one.calls)}
-    row |= {"calls": [_row(call) for call in one.calls], "tools": [_row(tool) for tool in one.tools]}
-    row |= {"rewards": [_row(reward) for reward in one.rewards], "agents": [_row(agent) for agent in one.agents]}
-    return row | {"refused_spans": list(one.refused_spans.items())}
+def _rollout_row(step: int, policy_version: int, group: Group, rollout: Trajectory) -> dict[str, Any]:
+    row: dict[str, Any] = {"rollout_id": rollout.key.rollout_id, "group_id": group.group_id, "split": rollout.key.split}
+    row |= {"attempt": rollout.key.attempt, "task_id": rollout.task_id, "step": step, "policy_version": policy_version}
+    row |= {"task": json.dumps(dict(group.task.payload), default=str), "reward": rollout.reward}
+    row |= {"error": replace_surrogates(rollout.error), "output": replace_surrogates(rollout.output)}
+    row |= {"outcome": rollout.outcome.value, "started_at": rollout.started_at, "ended_at": rollout.ended_at}
+    row |= {"num_calls": len(rollout.calls), "calls": list(map(_row, rollout.calls))}
+    row |= {"tools": list(map(_row, rollout.tools)), "rewards": list(map(_row, rollout.rewards))}
+    row |= {"agents": list(map(_row, rollout.agents)), "refused_spans": list(rollout.refused_spans.items())}
+    return row
 
 
 def _row(span: ModelCall | ToolCall | Reward | AgentSpan) -> dict[str, Any]:
-    """A span as columns; its key is the row's."""
+    """The columns of a span, without its key, which the rollout's row has."""
     values = {field.name: getattr(span, field.name) for field in fields(span) if field.name != "key"}
     return {
         _column(name): replace_surrogates(value) if isinstance(value, str) else value for name, value in values.items()

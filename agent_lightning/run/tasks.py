@@ -1,10 +1,10 @@
-"""Tasks from files, from the Hugging Face Hub, or from a function; and the order in which they are trained.
+"""Tasks from files, from the Hugging Face Hub or from a function, and the order in which they are trained.
 
 Example:
 
     tasks = load_calcx("data/calcx", ["mawps_train"])
     cursor = TaskCursor(seed=0)
-    cursor.next(tasks, 8)  # eight tasks; the next call goes on from there, epoch after epoch
+    cursor.next(tasks, 8)  # the next eight tasks, epoch after epoch
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from typing import IO, Any, cast
 import numpy as np
 
 from agent_lightning.core.errors import DataError
+from agent_lightning.core.text import one_line
 from agent_lightning.core.types import Task
 
 _FIX_ROOT = "set data.root to the folder that holds it"
 
 
 def load_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> list[Task]:
-    """One task per line of a .jsonl or .jsonl.gz file; blank lines are skipped.
+    """Read a task from each line of a .jsonl or .jsonl.gz file that is not blank.
 
-    {"id": "a1", "question": "…"} -> Task(task_id="a1", payload=the whole row). Without "id", the task is named
-    after the file and the line: "train-17".
-    Raises DataError: no such file, not JSON, not an object, a missing field, a duplicate id; with file and line.
+    {"id": "a1", "question": "…"} -> Task(task_id="a1", payload=the row). A row without "id" is named after the file and
+    the line: "train-17". Raises DataError with file and line: no such file, not JSON, not an object, a missing field, a
+    duplicate id.
     """
     path = Path(path)
     stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
@@ -51,9 +52,9 @@ def load_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> list[Task]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a .jsonl or .jsonl.gz file, or of standard input for "-", each with its line's number from 1.
+    """Read the rows of a .jsonl or .jsonl.gz file, or of standard input for "-", each with its line number from 1.
 
-    Raises DataError as `load_jsonl`, at the line that is wrong.
+    Raises DataError at the first wrong line, with the messages of `load_jsonl`.
     """
     for number, line in _lines(path):
         yield number, _row(line, f"{path}:{number}")
@@ -88,11 +89,13 @@ def load_hub(
     question_field: str = "question",
     result_field: str = "result",
 ) -> list[Task]:
-    """A split of a data set on the Hugging Face Hub, or of a local folder in the hub's layout.
+    """Read a split of a data set on the Hugging Face Hub, or of a local folder in the hub's layout.
 
-    load_hub("MU-NLPC/Calc-mawps", split="train") -> tasks whose payload is the row, with "question" and "result"
-    (as text) taken from the named fields. Without a column "id", tasks are named "train-0", "train-1", …
-    Raises DataError: not reachable, unknown data set, configuration, split or field, or no `datasets` library.
+    A task's payload is the row, with "question" and "result" (as text) from the fields of these names. Without a column
+    "id", tasks are named "train-0", "train-1", … Raises DataError: the data set is not reachable, the data set, its
+    configuration, split or field is unknown, or there is no `datasets` library.
+
+    Example: load_hub("MU-NLPC/Calc-mawps", split="train")
     """
     try:
         # Heavy, and needed only here.
@@ -100,20 +103,21 @@ def load_hub(
         from datasets.exceptions import DatasetNotFoundError, DatasetsError
     except ImportError:
         raise DataError("reading from the hub needs the datasets library: pip install datasets") from None
-    asked = f"data set {path_or_id!r}" + (f" ({name})" if name else "")
+    source = f"data set {path_or_id!r}" + (f" ({name})" if name else "")
     try:
         table = datasets.load_dataset(path_or_id, name, split=split)
-    except DatasetNotFoundError as error:
-        raise DataError(f"{asked} is not known; check the id, or give a local folder: {_one_line(error)}") from error
-    except ConnectionError as error:
-        raise DataError(f"{asked}: no network; give a local folder that holds it: {_one_line(error)}") from error
-    except ValueError as error:
-        raise DataError(f"{asked}, split {split!r}: check name, split and files: {_one_line(error)}") from error
-    except (DatasetsError, OSError, RuntimeError) as error:
-        raise DataError(f"{asked} cannot be read: {_one_line(error)}") from error
+    except (DatasetsError, OSError, RuntimeError, ValueError) as error:
+        problems: dict[type[Exception], str] = {
+            DatasetNotFoundError: " is not known; check the id, or give a local folder",
+            ConnectionError: ": no network; give a local folder that holds it",
+            ValueError: f", split {split!r}: check name, split and files",
+            Exception: " cannot be read",
+        }
+        problem = next(text for kind, text in problems.items() if isinstance(error, kind))
+        raise DataError(f"{source}{problem}: {one_line(error)[:300]}") from error
     for field in (question_field, result_field):
         if field not in table.column_names:
-            raise DataError(f"{asked} has no column {field!r}; it has {', '.join(table.column_names)}")
+            raise DataError(f"{source} has no column {field!r}; it has {', '.join(table.column_names)}")
     rows = (
         {"id": f"{split}-{i}", **row, "question": row[question_field], "result": str(row[result_field])}
         for i, row in enumerate(table)
@@ -122,9 +126,9 @@ def load_hub(
 
 
 def make(function: Callable[..., Iterable[Mapping[str, Any]]], **arguments: Any) -> list[Task]:
-    """Tasks from the rows that a function returns: make(problems.generate, seed=0, num=100, split="train").
+    """Make a task from each row that a function returns. Raises DataError if a row has no "id" or a used one.
 
-    Raises DataError where a row has no "id" or two have the same.
+    Example: make(problems.generate, seed=0, num=100, split="train")
     """
     tasks: dict[str, Task] = {}
     for number, row in enumerate(function(**arguments)):
@@ -138,7 +142,7 @@ def make(function: Callable[..., Iterable[Mapping[str, Any]]], **arguments: Any)
 
 
 def sample(tasks: Sequence[Task], num: int, seed: int) -> list[Task]:
-    """`num` tasks drawn without replacement, in their own order; all of them where there are not more."""
+    """Draw `num` tasks without replacement and keep their order; all tasks if there are at most `num`."""
     if num >= len(tasks):
         return list(tasks)
     chosen = np.random.default_rng(seed).choice(len(tasks), size=num, replace=False)
@@ -147,19 +151,19 @@ def sample(tasks: Sequence[Task], num: int, seed: int) -> list[Task]:
 
 @dataclass(slots=True)
 class TaskCursor:
-    """A place in an endless order of tasks that is shuffled anew each epoch.
+    """A position in an endless order of tasks, which is shuffled again in each epoch.
 
-    The order depends on `seed` and the number of tasks only, so `epoch` and `position` are all that a
-    checkpoint needs: TaskCursor(seed=0, epoch=2, position=5) goes on exactly where another stood.
+    The order depends on `seed` and the number of tasks only. A cursor with the same seed, epoch and position therefore
+    draws the same tasks, and a checkpoint needs nothing else.
     """
 
     seed: int
     epoch: int = 0
     position: int = 0
-    """How many tasks of this epoch are already taken."""
+    """The number of tasks of this epoch that have been drawn."""
 
     def next(self, tasks: Sequence[Task], num: int) -> list[Task]:
-        """The next `num` tasks; may cross from one epoch into the next. Raises DataError where there are none."""
+        """Draw the next `num` tasks, across epochs if need be. Raises DataError if `tasks` is empty."""
         if not tasks:
             raise DataError("there are no tasks to draw from; check data")
         drawn: list[Task] = []
@@ -168,45 +172,41 @@ class TaskCursor:
             chosen = order[self.position : self.position + num - len(drawn)]
             drawn.extend(tasks[i] for i in chosen)
             self.position += len(chosen)
-            # A restored position may lie beyond the end where the data has shrunk.
+            # A restored position lies beyond the end if the data has shrunk.
             if self.position >= len(tasks):
                 self.epoch, self.position = self.epoch + 1, 0
         return drawn
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The non-blank lines of a text file, plain or gzip, or of standard input, with their numbers from 1."""
+    """The lines of a text file, plain or gzip, or of standard input, that are not blank, with their numbers from 1."""
     number = 0
     try:
         with _open(path) as file:
-            # Decoded line by line, so that the line which is not UTF-8 is known.
+            # Decoded line by line, so that the message can name the line that is not UTF-8.
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, line.decode()
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; {_FIX_ROOT}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: cannot be read ({_one_line(error)}); {_FIX_ROOT}") from error
+        raise DataError(f"{path}:{number}: cannot be read ({one_line(error)[:300]}); {_FIX_ROOT}") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read beyond line {number} ({_one_line(error)}); {_FIX_ROOT}") from error
+        raise DataError(f"{path} cannot be read beyond line {number} ({one_line(error)[:300]}); {_FIX_ROOT}") from error
 
 
 def _open(path: Path) -> IO[bytes]:
     if str(path) == "-":
-        # A duplicate, which can be closed.
+        # A duplicate, since the caller closes the file.
         return open(os.dup(sys.stdin.fileno()), "rb")
     return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
+def _row(line: str, location: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON: {_one_line(error)}") from None
+        raise DataError(f"{location}: not JSON: {one_line(error)[:300]}") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a row must be an object, this is {type(row).__name__}")
+        raise DataError(f"{location}: a row must be an object, this is {type(row).__name__}")
     return row
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
