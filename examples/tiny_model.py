@@ -119,7 +119,8 @@ async def pretrain(
     import ray
     from safetensors.torch import save_file
 
-    from agent_lightning.learners.verl import LearnerConfig, VerlLearner
+    from agent_lightning.learners.verl import VerlLearner
+    from agent_lightning.learners.verl_groups import LearnerConfig
 
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(args.out)

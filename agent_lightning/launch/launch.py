@@ -30,7 +30,7 @@ from agent_lightning.run.state import State
 from agent_lightning.serving.policy import PolicyBoard
 
 if TYPE_CHECKING:
-    from agent_lightning.learners.verl import LearnerConfig
+    from agent_lightning.learners.verl_groups import LearnerConfig
     from agent_lightning.serving.app import Service
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ def _learner(config: Config, model: str, serving: Future[Service]) -> Learner:
 
 def learner_config(config: Config, model: str) -> LearnerConfig:
     """What the learner is told."""
-    from agent_lightning.learners.verl import CriticSettings, LearnerConfig
+    from agent_lightning.learners.verl_groups import CriticSettings, LearnerConfig
 
     algorithm, credit, learner = config.algorithm, config.credit, config.learner
     rollouts = algorithm.tasks_per_step * algorithm.rollouts_per_task

@@ -1,7 +1,7 @@
-"""Attention of rows that lie end to end, by PyTorch's own kernels, in Transformers' registry of attentions.
+"""Attention for rows that are laid end to end, by PyTorch's kernels, in Transformers' registry of attentions.
 
-Transformers' `sdpa` masks such a batch: N tokens of any number of rows cost N x N, by PyTorch's slower kernels. Here
-each row is a call of its own without a mask. flash-attn, where it is installed, does the same in one call.
+Transformers' `sdpa` uses a mask for such a batch: N tokens cost N x N, by PyTorch's slower kernels, however many rows
+they are. Here each row is a call without a mask. flash-attn, if it is installed, does the same in one call.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ def rows_attention(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each row: [1, H, N, D] queries, keys and values give [1, N, H, D].
+    """Causal attention within each row: from queries, keys and values of shape [1, H, N, D] to [1, N, H, D].
 
-    A row begins wherever `position_ids` [1, N] are 0. An attention without a mask of its own in Transformers' registry
-    gets none, so a mask here is one that a model made itself; ValueError for that, soft-capping and sinks.
+    A row starts wherever `position_ids`, of shape [1, N], are 0. Raises ValueError for masks, soft-capping and sinks.
+    Transformers passes no mask to an attention that has no mask function in its registry, so a mask comes from a model
+    that makes its own.
     """
-    beyond = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
-    if attention_mask is not None or beyond:
-        what = ", ".join(beyond) or "masks"
-        raise ValueError(f"{type(module).__name__} has {what}, which rows_sdpa does not know: install flash-attn")
+    unsupported = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
+    if attention_mask is not None or unsupported:
+        features = ", ".join(unsupported) or "masks"
+        raise ValueError(f"{type(module).__name__} has {features}, which rows_sdpa does not know: install flash-attn")
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
     sizes = [end - start for start, end in zip(starts, [*starts[1:], query.shape[2]], strict=True)]
     rows = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
@@ -42,12 +43,12 @@ def rows_attention(
 
 
 def _window(query: Tensor, size: int | None) -> Tensor | None:
-    """bool[1, 1, T, T] of what each token sees, where the row is longer than its window."""
+    """The mask of a row that is longer than its sliding window, bool[1, 1, T, T]; None for shorter rows."""
     length = query.shape[2]
     if size is None or length <= size:
         return None
-    seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - size)
-    return seen[None, None]
+    visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - size)
+    return visible[None, None]
 
 
 AttentionInterface.register("rows_sdpa", rows_attention)

@@ -1,4 +1,4 @@
-"""What a learner is: four methods, documented by their call site in `loop.py`."""
+"""The learner as the training loop calls it, and the weights that it publishes."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from agent_lightning.core.types import Batch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightBucket:
-    """A part of the weights, as bytes in the object store."""
+    """Some of the model's parameters, one after the other as bytes in the object store."""
 
     parameters: tuple[dict[str, Any], ...]
-    """{"name", "dtype", "shape", "offset"} of each parameter in `data`; names as in the checkpoint."""
+    """{"name", "dtype", "shape", "offset"} of each parameter; names as in the checkpoint, offsets in bytes."""
     data: Any
     """A uint8 array, or a reference to one in Ray's object store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """One version of the policy's weights, whole."""
+    """All weights of one version of the policy."""
 
     version: int
     buckets: tuple[WeightBucket, ...]
 
 
 class Learner(Protocol):
-    """Turns batches into new versions of the policy."""
+    """Trains the policy on batches."""
 
     async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Metrics:
-        """One optimiser step per batch, in order, `epochs` times over. `batches` are a whole step's."""
+        """Train on all batches of a step: one optimiser step for each batch, in order, `epochs` times over."""
         ...
 
     async def publish(self) -> Weights:
-        """The weights as they are now, with the next version's number."""
+        """The current weights, under the next version number."""
         ...
 
     async def save(self, path: Path) -> None:
-        """Weights, optimiser, schedule and random state into a folder."""
+        """Save weights, optimiser, schedule and random state to a folder."""
         ...
 
     async def restore(self, path: Path, version: int) -> None:
-        """Back to what `save` kept; the next `publish` has `version + 1`."""
+        """Load what `save` has written; the next `publish` returns version `version + 1`."""
         ...

@@ -1,7 +1,7 @@
-"""The CPU as a veRL platform, through veRL's own registry (entry-point group `verl.plugins`).
+"""The CPU as a veRL platform, through veRL's registry (entry-point group `verl.plugins`).
 
-Chosen by `VERL_PLATFORM=cpu`; with `VERL_ENGINE_DEVICE=cuda` veRL then returns its FSDP engine, whose code does
-not depend on the device. On a machine with a GPU this platform is registered and never chosen.
+It is chosen by `VERL_PLATFORM=cpu`. With `VERL_ENGINE_DEVICE=cuda` veRL then uses its FSDP engine, whose code does not
+depend on the device. On a machine with a GPU the platform is registered too, but not chosen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from verl.plugin.platform import PlatformBase, PlatformRegistry
 
 
 class CpuDevice(ModuleType):
-    """What veRL asks of `torch.cuda`, answered for a CPU: there is one device, and its memory is not counted."""
+    """The functions of `torch.cuda` that veRL calls, for a CPU: one device, whose memory is not counted."""
 
     def __init__(self) -> None:
         super().__init__("agent_lightning.learners.verl_cpu.device")
@@ -64,7 +64,7 @@ class PlatformCpu(PlatformBase):
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        # Automatic detection must find the GPU first; this platform is only ever asked for by name.
+        # Automatic detection must prefer a GPU; this platform is chosen by its name only.
         return False
 
     def device_count(self) -> int:

@@ -1,4 +1,4 @@
-"""Before a step: what the learner's models say of its batches becomes old log-probabilities, advantages and returns."""
+"""Before a step: from the outputs of policy, reference and critic to old log-probabilities, advantages and returns."""
 
 from __future__ import annotations
 
@@ -15,69 +15,73 @@ from agent_lightning.learners.verl_groups import LearnerConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward:
-    """What the models say of a batch before the step, [N, T], each value in its token's place; None: not asked."""
+    """Outputs of the models for a batch before the step, float32[N, T], each at its token; None if not computed."""
 
     logprob_NT: Floats | None = None
-    """The policy's own."""
+    """Log-probabilities under the policy that is trained."""
     reference_NT: Floats | None = None
-    """The starting policy's log-probabilities."""
+    """Log-probabilities under the starting policy."""
     value_NT: Floats | None = None
-    """The critic's, of the state in which the token was sampled."""
+    """The critic's values of the states in which the tokens were sampled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A batch with the advantages and the old log-probabilities to train on, and what else the losses read."""
+    """A batch with the old log-probabilities and the advantages to train on."""
 
     batch: Batch
     columns: Mapping[str, Floats]
+    """Further inputs of the losses by veRL's names, float32[N, T]: ref_log_probs, values, returns."""
 
 
-def prepare(batches: Sequence[Batch], said: Sequence[Forward], config: LearnerConfig) -> tuple[list[Prepared], Metrics]:
-    """A step's batches as its losses take them.
+def prepare(
+    batches: Sequence[Batch], forwards: Sequence[Forward], config: LearnerConfig
+) -> tuple[list[Prepared], Metrics]:
+    """The batches of a step, with everything that the losses read; `forwards` holds the outputs for each batch.
 
-    old log-probabilities   the engine's; with importance sampling the policy's own, and each advantage times
-                            min(own / engine, cap), by veRL. A row for which the engine gave no log-probabilities has
-                            the policy's own and no correction, and is counted.
-    advantages              the batch's own; with a critic, generalised advantages of its rewards. The KL in the
-                            reward charges each token coef * KL, arXiv 2203.02155 eq. 2; without a critic, a token's
-                            advantage loses what it and all later ones were charged, arXiv 2501.03262 section 3.
+    old log-probabilities   the engine's. With importance sampling the policy's, and each advantage is multiplied by
+                            min(policy / engine, cap), computed by veRL. A row for which the engine gave no
+                            log-probabilities has the policy's, and no correction; such rows are counted.
+    advantages              the batch's. With a critic, generalised advantages of the batch's rewards. A KL in the
+                            reward subtracts coef * KL from each token's reward, arXiv 2203.02155 eq. 2; without a
+                            critic, it subtracts those of the token and all later ones from the token's advantage,
+                            arXiv 2501.03262 section 3.
     """
     records: list[Metrics] = []
-    olds, corrections, advantages = [], [], []
+    old_logprobs, corrections, advantages = [], [], []
     columns: list[dict[str, Floats]] = []
-    for batch, one in zip(batches, said, strict=True):
-        old_NT, correction_NT, record = _old(batch, one.logprob_NT, config)
-        penalty_NT, more = _penalty(batch, old_NT, one.reference_NT, config)
-        advantage_NT, column = _advantages(batch, penalty_NT, one.value_NT, config)
-        if one.reference_NT is not None and config.kl_in == "loss":
-            column["ref_log_probs"] = one.reference_NT
+    for batch, forward in zip(batches, forwards, strict=True):
+        old_NT, correction_NT, gap_metrics = _old_logprobs(batch, forward.logprob_NT, config)
+        penalty_NT, kl_metrics = _kl_penalty(batch, old_NT, forward.reference_NT, config)
+        advantage_NT, column = _advantages(batch, penalty_NT, forward.value_NT, config)
+        if forward.reference_NT is not None and config.kl_in == "loss":
+            column["ref_log_probs"] = forward.reference_NT
         columns.append(column)
-        records += [record, more]
-        olds.append(old_NT)
+        records += [gap_metrics, kl_metrics]
+        old_logprobs.append(old_NT)
         corrections.append(correction_NT)
         advantages.append(advantage_NT)
     if config.normalise and batches:
         advantages = whiten_step(batches, advantages)
     if config.critic is not None and batches:
-        records.append({"critic/explained_variance": Mean.of([_explained(batches, columns)])})
+        records.append({"critic/explained_variance": Mean.of([_explained_variance(batches, columns)])})
     prepared = [
         Prepared(batch=replace(batch, logprob_NT=old, advantage_NT=advantage * correction), columns=column)
         for batch, old, advantage, correction, column in zip(
-            batches, olds, advantages, corrections, columns, strict=True
+            batches, old_logprobs, advantages, corrections, columns, strict=True
         )
     ]
     return prepared, merge(*records)
 
 
-def _old(batch: Batch, own_NT: Floats | None, config: LearnerConfig) -> tuple[Floats, Floats, Metrics]:
-    """Log-probabilities of the old policy, and what each advantage is multiplied by."""
-    whole_NT = np.ones(batch.token_NT.shape, np.float32)
-    if own_NT is None:
-        return batch.logprob_NT, whole_NT, {}
+def _old_logprobs(batch: Batch, policy_NT: Floats | None, config: LearnerConfig) -> tuple[Floats, Floats, Metrics]:
+    """The old log-probabilities and the factor of each advantage, both float32[N, T], and metrics of the gap."""
+    ones_NT = np.ones(batch.token_NT.shape, np.float32)
+    if policy_NT is None:
+        return batch.logprob_NT, ones_NT, {}
     unknown_N: Bools = np.asarray((np.isnan(batch.logprob_NT) & batch.mask_NT).any(axis=1))
     known_NT = batch.mask_NT & ~unknown_N[:, None]
-    log_ratio_NT = np.where(known_NT, own_NT - batch.logprob_NT, 0).astype(np.float32)
+    log_ratio_NT = np.where(known_NT, policy_NT - batch.logprob_NT, 0).astype(np.float32)
     gap = np.abs(np.extract(known_NT, log_ratio_NT))
     metrics: dict[str, Mean | Sum | Max] = {
         "logprob_gap/mean_abs": Mean.of(gap.tolist()),
@@ -85,7 +89,7 @@ def _old(batch: Batch, own_NT: Floats | None, config: LearnerConfig) -> tuple[Fl
         "learner/rows_without_logprobs": Sum(float(unknown_N.sum())),
     }
     if config.importance == "none":
-        return np.where(known_NT, batch.logprob_NT, own_NT).astype(np.float32), whole_NT, metrics
+        return np.where(known_NT, batch.logprob_NT, policy_NT).astype(np.float32), ones_NT, metrics
     import torch
     from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
 
@@ -98,13 +102,13 @@ def _old(batch: Batch, own_NT: Floats | None, config: LearnerConfig) -> tuple[Fl
     weight: Floats = weight_NT.numpy()
     metrics["learner/importance_weight"] = Mean.of(weight[known_NT].tolist())
     metrics["learner/importance_capped"] = Mean.of((weight[known_NT] >= config.importance_cap).tolist())
-    return own_NT, weight, metrics
+    return policy_NT, weight, metrics
 
 
-def _penalty(
+def _kl_penalty(
     batch: Batch, old_NT: Floats, reference_NT: Floats | None, config: LearnerConfig
 ) -> tuple[Floats, Metrics]:
-    """What the KL in the reward charges each token."""
+    """What the KL in the reward subtracts from each token's reward, float32[N, T]; 0 if the KL is in the loss."""
     if reference_NT is None or config.kl_in == "loss":
         return np.zeros(batch.token_NT.shape, np.float32), {}
     import torch
@@ -119,7 +123,7 @@ def _penalty(
 def _advantages(
     batch: Batch, penalty_NT: Floats, value_NT: Floats | None, config: LearnerConfig
 ) -> tuple[Floats, dict[str, Floats]]:
-    """Of each token, before any normalisation; with a critic, also the values and returns that it is trained on."""
+    """The advantage of each token before normalisation, float32[N, T]; with a critic, also its values and returns."""
     critic = config.critic
     if critic is None or value_NT is None:
         if not penalty_NT.any():
@@ -137,7 +141,8 @@ def _advantages(
     return advantage_NT, {"values": value_NT, "returns": advantage_NT + state_NT}
 
 
-def _explained(batches: Sequence[Batch], columns: Sequence[Mapping[str, Floats]]) -> float:
+def _explained_variance(batches: Sequence[Batch], columns: Sequence[Mapping[str, Floats]]) -> float:
+    """The share of the returns' variance that the critic's values explain, over the trained tokens of the step."""
     masks = [batch.mask_NT for batch in batches]
     weights = [batch.weight_NT[mask] * batch.num_rollouts for batch, mask in zip(batches, masks, strict=True)]
     values, returns = (

@@ -1,4 +1,4 @@
-"""Our engines in veRL's own registry; imported where a model is trained or asked, not before: veRL's warn on import."""
+"""Our engines in veRL's registry. Imported in training processes only, since veRL's engines warn on import."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import agent_lightning.learners.attention  # noqa: F401
 
 
 class _CausalModel(FSDPEngineWithLMHead):
-    """A model that is built as a language model, with the attention that its config names."""
+    """An engine that builds its model as a language model, with the attention that its config names."""
 
     def _build_module(self) -> Any:
         self.model_config.model_type = "language_model"
@@ -22,10 +22,10 @@ class _CausalModel(FSDPEngineWithLMHead):
 
 @EngineRegistry.register(model_type="policy", backend="fsdp2", device="cuda")
 class PolicyEngine(_CausalModel):
-    """veRL's engine, with the head's weight whole where veRL's fused log-probabilities read it.
+    """veRL's engine, which also gathers the output head's weight, for veRL's fused log-probabilities.
 
-    They do not call the head, and FSDP2 makes a module whole when it is called: one that is not tied to the embedding
-    would stay in shards. After the backward pass FSDP2 shards it again with the rest.
+    They read the weight without calling the head, but FSDP2 gathers a module's shards only when it is called; a head
+    that is not tied to the embedding would stay sharded. After the backward pass FSDP2 shards it again.
     """
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
@@ -41,4 +41,4 @@ class PolicyEngine(_CausalModel):
 
 @EngineRegistry.register(model_type="critic", backend="fsdp2", device="cuda")
 class CriticEngine(_CausalModel, FSDPEngineWithValueHead):
-    """veRL's engine with a value head, which the config's architecture names; veRL's own type asks for flash-attn."""
+    """veRL's engine with a value head, as the config's architecture says; veRL's own critic engine needs flash-attn."""

@@ -1,7 +1,6 @@
-"""veRL's worker groups for the policy, its reference and its critic: how each is configured, started and fed.
+"""veRL's worker groups for policy, reference and critic: how they are configured and started, and what they are fed.
 
-veRL is imported when a group is started, not before: it brings torch, and it reads its platform from the environment
-on import.
+veRL is imported when a group is started: it brings torch, and it reads its platform from the environment on import.
 """
 
 from __future__ import annotations
@@ -29,20 +28,20 @@ CPU_ENVIRONMENT = {
     "VERL_LOGGING_LEVEL": "WARNING",
     "TORCH_COMPILE_DISABLE": "1",
 }
-"""What makes veRL choose our platform and its device-neutral FSDP engine."""
+"""Makes veRL choose our platform (verl_cpu.py) and its FSDP engine, whose code does not depend on the device."""
 GPU_ENVIRONMENT = {"VERL_LOGGING_LEVEL": "WARNING", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""Micro-batches have many lengths: without it the memory that torch holds falls into pieces that fit none of them."""
+"""Micro-batches have many lengths: without expandable segments, torch's memory becomes fragmented."""
 
 
 @dataclass(slots=True, kw_only=True)
 class CriticSettings:
-    """How the critic is trained, and how its values become advantages; see token_credit.step_advantages."""
+    """How the critic is trained, and how its values become advantages; see credit/tokens.py."""
 
     lr: float = 1e-5
     clip_range: float = 0.5
-    """How far a value may move in a step before its loss stops pulling."""
+    """PPO's clip range for values: how far a value may move in a step."""
     warmup_steps: int = 0
-    """First steps of the run in which the critic alone is trained."""
+    """Number of first steps of the run in which only the critic is trained."""
     discount: float = 1.0
     gae_lambda: float = 0.95
     level: AdvantageLevel = "token"
@@ -54,24 +53,24 @@ class LearnerConfig:
 
     model_path: str
     loss: Literal["vanilla", "gspo", "cispo", "sft"] = "vanilla"
-    """A policy loss on advantages by veRL's name (vanilla is PPO-clip), or sft: cross-entropy of weighted tokens."""
+    """A policy loss by veRL's name (vanilla is PPO-clip), or sft: the cross-entropy of weighted tokens."""
     device: Literal["cpu", "cuda"] = "cpu"
     world_size: int = 1
-    """Training processes; FSDP2 shards over them."""
+    """Number of training processes; FSDP2 shards the model over them."""
     nodes: int = 1
-    """On how many nodes they are."""
+    """Number of nodes that the processes are spread over."""
     gpu_share: float = 1.0
-    """Of a GPU that each process takes."""
+    """Share of a GPU that each process takes."""
     num_threads: int = 2
-    """Threads of each process on a CPU."""
+    """Number of threads of each process on a CPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; the parameters and the optimiser stay in float32."""
+    """Type of the computation; the parameters and the optimiser stay in float32."""
     seed: int = 0
     lr: float = 1e-3
     lr_warmup_steps: int = 0
     lr_schedule: Literal["constant", "cosine"] = "constant"
     total_steps: int = -1
-    """Optimiser steps of the whole run; only the cosine schedule needs them."""
+    """Optimiser steps of the run; only the cosine schedule needs them."""
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     clip_grad: float = 1.0
@@ -83,24 +82,24 @@ class LearnerConfig:
     kl_kind: str | None = None
     """veRL's estimator of the KL: k1, abs, k2 or k3; None: k3 in the loss, k1 in the reward."""
     importance: Literal["none", "token", "sequence"] = "none"
-    """Truncated importance sampling (Ionides, 2008) between engine and learner: on how much."""
+    """Truncated importance sampling (Ionides, 2008) between engine and learner, with a ratio for each token or row."""
     importance_cap: float = 2.0
     normalise: bool = False
     """Whiten the advantages over the step."""
     critic: CriticSettings | None = None
-    """None: the batches' own advantages are trained on, and not their rewards."""
+    """None: train on the batches' advantages instead of their rewards."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0 computes no entropy."""
     temperature: float = 1.0
-    """Of the sampling that made the samples: log-probabilities are of the scaled logits."""
+    """Temperature at which the samples were sampled; logits are divided by it."""
     max_tokens_per_micro_batch: int = 16384
     bucket_bytes: int = 256 * 1024 * 1024
     verl: dict[str, Any] | None = None
-    """Fields of veRL's `FSDPEngineConfig`, untouched, for experts."""
+    """Further fields of veRL's `FSDPEngineConfig`, for experts; they override the others."""
 
 
 def policy_loss_of(config: LearnerConfig) -> Any:
-    """The loss that a policy's group is given."""
+    """The loss function of the policy's group."""
     from functools import partial
 
     from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig
@@ -126,7 +125,7 @@ def policy_loss_of(config: LearnerConfig) -> Any:
 
 
 def value_loss_of(config: CriticSettings) -> Any:
-    """The loss that a critic's group is given."""
+    """The loss function of the critic's group."""
     from functools import partial
 
     from agent_lightning.learners.verl_worker import value_loss
@@ -136,7 +135,7 @@ def value_loss_of(config: CriticSettings) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """Running worker groups; None where the config needs none."""
+    """Running worker groups of veRL; None for models that the config does not need."""
 
     policy: Any
     reference: Any = None
@@ -144,14 +143,14 @@ class Groups:
 
 
 def start_groups(config: LearnerConfig) -> Groups:
-    """Start the processes that a config needs; the groups share their places, and on GPUs each place's GPU."""
+    """Start the training processes that a config needs. The groups share their placement, and on GPUs each GPU."""
     if config.device == "cpu":
         os.environ.update(CPU_ENVIRONMENT)
     from verl.single_controller.ray import RayResourcePool
 
     needed = {"policy": True, "reference": config.kl_coef > 0, "critic": config.critic is not None}
     roles: list[Role] = [role for role in get_args(Role) if needed[role]]
-    # Each role's actor takes 1 / max_colocate_count of a GPU: together they take the share that is theirs.
+    # An actor of each role takes 1 / max_colocate_count of a GPU; together they take gpu_share.
     count = len(roles) if config.gpu_share == 1 else round(len(roles) / config.gpu_share)
     processes = [config.world_size // config.nodes] * config.nodes
     pool: Any = RayResourcePool(processes, use_gpu=config.device != "cpu", max_colocate_count=count)
@@ -161,7 +160,7 @@ def start_groups(config: LearnerConfig) -> Groups:
 
 
 def _shared_groups(processes: Sequence[int], bundle: Mapping[str, float]) -> list[Any]:
-    """Placement groups that leave a part of each GPU to others, which veRL's pool would not."""
+    """Placement groups that take only a part of each GPU; those of veRL's pool take it completely."""
     import ray
     from ray.util.placement_group import placement_group
     from verl.single_controller.ray.base import sort_placement_group_by_node_ip
@@ -195,7 +194,7 @@ def _start(config: LearnerConfig, role: Role, pool: Any) -> Any:
 
 
 def _training(config: LearnerConfig, role: Role) -> TrainingWorkerConfig:
-    """What veRL's TrainingWorker is told."""
+    """The config of a role's veRL TrainingWorker."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, TrainingWorkerConfig
 
@@ -214,7 +213,7 @@ def _training(config: LearnerConfig, role: Role) -> TrainingWorkerConfig:
         "infer_max_token_len_per_gpu": config.max_tokens_per_micro_batch,
     }
     return TrainingWorkerConfig(
-        # Engines of ours, see verl_engines.
+        # Registered by verl_engines.py.
         model_type="critic" if role == "critic" else "policy",
         model_config=_model(config, role),
         engine_config=FSDPEngineConfig(**(engine | (config.verl or {}))),
@@ -232,7 +231,7 @@ def _training(config: LearnerConfig, role: Role) -> TrainingWorkerConfig:
 
 
 def _model(config: LearnerConfig, role: Role) -> HFModelConfig:
-    """How a model is loaded and run."""
+    """The config by which veRL loads and runs a role's model."""
     from verl.workers.config import HFModelConfig
 
     on_cpu = config.device == "cpu"
@@ -240,14 +239,14 @@ def _model(config: LearnerConfig, role: Role) -> HFModelConfig:
     override: dict[str, Any] = {"attn_implementation": "flash_attention_2" if flash else "rows_sdpa"}
     if role == "critic":
         override |= {"architectures": ["ForTokenClassification"], "num_labels": 1, "classifier_dropout": 0.0}
-        # Of what the checkpoint does not have, the value head: values begin at zero, not at random. Transformers
-        # takes 0 for its default.
+        # The checkpoint has no value head: with this, values start at about zero instead of at random. Transformers
+        # would take 0 for its default.
         override["initializer_range"] = 1e-6
     return HFModelConfig(
         path=config.model_path,
-        # Rows end to end take the time and memory of their tokens, whatever their lengths.
+        # Rows are laid end to end, without padding, so that they cost only their tokens.
         use_remove_padding=True,
-        # Log-probabilities from the last hidden states, some tokens at a time: logits are a vocabulary wide.
+        # Log-probabilities are computed for some tokens at a time, since logits are as wide as the vocabulary.
         use_fused_kernels=role != "critic",
         fused_kernel_options={"impl_backend": "torch"},
         enable_gradient_checkpointing=not on_cpu,
@@ -256,9 +255,9 @@ def _model(config: LearnerConfig, role: Role) -> HFModelConfig:
 
 
 def to_tensordict(batch: Batch, config: LearnerConfig, columns: Mapping[str, Floats] | None = None) -> TensorDict:
-    """The one place where veRL's string keys are written: jagged rows, and what it needs to know of the whole.
+    """A batch in veRL's form, with its string keys: rows as jagged tensors, and settings of the batch.
 
-    `columns` are more of them, [N, T], each value in the place of its token.
+    `columns` holds further inputs, each float32[N, T] with every value at its token.
     """
     import torch
     from verl.utils import tensordict_utils
@@ -292,7 +291,7 @@ def to_tensordict(batch: Batch, config: LearnerConfig, columns: Mapping[str, Flo
 
 
 def from_jagged(rows: Any, batch: Batch) -> Floats:
-    """What a model said, each value in the place of the token that it is of: its row's is one place further left."""
+    """A model's output as float32[N, T] with every value at its token; veRL has the value of token i at i - 1."""
     column_NT = np.zeros(batch.token_NT.shape, np.float32)
     for n, row in enumerate(rows.unbind()):
         column_NT[n, 1 : row.numel()] = row.float().numpy()[:-1]

@@ -1,10 +1,10 @@
-"""`sft.jsonl` of `agl import` for veRL's SFT trainer, through its setting for an own dataset class:
+"""`sft.jsonl` of `agl import` for veRL's SFT trainer, through its setting for a custom dataset class:
 
     data.train_files=imported/sft.jsonl
     data.custom_cls.path=pkg://agent_lightning.learners.verl_sft data.custom_cls.name=JsonlSFTDataset
 
-veRL's own class reads Parquet, in which all rows of a column have the same fields: each tool would have the arguments
-of every other tool, as nulls, and so would each tool call.
+veRL's own class reads Parquet, where all rows of a column have the same fields: each tool and each tool call would have
+the arguments of all other tools, as nulls.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from agent_lightning.core.errors import DataError
 
 
 class JsonlSFTDataset(MultiTurnSFTDataset):  # type: ignore[misc]
-    """Chats, one JSON object a line: {"messages": […], "tools": […]}. Raises DataError with file and line."""
+    """Chats, a JSON object on each line: {"messages": […], "tools": […]}. Raises DataError with file and line."""
 
     def _read_files_and_process(self) -> None:
         rows = [row for path in self.parquet_files for row in _rows(Path(path))]
         if 0 < self.max_samples < len(rows):
-            kept = pd.Series(range(len(rows))).sample(self.max_samples, random_state=self.seed)
-            rows = [rows[i] for i in (kept if self.shuffle else range(self.max_samples))]
-        # The column is what veRL takes the messages of a row from.
+            sample = pd.Series(range(len(rows))).sample(self.max_samples, random_state=self.seed)
+            rows = [rows[i] for i in (sample if self.shuffle else range(self.max_samples))]
+        # veRL reads the messages of a row from this column.
         self.dataframe = pd.DataFrame({self.messages_key: [row[self.messages_key] for row in rows]}, dtype=object)
         self.messages = list(self.dataframe[self.messages_key])
         self.tools = [row.get(self.tools_key) or None for row in rows]

@@ -1,4 +1,4 @@
-"""What runs in each training process: veRL's `TrainingWorker` with our loss and our way out for the weights."""
+"""The code of a training process: veRL's `TrainingWorker` with our losses, and with the export of the weights."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from verl.workers.engine_workers import TrainingWorker
 
 
 class ModelWorker(TrainingWorker):
-    """One rank of a training group: the policy's, its reference's or its critic's."""
+    """One rank of a training group: of the policy, the reference or the critic."""
 
     def __init__(self, config: TrainingWorkerConfig, *, device: str, seed: int, num_threads: int) -> None:
         if device == "cpu":
             torch.set_num_threads(num_threads)
-            # veRL would ask for "cpu:gloo,cpu:gloo", which torch refuses; an existing group is kept.
+            # veRL would create a group with "cpu:gloo,cpu:gloo", which torch refuses; it keeps a group that exists.
             torch.distributed.init_process_group(
                 "gloo",
                 rank=int(os.environ["RANK"]),
@@ -40,23 +40,23 @@ class ModelWorker(TrainingWorker):
     def load_checkpoint(
         self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False
     ) -> None:
-        """Learning rate and weight decay are the config's: who goes on from a checkpoint may have been given others."""
+        """Load a checkpoint, but keep learning rate and weight decay, which the config may have changed since."""
         scheduler, groups = self.engine.lr_scheduler, self.engine.optimizer.param_groups
         rates, decays = list(scheduler.base_lrs), [group["weight_decay"] for group in groups]
         self.engine.load_checkpoint(local_path, hdfs_path, del_local_after_load)
         scheduler.base_lrs = rates
-        # Loading has replaced the groups.
+        # Loading has replaced the parameter groups.
         groups = self.engine.optimizer.param_groups
         for group, rate, decay, factor in zip(groups, rates, decays, scheduler.lr_lambdas, strict=True):
             group |= {"initial_lr": rate, "lr": rate * factor(scheduler.last_epoch), "weight_decay": decay}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def export_weights(self, bucket_bytes: int, dtype: str) -> list[tuple[list[dict[str, Any]], ray.ObjectRef]]:
-        """Put the whole model into Ray's object store, as flat buckets of bytes, its numbers in the engine's `dtype`.
+        """Put the model into Ray's object store, as buckets of at most `bucket_bytes` bytes (or one larger parameter).
 
-        Every rank takes part in gathering the shards; rank 0 keeps them. Returns, on rank 0, one
-        (parameters, reference) per bucket, where a parameter is {"name", "dtype", "shape", "offset"} and the
-        reference is to a uint8 array; on the other ranks [].
+        Floating-point parameters are converted to `dtype`. Every rank takes part in gathering the shards. Returns on
+        rank 0 a pair for each bucket: the parameters, each {"name", "dtype", "shape", "offset"}, and a reference to a
+        uint8 array; on the other ranks [].
         """
         parameters, _ = self.engine.get_per_tensor_param()
         buckets: list[tuple[list[dict[str, Any]], ray.ObjectRef]] = []
@@ -66,27 +66,27 @@ class ModelWorker(TrainingWorker):
         for name, tensor in parameters:
             if self.rank != 0:
                 continue
-            kept = tensor.detach().to(vars(torch)[dtype] if tensor.is_floating_point() else tensor.dtype)
-            if size and size + kept.nbytes > bucket_bytes:
+            array = tensor.detach().to(vars(torch)[dtype] if tensor.is_floating_point() else tensor.dtype)
+            if size and size + array.nbytes > bucket_bytes:
                 buckets.append((entries, store.put(pieces)))
                 entries, pieces, size = [], [], 0
-            entry = {"name": name, "dtype": str(kept.dtype).removeprefix("torch."), "shape": list(kept.shape)}
+            entry = {"name": name, "dtype": str(array.dtype).removeprefix("torch."), "shape": list(array.shape)}
             entries.append(entry | {"offset": size})
-            pieces.append(kept.contiguous().view(torch.uint8).reshape(-1))
-            size += kept.nbytes
+            pieces.append(array.contiguous().view(torch.uint8).reshape(-1))
+            size += array.nbytes
         if pieces:
             buckets.append((entries, store.put(pieces)))
         return buckets
 
 
 class _ObjectStore:
-    """Ray's, by way of host memory that is kept from bucket to bucket, for GPUs pinned: fresh memory costs more."""
+    """Ray's object store, through host memory that all buckets share (pinned for GPUs): fresh memory costs more."""
 
     def __init__(self) -> None:
         self._host = torch.empty(0, dtype=torch.uint8)
 
     def put(self, pieces: list[Tensor]) -> ray.ObjectRef:
-        """A reference to the pieces' bytes, one after the other."""
+        """Store the pieces' bytes, one after the other; returns a reference to a uint8 array."""
         sizes = [piece.nbytes for piece in pieces]
         if sum(sizes) > len(self._host):
             self._host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pieces[0].is_cuda)
@@ -99,16 +99,16 @@ class _ObjectStore:
 def policy_loss(
     config: ActorConfig, model_output: dict[str, Tensor], data: TensorDict, dp_group: object = None
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """veRL's policy loss (PPO-clip, arXiv 1707.06347 eq. 7; GSPO; CISPO), each token counted with its own weight.
+    """veRL's policy loss (PPO-clip, arXiv 1707.06347 eq. 7; GSPO; CISPO): the sum of weight * loss over trained tokens.
 
-    `data` holds jagged rows aligned with the tokens: loss_mask, weights, advantages, old_log_probs and, with a
-    reference, ref_log_probs. The loss of the whole batch is the sum over trained tokens of weight times token loss.
-    The weights are folded into the advantages: the three losses are homogeneous in the advantage, so
-    weight x loss(advantage) = loss(weight x advantage) exactly. `dp_size` undoes FSDP's averaging over ranks.
+    `data` holds jagged rows with a value for each token: loss_mask, weights, advantages, old_log_probs and, with a
+    reference, ref_log_probs. The advantages are multiplied by the weights: all three losses are homogeneous in the
+    advantage, so weight * loss(advantage) = loss(weight * advantage) exactly. The factor `dp_size` undoes FSDP's
+    averaging over ranks. Returns the loss, a scalar, and metrics by veRL's names.
     """
     log_probs = _padded(model_output["log_probs"])
-    # log_probs[:, i] is of token i+1: shift the row data left to stand beside it. The last place of a row then holds
-    # its first token, which is of the prompt and masked.
+    # log_probs[:, i] is of token i + 1, so the inputs are shifted to the left. Each row's first token, which is part of
+    # the prompt and masked, moves to its end.
     mask, weights, advantages, old = (
         torch.roll(_padded(data[name]), shifts=-1, dims=1)
         for name in ("loss_mask", "weights", "advantages", "old_log_probs")
@@ -145,7 +145,7 @@ def policy_loss(
 def sft_loss(
     model_output: dict[str, Tensor], data: TensorDict, dp_group: object = None
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """Cross-entropy: the sum of -log p times the token's weight. veRL's own gives all learnt tokens one weight."""
+    """Cross-entropy: the sum of -log p * weight over trained tokens. In veRL's own loss all tokens weigh the same."""
     mask, weights = (torch.roll(_padded(data[name]), shifts=-1, dims=1) for name in ("loss_mask", "weights"))
     nll = -(_padded(model_output["log_probs"]) * weights)[mask.bool()].sum()
     return nll * data["dp_size"], {"actor/nll": Metric(AggregationType.SUM, nll.detach())}
@@ -154,11 +154,11 @@ def sft_loss(
 def value_loss(
     clip_range: float, model_output: dict[str, Tensor], data: TensorDict, dp_group: object = None
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """veRL's clipped value loss, each token counted with its own weight: sum of weight * max of the squared errors / 2.
+    """veRL's clipped value loss: the sum over trained tokens of weight * max(squared error, clipped squared error) / 2.
 
-    A squared error is homogeneous of degree two, so the root of the weight is folded into all that is compared.
-    `data` holds, beside loss_mask and weights, the values from before the step and the returns. values[:, i] of the
-    model is of the state in which token i + 1 is sampled.
+    `data` holds jagged rows: loss_mask, weights, returns, and values from before the step. The model's values[:, i] is
+    of the state in which token i + 1 is sampled. A squared error is homogeneous of degree two, so values, returns and
+    clip range are multiplied by the square root of the weight.
     """
     mask, weights, values, returns = (
         torch.roll(_padded(data[name]), shifts=-1, dims=1) for name in ("loss_mask", "weights", "values", "returns")
@@ -181,5 +181,5 @@ def value_loss(
 
 
 def _padded(rows: Tensor) -> Tensor:
-    """Jagged rows as [N, T], zeros after the end of each. Not by `to_padded_tensor`: it trusts a cached length."""
+    """Jagged rows as [N, T], with zeros after each row's end. (`to_padded_tensor` would trust a cached length.)"""
     return torch.nn.utils.rnn.pad_sequence(list(rows.unbind()), batch_first=True)

@@ -18,7 +18,8 @@ from test_weights import SECRET, one_group
 
 from agent_lightning.core import actors as cluster
 from agent_lightning.core.types import Group
-from agent_lightning.learners.verl import LearnerConfig, VerlLearner
+from agent_lightning.learners.verl import VerlLearner
+from agent_lightning.learners.verl_groups import LearnerConfig
 
 pytestmark = [
     pytest.mark.stack,

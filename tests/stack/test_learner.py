@@ -14,7 +14,8 @@ from models import load, random_batch, random_model, to_arrays
 from agent_lightning.core import actors as cluster
 from agent_lightning.core.metrics import Metrics
 from agent_lightning.core.types import Batch
-from agent_lightning.learners.verl import LearnerConfig, VerlLearner
+from agent_lightning.learners.verl import VerlLearner
+from agent_lightning.learners.verl_groups import LearnerConfig
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 LR = 1e-2
