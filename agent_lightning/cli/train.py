@@ -24,8 +24,9 @@ from agent_lightning.config.load import Config, load, reload, to_yaml
 from agent_lightning.core import ray_private
 from agent_lightning.core.errors import PartDied, StepFailed, UserError
 from agent_lightning.core.types import Group, Split, Task
-from agent_lightning.credit.air import Signal
-from agent_lightning.credit.rules import CreditRules
+from agent_lightning.credit.air import Air, Rule, Signal
+from agent_lightning.credit.failures import FailurePolicy
+from agent_lightning.credit.rules import CreditRules, Estimator
 from agent_lightning.launch import backend, checks, launch, placement
 from agent_lightning.rollouts.agents import load as load_target
 from agent_lightning.rollouts.supervise import watch
@@ -187,7 +188,7 @@ def make_plan(config: Config) -> Plan:
         steps=config.steps,
         tasks_per_step=algorithm.tasks_per_step,
         rollouts_per_task=algorithm.rollouts_per_task,
-        dynamic_sampling_rounds=algorithm.refills,
+        dynamic_sampling_rounds=algorithm.dynamic_sampling_rounds,
         rollouts_per_batch=algorithm.rollouts_per_batch,
         epochs=algorithm.epochs,
         eval_every=config.eval_every,
@@ -201,14 +202,26 @@ def credit_rules(config: Config) -> CreditRules:
     """Raises ConfigError, also where a signal of AIR cannot be loaded."""
     air = None
     if config.air.enabled:
-        air = config.air_rules([cast(Signal, load_target(target)) for target in config.air.signals])
+        air = Air(
+            rules=tuple(Rule(**rule.model_dump()) for rule in config.air.rules),
+            bound=config.air.bound,
+            form=config.air.form,
+            signals=tuple(cast(Signal, load_target(target)) for target in config.air.signals),
+        )
+    credit = config.credit
     return CreditRules(
         agents=config.agent.trained,
-        failures=config.failures(),
-        estimator=config.estimator(),
+        failures=FailurePolicy.of(config.algorithm.failures.model_dump()),
+        estimator=Estimator(
+            method=credit.method,
+            scale=credit.scale,
+            baseline=credit.baseline,
+            discount=credit.discount,
+            state_weight=credit.state_weight,
+        ),
         air=air,
         reward_weights=dict(config.credit.reward_weights),
-        reward_range=config.agent.reward_max - config.agent.reward_min,
+        reward_range=config.agent.reward_range,
         max_tokens=config.model.max_len,
     )
 
@@ -309,7 +322,7 @@ async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) 
         groups = await _taken(system.buffer, len(loaded))
         seconds = time.monotonic() - started
     rollouts = [trajectory for group in groups for trajectory in group.trajectories]
-    rewards, strata = [rollout.reward or 0.0 for rollout in rollouts], config.data.strata
+    rewards, strata = [rollout.reward or 0.0 for rollout in rollouts], config.data.val_group_by
     result: dict[str, Any] = {
         "model": config.model.path,
         "experiment": config.experiment,

@@ -1,30 +1,29 @@
-"""The config: Hydra at the edge, typed dataclasses below it.
+"""The config: Hydra at the edge, frozen sections below it.
 
-`load(overrides)` composes conf/ and checks every key and type once; nothing below ever sees a DictConfig.
+`load(overrides)` composes conf/ over the defaults and checks every key once; nothing below ever sees a DictConfig.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import ValidationError
 
-from agent_lightning.config.checks import check
-from agent_lightning.config.schema import SAMPLING_RULE, Config, SourceConfig
+from agent_lightning.config import section
+from agent_lightning.config.learning import SAMPLING_RULE
+from agent_lightning.config.refusals import explain
+from agent_lightning.config.schema import RENAMED, Config
 from agent_lightning.core.errors import ConfigError
 
-__all__ = ["Config", "SourceConfig", "from_mapping", "load", "one_line", "reload", "to_mapping", "to_yaml"]
+__all__ = ["Config", "from_mapping", "load", "reload", "to_mapping", "to_yaml"]
 
 SEARCH = "hydra.searchpath=[file://"
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 def project_folder(name: str) -> Path:
@@ -46,7 +45,7 @@ def resolve_path(path: str) -> str:
 def load(overrides: Sequence[str]) -> Config:
     """Compose conf/train.yaml with Hydra overrides. Raises ConfigError, one line, naming the key.
 
-    `experiment=` may also be a file of one's own, in a folder named experiment: experiment=mine/experiment/big.yaml.
+    `experiment=` may also be a file of your own, in a folder named experiment: experiment=mine/experiment/big.yaml.
 
     Example:
 
@@ -56,13 +55,13 @@ def load(overrides: Sequence[str]) -> Config:
     from hydra.errors import HydraException, OverrideParseException
 
     conf = project_folder("conf")
-    prepared = with_plus(overrides)
+    prepared = hydra_overrides(overrides)
     if not any(override.startswith("experiment=") for override in prepared):
         raise ConfigError(f"experiment: missing; give experiment=NAME, one of {_options(conf / 'experiment')}")
     try:
         with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
             node = compose("train", overrides=prepared)
-        values = OmegaConf.to_container(node, resolve=True)
+        values = _resolve(node)
     except OverrideParseException as error:
         given = error.override.removeprefix("++")
         raise ConfigError(f"{given}: cannot be read; quote a value that has special characters") from error
@@ -79,21 +78,59 @@ def load(overrides: Sequence[str]) -> Config:
 
 
 def reload(path: Path, overrides: Sequence[str]) -> Config:
-    """A run's own config.yaml with dotted overrides on top: what `resume` starts from. Raises ConfigError."""
+    """A run's own config.yaml with dotted overrides on top: what `resume` starts from. Raises ConfigError.
+
+    The file may have keys under their old names; the overrides may not.
+    """
     for override in overrides:
         key, _ = _split(override)
         if key == "experiment":
             raise ConfigError(f"{override}: a resumed run keeps its own experiment; leave it out")
     try:
-        node = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(node, resolve=True)
+        values = _resolve(_with_new_names(OmegaConf.load(path)), OmegaConf.from_dotlist(list(overrides)))
     except (OmegaConfBaseException, OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {one_line(error)}") from error
     return from_mapping(values)
 
 
+def _resolve(*nodes: Any) -> Any:
+    """The defaults with the nodes on top, as plain values: an interpolation may name any key. Raises ConfigError."""
+    merged: Any = section.defaults(Config)
+    for node in nodes:
+        merged = _merge(merged, OmegaConf.to_container(node))
+    try:
+        return OmegaConf.to_container(OmegaConf.create(merged), resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: missing; give it a value") from error
+
+
+def _merge(low: Any, high: Any) -> Any:
+    """`high` over `low`: mappings key by key, anything else as a whole. (OmegaConf's refuses a mapping over a list, in
+    words that do not name the key.)"""
+    if not (isinstance(low, dict) and isinstance(high, dict)):
+        return high
+    return low | {key: _merge(low.get(key), value) for key, value in high.items()}
+
+
+def _with_new_names(node: Any) -> Any:
+    """The config of an earlier run with each renamed key under its new name. Raises ConfigError."""
+    if not isinstance(node, Mapping):
+        raise ConfigError("the config must be a mapping of keys to values")
+    for old, new in RENAMED.items():
+        name, old_key, new_key = *old.split("."), new.split(".")[1]
+        if isinstance(node.get(name), Mapping) and old_key in node[name]:
+            node[name][new_key] = node[name].pop(old_key)
+    return node
+
+
+def rename_keys(words: Iterable[str]) -> list[str]:
+    """KEY=VALUE words of an earlier sweep with each renamed key under its new name."""
+    pairs = (word.partition("=") for word in words)
+    return [f"{RENAMED.get(key, key)}{equals}{value}" for key, equals, value in pairs]
+
+
 def from_mapping(values: Any) -> Config:
-    """Check keys and types. Raises ConfigError naming the key's path.
+    """Check keys and values. Raises ConfigError naming the key's path.
 
     Example:
 
@@ -102,27 +139,31 @@ def from_mapping(values: Any) -> Config:
     """
     if not isinstance(values, Mapping):
         raise ConfigError("the config must be a mapping of keys to values")
-    _check_keys(values, Config, "")
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error, values)) from error
-    assert isinstance(config, Config)
-    check(config)
-    return config
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from error
 
 
 def to_yaml(config: Config) -> str:
     """The whole config, every default written out, and the rule by which `sampling` holds."""
     rule = "".join(f"# {line}\n" for line in SAMPLING_RULE.splitlines())
-    return OmegaConf.to_yaml(OmegaConf.structured(config)).replace("\nsampling:\n", f"\n{rule}sampling:\n")
+    text = OmegaConf.to_yaml(OmegaConf.create(_escaped(to_mapping(config))))
+    return text.replace("\nsampling:\n", f"\n{rule}sampling:\n")
 
 
 def to_mapping(config: Config) -> dict[str, Any]:
     """The whole config as plain values."""
-    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    return config.model_dump(mode="json")
+
+
+def _escaped(value: Any) -> Any:
+    """The value with each "${" written so that reading it again gives the same text."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, Mapping):
+        return {key: _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, list) else value
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -132,12 +173,12 @@ def _split(override: str) -> tuple[str, str]:
     return key, value
 
 
-def with_plus(overrides: Sequence[str]) -> list[str]:
+def hydra_overrides(overrides: Sequence[str]) -> list[str]:
     """The overrides as Hydra wants them. Raises ConfigError.
 
     experiment=PATH/experiment/NAME.yaml is experiment=NAME, and PATH one more place to look for it.
     """
-    conf, plain, places = project_folder("conf"), [], []
+    plain, places = [], []
     for override in overrides:
         key, _, value = override.partition("=")
         if key == "experiment" and value.endswith(".yaml"):
@@ -147,88 +188,31 @@ def with_plus(overrides: Sequence[str]) -> list[str]:
             places.append(file.parent.parent)
             override = f"experiment={file.stem}"
         plain.append(override)
-    found = [_prepare(override, conf, places) for override in plain]
-    return [*found, *(f"{SEARCH}{place}]" for place in places)]
+    return [*(_prepare(override, places) for override in plain), *(f"{SEARCH}{place}]" for place in places)]
 
 
-def _prepare(override: str, conf: Path, search: Sequence[Path]) -> str:
-    """The override as Hydra wants it: the choice of a file as it is, a value with "++".
+def _prepare(override: str, places: Sequence[Path]) -> str:
+    """The override as Hydra wants it: the choice of a file as it is, a value with "++". Raises ConfigError.
 
-    Hydra takes a plain key only where a file has it already, but many keys have their default in a dataclass. Which
-    keys there are is checked later, against the dataclasses.
+    Hydra takes a plain key only where a file has it already, but most keys have their default in a section. Which
+    keys exist is checked later, against the sections.
     """
     key, value = _split(override)
     if key[0] in "+~":
         return override
-    if not (conf / key).is_dir():
-        return f"++{override}"
-    if not any((folder / key / f"{value}.yaml").is_file() for folder in (conf, *search)):
+    conf = project_folder("conf")
+    if any((place / key / f"{value}.yaml").is_file() for place in (conf, *places)):
+        # The groups of conf/ stand in the defaults list of train.yaml; a group of your own is added to it.
+        return override if (conf / key).is_dir() else f"+{override}"
+    if (conf / key).is_dir():
         raise ConfigError(f"{override}: unknown; choose one of {_options(conf / key)}")
-    return override
+    if value == "default" and key in Config.model_fields:
+        raise ConfigError(f"{override}: the defaults hold without it; leave it out, or set one of the keys of {key}")
+    return f"++{override}"
 
 
 def _options(folder: Path) -> str:
     return ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-
-
-def _check_keys(values: Mapping[Any, Any], section: type, prefix: str) -> None:
-    """Raise ConfigError for a key that `section` does not have, and for a value where a section belongs."""
-    hints = get_type_hints(section)
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        if key not in hints:
-            raise ConfigError(f"{path}: no such key{_suggestion(path)}")
-        origin = get_origin(hints[key])
-        if (origin is list and not isinstance(value, list)) or (origin is dict and not isinstance(value, Mapping)):
-            raise ConfigError(f"{path}={'null' if value is None else value}: must be {_in_words(hints[key])}")
-        if is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
-                example = next(_keys(hints[key], f"{path}."))
-                raise ConfigError(f"{path}={value}: is a section; set one of its keys, such as {example}")
-            _check_keys(value, hints[key], f"{path}.")
-
-
-def _keys(section: type, prefix: str = "") -> Iterator[str]:
-    """The dotted path of every value below a section."""
-    for name, hint in get_type_hints(section).items():
-        if isinstance(hint, type) and is_dataclass(hint):
-            yield from _keys(hint, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def _suggestion(path: str) -> str:
-    known = [*_keys(Config), *get_type_hints(Config)]
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
-    last_parts = {key.rpartition(".")[2]: key for key in reversed(known)}
-    close += [last_parts[name] for name in difflib.get_close_matches(path.rpartition(".")[2], last_parts, n=1)]
-    return f"; did you mean {close[0]}?" if close else "; config_types.py and conf/ say which there are"
-
-
-def _explain(error: OmegaConfBaseException, values: Mapping[str, Any]) -> str:
-    """A wrong type as one line: where, what was given, what belongs there."""
-    if not error.full_key:
-        return one_line(error)
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key}: missing; give it a value"
-    parts = re.split(r"[.\[\]]+", str(error.full_key).rstrip("]"))
-    hint: Any = Config
-    given: Any = values
-    for part in parts:
-        # Below a section is a field; below a list or a mapping, an item.
-        hint = get_type_hints(hint)[part] if is_dataclass(hint) else get_args(hint)[-1]
-        given = given[int(part)] if isinstance(given, list) else given[part]
-    return f"{error.full_key}={'null' if given is None else given}: must be {_in_words(hint)}"
-
-
-def _in_words(hint: Any) -> str:
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_in_words(option) for option in get_args(hint))
-    if get_origin(hint) is list:
-        return f"a list; each item {_in_words(get_args(hint)[0])}"
-    if get_origin(hint) is dict:
-        return "a mapping"
-    return _WORDS.get(hint, str(hint))
 
 
 def one_line(error: Exception) -> str:

@@ -182,9 +182,9 @@ class ModelCall:
     source: Source = "gateway"
     """A call with source "trace" was made to another model, or in another run. It is never trained."""
     last_version: int | None = None
-    """Version of the weights when the call ended, if an update happened while it ran (serving.in_flight=keep): no token
-    was sampled by a newer version. None: a single version sampled all tokens. Each log-probability was computed by the
-    version that sampled the token."""
+    """Version of the weights when the call ended, if an update happened while it ran
+    (serving.on_weight_update=keep): no token was sampled by a newer version. None: a single version sampled all tokens.
+    Each log-probability was computed by the version that sampled the token."""
 
     def __post_init__(self) -> None:
         if self.response_T.shape != self.logprob_T.shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from agent_lightning.config.load import Config
 from agent_lightning.core.errors import UserError
@@ -126,7 +126,7 @@ class _Toy:
         from agent_lightning.toy.run import ToyReplica
 
         config = self.config
-        rule = cast(Any, config.serving.in_flight)
+        rule = config.serving.on_weight_update
         return partial(ToyReplica, tuple(config.model.words), config.seed, config.model.max_len, rule)
 
     def learner(self, model: str) -> Learner:

@@ -15,7 +15,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Final, cast
 
-from agent_lightning.config.load import Config, SourceConfig
+from agent_lightning.config.load import Config
+from agent_lightning.config.running import SourceConfig
 from agent_lightning.core import ray_private
 from agent_lightning.core.errors import ConfigError, UserError
 from agent_lightning.core.text import one_line
@@ -77,7 +78,7 @@ def inspect(config: Config, assumed: Sequence[placement.Resources] = ()) -> Insp
 
 def _check_agent(inspection: Inspection) -> None:
     agent = inspection.config.agent
-    agents.check(agent.target, cast(agents.Mode, agent.mode))
+    agents.check(agent.target, agent.mode)
 
 
 def _check_instrumentors(inspection: Inspection) -> None:

@@ -9,20 +9,22 @@ import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.buffer.buffer import Buffer
-from agent_lightning.buffer.journal import Fsync, JournalConfig
+from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.config.load import Config
 from agent_lightning.core import ray_private
 from agent_lightning.core.errors import EngineError, PartDied
 from agent_lightning.core.threads import start_thread
+from agent_lightning.core.types import Split
+from agent_lightning.credit.failures import FailurePolicy, Retries
 from agent_lightning.launch import backend, checks, placement
 from agent_lightning.learners.base import Learner
-from agent_lightning.rollouts.agents import Mode
 from agent_lightning.rollouts.health import wait_until_healthy
 from agent_lightning.rollouts.supervise import Workers
 from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker
@@ -108,13 +110,15 @@ async def _start_buffer(
     from agent_lightning.core import actors as cluster
 
     settings = None if journal is None else journal_config(config, journal)
+    resampled = FailurePolicy.of(config.algorithm.failures.model_dump()).resampled
+    retries = Retries(max_attempts=config.agent.max_attempts, resampled=resampled, **config.agent.retry.model_dump())
     buffer = cluster.spawn(
         Buffer,
         options=options,
         restarts=settings is not None,
         run_secret=run_secret,
-        retries=config.retries(),
-        breaker=config.breaker(),
+        retries=retries,
+        breaker=Breaker(**config.agent.breaker.model_dump()),
         max_calls=config.agent.max_calls,
         max_spans=config.agent.max_spans,
         first_group=resumed.next_group if resumed is not None else None,
@@ -131,7 +135,7 @@ def journal_config(config: Config, folder: Path) -> JournalConfig:
     buffer = config.buffer
     return JournalConfig(
         path=folder.absolute(),
-        fsync=cast(Fsync, buffer.fsync),
+        fsync=buffer.fsync,
         fsync_interval_s=buffer.fsync_interval_s,
         segment_bytes=buffer.segment_mib * 2**20,
         max_bytes=int(buffer.max_disk_gib * 2**30),
@@ -191,31 +195,31 @@ def learner_config(config: Config, model: str) -> LearnerConfig:
         warmup_steps=config.critic.warmup_steps,
         discount=credit.discount,
         gae_lambda=credit.gae_lambda,
-        level=cast(Any, credit.gae_over),
+        level=credit.gae_level,
     )
     return LearnerConfig(
         model_path=model,
-        device=cast(Any, config.hardware.device),
+        device=config.hardware.device,
         world_size=learner.processes,
         nodes=learner.nodes,
         gpu_share=placement.learner_gpu(config) or 1.0,
         num_threads=learner.threads,
-        dtype=cast(Any, config.model.dtype),
+        dtype=config.model.dtype,
         seed=config.seed,
-        loss=cast(Any, algorithm.loss),
+        loss=algorithm.loss,
         lr=algorithm.lr,
         lr_warmup_steps=algorithm.lr_warmup_steps,
-        lr_schedule=cast(Any, algorithm.lr_schedule),
+        lr_schedule=algorithm.lr_schedule,
         total_steps=config.steps * algorithm.epochs * batches,
         weight_decay=algorithm.weight_decay,
         clip_grad=algorithm.clip_grad,
         clip_ratio_low=algorithm.clip_ratio_low,
         clip_ratio_high=algorithm.clip_ratio_high,
         kl_coef=algorithm.kl_coef,
-        kl_in=cast(Any, algorithm.kl_in),
+        kl_in=algorithm.kl_in,
         kl_kind=algorithm.kl_kind,
-        importance=cast(Any, algorithm.importance),
-        importance_cap=algorithm.importance_cap,
+        importance=algorithm.importance_sampling,
+        importance_cap=algorithm.importance_sampling_cap,
         normalise=credit.scale == "batch",
         critic=critic if credit.method == "gae" else None,
         entropy_coef=algorithm.entropy_coef,
@@ -231,7 +235,7 @@ def _serving(config: Config, model: str, port: int) -> Any:
     serving = config.serving
     return ServingConfig(
         model_path=model,
-        device=cast(Any, config.hardware.device),
+        device=config.hardware.device,
         replicas=serving.replicas,
         tensor_parallel_size=serving.tensor_parallel_size,
         gateways=1 if config.sampling.seeded else serving.gateways,
@@ -240,7 +244,7 @@ def _serving(config: Config, model: str, port: int) -> Any:
         dtype=config.model.dtype,
         max_model_len=config.model.max_len,
         max_num_seqs=serving.max_num_seqs,
-        on_weight_update=cast(Any, serving.in_flight),
+        on_weight_update=serving.on_weight_update,
         kv_cache_gib=serving.kv_cache_gib,
         bundles=backend.choose(config).replica_bundles(),
         gpu_memory_utilization=serving.gpu_memory_utilization,
@@ -260,13 +264,13 @@ def vocab_size(model: str) -> int:
 def _gateway(config: Config, model: str, run_secret: bytes) -> Any:
     from agent_lightning.serving.gateway import GatewayConfig
 
-    sampling = {"train": asdict(config.sampling.train), "val": asdict(config.sampling.val)}
-    agent = config.agent
+    agent, splits = config.agent, config.sampling
+    sampling: dict[Split, dict[str, Any]] = {"train": splits.train.model_dump(), "val": splits.val.model_dump()}
     timeout_s = agent.timeout_s / 2 if agent.call_timeout_s is None else agent.call_timeout_s
     return GatewayConfig(
         model="policy",
         run_secret=run_secret,
-        sampling=cast(Any, sampling),
+        sampling=sampling,
         seed=config.seed if config.sampling.seeded else None,
         vocab_size=vocab_size(model),
         call_timeout_s=timeout_s,
@@ -277,7 +281,7 @@ def agent_spec(config: Config) -> AgentSpec:
     agent = config.agent
     return AgentSpec(
         target=agent.target,
-        mode=cast(Mode, agent.mode),
+        mode=agent.mode,
         reward_target=agent.reward,
         reward_range=(agent.reward_min, agent.reward_max),
         timeout_s=agent.timeout_s,
@@ -308,7 +312,7 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
                 worker=name,
             )
 
-        hung_s, name = config.rollout.hung_s, f"worker-{node[:8]}"
+        hung_s, name = config.rollout.unresponsive_timeout_s, f"worker-{node[:8]}"
         return Workers(make, number=number, buffer=buffer, kill=cluster.kill, unresponsive_timeout_s=hung_s, name=name)
 
     nodes = Nodes(find, workers, service.scale_gateways if everywhere else None)

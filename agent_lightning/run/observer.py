@@ -7,7 +7,6 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 from agent_lightning.config.load import Config, to_mapping
 from agent_lightning.core.types import Group
@@ -42,19 +41,19 @@ class RunObserver:
                     group=tracking.group,
                     tags=tracking.tags,
                     config=to_mapping(config),
-                    mode=cast(Any, tracking.wandb),
+                    mode=tracking.wandb,
                 )
             )
         self._tracker = Tracker(sinks)
         self.val_reward_by: Mapping[str, float] = {}
-        """The held-out reward of the newest evaluation, by the values of the field `data.strata`."""
+        """The held-out reward of the newest evaluation, by the values of the field `data.val_group_by`."""
 
     def waiting_for(self, text: str) -> None:
         self._progress.waiting_for(text)
 
     def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
-        """Write rollouts to disk, and log the rewards of an evaluation by the values of `data.strata`."""
-        field = self._config.data.strata
+        """Write rollouts to disk, and log the rewards of an evaluation by the values of `data.val_group_by`."""
+        field = self._config.data.val_group_by
         is_evaluation = all(rollout.key.split == "val" for group in groups for rollout in group.trajectories)
         if field is not None and is_evaluation:
             self.val_reward_by = reward_by(groups, field)

@@ -84,7 +84,7 @@ class Summary:
     """Seconds from the start to the first answer of the policy service."""
     val_reward_best: float
     val_reward_by: Mapping[str, float] = field(default_factory=dict)
-    """The last held-out reward, by the values of the field `data.strata`."""
+    """The last held-out reward, by the values of the field `data.val_group_by`."""
 
     def write(self, path: Path) -> None:
         """Write JSON, with null for NaN."""

@@ -23,7 +23,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from agent_lightning.config.load import Config, load, one_line, project_folder
+from agent_lightning.config.load import Config, load, one_line, project_folder, rename_keys
 from agent_lightning.core import files
 from agent_lightning.core.errors import ConfigError, UserError
 from agent_lightning.sweeps.space import Choice, Distribution, parse_words, sampled_words
@@ -281,8 +281,8 @@ class SweepFolder:
         return folder
 
     def command(self) -> list[str]:
-        """The command line with which the sweep was started."""
-        return [str(word) for word in yaml.safe_load(self.command_file.read_text())["command"]]
+        """The command line with which the sweep was started, with the names that its keys have today."""
+        return rename_keys(str(word) for word in yaml.safe_load(self.command_file.read_text())["command"])
 
     def write(self, records: Sequence[TrialRecord]) -> None:
         """Write trials.jsonl."""
@@ -294,7 +294,9 @@ class SweepFolder:
             return []
         rows = [json.loads(line) for line in self.trials.read_text().splitlines()]
         return [
-            TrialRecord(**row | {"words": tuple(row["words"]), "rewards": tuple((s, r) for s, r in row["rewards"])})
+            TrialRecord(
+                **row | {"words": tuple(rename_keys(row["words"])), "rewards": tuple((s, r) for s, r in row["rewards"])}
+            )
             for row in rows
         ]
 

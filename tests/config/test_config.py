@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cache
 from itertools import combinations, product
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from agent_lightning.config.learning import AirConfig, CreditConfig, RuleConfig
 from agent_lightning.config.load import from_mapping, load, project_folder, reload, resolve_path, to_mapping, to_yaml
+from agent_lightning.config.schema import RENAMED
+from agent_lightning.config.sources import sources
 from agent_lightning.core.errors import ConfigError
-from agent_lightning.credit.air import Air, Rule
-from agent_lightning.credit.rules import Estimator
 
 CONF = project_folder("conf")
 
@@ -92,7 +94,7 @@ def test_what_a_toy_learner_would_not_read_is_refused(override: str, message: st
 
 
 def test_an_experiment_chooses_its_own_data_and_overrides_come_last() -> None:
-    assert load(["experiment=calc_mawps"]).data.train.names == ["mawps_train"]
+    assert load(["experiment=calc_mawps"]).data.train.names == ("mawps_train",)
     config = load(["steps=7", "experiment=calc_mawps", "algorithm.lr=1e-3", "data.root=/some where"])
     assert (config.steps, config.algorithm.lr, config.data.root) == (7, 1e-3, "/some where")
 
@@ -162,14 +164,22 @@ def test_a_wrong_override_is_one_line_that_says_what_to_do(override: str, messag
     [
         ("algorithm.rollouts_per_task=1", "algorithm.rollouts_per_task=1: must be at least 2"),
         ("critic.warmup_steps=-1", "critic.warmup_steps=-1: must be at least 0"),
-        ("algorithm.kl_coef=-1", "algorithm.kl_coef=-1.0: must be at least 0"),
+        ("algorithm.kl_coef=-1", "algorithm.kl_coef=-1: must be at least 0"),
         ("serving.kv_cache_gib=0", "serving.kv_cache_gib=0: must be at least 1"),
         ("sampling.train.max_tokens=0", "sampling.train.max_tokens=0: must be at least 1"),
         ("serving.port=70000", "serving.port=70000: must be from 0 to 65535"),
         ("hardware.device=tpu", "hardware.device=tpu: must be one of cpu, cuda"),
-        ("agent.retry.budget=-1", "agent.retry: budget, backoff_s and backoff_max_s must be at least 0"),
-        ("agent.breaker.share=0", "agent.breaker: window=64 must be at least 0, share=0.0 above 0 and at most 1"),
-        ("agent.timeout_s=0", "agent.timeout_s=0.0: must be above 0"),
+        ("agent.retry.budget=-1", "agent.retry.budget=-1: must be at least 0"),
+        ("agent.breaker.share=0", "agent.breaker.share=0: must be above 0 and at most 1"),
+        ("agent.timeout_s=0", "agent.timeout_s=0: must be above 0"),
+        ("sampling.train.temperature=-1", "sampling.train.temperature=-1: must be at least 0"),
+        ("sampling.val.top_p=0", "sampling.val.top_p=0: must be above 0 and at most 1"),
+        ("algorithm.lr=nan", "algorithm.lr=nan: must be a finite number"),
+        ("algorithm.lr=true", "algorithm.lr=True: must be a number"),
+        ("algorithm.clip_grad=inf", "algorithm.clip_grad=inf: must be a finite number"),
+        ("credit.reward_weights.speed=nan", "credit.reward_weights.speed=nan: must be a finite number"),
+        ("buffer.max_disk_gib=0.1", "buffer.max_disk_gib=0.1: must be at least 0.125"),
+        ("seed=-1", "seed=-1: must be at least 0"),
         ("agent.reward_max=0", "agent.reward_min must be below agent.reward_max"),
     ],
 )
@@ -247,6 +257,58 @@ def test_reload_refuses_in_the_same_words(tmp_path: Path, override: str, message
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_of_a_key_is_refused_with_the_new_one(old: str, new: str) -> None:
+    assert refusal(f"{old}=1") == f"{old}: is now {new}"
+
+
+def test_the_config_of_an_earlier_run_is_read_with_its_old_names(tmp_path: Path) -> None:
+    settings = ("data.val_group_by=level", "algorithm.dynamic_sampling_rounds=2", "rollout.unresponsive_timeout_s=9")
+    more = ("algorithm.importance_sampling=token", "algorithm.importance_sampling_cap=3", "credit.gae_level=call")
+    config = load(["experiment=calc_tiny", "algorithm=ppo", "serving.on_weight_update=keep", *settings, *more])
+    text = to_yaml(config)
+    for old, new in RENAMED.items():
+        text, replaced = re.subn(rf"^  {new.split('.')[1]}:", f"  {old.split('.')[1]}:", text, flags=re.MULTILINE)
+        assert replaced == 1
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert reload(file, []) == config
+    assert reload(file, ["rollout.unresponsive_timeout_s=5"]).rollout.unresponsive_timeout_s == 5
+    with pytest.raises(ConfigError, match=r"^rollout\.hung_s: is now rollout\.unresponsive_timeout_s$"):
+        reload(file, ["rollout.hung_s=5"])
+
+
+def test_a_value_may_name_any_key_and_keeps_the_dollar_signs_of_a_shell(tmp_path: Path) -> None:
+    command = r"agent.target='run \${OPENAI_BASE_URL} C:\\\${X}'"
+    config = load(["experiment=calc_tiny", "agent.mode=command", command, "name=${experiment}-${algorithm.clip_grad}"])
+    assert (config.agent.target, config.name) == (r"run ${OPENAI_BASE_URL} C:\${X}", "calc_tiny-1.0")
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert reload(file, []) == config
+
+
+def test_numbers_may_be_given_as_text_and_texts_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPS", "7")
+    config = load(["experiment=calc_tiny", "steps=${oc.env:STEPS}", "tracking.group=5", "agent.retry.budget=inf"])
+    assert (config.steps, config.tracking.group, config.agent.retry.budget) == (7, "5", math.inf)
+
+
+def test_a_group_of_files_of_your_own_fills_a_section(tmp_path: Path) -> None:
+    for name in ("experiment", "rollout"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nexperiment: mine\n")
+    (tmp_path / "rollout" / "many.yaml").write_text("workers: 9\n")
+    words = [f"experiment={tmp_path}/experiment/mine.yaml", "rollout=many"]
+    assert load(words).rollout.workers == 9
+    assert sources(words)[1]["rollout.workers"] == (9, str(tmp_path / "rollout" / "many.yaml"))
+
+
+@pytest.mark.parametrize("section", ["buffer", "serving", "learner", "rollout", "tracking"])
+def test_a_section_that_had_a_file_of_defaults_needs_none(section: str) -> None:
+    why = f"the defaults hold without it; leave it out, or set one of the keys of {section}"
+    assert refusal(f"{section}=default") == f"{section}=default: {why}"
+
+
 @pytest.mark.parametrize("text", ["steps: [1", "- a\n- b\n", "stepz: 3\n", "steps: 3\n"])
 def test_a_damaged_config_file_is_one_line(tmp_path: Path, text: str) -> None:
     file = tmp_path / "config.yaml"
@@ -269,8 +331,8 @@ def test_a_path_is_of_the_working_folder_else_of_the_project(tmp_path: Path, mon
 def test_credit_air_gives_each_call_what_it_earned() -> None:
     config = load(["experiment=calc_tiny", "credit=air", "air.form=potential"])
     assert (config.credit.method, config.air.enabled) == ("return_to_go", True)
-    assert config.air_rules() == Air(form="potential")
-    assert config.estimator() == Estimator(method="return_to_go")
+    assert config.air == AirConfig(enabled=True, form="potential")
+    assert config.credit == CreditConfig(method="return_to_go")
     assert not load(["experiment=calc_tiny"]).air.enabled
 
 
@@ -278,7 +340,7 @@ def test_rules_of_air_are_data() -> None:
     config = load(
         ["experiment=calc_tiny", "air.enabled=true", "air.rules=[{on: error, tool: sql*, value: -0.2, cap: 0.2}]"]
     )
-    assert config.air_rules().rules == (Rule(on="error", tool="sql*", value=-0.2, cap=0.2),)
+    assert config.air.rules == (RuleConfig(on="error", tool="sql*", value=-0.2, cap=0.2),)
 
 
 @pytest.mark.parametrize(
@@ -289,19 +351,25 @@ def test_rules_of_air_are_data() -> None:
         ("credit.state_weight=2", "credit.state_weight: credit.method=identical does not read it"),
         ("air.bound=0.6", "air.bound=0.6: must be above 0 and below 0.5"),
         ("air.form=mean", "air.form=mean: must be one of sum, potential"),
-        ("air.rules=[{on: good, value: 0.1, cap: 0.1}]", "air.rules: on=good: must be one of ok, error"),
+        ("air.rules=[{on: good, value: 0.1, cap: 0.1}]", "air.rules[0].on=good: must be one of ok, error"),
         ("credit.method=ppo", "credit.method=ppo: must be one of identical, return_to_go, same_state"),
-        ("credit.discount=2", "credit.discount=2.0: must be from 0 to 1"),
+        ("credit.discount=2", "credit.discount=2: must be from 0 to 1"),
         ("credit.gae_lambda=1", "credit.gae_lambda: set, but nothing reads it: only credit.method=gae does"),
-        ("credit.gae_over=call", "credit.gae_over: set, but nothing reads it: only credit.method=gae does"),
+        ("credit.gae_level=call", "credit.gae_level: set, but nothing reads it: only credit.method=gae does"),
         ("critic.lr=1", "critic: set, but nothing reads it: only credit.method=gae has a critic"),
         ("credit.method=gae", "credit.method=gae: needs credit.scale=batch or none, and no other credit.baseline"),
         ("credit.baseline=none", "credit.baseline=none: needs credit.scale=batch or none; std is of the group"),
         ("algorithm.kl_in=reward", "algorithm.kl_in: set, but nothing reads it: algorithm.kl_coef is 0"),
         ("algorithm.kl_kind=k1", "algorithm.kl_kind: set, but nothing reads it: algorithm.kl_coef is 0"),
         ("algorithm.kl_kind=k4", "algorithm.kl_kind=k4: must be one of k1, abs, k2, k3"),
-        ("algorithm.importance=row", "algorithm.importance=row: must be one of none, token, sequence"),
-        ("algorithm.importance_cap=3", "algorithm.importance_cap: set, but nothing reads it: algorithm.importance is"),
+        (
+            "algorithm.importance_sampling=row",
+            "algorithm.importance_sampling=row: must be one of none, token, sequence",
+        ),
+        (
+            "algorithm.importance_sampling_cap=3",
+            "algorithm.importance_sampling_cap: set, but nothing reads it: algorithm.importance_sampling is",
+        ),
     ],
 )
 def test_credit_that_is_refused(override: str, message: str) -> None:

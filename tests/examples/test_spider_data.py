@@ -154,6 +154,6 @@ def test_the_papers_settings():
 def test_the_tiny_experiments_differ_in_their_questions_only(name):
     config = load([f"experiment={name}"])
     slice_ = load(["experiment=spider_tiny_single_table"])
-    assert (config.experiment, config.data.strata) == (name, "difficulty")
+    assert (config.experiment, config.data.val_group_by) == (name, "difficulty")
     assert (config.model, config.agent, config.algorithm) == (slice_.model, slice_.agent, slice_.algorithm)
     assert (config.data == slice_.data) is (config.experiment == slice_.experiment)

@@ -458,7 +458,12 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
 
 
 def test_held_out_reward_is_told_by_the_values_of_a_field(tmp_path: Path) -> None:
-    overrides = ["experiment=calc_tiny", "data.strata=level", "tracking.wandb=disabled", "tracking.tensorboard=false"]
+    overrides = [
+        "experiment=calc_tiny",
+        "data.val_group_by=level",
+        "tracking.wandb=disabled",
+        "tracking.tensorboard=false",
+    ]
     config, run = load(overrides), RunDirectory.create(tmp_path, "calc_x", 0)
 
     def groups(split: Split) -> list[Group]:

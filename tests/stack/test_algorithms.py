@@ -149,7 +149,7 @@ async def train(started: tuple[str, Groups], overrides: Sequence[str], *, noise:
         ["algorithm=gspo"],
         ["algorithm=cispo"],
         PPO,
-        pytest.param([*PPO, "credit.gae_over=call", *KL, "algorithm.kl_in=reward"], marks=pytest.mark.slow),
+        pytest.param([*PPO, "credit.gae_level=call", *KL, "algorithm.kl_in=reward"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -163,7 +163,7 @@ async def test_it_learns(started: tuple[str, Groups], overrides: list[str]) -> N
 
 @pytest.mark.parametrize("level", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 async def test_it_learns_from_an_engine_that_is_not_the_trainer(started: tuple[str, Groups], level: str) -> None:
-    overrides = ["algorithm=grpo", f"algorithm.importance={level}", "algorithm.importance_cap=1.5"]
+    overrides = ["algorithm=grpo", f"algorithm.importance_sampling={level}", "algorithm.importance_sampling_cap=1.5"]
     loop = await train(started, overrides, noise=0.25)
     (_, before), (_, after) = loop.state.val_rewards
     records = loop.observer.records  # type: ignore[attr-defined]

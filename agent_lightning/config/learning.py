@@ -1,0 +1,296 @@
+"""The sections that say how the policy learns: algorithm, credit, critic, intermediate rewards, sampling."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from agent_lightning.config.section import AtLeast0, AtLeast1, NotNegative, Positive, Section, Share
+from agent_lightning.core.errors import ConfigError
+
+Loss = Literal["vanilla", "gspo", "cispo"]
+KlPlace = Literal["loss", "reward"]
+KlKind = Literal["k1", "abs", "k2", "k3"]
+ImportanceSampling = Literal["none", "token", "sequence"]
+Method = Literal["identical", "return_to_go", "same_state", "gae"]
+Scale = Literal["std", "none", "batch"]
+Baseline = Literal["mean", "leave_one_out", "none"]
+GaeLevel = Literal["token", "call"]
+AirForm = Literal["sum", "potential"]
+AirEvent = Literal[
+    "ok", "error", "invalid_arguments", "timeout", "empty", "unanswered", "repeated", "unparsed", "cut"
+]  # fmt: skip
+"""How a tool call went (core.types.ToolStatus); the same action again; or what was wrong with a reply."""
+Resample = Literal["resample"]
+Failure = float | None | Resample
+"""A reward; null, which masks the rollout; or resample, which tries it again, and masks it after the last try."""
+
+
+class FailuresConfig(Section):
+    """What becomes of a rollout that failed, by its outcome: a number is its reward, null leaves it out of its group
+    and of training, and resample tries it again, at most agent.max_attempts times, before it is left out."""
+
+    agent_error: Failure = 0.0
+    """The agent raised an error, or its process ended with one."""
+    tool_error: Failure = "resample"
+    """The agent raised an error that agent.tool_errors blames on a tool or a service."""
+    timeout: Failure = 0.0
+    """The rollout took longer than agent.timeout_s."""
+    no_model_call: Failure = 0.0
+    """The agent returned without a single call of the policy."""
+    overlong_prompt: Failure = 0.0
+    """A prompt did not fit into model.max_len."""
+    engine_error: Failure = "resample"
+    """The engine failed to answer a call."""
+    too_many_calls: Failure = 0.0
+    """The agent made more model calls than agent.max_calls."""
+    bad_reward: Failure = 0.0
+    """The reward is no finite number from agent.reward_min to agent.reward_max."""
+    worker_lost: Failure = "resample"
+    """The worker that ran the rollout died."""
+    cancelled: float | None = None
+    """The run stopped, or the rollout's group was given up."""
+    truncated: float | Literal["resample", "keep"] | None = "keep"
+    """The rollout finished, but a reply was cut at the length limit; keep leaves it the reward that it earned."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        """Raise ConfigError for an outcome that is no failure."""
+        for name in values if isinstance(values, dict) else ():
+            if name not in cls.model_fields:
+                raise ConfigError(
+                    f"algorithm.failures.{name}: not a failure; use one of {', '.join(cls.model_fields)}"
+                )  # fmt: skip
+        return values
+
+
+class AlgorithmConfig(Section):
+    """How much a step samples, and how the policy is trained on it."""
+
+    tasks_per_step: AtLeast1 = 16
+    """Tasks of one step."""
+    rollouts_per_task: AtLeast1 = 8
+    """Rollouts of each task; they form the group whose rewards are compared."""
+    dynamic_sampling_rounds: AtLeast0 = 0
+    """At most this many more rounds of rollouts in a step, to replace groups that give nothing to train on (DAPO)."""
+    rollouts_per_batch: AtLeast1 | None = None
+    """Rollouts of one optimiser step; null: all rollouts of the step."""
+    epochs: AtLeast1 = 1
+    """How often a step's batches are trained on; the clip keeps later epochs near the policy that sampled."""
+    loss: Loss = "vanilla"
+    """veRL's policy loss: vanilla (PPO-clip), gspo, or cispo."""
+    lr: NotNegative = 1e-6
+    """Learning rate of the policy."""
+    lr_warmup_steps: AtLeast0 = 0
+    """Optimiser steps over which the learning rate grows from 0."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """The learning rate after the warm-up: constant, or cosine, which decays to 0 over the run."""
+    weight_decay: NotNegative = 0.0
+    """Weight decay of AdamW."""
+    clip_grad: Positive = 1.0
+    """Norm to which the gradient is clipped."""
+    clip_ratio_low: NotNegative = 0.2
+    """The probability ratio of new to old policy is clipped at 1 - clip_ratio_low."""
+    clip_ratio_high: NotNegative = 0.2
+    """The probability ratio of new to old policy is clipped at 1 + clip_ratio_high."""
+    kl_coef: NotNegative = 0.0
+    """Weight of the KL divergence from the starting policy; 0 keeps no reference model."""
+    kl_in: KlPlace = "loss"
+    """Where the KL counts: loss adds it to the loss, reward subtracts it from the reward of each token."""
+    kl_kind: KlKind | None = None
+    """veRL's estimator of the KL; null: k3 in the loss, k1 in the reward."""
+    importance_sampling: ImportanceSampling = "none"
+    """Truncated importance sampling between engine and learner, with a ratio for each token or for each sequence.
+    It costs a forward pass."""
+    importance_sampling_cap: Annotated[float, Field(ge=1)] = 2.0
+    """The ratio at which importance sampling is truncated."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus; 0 computes no entropy."""
+    failures: FailuresConfig = FailuresConfig()
+
+    @model_validator(mode="after")
+    def _check_read(self) -> AlgorithmConfig:
+        """Raise ConfigError for a key that is set but has no effect."""
+        refuse_unread("algorithm.kl_in", self.kl_in != "loss" and not self.kl_coef, "algorithm.kl_coef is 0")
+        refuse_unread("algorithm.kl_kind", self.kl_kind is not None and not self.kl_coef, "algorithm.kl_coef is 0")
+        unread = self.importance_sampling_cap != 2 and self.importance_sampling == "none"
+        refuse_unread("algorithm.importance_sampling_cap", unread, "algorithm.importance_sampling is none")
+        return self
+
+
+class CreditConfig(Section):
+    """How rewards become the advantage of each model call; docs/credit.md has the formulas."""
+
+    method: Method = "identical"
+    """identical: every call has its rollout's advantage (LightningRL); return_to_go: a call has what it and later calls
+    earned; same_state: identical, and calls with the same prompt are compared (GiGPO); gae: a critic (PPO)."""
+    scale: Scale = "std"
+    """What advantages are divided by: std of the group (GRPO), none (Dr. GRPO), or batch: normalised over the whole
+    step (REINFORCE++)."""
+    baseline: Baseline = "mean"
+    """What is subtracted from a reward: mean of the group, leave_one_out: the mean of the group's other rollouts (RLOO,
+    with scale=none), or none."""
+    discount: Share = 1.0
+    """Discount for each model call, of return_to_go and same_state; for each step of gae."""
+    state_weight: NotNegative = 1.0
+    """Weight of the advantage among calls with the same prompt; only same_state reads it."""
+    reward_weights: dict[str, float] = Field(default_factory=dict)
+    """Weights of the rewards that an agent emits about its calls and tools, by name; a name that is not here has 1."""
+    gae_lambda: Share = 0.95
+    """GAE's lambda: 0 trusts the critic after one step, 1 only the rewards; only gae reads it."""
+    gae_level: GaeLevel = "token"
+    """What a step of gae is: a token, or a model call, whose tokens then share its advantage; only gae reads it."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether rollouts are compared with others of their group, which takes at least two of them."""
+        return self.method != "gae" and self.baseline != "none"
+
+    @property
+    def is_per_group(self) -> bool:
+        """Whether a group's advantages come from the group alone: a group without spread then gives nothing."""
+        return self.method != "gae" and self.scale != "batch"
+
+    @model_validator(mode="after")
+    def _check(self) -> CreditConfig:
+        """Raise ConfigError for values that contradict each other, or that have no effect."""
+        if self.method == "gae" and (self.scale == "std" or self.baseline != "mean"):
+            raise ConfigError("credit.method=gae: needs credit.scale=batch or none, and no other credit.baseline")
+        if self.baseline == "none" and self.scale == "std":
+            raise ConfigError("credit.baseline=none: needs credit.scale=batch or none; std is of the group")
+        if self.discount != 1 and self.method == "identical":
+            raise ConfigError("credit.discount: credit.method=identical does not read it; choose another method")
+        if self.state_weight != 1 and self.method != "same_state":
+            raise ConfigError(
+                f"credit.state_weight: credit.method={self.method} does not read it; only same_state does"
+            )
+        if self.method != "gae":
+            refuse_unread("credit.gae_lambda", self.gae_lambda != 0.95, "only credit.method=gae does")
+            refuse_unread("credit.gae_level", self.gae_level != "token", "only credit.method=gae does")
+        return self
+
+
+class CriticConfig(Section):
+    """The critic of credit.method=gae: a copy of the model with a value head."""
+
+    lr: NotNegative | None = None
+    """Learning rate of the critic; null: ten times algorithm.lr."""
+    clip_range: NotNegative = 0.5
+    """How far a value may move in a step before its loss stops pulling."""
+    warmup_steps: AtLeast0 = 0
+    """First steps of the run in which only the critic is trained."""
+
+
+class RuleConfig(Section):
+    """A rule of air: what an event of a rollout is worth.
+
+    Example: RuleConfig(on="error", tool="sql*", match="no such table", value=-0.1, cap=0.2)
+    """
+
+    on: AirEvent
+    """The event."""
+    value: float
+    """Reward of the call that caused the event."""
+    cap: float
+    """Most that the rule may give or take in a rollout, without a sign."""
+    tool: str = "*"
+    """Glob over tool names."""
+    match: str = ""
+    """Regular expression that is searched for in the event's text; case does not matter."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RuleConfig:
+        """Raise ConfigError for a rule that would never pay, or would pay for repetition."""
+        if not self.cap >= abs(self.value) > 0:
+            raise ConfigError(f"air.rules: on={self.on}: needs a value that is not 0 and a cap of at least its size")
+        if self.on == "repeated" and self.value > 0:
+            raise ConfigError("air.rules: on=repeated: the value must be below 0, or repeating an action would pay")
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ConfigError(f"air.rules: match={self.match}: not a regular expression ({error})") from error
+        return self
+
+
+DEFAULT_RULES: Final = (
+    RuleConfig(on="ok", value=0.1, cap=0.3),
+    RuleConfig(on="error", value=-0.05, cap=0.1),
+    RuleConfig(on="invalid_arguments", value=-0.1, cap=0.2),
+    RuleConfig(on="timeout", value=-0.05, cap=0.1),
+    RuleConfig(on="repeated", value=-0.05, cap=0.1),
+    RuleConfig(on="unparsed", value=-0.1, cap=0.2),
+    RuleConfig(on="cut", value=-0.1, cap=0.2),
+)
+"""For a final reward of range 1. An empty or missing result does not tell who is to blame, so it is worth nothing."""
+
+
+class AirConfig(Section):
+    """Automatic intermediate rewards, from what the tools did; docs/credit.md has the formulas."""
+
+    enabled: bool = False
+    """Whether calls get intermediate rewards; credit=air turns them on, with a credit method that uses them."""
+    form: AirForm = "sum"
+    """sum adds the rewards; potential is a shaping that leaves the best policy the best."""
+    bound: Positive = 0.3
+    """Most that all rules together may give or take in a rollout, as a share of the final reward's range; below 0.5."""
+    rules: tuple[RuleConfig, ...] = DEFAULT_RULES
+    """The first rule that applies to an event counts. A list given here replaces the default rules."""
+    signals: tuple[str, ...] = ()
+    """Functions of your own, "path/to/file.py:function", from an attempt's calls to a reward for each."""
+
+    @field_validator("bound")
+    @classmethod
+    def _check_bound(cls, bound: float) -> float:
+        """Raise ConfigError for rewards that could outweigh the final one."""
+        if bound >= 0.5:
+            raise ConfigError(
+                f"air.bound={bound}: must be above 0 and below 0.5: "
+                "from half of the final reward's range on, a failed rollout could be worth more than a good one"
+            )
+        return bound
+
+    @model_validator(mode="after")
+    def _check_read(self) -> AirConfig:
+        """Raise ConfigError for keys that are set while all of this is off."""
+        if not self.enabled and any(
+            (self.form != "sum", self.bound != 0.3, self.rules != DEFAULT_RULES, self.signals != ())
+        ):
+            raise ConfigError("air: its keys are set but it is off; add air.enabled=true, or credit=air")
+        return self
+
+
+class SamplingConfig(Section):
+    """The sampling parameters of one split's model calls."""
+
+    temperature: NotNegative = 1.0
+    """Sampling temperature; 0 takes the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling: only the likeliest tokens whose probabilities add up to this are sampled."""
+    max_tokens: AtLeast1 = 64
+    """Longest reply of a call, in tokens."""
+
+
+SAMPLING_RULE: Final = """\
+train: these govern. What an agent asks for (temperature, seed, penalties, ...) is replaced, or left out.
+val: what the agent asks for comes first, and these fill the gaps.
+In both the smaller max_tokens wins. It is the same for every wire format (docs/gateway.md)."""
+
+
+class SamplingSplits(Section):
+    """What the engine is asked for. In training these values replace what an agent asks for; in validation they only
+    fill the gaps that the agent leaves. In both, the smaller max_tokens wins (docs/gateway.md)."""
+
+    train: SamplingConfig = SamplingConfig()
+    val: SamplingConfig = SamplingConfig(temperature=0.0)
+    seeded: bool = False
+    """Whether each training call has its own seed, made of the run's seed, the rollout, the request and its repeat
+    count: a rollout that runs again samples the same tokens, up to the engine's arithmetic. It forces one gateway."""
+
+
+def refuse_unread(key: str, unread: bool, why: str) -> None:
+    """Raise ConfigError for a key that is set but has no effect: that is a mistake."""
+    if unread:
+        raise ConfigError(f"{key}: set, but nothing reads it: {why}")

@@ -1,0 +1,282 @@
+"""The sections that say what runs, and where: tasks, model, agent, and the processes around them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from pydantic import Field, model_validator
+
+from agent_lightning.config.learning import refuse_unread
+from agent_lightning.config.section import AtLeast0, AtLeast1, NotNegative, Positive, Section
+from agent_lightning.core.errors import ConfigError
+
+AgentMode = Literal["async", "thread", "process", "command"]
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16"]
+Fsync = Literal["always", "interval", "never"]
+OnWeightUpdate = Literal["wait", "restart", "keep"]
+WandbMode = Literal["offline", "online", "disabled"]
+
+SOURCE_FIELDS: Final = {
+    "generated": {"target", "num", "seed", "split"},
+    "calcx": {"names", "num", "seed"},
+    "jsonl": {"path", "num", "seed"},
+    "hub": {"path", "name", "split", "question_field", "result_field", "num", "seed"},
+}
+"""The keys that each kind of source reads."""
+
+
+class SourceConfig(Section):
+    """The tasks of one split. A key that the kind of source does not read must be left out."""
+
+    kind: Literal["generated", "calcx", "jsonl", "hub"] = "jsonl"
+    """generated: rows from a function; calcx: normalised Calc-X files under data.root; jsonl: a file with a JSON object
+    a line; hub: a Hugging Face data set, by its id or as a local folder."""
+    target: str | None = None
+    """generated: "path/to/file.py:function", called with seed, num, split and, if it takes that, root; each row that it
+    returns has an "id"."""
+    names: tuple[str, ...] = ()
+    """calcx: the parts of Calc-X, such as [mawps_train]."""
+    path: str | None = None
+    """jsonl: the file, .jsonl or .jsonl.gz; hub: the data set's id or folder."""
+    name: str | None = None
+    """hub: the data set's configuration."""
+    split: str | None = None
+    """generated, hub: the split that is read; null: train."""
+    question_field: str | None = None
+    """hub: the column of the questions; null: question."""
+    result_field: str | None = None
+    """hub: the column of the results; null: result."""
+    num: AtLeast0 | None = None
+    """At most this many tasks, drawn with `seed`; null: all."""
+    seed: AtLeast0 | None = None
+    """Seed of the drawing, or of the generating function; null: 0."""
+
+
+class DataConfig(Section):
+    """The tasks that are trained on, and those that are held out."""
+
+    root: str = "data"
+    """Folder of the calcx files, and of what a generating function reads."""
+    val_group_by: str | None = None
+    """A field of the held-out tasks, such as difficulty: their reward is also reported for each of its values."""
+    train: SourceConfig = SourceConfig()
+    val: SourceConfig = SourceConfig()
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> DataConfig:
+        """Raise ConfigError for a key that a source's kind does not read."""
+        for split, source in (("train", self.train), ("val", self.val)):
+            for name, value in source.model_dump(mode="json", exclude={"kind"}).items():
+                if name not in SOURCE_FIELDS[source.kind] and value not in (None, []):
+                    raise ConfigError(f"data.{split}.{name}={value}: not read by kind={source.kind}; remove it")
+        return self
+
+
+class ModelConfig(Section):
+    """The policy that is trained."""
+
+    path: str
+    """A local folder or a hub id of a causal language model. A relative path is looked up from here, then from the
+    project's folder."""
+    max_len: AtLeast1 = 1024
+    """Longest conversation in tokens, prompt and reply together."""
+    words: tuple[str, ...] = ()
+    """The vocabulary of a toy model: a table of logits with its own engine and learner; `path` is then only a name."""
+    dtype: Dtype = "float32"
+    """Number format of the computation: float32 or bfloat16. The learner keeps parameters in float32."""
+    tool_parser: str | None = "hermes"
+    """vLLM's parser of the model's tool calls; null: none."""
+
+
+class RetryConfig(Section):
+    """How often and how soon failed rollouts are tried again."""
+
+    budget: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 1.0
+    """Most retries among the groups in progress, as a share of their rollouts: a tool that fails for everybody must not
+    multiply the work of a step."""
+    backoff_s: NotNegative = 1.0
+    """The wait before the second attempt is drawn from 0 to this many seconds, and from twice as many before each later
+    attempt."""
+    backoff_max_s: NotNegative = 60.0
+    """Longest wait before an attempt, in seconds."""
+
+
+class BreakerConfig(Section):
+    """Stops a run whose rollouts all fail for the same reason, and names the reason."""
+
+    window: AtLeast0 = 64
+    """Number of latest attempts that are compared; 0 turns this off."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of them with the same error that stops the run. A policy that is still bad makes agents fail too: a value
+    far below 0.9 would stop it."""
+
+
+class AgentConfig(Section):
+    """The agent: what runs for each task, how it is scored, and its limits."""
+
+    target: str
+    """"path/to/file.py:function", "package.module:function", or a command line."""
+    mode: AgentMode = "async"
+    """How the agent runs: async (a coroutine), thread, process, or command."""
+    reward: str | None = None
+    """"path/to/file.py:function", called with (task, output); null: the agent returns its reward."""
+    reward_min: float = 0.0
+    """Lowest reward that is valid."""
+    reward_max: float = 1.0
+    """Highest reward that is valid."""
+    timeout_s: Positive = 120.0
+    """Seconds for one rollout, its scoring included."""
+    call_timeout_s: Positive | None = None
+    """Seconds for one model call, after which the engine is to blame and not the agent; null: half of timeout_s."""
+    max_calls: AtLeast1 = 32
+    """Most model calls of one rollout."""
+    max_spans: AtLeast0 = 10_000
+    """Most OpenTelemetry spans that the agent's side may send for one rollout."""
+    instrument: tuple[str, ...] = ()
+    """OpenTelemetry instrumentors to turn on where the agent runs, by the names of their entry points, such as
+    [langchain]."""
+    max_attempts: AtLeast1 = 3
+    """Most attempts at a rollout whose failure is resampled; see algorithm.failures."""
+    tool_errors: tuple[str, ...] = ()
+    """Globs of agent errors that its tools or services are to blame for, such as ["*ConnectionError*", "*429*"]: the
+    rollout then ends as tool_error, which is resampled, instead of agent_error."""
+    retry: RetryConfig = RetryConfig()
+    breaker: BreakerConfig = BreakerConfig()
+    trained: str = "*"
+    """Names of the agents that are trained: globs, separated by commas."""
+
+    @property
+    def reward_range(self) -> float:
+        """Width of the range of valid rewards."""
+        return self.reward_max - self.reward_min
+
+    @model_validator(mode="after")
+    def _check(self) -> AgentConfig:
+        """Raise ConfigError for values that contradict each other."""
+        if self.instrument and self.mode == "command":
+            raise ConfigError("agent.instrument: a command sets up its own; its environment says where traces go")
+        if self.reward_min >= self.reward_max:
+            raise ConfigError("agent.reward_min must be below agent.reward_max")
+        return self
+
+
+class BufferConfig(Section):
+    """The buffer's journal, and how much the buffer may take. docs/reliability.md says which setting survives what."""
+
+    journal: bool = True
+    """Whether training keeps a journal; if false, a buffer that dies takes the run with it."""
+    path: str | None = None
+    """Folder of the journal, on a local or a shared disk; null: journal/ in the run's folder."""
+    fsync: Fsync = "interval"
+    """When a record is acknowledged: always: when it is on the disk; interval: when the kernel has it, which puts it on
+    the disk within fsync_interval_s; never: when the kernel has it."""
+    fsync_interval_s: Annotated[float, Field(ge=0.001)] = 1.0
+    """Most seconds between two syncs to the disk, of fsync=interval."""
+    segment_mib: AtLeast1 = 64
+    """Size of one file of the journal, in MiB."""
+    max_disk_gib: Positive = 20.0
+    """Size of the journal, in GiB, at which new rollouts and calls are refused; rollouts that run may end."""
+    memory_gib: NotNegative = 2.0
+    """Memory for the spans of ended rollouts, in GiB; further spans are read back from the journal."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BufferConfig:
+        """Raise ConfigError for keys that have no effect, and for a limit that no journal could keep."""
+        changed = self.model_dump(exclude_defaults=True).keys() - {"journal"}
+        refuse_unread("buffer", not self.journal and bool(changed), "buffer.journal is false")
+        unread = self.fsync_interval_s != 1 and self.fsync != "interval"
+        refuse_unread("buffer.fsync_interval_s", unread, "of fsync=interval")
+        low = 2 * self.segment_mib / 1024
+        if self.max_disk_gib < low:
+            raise ConfigError(f"buffer.max_disk_gib={self.max_disk_gib}: must be at least {low}")
+        return self
+
+
+class RolloutConfig(Section):
+    """The processes that run agents."""
+
+    workers: AtLeast1 = 1
+    """Number of workers, spread over the nodes; a node that joins later gets as many as the others have on average."""
+    concurrency: AtLeast1 = 64
+    """Rollouts that each worker runs at a time."""
+    unresponsive_timeout_s: Positive = 60.0
+    """Seconds without an answer, because an agent blocks its event loop, after which a worker is replaced."""
+
+
+class ServingConfig(Section):
+    """The policy's engines, and the gateway in front of them."""
+
+    replicas: AtLeast1 = 1
+    """Number of engines, each with a copy of the policy."""
+    tensor_parallel_size: AtLeast1 = 1
+    """GPUs of each engine."""
+    gateways: AtLeast1 | None = None
+    """Number of gateways, behind a proxy; null: one on each node, which the node's workers call directly, also on a
+    node that joins later."""
+    host: str = "127.0.0.1"
+    """Address on which the gateway listens, on each node. 0.0.0.0 lets in agents from other machines."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the gateway; 0 takes a free one. If Ray Serve runs already, its port is used."""
+    max_num_seqs: AtLeast1 = 256
+    """Most sequences that an engine samples at a time."""
+    on_weight_update: OnWeightUpdate = "wait"
+    """What happens to unfinished calls when new weights arrive. wait: the update waits until they end; restart: the new
+    weights answer them from the start; keep: they continue with the new weights, and both versions are recorded."""
+    kv_cache_gib: AtLeast1 = 1
+    """Memory of each engine's KV cache on a CPU, in GiB."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Share of a GPU's memory that an engine takes."""
+
+
+class LearnerConfig(Section):
+    """The processes that train the policy."""
+
+    processes: AtLeast1 = 1
+    """Number of training processes; FSDP shards the model over them."""
+    nodes: AtLeast1 = 1
+    """Number of nodes over which they are spread; `processes` is a multiple of it."""
+    threads: AtLeast1 = 2
+    """Threads of each process on a CPU."""
+    max_tokens_per_micro_batch: AtLeast1 = 16384
+    """Most tokens of one forward and backward pass."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LearnerConfig:
+        """Raise ConfigError if the processes cannot be spread evenly."""
+        if self.processes % self.nodes:
+            raise ConfigError(f"learner.processes={self.processes}: must be a multiple of learner.nodes={self.nodes}")
+        return self
+
+
+class HardwareConfig(Section):
+    """The machines, and how engines and learner share them."""
+
+    device: Device = "cpu"
+    """Device of the policy and of the learner: cpu or cuda."""
+    placement: Literal["apart", "together"] = "apart"
+    """apart: engines and learner have GPUs of their own; together: each learner process shares a GPU with an engine."""
+    address: str | None = None
+    """Address of a running Ray cluster; null starts Ray here, or joins RAY_ADDRESS."""
+
+    @model_validator(mode="after")
+    def _check(self) -> HardwareConfig:
+        """Raise ConfigError if GPUs are shared on a machine without GPUs."""
+        if self.device == "cpu" and self.placement == "together":
+            raise ConfigError("hardware.placement=together: shares GPUs, and hardware.device=cpu has none")
+        return self
+
+
+class TrackingConfig(Section):
+    """Where metrics go besides the run's own files."""
+
+    wandb: WandbMode = "offline"
+    """Weights & Biases: offline (`wandb sync` sends it later), online, or disabled."""
+    project: str = "agent-lightning"
+    """Project in Weights & Biases."""
+    group: str | None = None
+    """Group of runs in Weights & Biases."""
+    tags: tuple[str, ...] = ()
+    """Tags in Weights & Biases."""
+    tensorboard: bool = True
+    """Whether TensorBoard files are written."""
