@@ -130,8 +130,8 @@ class _Toy:
         return partial(ToyReplica, tuple(config.model.words), config.seed, config.model.max_len, rule)
 
     def learner(self, model: str) -> Learner:
+        from agent_lightning.toy.model import ToyLanguage
         from agent_lightning.toy.run import SharedToyLearner
-        from agent_lightning.toy.toy import ToyLanguage
 
         algorithm, temperature = self.config.algorithm, self.config.sampling.train.temperature
         language = ToyLanguage(tuple(self.config.model.words))

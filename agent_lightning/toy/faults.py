@@ -1,4 +1,4 @@
-"""Faults on purpose, decided by a seed: what goes wrong between two parts of a run, how often and in which order.
+"""Injected faults: calls between two parts of a run fail, hang or are lost, at given rates, decided by a seed.
 
     faults = Faults(seed=1)
     engine = faults.between(ToyEngine(language), "engine", Rates(error=0.1, hang=0.05))  # used like the engine
@@ -6,8 +6,8 @@
     ...
     faults.counts  # Counter({"engine.generate: error": 12, "engine.generate: hang": 4})
 
-A Link stands where a network and the border of a process would be. Nothing is patched: a part is handed to another
-one with a link around it. Killing a plain object is cutting its links: what it has sent goes on, it hears no answer.
+A Link stands for the network between two processes. Nothing is patched: a part gets another part with a link around it.
+To kill a part, cut its links: what it has sent is still carried out, but it gets no answer.
 """
 
 from __future__ import annotations
@@ -35,31 +35,33 @@ class InjectedError(ConnectionError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """The share of calls that each fault befalls, from 0 to 1; at most one a call."""
+    """The share of calls, from 0 to 1, that has each fault; a call has at most one."""
 
     error: float = 0.0
-    """Fails before the part hears of it."""
+    """The call fails before it reaches the part."""
     drop: float = 0.0
-    """The part does it, and the answer is lost."""
+    """The part carries out the call, and its answer is lost."""
     hang: float = 0.0
-    """Never answered: ends when the caller gives up."""
+    """The call gets no answer, and ends when the caller gives up."""
     slow: float = 0.0
-    """Late by up to `slow_s`."""
+    """The call is late by up to `slow_s`."""
     duplicate: float = 0.0
-    """The part is asked twice, at the same time; the caller has the first answer."""
+    """The part gets the call twice at the same time; the caller gets the first answer."""
     reorder: float = 0.0
-    """Held back until another call has overtaken it, for `slow_s` at most."""
+    """The call waits until another call has overtaken it, `slow_s` at most."""
     disk_full: float = 0.0
-    """Fails as a write to a full disk does."""
+    """The call fails as a write to a full disk does."""
     clock_jump: float = 0.0
-    """An argument named `now` is `jump_s` too late."""
+    """The argument `now` is `jump_s` too late."""
     kill: float = 0.0
-    """The link is cut: this call and all others fail, those in flight too, until `mend`."""
+    """The link is cut: this call, all calls in flight and all later ones fail, until `mend`."""
     slow_s: float = 0.05
+    """Seconds."""
     jump_s: float = 3600.0
+    """Seconds."""
 
-    def drawn(self, number: float) -> str:
-        """The fault that a number from 0 to 1 stands for, "" for none."""
+    def fault(self, number: float) -> str:
+        """The name of the fault for a random number from 0 to 1; "" for no fault."""
         for item in fields(self):
             if item.name in _SECONDS:
                 continue
@@ -70,31 +72,31 @@ class Rates:
 
 
 class Faults:
-    """All the links of a run, and what has gone wrong on them. The same seed and calls have the same faults."""
+    """The links of a run, and their faults so far. The same seed and the same calls give the same faults."""
 
     def __init__(self, seed: int) -> None:
         self.counts: Counter[str] = Counter()
-        """ "link.method: fault" -> how often; of killed processes "name: kill -9"."""
+        """How often each fault has happened: "link.method: fault", and "name: kill -9" for killed processes."""
         self.links: dict[str, Link] = {}
         self._seed = seed
         self._random = random.Random(f"{seed}/kills")
 
     def between(self, part: T, name: str, rates: Rates, *, methods: Collection[str] | None = None) -> T:
-        """`part`, with faults on the way to it. `methods`: those that faults befall; None: all."""
+        """`part` behind a link of this name; faults happen to calls of `methods`, or of all methods if None."""
         link = Link(part, name, rates, random.Random(f"{self._seed}/{name}"), self.counts, methods)
         self.links[name] = link
         return cast(T, link)
 
     def victim(self, names: Sequence[str]) -> str:
-        """Which of these is to die next."""
+        """Choose the next of these names to kill."""
         return self._random.choice(names)
 
     def pause(self, mean: float) -> float:
-        """Seconds until the next kill: of a Poisson process, so that every moment is as likely."""
+        """Draw the seconds until the next kill. Kills are a Poisson process: every moment is equally likely."""
         return self._random.expovariate(1.0 / mean)
 
     def kill_process(self, name: str, process_id: int) -> bool:
-        """kill -9. False where it is dead already."""
+        """Send SIGKILL to a process; False if it is dead already."""
         try:
             os.kill(process_id, signal.SIGKILL)
         except ProcessLookupError:
@@ -104,7 +106,7 @@ class Faults:
 
 
 class Link:
-    """A part with faults on the way to it: coroutines, plain methods and streams are called through it."""
+    """A part whose coroutines, plain methods and streams are called through faults."""
 
     def __init__(
         self,
@@ -126,28 +128,28 @@ class Link:
         self._passed = asyncio.Event()
 
     def cut(self) -> None:
-        """Whoever asks, or waits for an answer, gets an InjectedError from now on."""
+        """Make all calls fail with InjectedError from now on, those in flight too."""
         self._cut.set()
 
     def mend(self, part: object | None = None) -> None:
-        """Answer again; from `part`, where the old one is dead."""
+        """Carry calls again, to `part` if it replaces the old one."""
         self._part = self._part if part is None else part
         self._cut = asyncio.Event()
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._part, name)
-        if name.startswith("_") or not inspect.ismethod(found):
-            return found
-        if inspect.isasyncgenfunction(found):
+        member = getattr(self._part, name)
+        if name.startswith("_") or not inspect.ismethod(member):
+            return member
+        if inspect.isasyncgenfunction(member):
             return lambda *args, **kwargs: self._stream(name, args, kwargs)
-        if inspect.iscoroutinefunction(found) or isinstance(self._part, Link):
+        if inspect.iscoroutinefunction(member) or isinstance(self._part, Link):
             return lambda *args, **kwargs: self._call(name, args, kwargs)
-        return lambda *args, **kwargs: self._plain(name, found, args, kwargs)
+        return lambda *args, **kwargs: self._plain(name, member, args, kwargs)
 
     def _fault(self, method: str) -> str:
-        """What befalls this call. Raises where that is an error."""
-        drawn = self._draw.random()
-        fault = self.rates.drawn(drawn) if self._methods is None or method in self._methods else ""
+        """Draw the fault of this call, and count it. Raises InjectedError or OSError if the call is to fail."""
+        number = self._draw.random()
+        fault = self.rates.fault(number) if self._methods is None or method in self._methods else ""
         if fault:
             self._counts[f"{self._name}.{method}: {fault}"] += 1
         if fault == "kill":
@@ -164,22 +166,22 @@ class Link:
         if fault == "clock_jump":
             args, kwargs = _later(getattr(self._part, method), args, kwargs, self.rates.jump_s)
         times = 2 if fault == "duplicate" else 1
-        asked = [asyncio.ensure_future(getattr(self._part, method)(*args, **kwargs)) for _ in range(times)]
+        calls = [asyncio.ensure_future(getattr(self._part, method)(*args, **kwargs)) for _ in range(times)]
         cut = asyncio.ensure_future(self._cut.wait())
         try:
-            await asyncio.wait([cut, asked[0]], return_when=asyncio.FIRST_COMPLETED)
-            if asked[0].done() and fault != "drop":
-                return asked[0].result()
-            await asyncio.wait(asked[:1] if fault == "drop" else [cut])
+            await asyncio.wait([cut, calls[0]], return_when=asyncio.FIRST_COMPLETED)
+            if calls[0].done() and fault != "drop":
+                return calls[0].result()
+            await asyncio.wait(calls[:1] if fault == "drop" else [cut])
             raise InjectedError(f"the answer of {self._name}.{method} was lost")
         except asyncio.CancelledError:
-            for one in asked:
-                one.cancel()
+            for call in calls:
+                call.cancel()
             raise
         finally:
             cut.cancel()
-            for one in asked:  # nobody else looks at what became of it
-                one.add_done_callback(lambda future: future.cancelled() or future.exception())
+            for call in calls:  # retrieve errors that nobody waits for, so that asyncio does not log them
+                call.add_done_callback(lambda future: future.cancelled() or future.exception())
             self._passed.set()
             self._passed = asyncio.Event()
 
@@ -192,16 +194,16 @@ class Link:
                     raise InjectedError(f"the stream of {self._name}.{method} broke")
                 yield part
 
-    def _plain(self, method: str, found: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A plain method cannot wait: faults that would have it wait do not befall it."""
+    def _plain(self, method: str, member: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a plain method, which cannot wait: faults of time do not happen to it."""
         fault = self._fault(method)
         if fault == "duplicate":
-            found(*args, **kwargs)
-        return found(*args, **kwargs)
+            member(*args, **kwargs)
+        return member(*args, **kwargs)
 
     async def _wait(self, fault: str) -> None:
         if fault == "hang":
-            await self._cut.wait()  # or until the caller gives up
+            await self._cut.wait()  # unless the caller gives up first
             raise InjectedError(f"{self._name} was killed while it hung")
         if fault == "slow":
             await asyncio.sleep(self._draw.random() * self.rates.slow_s)
@@ -214,7 +216,7 @@ class Link:
 def _later(
     method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments, at a later time."""
+    """The arguments with `now`, if the method has it, later by this many seconds."""
     bound = inspect.signature(method).bind(*args, **kwargs)
     if "now" in bound.arguments:
         bound.arguments["now"] += seconds

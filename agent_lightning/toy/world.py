@@ -1,7 +1,7 @@
-"""The toy world: the whole system in one process and in seconds, without a GPU, Ray or vLLM.
+"""The toy world: the system in one process, to test an agent in seconds without a GPU, Ray or vLLM.
 
-The policy is a table of logits: what was asked last chooses the row, and one word of a small vocabulary is the
-answer. Everything else is real: HTTP, gateway, buffer, rollout workers, credit, batches, weights and the loop.
+The policy is a table of logits: the last message of the prompt chooses the row, and the answer is one word of a small
+vocabulary. Everything else is real: HTTP, gateway, buffer, rollout workers, credit, batches, weights and the loop.
 
     async def solve(task, policy):
         messages = [{"role": "user", "content": task["question"]}]
@@ -48,7 +48,7 @@ from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.serving.policy import PolicyBoard
 from agent_lightning.toy.faults import Faults, InjectedError, Link, Rates
-from agent_lightning.toy.toy import END, FIRST_WORD, PAD, ToyEngine, ToyLanguage, ToyLearner
+from agent_lightning.toy.model import END, FIRST_WORD, PAD, ToyEngine, ToyLanguage, ToyLearner
 
 __all__ = [
     "END",
@@ -78,15 +78,20 @@ SAMPLING: Final[Mapping[Split, Mapping[str, float | int]]] = {
 
 
 class QuietObserver:
-    """Keeps what it is told. Checkpoints, where it has a folder for them, every so many steps and after the last."""
+    """The Observer of a run: keeps its records in memory, and has checkpoints written into a folder.
+
+    A checkpoint is due every `every` steps (0: never) and after the last step.
+    """
 
     def __init__(self, checkpoints: Path | None = None, *, every: int = 0) -> None:
         self.records: list[dict[str, float]] = []
-        """One of each training step."""
+        """The metrics of each training step."""
         self.evaluations: list[tuple[int, float]] = []
+        """Step and mean reward of each evaluation."""
         self.groups: list[Group] = []
-        """Of training and evaluation, in the order in which they were done."""
+        """The groups of training and evaluation, in the order in which they were taken."""
         self.doing = ""
+        """What the run waits for."""
         self._checkpoints = checkpoints
         self._every = every
 
@@ -112,18 +117,18 @@ class QuietObserver:
 
 @dataclass(slots=True, kw_only=True)
 class ToyWorld:
-    """A whole run, wired and started: `async with ToyWorld(agent=…, tasks=…, words=…) as world`.
+    """A run with all its parts, started by `async with ToyWorld(agent=…, tasks=…, words=…) as world`.
 
-    In the block, `loop` is ready to run, `url` is the root of the gateway, and the other parts can be looked at.
+    In the block, `loop` is ready to run, `url` is the root URL of the gateway, and the other parts can be inspected.
     """
 
     agent: AgentSpec | Agent
-    """An async function that returns its reward, or anything that an AgentSpec can say."""
+    """An async function that returns its reward, or the AgentSpec of any agent."""
     tasks: Sequence[Task]
     words: Sequence[str]
-    """What the policy can answer."""
+    """The policy's answers."""
     val_tasks: Sequence[Task] = ()
-    """Empty: the training tasks."""
+    """If empty, the training tasks."""
     rollouts_per_task: int = 8
     max_calls: int = 20
     retries: Retries = field(default_factory=Retries)
@@ -132,17 +137,17 @@ class ToyWorld:
     lr: float = 8.0
     seed: int = 0
     seeded: bool = False
-    """What a rollout samples depends on `seed` and the rollout, not on when it asks; see GatewayConfig.seed."""
+    """Whether samples depend on `seed` and the rollout only, not on the order of calls; see GatewayConfig.seed."""
     checkpoints: Path | None = None
     checkpoint_every: int = 0
     resume: bool = False
-    """Go on from the newest checkpoint in `checkpoints`."""
+    """Continue from the newest checkpoint in `checkpoints`."""
     journal: JournalConfig | None = None
     num_workers: int = 1
     faults: Faults | None = None
     rates: Mapping[str, Rates] = field(default_factory=dict)
-    """What goes wrong on the way to a part: "engine" and "recorder" from the gateway, "finish" from the workers.
-    The links are in `faults.links`; that of a worker to the buffer has its name, and cutting it kills the worker."""
+    """The faults of calls: "engine" and "recorder" from the gateway, "finish" from the workers to the buffer. The links
+    are in `faults.links`; the link of a worker to the buffer has the worker's name, and cutting it kills the worker."""
 
     buffer: Buffer = field(init=False)
     board: PolicyBoard = field(init=False)
@@ -175,7 +180,7 @@ class ToyWorld:
             model=MODEL, run_secret=run_secret, sampling=SAMPLING, seed=self.seed if self.seeded else None
         )
         gateway = Gateway(
-            engine=self._way(self.engine, "engine"), recorder=self._way(self.buffer, "recorder"), config=config
+            engine=self._link(self.engine, "engine"), recorder=self._link(self.buffer, "recorder"), config=config
         )
         self.loop = self._loop(state)
         async with AsyncExitStack() as stack:
@@ -186,7 +191,7 @@ class ToyWorld:
             self.url = await stack.enter_async_context(serve_locally(gateway))
             await self.engine.join(self.board)
             stack.callback(running.create_task(self.engine.follow()).cancel)
-            self.workers = Workers(self._worker, number=self.num_workers, buffer=self.buffer, kill=_nothing_to_kill)
+            self.workers = Workers(self._worker, number=self.num_workers, buffer=self.buffer, kill=_no_kill)
             running.create_task(self.workers.run())
             stack.push_async_callback(self.workers.stop)
             if self.resume and self.checkpoints is not None:
@@ -201,19 +206,19 @@ class ToyWorld:
             return await self._stack.__aexit__(kind, error, trace)
         except BaseExceptionGroup as several:
             if several.exceptions == (error,):
-                return False  # the block's own error goes on as it is
+                return False  # an error of the block is raised as it is, not in a group
             raise
 
     async def train(self, *, steps: int) -> State:
-        """Run the loop until `steps` steps are done in all. Raises StepFailed, EngineError."""
+        """Train until the run has made `steps` steps in all. Raises StepFailed, EngineError."""
         self.loop.plan = replace(self.loop.plan, steps=steps)
         return await self.loop.run()
 
     def stop(self) -> None:
-        """Give up the step that runs: `train` returns after a checkpoint."""
+        """Stop the running step: `train` writes a checkpoint and returns."""
         self.loop.stop.set()
 
-    def _way(self, part: T, name: str) -> T:
+    def _link(self, part: T, name: str) -> T:
         rates = self.rates.get(name, Rates())
         return part if self.faults is None else self.faults.between(part, name, rates)
 
@@ -253,12 +258,12 @@ class ToyWorld:
         )
 
 
-def _nothing_to_kill(worker: object) -> None:
-    """A worker of this process ends with its task."""
+def _no_kill(worker: object) -> None:
+    """Does nothing: a worker in this process ends when its task is cancelled."""
 
 
 class _QuietServer(uvicorn.Server):
-    """Signals stay the caller's: Ctrl-C in a test or a notebook must not only stop the server."""
+    """A server that leaves signals alone: Ctrl-C in a test or a notebook must reach its owner."""
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -266,23 +271,23 @@ class _QuietServer(uvicorn.Server):
 
 
 def application(gateway: Gateway) -> Starlette:
-    """An ASGI application that is nothing but the gateway."""
+    """An ASGI application that passes every request to the gateway."""
     return Starlette(routes=[Route("/{path:path}", gateway.handle, methods=["GET", "POST"])])
 
 
 @asynccontextmanager
 async def serve_locally(gateway: Gateway) -> AsyncIterator[str]:
-    """A gateway on a free port of this machine, in this event loop; yields its root, "http://127.0.0.1:41234"."""
+    """Serve a gateway in this event loop, on a free port; yields its root URL, such as "http://127.0.0.1:41234"."""
     config = uvicorn.Config(
         application(gateway),
         log_config=None,
         access_log=False,
         lifespan="off",
-        timeout_keep_alive=60,  # a busy event loop must not close a connection that a client is about to use again
+        timeout_keep_alive=60,  # longer than an event loop may be busy, so that clients can reuse their connections
         timeout_graceful_shutdown=1,
     )
     server = _QuietServer(config)
-    # The protocol by name: asyncio turns Nagle's 40 ms off only for sockets that say that they are TCP.
+    # IPPROTO_TCP is given because asyncio disables Nagle's delay of 40 ms only for sockets that declare it.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(2048)  # clients may connect before the server accepts
@@ -305,7 +310,7 @@ def model_call(
     logprobs: Sequence[float] | None = None,
     call_id: str | None = None,
 ) -> ModelCall:
-    """A call by its tokens: model_call(key, [1, 5], [6]). Without `logprobs`, each token's is -1."""
+    """A model call with these tokens: model_call(key, [1, 5], [6]). Without `logprobs`, each log-probability is -1."""
     return ModelCall(
         key=key,
         call_id=call_id or f"{key.rollout_id}-{key.attempt}-{agent}-{started_at:g}-{list(prompt)}",
@@ -323,15 +328,15 @@ def model_call(
 def trajectory(
     key: RolloutKey, *calls: ModelCall, reward: float | None = 1.0, outcome: Outcome = Outcome.FINISHED
 ) -> Trajectory:
-    """A finished attempt of these calls and their tools; an `outcome` other than FINISHED has no reward."""
-    rewarded = reward if outcome is Outcome.FINISHED else None
+    """A finished attempt with these calls and their tools; with an `outcome` other than FINISHED it has no reward."""
+    earned = reward if outcome is Outcome.FINISHED else None
     return Trajectory(
-        key=key, task_id=key.group_id, calls=calls, reward=rewarded, outcome=outcome, tools=tool_calls(calls)
+        key=key, task_id=key.group_id, calls=calls, reward=earned, outcome=outcome, tools=tool_calls(calls)
     )
 
 
 def group(*trajectories: Trajectory) -> Group:
-    """The group of these trajectories, which share split and number; its task is made up."""
+    """The group of these trajectories, which must have the same split and group number, with a made-up task."""
     group_id = trajectories[0].key.group_id
     task = Task(task_id=group_id, payload={})
     return Group(group_id=group_id, task=task, trajectories=trajectories)

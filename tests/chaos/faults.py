@@ -1,10 +1,10 @@
-"""A step where a tenth of everything fails, against the same step where nothing does.
+"""A step in which a tenth of all calls fails, compared with the same step without faults.
 
-    python tests/chaos/faults.py   # one line of JSON; exit code 1 where a target is missed
+    python tests/chaos/faults.py   # prints a line of JSON; exit code 1 if a target is missed
 
-Of the model calls 10 % fail, of the tool calls 10 % hang, and every minute one of two workers is killed. The client
-repeats a call that failed, the tool has a deadline, and who is killed is replaced: what an agent of any care has.
-The toy engine and tool take a second each, so that a step takes a minute; what is measured is waiting, not computing.
+10 % of the model calls fail, 10 % of the tool calls hang, and every minute one of two workers is killed. As with any
+careful agent, the client repeats failed calls and the tool has a deadline; dead workers are replaced. The toy engine
+and the tool take a second each, so that a step takes a minute of waiting, not of computing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WORDS = ("red", "green", "blue")
 
 
 class Search:
-    """A tool that takes its time."""
+    """A tool that takes some seconds."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -42,11 +42,11 @@ class Search:
 
 
 class Agent:
-    """Asks, searches, asks, searches, answers; repeats a call that failed and a search that hung, three times each."""
+    """An agent with three model calls and two searches; it repeats a failed call or a hanging search three times."""
 
     def __init__(self, search: Search, deadline_s: float) -> None:
         self.answered: list[tuple[str, str]] = []
-        """Base URL of the attempt and id of the reply, of each reply that an agent had."""
+        """The base URL of the attempt and the id of the reply, for each reply that the agent has received."""
 
         async def find(query: str) -> str:
             return await search.find(query)
@@ -54,14 +54,14 @@ class Agent:
         self._find = tool("search", timeout_s=deadline_s)(find)
 
     async def __call__(self, payload: Mapping[str, Any], policy: Policy) -> float:
-        said, messages = "", [{"role": "user", "content": payload["question"]}]
+        answer, messages = "", [{"role": "user", "content": payload["question"]}]
         async with aiohttp.ClientSession() as http:
             for turn in range(3):
-                said = await self._ask(http, policy, messages)
-                messages.append({"role": "assistant", "content": said})
+                answer = await self._ask(http, policy, messages)
+                messages.append({"role": "assistant", "content": answer})
                 if turn < 2:
-                    messages.append({"role": "user", "content": await self._searched(said)})
-        return float(said == payload["answer"])
+                    messages.append({"role": "user", "content": await self._search(answer)})
+        return float(answer == payload["answer"])
 
     async def _ask(self, http: aiohttp.ClientSession, policy: Policy, messages: list[dict[str, str]]) -> str:
         for retry in range(4):
@@ -69,12 +69,12 @@ class Agent:
             async with http.post(f"{policy.base_url}/chat/completions", json=body, headers=headers) as reply:
                 if reply.status < 500:
                     reply.raise_for_status()
-                    found = await reply.json()
-                    self.answered.append((policy.base_url, found["id"]))
-                    return str(found["choices"][0]["message"]["content"])
+                    completion = await reply.json()
+                    self.answered.append((policy.base_url, completion["id"]))
+                    return str(completion["choices"][0]["message"]["content"])
         raise ConnectionError("the model failed four times")
 
-    async def _searched(self, query: str) -> str:
+    async def _search(self, query: str) -> str:
         for _ in range(4):
             try:
                 return await self._find(query)
@@ -86,7 +86,7 @@ class Agent:
 async def run(
     *, rates: Rates, tool_rates: Rates, steps: int, rollouts: int, slow_s: float, kill_s: float
 ) -> dict[str, Any]:
-    """Some steps of 8 tasks; what came of them. `kill_s`: seconds between two kills of a worker, 0 for none."""
+    """Train for some steps of 8 tasks, and return the counts. A worker dies every `kill_s` seconds (0: none)."""
     faults = Faults(seed=7)
     search = faults.between(Search(slow_s), "search", tool_rates)
     agent = Agent(search, deadline_s=2.5 * slow_s)
@@ -110,13 +110,13 @@ async def run(
         seconds = time.monotonic() - started
         killing.cancel()
         stats = await world.buffer.stats()
-    ended = [one for group in world.observer.groups for one in group.trajectories if one.key.split == "train"]
-    usable = sum(one.outcome is Outcome.FINISHED for one in ended)
+    ended = [t for group in world.observer.groups for t in group.trajectories if t.key.split == "train"]
+    usable = sum(trajectory.outcome is Outcome.FINISHED for trajectory in ended)
     sizes = Counter(
         len(group.trajectories) for group in world.observer.groups if group.task.payload and len(group.trajectories) > 1
     )
-    calls = Counter(call.call_id for one in ended for call in one.calls)
-    final = {f"/{one.key.rollout_id}/attempt/{one.key.attempt}/": {call.call_id for call in one.calls} for one in ended}
+    calls = Counter(call.call_id for trajectory in ended for call in trajectory.calls)
+    final = {f"/{t.key.rollout_id}/attempt/{t.key.attempt}/": {call.call_id for call in t.calls} for t in ended}
     lost = [reply for url, reply in agent.answered for at, ids in final.items() if at in url and reply not in ids]
     return {
         "rollouts": len(ended),
@@ -135,7 +135,7 @@ async def run(
 
 
 async def kill_workers(faults: Faults, every_s: float) -> None:
-    """Cut a worker off, the others in turn."""
+    """Cut off the workers in turn, one every `every_s` seconds."""
     turn = 0
     while every_s:
         await asyncio.sleep(every_s)
@@ -155,13 +155,12 @@ async def compare(steps: int, rollouts: int, slow_s: float, kill_s: float) -> di
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--rollouts", type=int, default=64, help="of each of 8 tasks")
+    parser.add_argument("--rollouts", type=int, default=64, help="rollouts of each of 8 tasks")
     parser.add_argument("--slow-s", type=float, default=1.0, help="seconds of a model call and of a tool call")
     parser.add_argument("--kill-s", type=float, default=60.0, help="seconds between two kills of a worker")
-    asked = parser.parse_args()
-    found = asyncio.run(compare(asked.steps, asked.rollouts, asked.slow_s, asked.kill_s))
-    sys.stdout.write(json.dumps(found) + "\n")
-    return int(found["with_faults"]["usable_share"] < 0.95 or found["times_as_long"] > 1.5)
+    result = asyncio.run(compare(**vars(parser.parse_args())))
+    sys.stdout.write(json.dumps(result) + "\n")
+    return int(result["with_faults"]["usable_share"] < 0.95 or result["times_as_long"] > 1.5)
 
 
 if __name__ == "__main__":

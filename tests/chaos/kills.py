@@ -1,8 +1,9 @@
-"""kill -9, many times: whole runs with the toy engine, each part a process of its own, and a random one dies again and
-again. Where the driver or the learner dies the run is over, and is resumed from its newest checkpoint; any other part
-is started again at once, as Ray and Serve do it.
+"""Runs whose processes are killed with -9, a random one again and again; the engine is the toy engine.
 
-    python tests/chaos/kills.py --kills 1000   # one line of JSON; exit code 1 where anything was lost or doubled
+If the driver or the learner dies, the run is resumed from its newest checkpoint; any other part is started again at
+once, as Ray and Serve do it.
+
+    python tests/chaos/kills.py --kills 1000   # prints a line of JSON; exit code 1 if anything was lost or doubled
 """
 
 from __future__ import annotations
@@ -22,25 +23,23 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from town import PARTS, ROLLOUTS, Town, live, new_town
+from multi_process_run import PARTS, ROLLOUTS, RunProcesses, new_incarnation, run_part
 
 from agent_lightning.toy.faults import Faults
 
 KINDS = ("buffer", "gateway", "policy", "worker", "learner", "driver")
 STUCK_S = float(os.environ.get("CHAOS_STUCK_S", "60"))
-"""A run that has come no further in this time does not end by itself."""
-
-
+"""Seconds without progress after which a run counts as stuck."""
 START_S = 5.0
-"""Seconds without progress after which a part is killed all the same: it is starting, probably."""
+"""Seconds without progress after which a part is killed although the run makes none: parts are probably starting."""
 
 
 @dataclass(slots=True)
 class Report:
-    """What was done and found, of all runs."""
+    """The counts of all runs."""
 
     runs: int = 0
-    lives: int = 0
+    incarnations: int = 0
     kills: Counter[str] = field(default_factory=Counter)
     acknowledged: int = 0
     superseded: int = 0
@@ -52,25 +51,25 @@ class Report:
 
 
 class Fleet:
-    """The processes of one life of a run."""
+    """The processes of one incarnation of a run."""
 
-    def __init__(self, town: Town) -> None:
-        self.town = town
+    def __init__(self, run: RunProcesses) -> None:
+        self.run = run
         self._context = multiprocessing.get_context("forkserver")
         self.processes: dict[str, BaseProcess] = {}
-        if not any(town.checkpoints.glob("*/state.json")):  # it died before its first: there is nothing to go on from
-            shutil.rmtree(town.folder / "journal", ignore_errors=True)
+        if not any(run.checkpoints.glob("*/state.json")):  # without a checkpoint the run starts again from nothing
+            shutil.rmtree(run.folder / "journal", ignore_errors=True)
         for part in PARTS:
             if not part.startswith("worker"):
                 self.start(part)
 
     def start(self, part: str) -> None:
-        process = self._context.Process(target=live, args=(part, self.town, os.getpid()), name=part, daemon=True)
+        process = self._context.Process(target=run_part, args=(part, self.run, os.getpid()), name=part, daemon=True)
         process.start()
         self.processes[part] = process
 
     def tend(self) -> str:
-        """Start again what has died. "done", "dead" where the run is to be resumed, else ""."""
+        """Start dead parts again. Returns "done" at the end of the run, "dead" if it must be resumed, else ""."""
         for part, process in list(self.processes.items()):
             if process.is_alive():
                 continue
@@ -80,14 +79,14 @@ class Fleet:
             if part == "learner":
                 return "dead"
             self.start(part)
-        if self.town.ready.exists():
+        if self.run.ready.exists():
             for part in PARTS:
                 if part not in self.processes:
                     self.start(part)
         return ""
 
-    def tell(self) -> None:
-        """Have each process say on stderr what it does."""
+    def print_stacks(self) -> None:
+        """Have each process print where it waits on stderr."""
         for part, process in self.processes.items():
             sys.stderr.write(f"{part}: {process}\n")
             if process.pid and process.is_alive():
@@ -102,26 +101,26 @@ class Fleet:
 
 
 def one_run(folder: Path, faults: Faults, report: Report, *, kills: int, mean_s: float, steps: int, seed: int) -> None:
-    """A run to its end, of whose processes up to `kills` die."""
-    left, life, progress = kills, 0, 0
-    fleet = Fleet(new_town(folder, life, steps=steps, seed=seed))
+    """Run to the end, and kill up to `kills` processes, with `mean_s` seconds between two kills on average."""
+    left, incarnation, progress = kills, 0, 0
+    fleet = Fleet(new_incarnation(folder, incarnation, steps=steps, seed=seed))
     killed = moved = time.monotonic()
     pause = faults.pause(mean_s)
     try:
         while (state := fleet.tend()) != "done":
             if state == "dead":
                 fleet.end()
-                life += 1
-                fleet = Fleet(new_town(folder, life, steps=steps, seed=seed))
+                incarnation += 1
+                fleet = Fleet(new_incarnation(folder, incarnation, steps=steps, seed=seed))
             now = time.monotonic()
-            seen = sum(path.stat().st_size for path in (fleet.town.witness, fleet.town.books) if path.exists())
+            seen = sum(path.stat().st_size for path in (fleet.run.acknowledged, fleet.run.taken) if path.exists())
             if seen != progress:
                 progress, moved = seen, now
             if now - max(moved, killed) > STUCK_S:
-                fleet.tell()
+                fleet.print_stacks()
                 report.broken.append(f"{folder.name}: it does not end by itself")
                 return
-            # Some work is done between two kills, else no run would ever end; but a start may be hit as well.
+            # The run must make progress between two kills, or it would never end; but a start may be hit as well.
             if left and now > killed + pause and (moved > killed or now > killed + START_S):
                 kind = faults.victim(KINDS)
                 names = [name for name in fleet.processes if name.startswith(kind)]
@@ -134,28 +133,28 @@ def one_run(folder: Path, faults: Faults, report: Report, *, kills: int, mean_s:
     finally:
         fleet.end()
         report.runs += 1
-        report.lives += life + 1
-    check(fleet.town, report)
+        report.incarnations += incarnation + 1
+    check(fleet.run, report)
 
 
-def check(town: Town, report: Report) -> None:
-    """Every span that was acknowledged is in the group that was trained, once; the books are whole."""
+def check(run: RunProcesses, report: Report) -> None:
+    """Check that each acknowledged span is in a taken group, once, and that the counts of run and buffer agree."""
     groups = {}
-    for line in town.books.read_text().splitlines():
-        one = json.loads(line)
-        groups[one["group"]] = one["rollouts"]  # of a step that was done twice, the second counts
-    final = {one["rollout"]: one for rollouts in groups.values() for one in rollouts}
-    counted = Counter(call for one in final.values() for call in one["calls"])
+    for line in run.taken.read_text().splitlines():
+        group = json.loads(line)
+        groups[group["group"]] = group["rollouts"]  # if a step was made twice, the second time counts
+    final = {rollout["rollout"]: rollout for rollouts in groups.values() for rollout in rollouts}
+    counted = Counter(call for rollout in final.values() for call in rollout["calls"])
     report.doubled += [call for call, times in counted.items() if times > 1]
-    for line in town.witness.read_text().splitlines():
+    for line in run.acknowledged.read_text().splitlines():
         note = json.loads(line)
         report.acknowledged += 1
-        one = final.get(note["rollout"])
-        if one is not None and note["attempt"] < one["attempt"]:
+        rollout = final.get(note["rollout"])
+        if rollout is not None and note["attempt"] < rollout["attempt"]:
             report.superseded += 1
-        elif one is None or note["attempt"] > one["attempt"] or note["call"] not in one["calls"]:
-            report.lost.append(f"{town.folder.name}: {note}")
-    result = json.loads(town.result.read_text())
+        elif rollout is None or note["attempt"] > rollout["attempt"] or note["call"] not in rollout["calls"]:
+            report.lost.append(f"{run.folder.name}: {note}")
+    result = json.loads(run.result.read_text())
     stats = result["stats"]
     steps = {"train": result["steps"] * len(groups) and result["admitted"] // ROLLOUTS}
     sizes = Counter(len(rollouts) for group, rollouts in groups.items() if group.startswith("train"))
@@ -165,19 +164,19 @@ def check(town: Town, report: Report) -> None:
         != sum(stats[name] for name in ("waiting", "running", "complete", "taken", "trained"))
         + sum(stats["dropped"].values()),
         "run and buffer": (result["admitted"], result["trained"]) != (stats["admitted"], stats["trained"]),
-        "steps": result["steps"] != town.steps,
+        "steps": result["steps"] != run.steps,
         "the sizes of groups": sizes != {ROLLOUTS: steps["train"]},
         "rollouts that are open": bool(stats["waiting"] or stats["running"] or stats["complete"] or stats["taken"]),
     }
-    report.broken += [f"{town.folder.name}: {what}: {result} {sizes}" for what, bad in wrong.items() if bad]
+    report.broken += [f"{run.folder.name}: {what}: {result} {sizes}" for what, bad in wrong.items() if bad]
     report.rollouts += len(final)
     report.failed.update(result["failed"])
 
 
 def destroy(*, kills: int, per_run: int, mean_s: float, steps: int, seed: int) -> dict[str, Any]:
-    """Runs until `kills` processes were killed; what came of it."""
+    """Make runs until `kills` processes have been killed; returns the counts."""
     faults, report, started = Faults(seed), Report(), time.monotonic()
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["town"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["multi_process_run"])
     root = Path(tempfile.mkdtemp(prefix="kills-"))
     while (left := kills - report.kills.total()) > 0 and not report.broken:
         folder = root / f"run-{report.runs}"
@@ -192,7 +191,7 @@ def destroy(*, kills: int, per_run: int, mean_s: float, steps: int, seed: int) -
         "kills": report.kills.total(),
         "of": dict(report.kills),
         "runs": report.runs,
-        "resumed": report.lives - report.runs,
+        "resumed": report.incarnations - report.runs,
         "rollouts": report.rollouts,
         "acknowledged_spans": report.acknowledged,
         "of_attempts_made_again": report.superseded,
@@ -211,12 +210,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--per-run", type=int, default=50)
     parser.add_argument("--mean-s", type=float, default=0.3, help="mean seconds between two kills")
-    parser.add_argument("--steps", type=int, default=8, help="of each run, of 32 rollouts")
+    parser.add_argument("--steps", type=int, default=8, help="steps of each run, with 32 rollouts each")
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    found = destroy(kills=asked.kills, per_run=asked.per_run, mean_s=asked.mean_s, steps=asked.steps, seed=asked.seed)
-    sys.stdout.write(json.dumps(found) + "\n")
-    return int(bool(found["lost"] or found["doubled"] or found["broken"]))
+    result = destroy(**vars(parser.parse_args()))
+    sys.stdout.write(json.dumps(result) + "\n")
+    return int(bool(result["lost"] or result["doubled"] or result["broken"]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Malformed requests against the gateway, in this process, over ASGI: what it answers, and whether its memory grows.
+"""Malformed requests to the gateway, in this process over ASGI: how it answers, and whether its memory grows.
 
-python tests/chaos/malformed.py --number 100000   # one line of JSON; exit code 1 where it failed
+python tests/chaos/malformed.py --number 100000   # prints a line of JSON; exit code 1 if it failed
 """
 
 from __future__ import annotations
@@ -76,18 +76,18 @@ ODD: tuple[Any, ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """One request, as ASGI has it."""
+    """An HTTP request."""
 
     path: str
     method: str = "POST"
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
     leaves: bool = False
-    """Whether the client goes away before its body is sent."""
+    """Whether the client disconnects before it has sent its body."""
 
 
 def requests(seed: int, root: str) -> Iterator[Sent]:
-    """Without end. Most are broken, some are whole: what breaks one thing may leave a request that can be answered."""
+    """Endless requests, most of them malformed; some changes happen to leave a request that is valid."""
     draw = random.Random(seed)
     makers = (broken_field, broken_field, broken_json, deep, random_bytes, too_large, broken_trace, wrong_url, gone)
     while True:
@@ -108,7 +108,7 @@ def broken_field(draw: random.Random, root: str) -> Sent:
             else:
                 holder[place[-1]] = copy.deepcopy(draw.choice(ODD))
         except (KeyError, IndexError, TypeError):
-            continue  # another change has removed this place
+            continue  # another change has removed this field
     return Sent(path=root + end, body=json.dumps(body).encode(), headers=_headers(draw))
 
 
@@ -137,7 +137,7 @@ def random_bytes(draw: random.Random, root: str) -> Sent:
 
 
 def too_large(draw: random.Random, root: str) -> Sent:
-    if draw.random() < 0.5:  # a bomb: small on the way, large when it is inflated
+    if draw.random() < 0.5:  # a bomb: small when it is sent, large when it is decompressed
         packed = gzip.compress(b"\0" * (8 * LARGEST), 1)
         return Sent(path=f"{root}v1/traces", body=packed, headers=_headers(draw) | {"content-encoding": "gzip"})
     return Sent(path=root + draw.choice(list(BODIES)), body=b" " * (LARGEST + draw.randint(-1, 1000)))
@@ -179,7 +179,7 @@ def _headers(draw: random.Random) -> dict[str, str]:
 
 
 async def ask(app: Starlette, sent: Sent) -> int:
-    """Send one request through the application; the status of its answer, 500 where a stream ends with a failure."""
+    """Send a request to the application; returns the status of its answer, or 500 if its stream ends with a failure."""
     status, failed = 0, False
     pieces = [] if sent.leaves else [{"type": "http.request", "body": sent.body, "more_body": False}]
     first = [{"type": "http.request", "body": sent.body, "more_body": True}] if sent.leaves else []
@@ -217,16 +217,16 @@ async def ask(app: Starlette, sent: Sent) -> int:
 
 
 async def attack(number: int, seed: int, concurrency: int = 16) -> dict[str, Any]:
-    """`number` requests; a new rollout for every 500."""
+    """Send `number` requests, with a new rollout for every 500; returns the counts."""
     buffer, language = Buffer(run_secret=SECRET), ToyLanguage(("no", "yes", "call:2+3"))
     config = GatewayConfig(model="policy", run_secret=SECRET, sampling=SAMPLING, max_body_bytes=LARGEST)
     app = application(Gateway(engine=ToyEngine(language, max_len=4096), recorder=buffer, config=config))
     statuses, memory, errors, started = Counter[int](), [], list[str](), time.monotonic()
 
-    async def one(sent: Sent) -> None:
+    async def attempt(sent: Sent) -> None:
         try:
             status = await ask(app, sent)
-        except Exception as error:  # it would be the server's 500
+        except Exception as error:  # a server would answer 500
             errors.append(f"{type(error).__name__}: {error}"[:200])
             status = 500
         statuses[status] += 1
@@ -241,7 +241,7 @@ async def attack(number: int, seed: int, concurrency: int = 16) -> dict[str, Any
         for _ in range(0, min(500, number - begin), concurrency):
             async with asyncio.TaskGroup() as group:
                 for _ in range(concurrency):
-                    group.create_task(one(next(coming)))
+                    group.create_task(attempt(next(coming)))
         await buffer.finish(key, outcome=Outcome.AGENT_ERROR, reward=None)
         await take_groups(buffer, 1, split="train")
         await buffer.advance(trained=0, dropped={"fuzzed": 1})
@@ -272,10 +272,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--number", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    found = asyncio.run(attack(asked.number, asked.seed))
-    sys.stdout.write(json.dumps(found) + "\n")
-    return int(found["server_errors"] > 0 or found["growth_mib_in_the_second_half"] > 5.0)
+    result = asyncio.run(attack(**vars(parser.parse_args())))
+    sys.stdout.write(json.dumps(result) + "\n")
+    return int(result["server_errors"] > 0 or result["growth_mib_in_the_second_half"] > 5.0)
 
 
 if __name__ == "__main__":

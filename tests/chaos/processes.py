@@ -1,7 +1,8 @@
-"""Plain classes as processes that may be killed at any moment: what Ray's actors are, at a hundredth of their price.
+"""Plain classes in processes that may be killed at any moment: like Ray's actors, at a hundredth of their cost.
 
-A process is forked from one that has imported everything, and serves the public methods of one object on a socket.
-A `Peer` calls them; where the process dies, it fails, or asks again when there is a new one, as `cluster.Remote` does.
+A process is forked from a process that has imported everything, and serves the public methods of one object on a
+socket. A `Peer` calls them. If the process dies, the call fails, or is repeated at its successor, as
+`core.actors.Remote` does it.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ class Peer:
     """`await peer.method(x)` runs `method` in the process that listens at `path`."""
 
     def __init__(self, path: Path, *, cls: type | None = None, patience_s: float = 0.0) -> None:
-        """`patience_s`: how long calls are sent again where the process has died. `cls`: of the object there; its
-        methods with a `request` are told which call this is."""
+        """
+        Args:
+            cls: the class of the object; its methods with a `request` get an id of the call.
+            patience_s: the seconds for which calls of a dead process are repeated.
+        """
         self._path = str(path)
         self._patience_s = patience_s
         methods = inspect.getmembers(cls, inspect.iscoroutinefunction) if cls is not None else []
-        self._named = {name for name, method in methods if "request" in inspect.signature(method).parameters}
+        self._identified = {name for name, method in methods if "request" in inspect.signature(method).parameters}
         self._numbers = itertools.count()
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._writer: asyncio.StreamWriter | None = None
@@ -42,7 +46,7 @@ class Peer:
             raise AttributeError(name)
 
         async def call(*args: Any, **kwargs: Any) -> Any:
-            if name in self._named:
+            if name in self._identified:
                 kwargs.setdefault("request", uuid.uuid4().hex)
             end = asyncio.get_running_loop().time() + self._patience_s
             while True:
@@ -91,7 +95,7 @@ class Peer:
 
 
 async def listen(path: Path, part: object) -> asyncio.Server:
-    """Serve the public methods of `part`."""
+    """Serve the public methods of `part` on a socket at `path`."""
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         running: dict[int, asyncio.Task[None]] = {}
@@ -99,20 +103,20 @@ async def listen(path: Path, part: object) -> asyncio.Server:
         async def run(number: int, name: str, args: Any, kwargs: Any) -> None:
             try:
                 answer = (number, await getattr(part, name)(*args, **kwargs), None)
-            except Exception as error:  # it is the caller's
+            except Exception as error:  # raised in the caller
                 answer = (number, None, error)
             running.pop(number, None)
             with contextlib.suppress(ConnectionError):
                 _send(writer, answer)
 
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            while True:  # ends with the connection
+            while True:  # until the connection is closed
                 number, name, args, kwargs = await _receive(reader)
                 if name:
                     running[number] = asyncio.create_task(run(number, name, args, kwargs))
                 elif number in running:
                     running.pop(number).cancel()
-        for task in running.values():  # nobody waits for them any more
+        for task in running.values():  # their caller is gone
             task.cancel()
         writer.close()
 
@@ -121,7 +125,7 @@ async def listen(path: Path, part: object) -> asyncio.Server:
 
 
 async def end_with(parent: int) -> None:
-    """Ends this process soon after its parent has."""
+    """End this process soon after its parent has ended."""
     while True:
         try:
             os.kill(parent, 0)

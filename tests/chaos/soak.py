@@ -1,6 +1,6 @@
 """A run that goes on and on: memory and open files, in this process, with a journal and with faults.
 
-python tests/chaos/soak.py --minutes 10   # one line of JSON; exit code 1 where either grows
+python tests/chaos/soak.py --minutes 10   # prints a line of JSON; exit code 1 if either grows
 
 Growth in the second half: the median of the last quarter over that of the third.
 """
@@ -49,14 +49,14 @@ async def soak(minutes: float) -> dict[str, Any]:
         ) as world:
             while time.monotonic() - started < 60 * minutes:
                 state = await world.train(steps=world.loop.state.step + 5)
-                for kept in (world.observer.groups, world.observer.records, agent.answered):
-                    kept.clear()  # what this script keeps itself
+                for records in (world.observer.groups, world.observer.records, agent.answered):
+                    records.clear()  # the records of this script itself
                 gc.collect()
                 disk = sum(file.stat().st_size for file in (Path(folder) / "journal").iterdir())
                 rss = process.memory_info().rss / 2**20
                 samples.append((time.monotonic() - started, rss, process.num_fds(), disk))
     late = [rss for _, rss, _, _ in samples[len(samples) // 2 :]]
-    # Single samples jump by 20 MiB and fall again.
+    # Medians, because single samples jump by 20 MiB and fall again.
     third, last = (statistics.median(part) for part in (late[: len(late) // 2], late[len(late) // 2 :]))
     return {
         "benchmark": "soak",
@@ -75,9 +75,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     logging.disable(logging.ERROR)  # the faults that are injected
-    found = asyncio.run(soak(parser.parse_args().minutes))
-    sys.stdout.write(json.dumps(found) + "\n")
-    grown = found["growth_mib_in_the_second_half"] > 5.0 or found["open_files"][1] > found["open_files"][0] + 20
+    result = asyncio.run(soak(parser.parse_args().minutes))
+    sys.stdout.write(json.dumps(result) + "\n")
+    grown = result["growth_mib_in_the_second_half"] > 5.0 or result["open_files"][1] > result["open_files"][0] + 20
     return int(grown)
 
 

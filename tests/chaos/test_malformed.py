@@ -1,4 +1,4 @@
-"""Whatever is sent to the gateway is answered or refused in the form that its description says: no failure of ours."""
+"""The gateway answers or refuses every request in the form that its description gives, and never fails itself."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def as_bytes(_: Any, value: Any) -> bytes:
     max_examples=int(os.environ.get("CHAOS_EXAMPLES", "8")), deadline=None, suppress_health_check=list(HealthCheck)
 )
 def test_any_request_of_the_description_has_an_answer_of_the_description(case: Any) -> None:
-    if "secret" in (case.path_parameters or {}):  # else nothing but refusals would be tried
+    if "secret" in (case.path_parameters or {}):  # without a valid secret every request would be refused
         secret = attempt_secret(SECRET, key)
-        # Starlette's router, which is in front of the gateway only here, has no path with a line break in it.
+        # Starlette's router, which only this test has in front of the gateway, matches no path with a line break.
         agent = re.sub("%0[Aa]|\n", "", str(case.path_parameters.get("agent", ""))) or "agent"
         case.path_parameters |= {"rollout": key.rollout_id, "attempt": key.attempt, "secret": secret, "agent": agent}
     case.call_and_validate(
@@ -64,7 +64,7 @@ def test_any_request_of_the_description_has_an_answer_of_the_description(case: A
     )
 
 
-async def test_malformed_requests_are_refused_and_none_is_a_failure_of_ours() -> None:
-    found = await attack(3000, seed=1)
-    assert found["server_errors"] == 0, found["examples"]
-    assert found["statuses"].keys() >= {"200", "400", "403", "404", "413"}
+async def test_malformed_requests_are_refused_and_none_is_a_server_error() -> None:
+    result = await attack(3000, seed=1)
+    assert result["server_errors"] == 0, result["examples"]
+    assert result["statuses"].keys() >= {"200", "400", "403", "404", "413"}

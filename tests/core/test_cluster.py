@@ -1,4 +1,4 @@
-"""The same classes here and on Ray: one source, the same behaviour."""
+"""The same classes behave alike as objects of this process and as Ray actors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ray_here() -> Iterator[None]:
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.stack)])
 def make(request: pytest.FixtureRequest) -> Make:
-    """Builds an object of a class: here, or in an actor."""
+    """Makes an object of a class in this process, or in an actor."""
     if request.param == "local":
         return lambda cls, **settings: cls(**settings)
     request.getfixturevalue("ray_here")
@@ -58,13 +58,13 @@ class Scheduled:
 @pytest.mark.skipif(
     sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER, reason="the usual policy of Linux is changed"
 )
-async def test_what_ray_runs_is_in_no_hurry_and_who_started_it_is_as_before(ray_here: None) -> None:
+async def test_actors_run_under_batch_scheduling_and_this_process_does_not(ray_here: None) -> None:
     assert await spawn(Scheduled).policy() == os.SCHED_BATCH
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 class Sleeper:
-    """Says how its naps ended."""
+    """Remembers how its naps ended."""
 
     def __init__(self, *, fails: bool = False) -> None:
         if fails:
@@ -111,7 +111,7 @@ async def test_a_buffer_from_admission_to_training(make: Make) -> None:
     assert (stats.admitted, stats.trained, stats.dropped) == (2, 1, {"timeout": 1})
 
 
-async def test_exceptions_keep_their_type_and_their_words(make: Make) -> None:
+async def test_exceptions_keep_their_type_and_message(make: Make) -> None:
     buffer = make(Buffer, run_secret=RUN_SECRET)
     with pytest.raises(UnknownRollout) as caught:
         await buffer.record(make_call(RolloutKey(split="train", group=0, index=0), "a"))
@@ -186,7 +186,7 @@ async def test_cancelling_a_worker_ends_its_agents(make: Make) -> None:
 async def test_a_killed_worker_costs_an_attempt_and_no_rollout(make: Make) -> None:
     buffer = make(Buffer, run_secret=RUN_SECRET, retries=Retries(max_attempts=2), grace=0.0)
     await buffer.admit(make_task(), split="train", num_rollouts=1)
-    await buffer.lease(1, timeout=1.0, deadline=0.5)  # its holder is never heard of again
+    await buffer.lease(1, timeout=1.0, deadline=0.5)  # its worker is never heard of again
     assert await buffer.expire(time.time() + 1.0) == 1
     (again,) = await buffer.lease(1, timeout=1.0)
     assert again.key.attempt == 1
@@ -194,7 +194,7 @@ async def test_a_killed_worker_costs_an_attempt_and_no_rollout(make: Make) -> No
 
 @pytest.mark.stack
 @pytest.mark.usefixtures("ray_here")
-async def test_a_proxy_pickles_as_its_actor() -> None:
+async def test_a_pickled_proxy_calls_the_same_actor() -> None:
     sleeper = spawn(Sleeper, name="sleeper")
     assert await pickle.loads(pickle.dumps(sleeper)).pid() == await sleeper.pid() != os.getpid()
 
@@ -230,7 +230,7 @@ async def test_a_killed_actor_is_an_error_for_whoever_calls_it() -> None:
 
 @pytest.mark.stack
 @pytest.mark.usefixtures("ray_here")
-async def test_an_actor_that_cannot_be_made_says_so_at_its_first_call() -> None:
+async def test_an_error_of_the_constructor_is_raised_by_the_first_call() -> None:
     with pytest.raises(ray.exceptions.ActorDiedError, match="cannot be made"):
         await spawn(Sleeper, fails=True).pid()
 
@@ -247,8 +247,8 @@ class KillableBuffer(Buffer):
 
 @pytest.mark.stack
 @pytest.mark.usefixtures("ray_here")
-async def test_a_killed_buffer_comes_again_and_its_clients_notice_nothing(tmp_path: Path) -> None:
-    """Those that wait for its answer, and those that call it while it is gone; each thing happens once."""
+async def test_a_killed_buffer_is_restarted_without_its_clients_noticing(tmp_path: Path) -> None:
+    """Calls that wait for an answer, and calls made while the buffer is gone, each take effect once."""
     journal = JournalConfig(path=tmp_path)
     buffer = spawn(KillableBuffer, restarts=True, run_secret=RUN_SECRET, journal=journal)
     taking = asyncio.create_task(take_groups(buffer, 3, split="train"))
@@ -267,7 +267,7 @@ async def test_a_killed_buffer_comes_again_and_its_clients_notice_nothing(tmp_pa
         for lease in leases:
             await buffer.finish(lease.key, reward=1.0, outcome=Outcome.FINISHED)
         taken = await taking
-    assert sorted(len(one.calls) for group in taken for one in group.trajectories) == [5] * 6
+    assert sorted(len(rollout.calls) for group in taken for rollout in group.trajectories) == [5] * 6
     stats = await buffer.stats()
     assert (stats.admitted, stats.taken, stats.calls) == (6, 6, 30)
     kill(buffer)

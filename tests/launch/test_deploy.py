@@ -1,6 +1,6 @@
-"""The files for clusters: against Ray's own schema, KubeRay's fields, and the versions of pyproject.toml.
+"""The files for clusters agree with Ray's own schema, with KubeRay's fields, and with the versions of pyproject.toml.
 
-Nothing here asks a cloud or a Kubernetes: whether an image can be built or a pod is admitted is not checked.
+No cloud and no Kubernetes is involved: whether the image can be built and the pods are admitted is not checked.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ IMAGE = f"agent-lightning-ray:{PROJECT['version']}"
 
 
 def read(name: str) -> dict[str, Any]:
-    found = yaml.safe_load((DEPLOY / name).read_text())
-    assert isinstance(found, dict)
-    return found
+    content = yaml.safe_load((DEPLOY / name).read_text())
+    assert isinstance(content, dict)
+    return content
 
 
 def pinned_ray() -> str:
-    (ray_pin,) = [one for one in PROJECT["optional-dependencies"]["gpu"] if one.startswith("ray[")]
+    (ray_pin,) = [pin for pin in PROJECT["optional-dependencies"]["gpu"] if pin.startswith("ray[")]
     return str(ray_pin).partition("==")[2]
 
 
@@ -112,10 +112,10 @@ JOB = {
 
 def test_ray_up_takes_our_cluster_file() -> None:
     schema = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
-    found = read("../ray_cluster.yaml")
-    jsonschema.validate(found, json.loads(schema.read_text()))
-    assert found["head_node_type"] in found["available_node_types"]
-    assert found["docker"]["image"] == IMAGE
+    content = read("../ray_cluster.yaml")
+    jsonschema.validate(content, json.loads(schema.read_text()))
+    assert content["head_node_type"] in content["available_node_types"]
+    assert content["docker"]["image"] == IMAGE
 
 
 def test_every_node_is_started_with_options_that_ray_has_and_without_its_log_monitor() -> None:
@@ -125,7 +125,7 @@ def test_every_node_is_started_with_options_that_ray_has_and_without_its_log_mon
     for name in ("kuberay_cluster.yaml", "kuberay_job.yaml"):
         spec = cluster_spec(name)
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-            # KubeRay makes true an option without a value, and leaves out false.
+            # KubeRay turns "true" into an option without a value, and leaves out "false".
             assert not {"true", "false"} & set(group["rayStartParams"].values())
             starts.append([f"--{key}={value}" for key, value in group["rayStartParams"].items()])
     assert [start.make_context("start", words).params["include_log_monitor"] for words in starts] == [False] * 8
@@ -135,9 +135,9 @@ def test_every_node_is_started_with_options_that_ray_has_and_without_its_log_mon
     ("name", "kind", "schema"), [("kuberay_cluster.yaml", "RayCluster", CLUSTER), ("kuberay_job.yaml", "RayJob", JOB)]
 )
 def test_kuberay_knows_every_field(name: str, kind: str, schema: dict[str, Any]) -> None:
-    found = read(name)
-    assert (found["apiVersion"], found["kind"]) == ("ray.io/v1", kind)
-    jsonschema.validate(found["spec"], schema)
+    content = read(name)
+    assert (content["apiVersion"], content["kind"]) == ("ray.io/v1", kind)
+    jsonschema.validate(content["spec"], schema)
 
 
 @pytest.mark.parametrize("name", ["kuberay_cluster.yaml", "kuberay_job.yaml"])
@@ -145,9 +145,9 @@ def test_kuberay_has_our_image_and_mounts_what_it_declares(name: str) -> None:
     spec = cluster_spec(name)
     assert spec["rayVersion"] == pinned_ray() == ray.__version__
     pods = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
-    for pod in (one["template"]["spec"] for one in pods):
-        assert {one["image"] for one in pod["containers"]} == {IMAGE}
-        mounted = {mount["name"] for one in pod["containers"] for mount in one.get("volumeMounts", [])}
+    for pod in (group["template"]["spec"] for group in pods):
+        assert {container["image"] for container in pod["containers"]} == {IMAGE}
+        mounted = {mount["name"] for container in pod["containers"] for mount in container.get("volumeMounts", [])}
         assert mounted == {volume["name"] for volume in pod.get("volumes", [])}
 
 
@@ -170,10 +170,10 @@ def test_the_image_has_the_versions_and_the_settings_of_the_project() -> None:
     (environment,) = re.findall(r"^ENV ((?:.+\\\n)*.+)$", text, re.MULTILINE)
     assert environment.replace("\\\n", "").split() == [f"{key}={value}" for key, value in NODE_ENVIRONMENT.items()]
     for copied in re.findall(r"^COPY --chown=ray (.+) \S+$", text, re.MULTILINE):
-        assert all((ROOT / one).exists() for one in copied.split())
+        assert all((ROOT / name).exists() for name in copied.split())
 
 
 def test_a_job_is_given_the_time_that_a_checkpoint_takes() -> None:
-    found = yaml.safe_load((ROOT / "runtime_env.yaml").read_text())
-    assert int(found["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 300
-    assert found["working_dir"] == "."
+    content = yaml.safe_load((ROOT / "runtime_env.yaml").read_text())
+    assert int(content["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 300
+    assert content["working_dir"] == "."

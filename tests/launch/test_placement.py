@@ -17,12 +17,12 @@ def lacks(nodes: list[placement.Resources], *overrides: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("hardware", "gpus"), [("gpu1", 1.0), ("gpu2", 2.0), ("gpu8", 8.0), ("cluster", 24.0)])
-def test_hardware_says_how_many_gpus_are_taken(hardware: str, gpus: float) -> None:
+def test_hardware_decides_how_many_gpus_are_reserved(hardware: str, gpus: float) -> None:
     config = load(["experiment=calc_x", f"hardware={hardware}"])
     assert placement.total(backend.choose(config).groups())["GPU"] == gpus
 
 
-def test_what_is_missing_is_counted() -> None:
+def test_missing_resources_are_counted() -> None:
     run = "experiment=calc_x"
     assert lacks([GPU8], run) == []
     assert lacks([{"CPU": 16.0, "GPU": 0.0}], run) == ["needs 8 GPUs, has 0"]
@@ -31,24 +31,24 @@ def test_what_is_missing_is_counted() -> None:
     assert lacks([GPU8] * 2, run, "hardware=cluster") == ["needs 24 GPUs, has 16"]
 
 
-def test_a_learner_that_does_not_fit_onto_one_node_is_told_from_too_few_gpus() -> None:
+def test_too_few_gpus_on_each_node_is_another_message_than_too_few_gpus() -> None:
     halves = [{"CPU": 8.0, "GPU": 4.0}] * 4
-    (said,) = lacks(halves, "experiment=calc_x", "learner.processes=8")
-    assert said == "learner: no node has 8 CPUs and 8 GPUs free; the cluster has enough, but on several nodes"
+    (line,) = lacks(halves, "experiment=calc_x", "learner.processes=8")
+    assert line == "learner: no node has 8 CPUs and 8 GPUs free; the cluster has enough, but on several nodes"
     assert lacks(halves, "experiment=calc_x", "learner.processes=8", "learner.nodes=2") == []
 
 
 def test_engine_and_learner_share_a_gpu() -> None:
-    one = {"CPU": 8.0, "GPU": 1.0}
-    assert lacks([one], "experiment=calc_x", "hardware=gpu1") == []
-    assert lacks([one], "experiment=calc_x", "hardware=gpu1", "algorithm.kl_coef=0.1", "algorithm=ppo") == []
-    assert lacks([one], "experiment=calc_x", "hardware=gpu2") == ["needs 2 GPUs, has 1"]
+    node = {"CPU": 8.0, "GPU": 1.0}
+    assert lacks([node], "experiment=calc_x", "hardware=gpu1") == []
+    assert lacks([node], "experiment=calc_x", "hardware=gpu1", "algorithm.kl_coef=0.1", "algorithm=ppo") == []
+    assert lacks([node], "experiment=calc_x", "hardware=gpu2") == ["needs 2 GPUs, has 1"]
 
 
 def test_bundles_are_taken_once() -> None:
-    asked = [BundleGroup(what="x", number=3, bundles=({"CPU": 2.0},), one_node=False)]
-    assert placement.missing(asked, [{"CPU": 4.0}, {"CPU": 2.0}]) == []
-    assert placement.missing(asked, [{"CPU": 3.0}, {"CPU": 3.0}])[0].startswith("x: no node has 2 CPUs free")
+    groups = [BundleGroup(what="x", number=3, bundles=({"CPU": 2.0},), one_node=False)]
+    assert placement.missing(groups, [{"CPU": 4.0}, {"CPU": 2.0}]) == []
+    assert placement.missing(groups, [{"CPU": 3.0}, {"CPU": 3.0}])[0].startswith("x: no node has 2 CPUs free")
 
 
 def test_the_size_of_llama_3_2_3b_from_its_config() -> None:
@@ -64,7 +64,7 @@ def test_the_size_of_llama_3_2_3b_from_its_config() -> None:
             "tie_word_embeddings": True,
         }
     )
-    assert size.parameters == 3_212_749_824  # what its model card says
+    assert size.parameters == 3_212_749_824  # as its model card has it
     assert size.kv_values == 57_344
     memory = placement.memory(load(["experiment=calc_x"]), size)
     assert memory.learner == pytest.approx(11.97, abs=0.01)
@@ -72,10 +72,10 @@ def test_the_size_of_llama_3_2_3b_from_its_config() -> None:
 
 
 def test_where_each_value_came_from() -> None:
-    _, found = sources(["experiment=calc_tiny", "credit=air", "algorithm.lr=1e-3", "sampling.val={top_p: 0.5}"])
-    assert found["algorithm.lr"] == (1e-3, "override")
-    assert found["sampling.val.top_p"] == (0.5, "override")
-    assert found["algorithm.tasks_per_step"] == (32, "conf/experiment/calc_tiny.yaml")
-    assert found["credit.method"] == ("return_to_go", "conf/credit/air.yaml")
-    assert found["hardware.device"] == ("cpu", "conf/hardware/cpu.yaml")
-    assert found["algorithm.epochs"] == (1, "default")
+    _, values = sources(["experiment=calc_tiny", "credit=air", "algorithm.lr=1e-3", "sampling.val={top_p: 0.5}"])
+    assert values["algorithm.lr"] == (1e-3, "override")
+    assert values["sampling.val.top_p"] == (0.5, "override")
+    assert values["algorithm.tasks_per_step"] == (32, "conf/experiment/calc_tiny.yaml")
+    assert values["credit.method"] == ("return_to_go", "conf/credit/air.yaml")
+    assert values["hardware.device"] == ("cpu", "conf/hardware/cpu.yaml")
+    assert values["algorithm.epochs"] == (1, "default")

@@ -1,4 +1,4 @@
-"""Whatever an agent does becomes its outcome and is counted, and the other agents go on and learn."""
+"""Everything that an agent does wrong becomes a counted outcome, while the other agents go on and learn."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ FAULTS = {
 
 
 class Agent:
-    """Does what its task says: answers, or misbehaves."""
+    """An agent that answers or misbehaves, as its task says."""
 
     def __init__(self, client: openai.AsyncOpenAI) -> None:
         self.client = client
@@ -60,7 +60,7 @@ class Agent:
     async def __call__(self, task: Mapping[str, Any], policy: Policy) -> object:
         if task["do"] == "ask nothing":
             return 1.0
-        said = await self.ask(policy, f"{task['do']} {task.get('answer')}")
+        answer = await self.ask(policy, f"{task['do']} {task.get('answer')}")
         match task["do"]:
             case "raise":
                 raise ValueError("a bug")
@@ -81,7 +81,7 @@ class Agent:
             case "none":
                 return None
             case "text":
-                return said
+                return answer
             case "too much":
                 return 2.0
             case "ask too long":
@@ -93,9 +93,9 @@ class Agent:
                     await self.ask(policy, "more")
             case "ask many at once":
                 await asyncio.gather(*(self.ask(policy, "more") for _ in range(100)))
-            case "fail where wrong" if said != task["answer"]:
+            case "fail if wrong" if answer != task["answer"]:
                 raise ValueError("the tool did not understand that")
-        return float(said == task.get("answer"))
+        return float(answer == task.get("answer"))
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ async def test_faulty_agents_are_counted_and_the_others_finish(agent: AgentSpec,
     floods = [name for name in FAULTS if name.startswith("ask ")]
     names = floods if kind == "floods" else [name for name in FAULTS if name not in floods]
     tasks = [*GOOD, *(Task(task_id=name, payload={"do": name}) for name in names)]
-    # Long enough where nothing hangs: all share one event loop with the gateway.
+    # Without a hanging agent the time is generous, because all agents share an event loop with the gateway.
     agent = replace(agent, timeout_s=20.0 if kind == "floods" else 6.0)
     async with asyncio.timeout(25), make_world(agent, tasks, rollouts_per_task=2) as world:
         state = await world.train(steps=1)
@@ -136,7 +136,7 @@ async def test_faulty_agents_are_counted_and_the_others_finish(agent: AgentSpec,
     assert all(t.outcome is Outcome.FINISHED for task in GOOD for t in trajectories_of(world, task.task_id))
 
 
-async def test_the_others_learn_beside_them(agent: AgentSpec) -> None:
+async def test_other_tasks_are_learned_beside_failing_ones(agent: AgentSpec) -> None:
     faults = ("raise", "nan", "ask nothing", "ask for ever")
     tasks = [*GOOD, *(Task(task_id=name, payload={"do": name}) for name in faults)]
     async with asyncio.timeout(25), make_world(agent, tasks) as world:
@@ -146,7 +146,7 @@ async def test_the_others_learn_beside_them(agent: AgentSpec) -> None:
     assert state.failed == {"agent_error": 56, "bad_reward": 56, "no_model_call": 56, "too_many_calls": 56}
 
 
-async def test_no_more_calls_are_sampled_than_a_rollout_may_make(agent: AgentSpec) -> None:
+async def test_a_rollout_gets_no_more_samples_than_its_calls_allow(agent: AgentSpec) -> None:
     tasks = [Task(task_id=name, payload={"do": name}) for name in ("ask for ever", "ask many at once")]
     async with make_world(agent, [*GOOD, *tasks], rollouts_per_task=2) as world:
         await world.train(steps=1)
@@ -155,8 +155,8 @@ async def test_no_more_calls_are_sampled_than_a_rollout_may_make(agent: AgentSpe
 
 
 async def test_failures_are_learned_from(agent: AgentSpec) -> None:
-    """A failure is worth 0 by default: the policy learns what does not make its agent fail."""
-    tasks = [Task(task_id="t", payload={"do": "fail where wrong", "answer": "2"})]
+    """By default a failure has the reward 0: the policy learns the words with which its agent does not fail."""
+    tasks = [Task(task_id="t", payload={"do": "fail if wrong", "answer": "2"})]
     async with make_world(agent, tasks, rollouts_per_task=16) as world:
         world.loop.val_tasks = tasks
         state = await world.train(steps=10)
@@ -166,14 +166,14 @@ async def test_failures_are_learned_from(agent: AgentSpec) -> None:
 
 
 async def test_failures_that_are_masked_are_not_learned_from(agent: AgentSpec) -> None:
-    tasks = [*GOOD, Task(task_id="t", payload={"do": "fail where wrong", "answer": "2"})]
+    tasks = [*GOOD, Task(task_id="t", payload={"do": "fail if wrong", "answer": "2"})]
     async with make_world(agent, tasks) as world:
         world.loop.plan = replace(world.loop.plan, rules=CreditRules(failures=FailurePolicy.of({"agent_error": None})))
         state = await world.train(steps=1)
     assert state.dropped["masked_agent_error"] == state.failed["agent_error"] > 0
 
 
-async def test_engine_failures_are_nobodys_fault(agent: AgentSpec) -> None:
+async def test_engine_failures_are_not_trained(agent: AgentSpec) -> None:
     async with make_world(agent, GOOD) as world:
         await world.loop.evaluate()
         world.engine.fail_next(4)
@@ -183,12 +183,12 @@ async def test_engine_failures_are_nobodys_fault(agent: AgentSpec) -> None:
     assert world.observer.records[0]["rollout/finished"] == 12 / 16
 
 
-async def test_agents_that_time_out_all_together_cost_one_timeout(agent: AgentSpec) -> None:
+async def test_agents_that_hang_together_cost_the_time_of_one_timeout(agent: AgentSpec) -> None:
     tasks = [*GOOD, Task(task_id="hang", payload={"do": "hang"})]
     async with make_world(replace(agent, timeout_s=4.0), tasks, rollouts_per_task=16) as world:
         started = time.monotonic()
         state = await world.train(steps=1)
-        assert time.monotonic() - started < 12  # one after another would take 64
+        assert time.monotonic() - started < 12  # in sequence, 16 timeouts would take 64
     assert state.failed == {"timeout": 16}
 
 
@@ -196,13 +196,13 @@ async def test_a_failure_that_is_resampled_costs_its_group_no_member(agent: Agen
     failed: set[str] = set()
 
     async def flaky(task: Mapping[str, Any], policy: Policy) -> float:
-        said = await agent.target(task, policy)  # type: ignore[operator]
+        reward = await agent.target(task, policy)  # type: ignore[operator]
         rollout = current_rollout()
         assert rollout is not None
         if rollout.rollout_id not in failed and rollout.rollout_id.endswith(("1", "3")):
             failed.add(rollout.rollout_id)
             raise ConnectionError("the search service is away")
-        return float(said)
+        return float(reward)
 
     spec = replace(agent, target=flaky, tool_errors=("ConnectionError: *",))
     retries = Retries(max_attempts=2, resampled=FailurePolicy().resampled)
@@ -214,7 +214,7 @@ async def test_a_failure_that_is_resampled_costs_its_group_no_member(agent: Agen
 
 
 async def test_a_tool_that_is_down_ends_the_step_early_and_is_named(agent: AgentSpec, tmp_path: Path) -> None:
-    """Two agents never end; without the breaker the step would wait for their deadline."""
+    """Some agents hang; without the breaker the step would wait for their deadline."""
 
     async def down(task: Mapping[str, Any], policy: Policy) -> float:
         if task["do"] == "hang":
@@ -234,15 +234,15 @@ async def test_a_tool_that_is_down_ends_the_step_early_and_is_named(agent: Agent
         with pytest.raises(StepFailed) as failed:
             await world.train(steps=3)
         stats = await world.buffer.stats()
-    said = r"generate: \d+ of the last 12 attempts ended alike: tool_error: ConnectionError: search-# refused URL"
-    assert re.fullmatch(said, str(failed.value))
+    reason = r"generate: \d+ of the last 12 attempts ended alike: tool_error: ConnectionError: search-# refused URL"
+    assert re.fullmatch(reason, str(failed.value))
     assert stats.retried <= 24
-    state = read_state(newest_checkpoint(tmp_path))  # the step is as if it had not begun: the run can be resumed
+    state = read_state(newest_checkpoint(tmp_path))  # the state before the failed step
     assert (state.step, state.cursor, state.dropped) == (0, position, {"step_failed": 24})
     check_conservation(state)
 
 
-async def test_a_whole_step_of_failures_stops_the_run_also_where_they_are_resampled(agent: AgentSpec) -> None:
+async def test_a_step_without_a_success_stops_the_run_even_if_its_failures_are_resampled(agent: AgentSpec) -> None:
     tasks = [Task(task_id="t", payload={"do": "raise"})]
     retries = Retries(max_attempts=3, resampled=frozenset({"agent_error"}), budget=1.0)
     async with asyncio.timeout(20), make_world(agent, tasks, retries=retries) as world:

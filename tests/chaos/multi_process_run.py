@@ -1,8 +1,8 @@
-"""A whole run in nine processes, each of which may be killed: buffer, gateway, two replicas of the policy, two rollout
-workers, the learner, and the driver with the board. The toy engine, and everything else as it is in a run.
+"""A run in nine processes, each of which may be killed: buffer, gateway, two policy replicas, two rollout workers, the
+learner, and the driver with the board. The engine is the toy engine, everything else is as in a run on Ray.
 
-What must hold in the end is written down by those who know it: the gateway notes each span that the buffer has
-acknowledged, the driver each group that it was given.
+The processes write down what must hold at the end: the gateway each span that the buffer has acknowledged, the driver
+each group that it has taken.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.serving.engine import Completion, Refusal
 from agent_lightning.serving.gateway import RETRY_HEADER, Gateway, GatewayConfig
 from agent_lightning.serving.policy import PolicyBoard
-from agent_lightning.toy.toy import PAD
+from agent_lightning.toy.model import PAD
 from agent_lightning.toy.world import MODEL, SAMPLING, QuietObserver, ToyEngine, ToyLanguage, ToyLearner, application
 
 WORDS = ("red", "green", "blue")
@@ -46,25 +46,28 @@ PARTS = ("buffer", "learner", "driver", "policy-0", "policy-1", "gateway", "work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Town:
-    """Where the processes of one life of a run find each other; a resumed run is another life."""
+class RunProcesses:
+    """The files and the port by which the processes of a run find each other.
+
+    A run whose driver or learner dies is resumed by a new set of processes, the next `incarnation`.
+    """
 
     folder: Path
-    life: int
+    incarnation: int
     port: int
     run_secret: bytes
     steps: int
     seed: int
 
     def at(self, part: str) -> Path:
-        return self.folder / f"{self.life}-{part}"
+        return self.folder / f"{self.incarnation}-{part}"
 
     @property
-    def witness(self) -> Path:
+    def acknowledged(self) -> Path:
         return self.folder / "acknowledged.jsonl"
 
     @property
-    def books(self) -> Path:
+    def taken(self) -> Path:
         return self.folder / "taken.jsonl"
 
     @property
@@ -77,83 +80,83 @@ class Town:
 
     @property
     def ready(self) -> Path:
-        """There when workers may start."""
+        """A file that exists once workers may start."""
         return self.at("ready")
 
     def buffer(self) -> Any:
         return Peer(self.at("buffer"), cls=Buffer, patience_s=PATIENCE_S)
 
 
-def new_town(folder: Path, life: int, *, steps: int, seed: int) -> Town:
+def new_incarnation(folder: Path, incarnation: int, *, steps: int, seed: int) -> RunProcesses:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     secret = secrets.token_bytes(32)
-    return Town(folder=folder, life=life, port=port, run_secret=secret, steps=steps, seed=seed)
+    return RunProcesses(folder=folder, incarnation=incarnation, port=port, run_secret=secret, steps=steps, seed=seed)
 
 
-def live(part: str, town: Town, parent: int) -> None:
-    """What a process does until it is killed; the driver ends by itself."""
+def run_part(part: str, run: RunProcesses, parent: int) -> None:
+    """Run one part in this process until it is killed; the driver ends when the run does."""
     kind = part.partition("-")[0]
-    asyncio.run(_live(kind, part, town, parent))
+    asyncio.run(_run_part(kind, part, run, parent))
 
 
-async def _live(kind: str, part: str, town: Town, parent: int) -> None:
-    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _tell)
+async def _run_part(kind: str, part: str, run: RunProcesses, parent: int) -> None:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _print_stacks)
     watching = asyncio.create_task(end_with(parent))
     work = {
         "buffer": _buffer, "learner": _learner, "driver": _driver, "policy": _policy, "gateway": _gateway,
         "worker": _worker,
     }[kind]  # fmt: skip
-    await work(part, town)
+    await work(part, run)
     watching.cancel()
 
 
-def _tell() -> None:
-    """Where each task waits."""
+def _print_stacks() -> None:
+    """Print where each task of this process waits."""
     for task in asyncio.all_tasks():
         task.print_stack(limit=3, file=sys.stderr)
 
 
-async def _buffer(part: str, town: Town) -> None:
-    journal = JournalConfig(path=town.folder / "journal", segment_bytes=256 * 1024)
+async def _buffer(part: str, run: RunProcesses) -> None:
+    journal = JournalConfig(path=run.folder / "journal", segment_bytes=256 * 1024)
     retries = Retries(max_attempts=1000)
-    buffer = Buffer(run_secret=town.run_secret, retries=retries, grace=0.3, journal=journal)
-    await (await listen(town.at(part), buffer)).serve_forever()
+    buffer = Buffer(run_secret=run.run_secret, retries=retries, grace=0.3, journal=journal)
+    await (await listen(run.at(part), buffer)).serve_forever()
 
 
-async def _learner(part: str, town: Town) -> None:
-    await (await listen(town.at(part), ToyLearner(ToyLanguage(WORDS)))).serve_forever()
+async def _learner(part: str, run: RunProcesses) -> None:
+    await (await listen(run.at(part), ToyLearner(ToyLanguage(WORDS)))).serve_forever()
 
 
-async def _policy(part: str, town: Town) -> None:
-    engine = ToyEngine(ToyLanguage(WORDS), seed=town.seed + int(part[-1]), delay_s=0.03)
-    board: Any = Peer(town.at("board"), cls=PolicyBoard, patience_s=PATIENCE_S)
+async def _policy(part: str, run: RunProcesses) -> None:
+    engine = ToyEngine(ToyLanguage(WORDS), seed=run.seed + int(part[-1]), delay_s=0.03)
+    board: Any = Peer(run.at("board"), cls=PolicyBoard, patience_s=PATIENCE_S)
     await engine.join(board)
-    await listen(town.at(part), engine)
+    await listen(run.at(part), engine)
     await engine.follow()
 
 
 class Replicas:
-    """The gateway's engine: whichever replica lives."""
+    """The gateway's engine: sends each call to a random replica."""
 
-    def __init__(self, town: Town) -> None:
-        self._peers: list[Any] = [Peer(town.at(f"policy-{number}")) for number in range(REPLICAS)]
+    def __init__(self, run: RunProcesses) -> None:
+        self._peers: list[Any] = [Peer(run.at(f"policy-{number}")) for number in range(REPLICAS)]
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
         try:
-            found: Completion | Refusal = await random.choice(self._peers).generate(request)
+            reply: Completion | Refusal = await random.choice(self._peers).generate(request)
         except (ConnectionError, FileNotFoundError) as error:
             return Refusal(status=500, message=str(error), code="engine_error", type="server_error")
-        return found
+        return reply
 
 
 class Witness:
-    """The buffer, as the gateway knows it; what it acknowledges is noted."""
+    """The gateway's recorder: the buffer, with a note of each call that the buffer has acknowledged."""
 
-    def __init__(self, town: Town) -> None:
-        self._buffer = town.buffer()
-        self._file = os.open(town.witness, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    def __init__(self, run: RunProcesses) -> None:
+        self._buffer = run.buffer()
+        self._file = os.open(run.acknowledged, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self.note_failure = self._buffer.note_failure
         self.record_spans = self._buffer.record_spans
 
@@ -164,24 +167,24 @@ class Witness:
         return left
 
 
-async def _gateway(part: str, town: Town) -> None:
-    config = GatewayConfig(model=MODEL, run_secret=town.run_secret, sampling=SAMPLING)
-    gateway: Any = Gateway(engine=Replicas(town), recorder=Witness(town), config=config)  # type: ignore[arg-type]
+async def _gateway(part: str, run: RunProcesses) -> None:
+    config = GatewayConfig(model=MODEL, run_secret=run.run_secret, sampling=SAMPLING)
+    gateway: Any = Gateway(engine=Replicas(run), recorder=Witness(run), config=config)  # type: ignore[arg-type]
     settings = uvicorn.Config(
-        application(gateway), host="127.0.0.1", port=town.port, log_config=None, access_log=False, lifespan="off"
+        application(gateway), host="127.0.0.1", port=run.port, log_config=None, access_log=False, lifespan="off"
     )
     await uvicorn.Server(settings).serve()
 
 
 async def solve(payload: Mapping[str, Any], policy: Policy) -> float:
-    """Two calls; what fails is tried again, as a client library does."""
-    said, messages = "", []
+    """An agent that makes two calls, and repeats those that fail, as client libraries do."""
+    answer, messages = "", []
     async with aiohttp.ClientSession() as http:
         for question in (payload["question"], "are you sure?"):
             messages.append({"role": "user", "content": question})
-            said = await _ask(http, policy, messages)
-            messages.append({"role": "assistant", "content": said})
-    return float(said == payload["answer"])
+            answer = await _ask(http, policy, messages)
+            messages.append({"role": "assistant", "content": answer})
+    return float(answer == payload["answer"])
 
 
 async def _ask(http: aiohttp.ClientSession, policy: Policy, messages: Sequence[Mapping[str, str]]) -> str:
@@ -200,51 +203,51 @@ async def _ask(http: aiohttp.ClientSession, policy: Policy, messages: Sequence[M
     raise ConnectionError("the gateway does not answer")
 
 
-async def _worker(part: str, town: Town) -> None:
+async def _worker(part: str, run: RunProcesses) -> None:
     spec = AgentSpec(target=solve, mode="async", timeout_s=5.0, concurrency=8)
-    url = f"http://127.0.0.1:{town.port}"
+    url = f"http://127.0.0.1:{run.port}"
     name = f"{part}.{os.getpid()}"
-    if town.at(part).exists():  # who died here before: its rollouts are over
-        await town.buffer().release(town.at(part).read_text())
-    town.at(part).write_text(name)
-    await RolloutWorker(buffer=town.buffer(), agent=spec, policy_url=url, model=MODEL, worker=name).run()
+    if run.at(part).exists():  # the worker before this one is dead: its rollouts have ended
+        await run.buffer().release(run.at(part).read_text())
+    run.at(part).write_text(name)
+    await RolloutWorker(buffer=run.buffer(), agent=spec, policy_url=url, model=MODEL, worker=name).run()
 
 
-class Books(QuietObserver):
-    """Writes down which groups a step was given, and checkpoints after each."""
+class TakenGroups(QuietObserver):
+    """Writes down the groups of each step, and has a checkpoint written after each step."""
 
-    def __init__(self, town: Town) -> None:
+    def __init__(self, run: RunProcesses) -> None:
         super().__init__()
-        self._town = town
+        self._run = run
 
     def checkpoint_folder(self, state: State, *, force: bool) -> Path | None:
-        return checkpoint_folder(self._town.checkpoints, state.step)
+        return checkpoint_folder(self._run.checkpoints, state.step)
 
     def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
-        with self._town.books.open("a") as file:
+        with self._run.taken.open("a") as file:
             for group in groups:
                 rollouts = [
                     {
-                        "rollout": one.key.rollout_id,
-                        "attempt": one.key.attempt,
-                        "outcome": one.outcome,
-                        "calls": [call.call_id for call in one.calls],
+                        "rollout": trajectory.key.rollout_id,
+                        "attempt": trajectory.key.attempt,
+                        "outcome": trajectory.outcome,
+                        "calls": [call.call_id for call in trajectory.calls],
                     }
-                    for one in group.trajectories
+                    for trajectory in group.trajectories
                 ]
                 file.write(json.dumps({"step": step, "group": group.group_id, "rollouts": rollouts}) + "\n")
 
 
-async def _driver(part: str, town: Town) -> None:
-    town.checkpoints.mkdir(exist_ok=True)
-    resumed = any(town.checkpoints.glob(f"step-*/{STATE_FILE}"))
-    newest = newest_checkpoint(town.checkpoints) if resumed else None
-    state = State(cursor=TaskCursor(seed=town.seed)) if newest is None else read_state(newest)
-    board, buffer = PolicyBoard(heartbeat_timeout=3.0), town.buffer()
-    learner: Any = Peer(town.at("learner"))
-    await listen(town.at("board"), board)
+async def _driver(part: str, run: RunProcesses) -> None:
+    run.checkpoints.mkdir(exist_ok=True)
+    resumed = any(run.checkpoints.glob(f"step-*/{STATE_FILE}"))
+    newest = newest_checkpoint(run.checkpoints) if resumed else None
+    state = State(cursor=TaskCursor(seed=run.seed)) if newest is None else read_state(newest)
+    board, buffer = PolicyBoard(heartbeat_timeout=3.0), run.buffer()
+    learner: Any = Peer(run.at("learner"))
+    await listen(run.at("board"), board)
     plan = Plan(
-        steps=town.steps,
+        steps=run.steps,
         tasks_per_step=len(TASKS),
         rollouts_per_task=ROLLOUTS,
         dynamic_sampling_rounds=0,
@@ -261,19 +264,19 @@ async def _driver(part: str, town: Town) -> None:
         buffer=buffer,
         board=board,
         learner=learner,
-        observer=Books(town),
+        observer=TakenGroups(run),
         train_tasks=TASKS,
         val_tasks=TASKS,
     )
-    while not town.at("learner").exists() or len(await board.versions()) < REPLICAS:
+    while not run.at("learner").exists() or len(await board.versions()) < REPLICAS:
         await asyncio.sleep(0.02)
     if newest is not None:
         await buffer.resume(state.step, state.next_group)
         await loop.restore(newest)
-    town.ready.touch()
+    run.ready.touch()
     state = await loop.run()
     stats = asdict(await buffer.stats())
-    found = {
+    result = {
         "steps": state.step,
         "admitted": state.admitted,
         "trained": state.trained,
@@ -282,4 +285,4 @@ async def _driver(part: str, town: Town) -> None:
         "val_rewards": state.val_rewards,
         "stats": stats,
     }
-    town.result.write_text(json.dumps(found))
+    run.result.write_text(json.dumps(result))

@@ -1,4 +1,4 @@
-"""The toy world itself: exact where it says so, and wrong where it is told to be."""
+"""The toy world: its language, engine and learner are exact, and its engine fails on demand."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def test_the_last_message_chooses_the_row() -> None:
 
 async def test_the_next_prompt_extends_prompt_and_response() -> None:
     engine = ToyEngine(LANGUAGE)
-    for _ in range(12):  # whatever it says, tool calls included
+    for _ in range(12):  # enough for every word, the tool call too
         first = await ask(engine, user("A"), tools=[TOOL])
         second = await ask(engine, user("A"), message_of(first), {"role": "tool", "content": "5"}, tools=[TOOL])
         history = [*first.choices[0].prompt_T.tolist(), *first.choices[0].response_T.tolist()]
         assert second.choices[0].prompt_T.tolist()[: len(history)] == history
 
 
-async def test_words_that_are_calls_are_tool_calls_where_there_are_tools() -> None:
+async def test_words_with_the_prefix_are_tool_calls_if_the_request_has_tools() -> None:
     engine = ToyEngine(ToyLanguage(("call:2+3",)))
     plain = await ask(engine, user("A"))
     assert message_of(plain) == {"role": "assistant", "content": "call:2+3"}
@@ -95,18 +95,18 @@ async def test_words_that_are_calls_are_tool_calls_where_there_are_tools() -> No
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-async def test_log_probabilities_are_those_of_what_is_sampled(temperature: float) -> None:
-    """Empirical frequencies of a policy that has learned something, against what it says of itself."""
+async def test_log_probabilities_are_those_of_the_samples(temperature: float) -> None:
+    """Compares the frequencies of a trained policy's words with the probabilities that the engine reports."""
     engine, num = ToyEngine(LANGUAGE, seed=1), 4000
     learner = ToyLearner(LANGUAGE, lr=3.0)
     await learner.update([await batch_of(engine, "A", {"no": 0.0, "yes": 1.0, "call:2+3": 0.5})])
     await engine.install(await learner.publish())
     choices = (await ask(engine, user("A"), temperature=temperature, n=num)).choices
     counts = np.bincount([int(choice.response_T[0]) - FIRST_WORD for choice in choices], minlength=3)
-    said = {int(choice.response_T[0]) - FIRST_WORD: float(np.exp(choice.logprob_T[0])) for choice in choices}
-    assert len(set(np.round(list(said.values()), 3))) == 3
-    assert sum(said.values()) == pytest.approx(1.0, abs=1e-5)
-    for word, probability in said.items():
+    reported = {int(choice.response_T[0]) - FIRST_WORD: float(np.exp(choice.logprob_T[0])) for choice in choices}
+    assert len(set(np.round(list(reported.values()), 3))) == 3
+    assert sum(reported.values()) == pytest.approx(1.0, abs=1e-5)
+    for word, probability in reported.items():
         assert counts[word] / num == pytest.approx(probability, abs=0.03)
 
 
@@ -117,26 +117,26 @@ async def test_temperature_zero_is_the_likeliest_word() -> None:
         assert completion.choices[0].logprob_T.tolist() == [0.0, 0.0]
 
 
-async def test_the_same_seed_says_the_same() -> None:
-    said = []
+async def test_the_same_seed_samples_the_same() -> None:
+    answers = []
     for seed in (0, 0, 1):
         engine = ToyEngine(LANGUAGE, seed=seed)
-        said.append([message_of(await ask(engine, user("A")))["content"] for _ in range(30)])
-    assert said[0] == said[1] != said[2]
+        answers.append([message_of(await ask(engine, user("A")))["content"] for _ in range(30)])
+    assert answers[0] == answers[1] != answers[2]
 
 
-async def test_what_is_said_depends_on_how_often_a_prompt_was_asked_and_not_on_what_else_was() -> None:
-    async def said(*texts: str) -> list[str]:
+async def test_a_sample_depends_on_how_often_its_prompt_was_sent_and_not_on_other_prompts() -> None:
+    async def sample(*texts: str) -> list[str]:
         engine = ToyEngine(LANGUAGE, seed=5)
         return [f"{text} {message_of(await ask(engine, user(text)))['content']}" for text in texts]
 
-    assert sorted(await said(*"AAABBB")) == sorted(await said(*"BABBAA"))
+    assert sorted(await sample(*"AAABBB")) == sorted(await sample(*"BABBAA"))
 
 
-async def test_a_word_and_its_end_cut_by_max_tokens() -> None:
+async def test_max_tokens_cuts_the_end_of_an_answer() -> None:
     engine = ToyEngine(LANGUAGE)
-    whole, cut = await ask(engine, user("A"), max_tokens=2), await ask(engine, user("A"), max_tokens=1)
-    assert (whole.choices[0].response_T.size, whole.choices[0].finish_reason) == (2, "stop")
+    full, cut = await ask(engine, user("A"), max_tokens=2), await ask(engine, user("A"), max_tokens=1)
+    assert (full.choices[0].response_T.size, full.choices[0].finish_reason) == (2, "stop")
     assert (cut.choices[0].response_T.size, cut.choices[0].finish_reason) == (1, "length")
     assert cut.reply["usage"] == {"prompt_tokens": 4, "completion_tokens": 1, "total_tokens": 5}
 
@@ -166,7 +166,7 @@ async def test_an_update_waits_for_slow_answers() -> None:
     assert (await ask(engine, user("A"))).policy_version == 1
 
 
-async def test_calls_in_flight_are_made_again_or_go_on_where_that_is_asked() -> None:
+async def test_on_an_update_running_calls_are_restarted_or_kept_as_the_rule_says() -> None:
     for rule, expected in (("restart", (1, None)), ("keep", (0, 1))):
         engine = ToyEngine(LANGUAGE, delay_s=0.05, on_weight_update=rule)
         answering = asyncio.create_task(ask(engine, user("A")))
@@ -181,14 +181,12 @@ async def test_calls_in_flight_are_made_again_or_go_on_where_that_is_asked() -> 
     ("rule", "seen", "versions"),
     [
         ("restart", False, (1, None)),
-        ("restart", True, (0, None)),  # its first token cannot be taken back: it is waited for
+        ("restart", True, (0, None)),  # its first token cannot be taken back, so the update waits
         ("keep", True, (0, 1)),
         ("wait", False, (0, None)),
     ],
 )
-async def test_a_stream_that_an_update_finds(
-    rule: OnWeightUpdate, seen: bool, versions: tuple[int, int | None]
-) -> None:
+async def test_an_update_during_a_stream(rule: OnWeightUpdate, seen: bool, versions: tuple[int, int | None]) -> None:
     engine, parts = ToyEngine(LANGUAGE, delay_s=0.1, on_weight_update=rule), list[Part | Refusal]()
 
     async def read() -> None:
@@ -211,7 +209,7 @@ async def test_a_stream_that_an_update_finds(
 
 
 async def batch_of(engine: ToyEngine, text: str, rewards: dict[str, float], num: int = 24) -> Batch:
-    """What the loop would make of one group: `rewards` by the word that was said."""
+    """The batch of a group that answers this text, with a reward for each word."""
     ended = []
     for index in range(num):
         key = RolloutKey(split="train", group=0, index=index)
@@ -219,13 +217,13 @@ async def batch_of(engine: ToyEngine, text: str, rewards: dict[str, float], num:
         (choice,) = completion.choices
         call = model_call(key, choice.prompt_T.tolist(), choice.response_T.tolist(), logprobs=choice.logprob_T.tolist())
         ended.append(trajectory(key, call, reward=rewards[message_of(completion)["content"]]))
-    given = credit.assign(group(*ended), CreditRules(max_tokens=100))
-    (batch,) = batching.pack(given.samples, rollouts_per_batch=None, pad_token=0)
+    credits = credit.assign(group(*ended), CreditRules(max_tokens=100))
+    (batch,) = batching.pack(credits.samples, rollouts_per_batch=None, pad_token=0)
     return batch
 
 
 async def test_the_gradient_is_that_of_the_objective() -> None:
-    """Against finite differences of the weighted, clipped objective, on a table that has left the sampler's."""
+    """Compares with finite differences of the weighted, clipped objective, after a first update of the table."""
     engine, learner = ToyEngine(LANGUAGE, seed=3), ToyLearner(LANGUAGE, lr=0.5)
     batch = await batch_of(engine, "A", {"no": 0.0, "yes": 1.0, "call:2+3": 0.3})
     await learner.update([batch])
@@ -256,22 +254,22 @@ async def test_metrics_of_an_update() -> None:
     assert first["logprob_gap/max_abs"].value < 1e-6
     assert first["learner/clip_fraction"].value == 0.0
     assert first["learner/grad_norm"].value > 0.0
-    second = await learner.update([batch])  # stale now: everything has moved further than the clip allows
+    second = await learner.update([batch])  # off-policy now: every ratio is outside the clip range
     assert second["logprob_gap/max_abs"].value > 0.2
     assert second["learner/clip_fraction"].value == 1.0
 
 
-async def test_what_is_saved_is_restored(tmp_path: Path) -> None:
+async def test_a_saved_table_is_restored(tmp_path: Path) -> None:
     engine, learner = ToyEngine(LANGUAGE), ToyLearner(LANGUAGE)
     await learner.update([await batch_of(engine, "A", {"no": 0.0, "yes": 1.0, "call:2+3": 0.0})])
     await learner.publish()
     await learner.save(tmp_path / "a" / "b")
     other = ToyLearner(LANGUAGE)
     await other.restore(tmp_path / "a" / "b", 1)
-    mine, theirs = await learner.publish(), await other.publish()
-    assert mine.version == theirs.version == 2
-    assert np.array_equal(mine.buckets[0].data, theirs.buckets[0].data)
-    await engine.install(theirs)
+    saved, restored = await learner.publish(), await other.publish()
+    assert saved.version == restored.version == 2
+    assert np.array_equal(saved.buckets[0].data, restored.buckets[0].data)
+    await engine.install(restored)
     assert message_of(await ask(engine, user("A"), temperature=0))["content"] == "yes"
 
 
@@ -294,7 +292,7 @@ def test_builders() -> None:
 # The world.
 
 
-async def test_an_error_in_the_block_comes_out_as_it_is_and_everything_stops() -> None:
+async def test_an_error_in_the_block_is_raised_unchanged_and_everything_stops() -> None:
     async def solve(task: dict[str, Any], policy: Policy) -> float:
         return 1.0
 
@@ -309,7 +307,7 @@ async def test_an_error_in_the_block_comes_out_as_it_is_and_everything_stops() -
     assert asyncio.all_tasks() == before
 
 
-def test_it_needs_neither_ray_nor_torch() -> None:
+def test_the_toy_world_needs_neither_ray_nor_torch() -> None:
     code = "import sys, agent_lightning.toy.world; print({'ray', 'torch', 'vllm', 'verl'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 

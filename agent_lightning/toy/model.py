@@ -1,4 +1,4 @@
-"""A policy that is a table of logits: its language, its engine and its learner. See `testing.py`."""
+"""A policy that is a table of logits: its language, its engine and its learner."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from agent_lightning.serving.policy import Follower, PolicyBoard
 
 PAD: Final = 0
 END: Final = 1
-"""Ends every message; sampled, with certainty, after the word."""
+"""The token at the end of every message; the policy samples it after its word, with probability 1."""
 ROLES: Final[Mapping[str, int]] = {"system": 2, "developer": 2, "user": 3, "assistant": 4, "tool": 5}
 FIRST_BYTE: Final = 8
 FIRST_WORD: Final = FIRST_BYTE + 256
 CALL: Final = "call:"
-"""A word that starts so is a tool call where the request has tools: "call:2+3" asks the first tool for 2+3,
-"call:2+3;4" asks it twice."""
+"""If a request has tools, a word with this prefix is a tool call: "call:2+3" calls the first tool with 2+3,
+"call:2+3;4" calls it twice."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToyLanguage:
-    """Text <-> tokens: a word of the vocabulary said by the assistant is one token, any other text is its bytes.
+    """Turns text into tokens: an assistant's message that is a word is one token, any other text is its bytes.
 
-    Example, words ("no", "yes"):
+    Example, with the words ("no", "yes"):
 
         encode([{"role": "user", "content": "A"}])  # [3 73 1 4]: user "A" END assistant
-        # the policy answers yes END                  [265 1]; a next prompt starts with [3 73 1 4 265 1]
+        # The policy answers "yes" END, [265 1]; the next prompt begins with [3 73 1 4 265 1].
     """
 
     words: tuple[str, ...]
     num_states: int = 1024
 
     def encode(self, messages: Sequence[Mapping[str, Any]]) -> Ints:
-        """The prompt of a conversation. Raises KeyError, TypeError or ValueError for what is not text."""
+        """The prompt of a conversation, as token ids. Raises KeyError, TypeError or ValueError for other than text."""
         tokens: list[int] = []
         for message in messages:
             text = message.get("content") or ""
@@ -63,19 +63,19 @@ class ToyLanguage:
         return np.array([*tokens, ROLES["assistant"]], np.int32)
 
     def prompts(self, request: Mapping[str, Any]) -> tuple[Ints, ...]:
-        """Of a chat request, or of a completion request: texts or token ids. Raises as `encode`."""
+        """The prompts of a chat or completion request, as token ids. Raises what `encode` raises."""
         if "prompt" not in request:
             return (self.encode(request["messages"]),)
-        asked = request["prompt"]
-        several = isinstance(asked, list) and asked and not isinstance(asked[0], int)
-        prompts = asked if several else [asked]
+        given = request["prompt"]
+        several = isinstance(given, list) and given and not isinstance(given[0], int)
+        prompts = given if several else [given]
         if not all(prompts):
             raise ValueError("a prompt is empty")
         tokens = ([FIRST_BYTE + byte for byte in p.encode()] if isinstance(p, str) else p for p in prompts)
         return tuple(np.array(prompt, np.int32) for prompt in tokens)
 
     def state(self, prompt_T: Ints) -> int:
-        """The row of the table that answers: a hash of the last message of the user or of a tool."""
+        """The row of the table for a prompt: a hash of the last message of the user or of a tool."""
         starts = np.flatnonzero((prompt_T == ROLES["user"]) | (prompt_T == ROLES["tool"]))
         message = prompt_T[starts[-1] + 1 :] if starts.size else prompt_T
         end = int(np.argmax(message == END))
@@ -83,22 +83,22 @@ class ToyLanguage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
+class _Query:
     prompts: tuple[Ints, ...]
     temperature: float
     max_tokens: int
     num: int
-    """Choices of each prompt."""
+    """The number of choices for each prompt."""
     seed: int | None
-    """Decides what is sampled; None: how often the prompt was asked does."""
+    """The seed of the sampling; None: it depends on how often the prompt has been sampled."""
 
 
 class ToyEngine:
-    """The policy's engine: exact token ids, true log-probabilities, and errors as vLLM would have them.
+    """The policy's engine, with exact token ids, true log-probabilities, and the refusals of vLLM.
 
-    Knows `temperature` (0: the likeliest word, log-probability 0), `max_tokens`, `n` and `seed`. As in the real engine,
-    one version answers a call from start to end, unless `on_weight_update` is "keep": then the word is the old
-    version's, and its end the new one's.
+    It reads `temperature` (0: the likeliest word, with log-probability 0), `max_tokens`, `n` and `seed`. As in vLLM,
+    one policy version answers a call from its first to its last token, unless `on_weight_update` is "keep": then an
+    update may fall between the word and END.
     """
 
     def __init__(
@@ -110,59 +110,62 @@ class ToyEngine:
         delay_s: float = 0.0,
         on_weight_update: OnWeightUpdate = "wait",
     ) -> None:
-        """`max_len`: tokens of prompt and response. `delay_s`: seconds that an answer takes; may be changed.
+        """
+        Samples depend on the seed, the policy version, the prompt, and how often the version has sampled the prompt
+        before, so a run whose rollouts come in another order samples the same.
 
-        What is sampled is a function of the seed, the version, the prompt, and how often it was asked: a run whose
-        rollouts come in another order samples the same.
+        Args:
+            max_len: the most tokens of prompt and response together.
+            delay_s: the seconds that each answer takes; the attribute may be changed.
         """
         self.delay_s = delay_s
         self.version = 0
         self.in_flight = 0
-        """Calls that it works on now."""
+        """The number of calls that are being answered."""
         self._language = language
         self._max_len = max_len
         self._seed = seed
-        self._asked: Counter[int] = Counter()
+        self._repeats: Counter[int] = Counter()
         self._table = np.zeros((language.num_states, len(language.words)), np.float32)
         self._gate = Gate(on_weight_update)
         self._failures = 0
         self._follower: Follower | None = None
 
     def fail_next(self, num: int) -> None:
-        """Refuse the next `num` calls, as an engine that is broken does."""
+        """Refuse the next `num` calls with status 500, as a broken engine would."""
         self._failures = num
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
         """Answer one chat or completion request."""
-        asked = await self._read(request)
-        if isinstance(asked, Refusal):
-            return asked
+        query = await self._read(request)
+        if isinstance(query, Refusal):
+            return query
         with self._counted():
             await self._attached()
-            completion = await self._gate.complete(lambda: self._answer(asked, request))
+            completion = await self._gate.complete(lambda: self._answer(query, request))
         if request.get("tools"):
             for choice in completion.reply["choices"]:
                 _call_tool(choice, request["tools"][0]["function"]["name"])
         return completion
 
     async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
-        """The same token by token, each of which takes `delay_s`; words that are tool calls stay words."""
-        asked = await self._read(request)
-        if isinstance(asked, Refusal):
-            yield asked
+        """Answer token by token, each after `delay_s`; a word that is a tool call stays a word."""
+        query = await self._read(request)
+        if isinstance(query, Refusal):
+            yield query
             return
         with self._counted():
             await self._attached()
-            async for part in self._gate.stream(lambda: self._parts(asked, request)):
+            async for part in self._gate.stream(lambda: self._parts(query, request)):
                 yield part
 
-    async def _answer(self, asked: _Asked, request: Mapping[str, Any]) -> Completion:
-        version, choices = self.version, self._sample(asked)
+    async def _answer(self, query: _Query, request: Mapping[str, Any]) -> Completion:
+        version, choices = self.version, self._sample(query)
         await asyncio.sleep(self.delay_s)
         return join_parts([_part(self._language, choices, slice(None), request, version, self._newer(version))])
 
-    async def _parts(self, asked: _Asked, request: Mapping[str, Any]) -> AsyncGenerator[Part, None]:
-        version, choices = self.version, self._sample(asked)
+    async def _parts(self, query: _Query, request: Mapping[str, Any]) -> AsyncGenerator[Part, None]:
+        version, choices = self.version, self._sample(query)
         for position in range(max(choice.response_T.size for choice in choices)):
             await asyncio.sleep(self.delay_s)
             token = slice(position, position + 1)
@@ -183,14 +186,14 @@ class ToyEngine:
         finally:
             self.in_flight -= 1
 
-    async def _read(self, request: Mapping[str, Any]) -> _Asked | Refusal:
-        """What is asked, as vLLM would refuse it."""
+    async def _read(self, request: Mapping[str, Any]) -> _Query | Refusal:
+        """Parse a request, or refuse it as vLLM would."""
         if self._failures > 0:
             self._failures -= 1
             await asyncio.sleep(self.delay_s)
             return Refusal(status=500, message="the toy engine fails", code="engine_error", type="server_error")
         try:
-            asked = _Asked(
+            query = _Query(
                 prompts=self._language.prompts(request),
                 temperature=float(request.get("temperature", 1.0)),
                 max_tokens=int(request.get("max_tokens", 2)),
@@ -199,32 +202,32 @@ class ToyEngine:
             )
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             return Refusal(status=400, message=f"{type(error).__name__}: {error}", code="invalid_request")
-        longest = max(prompt_T.size for prompt_T in asked.prompts)
+        longest = max(prompt_T.size for prompt_T in query.prompts)
         if longest >= self._max_len:
             message = f"This model's maximum context length is {self._max_len} tokens, the prompt has {longest}"
             return Refusal(status=400, message=message, code="context_length_exceeded")
-        if asked.max_tokens < 1 or not asked.temperature >= 0.0:
-            message = f"max_tokens={asked.max_tokens} must be at least 1, temperature={asked.temperature} at least 0"
+        if query.max_tokens < 1 or not query.temperature >= 0.0:
+            message = f"max_tokens={query.max_tokens} must be at least 1, temperature={query.temperature} at least 0"
             return Refusal(status=400, message=message, code="invalid_request")
-        return asked
+        return query
 
     async def install(self, weights: Weights) -> None:
-        """Answer with these weights; `on_weight_update` says what becomes of the calls that are being answered."""
+        """Switch to these weights; `on_weight_update` decides what happens to running calls."""
         (bucket,) = weights.buckets
         (entry,) = bucket.parameters
         async with self._gate.update():
             raw = np.asarray(bucket.data, np.uint8)[entry["offset"] :].tobytes()
             self._table = np.frombuffer(raw, entry["dtype"]).reshape(entry["shape"])
             self.version = weights.version
-            self._asked.clear()
+            self._repeats.clear()
 
     async def join(self, board: PolicyBoard) -> None:
-        """Become a replica that `publish` waits for."""
-        self._follower = Follower(board, self.install, _is_well)
+        """Become a replica of the policy, with the board's current weights."""
+        self._follower = Follower(board, self.install, _check_alive)
         await self._follower.join()
 
     async def follow(self) -> None:
-        """After `join`: install what is published, until cancelled."""
+        """Install newer weights as they are published, until cancelled; call it after `join`."""
         assert self._follower is not None
         await self._follower.run()
 
@@ -232,26 +235,26 @@ class ToyEngine:
         if self._follower is not None:
             await board.leave(self._follower.replica)
 
-    def _sample(self, asked: _Asked) -> tuple[Choice, ...]:
-        prompts = [prompt_T for prompt_T in asked.prompts for _ in range(asked.num)]
-        return tuple(self._choice(prompt_T, asked, index) for index, prompt_T in enumerate(prompts))
+    def _sample(self, query: _Query) -> tuple[Choice, ...]:
+        prompts = [prompt_T for prompt_T in query.prompts for _ in range(query.num)]
+        return tuple(self._choice(prompt_T, query, index) for index, prompt_T in enumerate(prompts))
 
     def _random(self, prompt_T: Ints, seed: int | None, index: int) -> np.random.Generator:
         if seed is not None:
             return np.random.default_rng([seed, index])
         prompt = zlib.crc32(prompt_T.tobytes())
-        self._asked[prompt] += 1
-        return np.random.default_rng([self._seed, self.version, prompt, self._asked[prompt]])
+        self._repeats[prompt] += 1
+        return np.random.default_rng([self._seed, self.version, prompt, self._repeats[prompt]])
 
-    def _choice(self, prompt_T: Ints, asked: _Asked, index: int) -> Choice:
+    def _choice(self, prompt_T: Ints, query: _Query, index: int) -> Choice:
         logits = self._table[self._language.state(prompt_T)]
-        if asked.temperature == 0.0:
+        if query.temperature == 0.0:
             word, logprob = int(np.argmax(logits)), 0.0
         else:
-            logprobs = _log_softmax(logits / asked.temperature)
-            word = int(self._random(prompt_T, asked.seed, index).choice(logits.size, p=np.exp(logprobs)))
+            logprobs = _log_softmax(logits / query.temperature)
+            word = int(self._random(prompt_T, query.seed, index).choice(logits.size, p=np.exp(logprobs)))
             logprob = float(logprobs[word])
-        length = min(2, asked.max_tokens, self._max_len - prompt_T.size)
+        length = min(2, query.max_tokens, self._max_len - prompt_T.size)
         return Choice(
             prompt_T=prompt_T,
             response_T=np.array([FIRST_WORD + word, END][:length], np.int32),
@@ -260,8 +263,8 @@ class ToyEngine:
         )
 
 
-async def _is_well() -> None:
-    """A table cannot die."""
+async def _check_alive() -> None:
+    """Does nothing: a table cannot die."""
 
 
 def _part(
@@ -272,7 +275,7 @@ def _part(
     version: int,
     last_version: int | None,
 ) -> Part:
-    """These tokens of each choice, as a chunk of vLLM's has them."""
+    """The given positions of each choice, in the form of a chunk of vLLM."""
     raw = "prompt" in request
     pieces = []
     for index, choice in enumerate(choices):
@@ -299,7 +302,7 @@ def _part(
 
 
 def _call_tool(choice: dict[str, Any], name: str) -> None:
-    """Make a tool call of a word that is one."""
+    """Replace a word with the prefix `CALL` by tool calls."""
     word = choice["message"]["content"]
     if not word.startswith(CALL):
         return
@@ -317,7 +320,7 @@ class ToyLearner:
     def __init__(
         self, language: ToyLanguage, *, lr: float = 8.0, clip_ratio: float = 0.2, temperature: float = 1.0
     ) -> None:
-        """`temperature`: of the sampling that made the samples."""
+        """`temperature` is that of the sampling that made the samples."""
         self._language = language
         self._lr = lr
         self._clip_ratio = clip_ratio
@@ -326,7 +329,8 @@ class ToyLearner:
         self._version = 0
 
     async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Metrics:
-        """One step per batch; the log-probability gap is of the first, whose sampler the table still is."""
+        """Take a step for each batch. Only the first reports the gap between the engine's log-probabilities and the
+        table's: later steps see another table than the engine had."""
         return merge(*(self._step(batch, gap=index == 0) for index, batch in enumerate([*batches] * epochs)))
 
     async def publish(self) -> Weights:
@@ -349,7 +353,7 @@ class ToyLearner:
         for row, position in np.argwhere(batch.mask_NT):
             word = int(batch.token_NT[row, position]) - FIRST_WORD
             old = float(batch.logprob_NT[row, position])
-            if word < 0:  # END is certain: nothing to learn
+            if word < 0:  # END has probability 1, so it has no gradient
                 gaps.append(abs(old))
                 continue
             state = self._language.state(batch.token_NT[row, :position])
