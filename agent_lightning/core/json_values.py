@@ -1,4 +1,4 @@
-"""JSON that comes from outside or is kept: its depth, its text, log-probabilities in it, and streamed chunks joined."""
+"""JSON from outside or for keeping: parsing, depth, text, log-probabilities in it, and streamed chunks joined."""
 
 from __future__ import annotations
 
@@ -12,6 +12,19 @@ from agent_lightning.core.types import Floats
 
 _ROUNDING = 1e-3
 """The log-probability of a certain token may exceed 0 by this much, by rounding."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; None if the text is not JSON, or is nested too deep for the parser."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """The value if it is a mapping, else an empty mapping."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def is_deeper(value: Any, limit: int) -> bool:

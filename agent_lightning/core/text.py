@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import AnyStr
 
 LONGEST_LINE = 300
 """Characters of an error that `error_line` keeps."""
@@ -35,13 +36,17 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.split("\n")) if line.strip()), "")
 
 
-def hide_secret(text: str, secret: str) -> str:
-    """The text with each occurrence of `secret` replaced by as many stars, so that lengths and offsets stay.
+def hide_secret(text: AnyStr, secret: str) -> AnyStr:
+    """The text or bytes with each occurrence of `secret` replaced by as many stars, so that lengths and offsets stay.
 
     Every text that leaves an attempt passes here: agents tell the model, their instrumentor or their error messages the
     URL that they call, and the URL holds the attempt's secret.
     """
-    return text.replace(secret, "*" * len(secret)) if secret else text
+    if not secret:
+        return text
+    if isinstance(text, bytes):
+        return text.replace(secret.encode(), b"*" * len(secret.encode()))
+    return text.replace(secret, "*" * len(secret))
 
 
 def hide_attempt_secrets(text: str) -> str:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from agent_lightning.core.json_values import as_mapping, parse_json
 from agent_lightning.core.types import ModelCall, ToolCall, ToolStatus
 
 _INVALID = re.compile(
@@ -41,7 +42,7 @@ def tool_calls(calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
     tools: list[ToolCall] = []
     for index, call in enumerate(calls):
         for number, request in enumerate(requested[index]):
-            function = _mapping(request.get("function"))
+            function = as_mapping(request.get("function"))
             identity = str(request.get("id") or "")
             arguments = _text(function.get("arguments"))
             # Each request repeats the conversation: the first later request with the id has this call's result, unless
@@ -78,11 +79,7 @@ def tool_status(arguments: str, result: str | None) -> ToolStatus:
     """
     if result is None:
         return ToolStatus.UNANSWERED
-    try:
-        valid = isinstance(json.loads(arguments or "{}"), dict)
-    except (ValueError, RecursionError):
-        valid = False
-    if not valid:
+    if not isinstance(parse_json(arguments or "{}"), dict):
         return ToolStatus.INVALID_ARGUMENTS
     text = result.strip()
     if text.lower() in _EMPTY:
@@ -109,8 +106,8 @@ def reply_identity(call: ModelCall) -> tuple[str, tuple[tuple[str, str], ...]] |
     Example: {"content": " 4 ", "tool_calls": [{"function": {"name": "f", "arguments": "{ }"}}]} gives
     ("4", (("f", "{}"),)).
     """
-    text = _text(_mapping(_json(call.reply)).get("content")).strip()
-    functions = [_mapping(request.get("function")) for request in _requested_tools(call)]
+    text = _text(as_mapping(parse_json(call.reply)).get("content")).strip()
+    functions = [as_mapping(request.get("function")) for request in _requested_tools(call)]
     if not text and not functions:
         return None
     return text, tuple((str(f.get("name") or ""), canonical_arguments(_text(f.get("arguments")))) for f in functions)
@@ -121,7 +118,7 @@ def looks_like_tool_call(call: ModelCall) -> bool:
 
     Example: content '<tool_call>\\n{"name": "calculator", "arguments": {' and no tool_calls -> True.
     """
-    reply = _mapping(_json(call.reply))
+    reply = as_mapping(parse_json(call.reply))
     content = reply.get("content")
     if reply.get("tool_calls") or not isinstance(content, str):
         return False
@@ -132,7 +129,7 @@ def looks_like_tool_call(call: ModelCall) -> bool:
 def _complaint(text: str) -> str | None:
     """The error message in a result; None if the result is no error."""
     if text.startswith("{"):
-        fields = _mapping(_json(text))
+        fields = as_mapping(parse_json(text))
         error = fields.get("error") or fields.get("isError") or fields.get("is_error")
         return f"error: {error} {fields.get('message') or ''}" if error else None
     head = text[:_HEAD]
@@ -143,7 +140,7 @@ def _requested_tools(call: ModelCall) -> Iterator[Mapping[str, Any]]:
     """The tool calls in a reply, in OpenAI's form."""
     if '"tool_calls"' not in call.reply:
         return
-    for request in _mapping(_json(call.reply)).get("tool_calls") or ():
+    for request in as_mapping(parse_json(call.reply)).get("tool_calls") or ():
         if isinstance(request, Mapping):
             yield request
 
@@ -152,7 +149,7 @@ def _tool_results(call: ModelCall) -> dict[str, str]:
     """Tool call id -> result, from the tool messages in a request; if an id occurs twice, the last result counts."""
     if '"tool_call_id"' not in call.request:
         return {}
-    messages = _json(call.request)
+    messages = parse_json(call.request)
     return {
         str(message["tool_call_id"]): _text(message.get("content"))
         for message in (messages if isinstance(messages, list) else ())
@@ -160,21 +157,10 @@ def _tool_results(call: ModelCall) -> dict[str, str]:
     }
 
 
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
 def _text(value: Any) -> str:
     """Content as text; OpenAI allows a list of parts."""
     if isinstance(value, list):
-        return "".join(str(_mapping(part).get("text") or "") for part in value)
+        return "".join(str(as_mapping(part).get("text") or "") for part in value)
     if value is None or isinstance(value, str):
         return value or ""
     return json.dumps(value)

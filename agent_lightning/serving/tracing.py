@@ -53,7 +53,7 @@ async def take_traces(
     """
     content_type = headers.get("content-type", PROTOBUF)
     try:
-        spans, faults = decode(
+        traces, faults = decode(
             raw,
             content_type=content_type,
             content_encoding=headers.get("content-encoding", ""),
@@ -61,6 +61,7 @@ async def take_traces(
             max_spans=MAX_SPANS,
             secret=secret,
         )
+        spans = tuple(span for trace in traces.values() for span in trace)
         lost = sum(count for reason, count in faults.items() if not reason.startswith("repaired"))
         rejected = lost + await recorder.record_spans(key, spans, faults)
     except DataError as error:

@@ -1,4 +1,6 @@
-"""The span attributes that are understood, as tables: what a span is, and where it says what (docs/traces.md).
+"""Tables of the span attributes that are read: which kind a span is, and which attribute holds which field.
+
+The same tables are in docs/traces.md.
 
 Sources: OpenTelemetry's GenAI conventions with their older forms (OpenLLMetry, OpenLIT), OpenInference, Langfuse,
 LangSmith, the Vercel AI SDK, Google's ADK, Agent Lightning 0.x, and our own client.
@@ -11,7 +13,7 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """What a span is."""
+    """The kind of event that a span describes."""
 
     CALL = "model call"
     TOOL = "tool call"
@@ -63,7 +65,7 @@ KINDS: tuple[tuple[str, Mapping[str, Kind]], ...] = (
     ("langfuse.observation.type", {"generation": Kind.CALL, "tool": Kind.TOOL, "agent": Kind.AGENT}),
     ("langsmith.span.kind", {"llm": Kind.CALL, "tool": Kind.TOOL}),
 )
-"""Attribute -> value -> kind. The first attribute whose value is listed decides, after PRESENT's rewards."""
+"""Attribute -> value -> kind. The first attribute whose value is listed decides, unless PRESENT finds a reward."""
 
 PRESENT: tuple[tuple[str, Kind], ...] = (
     ("agl.reward.value", Kind.REWARD),
@@ -77,7 +79,7 @@ PRESENT: tuple[tuple[str, Kind], ...] = (
     ("llm.output_messages.*", Kind.CALL),
     ("llm.hosted_vllm.prompt_token_ids", Kind.CALL),
 )
-"""Attributes that say by being there what a span is: a reward always, the others where KINDS has no answer."""
+"""Attributes whose presence decides the kind of a span: for a reward always, for others if KINDS does not decide."""
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "model": (
@@ -192,5 +194,5 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "what a reward is about": ("agl.reward.about", "agentlightning.link.*"),
     "span id": ("agl.span_id",),
 }
-"""What is read -> the attributes that may have it, the best first. One that ends in ".*" is flattened: `prefix.0.role`
-and so on; the value of any other may be JSON text."""
+"""Field -> the attributes that may hold it, the best first. A name that ends in ".*" stands for a list spread over
+attributes (`prefix.0.role`, …); the value of any other attribute may be JSON text."""

@@ -1,6 +1,6 @@
-"""Spans as OpenTelemetry has them -> ours, by the attributes that instrumentors write. Pure.
+"""Model calls, tool calls, rewards and agents, read from the raw spans of an attempt by any instrumentor. Pure.
 
-`attributes` has the tables of names, `span_fields` what one span says; here is what spans say together.
+`fields` reads a single span; this module combines the spans of an attempt.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from agent_lightning.core.json_values import as_mapping
 from agent_lightning.core.types import AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus, is_reward
 from agent_lightning.credit.tools import tool_status
 from agent_lightning.spans.attributes import FIELDS, Kind
@@ -21,6 +22,7 @@ from agent_lightning.spans.fields import (
     finish_reason_of,
     first,
     has,
+    integer,
     langchain_agent,
     matches,
     model_of,
@@ -30,9 +32,8 @@ from agent_lightning.spans.fields import (
     request_of,
     tokens_of,
     unflattened,
-    whole_number,
 )
-from agent_lightning.spans.forms import as_mapping, text_of
+from agent_lightning.spans.forms import text_of
 from agent_lightning.spans.messages import tool_result_of
 from agent_lightning.spans.tool_index import Asked
 from agent_lightning.spans.tree import RawSpan, SpanTree, arguments_of
@@ -48,32 +49,32 @@ REASONS = {
     "repaired: token ids out of any vocabulary": "kept without tokens: an id is not in [0, 2^31)",
     "repaired: log-probabilities missing": "kept; those of its tokens that are not known are NaN",
 }
-"""Every reason that `read` counts, and what it means. Those with "repaired" are of spans that are kept."""
+"""Every reason for which `read` refuses or repairs a span, and its meaning. Repaired spans are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traced:
-    """What raw spans say, in the order in which it happened. A `parent_id` is of a span that is kept, or ""."""
+    """The content of an attempt's raw spans, in the order of time. A `parent_id` is the id of a kept span, or ""."""
 
     calls: tuple[ModelCall, ...] = ()
-    """`source="trace"`, without tokens unless the trace has them; `call_id` is the reply's id where the span has it,
-    else the span's."""
+    """Calls with source "trace", without tokens unless the trace has them. `call_id` is the reply's id if the span has
+    one, else the span's id."""
     tools: tuple[ToolCall, ...] = ()
     rewards: tuple[Reward, ...] = ()
     agents: tuple[AgentSpan, ...] = ()
     refused: Mapping[str, int] = field(default_factory=Counter)
-    """Reason (see REASONS) -> how many spans are not among the above though they should be, or were repaired."""
+    """Reason (see REASONS) -> number of spans that were left out, or repaired."""
     offered: Mapping[str, str] = field(default_factory=dict)
     """`call_id` -> JSON text of the definitions of the tools that its request offered, in OpenAI's form."""
     usage: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """`call_id` -> tokens of the prompt and of the reply, as the trace counts them."""
+    """`call_id` -> number of tokens of the prompt and of the reply, as the trace counts them."""
 
 
 def read(spans: Sequence[RawSpan], key: RolloutKey) -> Traced:
     """The model calls, tool calls, rewards and agents among the spans of one attempt, in the order of their start.
 
-    A model call that wraps another one of the same event is one call with what both say. The order in which the spans
-    come does not matter. Never raises, whatever the attributes hold.
+    Nested spans of the same model call become a single call with the fields of both. The order of `spans` does not
+    matter. Never raises, whatever the attributes hold.
 
     Example:
 
@@ -107,6 +108,7 @@ def read(spans: Sequence[RawSpan], key: RolloutKey) -> Traced:
 
 
 def _unique(spans: Sequence[RawSpan], refused: Counter[str]) -> list[RawSpan]:
+    """The spans with finite times, each id once."""
     unique: dict[str, RawSpan] = {}
     for span in spans:
         if not (math.isfinite(span.started_at) and math.isfinite(span.ended_at)):
@@ -114,30 +116,30 @@ def _unique(spans: Sequence[RawSpan], refused: Counter[str]) -> list[RawSpan]:
             continue
         if span.span_id in unique:
             refused["a span id for the second time"] += 1
-            span = max(span, unique[span.span_id], key=lambda one: (len(one.attributes), repr(one)))
+            span = max(span, unique[span.span_id], key=lambda same: (len(same.attributes), repr(same)))
         unique[span.span_id] = span
     return list(unique.values())
 
 
 def _identified(tree: SpanTree) -> list[RawSpan]:
-    """The spans that are model calls, each with all that is told of its event; their ids are known to the tree then."""
+    """The spans of model calls, with the fields of all spans of the same call. Enters their ids into `tree.kept_id`."""
     by_reply: dict[str, RawSpan] = {}
     for span in tree.of(Kind.CALL):
         reply_id = next(filter(None, map(reply_id_of, (span.attributes, *tree.told_by(span)))), "")
         reply_id = "" if reply_id in tree.by_id else reply_id
         earlier = by_reply.get(reply_id)
         if earlier is not None and span.started_at < earlier.ended_at:
-            # Two instrumentors of one library tell of the same event.
+            # Two instrumentors of one library describe the same event.
             tree.kind[span.span_id] = Kind.OTHER
             tree.wrappers.setdefault(earlier.span_id, []).extend([span, *tree.wrappers.pop(span.span_id, ())])
         elif earlier is None and reply_id:
             by_reply[reply_id] = span
-    # Another call whose reply has an id that came before has its own: some servers give all replies the same one.
+    # A call whose reply repeats the id of an earlier reply keeps its span's id: some servers never change the id.
     names = {span.span_id: reply_id for reply_id, span in by_reply.items()}
     for span in tree.of(Kind.CALL):
-        for one in (span, *tree.wrappers.get(span.span_id, ())):
-            tree.kept_id[one.span_id] = names.get(span.span_id, span.span_id)
-    return [_merged(span, tree.wrappers.get(span.span_id, ())) for span in tree.of(Kind.CALL)]
+        for same in (span, *tree.wrappers.get(span.span_id, ())):
+            tree.kept_id[same.span_id] = names.get(span.span_id, span.span_id)
+    return [_merge_wrappers(span, tree.wrappers.get(span.span_id, ())) for span in tree.of(Kind.CALL)]
 
 
 def _calls(
@@ -146,10 +148,10 @@ def _calls(
     calls, offered, usage = [], {}, {}
     for span in _identified(tree):
         call_id = tree.kept_id[span.span_id]
-        own = [str(first(span.attributes, name) or "") for name in ("request's own text", "reply's own text")]
-        request, tools = request_of(span.attributes, Counter() if own[0] else refused)
-        # A call that failed has no reply that should be there.
-        reply = reply_of(span.attributes, request, Counter() if own[1] or span.error else refused)
+        exact = [str(first(span.attributes, name) or "") for name in ("request's own text", "reply's own text")]
+        request, tools = request_of(span.attributes, Counter() if exact[0] else refused)
+        # If a call failed, a missing reply is no fault of the trace.
+        reply = reply_of(span.attributes, request, Counter() if exact[1] or span.error else refused)
         prompt_T, response_T, logprob_T = tokens_of(span.attributes, refused)
         calls.append(
             ModelCall(
@@ -163,8 +165,8 @@ def _calls(
                 finish_reason=finish_reason_of(span.attributes),
                 started_at=span.started_at,
                 ended_at=max(span.started_at, span.ended_at),
-                request=own[0] or (dump(request) if request else ""),
-                reply=own[1] or (dump(reply) if reply else ""),
+                request=exact[0] or (dump(request) if request else ""),
+                reply=exact[1] or (dump(reply) if reply else ""),
                 span_id=span.span_id,
                 parent_id=tree.parent_of(span),
                 model=model_of(span.attributes),
@@ -174,13 +176,14 @@ def _calls(
         )
         if tools:
             offered[call_id] = dump(tools)
-        sent, said = (whole_number(first(span.attributes, side)) for side in ("prompt tokens", "reply tokens"))
-        if sent or said:
-            usage[call_id] = (sent, said)
+        counts = integer(first(span.attributes, "prompt tokens")), integer(first(span.attributes, "reply tokens"))
+        if any(counts):
+            usage[call_id] = counts
     return tuple(calls), offered, usage
 
 
 def _agent_of(tree: SpanTree, span: RawSpan) -> str:
+    """The agent that a model call's span names, or else the nearest agent above it; "" if there is none."""
     own = next((span.attributes[name] for name in ("gen_ai.agent.name", "agent.name") if name in span.attributes), "")
     own = own or langchain_agent(span.attributes)
     above = tree.agent_above(span)
@@ -191,7 +194,7 @@ def _tools(tree: SpanTree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple
     asked = Asked(calls)
     starts = [call.started_at for call in calls]
     tools = []
-    for span in [_merged(one, tree.wrappers.get(one.span_id, ())) for one in tree.of(Kind.TOOL)]:
+    for span in [_merge_wrappers(span, tree.wrappers.get(span.span_id, ())) for span in tree.of(Kind.TOOL)]:
         given = first(span.attributes, "result")
         if given is None and any(name in span.attributes for name in FIELDS["result"]):
             given = ""
@@ -214,7 +217,7 @@ def _tools(tree: SpanTree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple
                 tool_call_id=match.tool_call_id if match else identity,
                 name=name,
                 arguments=arguments,
-                # Our own span of a tool has its result even where that is empty.
+                # Our own span of a tool has its result, which may be empty.
                 result=result or ("" if status else span.error),
                 status=ToolStatus(status) if status in list(ToolStatus) else seen,
                 started_at=span.started_at,
@@ -248,14 +251,15 @@ def _rewards(tree: SpanTree, key: RolloutKey, refused: Counter[str]) -> tuple[Re
 
 
 def _dimensions(span: RawSpan) -> list[tuple[str, Any]]:
+    """Names and values of the rewards in a span."""
     if "agl.reward.value" in span.attributes:
         return [(str(first(span.attributes, "reward's name") or "reward"), span.attributes["agl.reward.value"])]
     parts = unflattened(span.attributes, "agentlightning.reward.")
-    return [(str(as_mapping(one).get("name") or "reward"), as_mapping(one).get("value")) for one in parts]
+    return [(str(as_mapping(part).get("name") or "reward"), as_mapping(part).get("value")) for part in parts]
 
 
-def _merged(span: RawSpan, wrappers: Sequence[RawSpan]) -> RawSpan:
-    """A call with what the spans around it say and it does not; a field is taken whole, from one span."""
+def _merge_wrappers(span: RawSpan, wrappers: Sequence[RawSpan]) -> RawSpan:
+    """The span with the fields that it lacks and its wrappers have; each field is taken from a single span."""
     attributes = dict(span.attributes)
     for wrapper in wrappers:
         for names in FIELDS.values():

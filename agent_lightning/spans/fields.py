@@ -1,4 +1,4 @@
-"""What the attributes of one span say, whoever wrote them: the fields of `attributes.FIELDS`. Pure."""
+"""The fields of a single span, read from the attributes of any instrumentor; `attributes` has the table. Pure."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from typing import Any
 
 import numpy as np
 
+from agent_lightning.core.json_values import as_mapping, clean_logprobs
 from agent_lightning.core.types import Floats, Ints
 from agent_lightning.spans.attributes import FIELDS
-from agent_lightning.spans.forms import Message, as_mapping, parsed, text_of
+from agent_lightning.spans.forms import Message, parsed, text_of
 from agent_lightning.spans.messages import answer, conversation
 
 
-def values(attributes: Mapping[str, Any], what: str) -> Iterator[Any]:
-    """What the attributes of a field hold, the best first."""
-    for name in FIELDS[what]:
-        value = _value(attributes, name, what)
+def values(attributes: Mapping[str, Any], field: str) -> Iterator[Any]:
+    """All values that the attributes have for a field (a key of FIELDS), the best first."""
+    for name in FIELDS[field]:
+        value = _value(attributes, name, field)
         if value is not None and value != "" and value != []:
             yield value
 
 
-def first(attributes: Mapping[str, Any], what: str) -> Any:
-    """The best that the attributes have of a field; None where there is none.
+def first(attributes: Mapping[str, Any], field: str) -> Any:
+    """The best value that the attributes have for a field (a key of FIELDS); None if they have none.
 
     Example: first({"gen_ai.request.model": "gpt-4o"}, "model") -> "gpt-4o"
     """
-    return next(values(attributes, what), None)
+    return next(values(attributes, field), None)
 
 
-def _value(attributes: Mapping[str, Any], name: str, what: str) -> Any:
+def _value(attributes: Mapping[str, Any], name: str, field: str) -> Any:
     if name == "gen_ai.events":
-        return _from_events(attributes.get(name), what)
+        return _from_events(attributes.get(name), field)
     if name == "agentlightning.link.*":
         links = map(as_mapping, unflattened(attributes, "agentlightning.link."))
         return next((link.get("value_match") for link in links if link.get("key_match") == "span_id"), None)
@@ -47,24 +48,24 @@ def _value(attributes: Mapping[str, Any], name: str, what: str) -> Any:
 _EVENT = re.compile(r"gen_ai\.(system|user|assistant|tool)\.message")
 
 
-def _from_events(events: Any, what: str) -> Any:
-    """Messages that are a span's events: one event with all of them, or one for each."""
+def _from_events(events: Any, field: str) -> Any:
+    """The messages among a span's events: an event holds all of them, or each has an event of its own."""
     messages: list[Any] = []
     for event in map(as_mapping, events if isinstance(events, list) else ()):
-        whole = next((event[name] for name in FIELDS[what] if event.get(name)), None)
-        if whole is not None:
-            return whole
-        found, choice = _EVENT.fullmatch(str(event.get("event.name"))), event.get("event.name") == "gen_ai.choice"
-        if found and what == "request":
+        all_messages = next((event[name] for name in FIELDS[field] if event.get(name)), None)
+        if all_messages is not None:
+            return all_messages
+        role, is_choice = _EVENT.fullmatch(str(event.get("event.name"))), event.get("event.name") == "gen_ai.choice"
+        if role and field == "request":
             fields = {"content": event.get("content"), "tool_calls": parsed(event.get("tool_calls"))}
-            messages.append({"role": found[1], **fields, "tool_call_id": event.get("id") or ""})
-        elif choice and what == "reply":
+            messages.append({"role": role[1], **fields, "tool_call_id": event.get("id") or ""})
+        elif is_choice and field == "reply":
             messages.append({**event, **as_mapping(parsed(event.get("message"))), "role": "assistant"})
     return messages
 
 
 def unflattened(attributes: Mapping[str, Any], prefix: str) -> list[Any]:
-    """The list whose items are spread over attributes.
+    """A list whose items are spread over several attributes.
 
     Example: unflattened({"p.0.role": "user", "p.0.content": "hi"}, "p.") -> [{"role": "user", "content": "hi"}]
     """
@@ -83,10 +84,13 @@ def unflattened(attributes: Mapping[str, Any], prefix: str) -> list[Any]:
 
 
 _MAX_PATH = 12
+"""Most parts of a name that `unflattened` reads."""
 _SHELLS = ("message", "message_content", "tool_call")
+"""Names that OpenInference puts around each item of a list."""
 
 
 def _listed(value: Any) -> Any:
+    """The tree with lists in place of dicts whose keys are numbers, and without shells around items."""
     if not isinstance(value, dict):
         return value
     if value and all(name.isdecimal() for name in value):
@@ -97,44 +101,43 @@ def _listed(value: Any) -> Any:
 
 
 def has(attributes: Mapping[str, Any], name: str) -> bool:
-    """Whether an attribute is there and not empty; `name` may end in ".*"."""
+    """Whether an attribute is present and not empty; `name` may end in ".*"."""
     if name.endswith(".*"):
-        return any(one.startswith(name[:-1]) for one in attributes)
+        return any(attribute.startswith(name[:-1]) for attribute in attributes)
     return attributes.get(name) not in (None, "", [])
 
 
 def matches(attribute: str, name: str) -> bool:
-    """Whether an attribute is the one, or one of those, that `name` means."""
+    """Whether `name`, which may end in ".*", stands for an attribute."""
     return attribute.startswith(name[:-1]) if name.endswith(".*") else attribute == name
 
 
 def number(value: Any) -> float:
-    """A number, also as text; NaN where it is none."""
+    """The value as a number, also from text; NaN if it is no number."""
     try:
         return math.nan if isinstance(value, bool) or value is None else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
-def whole_number(value: Any) -> int:
-    """As `number`, without what is behind the point; 0 where it is none."""
-    found = number(value)
-    return int(found) if math.isfinite(found) else 0
+def integer(value: Any) -> int:
+    """The value as an integer, rounded towards 0; 0 if it is no number."""
+    return int(number(value)) if math.isfinite(number(value)) else 0
 
 
 def dump(value: Any) -> str:
-    """JSON text, as `ModelCall` has it."""
+    """The value as JSON text in the form of ModelCall.request and ModelCall.reply."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def request_of(attributes: Mapping[str, Any], refused: Counter[str]) -> tuple[list[Message], list[Any]]:
-    """The messages that were sent, and the tools offered."""
+    """The messages of the request, and the definitions of the tools that it offers."""
     given = list(values(attributes, "request"))
-    found = next((one for one in map(conversation, given) if one is not None), None)
-    if found is None:
+    request = next((request for request in map(conversation, given) if request is not None), None)
+    if request is None:
         refused["repaired: a request that is not understood"] += any(given)
         return [], offered_of(attributes, ())
-    messages, tools = found
+    messages, tools = request
     system = text_of(first(attributes, "system prompt"))
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
@@ -142,35 +145,41 @@ def request_of(attributes: Mapping[str, Any], refused: Counter[str]) -> tuple[li
 
 
 def offered_of(attributes: Mapping[str, Any], tools: Sequence[Any]) -> list[Any]:
-    """Definitions of tools in OpenAI's form, each once."""
+    """The definitions of the tools that a request offers, in OpenAI's form, each once.
+
+    They come from the attributes, or else from `tools`, the definitions among the messages.
+    """
     given = parsed(next(values(attributes, "tools offered"), None)) or tools
-    found: dict[str, Any] = {}
-    for one in given if isinstance(given, list | tuple) else ():
-        one = as_mapping(parsed(as_mapping(one).get("tool", one)))
-        one = as_mapping(parsed(one.get("json_schema", one)))
-        function = as_mapping(one.get("function")) or one
+    offered: dict[str, Any] = {}
+    for definition in given if isinstance(given, list | tuple) else ():
+        definition = as_mapping(parsed(as_mapping(definition).get("tool", definition)))
+        definition = as_mapping(parsed(definition.get("json_schema", definition)))
+        function = as_mapping(definition.get("function")) or definition
         schema: Any = next((function[k] for k in ("parameters", "inputSchema", "input_schema") if function.get(k)), {})
         name = str(function.get("name") or "")
         if name:
             described = {"description": function["description"]} if function.get("description") else {}
             plain = {"name": name, **described, "parameters": parsed(schema)}
-            found.setdefault(name, {"type": "function", "function": plain})
-    return list(found.values())
+            offered.setdefault(name, {"type": "function", "function": plain})
+    return list(offered.values())
 
 
 def reply_of(attributes: Mapping[str, Any], request: Sequence[Message], refused: Counter[str]) -> Message | None:
-    """The message that was replied; None where there is none, or it is not understood."""
+    """The reply as a message; None if there is none, or it is not understood."""
     text, calls = first(attributes, "reply's text"), parsed(first(attributes, "reply's tool calls"))
-    said: dict[str, Any] = {"role": "assistant", "content": text_of(text)} if text else {"role": "assistant"}
-    told = [{**said, "tool_calls": calls}] if isinstance(calls, list) and calls else [said] if text else []
-    given = [*told, *values(attributes, "reply")]
-    found = next((one for one in (answer(value, request) for value in given) if one is not None), None)
-    refused["repaired: a reply that is not understood"] += found is None and any(given)
-    return found
+    given = list(values(attributes, "reply"))
+    message: dict[str, Any] = {"role": "assistant"} | ({"content": text_of(text)} if text else {})
+    if isinstance(calls, list) and calls:
+        given.insert(0, {**message, "tool_calls": calls})
+    elif text:
+        given.insert(0, message)
+    reply = next((reply for reply in (answer(value, request) for value in given) if reply is not None), None)
+    refused["repaired: a reply that is not understood"] += reply is None and any(given)
+    return reply
 
 
 def finish_reason_of(attributes: Mapping[str, Any]) -> str:
-    """Why the reply ended, in OpenAI's words; "" where nothing says so."""
+    """The finish reason of the reply, in OpenAI's words; "" if it is unknown."""
     value = parsed(first(attributes, "finish reason"))
     if value is None:
         reply = as_mapping(parsed(first(attributes, "reply")))
@@ -183,37 +192,33 @@ def finish_reason_of(attributes: Mapping[str, Any]) -> str:
 
 
 def tokens_of(attributes: Mapping[str, Any], refused: Counter[str]) -> tuple[Ints, Ints, Floats]:
-    """prompt_T, response_T and logprob_T: empty where the trace has no ids, NaN where it has no log-probability."""
-    prompt, response = (_numbers(first(attributes, name)) for name in ("prompt token ids", "reply token ids"))
-    if any(not isinstance(one, int) or not 0 <= one < 2**31 for one in (*prompt, *response)):
+    """prompt_T, response_T and logprob_T: empty if the trace has no ids, NaN where it has no log-probability."""
+    prompt, response = (_items(first(attributes, name)) for name in ("prompt token ids", "reply token ids"))
+    if any(not isinstance(token, int) or not 0 <= token < 2**31 for token in (*prompt, *response)):
         refused["repaired: token ids out of any vocabulary"] += 1
         prompt, response = [], []
-    logprobs = [_logprob(one) for one in _numbers(first(attributes, "log-probabilities"))]
-    if len(logprobs) != len(response):
-        logprobs = [math.nan] * len(response)
-    refused["repaired: log-probabilities missing"] += any(map(math.isnan, logprobs))
-    return np.array(prompt, np.int32), np.array(response, np.int32), np.array(logprobs, np.float32)
+    entries = _items(first(attributes, "log-probabilities"))
+    logprobs = [number(entry.get("logprob") if isinstance(entry, Mapping) else entry) for entry in entries]
+    logprob_T = clean_logprobs(logprobs, len(response))
+    refused["repaired: log-probabilities missing"] += bool(np.isnan(logprob_T).any())
+    return np.array(prompt, np.int32), np.array(response, np.int32), logprob_T
 
 
-def _numbers(value: Any) -> list[Any]:
+def _items(value: Any) -> list[Any]:
+    """The items of a list, which may be JSON text or inside another list."""
     value = parsed(value)
     while isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], list | tuple):
         value = value[0]
     return list(value) if isinstance(value, list | tuple) else []
 
 
-def _logprob(value: Any) -> float:
-    found = number(value.get("logprob") if isinstance(value, Mapping) else value)
-    return found if found <= 0 and math.isfinite(found) else math.nan
-
-
 def reply_id_of(attributes: Mapping[str, Any]) -> str:
-    """The id of a reply, as its server gave it; "" where nothing says so."""
+    """The id that the server gave to the reply; "" if it is unknown."""
     return str(first(attributes, "reply id") or as_mapping(parsed(first(attributes, "reply"))).get("id") or "")
 
 
 def model_of(attributes: Mapping[str, Any]) -> str:
-    """The model that replied, or else that was asked for; "" where nothing says so."""
+    """The model that replied, or else the requested model; "" if both are unknown."""
     return str(first(attributes, "model") or as_mapping(parsed(first(attributes, "reply"))).get("model") or "")
 
 
@@ -222,24 +227,24 @@ _CREW_ROLE = re.compile(r"\brole='([^']+)'")
 
 
 def agent_name_of(name: str, attributes: Mapping[str, Any]) -> str:
-    """What the agent is called of whose work a span is.
+    """The name of the agent whose work a span describes; `name` is the span's name.
 
     Example: agent_name_of("invoke_agent writer", {}) -> "writer"
     """
     if is_graph_node(name, attributes):
         return langchain_agent(attributes) or name
     role = _CREW_ROLE.search(str(attributes.get("input.value"))) if name == "Task._execute_core" else None
-    said = first(attributes, "agent") or (role and role[1])
-    found = _AGENT_NAME.fullmatch(name)
-    return str(said or (found and (found[1] or found[2])) or name)
+    stated = first(attributes, "agent") or (role and role[1])
+    in_name = _AGENT_NAME.fullmatch(name)
+    return str(stated or (in_name and (in_name[1] or in_name[2])) or name)
 
 
 def langchain_agent(attributes: Mapping[str, Any]) -> str:
-    """The name that LangChain's `create_agent` was given; the nodes of its graph are all called "model"."""
+    """The name given to LangChain's `create_agent`; the nodes of its graph are all called "model"."""
     return str(as_mapping(parsed(attributes.get("metadata"))).get("lc_agent_name") or "")
 
 
 def is_graph_node(name: str, attributes: Mapping[str, Any]) -> bool:
-    """Whether a span is LangGraph's of a node, which has the node's name."""
+    """Whether a span is LangGraph's span of a node: then it has the node's name."""
     metadata = as_mapping(parsed(attributes.get("metadata"))).get("langgraph_node")
     return name in (first(attributes, "graph node"), metadata)

@@ -1,4 +1,4 @@
-"""One chat message, and what stands in it, in any form -> OpenAI's form. Pure."""
+"""A single chat message, and the values in it, from any form into OpenAI's form. Pure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from agent_lightning.core.json_values import as_mapping, is_deeper
+
 Message = dict[str, Any]
-"""In OpenAI's form: role, content, tool_calls, tool_call_id; and reasoning_content where there is any."""
+"""A message in OpenAI's form: role, content, tool_calls, tool_call_id, and reasoning_content if the model reasoned."""
 
 ROLES = {"human": "user", "ai": "assistant", "model": "assistant", "function": "tool", "developer": "system"}
 ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
@@ -16,57 +18,45 @@ _KEPT_PARTS = ("image_url", "input_audio", "file", "image", "video_url", "audio_
 
 
 class UnknownFormError(Exception):
-    """A form of message that is not understood."""
+    """A message is in a form that this module does not know."""
 
 
 NOT_UNDERSTOOD = (UnknownFormError, LookupError, TypeError, AttributeError, ValueError)
-"""What reading a value raises that is built otherwise than every form we know: it comes from anybody's JSON."""
+"""Errors that reading a value of unknown form raises: it may be any JSON."""
 _MAX_DEPTH = 64
+"""Deepest nesting of a value that is parsed: deeper values would exhaust the stack of recursive functions."""
 
 
 def parsed(value: Any) -> Any:
-    """JSON text -> its value, also Python's notation of a dict or list; anything else as it is."""
+    """The value of a text that is JSON, or a dict or list in Python's notation; any other value unchanged."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
         return value
     for read in (json.loads, ast.literal_eval):
         try:
-            found = read(value)
+            content = read(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
-        return value if _is_deep(found) else found
+        return value if is_deeper(content, _MAX_DEPTH) else content
     return value
 
 
-def _is_deep(value: Any) -> bool:
-    """Whether a value is nested so deep that functions which call themselves would fail on it."""
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        inner = [
-            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list | tuple)
-        ]
-        level = [one for items in inner for one in items]
-        if not level:
-            return False
-    return True
-
-
 def text_of(value: Any) -> str:
-    """A tool's arguments or result as text: messages and blocks are unpacked, other values are JSON."""
-    found = parsed(value)
-    if isinstance(found, Mapping):
-        found = _unpacked(found)
-    if isinstance(found, list) and found and all(_is_text(part) for part in found):
-        return "".join(str(part.get("text", part.get("content"))) for part in found)
-    if isinstance(found, str):
-        return found
+    """A tool's arguments or result as text: messages and content blocks are unpacked, other values become JSON."""
+    content = parsed(value)
+    if isinstance(content, Mapping):
+        content = _unwrap_result(content)
+    if isinstance(content, list) and content and all(_is_text(part) for part in content):
+        return "".join(str(part.get("text", part.get("content"))) for part in content)
+    if isinstance(content, str):
+        return content
     if value is None or isinstance(value, str):
         return value or ""
-    return json.dumps(found, default=str, ensure_ascii=False)
+    return json.dumps(content, default=str, ensure_ascii=False)
 
 
-def _unpacked(value: Mapping[str, Any]) -> Any:
-    """What a tool's wrapper holds: a tool message's content, MCP's content blocks, Gemini's response."""
-    fields = langchain(value)
+def _unwrap_result(value: Mapping[str, Any]) -> Any:
+    """The result inside a tool's wrapper: the content of a tool message, or MCP's content blocks."""
+    fields = unwrap_langchain(value)
     if fields.get("role") == "tool" and "content" in fields:
         return fields["content"]
     if set(value) <= {"content", "isError", "meta", "structuredContent"} and isinstance(value.get("content"), list):
@@ -75,13 +65,14 @@ def _unpacked(value: Mapping[str, Any]) -> Any:
 
 
 def _is_text(part: Any) -> bool:
+    """Whether a part of a message is text."""
     if not isinstance(part, Mapping) or not isinstance(part.get("text", part.get("content")), str):
         return False
     return part.get("type", "text") in ("text", "input_text", "output_text", "summary_text", "refusal")
 
 
 def as_json(arguments: Any) -> str:
-    """Arguments as the model wrote them, where that is text; otherwise, and from Python's notation, as JSON."""
+    """Arguments as JSON text. Text of the model stays as it is, unless it is in Python's notation."""
     if isinstance(arguments, str):
         value = parsed(arguments)
         if isinstance(value, str) or _is_json(arguments):
@@ -99,13 +90,13 @@ def _is_json(text: str) -> bool:
 
 
 def message_of(item: Mapping[str, Any], tools: list[Any]) -> Message | None:
-    """One message; None where it is the definition of a tool, which goes into `tools`."""
+    """A message in OpenAI's form; None if the item is the definition of a tool, which is added to `tools`."""
     if "toolName" in item or item.get("type") in ("tool_call", "tool-call", "tool_use", "function"):
         return {"role": "assistant", "content": None, "tool_calls": [_tool_call(item)]}
     name, content = item.get("role"), item.get("content", item.get("contents"))
     if not isinstance(name, str) or not name:
         raise UnknownFormError
-    # LangChain's callback for JavaScript puts the tool's name where the role belongs.
+    # LangChain's callback for JavaScript writes the tool's name in place of the role.
     role = ROLES.get(name, "tool")
     if name not in ROLES and not isinstance(content, str):
         raise UnknownFormError
@@ -125,6 +116,7 @@ def message_of(item: Mapping[str, Any], tools: list[Any]) -> Message | None:
 
 
 def _with_tools(message: Message, name: str, item: Mapping[str, Any]) -> Message:
+    """The message with tool calls and reasoning, or with the id and name of the tool that it answers."""
     if message["role"] == "assistant":
         extra = as_mapping(item.get("additional_kwargs"))
         given = extra.get("tool_calls") or item.get("tool_calls") or ()
@@ -144,7 +136,7 @@ def _with_tools(message: Message, name: str, item: Mapping[str, Any]) -> Message
 
 
 def _of_parts(role: str, parts: Sequence[Any]) -> Message:
-    """A message of parts: texts are joined, tool calls and results go where OpenAI has them."""
+    """A message from its parts: texts are joined, tool calls and results are put into OpenAI's fields."""
     texts: list[str] = []
     kept: list[Any] = []
     message: Message = {"role": role}
@@ -172,6 +164,7 @@ def _of_parts(role: str, parts: Sequence[Any]) -> Message:
 
 
 def _call_part(part: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The tool call in a part; None if the part is something else."""
     if part.get("type") in ("tool_call", "tool-call", "tool_use"):
         return part
     call = part.get("function_call") or part.get("functionCall")
@@ -179,10 +172,11 @@ def _call_part(part: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _result_part(part: Mapping[str, Any]) -> Message | None:
-    answered = part.get("function_response") or part.get("functionResponse")
-    if isinstance(answered, Mapping):
-        result = {"content": text_of(answered.get("response")), "name": str(answered.get("name") or "")}
-        return result | {"tool_call_id": str(answered.get("id") or "")}
+    """The fields of a tool message in a part; None if the part is something else."""
+    response = part.get("function_response") or part.get("functionResponse")
+    if isinstance(response, Mapping):
+        result = {"content": text_of(response.get("response")), "name": str(response.get("name") or "")}
+        return result | {"tool_call_id": str(response.get("id") or "")}
     if part.get("type") not in ("tool_call_response", "tool-result", "tool_result"):
         return None
     value = next((part[name] for name in ("response", "result", "output", "content") if name in part), None)
@@ -193,7 +187,7 @@ def _result_part(part: Mapping[str, Any]) -> Message | None:
 
 
 def _tool_call(call: Mapping[str, Any]) -> Message:
-    """A tool call in OpenAI's form; its id is "" where it has none."""
+    """A tool call in OpenAI's form; its id is "" if it has none."""
     function = as_mapping(call.get("function")) or call
     name = function.get("name") or call.get("toolName")
     if not isinstance(name, str):
@@ -204,7 +198,7 @@ def _tool_call(call: Mapping[str, Any]) -> Message:
 
 
 def _calls_in_text(content: Any) -> list[Message]:
-    """Koog writes tool calls as JSON in the text of a message."""
+    """The tool calls that Koog writes as JSON into the text of a message."""
     value = parsed(content) if isinstance(content, str) and content.startswith("[{") else None
     calls = value if isinstance(value, list) else []
     named = [call for call in calls if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping)]
@@ -212,6 +206,7 @@ def _calls_in_text(content: Any) -> list[Message]:
 
 
 def responses_item(item: Mapping[str, Any]) -> Message | None:
+    """The message of an item of OpenAI's Responses API; None if the item is something else."""
     kind = item.get("type")
     if kind == "function_call":
         return {"role": "assistant", "content": None, "tool_calls": [_tool_call(item)]}
@@ -226,26 +221,23 @@ def responses_item(item: Mapping[str, Any]) -> Message | None:
     return None
 
 
-def joined(first: Message, second: Message) -> Message:
+def join_messages(first: Message, second: Message) -> Message:
+    """Two messages of the assistant as one."""
     content = "".join(text for text in (first.get("content"), second.get("content")) if isinstance(text, str))
     calls = [*first.get("tool_calls", ()), *second.get("tool_calls", ())]
     thought = first.get("reasoning_content", "") + second.get("reasoning_content", "")
-    joined: Message = {"role": "assistant", "content": content or None}
-    return joined | ({"reasoning_content": thought} if thought else {}) | ({"tool_calls": calls} if calls else {})
+    message: Message = {"role": "assistant", "content": content or None}
+    return message | ({"reasoning_content": thought} if thought else {}) | ({"tool_calls": calls} if calls else {})
 
 
-def langchain(item: Mapping[str, Any]) -> Mapping[str, Any]:
-    """LangChain's message as a mapping with a role; anything else as it is."""
+def unwrap_langchain(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A LangChain message as a mapping with a role; any other item unchanged."""
     if "lc" in item and isinstance(item.get("kwargs"), Mapping):
         name = str((item.get("id") or [""])[-1])
         role = name.removesuffix("Chunk").removesuffix("Message").lower()
-        return langchain({**item["kwargs"], "type": role})
+        return unwrap_langchain({**item["kwargs"], "type": role})
     if set(item) == {"type", "data"} and isinstance(item["data"], Mapping):  # message_to_dict
-        return langchain({**item["data"], "type": item["type"]})
+        return unwrap_langchain({**item["data"], "type": item["type"]})
     if "role" in item or str(item.get("type")) not in ("human", "ai", "system", "tool", "AIMessageChunk"):
         return item
     return {**item, "role": {"AIMessageChunk": "ai"}.get(item["type"], item["type"])}
-
-
-def as_mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

@@ -1,8 +1,9 @@
-"""Chat messages as the many instrumentors and frameworks write them -> OpenAI's form. Pure.
+"""Conversations, from the forms of many instrumentors and frameworks into OpenAI's form. Pure.
 
-Understood, as JSON text or as plain values: OpenAI's chat messages, requests, replies and Responses items;
-OpenTelemetry's messages with parts; Anthropic's blocks; Gemini's contents; LangChain's messages; the Vercel AI SDK's;
-and text in the form "user: …". What is not understood as a whole gives None: half a conversation would be a wrong one.
+These forms are read, as JSON text or as plain values: OpenAI's chat messages, requests, replies and Responses items;
+OpenTelemetry's messages with parts; Anthropic's blocks; Gemini's contents; LangChain's messages; the Vercel AI SDK's
+messages; and text in the form "user: …". If a part of a conversation is not understood, the result is None: half of a
+conversation would be wrong.
 """
 
 from __future__ import annotations
@@ -11,25 +12,25 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from agent_lightning.core.json_values import as_mapping
 from agent_lightning.spans.forms import (
     NOT_UNDERSTOOD,
     ROLES,
     Message,
     UnknownFormError,
-    as_mapping,
-    joined,
-    langchain,
+    join_messages,
     message_of,
     parsed,
     responses_item,
     text_of,
+    unwrap_langchain,
 )
 
-_SPOKEN = re.compile(r"^(system|user|human|assistant|ai|tool): ", re.MULTILINE)
+_ROLE = re.compile(r"^(system|user|human|assistant|ai|tool): ", re.MULTILINE)
 
 
 def conversation(value: Any) -> tuple[list[Message], list[Any]] | None:
-    """What was sent to a model: its messages, and the definitions of the tools offered among them.
+    """The messages of a request to a model, and the definitions of the tools among them; None if not understood.
 
     Example:
 
@@ -38,19 +39,19 @@ def conversation(value: Any) -> tuple[list[Message], list[Any]] | None:
     """
     value = parsed(value)
     if isinstance(value, str):
-        return (_spoken(value), []) if value.strip() else None
+        return (_split_roles(value), []) if value.strip() else None
     try:
         tools: list[Any] = []
         messages = _ordered(list(_messages(value, tools)))
     except NOT_UNDERSTOOD:
         return None
-    return (_named(messages), tools) if messages else None
+    return (_with_call_ids(messages), tools) if messages else None
 
 
 def answer(value: Any, before: Sequence[Message] = ()) -> Message | None:
-    """What a model replied, as one assistant message; `before` is the conversation that it answers.
+    """A model's reply as one assistant message; `before` is the conversation before it. None if not understood.
 
-    Of several choices the first counts, with the tool calls of further ones that are nothing else.
+    If there are several choices, the first counts; further choices that consist of tool calls are added to it.
 
     Example:
 
@@ -63,31 +64,31 @@ def answer(value: Any, before: Sequence[Message] = ()) -> Message | None:
         inner = value["content"]
         value = inner if isinstance(inner, Mapping) else {**value, "role": "assistant"}
     try:
-        found = [message for message in _messages(value, []) if message["role"] == "assistant"]
+        replies = [message for message in _messages(value, []) if message["role"] == "assistant"]
     except NOT_UNDERSTOOD:
         return None
-    if not found or not any(found[0].get(name) for name in ("content", "tool_calls", "reasoning_content")):
+    if not replies or not any(replies[0].get(name) for name in ("content", "tool_calls", "reasoning_content")):
         return None
-    more = [c for message in found[1:] if not message.get("content") for c in message.get("tool_calls", ())]
-    if more and found[0].get("tool_calls"):
-        found[0]["tool_calls"] += more
-    return _named([*before, found[0]])[-1]
+    more = [c for message in replies[1:] if not message.get("content") for c in message.get("tool_calls", ())]
+    if more and replies[0].get("tool_calls"):
+        replies[0]["tool_calls"] += more
+    return _with_call_ids([*before, replies[0]])[-1]
 
 
 def tool_result_of(value: Any) -> Message | None:
-    """The tool message that `value` is, in any form; None where it is something else."""
+    """The value as a tool message in OpenAI's form; None if it is not a tool message in any form."""
     value = parsed(value)
     if not isinstance(value, Mapping):
         return None
     try:
-        fields = langchain(value)
+        fields = unwrap_langchain(value)
         return message_of(fields, []) if fields.get("role") == "tool" and "tool_call_id" in fields else None
     except NOT_UNDERSTOOD:
         return None
 
 
 def _messages(value: Any, tools: list[Any]) -> Iterator[Message]:
-    """Messages of any container; definitions of tools found on the way are put into `tools`."""
+    """The messages in a container of any form; definitions of tools in it are added to `tools`."""
     if isinstance(value, list):
         yield from _of_list(value, tools)
     elif not isinstance(value, Mapping):
@@ -135,12 +136,12 @@ def _gemini(value: Mapping[str, Any], tools: list[Any]) -> Iterator[Message]:
     system = config.get("system_instruction") or value.get("system_instruction")
     if system:
         yield {"role": "system", "content": text_of(as_mapping(system).get("parts", system))}
-    candidates = [as_mapping(one).get("content") for one in value.get("candidates") or ()]
+    candidates = [as_mapping(candidate).get("content") for candidate in value.get("candidates") or ()]
     yield from _of_list(candidates[:1] or value.get("contents") or [], tools)
 
 
 def _of_list(items: Sequence[Any], tools: list[Any]) -> Iterator[Message]:
-    """Items of OpenAI's Responses that belong to one turn of the assistant become one message."""
+    """The messages of a list; items of OpenAI's Responses that belong to one turn of the assistant are joined."""
     turn: Message | None = None
     while len(items) == 1 and isinstance(items[0], list):
         items = items[0]
@@ -150,12 +151,12 @@ def _of_list(items: Sequence[Any], tools: list[Any]) -> Iterator[Message]:
             raise UnknownFormError
         piece = responses_item(item)
         if piece is not None and piece["role"] == "assistant":
-            turn = piece if turn is None else joined(turn, piece)
+            turn = piece if turn is None else join_messages(turn, piece)
             continue
         if turn is not None:
             yield turn
             turn = None
-        message = piece or message_of(langchain(item), tools)
+        message = piece or message_of(unwrap_langchain(item), tools)
         if message:
             yield message
     if turn is not None:
@@ -163,9 +164,9 @@ def _of_list(items: Sequence[Any], tools: list[Any]) -> Iterator[Message]:
 
 
 def _ordered(messages: list[Message]) -> list[Message]:
-    """Parallel tool calls that are listed call, result, call, result -> one message with both calls, then the results.
+    """Messages in which parallel tool calls listed as call, result, call, result are one message, then the results.
 
-    Only Koog lists them so, under the role "tool"; its messages have no `tool_call_id`.
+    Only Koog lists tool calls so, with the role "tool"; its messages have no `tool_call_id`.
     """
     result: list[Message] = []
     for message in messages:
@@ -174,16 +175,21 @@ def _ordered(messages: list[Message]) -> list[Message]:
             last -= 1
         parallel = last < len(result) - 1 and last >= 0 and bool(result[last].get("tool_calls"))
         if parallel and message.get("tool_calls") and not message.get("content"):
-            result[last] = joined(result[last], message)
+            result[last] = join_messages(result[last], message)
         else:
             result.append(message)
     return result
 
 
-def _named(messages: Sequence[Message]) -> list[Message]:
-    """Every tool call and tool message with an id: call_0, call_1, … in order, and the oldest open call of its name."""
-    named: list[Message] = []
+def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
+    """The messages with an id for every tool call and tool message.
+
+    Tool calls without an id get call_0, call_1, … in order. A tool message without an id gets that of the oldest
+    unanswered call of the tool that it names, or else of any tool.
+    """
+    result: list[Message] = []
     waiting: list[tuple[str, str]] = []
+    """Ids and tool names of calls without a tool message so far."""
     count = 0
     for message in messages:
         calls = []
@@ -193,20 +199,22 @@ def _named(messages: Sequence[Message]) -> list[Message]:
             count += 1
         message = {**message, "tool_calls": calls} if calls else dict(message)
         if message["role"] == "tool":
-            name, known = message.pop("name", ""), [one for one in waiting if one[0] == message.get("tool_call_id")]
-            found = known or [one for one in waiting if one[1] == name] or waiting
-            message["tool_call_id"] = message.get("tool_call_id") or (found[0][0] if found else f"call_{count}")
-            if found and found[0][0] == message["tool_call_id"]:
-                waiting.remove(found[0])
-        named.append({"role": message.pop("role"), "content": message.pop("content", None), **message})
-    return named
+            name, same_id = message.pop("name", ""), [w for w in waiting if w[0] == message.get("tool_call_id")]
+            candidates = same_id or [w for w in waiting if w[1] == name] or waiting
+            message["tool_call_id"] = message.get("tool_call_id") or (
+                candidates[0][0] if candidates else f"call_{count}"
+            )
+            if candidates and candidates[0][0] == message["tool_call_id"]:
+                waiting.remove(candidates[0])
+        result.append({"role": message.pop("role"), "content": message.pop("content", None), **message})
+    return result
 
 
-def _spoken(text: str) -> list[Message]:
-    """Text in the form "system: … user: …", or else one message of the user."""
-    starts = list(_SPOKEN.finditer(text))
+def _split_roles(text: str) -> list[Message]:
+    """The messages of a text in the form "system: … user: …", or else a single message of the user."""
+    starts = list(_ROLE.finditer(text))
     if not starts or starts[0].start() != 0:
         return [{"role": "user", "content": text}]
     ends = [*(start.start() for start in starts[1:]), len(text)]
     pieces = [(start[1], text[start.end() : end].strip()) for start, end in zip(starts, ends, strict=True)]
-    return _named([{"role": ROLES[role], "content": content} for role, content in pieces])
+    return _with_call_ids([{"role": ROLES[role], "content": content} for role, content in pieces])

@@ -1,8 +1,8 @@
-"""OTLP, OpenTelemetry's format for traces, to and from raw spans. The only module that knows opentelemetry.proto.
+"""OTLP, OpenTelemetry's format for traces, to and from raw spans. The only module that imports opentelemetry.proto.
 
-OTLP/HTTP has two encodings, and both hold an ExportTraceServiceRequest: protobuf, and JSON with ids in hex
-(https://opentelemetry.io/docs/specs/otlp/). Bodies come from outside: whatever they hold, `decode` gives spans and
-counted reasons, or raises DataError.
+OTLP/HTTP has two encodings of an ExportTraceServiceRequest: protobuf, and JSON with ids in hex
+(https://opentelemetry.io/docs/specs/otlp/). Bodies come from outside: whatever they hold, `decode` returns spans and
+counts of refused spans, or raises DataError.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from agent_lightning.core.errors import DataError
+from agent_lightning.core.json_values import is_deeper
+from agent_lightning.core.text import hide_secret, replace_surrogates
 from agent_lightning.spans.tree import RawSpan
 
 PROTOBUF, JSON = "application/x-protobuf", "application/json"
@@ -38,46 +40,32 @@ REASONS = {
     "repaired: end before start": "kept, as a span that ended when it started",
     "repaired: a value nested too deep": "kept, without what is nested deeper than 16",
 }
-"""Every reason that `decode` counts, and what it means. Those with "repaired" are of spans that are kept."""
+"""Every reason for which `decode` refuses or repairs a span, and its meaning. Repaired spans are kept."""
 _UNREADABLE = (json_format.ParseError, ValueError, TypeError, AttributeError, RecursionError, SystemError)
-"""What protobuf raises of JSON; SystemError of a field whose name is half of a surrogate pair."""
+"""Errors that protobuf raises for JSON; SystemError is for a field whose name has half of a surrogate pair."""
 _DEPTH = 16
+"""Lists and mappings that may be nested in each other in the value of an attribute."""
+_EVENTS = "gen_ai.events"
+"""The attribute of a RawSpan that holds the chat messages among the span's events."""
 _NANO = 10**9
 
 
 def decode(
     body: bytes, *, content_type: str, content_encoding: str = "", max_bytes: int, max_spans: int, secret: str = ""
-) -> tuple[tuple[RawSpan, ...], Mapping[str, int]]:
-    """The spans of an OTLP/HTTP body, and how many were refused or repaired for each of REASONS.
+) -> tuple[Mapping[str, tuple[RawSpan, ...]], Mapping[str, int]]:
+    """The spans of an OTLP/HTTP body by trace id (hex), and the number of spans refused or repaired for each reason.
 
-    `max_bytes` bounds the body after inflation. `secret` is what no span may tell: instrumentors of HTTP clients record
-    the URL that an agent calls; each of its characters becomes "*". Events of a span named `gen_ai.*` are in its
-    attribute "gen_ai.events"; an exception is in its `error`, where its status is an error.
+    `max_bytes` bounds the body after inflation. `secret` is hidden in all spans: instrumentors of HTTP clients record
+    the URLs that an agent calls. A span's events named `gen_ai.*` are in its attribute "gen_ai.events"; its exception
+    is in its `error` if its status is an error.
 
-    Raises DataError, in one line, for a body that is truncated, too large or not OTLP.
+    Raises DataError, in one line, if the body is truncated, too large or not OTLP.
 
     Example:
 
-        spans, refused = decode(body, content_type="application/json", max_bytes=4_000_000, max_spans=10_000)
+        traces, refused = decode(body, content_type="application/json", max_bytes=4_000_000, max_spans=10_000)
     """
-    by_trace, refused = decode_traces(
-        body,
-        content_type=content_type,
-        content_encoding=content_encoding,
-        max_bytes=max_bytes,
-        max_spans=max_spans,
-        secret=secret,
-    )
-    return tuple(span for spans in by_trace.values() for span in spans), refused
-
-
-def decode_traces(
-    body: bytes, *, content_type: str, content_encoding: str = "", max_bytes: int, max_spans: int, secret: str = ""
-) -> tuple[Mapping[str, tuple[RawSpan, ...]], Mapping[str, int]]:
-    """As `decode`, trace id (hex) -> its spans."""
-    plain = _inflate(body, content_encoding.strip().lower(), max_bytes)
-    if secret:  # of the same length: protobuf counts its bytes
-        plain = plain.replace(secret.encode(), b"*" * len(secret.encode()))
+    plain = hide_secret(_inflate(body, content_encoding.strip().lower(), max_bytes), secret)
     refused: Counter[str] = Counter()
     kind = content_type.partition(";")[0].strip().lower()
     if kind == PROTOBUF:
@@ -86,28 +74,23 @@ def decode_traces(
         messages = _json_spans(plain, refused)
     else:
         raise DataError(f"content type {kind!r}: OTLP is {PROTOBUF} or {JSON}")
-    found: dict[tuple[str, str], RawSpan] = {}
+    traces: dict[str, dict[str, RawSpan]] = {}
     for number, message in enumerate(messages):
         if number >= max_spans:
             raise DataError(f"OTLP body of more than {max_spans} spans: send fewer at once")
         span = _raw_span(message, refused)
-        identity = (message.trace_id.hex(), span.span_id if span else "")
         if span is None:
             continue
-        if identity in found:
-            refused["a span id for the second time"] += 1
-        else:
-            found[identity] = span
-    traces: dict[str, list[RawSpan]] = {}
-    for (trace_id, _), span in found.items():
-        traces.setdefault(trace_id, []).append(span)
-    return {trace_id: tuple(spans) for trace_id, spans in traces.items()}, refused
+        spans = traces.setdefault(message.trace_id.hex(), {})
+        refused["a span id for the second time"] += span.span_id in spans
+        spans.setdefault(span.span_id, span)
+    return {trace_id: tuple(spans.values()) for trace_id, spans in traces.items()}, +refused
 
 
 def encode(spans: Sequence[RawSpan], *, trace_id: str, resource: Mapping[str, str]) -> bytes:
-    """Spans of one trace as the protobuf body of an OTLP/HTTP request; `decode` gives them back.
+    """The spans of one trace as the protobuf body of an OTLP/HTTP request; `decode` reads it back.
 
-    Ids that are not hex of the right length become hashes; times are kept to the nanosecond.
+    Ids that are not hex of the right length become hashes. Times are kept to the nanosecond.
 
     Example: encode(spans, trace_id="train-12-3/0", resource={"service.name": "agent-lightning"})
     """
@@ -115,7 +98,7 @@ def encode(spans: Sequence[RawSpan], *, trace_id: str, resource: Mapping[str, st
 
 
 def encode_json(spans: Sequence[RawSpan], *, trace_id: str, resource: Mapping[str, str]) -> str:
-    """As `encode`, as one line of JSON, the form of OpenTelemetry's file exporter."""
+    """The spans of one trace as a line of JSON, the form of OpenTelemetry's file exporter; else like `encode`."""
     tree = json_format.MessageToDict(_request(spans, trace_id, resource))
     for span in tree["resourceSpans"][0]["scopeSpans"][0].get("spans", ()):
         for name in {"traceId", "spanId", "parentSpanId"} & span.keys():
@@ -124,7 +107,7 @@ def encode_json(spans: Sequence[RawSpan], *, trace_id: str, resource: Mapping[st
 
 
 def acknowledge(content_type: str, *, rejected: int, message: str) -> tuple[bytes, str]:
-    """The answer to an OTLP/HTTP request, in the encoding of the request, and its content type."""
+    """The body and the content type of the answer to an OTLP/HTTP request, in the encoding of the request."""
     answer = ExportTraceServiceResponse()
     if rejected:
         answer.partial_success.rejected_spans = rejected
@@ -187,7 +170,7 @@ def _dicts(value: Any) -> Iterable[dict[str, Any]]:
 
 
 def _base64(hexadecimal: Any) -> str:
-    """An id as protobuf's JSON has it; what is not hex is no id."""
+    """A hexadecimal id in the base64 of protobuf's JSON; "" if the value is not hexadecimal."""
     text = hexadecimal if isinstance(hexadecimal, str) else ""
     return base64.b64encode(bytes.fromhex(text)).decode() if re.fullmatch(r"([0-9a-fA-F]{2})*", text) else ""
 
@@ -201,13 +184,11 @@ def _raw_span(message: Span, refused: Counter[str]) -> RawSpan | None:
         return None
     if message.end_time_unix_nano < message.start_time_unix_nano:
         refused["repaired: end before start"] += 1
-    try:
-        attributes = _plain_attributes(message.attributes)
-        events = [{"event.name": event.name, **_plain_attributes(event.attributes)} for event in message.events]
-    except _TooDeepError:
+    attributes = _plain_attributes(message.attributes)
+    events = [{"event.name": event.name, **_plain_attributes(event.attributes)} for event in message.events]
+    if is_deeper([attributes, *events], _DEPTH + 2):
         refused["repaired: a value nested too deep"] += 1
-        attributes = _plain_attributes(message.attributes, strict=False)
-        events = [{"event.name": e.name, **_plain_attributes(e.attributes, strict=False)} for e in message.events]
+        attributes, events = _shallow(attributes, _DEPTH + 1), [_shallow(event, _DEPTH + 1) for event in events]
     chat = [event for event in events if event["event.name"].startswith("gen_ai.")]
     return RawSpan(
         span_id=message.span_id.hex(),
@@ -215,7 +196,7 @@ def _raw_span(message: Span, refused: Counter[str]) -> RawSpan | None:
         name=message.name,
         started_at=message.start_time_unix_nano / _NANO,
         ended_at=max(message.start_time_unix_nano, message.end_time_unix_nano) / _NANO,
-        attributes={**attributes, **({"gen_ai.events": chat} if chat else {})},
+        attributes={**attributes, **({_EVENTS: chat} if chat else {})},
         error=_error(message.status, events) if message.status.code == Status.STATUS_CODE_ERROR else "",
     )
 
@@ -228,25 +209,29 @@ def _error(status: Status, events: Sequence[Mapping[str, Any]]) -> str:
     return status.message or "error"
 
 
-class _TooDeepError(Exception):
-    """A value is nested deeper than _DEPTH."""
+def _plain_attributes(pairs: Iterable[KeyValue]) -> dict[str, Any]:
+    return {pair.key: _plain(pair.value) for pair in pairs}
 
 
-def _plain_attributes(pairs: Iterable[KeyValue], strict: bool = True, depth: int = 0) -> dict[str, Any]:
-    return {pair.key: _plain(pair.value, strict, depth) for pair in pairs}
-
-
-def _plain(value: AnyValue, strict: bool, depth: int) -> Any:
+def _plain(value: AnyValue) -> Any:
+    """An OTLP value as plain JSON. protobuf itself refuses messages that would exhaust the stack here."""
     kind = value.WhichOneof("value")
-    if kind is None or depth > _DEPTH:
-        if kind is not None and strict:
-            raise _TooDeepError
-        return None
     if kind == "array_value":
-        return [_plain(item, strict, depth + 1) for item in value.array_value.values]
+        return [_plain(item) for item in value.array_value.values]
     if kind == "kvlist_value":
-        return _plain_attributes(value.kvlist_value.values, strict, depth + 1)
-    return value.bytes_value.hex() if kind == "bytes_value" else getattr(value, kind)
+        return _plain_attributes(value.kvlist_value.values)
+    if kind == "bytes_value":
+        return value.bytes_value.hex()
+    return None if kind is None else getattr(value, kind)
+
+
+def _shallow(value: Any, depth: int) -> Any:
+    """The value with None for each list or mapping that is nested deeper than `depth`."""
+    if isinstance(value, dict):
+        return {name: _shallow(part, depth - 1) for name, part in value.items()} if depth else None
+    if isinstance(value, list):
+        return [_shallow(item, depth - 1) for item in value] if depth else None
+    return value
 
 
 def _request(spans: Sequence[RawSpan], trace_id: str, resource: Mapping[str, str]) -> ExportTraceServiceRequest:
@@ -260,36 +245,34 @@ def _request(spans: Sequence[RawSpan], trace_id: str, resource: Mapping[str, str
             trace_id=_identity(trace_id, 16),
             span_id=_identity(span.span_id, 8),
             parent_span_id=_identity(span.parent_id, 8) if span.parent_id else b"",
-            name=_storable(span.name),
+            name=replace_surrogates(span.name),
             start_time_unix_nano=_nanoseconds(span.started_at),
             end_time_unix_nano=_nanoseconds(span.ended_at),
         )
         message.attributes.extend(_pair(name, value) for name, value in span.attributes.items() if name != _EVENTS)
         for event in span.attributes.get(_EVENTS, ()):
-            one = message.events.add(name=_storable(str(event["event.name"])))
-            one.attributes.extend(_pair(name, value) for name, value in event.items() if name != "event.name")
+            added = message.events.add(name=replace_surrogates(str(event["event.name"])))
+            added.attributes.extend(_pair(name, value) for name, value in event.items() if name != "event.name")
         if span.error:
             message.status.code = Status.STATUS_CODE_ERROR
-            message.status.message = _storable(span.error)
+            message.status.message = replace_surrogates(span.error)
     return request
 
 
-_EVENTS = "gen_ai.events"
-
-
 def _identity(text: str, size: int) -> bytes:
+    """An id of `size` bytes: the text's own if it is hexadecimal, else its hash."""
     if re.fullmatch(f"[0-9a-f]{{{2 * size}}}", text):
         return bytes.fromhex(text)
-    return hashlib.sha256(_storable(text).encode()).digest()[:size]
+    return hashlib.sha256(replace_surrogates(text).encode()).digest()[:size]
 
 
 def _nanoseconds(seconds: float) -> int:
-    # In floating point the product would be off by a hundred nanoseconds.
+    # As a product of floating-point numbers the result would be off by a hundred nanoseconds.
     return round(Fraction(seconds) * _NANO)
 
 
 def _pair(name: str, value: Any) -> KeyValue:
-    return KeyValue(key=_storable(name), value=_any_value(value))
+    return KeyValue(key=replace_surrogates(name), value=_any_value(value))
 
 
 def _any_value(value: Any) -> AnyValue:
@@ -307,10 +290,5 @@ def _any_value(value: Any) -> AnyValue:
         result.array_value.values.extend(_any_value(part) for part in value)
         result.array_value.SetInParent()
     elif value is not None:
-        result.string_value = _storable(str(value))
+        result.string_value = replace_surrogates(str(value))
     return result
-
-
-def _storable(text: str) -> str:
-    """Half of a surrogate pair is no UTF-8: it becomes "?"."""
-    return text.encode("utf-8", "replace").decode("utf-8")

@@ -180,8 +180,8 @@ def test_an_exported_trace_speaks_the_genai_conventions() -> None:
     ]
     assert "agl.request" not in span.attributes
     assert (span.attributes["gen_ai.usage.input_tokens"], span.attributes["agl.prompt_token_ids"]) == (2, "[1, 2]")
-    spans, refused = otlp.decode(to_otlp(a_rollout()).encode(), content_type=otlp.JSON, max_bytes=10**6, max_spans=10)
-    assert (len(spans), refused) == (4, {})
+    traces, refused = otlp.decode(to_otlp(a_rollout()).encode(), content_type=otlp.JSON, max_bytes=10**6, max_spans=10)
+    assert ([len(spans) for spans in traces.values()], refused) == ([4], {})
 
 
 @pytest.mark.parametrize("form", FILES)

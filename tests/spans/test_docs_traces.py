@@ -9,7 +9,7 @@ import pytest
 
 from agent_lightning.spans import conventions, otlp
 from agent_lightning.spans.attributes import FIELDS, KINDS, PRESENT, Kind
-from agent_lightning.spans.traces import files as trace_files
+from agent_lightning.spans.traces import formats as trace_files
 from agent_lightning.spans.traces import imports
 
 PAGE = (Path(__file__).parents[2] / "docs" / "traces.md").read_text(encoding="utf-8")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from agent_lightning.core.errors import DataError
-from agent_lightning.spans.otlp import JSON, PROTOBUF, REASONS, decode, decode_traces, encode, encode_json
+from agent_lightning.spans import otlp
+from agent_lightning.spans.otlp import JSON, PROTOBUF, REASONS, encode, encode_json
 from agent_lightning.spans.tree import RawSpan
 
 LIMITS: dict[str, Any] = {"max_bytes": 1_000_000, "max_spans": 100}
@@ -70,6 +71,12 @@ def test_a_damaged_body_is_read_or_refused_in_one_line(spans: tuple[RawSpan, ...
     at = data.draw(st.integers(0, len(body)))
     other = data.draw(st.binary(max_size=3))
     _decode_or_refuse(body[:at] + other + body[at + data.draw(st.integers(0, 3)) :], content_type, "")
+
+
+def decode(body: bytes, **options: Any) -> tuple[tuple[RawSpan, ...], Any]:
+    """The spans of all traces of a body, and the refused ones."""
+    traces, refused = otlp.decode(body, **options)
+    return tuple(span for spans in traces.values() for span in spans), refused
 
 
 def _decode_or_refuse(body: bytes, content_type: str, encoding: str) -> None:
@@ -154,6 +161,6 @@ def test_the_error_of_a_span_is_its_exception_else_its_status() -> None:
 def test_two_traces_of_a_body_stay_apart() -> None:
     body = ExportTraceServiceRequest.FromString(encode([ONE], trace_id="1" * 32, resource={}))
     body.MergeFrom(ExportTraceServiceRequest.FromString(encode([ONE], trace_id="2" * 32, resource={})))
-    by_trace, refused = decode_traces(body.SerializeToString(), content_type=PROTOBUF, **LIMITS)
+    by_trace, refused = otlp.decode(body.SerializeToString(), content_type=PROTOBUF, **LIMITS)
     assert by_trace == {"1" * 32: (ONE,), "2" * 32: (ONE,)}
     assert not refused

@@ -1,31 +1,24 @@
-"""Rollouts that leave the system: as lines of JSON, one a rollout, and as OpenTelemetry traces, one an attempt.
+"""Export of rollouts: as a line of JSON for each rollout, or as an OpenTelemetry trace for each attempt.
 
-`imports` reads both back. The secret of an attempt is part of its URL; where a text quotes that URL, it is cut out.
+`imports` reads both back. A text may quote the URL of an attempt, which contains its secret: the secret is hidden.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from agent_lightning.core.errors import DataError
-from agent_lightning.core.types import (
-    AgentSpan,
-    ModelCall,
-    Outcome,
-    Reward,
-    RolloutKey,
-    ToolCall,
-    ToolStatus,
-    Trajectory,
-)
+from agent_lightning.core.files import replacing
+from agent_lightning.core.text import hide_attempt_secrets, one_line
+from agent_lightning.core.types import AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus, Trajectory
 from agent_lightning.spans import otlp
 from agent_lightning.spans.forms import Message, parsed
 from agent_lightning.spans.messages import answer, conversation
@@ -33,55 +26,51 @@ from agent_lightning.spans.tree import RawSpan
 
 Format = Literal["jsonl", "otlp"]
 FILES: Mapping[Format, str] = {"jsonl": "rollouts.jsonl", "otlp": "traces.jsonl"}
-_SECRET = re.compile(r"(/rollout/[^/\s\"]+/attempt/\d+/)[0-9a-f]{32}")
+_SPANS = ("calls", "tools", "rewards", "agents")
+"""The fields of Trajectory that hold spans."""
 _FAILED = (ToolStatus.ERROR, ToolStatus.TIMEOUT, ToolStatus.INVALID_ARGUMENTS)
 
 
 def write(trajectories: Iterable[Trajectory], out: Path, form: Format) -> tuple[Path, int]:
-    """Write rollouts into the folder `out`: the file, and how many. It appears whole or not at all.
+    """Write rollouts into a file of the folder `out`, which appears complete or not at all.
+
+    Returns the file and the number of rollouts.
 
     Example: write(read_trajectories(run), Path("out"), "otlp") -> (out/traces.jsonl, 640)
     """
     lines: Mapping[Format, Callable[[Trajectory], str]] = {"jsonl": to_line, "otlp": to_otlp}
     out.mkdir(parents=True, exist_ok=True)
     path, count = out / FILES[form], 0
-    unfinished = out / f".{path.name}.tmp"
-    with unfinished.open("w", encoding="utf-8") as file:
+    with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for trajectory in trajectories:
             file.write(lines[form](trajectory) + "\n")
             count += 1
-    unfinished.replace(path)
     return path, count
 
 
 def to_line(trajectory: Trajectory) -> str:
-    """A rollout as one line of JSON: the fields of Trajectory and of its spans; tokens are lists, NaN is null.
+    """A rollout as one line of JSON: the fields of Trajectory and of its spans. Tokens are lists, NaN is null.
 
     Example: to_line(trajectory) -> '{"rollout_id": "train-0-0", "attempt": 0, "task_id": "7", "calls": […], …}'
     """
+    row = msgspec.to_builtins(trajectory, enc_hook=_from_array)
+    for span in (row, *(span for kind in _SPANS for span in row[kind])):
+        del span["key"]
     key = {"rollout_id": trajectory.key.rollout_id, "attempt": trajectory.key.attempt}
-    return _clean(json.dumps({**key, **_plain(trajectory)}))
+    return hide_attempt_secrets(json.dumps({**key, **row}))
 
 
 def from_row(row: Mapping[str, Any]) -> Trajectory:
-    """A rollout from the value of its line. Raises DataError where it is none.
+    """The rollout of a line that `to_line` wrote. Raises DataError if the line holds something else.
 
     Example: from_row(json.loads(to_line(trajectory))) is equal to `trajectory`, but for its arrays' identity.
     """
     try:
-        key = RolloutKey.parse(row["rollout_id"], int(row["attempt"]))
-        spans: dict[str, Any] = {
-            "calls": tuple(_call(key, one) for one in row["calls"]),
-            "tools": tuple(
-                ToolCall(key=key, **_known(ToolCall, one) | {"status": ToolStatus(one["status"])})
-                for one in row.get("tools", ())
-            ),
-            "rewards": tuple(Reward(key=key, **_known(Reward, one)) for one in row.get("rewards", ())),
-            "agents": tuple(AgentSpan(key=key, **_known(AgentSpan, one)) for one in row.get("agents", ())),
-        }
-        return Trajectory(key=key, **_known(Trajectory, row) | spans | {"outcome": Outcome(row["outcome"])})
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise DataError(f"no exported rollout: {' '.join(str(error).split())}") from None
+        key = msgspec.to_builtins(RolloutKey.parse(row["rollout_id"], int(row["attempt"])))
+        spans = {kind: [{**span, "key": key} for span in row.get(kind, ())] for kind in _SPANS}
+        return msgspec.convert({**row, **spans, "key": key}, Trajectory, dec_hook=_to_array)
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, msgspec.MsgspecError) as error:
+        raise DataError(f"no exported rollout: {one_line(error)}") from None
 
 
 def to_otlp(trajectory: Trajectory) -> str:
@@ -90,23 +79,22 @@ def to_otlp(trajectory: Trajectory) -> str:
     Example: POST it with content type application/json to any OpenTelemetry collector.
     """
     trace_id = f"{trajectory.key.rollout_id}/{trajectory.key.attempt}"
-    return _clean(
-        otlp.encode_json(to_spans(trajectory), trace_id=trace_id, resource={"service.name": "agent-lightning"})
-    )
+    resource = {"service.name": "agent-lightning"}
+    return hide_attempt_secrets(otlp.encode_json(to_spans(trajectory), trace_id=trace_id, resource=resource))
 
 
 def to_spans(trajectory: Trajectory) -> tuple[RawSpan, ...]:
-    """The spans of an attempt by the GenAI conventions, under one span of the rollout; `conventions.read` reads them.
+    """The spans of an attempt by the GenAI conventions, below a span of the rollout; `conventions` reads them.
 
-    Attributes named `agl.*` say what the conventions have no word for: token ids, log-probabilities, rewards, and the
-    messages word for word where the conventions' form would change them.
+    Attributes named `agl.*` hold what the conventions have no attribute for: token ids, log-probabilities, rewards, and
+    the exact messages if the form of the conventions would change them.
     """
     key = trajectory.key
     root = f"{key.rollout_id}/{key.attempt}"
     about = {"id": key.rollout_id, "attempt": key.attempt, "task_id": trajectory.task_id, "output": trajectory.output}
     about |= {"outcome": trajectory.outcome.value}
     about |= {"reward": trajectory.reward} if trajectory.reward is not None else {}
-    whole = RawSpan(
+    rollout = RawSpan(
         span_id=root,
         name="rollout",
         started_at=trajectory.started_at,
@@ -115,11 +103,11 @@ def to_spans(trajectory: Trajectory) -> tuple[RawSpan, ...]:
         error=trajectory.error,
     )
     return (
-        whole,
-        *(_agent_span(one, root) for one in trajectory.agents),
-        *(_call_span(one, root) for one in trajectory.calls),
-        *(_tool_span(one, root) for one in trajectory.tools),
-        *(_reward_span(one, root) for one in trajectory.rewards),
+        rollout,
+        *(_agent_span(agent, root) for agent in trajectory.agents),
+        *(_call_span(call, root) for call in trajectory.calls),
+        *(_tool_span(tool, root) for tool in trajectory.tools),
+        *(_reward_span(reward, root) for reward in trajectory.rewards),
     )
 
 
@@ -149,7 +137,7 @@ def _call_span(call: ModelCall, root: str) -> RawSpan:
         attributes |= {"gen_ai.usage.output_tokens": call.response_T.size}
         attributes |= {"agl.prompt_token_ids": json.dumps(call.prompt_T.tolist())}
         attributes |= {"agl.response_token_ids": json.dumps(call.response_T.tolist())}
-        attributes |= {"agl.logprobs": json.dumps(_plain(call.logprob_T))}
+        attributes |= {"agl.logprobs": json.dumps(_from_array(call.logprob_T))}
     return RawSpan(
         span_id=call.call_id,
         parent_id=call.parent_id or root,
@@ -162,33 +150,34 @@ def _call_span(call: ModelCall, root: str) -> RawSpan:
 
 
 def _messages(call: ModelCall) -> dict[str, str]:
-    """The conventions' messages, and ours where those would not give the same back."""
-    sent, said = parsed(call.request), parsed(call.reply)
-    found: dict[str, str] = {}
-    if isinstance(sent, list):
-        parts = [_with_parts(message) for message in sent if isinstance(message, Mapping)]
-        found["gen_ai.input.messages"] = json.dumps(parts, ensure_ascii=False)
-    if isinstance(said, Mapping):
+    """The messages of a call in the form of the conventions, and the exact text if reading that form changes it."""
+    request, reply = parsed(call.request), parsed(call.reply)
+    attributes: dict[str, str] = {}
+    if isinstance(request, list):
+        parts = [_with_parts(message) for message in request if isinstance(message, Mapping)]
+        attributes["gen_ai.input.messages"] = json.dumps(parts, ensure_ascii=False)
+    if isinstance(reply, Mapping):
         finish = {"finish_reason": call.finish_reason} if call.finish_reason else {}
-        found["gen_ai.output.messages"] = json.dumps([{**_with_parts(said), **finish}], ensure_ascii=False)
-    request = conversation(found.get("gen_ai.input.messages"))
-    if call.request and (request is None or request != (sent, [])):
-        found["agl.request"] = call.request
-    if call.reply and answer(found.get("gen_ai.output.messages"), sent if isinstance(sent, list) else ()) != said:
-        found["agl.reply"] = call.reply
-    return found
+        attributes["gen_ai.output.messages"] = json.dumps([{**_with_parts(reply), **finish}], ensure_ascii=False)
+    if call.request and conversation(attributes.get("gen_ai.input.messages")) != (request, []):
+        attributes["agl.request"] = call.request
+    before = request if isinstance(request, list) else ()
+    if call.reply and answer(attributes.get("gen_ai.output.messages"), before) != reply:
+        attributes["agl.reply"] = call.reply
+    return attributes
 
 
 def _with_parts(message: Mapping[str, Any]) -> Message:
+    """An OpenAI message in the form of the conventions: a role and a list of parts."""
     content = message.get("content")
     parts: list[Any] = list(content) if isinstance(content, list) else []
     if isinstance(content, str):
-        answered = {"type": "tool_call_response", "id": message.get("tool_call_id"), "response": content}
-        parts = [answered if message.get("role") == "tool" else {"type": "text", "content": content}]
+        result = {"type": "tool_call_response", "id": message.get("tool_call_id"), "response": content}
+        parts = [result if message.get("role") == "tool" else {"type": "text", "content": content}]
     thought = message.get("reasoning_content")
-    calls = [one for one in message.get("tool_calls") or () if isinstance(one, Mapping)]
+    calls = [call for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
     parts = [{"type": "reasoning", "content": thought}, *parts] if thought else parts
-    parts += [{"type": "tool_call", "id": one.get("id"), **(one.get("function") or {})} for one in calls]
+    parts += [{"type": "tool_call", "id": call.get("id"), **(call.get("function") or {})} for call in calls]
     return {"role": message.get("role", "assistant"), "parts": parts}
 
 
@@ -220,25 +209,14 @@ def _reward_span(reward: Reward, root: str) -> RawSpan:
     )
 
 
-def _call(key: RolloutKey, row: Mapping[str, Any]) -> ModelCall:
-    logprobs = [math.nan if one is None else one for one in row["logprob_T"]]
-    if not all(isinstance(one, int) and 0 <= one < 2**31 for one in (*row["prompt_T"], *row["response_T"])):
-        raise ValueError(f"call {row['call_id']}: a token id out of any vocabulary")
-    arrays = {name: np.array(row[name], np.int32) for name in ("prompt_T", "response_T")}
-    return ModelCall(key=key, **_known(ModelCall, row) | arrays | {"logprob_T": np.array(logprobs, np.float32)})
+def _from_array(array: Any) -> list[Any]:
+    """An array as a list in which NaN is None."""
+    return [None if item != item else item for item in array.tolist()]
 
 
-def _known(kind: type[Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    return {one.name: row[one.name] for one in fields(kind) if one.name in row and one.name != "key"}
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {one.name: _plain(getattr(value, one.name)) for one in fields(value) if one.name != "key"}
-    if isinstance(value, np.ndarray):
-        return [None if one != one else one for one in value.tolist()]
-    return [_plain(one) for one in value] if isinstance(value, tuple) else value
-
-
-def _clean(line: str) -> str:
-    return _SECRET.sub(r"\1***", line)
+def _to_array(kind: Any, items: Any) -> NDArray[Any]:
+    """The array of a field, e.g. of NDArray[np.int32], from a list. Raises ValueError."""
+    dtype = get_args(get_args(kind)[1])[0]
+    if dtype is np.int32 and not all(isinstance(token, int) and 0 <= token < 2**31 for token in items):
+        raise ValueError("a token id out of any vocabulary")
+    return np.array([math.nan if item is None else item for item in items], dtype)

@@ -1,4 +1,4 @@
-"""Traces of other systems -> rollouts, and chats to warm-start a model with."""
+"""Import of traces of other systems: as rollouts, and as chats with which a model can be fine-tuned first."""
 
 from __future__ import annotations
 
@@ -10,60 +10,62 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agent_lightning.core.files import write_text
 from agent_lightning.core.types import RolloutKey, ToolCall, Trajectory
 from agent_lightning.credit.tools import tool_calls
 from agent_lightning.spans.conventions import read
 from agent_lightning.spans.messages import answer, conversation
 from agent_lightning.spans.traces.export import to_line
-from agent_lightning.spans.traces.files import Source, contents, sources
+from agent_lightning.spans.traces.formats import Source, read_bytes, sources
 
 REASONS = {
     "a trace without model calls": "there is nothing to learn from it",
     "a rollout for the second time": "its id and attempt were read before",
 }
-"""Every reason that this module counts, and what it means."""
+"""Every reason for which this module refuses a rollout, and its meaning."""
 _UNFINISHED = ("length", "content_filter", "error")
+"""Finish reasons of replies that are not complete."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
-    """A rollout that was read."""
+    """A rollout that was read from a file."""
 
     trajectory: Trajectory
     offered: Mapping[str, str] = field(default_factory=dict)
     """`call_id` -> JSON text of the tools that its request offered."""
     num_tokens: int = 0
-    """Of all prompts and replies, as far as the trace counts them."""
+    """Number of tokens of all prompts and replies, as far as the trace counts them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What became of a file."""
+    """The content of a file."""
 
     path: Path
     formats: tuple[str, ...]
     rollouts: tuple[Imported, ...]
     refused: Mapping[str, int]
-    """Reason -> how many lines, records or spans were refused or repaired."""
+    """Reason -> number of lines, records or spans that were refused or repaired."""
 
 
 def read_files(paths: Sequence[Path]) -> list[Report]:
-    """Read trace files into rollouts; those that are not ours get the next free group numbers, in order.
+    """Read trace files into rollouts; rollouts of other systems get the next free group numbers, in order.
 
-    Raises DataError for a file that cannot be opened; whatever is in one is read, or counted as refused.
+    The content of a file is read, or counted as refused. Raises DataError if a file cannot be opened.
 
     Example: read_files([Path("trace.json")])[0].rollouts[0].trajectory.calls
     """
-    found = [(path, *sources(contents(path))) for path in paths]
-    known = {source.key.group for _, _, traces, _ in found for source in traces if source.key}
+    files = [(path, *sources(read_bytes(path))) for path in paths]
+    known = {source.key.group for _, _, traces, _ in files for source in traces if source.key}
     numbers = (number for number in range(10**9) if number not in known)
     taken: set[RolloutKey] = set()
     reports = []
-    for path, formats, traces, refused in found:
+    for path, formats, traces, refused in files:
         rollouts = []
         for source in traces:
             key = source.key or RolloutKey(split="train", group=next(numbers), index=0)
-            rollout = _imported(source, key, refused)
+            rollout = _import(source, key, refused)
             if key in taken:
                 refused["a rollout for the second time"] += 1
             elif not rollout.trajectory.calls:
@@ -76,56 +78,54 @@ def read_files(paths: Sequence[Path]) -> list[Report]:
 
 
 def write(reports: Sequence[Report], out: Path) -> tuple[int, int]:
-    """Write rollouts.jsonl and sft.jsonl into the folder `out`: how many lines each has."""
+    """Write rollouts.jsonl and sft.jsonl into the folder `out`. Returns the number of lines of each."""
     out.mkdir(parents=True, exist_ok=True)
     rollouts = [rollout for report in reports for rollout in report.rollouts]
     chats = list(conversations(rollouts))
-    lines = [to_line(rollout.trajectory) for rollout in rollouts]
-    (out / "rollouts.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    texts = [json.dumps(chat, ensure_ascii=False) for chat in chats]
-    (out / "sft.jsonl").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    write_text(out / "rollouts.jsonl", "".join(f"{to_line(rollout.trajectory)}\n" for rollout in rollouts))
+    write_text(out / "sft.jsonl", "".join(f"{json.dumps(chat, ensure_ascii=False)}\n" for chat in chats))
     return len(rollouts), len(chats)
 
 
 def conversations(rollouts: Sequence[Imported]) -> Iterator[dict[str, Any]]:
-    """Chats to warm-start a model with: every finished conversation once, and none that another one carries on; with
-    the reward of its rollout where that has one.
+    """Chats for fine-tuning: each finished conversation once, with the reward of its rollout if there is one.
 
-    Left out are calls that failed, were cut at a limit, or whose messages the trace does not have.
+    A conversation that another conversation continues is left out, and so is a call that failed, was cut at a limit, or
+    whose messages the trace does not have.
 
     Example: two calls of an agent, the second of which continues the first, give
     {"messages": [{"role": "user", …}, …, {"role": "assistant", …}], "tools": […]} once.
     """
     rows: dict[str, dict[str, Any]] = {}
-    begun: set[str] = set()
+    continued: set[str] = set()
     for rollout in rollouts:
         for call in rollout.trajectory.calls:
-            asked = conversation(call.request)
-            said = answer(call.reply, asked[0]) if asked else None
-            if asked is None or said is None or call.error or call.finish_reason in _UNFINISHED:
+            request = conversation(call.request)
+            reply = answer(call.reply, request[0]) if request else None
+            if request is None or reply is None or call.error or call.finish_reason in _UNFINISHED:
                 continue
-            messages = [{**message, "content": message["content"] or ""} for message in (*asked[0], said)]
-            tools = json.loads(rollout.offered.get(call.call_id, "[]")) or asked[1]
+            messages = [{**message, "content": message["content"] or ""} for message in (*request[0], reply)]
+            tools = json.loads(rollout.offered.get(call.call_id, "[]")) or request[1]
             texts = [json.dumps(message, sort_keys=True) for message in messages]
-            begun.update(
+            continued.update(
                 "\n".join(texts[:end]) for end in range(1, len(texts)) if messages[end - 1]["role"] == "assistant"
             )
             row = {"messages": messages} | ({"tools": tools} if tools else {})
             reward = rollout.trajectory.reward
             rows.setdefault("\n".join(texts), row | ({} if reward is None else {"reward": reward}))
-    yield from (row for text, row in rows.items() if text not in begun)
+    yield from (row for text, row in rows.items() if text not in continued)
 
 
-def _imported(source: Source, key: RolloutKey, refused: Counter[str]) -> Imported:
-    if source.whole is not None:
-        tokens = sum(call.prompt_T.size + call.response_T.size for call in source.whole.calls)
-        return Imported(trajectory=source.whole, num_tokens=tokens)
+def _import(source: Source, key: RolloutKey, refused: Counter[str]) -> Imported:
+    if source.trajectory is not None:
+        tokens = sum(call.prompt_T.size + call.response_T.size for call in source.trajectory.calls)
+        return Imported(trajectory=source.trajectory, num_tokens=tokens)
     traced = read(source.spans, key)
     refused.update(traced.refused)
-    # What no span shows, the requests and replies themselves may; a rollout of ours left with all of its tools.
+    # Requests and replies may show tool calls that have no span; our own export has a span for each.
     shown = {(tool.call_id, tool.tool_call_id) for tool in traced.tools}
-    asked = () if source.key else tool_calls(traced.calls)
-    unseen = [tool for tool in asked if (tool.call_id, tool.tool_call_id) not in shown]
+    requested = () if source.key else tool_calls(traced.calls)
+    unseen = [tool for tool in requested if (tool.call_id, tool.tool_call_id) not in shown]
     tools: list[ToolCall] = sorted([*traced.tools, *unseen], key=lambda tool: tool.started_at)
     times = [time for span in source.spans for time in (span.started_at, span.ended_at) if math.isfinite(time)]
     trajectory = Trajectory(

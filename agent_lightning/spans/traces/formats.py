@@ -1,7 +1,7 @@
-"""Trace files of other systems, and our own -> the spans in them.
+"""The spans in trace files of other systems, and in our own exports.
 
-Each format only says which spans a record holds; what they mean is read in one place, `conventions.read`. A file's
-format is seen from what is in it, not from its name.
+A format only decides which spans a record holds; `conventions` reads their meaning. The format of a file is recognised
+by its content, not by its name.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from agent_lightning.core.errors import DataError
+from agent_lightning.core.json_values import join_chunks, parse_json
 from agent_lightning.core.types import Outcome, RolloutKey, Trajectory
 from agent_lightning.spans import otlp
-from agent_lightning.spans.forms import Message
 from agent_lightning.spans.traces.export import from_row
 from agent_lightning.spans.tree import RawSpan
 
@@ -30,15 +30,16 @@ REASONS = {
     "a score that is no number": "a Langfuse score of a category or a text",
     "a reward that is not a finite number": "of an Agent Lightning rollout",
 }
-"""Every reason that this module counts, and what it means."""
+"""Every reason for which this module refuses something, and its meaning."""
 _MAX_BYTES, _MAX_SPANS = 2**31, 10**7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A trace of a file, before its spans are read."""
+    """A trace in a file, before the meaning of its spans is read."""
 
     name: str
+    """The trace's id in the file."""
     spans: tuple[RawSpan, ...] = ()
     task_id: str = ""
     reward: float | None = None
@@ -46,12 +47,13 @@ class Source:
     error: str = ""
     output: str = ""
     key: RolloutKey | None = None
-    """Where it is one of our own that was exported."""
-    whole: Trajectory | None = None
-    """Where the file has the rollout itself."""
+    """The rollout's key, if the trace is our own export."""
+    trajectory: Trajectory | None = None
+    """The rollout itself, if the file is our own export in JSON lines."""
 
 
-def contents(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """The content of a file. Raises DataError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -59,7 +61,7 @@ def contents(path: Path) -> bytes:
 
 
 def sources(body: bytes) -> tuple[tuple[str, ...], list[Source], Counter[str]]:
-    """The formats seen in a file, its traces, and what was refused."""
+    """The formats that occur in a file, its traces, and the number of refused lines and records for each reason."""
     refused: Counter[str] = Counter()
     try:
         records = _records(body.decode("utf-8-sig"), refused)
@@ -80,42 +82,33 @@ def sources(body: bytes) -> tuple[tuple[str, ...], list[Source], Counter[str]]:
             by_format.setdefault(name, []).append(record)
         else:
             refused["a record of no known format"] += 1
-    found = [source for name, _, adapt in FORMATS for source in adapt(by_format.get(name, []), refused)]
-    return tuple(by_format), found, refused
+    traces = [source for name, _, adapt in FORMATS for source in adapt(by_format.get(name, []), refused)]
+    return tuple(by_format), traces, refused
 
 
 def _records(text: str, refused: Counter[str]) -> list[Any] | None:
-    """The JSON values of a file: one, a list of them, or one a line; None where it holds no JSON at all."""
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError):
-        lines = [line for line in text.splitlines() if line.strip()]
-        values = [_line(line) for line in lines]
-        if not any(values):
-            return None
-        refused["a line that is not JSON"] += values.count(None)
-        return [value for value in values if value is not None]
-    return whole if isinstance(whole, list) else [whole]
-
-
-def _line(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+    """The records of a file: a JSON value, a list of them, or a value on each line; None if the file has no JSON."""
+    content = parse_json(text)
+    if content is not None:
+        return content if isinstance(content, list) else [content]
+    values = [parse_json(line) for line in text.splitlines() if line.strip()]
+    if not any(values):
         return None
+    refused["a line that is not JSON"] += values.count(None)
+    return [value for value in values if value is not None]
 
 
 Adapter = Callable[[Sequence[Mapping[str, Any]], Counter[str]], list[Source]]
 
 
-def _each(read_one: Callable[[Mapping[str, Any], Counter[str]], Source]) -> Adapter:
-    """An adapter for a format of which each record is a trace."""
+def _each(read: Callable[[Mapping[str, Any], Counter[str]], Source]) -> Adapter:
+    """The adapter of a format in which each record is a trace, from a function that reads one record."""
 
     def adapt(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[Source]:
         sources = []
         for record in records:
             try:
-                sources.append(read_one(record, refused))
+                sources.append(read(record, refused))
             except (LookupError, TypeError, ValueError, AttributeError, OverflowError, DataError):
                 refused["a damaged record"] += 1
         return sources
@@ -124,18 +117,18 @@ def _each(read_one: Callable[[Mapping[str, Any], Counter[str]], Source]) -> Adap
 
 
 def _otlp_records(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[Source]:
-    resources = [one for record in records for one in record["resourceSpans"] or () if isinstance(one, Mapping)]
+    resources = [part for record in records for part in record["resourceSpans"] or () if isinstance(part, Mapping)]
     return _otlp(json.dumps({"resourceSpans": resources}).encode(), otlp.JSON, refused) if resources else []
 
 
 def _otlp(body: bytes, content_type: str, refused: Counter[str]) -> list[Source]:
-    traces, counted = otlp.decode_traces(body, content_type=content_type, max_bytes=_MAX_BYTES, max_spans=_MAX_SPANS)
+    traces, counted = otlp.decode(body, content_type=content_type, max_bytes=_MAX_BYTES, max_spans=_MAX_SPANS)
     refused.update(counted)
-    return [_of_trace(name, spans) for name, spans in traces.items()]
+    return [_otlp_trace(name, spans) for name, spans in traces.items()]
 
 
-def _of_trace(name: str, spans: tuple[RawSpan, ...]) -> Source:
-    """A trace, with what our own export says of its rollout."""
+def _otlp_trace(name: str, spans: tuple[RawSpan, ...]) -> Source:
+    """The source of a trace, with the rollout's own data if the trace is our own export."""
     root = next((span for span in spans if "agl.rollout.id" in span.attributes), None)
     if root is None:
         return Source(name=name, spans=spans)
@@ -158,15 +151,15 @@ def _of_trace(name: str, spans: tuple[RawSpan, ...]) -> Source:
 
 
 def _own(record: Mapping[str, Any], refused: Counter[str]) -> Source:
-    whole = from_row(record)
-    return Source(name=whole.key.rollout_id, key=whole.key, whole=whole)
+    trajectory = from_row(record)
+    return Source(name=trajectory.key.rollout_id, key=trajectory.key, trajectory=trajectory)
 
 
 def _langfuse(record: Mapping[str, Any], refused: Counter[str]) -> Source:
     trace = record.get("trace") if isinstance(record.get("trace"), Mapping) else record
     assert isinstance(trace, Mapping)
     name = str(trace.get("id") or "")
-    spans = [_observation(one) for one in record.get("observations") or ()]
+    spans = [_observation(observation) for observation in record.get("observations") or ()]
     for number, score in enumerate(trace.get("scores") or ()):
         if _finite(score.get("value")) is None or score.get("dataType") not in (None, "NUMERIC", "BOOLEAN"):
             refused["a score that is no number"] += 1
@@ -179,32 +172,33 @@ def _langfuse(record: Mapping[str, Any], refused: Counter[str]) -> Source:
     return Source(name=name, spans=tuple(spans))
 
 
-def _observation(one: Mapping[str, Any]) -> RawSpan:
-    metadata = one.get("metadata")
+def _observation(record: Mapping[str, Any]) -> RawSpan:
+    """The span of a Langfuse observation."""
+    metadata = record.get("metadata")
     metadata = json.loads(metadata) if isinstance(metadata, str) and metadata.startswith("{") else metadata
     metadata = metadata if isinstance(metadata, Mapping) else {}
     attributes = dict(metadata.get("attributes") or {})
-    said = {"type": str(one.get("type") or "").lower(), "input": one.get("input"), "output": one.get("output")}
-    said |= {"model.name": one.get("model"), "metadata.tools": metadata.get("tools")}
-    said |= {"metadata.langgraph_node": metadata.get("langgraph_node")}
-    usage = one.get("usageDetails") or {}
-    said |= {f"usage_details.{side}": usage.get(side) for side in ("input", "output")}
-    attributes |= {f"langfuse.observation.{name}": _as_text(value) for name, value in said.items() if value is not None}
-    started = _time(one.get("startTime"))
-    failed = one.get("level") == "ERROR"
+    own = {"type": str(record.get("type") or "").lower(), "input": record.get("input"), "output": record.get("output")}
+    own |= {"model.name": record.get("model"), "metadata.tools": metadata.get("tools")}
+    own |= {"metadata.langgraph_node": metadata.get("langgraph_node")}
+    usage = record.get("usageDetails") or {}
+    own |= {f"usage_details.{side}": usage.get(side) for side in ("input", "output")}
+    attributes |= {f"langfuse.observation.{name}": _as_text(value) for name, value in own.items() if value is not None}
+    started = _time(record.get("startTime"))
+    failed = record.get("level") == "ERROR"
     return RawSpan(
-        span_id=str(one["id"]),
-        parent_id=str(one.get("parentObservationId") or ""),
-        name=str(one.get("name") or ""),
+        span_id=str(record["id"]),
+        parent_id=str(record.get("parentObservationId") or ""),
+        name=str(record.get("name") or ""),
         started_at=started,
-        ended_at=_time(one["endTime"]) if one.get("endTime") else started,
+        ended_at=_time(record["endTime"]) if record.get("endTime") else started,
         attributes=attributes,
-        error=str(one.get("statusMessage") or "error") if failed else "",
+        error=str(record.get("statusMessage") or "error") if failed else "",
     )
 
 
 def _langsmith(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[Source]:
-    """Batches of runs that start (post) and end (patch), or runs as they are exported."""
+    """The traces in LangSmith's batches of runs that start (post) and end (patch), or in its exported runs."""
     runs: dict[str, dict[str, Any]] = {}
     for record in records:
         for run in [*(record.get("post") or ()), *(record.get("patch") or ())] if "post" in record else [record]:
@@ -223,17 +217,20 @@ def _langsmith(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> l
 
 
 def _run(identity: str, run: Mapping[str, Any]) -> RawSpan:
+    """The span of a LangSmith run."""
     metadata = (run.get("extra") or {}).get("metadata") or {}
-    sent, said = run.get("inputs") or {}, run.get("outputs") or {}
+    inputs, outputs = run.get("inputs") or {}, run.get("outputs") or {}
     attributes = {"langsmith.span.kind": run.get("run_type"), "gen_ai.request.model": metadata.get("ls_model_name")}
-    attributes |= {"gen_ai.response.model": said.get("model"), "gen_ai.response.id": said.get("id")}
+    attributes |= {"gen_ai.response.model": outputs.get("model"), "gen_ai.response.id": outputs.get("id")}
     attributes |= {"langsmith.metadata.langgraph_node": metadata.get("langgraph_node")}
     if run.get("run_type") == "tool":
-        sent, said = (one[name] if set(one) == {name} else one for one, name in ((sent, "input"), (said, "output")))
+        inputs = inputs["input"] if set(inputs) == {"input"} else inputs
+        outputs = outputs["output"] if set(outputs) == {"output"} else outputs
     else:
-        usage = said.get("usage_metadata") or {}
+        usage = outputs.get("usage_metadata") or {}
         attributes |= {f"gen_ai.usage.{side}_tokens": usage.get(f"{side}_tokens") for side in ("input", "output")}
-    attributes |= {name: _as_text(one) for name, one in (("input.value", sent), ("output.value", said)) if one != {}}
+    texts = {"input.value": inputs, "output.value": outputs}
+    attributes |= {name: _as_text(value) for name, value in texts.items() if value != {}}
     started = _time(run["start_time"])
     return RawSpan(
         span_id=identity,
@@ -273,13 +270,14 @@ def _agent_lightning(record: Mapping[str, Any], refused: Counter[str]) -> Source
 
 
 def _recorded(record: Mapping[str, Any], refused: Counter[str]) -> Source:
-    """A request to an OpenAI server and its response, as caches and proxies keep them."""
+    """The trace of a request to an OpenAI server and its response, as caches and proxies keep them."""
     span = _request("0", record["request"], record["response"], record["response"].get("created") or 0.0)
     return Source(name=str(record["response"].get("id") or "recorded"), spans=(span,))
 
 
 def _request(identity: str, request: Mapping[str, Any], response: Any, at: float) -> RawSpan:
-    reply = _assembled(response) if isinstance(response, list) else response or {}
+    """The span of a request to an OpenAI server; the response may be a list of streamed chunks."""
+    reply = join_chunks(response) if isinstance(response, list) else response or {}
     choice = (reply.get("choices") or [{}])[0]
     usage = reply.get("usage") or {}
     attributes = {
@@ -306,33 +304,6 @@ def _request(identity: str, request: Mapping[str, Any], response: Any, at: float
     )
 
 
-def _assembled(chunks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The response that a stream of chunks adds up to; of several choices the first."""
-    whole: dict[str, Any] = {}
-    message: Message = {"role": "assistant", "content": ""}
-    choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": None}
-    calls: dict[int, dict[str, Any]] = {}
-    for chunk in chunks:
-        whole |= {name: value for name, value in chunk.items() if name != "choices" and value is not None}
-        for part in (part for part in chunk.get("choices") or () if part.get("index", 0) == 0):
-            delta = part.get("delta") or {}
-            message["content"] += delta.get("content") or ""
-            for call in delta.get("tool_calls") or ():
-                known = calls.setdefault(call.get("index", 0), {"id": "", "function": {"name": "", "arguments": ""}})
-                known["id"] = call.get("id") or known["id"]
-                for name in ("name", "arguments"):
-                    known["function"][name] += (call.get("function") or {}).get(name) or ""
-            choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
-            if part.get("token_ids"):
-                choice["token_ids"] = [*choice.get("token_ids", ()), *part["token_ids"]]
-            scored = (part.get("logprobs") or {}).get("content")
-            if scored:
-                choice["logprobs"] = {"content": [*(choice.get("logprobs") or {}).get("content", ()), *scored]}
-    if calls:
-        message["tool_calls"] = [calls[index] for index in sorted(calls)]
-    return whole | {"choices": [choice]}
-
-
 FORMATS: tuple[tuple[str, frozenset[str], Adapter], ...] = (
     ("OTLP", frozenset(["resourceSpans"]), _otlp_records),
     ("Langfuse", frozenset(["observations"]), _each(_langfuse)),
@@ -342,18 +313,18 @@ FORMATS: tuple[tuple[str, frozenset[str], Adapter], ...] = (
     ("OpenAI calls", frozenset(["request", "response"]), _each(_recorded)),
     ("agl export", frozenset(["rollout_id", "outcome", "calls"]), _each(_own)),
 )
-"""Name of a format, the keys that its records have, and what reads them."""
+"""Name of a format, the keys that its records have, and the adapter that reads them."""
 
 
 def _time(value: Any) -> float:
-    """Unix seconds of an ISO date or a number; NaN where it is neither. Without a zone it is UTC."""
+    """Unix seconds from an ISO date or a number; NaN for any other value. A date without a zone is in UTC."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     try:
-        found = datetime.fromisoformat(str(value).replace("Z", "+00:00"))
+        date = datetime.fromisoformat(str(value).replace("Z", "+00:00"))
     except ValueError:
         return math.nan
-    return (found if found.tzinfo else datetime.fromisoformat(f"{found.isoformat()}+00:00")).timestamp()
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
 
 def _finite(value: Any) -> float | None:
