@@ -1,4 +1,4 @@
-"""Events <-> bytes: one byte that says which, then MessagePack. The only module that knows msgspec.
+"""Events <-> bytes: one byte that says which, then MessagePack.
 
 Nothing is unpickled: a decoder makes exactly the dataclass that its kind says, of plain values, and arrays from their
 raw bytes. What is not plain in a task's payload (NumPy's arrays and numbers, huge whole numbers) goes as an extension.
