@@ -30,9 +30,9 @@ TOOL = {"type": "function", "function": {"name": "calculator", "parameters": {"t
 
 @pytest.fixture
 async def client() -> AsyncIterator[openai.AsyncOpenAI]:
-    """One for all rollouts: a client costs many milliseconds."""
-    async with openai.AsyncOpenAI(base_url="http://unset.invalid", api_key="any", max_retries=0) as one:
-        yield one
+    """A client for all rollouts: making a client takes many milliseconds."""
+    async with openai.AsyncOpenAI(base_url="http://unset.invalid", api_key="any", max_retries=0) as shared_client:
+        yield shared_client
 
 
 class Asks:
@@ -77,7 +77,7 @@ async def test_the_toy_world_learns(client: openai.AsyncOpenAI) -> None:
 
 
 async def test_two_turns_with_a_tool_are_learned_as_one_row(client: openai.AsyncOpenAI) -> None:
-    """First ask the calculator, then say what it said: neither turn alone is right."""
+    """First call the calculator, then repeat its result: neither turn alone is right."""
 
     async def solve(task: Mapping[str, Any], policy: Policy) -> float:
         mine = client.with_options(base_url=policy.base_url)
@@ -106,8 +106,8 @@ async def test_two_turns_with_a_tool_are_learned_as_one_row(client: openai.Async
     assert world.observer.records[0]["sample/tokens"] > first.prompt_T.size + 2  # merged: a row holds both turns
 
 
-async def test_it_learns_to_the_same_numbers_again() -> None:
-    """One rollout at a time, so that the engine's random numbers are drawn in the same order."""
+async def test_a_second_run_learns_the_same_numbers() -> None:
+    """Rollouts run in turn, so that the engine draws its random numbers in the same order."""
     runs = []
     for _ in range(2):
         async with openai.AsyncOpenAI(base_url="http://unset.invalid", api_key="any") as client:
@@ -168,7 +168,7 @@ async def test_2_every_rollout_ends_exactly_once(client: openai.AsyncOpenAI) -> 
             assert (trajectory.reward is not None) == (trajectory.outcome is Outcome.FINISHED)
 
 
-async def test_3_and_5_the_books_balance_and_every_call_has_the_steps_version(client: openai.AsyncOpenAI) -> None:
+async def test_3_and_5_the_accounts_balance_and_every_call_has_the_steps_version(client: openai.AsyncOpenAI) -> None:
     async with make_world(client) as world:
         for _ in range(8):
             version, seen = world.loop.state.version, len(world.observer.groups)
@@ -220,7 +220,7 @@ async def test_a_run_stopped_in_the_middle_loses_nothing(client: openai.AsyncOpe
     assert state.dropped["run_stopped"] == 4 * 8
     saved = read_state(newest_checkpoint(tmp_path))
     assert saved == state
-    assert saved.cursor.epoch == state.step  # each step is one epoch here: the step given up is not counted
+    assert saved.cursor.epoch == state.step  # a step is an epoch here, and the abandoned step does not count
     assert saved.next_group == {"train": state.step * 4 + 4, "val": 4}
 
 
@@ -234,7 +234,7 @@ async def test_a_run_stopped_before_its_first_step_can_be_resumed(client: openai
     assert [step for step, _ in state.val_rewards] == [0, 1]
 
 
-async def test_a_resumed_run_goes_on_where_it_was(client: openai.AsyncOpenAI, tmp_path: Path) -> None:
+async def test_a_resumed_run_continues_where_it_was(client: openai.AsyncOpenAI, tmp_path: Path) -> None:
     tasks = TASKS[:3]
     async with make_world(client, tasks=tasks, checkpoints=tmp_path) as world:
         world.loop.plan = replace(world.loop.plan, tasks_per_step=2)
@@ -293,26 +293,26 @@ async def test_a_step_with_nothing_to_learn_changes_nothing(client: openai.Async
     assert (state.version, state.trained, state.dropped) == (0, 0, {"no_spread": 64})
 
 
-async def test_groups_with_nothing_to_learn_are_made_up_for(client: openai.AsyncOpenAI) -> None:
-    asked: Counter[str] = Counter()
+async def test_groups_without_samples_are_replaced(client: openai.AsyncOpenAI) -> None:
+    num_asked: Counter[str] = Counter()
 
     async def easy_or_not(task: Mapping[str, Any], policy: Policy) -> float:
         await Asks(client)(task, policy)
-        asked[task["question"]] += 1
+        num_asked[task["question"]] += 1
         # The first task is always right; of the others every second rollout is.
-        return float(task["answer"] == "1" or asked[task["question"]] % 2)
+        return float(task["answer"] == "1" or num_asked[task["question"]] % 2)
 
     async with make_world(client, agent=easy_or_not) as world:
         world.loop.plan = replace(world.loop.plan, dynamic_sampling_rounds=3)
         state = await world.train(steps=1)
         await check_accounts(world)
-    # Four tasks, of which one teaches nothing: one more is taken until four groups do.
+    # A task of the four gives no samples: further tasks are drawn until four groups give samples.
     assert state.trained == 32
     assert state.dropped["no_spread"] >= 8
     assert state.admitted == state.trained + state.dropped["no_spread"]
 
 
-async def test_refills_end_where_nothing_can_be_learned(client: openai.AsyncOpenAI) -> None:
+async def test_dynamic_sampling_ends_if_nothing_can_be_learned(client: openai.AsyncOpenAI) -> None:
     async def always_right(task: Mapping[str, Any], policy: Policy) -> float:
         await Asks(client)(task, policy)
         return 1.0

@@ -30,27 +30,27 @@ TASKS = [Task(task_id=f"task-{n}", payload={"question": f"{n}?", "answer": str(n
 
 
 class Agent:
-    """Asks twice, and takes a picture of the run's folder, as kill -9 would leave it, after so many rollouts."""
+    """Calls the policy twice; after `snapshot_after` rollouts it copies the run's folder, as kill -9 would leave it."""
 
     def __init__(self, client: openai.AsyncOpenAI) -> None:
         self.client = client
         self.ended: list[str] = []
-        self.picture_after = -1
-        self.picture: tuple[Path, Path] | None = None
-        self.taken = asyncio.Event()
+        self.snapshot_after = -1
+        self.snapshot: tuple[Path, Path] | None = None
+        self.snapshot_taken = asyncio.Event()
 
     async def __call__(self, task: Mapping[str, Any], policy: Policy) -> float:
         client = self.client.with_options(base_url=policy.base_url)
-        said = []
+        replies = []
         for text in (task["question"], "again"):
             messages: Any = [{"role": "user", "content": text}]
             reply = await client.chat.completions.create(model=policy.model, messages=messages)
-            said.append(reply.choices[0].message.content)
-        if len(self.ended) == self.picture_after and self.picture is not None:
-            shutil.copytree(*self.picture)
-            self.taken.set()
+            replies.append(reply.choices[0].message.content)
+        if len(self.ended) == self.snapshot_after and self.snapshot is not None:
+            shutil.copytree(*self.snapshot)
+            self.snapshot_taken.set()
         self.ended.append(policy.base_url.split("/rollout/")[1].split("/")[0])
-        return float(said[0] == task["answer"]) - 0.1 * (said[1] == "0")
+        return float(replies[0] == task["answer"]) - 0.1 * (replies[1] == "0")
 
 
 @pytest.fixture
@@ -75,19 +75,19 @@ def make_world(agent: Any, folder: Path, *, every: int, resume: bool = False) ->
     )
 
 
-async def never_stopped(agent: Agent, folder: Path, steps: int) -> tuple[dict[int, Any], list[tuple[int, float]]]:
+async def uninterrupted_run(agent: Agent, folder: Path, steps: int) -> tuple[dict[int, Any], list[tuple[int, float]]]:
     async with make_world(agent, folder, every=1) as world:
         state = await world.train(steps=steps)
     return dict(enumerate(map(numbers, world.observer.records), start=1)), state.val_rewards
 
 
 def numbers(record: Mapping[str, float]) -> dict[str, float]:
-    """All of a step's record but times, and the attempts that a kill has cost."""
+    """A step's record without times and without the attempts that a kill costs."""
     return {name: value for name, value in record.items() if not name.startswith(("time/", "rollouts/retried"))}
 
 
 def ended_in(journal: Path) -> Iterator[str]:
-    """The rollouts that have ended, as a journal says."""
+    """The rollouts that have ended, according to a journal."""
     for reading in segments.readings(journal):
         for _, payload in reading.records():
             event = decode(payload)
@@ -96,21 +96,21 @@ def ended_in(journal: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("every", [1, 2])
-async def test_a_run_killed_in_every_step_gives_the_numbers_of_one_never_stopped(
+async def test_a_run_killed_in_every_step_gives_the_numbers_of_an_uninterrupted_run(
     agent: Agent, tmp_path: Path, every: int
 ) -> None:
     steps, source = 3, random.Random(every)
-    expected, rewards = await never_stopped(agent, tmp_path / "whole", steps)
+    expected, rewards = await uninterrupted_run(agent, tmp_path / "uninterrupted", steps)
     assert len({record["train/reward"] for record in expected.values()}) > 1
     folder, resume, run = tmp_path / "0", False, set[str]()
-    found: dict[int, Any] = {}
+    records: dict[int, Any] = {}
     for life in range(1, 50):
-        agent.ended, agent.taken = [], asyncio.Event()
-        agent.picture_after, agent.picture = source.randrange(3, 14), (folder, tmp_path / f"{life}")
+        agent.ended, agent.snapshot_taken = [], asyncio.Event()
+        agent.snapshot_after, agent.snapshot = source.randrange(3, 14), (folder, tmp_path / f"{life}")
         async with asyncio.timeout(30), make_world(agent, folder, every=every, resume=resume) as world:
             first = world.loop.state.step + 1
             training = asyncio.create_task(world.train(steps=steps))
-            taken = asyncio.create_task(agent.taken.wait())
+            taken = asyncio.create_task(agent.snapshot_taken.wait())
             await asyncio.wait((training, taken), return_when=asyncio.FIRST_COMPLETED)
             done = training.done()
             training.cancel()
@@ -118,38 +118,38 @@ async def test_a_run_killed_in_every_step_gives_the_numbers_of_one_never_stopped
             await asyncio.wait((training, taken))
         for step, record in enumerate(world.observer.records, start=first):
             assert numbers(record) == expected[step]
-            found[step] = record
-        assert not run & set(agent.ended)  # what had ended before the kill is not run again
+            records[step] = record
+        assert not run & set(agent.ended)  # rollouts that ended before the kill are not run again
         if done:
             break
         folder, resume = tmp_path / f"{life}", True
         run = set(ended_in(folder / "journal"))
     assert life > steps
-    assert found.keys() == expected.keys()
+    assert records.keys() == expected.keys()
     assert world.loop.state.val_rewards == rewards
     assert world.loop.state.admitted == steps * 3 * 4
 
 
 @pytest.mark.parametrize("written", [True, False])
-async def test_a_step_that_failed_is_begun_anew_by_the_resumed_run(agent: Agent, tmp_path: Path, written: bool) -> None:
-    """There is a checkpoint of the step before it; the failed rollouts are in the journal and must not come back. Also
-    where the end comes when the buffer knows that the step is given up, and no file says so yet."""
-    half = tmp_path / "checkpoints" / "step-000000" / "state.json.half"
+async def test_a_resumed_run_starts_a_failed_step_again(agent: Agent, tmp_path: Path, written: bool) -> None:
+    """The failed rollouts are in the journal and must not return: the resumed run starts from the checkpoint before the
+    step. Not `written`: the run ends after the buffer has dropped the step and before the state could be written."""
+    unfinished = tmp_path / "checkpoints" / "step-000000" / ".state.json.tmp"
 
     async def fails(task: Mapping[str, Any], policy: Policy) -> float:
         if not policy.base_url.split("/rollout/")[1].startswith("train"):
             return await agent(task, policy)
         if not written:
-            half.mkdir(exist_ok=True)  # it cannot be written any more
+            unfinished.mkdir(exist_ok=True)  # state.json cannot be written any more
         raise ValueError("a tool is down")
 
     async with make_world(fails, tmp_path, every=1) as world:
         with pytest.raises(StepFailed if written else IsADirectoryError):
             await world.train(steps=2)
     if not written:
-        half.rmdir()
+        unfinished.rmdir()
         async with make_world(agent, tmp_path, every=1, resume=True) as world:
-            with pytest.raises(StepFailed, match="a tool is down"):  # what had ended is not run again
+            with pytest.raises(StepFailed, match="a tool is down"):  # finished rollouts are not run again
                 await world.train(steps=2)
     async with make_world(agent, tmp_path, every=1, resume=True) as world:
         run, stats = await world.train(steps=2), await world.buffer.stats()
@@ -172,17 +172,17 @@ async def main(folder, steps):
         async with test_resume.make_world(agent, folder, every=1, resume=resume) as world:
             first = world.loop.state.step + 1
             training = asyncio.create_task(world.train(steps=steps))
-            said = 0
+            printed = 0
             while not training.done():
                 await asyncio.sleep(0.002)
-                for record in world.observer.records[said:]:
-                    print(json.dumps([first + said, test_resume.numbers(record)]), flush=True)
-                    said += 1
+                for record in world.observer.records[printed:]:
+                    print(json.dumps([first + printed, test_resume.numbers(record)]), flush=True)
+                    printed += 1
                 print(json.dumps(len(agent.ended)), flush=True)
             await training
-            for record in world.observer.records[said:]:
-                print(json.dumps([first + said, test_resume.numbers(record)]), flush=True)
-                said += 1
+            for record in world.observer.records[printed:]:
+                print(json.dumps([first + printed, test_resume.numbers(record)]), flush=True)
+                printed += 1
     print(json.dumps("done"), flush=True)
 
 asyncio.run(main(Path(sys.argv[2]), int(sys.argv[3])))
@@ -190,9 +190,9 @@ asyncio.run(main(Path(sys.argv[2]), int(sys.argv[3])))
 
 
 @pytest.mark.slow
-async def test_a_driver_killed_in_every_step_goes_on_where_it_was(agent: Agent, tmp_path: Path) -> None:
-    expected, _ = await never_stopped(agent, tmp_path / "whole", 3)
-    source, found, done, lives = random.Random(0), dict[int, Any](), False, 0
+async def test_a_run_whose_driver_is_killed_in_every_step_resumes_where_it_was(agent: Agent, tmp_path: Path) -> None:
+    expected, _ = await uninterrupted_run(agent, tmp_path / "uninterrupted", 3)
+    source, records, done, lives = random.Random(0), dict[int, Any](), False, 0
     while not done and lives < 30:
         lives += 1
         command = [sys.executable, "-c", DRIVER, str(Path(__file__).parents[1] / "support"), str(tmp_path / "run"), "3"]
@@ -200,17 +200,17 @@ async def test_a_driver_killed_in_every_step_goes_on_where_it_was(agent: Agent, 
         assert driver.stdout is not None
         kill_after = source.randrange(4, 12)
         for line in driver.stdout:
-            said = json.loads(line)
-            done = done or said == "done"
-            if isinstance(said, list):
-                found[said[0]] = said[1]
-            elif isinstance(said, int) and said >= kill_after:
+            message = json.loads(line)
+            done = done or message == "done"
+            if isinstance(message, list):
+                records[message[0]] = message[1]
+            elif isinstance(message, int) and message >= kill_after:
                 driver.send_signal(signal.SIGKILL)
                 break
         driver.stdout.close()
         driver.wait()
     assert done
     assert lives > 3
-    for step, record in found.items():
+    for step, record in records.items():
         assert record == expected[step]
-    assert found.keys() == expected.keys()
+    assert records.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""A checkpoint's state: what is written is what is read, and half a save is no save."""
+"""The state of a checkpoint comes back as it was written, and an interrupted save is not a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def full_state() -> State:
 
 
 @pytest.mark.parametrize("state", [State(cursor=TaskCursor(seed=0)), full_state()], ids=["fresh", "full"])
-def test_what_is_written_is_what_is_read(state: State, tmp_path: Path) -> None:
+def test_a_state_comes_back_as_it_was_written(state: State, tmp_path: Path) -> None:
     write_state(tmp_path, state)
     read = read_state(tmp_path)
     assert read == state
@@ -38,7 +38,7 @@ def test_what_is_written_is_what_is_read(state: State, tmp_path: Path) -> None:
         assert counts["new"] == 5
 
 
-def test_a_cursor_goes_on_where_it_stood(tmp_path: Path) -> None:
+def test_a_cursor_comes_back_at_its_position(tmp_path: Path) -> None:
     state = full_state()
     write_state(tmp_path, state)
     assert read_state(tmp_path).cursor == TaskCursor(seed=3, epoch=1, position=17)
@@ -51,17 +51,17 @@ def test_writing_again_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [STATE_FILE]
 
 
-def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
+def test_the_newest_complete_checkpoint_counts(tmp_path: Path) -> None:
     for step in (2, 10, 100):
         folder = checkpoint_folder(tmp_path, step)
         folder.mkdir()
-        if step != 100:  # was being saved when the process died
+        if step != 100:  # the process died while it saved this checkpoint
             write_state(folder, full_state())
     assert newest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 10)
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_without_a_whole_checkpoint_there_is_nothing_to_resume(exists: bool, tmp_path: Path) -> None:
+def test_without_a_complete_checkpoint_there_is_nothing_to_resume(exists: bool, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     if exists:
         checkpoint_folder(folder, 4).mkdir(parents=True)

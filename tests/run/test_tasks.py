@@ -205,18 +205,18 @@ def test_sample():
     stop=st.integers(0, 8),
     seed=st.integers(0, 2**32),
 )
-def test_a_cursor_resumed_anywhere_goes_on_the_same(num_tasks, sizes, stop, seed):
+def test_a_cursor_resumed_anywhere_draws_the_same_tasks(num_tasks, sizes, stop, seed):
     tasks = numbered(num_tasks)
-    whole = TaskCursor(seed=seed).next(tasks, sum(sizes))
+    uninterrupted = TaskCursor(seed=seed).next(tasks, sum(sizes))
     cursor = TaskCursor(seed=seed)
     drawn = []
     for index, size in enumerate(sizes):
         if index == stop:
             cursor = TaskCursor(seed=seed, epoch=cursor.epoch, position=cursor.position)
         drawn.extend(cursor.next(tasks, size))
-    assert drawn == whole
-    for start in range(0, len(whole) - num_tasks + 1, num_tasks):
-        assert sorted(whole[start : start + num_tasks], key=lambda task: int(task.task_id)) == tasks
+    assert drawn == uninterrupted
+    for start in range(0, len(uninterrupted) - num_tasks + 1, num_tasks):
+        assert sorted(uninterrupted[start : start + num_tasks], key=lambda task: int(task.task_id)) == tasks
 
 
 def test_cursor_shuffles_each_epoch_anew_and_survives_other_data():

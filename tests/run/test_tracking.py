@@ -1,4 +1,4 @@
-"""What is kept of a run and what a person sees of it."""
+"""The files of a run, its metric sinks, its terminal output, its summary and its pictures."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_json_lines_are_valid_json_and_flushed(tmp_path: Path) -> None:
     assert 0 <= line["wall_s"] < 5
 
 
-def test_a_resumed_run_drops_the_lines_of_steps_that_are_done_again(tmp_path: Path) -> None:
+def test_a_resumed_run_removes_the_lines_of_steps_that_run_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "wall_s": 1.0}\n{"step": 2, "wall_s": 2.0}\n{"step": 3, "wall_s": 3.0}\n{"ste')
     sink = JsonLines(path, resumed_step=2)
@@ -119,7 +119,7 @@ def test_a_resumed_run_drops_the_lines_of_steps_that_are_done_again(tmp_path: Pa
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
-def test_a_resumed_run_goes_on_after_half_a_line(tmp_path: Path) -> None:
+def test_a_resumed_run_writes_on_after_half_a_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "wall_s": 100.0, "train/reward": 0.5}\n{"step": 2, "wal')
     sink = JsonLines(path)
@@ -192,7 +192,9 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events] == [(1, 0.25), (2, 0.5)]
 
 
-def test_wandb_offline_is_silent_and_goes_on_when_resumed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_wandb_offline_is_silent_and_a_resumed_run_continues_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = RunDirectory.create(tmp_path, "calc_x", 0)
     for step in (1, 2):
         sink = WandbSink(run, project="p", group="calc_x", tags=["cpu"], config={"seed": 0, "loop": {"steps": 2}})
@@ -231,7 +233,7 @@ assert not [name for name in ("torch", "tensorflow") if name in sys.modules]
 
 
 def a_group(number: int, rewards: tuple[float | None, ...] = (1.0, None)) -> Group:
-    def one(index: int, reward: float | None) -> Trajectory:
+    def rollout(index: int, reward: float | None) -> Trajectory:
         key = RolloutKey(split="train", group=number, index=index, attempt=1)
         call = ModelCall(
             key=key,
@@ -257,7 +259,7 @@ def a_group(number: int, rewards: tuple[float | None, ...] = (1.0, None)) -> Gro
         )
 
     task = Task(task_id=f"task-{number}", payload={"question": "2+2", "path": Path("a")})
-    trajectories = tuple(one(index, reward) for index, reward in enumerate(rewards))
+    trajectories = tuple(rollout(index, reward) for index, reward in enumerate(rewards))
     return Group(group_id=f"train-{number}", task=task, trajectories=trajectories)
 
 
@@ -309,7 +311,7 @@ def test_the_picture_has_its_size_whatever_was_logged(tmp_path: Path, num_steps:
     assert picture[..., :3].std() > 0.01
 
 
-def test_smooth_skips_what_is_no_number() -> None:
+def test_smooth_skips_values_that_are_not_finite() -> None:
     assert smooth(np.array([1.0, 3.0, math.nan, 5.0]), 2).tolist() == [1.0, 2.0, 3.0, 5.0]
     assert np.isnan(smooth(np.array([math.nan]), 3)).all()
     assert smooth(np.array([]), 3).tolist() == []
@@ -327,7 +329,7 @@ class Clock:
 
 
 class Terminal(io.StringIO):
-    """A text file that says it is a terminal."""
+    """A text file that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -436,10 +438,10 @@ def test_the_report_fits_80_columns_and_says_what_was_gained(tmp_path: Path) -> 
         " policy         100 versions published",
     ]
     assert "summary.json" in lines[-1]
-    assert "curve.png" not in "".join(lines)  # only files that are there
+    assert "curve.png" not in "".join(lines)  # only files that exist
 
 
-def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
+def test_missing_measurements_are_shown_as_a_dash(tmp_path: Path) -> None:
     unmeasured = replace(
         SUMMARY,
         val_reward_first=math.nan,
@@ -457,7 +459,7 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
     assert "publish -," in text
 
 
-def test_held_out_reward_is_told_by_the_values_of_a_field(tmp_path: Path) -> None:
+def test_held_out_reward_is_reported_by_the_values_of_a_field(tmp_path: Path) -> None:
     overrides = [
         "experiment=calc_tiny",
         "data.val_group_by=level",
@@ -473,8 +475,8 @@ def test_held_out_reward_is_told_by_the_values_of_a_field(tmp_path: Path) -> Non
             for i, (_, reward) in enumerate(ended)
         ]
         return [
-            replace(one, task=Task(task_id="a", payload={"level": level}))
-            for one, (level, _) in zip(made, ended, strict=True)
+            replace(made_group, task=Task(task_id="a", payload={"level": level}))
+            for made_group, (level, _) in zip(made, ended, strict=True)
         ]
 
     observer = RunObserver(config=config, run=run, progress=Progress("calc_x", steps=1, console=Console(quiet=True)))
@@ -499,7 +501,7 @@ def test_a_summary_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"rollouts": {}}'])
-def test_what_is_no_summary_is_one_line(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_summary_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "summary.json").write_text(text)
     with pytest.raises(UserError, match=r"is no summary of a run: [^\n]*$"):
         Summary.read(tmp_path / "summary.json")

@@ -1,4 +1,4 @@
-"""Sweeps on Ray Tune, with runs that only write what a run writes (tests/support/short_run.py)."""
+"""Sweeps on Ray Tune. Their runs only write the files of a run (tests/support/short_run.py)."""
 
 from __future__ import annotations
 
@@ -32,48 +32,48 @@ def ray_cluster() -> Iterator[None]:
 
 
 def run(
-    folder: SweepFolder, plan: SweepPlan, *, resume: bool = False, told: Callable[[TrialRecord], None] | None = None
+    folder: SweepFolder, plan: SweepPlan, *, resume: bool = False, listener: Callable[[TrialRecord], None] | None = None
 ) -> dict[str, TrialRecord]:
     """The newest record of each trial."""
     plan = replace(plan, fixed=(*plan.fixed, *trial_words(plan, "group")))
     records: dict[str, TrialRecord] = {}
 
-    def changed(record: TrialRecord) -> None:
+    def update(record: TrialRecord) -> None:
         records[record.name] = record
-        if told is not None:
-            told(record)
+        if listener is not None:
+            listener(record)
 
-    tuning.run(plan, folder.path, concurrent=2, seats=True, resume=resume, update=changed, program=PROGRAM)
+    tuning.run(plan, folder.path, concurrent=2, seats=True, resume=resume, update=update, program=PROGRAM)
     return records
 
 
-def test_asha_stops_the_worse_trials_and_a_trial_that_breaks_down_ends_nothing_else(tmp_path: Path) -> None:
+def test_asha_stops_the_worse_trials_and_a_failed_trial_ends_no_other(tmp_path: Path) -> None:
     plan, _ = plan_sweep(
         [*FIXED, "sweep=asha", "sweep.reduction=2", "algorithm.lr=uniform(1,3)", "seed=choice(14,14,13)"]
     )
     plan = replace(plan, settings=replace(plan.settings, trials=8))
     records = run(SweepFolder.create(tmp_path, plan), plan)
-    states = [one.state for one in records.values()]
+    states = [record.state for record in records.values()]
     assert len(states) == 8
     assert {"done", "stopped", "failed"} == set(states)
     best = best_of(list(records.values()))
     assert best is not None
     assert best.step == 8
-    for one in records.values():
-        assert (one.error is not None) == (one.state == "failed") == ("seed=13" in one.words)
-        assert one.state != "stopped" or one.step < 8 or one.last < best.last
+    for record in records.values():
+        assert (record.error is not None) == (record.state == "failed") == ("seed=13" in record.words)
+        assert record.state != "stopped" or record.step < 8 or record.last < best.last
 
 
 def test_a_grid_has_every_combination_once(tmp_path: Path) -> None:
     plan, _ = plan_sweep([*FIXED, "sweep=grid", "algorithm.lr=choice(1,2)", "seed=range(0,2)"])
     records = run(SweepFolder.create(tmp_path, plan), plan)
-    assert sorted(one.words for one in records.values()) == [
+    assert sorted(record.words for record in records.values()) == [
         (f"algorithm.lr={lr}", f"seed={seed}") for lr in (1, 2) for seed in (0, 1)
     ]
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_an_interrupted_sweep_continues_where_it_was(tmp_path: Path) -> None:
     plan, _ = plan_sweep([*FIXED, "sweep.trials=4", "algorithm.lr=uniform(1,3)", "seed=choice(14)"])
     folder = SweepFolder.create(tmp_path, plan)
 
@@ -81,31 +81,31 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
         if record.step == 2 and threading.current_thread() is threading.main_thread():
             os.kill(os.getpid(), signal.SIGINT)
 
-    first = run(folder, plan, told=interrupt)
-    assert any(not one.ended for one in first.values())
+    first = run(folder, plan, listener=interrupt)
+    assert any(not record.ended for record in first.values())
     second = run(folder, plan, resume=True)
     everything = first | second
     assert sorted(everything) == [f"trial-{number:03d}" for number in range(4)]
-    assert all(one.state == "done" and one.step == 8 for one in everything.values())
+    assert all(record.state == "done" and record.step == 8 for record in everything.values())
 
 
 @pytest.mark.slow
-def test_in_population_based_training_the_worst_go_on_from_the_best(tmp_path: Path) -> None:
+def test_in_population_based_training_the_worst_trials_continue_from_the_best(tmp_path: Path) -> None:
     plan, _ = plan_sweep([*FIXED, "sweep=pbt", "sweep.trials=4", "algorithm.lr=loguniform(0.1,9)"])
     folder = SweepFolder.create(tmp_path, plan)
     records = run(folder, plan)
-    assert [one.state for one in records.values()] == ["done"] * 4
+    assert [record.state for record in records.values()] == ["done"] * 4
     copies = list(folder.path.glob("trial-*-2"))
     assert copies
     for copy in copies:
         points = evaluations(copy / "metrics.jsonl")
         assert [step for step, _ in points] == [0, 2, 4, 6, 8]
-        lr = points[-1][1] / 8  # of the run itself, not of the one that it goes on from
+        lr = points[-1][1] / 8  # this run's own value, not that of the run it continues
         assert 0.001 <= lr <= 0.09
 
 
 @pytest.mark.slow
-def test_a_bayesian_sweep_draws_where_it_was_good(tmp_path: Path) -> None:
+def test_a_bayesian_sweep_draws_near_good_values(tmp_path: Path) -> None:
     plan, _ = plan_sweep([*FIXED, "sweep=bayes", "sweep.trials=16", "algorithm.lr=uniform(0,9)"])
     records = run(SweepFolder.create(tmp_path, plan), plan)
     rewards = [records[name].last for name in sorted(records)]

@@ -1,9 +1,9 @@
-"""What `agl train` leaves behind, without training: for tests of who watches runs.
+"""Writes the files that `agl train` writes, without training: for tests of code that watches runs.
 
     short_run.py train experiment=toy algorithm.lr=2 steps=8 eval_every=2 runs_dir=DIR name=trial-000
 
-The held-out reward after a step is step x lr / 100. `seed=13` breaks down after its first evaluation; `seed=14` takes
-its time. `checkpoint_every` is 10 as in a run. SIGTERM leaves a checkpoint and exit code 130, as a run does.
+The held-out reward after a step is step x lr / 100. `seed=13` fails after its first evaluation; `seed=14` is slow.
+`checkpoint_every` is 10 as in a run. SIGTERM leaves a checkpoint and exit code 130, as a run does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from agent_lightning.run.tracking import JsonLines, RunDirectory
 
 
 class Stopped(Exception):
-    """SIGTERM came."""
+    """The process received SIGTERM."""
 
 
 def main(words: list[str]) -> int:
