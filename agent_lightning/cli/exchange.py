@@ -1,4 +1,4 @@
-"""What `agl import` and `agl export` do, below the command line."""
+"""`agl import` and `agl export`: rollouts as files of other tools."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from agent_lightning.spans.traces import export, imports
 
 
 def import_traces(files: Sequence[Path], out: Path) -> int:
-    """`agl import`: rollouts.jsonl and sft.jsonl in `out`, and a table of what was read. Raises DataError."""
+    """`agl import`: write rollouts.jsonl and sft.jsonl to `out`, and print what was read. Raises DataError."""
     reports = imports.read_files(files)
     if not any(report.rollouts for report in reports):
         reasons = sum((Counter(report.refused) for report in reports), Counter[str]())
@@ -29,7 +29,7 @@ def import_traces(files: Sequence[Path], out: Path) -> int:
 
 
 def export_run(run: Path, out: Path, form: export.Format) -> int:
-    """`agl export`: the rollouts of a run as files of others' tools. Raises DataError."""
+    """`agl export`: write the rollouts of a run as a file for other tools. Raises DataError."""
     path, count = export.write(read_trajectories(run), out, form)
     Console().print(f"{path}: {count} rollouts")
     return 0
@@ -43,10 +43,14 @@ def _table(reports: Sequence[imports.Report]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("refused or repaired")
     for report in reports:
-        whole = [rollout.trajectory for rollout in report.rollouts]
-        rewards = sum(len(one.rewards) + (one.reward is not None) for one in whole)
-        numbers = [len(whole), sum(len(one.calls) for one in whole), sum(len(one.tools) for one in whole), rewards]
-        numbers.append(sum(rollout.num_tokens for rollout in report.rollouts))
+        trajectories = [rollout.trajectory for rollout in report.rollouts]
+        numbers = [
+            len(trajectories),
+            sum(len(trajectory.calls) for trajectory in trajectories),
+            sum(len(trajectory.tools) for trajectory in trajectories),
+            sum(len(trajectory.rewards) + (trajectory.reward is not None) for trajectory in trajectories),
+            sum(rollout.num_tokens for rollout in report.rollouts),
+        ]
         table.add_row(report.path.name, ", ".join(report.formats) or "?", *map(str, numbers), _counted(report.refused))
     return table
 

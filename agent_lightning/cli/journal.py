@@ -1,4 +1,4 @@
-"""`agl journal check`: what a journal holds, and whether it can be believed. Reads only."""
+"""`agl journal check`: what a journal holds, and whether it is intact. It only reads."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from agent_lightning.core.errors import JournalDamaged, JournalError, UserError
 
 
 def check(path: Path) -> int:
-    """Print counts, and the exit code: 0 where all of it is good; a torn end, which a crash leaves, is said and good.
+    """Print what the journal of a run holds. Returns the exit code 0; a torn end, which a crash leaves, is no damage.
 
-    Raises UserError where it is damaged, newer, or no journal: its message names file and byte."""
+    Raises UserError if it is damaged, made by a newer version, or no journal; the message names file and byte.
+    """
     folder = path / "journal" if (path / "journal").is_dir() else path
     if not folder.is_dir() or not listed(folder):
         raise UserError(f"{path} holds no journal: give a run's folder, or a folder of segments")
@@ -25,16 +26,16 @@ def check(path: Path) -> int:
     try:
         for last in readings(folder):
             _read(last, ledger, kinds)
-    except JournalError as found:
-        error = found
+    except JournalError as damage:
+        error = damage
     console = Console(soft_wrap=True, highlight=False)
-    size = sum(one.path.stat().st_size for one in listed(folder))
+    size = sum(segment.path.stat().st_size for segment in listed(folder))
     console.print(f"{folder}: {len(listed(folder))} segments, {size} bytes, {kinds.total()} records")
     for kind, number in sorted(kinds.items()):
         console.print(f"  {kind:14} {number}")
     for stage in ("open", "taken", "trained", "left"):
         groups = [group for group in ledger.groups.values() if group.stage == stage]
-        phases = Counter(one.state.phase for group in groups for one in group.rollouts)
+        phases = Counter(rollout.state.phase for group in groups for rollout in group.rollouts)
         counted = ", ".join(f"{number} {phase}" for phase, number in sorted(phases.items()))
         console.print(f"{stage:8} {len(groups)} groups{': rollouts ' + counted if counted else ''}")
     if error is not None:
@@ -46,7 +47,7 @@ def check(path: Path) -> int:
 
 
 def _read(reading: Reading, ledger: Ledger, kinds: Counter[str]) -> None:
-    """Raises JournalError."""
+    """Replay the records of a segment into the ledger. Raises JournalError."""
     for place, payload in reading.records():
         try:
             ledger.apply(decode(payload), place)

@@ -1,6 +1,6 @@
-"""`agl submit`: `agl train` as a Ray job, its log here, and the run's files brought back.
+"""`agl submit`: `agl train` as a Ray job, with its log, its exit code and its run's files here.
 
-The same as `ray job submit --runtime-env runtime_env.yaml -- agl train …`, and the exit code is the run's.
+Like `ray job submit --runtime-env runtime_env.yaml -- agl train …`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from agent_lightning.config.load import load, project_folder
 from agent_lightning.core.actors import check_answers
 from agent_lightning.core.errors import UserError
+from agent_lightning.core.text import last_line, one_line
 from agent_lightning.run import storage
 
 RUNTIME_ENV = "runtime_env.yaml"
@@ -39,28 +40,34 @@ STOPPED, FAILED = 130, 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """How to submit."""
+    """The options of `agl submit`."""
 
     address: str | None
-    """Of the cluster's dashboard, http://HOST:8265; None: RAY_API_SERVER_ADDRESS, or the cluster of this machine."""
+    """The cluster's dashboard, http://HOST:8265; None: RAY_API_SERVER_ADDRESS, or the cluster of this machine."""
     runtime_env: Path | None
+    """The file of Ray's runtime environment; None: runtime_env.yaml, here or in the project."""
     wait: bool
+    """Whether to wait for the end of the job."""
     follow: bool
+    """Whether to show its log, and wait."""
     out: Path
-    """Where the run's folder is brought."""
+    """The folder to which the run's folder is copied at the end."""
 
 
 async def submit(overrides: Sequence[str], how: Submission) -> int:
-    """Submit, and where asked wait for the end. The run's exit code, or 0 once submitted. Raises UserError."""
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it would list every file that git ignores
-    config = load(overrides)  # refused here, not on the cluster
+    """Submit the job, and wait for its end if the options say so. Returns the run's exit code, or 0 once submitted.
+
+    Raises UserError.
+    """
+    logging.getLogger("ray").setLevel(logging.WARNING)  # Ray would list every file that git ignores
+    config = load(overrides)  # a mistake is refused here, not on the cluster
     client = _connect(how.address)
     environment = _runtime_env(how.runtime_env)
     name = f"agl-{re.sub('[^0-9A-Za-z_-]+', '-', config.experiment)}-{secrets.token_hex(3)}"
     await _probe(client, environment, f"{name}-probe")
-    place = next((one.partition("=")[2] for one in overrides if one.startswith("runs_dir=")), None)
-    given = list(overrides) if place is not None else [*overrides, f"runs_dir=/tmp/agl-runs/{name}"]
-    await _start(client, shlex.join(["agl", "train", *given]), name, environment)
+    has_place = any(override.startswith("runs_dir=") for override in overrides)
+    place = [] if has_place else [f"runs_dir=/tmp/agl-runs/{name}"]
+    await _start(client, shlex.join(["agl", "train", *overrides, *place]), name, environment)
     address = client.get_address()
     _say(
         f"submitted {name}; log: ray job logs {name} --address {address}; stop: ray job stop {name} --address {address}"
@@ -74,7 +81,7 @@ async def submit(overrides: Sequence[str], how: Submission) -> int:
         _say(f"{name} was stopped")
         return STOPPED
     if info.driver_exit_code is None:
-        _say(f"{name} failed: {' '.join((info.message or '').split())[:300]}")
+        _say(f"{name} failed: {one_line(info.message or '')[:300]}")
         return FAILED
     return int(info.driver_exit_code)
 
@@ -85,23 +92,23 @@ def _connect(address: str | None) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        said = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(
-            f"--address {address or '(none given)'}: no Ray cluster with a dashboard answers ({said}); "
+            f"--address {address or '(none given)'}: no Ray cluster with a dashboard answers ({reason}); "
             "`ray start --head` prints its address"
         ) from error
 
 
 def _runtime_env(file: Path | None) -> dict[str, Any]:
-    """Of the file given, else of the one here, else of the project's. Raises UserError."""
-    there = [one for one in (Path(RUNTIME_ENV), project_folder("conf").parent / RUNTIME_ENV) if one.is_file()]
-    file = file or (there[0] if there else None)
+    """Ray's runtime environment from `file`, else from runtime_env.yaml, here or in the project. Raises UserError."""
+    defaults = (Path(RUNTIME_ENV), project_folder("conf").parent / RUNTIME_ENV)
+    file = file or next((default for default in defaults if default.is_file()), None)
     if file is None:
         return {}
     try:
         values = yaml.safe_load(file.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--runtime-env {file}: cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"--runtime-env {file}: cannot be read: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"--runtime-env {file}: must be a mapping, see {RUNTIME_ENV}")
     folder = values.get("working_dir")
@@ -111,7 +118,7 @@ def _runtime_env(file: Path | None) -> dict[str, Any]:
 
 
 async def _probe(client: JobSubmissionClient, environment: dict[str, Any], name: str) -> None:
-    """Whether `agl` runs there at all: seconds, before a GPU is taken. Raises UserError."""
+    """Run `agl --version` as a job: it takes seconds, and no GPU. Raises UserError if it fails."""
     await _start(client, "agl --version", name, environment)
     try:
         async with asyncio.timeout(PROBE_SECONDS):
@@ -121,15 +128,15 @@ async def _probe(client: JobSubmissionClient, environment: dict[str, Any], name:
         raise UserError(f"the cluster did not run `agl --version` within {PROBE_SECONDS:.0f} s; is it busy?") from None
     info = client.get_job_info(name)
     if info.status != JobStatus.SUCCEEDED:
-        said = (log.strip().splitlines() or [info.message or "no message"])[-1][:200]
+        reason = (last_line(log) or info.message or "no message")[:200]
         raise UserError(
-            f"`agl` does not run in the cluster's environment ({said}); install agent-lightning-ray on its nodes, "
+            f"`agl` does not run in the cluster's environment ({reason}); install agent-lightning-ray on its nodes, "
             "with the folder of `agl` on the PATH of `ray start`"
         )
 
 
 async def _start(client: JobSubmissionClient, command: str, name: str, environment: dict[str, Any]) -> None:
-    """A cluster that has just come up takes no jobs for some seconds. Raises UserError."""
+    """Submit a job, for READY_SECONDS again and again if the cluster has just come up. Raises UserError."""
     deadline = time.monotonic() + READY_SECONDS
     while True:
         try:
@@ -137,7 +144,7 @@ async def _start(client: JobSubmissionClient, command: str, name: str, environme
             return
         except (RuntimeError, RayError, ValueError) as error:
             if "try again later" not in str(error) or time.monotonic() > deadline:
-                raise UserError(f"the cluster does not take the job: {' '.join(str(error).split())[:300]}") from error
+                raise UserError(f"the cluster does not take the job: {one_line(error)[:300]}") from error
             await asyncio.sleep(POLL_SECONDS)
 
 
@@ -148,7 +155,7 @@ async def _wait(client: JobSubmissionClient, name: str) -> str:
 
 
 async def _follow(client: JobSubmissionClient, name: str) -> str:
-    """The log as it comes, on standard output."""
+    """Copy the log to standard output while the job runs. Returns all of it at the end."""
     async for lines in client.tail_job_logs(name):
         sys.stdout.write(lines)
         sys.stdout.flush()
@@ -156,21 +163,22 @@ async def _follow(client: JobSubmissionClient, name: str) -> str:
 
 
 async def _bring_back(client: JobSubmissionClient, log: str, out: Path) -> None:
-    """The run's folder without its checkpoints, as the run's own log names it. What cannot be brought is told."""
-    found = re.findall(r"^ *run folder: (\S+)$", log, re.MULTILINE)
-    if not found:
+    """Copy the run's folder, which its log names, to `out` without the checkpoints; a failure is only reported."""
+    folders = re.findall(r"^ *run folder: (\S+)$", log, re.MULTILINE)
+    if not folders:
         _say("the job wrote no run: nothing is brought back")
         return
+    folder = folders[-1]
     try:
-        folder = storage.fetch(found[-1], out) if storage.is_remote(found[-1]) else await _untar(client, found[-1], out)
+        copy = storage.fetch(folder, out) if storage.is_remote(folder) else await _untar(client, folder, out)
     except (UserError, binascii.Error, tarfile.TarError, OSError) as error:
-        _say(f"{found[-1]} could not be brought back: {error}")
+        _say(f"{folder} could not be brought back: {error}")
         return
-    _say(f"files: {folder} (checkpoints stay at {found[-1]}/checkpoints)")
+    _say(f"files: {copy} (checkpoints stay at {folder}/checkpoints)")
 
 
 async def _untar(client: JobSubmissionClient, folder: str, out: Path) -> Path:
-    """A folder of the head node through the log of one more job: nothing but the job server is reachable for sure."""
+    """Copy a folder of the head node to `out`, through a job's log: only the job server is sure to be reachable."""
     path = Path(folder)
     pack = f"tar -C {shlex.quote(str(path.parent))} --exclude=checkpoints -cz {shlex.quote(path.name)} | base64"
     name = f"agl-files-{secrets.token_hex(3)}"
