@@ -1,4 +1,4 @@
-"""Every wire format over a real connection, by the official client libraries: the same tokens, the same spans."""
+"""Every dialect over a real connection, by the official client libraries: the same tokens, the same spans."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ async def test_every_format_streamed_or_not_gives_the_same_tokens_and_the_same_s
             calls = (await rig.end()).calls
         assert [turn.reply_id for turn in turns] == [call.call_id for call in calls]
         for turn, call in zip(turns, calls, strict=True):
-            said = json.loads(call.reply)
-            assert turn.text == (said["content"] or "")
+            message = json.loads(call.reply)
+            assert turn.text == (message["content"] or "")
             assert turn.reason == ("stop" if not turn.calls else "tool_calls")
-            asked = [json.loads(c["function"]["arguments"]) for c in said.get("tool_calls", ())]
-            assert [arguments for _, arguments in turn.calls] == asked
+            expected = [json.loads(c["function"]["arguments"]) for c in message.get("tool_calls", ())]
+            assert [arguments for _, arguments in turn.calls] == expected
         spans[name, stream] = [essence(call) for call in calls]
     first = spans["chat", False]
-    for way, found in spans.items():
-        assert found == first, way
+    for way, calls_of_way in spans.items():
+        assert calls_of_way == first, way
     assert {span["policy_version"] for span in first} == {7}
 
 
@@ -77,10 +77,10 @@ async def test_parallel_tool_calls_come_back_in_every_format() -> None:
     for name, stream in WAYS:
         async with open_rig(split="val", words=("call:2+3;4",)) as rig, clients_of(rig) as clients:
             (first, second) = await converse(clients, name, "?", tools=True, stream=stream, turns=2)
-            one, two = (await rig.end()).calls
+            before, after = (await rig.end()).calls
         assert first.calls == second.calls == [("calculator", {"expression": e}) for e in ("2+3", "4")]
-        history = [*one.prompt_T.tolist(), *one.response_T.tolist()]
-        assert two.prompt_T.tolist()[: len(history)] == history
+        history = [*before.prompt_T.tolist(), *before.response_T.tolist()]
+        assert after.prompt_T.tolist()[: len(history)] == history
 
 
 async def test_a_prompt_of_token_ids_is_answered_as_the_chat_that_it_is() -> None:
@@ -88,7 +88,7 @@ async def test_a_prompt_of_token_ids_is_answered_as_the_chat_that_it_is() -> Non
         await learned(rig, 1)
         await converse(clients, "chat", "hello", tools=False, stream=False)
         prompt = rig.engine._language.encode(HELLO).tolist()
-        whole = await clients.openai.completions.create(model="m", prompt=prompt, logprobs=1)
+        unstreamed = await clients.openai.completions.create(model="m", prompt=prompt, logprobs=1)
         parts = [
             part
             async for part in await clients.openai.completions.create(
@@ -98,10 +98,10 @@ async def test_a_prompt_of_token_ids_is_answered_as_the_chat_that_it_is() -> Non
         several = await clients.openai.completions.create(model="m", prompt=["a", "b"], n=2)
         calls = (await rig.end()).calls
     streamed = [part.choices[0] for part in parts if part.choices]
-    assert "".join(choice.text for choice in streamed) == whole.choices[0].text
-    assert (streamed[-1].finish_reason, parts[-1].usage) == ("stop", whole.usage)
-    assert whole.choices[0].logprobs is not None
-    assert len(whole.choices[0].logprobs.token_logprobs or ()) == 2
+    assert "".join(choice.text for choice in streamed) == unstreamed.choices[0].text
+    assert (streamed[-1].finish_reason, parts[-1].usage) == ("stop", unstreamed.usage)
+    assert unstreamed.choices[0].logprobs is not None
+    assert len(unstreamed.choices[0].logprobs.token_logprobs or ()) == 2
     tokens = [(call.prompt_T.tolist(), call.response_T.tolist(), call.reply) for call in calls]
     assert tokens[0] == tokens[1] == tokens[2]
     assert len(several.choices) == 4
@@ -167,8 +167,8 @@ async def test_new_weights_wait_for_a_stream_and_the_next_agent_does_not_notice(
 
 async def test_log_probabilities_and_choices_of_a_stream() -> None:
     async with open_rig() as rig, clients_of(rig) as clients:
-        asked: dict[str, Any] = {"model": "m", "messages": HELLO, "n": 3, "logprobs": True}
-        async with clients.openai.chat.completions.stream(**asked) as events:
+        request: dict[str, Any] = {"model": "m", "messages": HELLO, "n": 3, "logprobs": True}
+        async with clients.openai.chat.completions.stream(**request) as events:
             async for _ in events:
                 pass
             reply = await events.get_final_completion()
@@ -276,10 +276,10 @@ async def test_500_agents_of_mixed_formats_at_once() -> None:
             await rig.buffer.finish(key, outcome=Outcome.FINISHED, reward=0.0)
             return [turn.reply_id for turn in turns]
 
-        told = await asyncio.gather(*(agent(number, lease.key) for number, lease in enumerate(leases)))
+        reply_ids = await asyncio.gather(*(agent(number, lease.key) for number, lease in enumerate(leases)))
         (group,) = await take_groups(rig.buffer, 1, split="train")
         stats = await rig.buffer.stats()
-    assert [[call.call_id for call in one.calls] for one in group.trajectories] == told
-    assert {one.outcome for one in group.trajectories} == {Outcome.FINISHED}
-    assert stats.calls == sum(map(len, told)) == len({i for ids in told for i in ids})
+    assert [[call.call_id for call in trajectory.calls] for trajectory in group.trajectories] == reply_ids
+    assert {trajectory.outcome for trajectory in group.trajectories} == {Outcome.FINISHED}
+    assert stats.calls == sum(map(len, reply_ids)) == len({i for ids in reply_ids for i in ids})
     assert stats.refused_spans == 0

@@ -103,7 +103,7 @@ ANY = st.recursive(
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The path of every field of a body."""
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, part in inside for found in [(*path, key), *places(part, (*path, key))]]
+    return [place for key, part in inside for place in [(*path, key), *places(part, (*path, key))]]
 
 
 @st.composite
@@ -142,8 +142,8 @@ def check(name: str, response: httpx.Response, stats: Stats) -> None:
 
 @given(broken(), st.sampled_from(["train", "val"]))
 @settings(max_examples=400, deadline=None)
-def test_anything_in_any_field_is_answered_or_refused_in_the_protocols_own_form(asked: Any, split: str) -> None:
-    name, body = asked
+def test_anything_in_any_field_is_answered_or_refused_in_the_protocols_own_form(request: Any, split: str) -> None:
+    name, body = request
     check(name, *asyncio.run(post(name, json.dumps(body).encode(), split)))
 
 
@@ -233,19 +233,19 @@ def test_an_answer_without_a_word_has_a_beginning_and_an_end(dialect: Dialect) -
 
 def test_the_answers_beginning_may_be_the_agents() -> None:
     body = {"messages": [USER, {"role": "assistant", "content": "The answer is"}], "max_tokens": 5}
-    asked = Messages().to_engine(body)
-    assert (asked["add_generation_prompt"], asked["continue_final_message"]) == (False, True)
+    request = Messages().to_engine(body)
+    assert (request["add_generation_prompt"], request["continue_final_message"]) == (False, True)
 
 
 def test_what_fields_become() -> None:
-    asked = Responses().to_engine(BODIES["responses"] | {"top_k": 5})
-    assert [message["role"] for message in asked["messages"]] == ["system", "user", "assistant", "tool"]
-    assert asked["tool_choice"] == {"type": "function", "function": {"name": "f"}}
-    assert (asked["max_tokens"], asked["top_k"]) == (5, 5)
-    asked = Messages().to_engine(BODIES["messages"] | {"top_k": 5})
-    assert [message["role"] for message in asked["messages"]] == ["system", "user", "assistant", "tool"]
-    assert (asked["stop"], asked["top_k"]) == (["x"], 5)
-    assert asked["response_format"]["json_schema"]["schema"] == SCHEMA
+    request = Responses().to_engine(BODIES["responses"] | {"top_k": 5})
+    assert [message["role"] for message in request["messages"]] == ["system", "user", "assistant", "tool"]
+    assert request["tool_choice"] == {"type": "function", "function": {"name": "f"}}
+    assert (request["max_tokens"], request["top_k"]) == (5, 5)
+    request = Messages().to_engine(BODIES["messages"] | {"top_k": 5})
+    assert [message["role"] for message in request["messages"]] == ["system", "user", "assistant", "tool"]
+    assert (request["stop"], request["top_k"]) == (["x"], 5)
+    assert request["response_format"]["json_schema"]["schema"] == SCHEMA
     with pytest.raises(BadRequest, match="messages"):
         Messages().to_engine({})
     with pytest.raises(BadRequest, match="prompt"):
@@ -271,12 +271,12 @@ def test_the_parts_of_a_stream_are_the_answer_wherever_it_was_cut(pieces: list[t
     ended = join_parts([*parts, part(0, "", [], "stop")])
     message = {"role": "assistant", "content": text}
     content = [{"token": "t", "logprob": -0.5} for _ in tokens]
-    whole = {"index": 0, "message": message, "token_ids": tokens, "logprobs": {"content": content}}
-    raw = {"choices": [whole | {"finish_reason": "stop"}], "prompt_token_ids": [1, 2]}
+    choice = {"index": 0, "message": message, "token_ids": tokens, "logprobs": {"content": content}}
+    raw = {"choices": [choice | {"finish_reason": "stop"}], "prompt_token_ids": [1, 2]}
     expected = parse_reply(raw, policy_version=3)
-    for found in (cut, ended):
-        assert ids_of(found.choices[0]) == ids_of(expected.choices[0]) == ([1, 2], tokens, [-0.5] * len(tokens))
-        assert assistant_message(found.reply["choices"][0]) == assistant_message(expected.reply["choices"][0])
+    for joined in (cut, ended):
+        assert ids_of(joined.choices[0]) == ids_of(expected.choices[0]) == ([1, 2], tokens, [-0.5] * len(tokens))
+        assert assistant_message(joined.reply["choices"][0]) == assistant_message(expected.reply["choices"][0])
 
 
 def ids_of(choice: Choice) -> tuple[list[int], list[int], list[float]]:

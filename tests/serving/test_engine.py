@@ -1,4 +1,4 @@
-"""What is added to a request, and what is taken from a reply."""
+"""Requests to the engine by the sampling rule, and its replies split into JSON and arrays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def ask(split: Split, **body: Any) -> dict[str, Any]:
 
 
 def vllm_reply(**changes: Any) -> dict[str, Any]:
-    """What vLLM sends where token ids and log-probabilities were asked for."""
+    """A reply of vLLM with token ids and log-probabilities."""
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": "yes"},
@@ -42,9 +42,9 @@ def test_what_is_always_asked() -> None:
         assert streamed == request | {"stream": True, "stream_options": {"include_usage": True}}
 
 
-def test_a_prompt_without_a_template_is_asked_with_the_number_of_log_probabilities() -> None:
-    for asked, sent in ((None, 0), (0, 0), (3, 3)):
-        body = {"prompt": [1, 2], "logprobs": asked}
+def test_a_prompt_without_a_template_is_sent_with_the_number_of_log_probabilities() -> None:
+    for agents, sent in ((None, 0), (0, 0), (3, 3)):
+        body = {"prompt": [1, 2], "logprobs": agents}
         request = engine_request(body, model="policy", split="val", sampling=POLICY)
         assert (request["logprobs"], request["prompt"]) == (sent, [1, 2])
         assert not {"top_logprobs", "include_reasoning"} & set(request)
@@ -58,33 +58,33 @@ def test_the_agents_request_is_left_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "asked", "in_training", "in_validation"),
+    ("name", "agents", "in_training", "in_validation"),
     [
         ("temperature", 0.2, 1.0, 0.2),
         ("temperature", 0, 1.0, 0),
         ("temperature", None, 1.0, 0.9999),
         ("top_p", 0.5, 0.9, 0.5),
-        # The policy has no word on these: what the learner believes would not be what was sampled.
+        # The policy does not set these: with the agent's, the learner would assume another distribution.
         ("top_k", 5, None, 5),
         ("min_p", 0.1, None, 0.1),
         ("frequency_penalty", 1.0, None, 1.0),
         ("logit_bias", {"7": 100}, None, {"7": 100}),
         ("seed", 3, None, 3),
-        # These are what the agent wants, not how it is sampled.
+        # These do not change the distribution that is sampled.
         ("stop", ["\n"], ["\n"], ["\n"]),
         ("tool_choice", "auto", "auto", "auto"),
         ("top_logprobs", 2, 2, 2),
     ],
 )
-def test_who_chooses_how_it_is_sampled(name: str, asked: Any, in_training: Any, in_validation: Any) -> None:
-    assert ask("train", **{name: asked}).get(name) == in_training
+def test_who_chooses_the_sampling_parameters(name: str, agents: Any, in_training: Any, in_validation: Any) -> None:
+    assert ask("train", **{name: agents}).get(name) == in_training
     expected = POLICY[name] if in_validation == 0.9999 else in_validation
-    assert ask("val", **{name: asked}).get(name) == expected
+    assert ask("val", **{name: agents}).get(name) == expected
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize(
-    ("asked", "limit"),
+    ("agents", "limit"),
     [
         ({}, 64),
         ({"max_tokens": 10}, 10),
@@ -94,8 +94,8 @@ def test_who_chooses_how_it_is_sampled(name: str, asked: Any, in_training: Any, 
         ({"max_completion_tokens": 10, "max_tokens": 20}, 10),
     ],
 )
-def test_the_smaller_limit_of_tokens_wins(split: Split, asked: dict[str, Any], limit: int) -> None:
-    request = ask(split, **asked)
+def test_the_smaller_limit_of_tokens_wins(split: Split, agents: dict[str, Any], limit: int) -> None:
+    request = ask(split, **agents)
     assert request["max_tokens"] == limit
     assert "max_completion_tokens" not in request
 

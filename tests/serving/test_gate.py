@@ -1,4 +1,4 @@
-"""No call sees two versions unless that is asked for, whatever the interleaving and whoever is cancelled."""
+"""No call sees two versions unless the rule is "keep", whatever the interleaving and whoever is cancelled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agent_lightning.serving.gate import Gate
 
 
 class Guarded:
-    """A version behind a gate, and what was seen at the wrong time."""
+    """A version behind a gate, and the calls that have seen it at the wrong time."""
 
     def __init__(self, rule: OnWeightUpdate = "wait") -> None:
         self.gate = Gate(rule)

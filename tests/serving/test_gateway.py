@@ -209,7 +209,7 @@ async def test_the_model_keeps_the_name_that_the_agent_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "asked", "logprob"),
+    ("split", "changes", "logprob"),
     [
         ("train", {}, -np.log(4)),
         ("train", {"temperature": 0}, -np.log(4)),
@@ -218,15 +218,15 @@ async def test_the_model_keeps_the_name_that_the_agent_used() -> None:
         ("val", {"temperature": 1.0}, -np.log(4)),
     ],
 )
-async def test_who_chooses_the_temperature(split: Split, asked: dict[str, Any], logprob: float) -> None:
+async def test_who_chooses_the_temperature(split: Split, changes: dict[str, Any], logprob: float) -> None:
     async with open_rig(split=split) as rig:
-        await rig.post(**asked)
+        await rig.post(**changes)
         (call,) = (await rig.end()).calls
     assert call.logprob_T[0] == pytest.approx(logprob)
 
 
 @pytest.mark.parametrize(
-    ("asked", "limit", "tokens"),
+    ("changes", "limit", "tokens"),
     [
         ({}, 16, 2),
         ({}, 1, 1),
@@ -236,9 +236,9 @@ async def test_who_chooses_the_temperature(split: Split, asked: dict[str, Any], 
         ({"max_completion_tokens": 1, "max_tokens": 9}, 16, 1),
     ],
 )
-async def test_the_smaller_limit_of_tokens_wins(asked: dict[str, Any], limit: int, tokens: int) -> None:
+async def test_the_smaller_limit_of_tokens_wins(changes: dict[str, Any], limit: int, tokens: int) -> None:
     async with open_rig(sampling={"train": {"temperature": 1.0, "max_tokens": limit}}) as rig:
-        reply = (await rig.post(**asked)).json()
+        reply = (await rig.post(**changes)).json()
         (call,) = (await rig.end()).calls
     assert call.response_T.size == tokens
     assert reply["choices"][0]["finish_reason"] == call.finish_reason == ("stop" if tokens == 2 else "length")
@@ -367,7 +367,7 @@ async def test_a_client_that_goes_away_and_asks_again() -> None:
 
 
 async def left(rig: Rig, headers: Mapping[str, str]) -> None:
-    """A client that asks and goes away before it has an answer."""
+    """A client that goes away before it has an answer."""
     rig.engine.delay_s = 0.2
     asking = asyncio.create_task(rig.post(headers=headers))
     while rig.engine.in_flight == 0:

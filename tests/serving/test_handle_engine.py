@@ -1,4 +1,4 @@
-"""A call whose replica dies is asked of another, as long as the agent has seen nothing of it."""
+"""A call whose replica dies is sent to another replica, unless the agent has seen a part of its answer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Replicas:
 
 
 class Reply:
-    """An answer, or parts of one, or an error at the end of either."""
+    """An answer, or the parts of an answer, or an error instead of or after them."""
 
     def __init__(self, end: Any) -> None:
         self.end = end

@@ -16,7 +16,7 @@ from agent_lightning.toy.world import ToyEngine, ToyLanguage
 
 
 def weights(version: int) -> Weights:
-    """Of a toy policy that prefers its last word the more, the higher the version."""
+    """Weights of a toy policy, which prefers its last word the more the higher the version is."""
     table = np.zeros((1024, 2), np.float32)
     table[:, 1] = version
     entry = {"name": "table", "dtype": "float32", "shape": [1024, 2], "offset": 0}
@@ -24,8 +24,8 @@ def weights(version: int) -> Weights:
     return Weights(version=version, buckets=(bucket,))
 
 
-def version_of(found: Weights | None) -> int | None:
-    return found and found.version
+def version_of(current: Weights | None) -> int | None:
+    return current and current.version
 
 
 async def test_without_replicas_nobody_is_waited_for() -> None:

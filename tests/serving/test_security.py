@@ -1,4 +1,4 @@
-"""Who may do what at the gateway, what it takes at most, and that nothing a run leaves tells a secret."""
+"""The gateway's permissions and limits, and that no file of a run contains a secret."""
 
 from __future__ import annotations
 
@@ -95,13 +95,13 @@ async def test_nothing_that_a_run_leaves_tells_a_secret(tmp_path: Path, caplog: 
     assert len(SECRETS) == 8  # before, in and after one step
     (tmp_path / "rollouts").mkdir()
     RolloutWriter(tmp_path / "rollouts").write(0, 0, groups)
-    told = [str(read_rollouts(tmp_path).to_pylist()), caplog.text]
-    told += [file.read_bytes().decode("latin-1") for file in (tmp_path / "journal").glob("*.agl")]
+    texts = [str(read_rollouts(tmp_path).to_pylist()), caplog.text]
+    texts += [file.read_bytes().decode("latin-1") for file in (tmp_path / "journal").glob("*.agl")]
     for form in ("otlp", "jsonl"):
         path, _ = export.write(read_trajectories(tmp_path), tmp_path / form, form)
-        told.append(path.read_text())
-    for text in told:
+        texts.append(path.read_text())
+    for text in texts:
         assert not [secret for secret in SECRETS if secret in text]
-    assert "*" * 32 in told[0]
-    assert "cannot reach" in told[0]
-    assert "cannot reach" in told[2]
+    assert "*" * 32 in texts[0]
+    assert "cannot reach" in texts[0]
+    assert "cannot reach" in texts[2]

@@ -1,4 +1,4 @@
-"""Traces at the gateway's door, and who it says that a call is of."""
+"""The gateway's endpoint for traces, and the agent and parent span of a call."""
 
 from __future__ import annotations
 
@@ -118,9 +118,9 @@ async def test_traces_of_an_ended_rollout_are_refused(door: Door) -> None:
 
 
 async def test_a_header_names_the_agent(door: Door) -> None:
-    asked = {"model": MODEL, "messages": [{"role": "user", "content": "The sky is"}]}
+    request = {"model": MODEL, "messages": [{"role": "user", "content": "The sky is"}]}
     for headers in ({}, {"x-agl-agent": "writer"}):
-        answer = await door.http.post(f"{door.root}/chat/completions", json=asked, headers=headers)
+        answer = await door.http.post(f"{door.root}/chat/completions", json=request, headers=headers)
         assert answer.status_code == 200
     assert [call.agent for call in (await door.trajectory()).calls] == ["agent", "writer"]
     assert agent_of({"x-agl-agent": "  "}, "in the url") == "in the url"

@@ -37,9 +37,9 @@ from agent_lightning.toy.world import QuietObserver, model_call
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 STEPS = 6
 TOKENS = 4
-"""Of one call."""
+"""Tokens of a call."""
 RISE = 0.1
-"""Of the held-out reward, whose standard error is 0.01: 256 rollouts of 8 tokens."""
+"""Gain of the held-out reward, whose standard error is 0.01: 256 rollouts of 8 tokens."""
 SETTINGS = [
     "experiment=calc_tiny",
     f"steps={STEPS}",
@@ -55,7 +55,7 @@ KL = ["algorithm.kl_coef=0.02"]
 
 
 class Sampler(Buffer):
-    """A buffer whose rollouts are run when they are asked for, and a board whose policy is the sampler's own."""
+    """A buffer that runs rollouts when they are taken, and a board whose policy is the sampler's own."""
 
     def __init__(self, model: Any, *, noise: float) -> None:
         """`noise`: how far the engine's logits are from the trainer's; it then also loses some log-probabilities."""
@@ -68,10 +68,10 @@ class Sampler(Buffer):
     async def take(self, num_groups: int, *, split: Split) -> list[TakenGroup]:
         leases = await self.lease(10**6, 1.0)
         first = [[1, 10 + lease.key.group % 8] for lease in leases]
-        said = self._sample(first)
-        second = [[*prompt, *tokens, 2] for prompt, (tokens, _) in zip(first, said, strict=True)]
+        sampled = self._sample(first)
+        second = [[*prompt, *tokens, 2] for prompt, (tokens, _) in zip(first, sampled, strict=True)]
         for lease, prompts, replies in zip(
-            leases, zip(first, second, strict=True), zip(said, self._sample(second), strict=True), strict=True
+            leases, zip(first, second, strict=True), zip(sampled, self._sample(second), strict=True), strict=True
         ):
             await self._finish(lease, prompts, replies)
         return await super().take(num_groups, split=split)
@@ -191,8 +191,8 @@ async def test_a_checkpoint_keeps_the_critic_and_how_far_its_warm_up_is(
     assert warming["logprob_gap/mean_abs"] > 0
     assert warming["critic/explained_variance"] == pytest.approx(0.0, abs=1e-3)  # values begin at zero
     await learner.save(tmp_path)
-    whole = [values(await learner.update([batch])) for _ in range(3)]
-    assert ["learner/loss" in record for record in whole] == [False, True, True]
+    records = [values(await learner.update([batch])) for _ in range(3)]
+    assert ["learner/loss" in record for record in records] == [False, True, True]
     after = to_arrays(await learner.publish())
     assert any(np.abs(after[name] - at_first[name]).max() > 1e-3 for name in after)
 
@@ -202,7 +202,7 @@ async def test_a_checkpoint_keeps_the_critic_and_how_far_its_warm_up_is(
     assert weights.version == 8
     for name, array in to_arrays(weights).items():
         np.testing.assert_array_equal(array, at_first[name])
-    for record in whole:
+    for record in records:
         assert values(await resumed.update([batch])) == pytest.approx(record, rel=1e-4, abs=1e-6)
     for name, array in to_arrays(await resumed.publish()).items():
         np.testing.assert_allclose(array, after[name], atol=1e-6)

@@ -1,4 +1,4 @@
-"""The wire formats on the real stack: HAProxy, Serve, vLLM and the tiny policy, which calls its calculator."""
+"""The dialects on the real stack: HAProxy, Serve, vLLM and the tiny policy, which calls its calculator."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def test_formats_streams_and_cancelling_on_the_real_stack() -> None:
         await the_same_spans(stack, tools=True)
         await the_same_spans(stack, tools=False)
         await a_prompt_of_token_ids(stack)
-        await json_where_it_is_asked_for(stack)
+        await json_if_the_request_wants_it(stack)
         await tokens_of_a_stream_with_tools(stack)
         await deltas_pass_the_proxy(stack)
         await errors_of_the_protocol(stack)
@@ -89,8 +89,8 @@ async def the_same_spans(stack: Stack, *, tools: bool) -> None:
             spans[name, stream] = [essence(call) for call in calls]
     first = spans["chat", False]
     assert not tools or any(span["finish_reason"] == "tool_calls" for span in first), "the policy calls its tool"
-    for way, found in spans.items():
-        assert found == first, way
+    for way, calls_of_way in spans.items():
+        assert calls_of_way == first, way
 
 
 async def a_prompt_of_token_ids(stack: Stack) -> None:
@@ -100,18 +100,18 @@ async def a_prompt_of_token_ids(stack: Stack) -> None:
         counted = await clients.anthropic.messages.count_tokens(
             model="policy", messages=[{"role": "user", "content": QUESTION}]
         )
-        whole = await clients.openai.completions.create(model="policy", prompt=TOKENS, max_tokens=64)
+        unstreamed = await clients.openai.completions.create(model="policy", prompt=TOKENS, max_tokens=64)
         stream = await clients.openai.completions.create(model="policy", prompt=TOKENS, max_tokens=64, stream=True)
         streamed = "".join([chunk.choices[0].text async for chunk in stream if chunk.choices])
     chat, *raw = calls
     assert counted.input_tokens == chat.prompt_T.size
-    assert streamed == whole.choices[0].text
+    assert streamed == unstreamed.choices[0].text
     assert raw[0].prompt_T.tolist() == TOKENS
     assert [call.response_T.tolist() for call in raw] == [raw[0].response_T.tolist()] * 2
 
 
-async def json_where_it_is_asked_for(stack: Stack) -> None:
-    """A response_format in each format, streamed or not: what comes is of that form, and the same tokens."""
+async def json_if_the_request_wants_it(stack: Stack) -> None:
+    """A response_format in each dialect, streamed or not: the answer has that form, with the same tokens."""
     properties = {"sure": {"type": "boolean"}, "unit": {"enum": ["figs", "trays"]}}
     schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
     named = {"name": "answer", "schema": schema}
@@ -120,45 +120,45 @@ async def json_where_it_is_asked_for(stack: Stack) -> None:
         "responses": {"text": {"format": {"type": "json_schema", **named}}},
         "messages": {"output_config": {"format": {"type": "json_schema", "schema": schema}}},
     }
-    asked = [{"role": "user", "content": QUESTION}]
+    request = [{"role": "user", "content": QUESTION}]
     # The brace that ends an object: a policy that was never told to write JSON would not find an end.
     whatever = {"response_format": {"type": "json_object"}, "logit_bias": {"94": 100}}
     calls: list[ModelCall] = []
     async with stack.rollout(calls) as root, Clients(root=root) as clients:
         for name, extra in ways.items():
             for stream in (False, True):
-                turn = await FORMATS[name](clients, asked, tools=False, stream=stream, **extra)
+                turn = await FORMATS[name](clients, request, tools=False, stream=stream, **extra)
                 answer = json.loads(turn.text)
                 assert turn.reason == "stop"
                 assert (type(answer["sure"]), answer["unit"] in ("figs", "trays"), len(answer)) == (bool, True, 2)
         for stream in (False, True):
-            assert json.loads((await chat(clients, asked, tools=False, stream=stream, **whatever)).text) == {}
+            assert json.loads((await chat(clients, request, tools=False, stream=stream, **whatever)).text) == {}
     spans = [essence(call) for call in calls]
     assert spans[1:6] == spans[:1] * 5
     assert spans[6] == spans[7]
 
 
 async def tokens_of_a_stream_with_tools(stack: Stack) -> None:
-    """vLLM itself, with its tool parser: the ids are right, also where a chunk has no text of its own."""
+    """vLLM itself, with its tool parser: the ids are right, also if a chunk has no text."""
     handle = serve.get_deployment_handle("policy-policy", stack.system.service.app)
     reasons = set()
     for question in stack.questions:
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
         body = {"messages": messages, "tools": [{"type": "function", "function": FUNCTION}]}
-        asked = {"model": "policy", "split": "val", "sampling": {"temperature": 0.0, "max_tokens": 60}}
-        whole = await handle.generate.remote(engine_request(body, **asked))  # type: ignore[arg-type]
-        parts = handle.options(stream=True).stream.remote(engine_request(body, **asked, stream=True))  # type: ignore[arg-type]
+        request = {"model": "policy", "split": "val", "sampling": {"temperature": 0.0, "max_tokens": 60}}
+        unstreamed = await handle.generate.remote(engine_request(body, **request))  # type: ignore[arg-type]
+        parts = handle.options(stream=True).stream.remote(engine_request(body, **request, stream=True))  # type: ignore[arg-type]
         streamed = join_parts([part async for part in parts])
-        (one,), (other,) = whole.choices, streamed.choices
-        assert one.response_T.tolist() == other.response_T.tolist()
-        assert np.abs(one.logprob_T - other.logprob_T).max() < 1e-4
-        assert one.prompt_T.tolist() == other.prompt_T.tolist()
-        reasons.add(one.finish_reason)
+        (choice,), (joined,) = unstreamed.choices, streamed.choices
+        assert choice.response_T.tolist() == joined.response_T.tolist()
+        assert np.abs(choice.logprob_T - joined.logprob_T).max() < 1e-4
+        assert choice.prompt_T.tolist() == joined.prompt_T.tolist()
+        reasons.add(choice.finish_reason)
     assert "tool_calls" in reasons
 
 
 async def deltas_pass_the_proxy(stack: Stack) -> None:
-    """The first event is there long before the last."""
+    """The first event arrives long before the last."""
     calls: list[ModelCall] = []
     async with stack.rollout(calls) as root, aiohttp.ClientSession() as session:
         times = []
@@ -185,9 +185,9 @@ async def errors_of_the_protocol(stack: Stack) -> None:
                 assert error.value.status_code == 400, name  # type: ignore[attr-defined]
         async with aiohttp.ClientSession() as session:
             half = {"name": FUNCTION["name"], "arguments": '{"expression": "2+'}
-            said = {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": half}]}
+            assistant = {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": half}]}
             for changed in (
-                {"messages": [{"role": "user", "content": "a"}, said]},
+                {"messages": [{"role": "user", "content": "a"}, assistant]},
                 {
                     "messages": [{"role": "user", "content": "a"}],
                     "tools": [{"type": "function", "function": {"name": 5}}],
@@ -215,7 +215,7 @@ async def errors_of_the_protocol(stack: Stack) -> None:
 
 
 async def a_client_that_leaves(stack: Stack, *, stream: bool) -> None:
-    """Its work ends long before the tokens that it asked for are sampled, and new weights need not wait for it."""
+    """The call of a client that goes away ends long before its last token, and new weights need not wait for it."""
     calls: list[ModelCall] = []
     async with stack.rollout(calls) as root, aiohttp.ClientSession() as session:
         body = {"prompt": TOKENS, "stream": stream, "max_tokens": 200, "ignore_eos": True, "n": 16, "temperature": 1.0}

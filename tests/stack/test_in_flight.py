@@ -1,4 +1,4 @@
-"""Calls that a publish finds unfinished in vLLM: whose each token is, by log-probabilities against Hugging Face."""
+"""Calls that run in vLLM during a publish: the version of each token, by log-probabilities against Hugging Face."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ async def test_calls_in_flight_during_a_publish(rule: OnWeightUpdate, tmp_path: 
     new = random_model(tmp_path / "new", seed=1, tied=True)
     settings = {"max_model_len": 512, "on_weight_update": rule}
     async with serving(tmp_path / "old", secret=SECRET, max_tokens=TOKENS, **settings) as (buffer, board, service):
-        streamed, *whole = await calls_around(buffer, service.url, board.publish(as_weights(new, 1, ray.put), 300.0))
-    versions = [(call.policy_version, call.last_version) for call in whole]
+        streamed, *unstreamed = await calls_around(
+            buffer, service.url, board.publish(as_weights(new, 1, ray.put), 300.0)
+        )
+    versions = [(call.policy_version, call.last_version) for call in unstreamed]
     match rule:
         case "wait":
             assert versions == [(0, None)] * CALLS
@@ -39,17 +41,17 @@ async def test_calls_in_flight_during_a_publish(rule: OnWeightUpdate, tmp_path: 
             assert versions == [(0, 1)] * CALLS
             assert (streamed.policy_version, streamed.last_version) == (0, 1)
             assert 0 < switch(streamed, old, new) < TOKENS
-    for call in (streamed, *whole):
+    for call in (streamed, *unstreamed):
         assert call.response_T.size == TOKENS
         assert call.last_version is not None or switch(call, old, new) == (0 if call.policy_version else TOKENS)
 
 
 async def calls_around(buffer: Buffer, url: str, publish: Any) -> list[ModelCall]:
-    """A streamed call and some whole ones, and weights that are published when the first token has been seen."""
+    """A streamed call and CALLS unstreamed calls, and weights that are published once the first token is out."""
     await buffer.admit(Task(task_id="t", payload={}), split="train", num_rollouts=1 + CALLS)
     leases = await buffer.lease(1 + CALLS, 10.0)
     async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
-        begun = asyncio.Event()
+        started = asyncio.Event()
 
         async def ask(number: int) -> None:
             key = leases[number].key
@@ -59,13 +61,13 @@ async def calls_around(buffer: Buffer, url: str, publish: Any) -> list[ModelCall
             async with session.post(f"{address}/chat/completions", json=body) as response:
                 assert response.status == 200, await response.text()
                 async for _ in response.content.iter_any():
-                    begun.set()
+                    started.set()
 
         for number in range(1, 1 + CALLS):
             group.create_task(ask(number))
         await asyncio.sleep(0.02)
         group.create_task(ask(0))
-        await begun.wait()
+        await started.wait()
         await publish
     for lease in leases:
         await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=0.0)
@@ -75,7 +77,7 @@ async def calls_around(buffer: Buffer, url: str, publish: Any) -> list[ModelCall
 
 
 def switch(call: ModelCall, old: Any, new: Any) -> int:
-    """How many tokens are the old model's; each one's log-probability is exactly that of one of the two."""
+    """The number of tokens that the old model sampled; each log-probability must be that of either model."""
     gaps = [np.abs(call.logprob_T - reference_logprobs(model, call)) for model in (old, new)]
     assert gaps[0].mean() > 0.1 or gaps[1].mean() > 0.1, "the two models must differ, or this test could not fail"
     before, after = (np.concatenate([[0.0], gap.cumsum()]) for gap in gaps)

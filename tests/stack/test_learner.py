@@ -1,4 +1,4 @@
-"""veRL on the CPU: one rank and two give the same update, and the loss is the one we say."""
+"""veRL on the CPU: one rank and two ranks give the same update, and the loss is that of the formula."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ async def test_one_and_two_ranks_and_plain_torch_give_the_same_update(tmp_path: 
     batch = random_batch(0, rows=8, vocab=model.config.vocab_size)
     cluster.init_ray(num_cpus=6)
     try:
-        one_metrics, one = await run(tmp_path, 1, [batch])
-        two_metrics, two = await run(tmp_path, 2, [batch], max_tokens_per_micro_batch=64)  # several micro-batches
+        single_metrics, single = await run(tmp_path, 1, [batch])
+        double_metrics, double = await run(tmp_path, 2, [batch], max_tokens_per_micro_batch=64)  # several micro-batches
     finally:
         cluster.shutdown_ray()
     expected = own_gradient_step(str(tmp_path), batch)
@@ -71,11 +71,17 @@ async def test_one_and_two_ranks_and_plain_torch_give_the_same_update(tmp_path: 
     assert moved > LR / 2
     for name, value in expected.items():
         # Adam's first step is lr x sign(gradient) where the gradient is tiny, so a few entries may differ by rounding.
-        for other in (one[name], two[name]):
+        for other in (single[name], double[name]):
             assert np.quantile(np.abs(other - value), 0.99) < 1e-4, name
-    assert one_metrics["learner/grad_norm"].value == pytest.approx(two_metrics["learner/grad_norm"].value, rel=1e-3)
-    assert one_metrics["learner/loss"].value == pytest.approx(two_metrics["learner/loss"].value, rel=1e-3, abs=1e-5)
-    assert one_metrics["logprob_gap/max_abs"].value == pytest.approx(two_metrics["logprob_gap/max_abs"].value, rel=1e-3)
+    assert single_metrics["learner/grad_norm"].value == pytest.approx(
+        double_metrics["learner/grad_norm"].value, rel=1e-3
+    )
+    assert single_metrics["learner/loss"].value == pytest.approx(
+        double_metrics["learner/loss"].value, rel=1e-3, abs=1e-5
+    )
+    assert single_metrics["logprob_gap/max_abs"].value == pytest.approx(
+        double_metrics["logprob_gap/max_abs"].value, rel=1e-3
+    )
 
 
 @pytest.mark.slow

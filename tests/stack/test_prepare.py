@@ -1,4 +1,4 @@
-"""What a step's models say, made into advantages: by veRL's own functions, or equal to them; no Ray, no model."""
+"""From the models' outputs to advantages: by veRL's own functions, or equal to them; without Ray or a model."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def tensors(*arrays: np.ndarray) -> list[torch.Tensor]:
     return [torch.from_numpy(np.array(array, np.float64)) for array in arrays]
 
 
-def prepared(batch: Batch, said: Forward, **config: Any) -> tuple[Prepared, dict[str, float]]:
+def prepared(batch: Batch, forward: Forward, **config: Any) -> tuple[Prepared, dict[str, float]]:
     metrics: Metrics
-    (one,), metrics = prepare([batch], [said], LearnerConfig(model_path="", **config))
-    return one, values(metrics)
+    (result,), metrics = prepare([batch], [forward], LearnerConfig(model_path="", **config))
+    return result, values(metrics)
 
 
 @pytest.mark.parametrize(("discount", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0)])
@@ -53,11 +53,11 @@ def test_generalised_advantages_and_returns_are_veRL_s(
     reward, value, mask = tensors(BATCH.reward_NT, value_NT, BATCH.mask_NT)
     _, returns = core_algos.compute_gae_advantage_return(reward, value, mask, discount, gae_lambda)
     critic = CriticSettings(discount=discount, gae_lambda=gae_lambda)
-    one, metrics = prepared(BATCH, Forward(value_NT=value_NT), critic=critic)
+    result, metrics = prepared(BATCH, Forward(value_NT=value_NT), critic=critic)
     expected = np.where(BATCH.mask_NT, (returns - value).numpy(), 0)  # before veRL's whitening
-    np.testing.assert_allclose(one.batch.advantage_NT, expected, atol=1e-6)
-    np.testing.assert_allclose(one.columns["returns"][BATCH.mask_NT], returns.numpy()[BATCH.mask_NT], atol=1e-6)
-    assert one.columns["values"] is value_NT
+    np.testing.assert_allclose(result.batch.advantage_NT, expected, atol=1e-6)
+    np.testing.assert_allclose(result.columns["returns"][BATCH.mask_NT], returns.numpy()[BATCH.mask_NT], atol=1e-6)
+    assert result.columns["values"] is value_NT
     assert -10 < metrics["critic/explained_variance"] < 1
 
 
@@ -88,8 +88,8 @@ def test_reinforce_plus_plus_is_veRL_s(core_algos: ModuleType) -> None:
     expected, _ = core_algos.compute_reinforce_plus_plus_outcome_advantage(
         reward, mask, config=SimpleNamespace(gamma=1.0)
     )
-    one, _ = prepared(batch, Forward(), normalise=True)
-    np.testing.assert_allclose(one.batch.advantage_NT, expected.numpy(), atol=1e-6)
+    result, _ = prepared(batch, Forward(), normalise=True)
+    np.testing.assert_allclose(result.batch.advantage_NT, expected.numpy(), atol=1e-6)
 
 
 def test_reinforce_plus_plus_with_a_group_baseline_is_veRL_s(core_algos: ModuleType) -> None:
@@ -109,9 +109,9 @@ def test_reinforce_plus_plus_charges_a_token_the_kl_from_there_on(core_algos: Mo
     _, expected = core_algos.compute_reinforce_plus_plus_outcome_advantage(
         rewards, mask, config=SimpleNamespace(gamma=1.0)
     )
-    one, metrics = prepared(batch, Forward(reference_NT=reference_NT), kl_coef=0.1, kl_in="reward")
-    np.testing.assert_allclose(one.batch.advantage_NT, expected.numpy(), atol=1e-6)
-    assert one.columns == {}
+    result, metrics = prepared(batch, Forward(reference_NT=reference_NT), kl_coef=0.1, kl_in="reward")
+    np.testing.assert_allclose(result.batch.advantage_NT, expected.numpy(), atol=1e-6)
+    assert result.columns == {}
     kl = (batch.logprob_NT - reference_NT) * batch.weight_NT
     assert metrics["learner/kl_to_reference"] == pytest.approx(float(kl.sum()), abs=1e-6)
 
@@ -124,9 +124,9 @@ def test_importance_weights_are_veRL_s(level: str) -> None:
     batch = replace(BATCH, logprob_NT=np.where(BATCH.mask_NT, engine, 0).astype(np.float32))
     log_ratio, mask = tensors(own - engine, BATCH.mask_NT)
     expected, _ = compute_rollout_correction_weights(log_ratio, mask, rollout_is=level, rollout_is_threshold=1.5)
-    one, metrics = prepared(batch, Forward(logprob_NT=own), importance=level, importance_cap=1.5)
-    np.testing.assert_allclose(one.batch.advantage_NT, BATCH.advantage_NT * expected.numpy(), atol=1e-6)
-    np.testing.assert_array_equal(one.batch.logprob_NT, own)
+    result, metrics = prepared(batch, Forward(logprob_NT=own), importance=level, importance_cap=1.5)
+    np.testing.assert_allclose(result.batch.advantage_NT, BATCH.advantage_NT * expected.numpy(), atol=1e-6)
+    np.testing.assert_array_equal(result.batch.logprob_NT, own)
     assert metrics["learner/rows_without_logprobs"] == 0
     assert 0 < metrics["learner/importance_capped"] < 1
     gap = np.abs(own - engine)[BATCH.mask_NT]
@@ -140,13 +140,13 @@ def test_a_row_without_log_probabilities_is_not_corrected_and_no_other_row_minds
     engine = np.where(BATCH.mask_NT, own + 0.3 * np.abs(noise()), 0).clip(max=0).astype(np.float32)
     holed = engine.copy()
     holed[2, np.flatnonzero(BATCH.mask_NT[2])[0]] = math.nan
-    whole, _ = prepared(replace(BATCH, logprob_NT=engine), Forward(logprob_NT=own), importance=level)
-    one, metrics = prepared(replace(BATCH, logprob_NT=holed), Forward(logprob_NT=own), importance=level)
+    complete, _ = prepared(replace(BATCH, logprob_NT=engine), Forward(logprob_NT=own), importance=level)
+    result, metrics = prepared(replace(BATCH, logprob_NT=holed), Forward(logprob_NT=own), importance=level)
     others = np.arange(len(engine)) != 2
-    np.testing.assert_array_equal(one.batch.advantage_NT[others], whole.batch.advantage_NT[others])
-    np.testing.assert_array_equal(one.batch.logprob_NT[others], whole.batch.logprob_NT[others])
-    np.testing.assert_array_equal(one.batch.advantage_NT[2], BATCH.advantage_NT[2])
-    np.testing.assert_array_equal(one.batch.logprob_NT[2], own[2])
+    np.testing.assert_array_equal(result.batch.advantage_NT[others], complete.batch.advantage_NT[others])
+    np.testing.assert_array_equal(result.batch.logprob_NT[others], complete.batch.logprob_NT[others])
+    np.testing.assert_array_equal(result.batch.advantage_NT[2], BATCH.advantage_NT[2])
+    np.testing.assert_array_equal(result.batch.logprob_NT[2], own[2])
     assert metrics["learner/rows_without_logprobs"] == 1
     assert math.isfinite(metrics["logprob_gap/max_abs"])
 
@@ -174,6 +174,6 @@ def test_the_value_loss_is_veRL_s_token_by_token_with_our_weights(core_algos: Mo
             )
             expected += float(weight * loss)
     output = {"values": torch.nested.as_nested_tensor(predicted, layout=torch.jagged)}
-    found, metrics = value_loss(0.1, output, data)
-    assert float(found) == pytest.approx(expected, rel=1e-5)
+    actual, metrics = value_loss(0.1, output, data)
+    assert float(actual) == pytest.approx(expected, rel=1e-5)
     assert float(metrics["critic/loss"].values[0]) == pytest.approx(expected, rel=1e-5)

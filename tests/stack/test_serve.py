@@ -95,9 +95,9 @@ def test_of_several_gateways_a_retry_reaches_the_one_that_has_the_first_answer()
 def test_eval_prints_and_writes_json(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     command = agl("eval", "experiment=calc_tiny", "data.val.num=24", "--out", str(out))
-    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     result = json.loads(out.read_text())
-    assert json.loads(said) == result
+    assert json.loads(printed) == result
     assert (result["rows"], result["outcomes"]) == (24, {"finished": 24})
     assert 0.1 < result["reward"] < 0.9
     assert 1 <= result["calls_per_rollout"] <= 4
