@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from agent_lightning.config.load import Config
-from agent_lightning.config.sources import sources
 from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.types import Split
 from agent_lightning.launch import backend, placement
@@ -96,13 +93,3 @@ def _memory(config: Config, size: placement.ModelSize) -> list[tuple[str, str]]:
         held = config.serving.kv_cache_gib * per_gib
         lines.append(("", f"serving.kv_cache_gib={config.serving.kv_cache_gib} holds {held:,.0f} tokens"))
     return lines
-
-
-def show_config(overrides: Sequence[str], *, changed: bool, console: Console) -> int:
-    """`agl config`: every key, its value, and where that is from. Raises ConfigError."""
-    table = Table("key", "value", "from")
-    for key, (value, source) in sources(overrides)[1].items():
-        if not changed or source != "default":
-            table.add_row(key, escape(str(value)), source)
-    console.print(table)
-    return 0

@@ -78,7 +78,10 @@ async def _run(options: argparse.Namespace) -> int:
         case "score" | "reproduce":
             return _benchmark(options)
         case "config":
-            return _look(options)
+            from agent_lightning.config import reference
+
+            sys.stdout.write(reference.show(options.overrides, changed=options.changed, as_yaml=options.yaml))
+            return 0
         case "submit":
             return await _submit(options)
         case "eval" | "serve":
@@ -145,8 +148,6 @@ def _look(options: argparse.Namespace) -> int:
     from agent_lightning.config.load import load
     from agent_lightning.launch import checks
 
-    if options.command == "config":
-        return dry_run.show_config(options.overrides, changed=options.changed, console=Console())
     config = load(options.overrides)
     inspection = checks.inspect(config, dry_run.assumed(options.assume) if options.assume else ())
     dry_run.show(inspection, Console())
@@ -208,11 +209,12 @@ def _add_cluster(commands: Commands) -> None:
     config = _add(
         commands,
         "config",
-        "every key of a config, its value, and where that came from",
-        "agl config experiment=calc_tiny algorithm.lr=1e-3 --changed",
+        "every key of a config, its value, and where that came from; or what a key means",
+        "agl config experiment=calc_tiny algorithm.lr=1e-3 --changed\n  agl config algorithm.lr credit",
         overrides=True,
     )
     config.add_argument("--changed", action="store_true", help="leave out what has its default")
+    config.add_argument("--yaml", action="store_true", help="the entire config as YAML")
     submit = _add(
         commands,
         "submit",

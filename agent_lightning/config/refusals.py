@@ -30,7 +30,7 @@ def _explain(refusal: ErrorDetails) -> str:
     given = f"{path}={'null' if value is None else value}"
     match refusal["type"]:
         case "extra_forbidden":
-            return f"{path}: is now {RENAMED[path]}" if path in RENAMED else f"{path}: no such key{_suggestion(path)}"
+            return unknown(path)
         case "missing":
             return f"{path}: missing; give it a value"
         case "finite_number":
@@ -59,9 +59,12 @@ def _locate(refusal: ErrorDetails) -> tuple[str, Any, str]:
     return path, hint, limits
 
 
-def _suggestion(path: str) -> str:
+def unknown(path: str) -> str:
+    """Why there is no such key: it has another name now, or it was meant to be another."""
+    if path in RENAMED:
+        return f"{path}: is now {RENAMED[path]}"
     known = [*(key.path for key in section.keys(Config)), *(path for path, _ in section.sections(Config))]
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
     last_parts = {key.rpartition(".")[2]: key for key in reversed(known)}
     close += [last_parts[name] for name in difflib.get_close_matches(path.rpartition(".")[2], last_parts, n=1)]
-    return f"; did you mean {close[0]}?" if close else "; `agl config` lists all keys"
+    return f"{path}: no such key; " + (f"did you mean {close[0]}?" if close else "docs/config.md lists all keys")

@@ -66,11 +66,6 @@ class Key:
         return " ".join((self.field.description or "").split())
 
     @property
-    def default(self) -> Any:
-        """The value that holds where no file and no override gives another; `...` for a key that must be given."""
-        return ... if self.field.is_required() else self.field.get_default(call_default_factory=True)
-
-    @property
     def kind(self) -> str:
         """The values that are allowed, such as "a whole number or null, at least 1"."""
         limit = bounds(self.field)

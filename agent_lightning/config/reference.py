@@ -1,0 +1,145 @@
+"""What the keys of the config mean: for `agl config`, and for docs/config.md, which is written by
+
+python -m agent_lightning.config.reference > docs/config.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from io import StringIO
+from typing import Any, Final, get_args
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from agent_lightning.config import section
+from agent_lightning.config.load import to_yaml
+from agent_lightning.config.refusals import unknown
+from agent_lightning.config.schema import Config
+from agent_lightning.config.section import Section
+from agent_lightning.config.sources import DEFAULT, leaves, sources
+from agent_lightning.core.errors import ConfigError
+from agent_lightning.core.text import one_line
+
+_WIDEST: Final = 100_000
+"""Characters of a line that no terminal shows: nothing is cut."""
+
+
+def show(words: Sequence[str], *, changed: bool = False, as_yaml: bool = False) -> str:
+    """The answer of `agl config`: what the named keys mean; without names a table of all values, or YAML.
+
+    `changed` leaves out keys that have their default. Raises ConfigError.
+    """
+    names = [word for word in words if "=" not in word and word[:1] not in "+~"]
+    overrides = [word for word in words if word not in names]
+    if names:
+        return "\n".join(describe(name) for name in names)
+    config, values = sources(overrides)
+    if as_yaml:
+        return to_yaml(config)
+    table = Table("key", "value", "from")
+    for key, (value, source) in values.items():
+        if not changed or source != DEFAULT:
+            table.add_row(key, escape(str(value)), source)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDEST
+    console = Console(width=width, file=(text := StringIO()))
+    console.print(table)
+    return text.getvalue()
+
+
+def describe(path: str) -> str:
+    """What a key means, or each key of a section. Raises ConfigError.
+
+    Example:
+
+        describe("algorithm.lr")
+        # algorithm.lr: a number, at least 0; default 1e-06
+        #   Learning rate of the policy.
+    """
+    below = dict(section.sections(Config)).get(path)
+    keys = [key for key in section.keys(Config) if key.path == path or key.path.startswith(f"{path}.")]
+    if not keys:
+        raise ConfigError(unknown(path))
+    values = dict(leaves(section.defaults(Config)))
+    title = [] if below is None else [f"{path}: {_sentence(below)}\n"]
+    described = (f"{key.path}: {key.kind}; {_default(values, key.path)}\n  {key.sentence}\n" for key in keys)
+    return "\n".join([*title, *described])
+
+
+def markdown() -> str:
+    """The page docs/config.md: a table of keys for each section."""
+    lines, tables = [_INTRODUCTION, *_rows(Config, section.defaults(Config))], dict[type[Section], str]()
+    for path, kind, values in _sections():
+        lines += ["", f"## {path}", "", _escape(_sentence(kind)), ""]
+        if (first := tables.setdefault(kind, path)) == path:
+            lines += _rows(kind, values)
+        else:
+            lines += [f"The keys of [{first}](#{first.replace('.', '')})."]
+            defaults = section.defaults(kind)
+            lines += [f"`{name}` is {value} by default." for name, value in values.items() if value != defaults[name]]
+    return "\n".join(lines) + "\n"
+
+
+_INTRODUCTION: Final = """\
+# Config reference
+
+<!-- Written by `python -m agent_lightning.config.reference > docs/config.md` from agent_lightning/config. -->
+
+Every key of the config, with the default that holds if no file under `conf/` and no override sets another value.
+`agl config KEY` prints what a key means; `agl config experiment=NAME` prints all values of an experiment, and where
+each came from.
+"""
+
+
+def _sections() -> Iterator[tuple[str, type[Section], Mapping[str, Any]]]:
+    """Every section, and every list of sections, with its defaults."""
+    defaults = section.defaults(Config)
+    for path, kind in section.sections(Config):
+        values = defaults
+        for part in path.split("."):
+            values = values[part]
+        yield path, kind, values
+        for name, field in kind.model_fields.items():
+            for item in get_args(field.annotation):
+                if section.is_section(item):
+                    yield f"{path}.{name}", item, section.defaults(item)
+
+
+def _rows(kind: type[Section], values: Mapping[str, Any]) -> Iterator[str]:
+    """A table of the keys of a section that hold values; nothing if it has only sections."""
+    keys = [key for key in section.keys(kind) if "." not in key.path]
+    if keys:
+        yield "| key | value | default | meaning |"
+        yield "|---|---|---|---|"
+    for key in keys:
+        default = _default(values, key.path).removeprefix("default ")
+        yield f"| `{key.path}` | {_escape(key.kind)} | {_escape(default)} | {_escape(key.sentence)} |"
+
+
+def _default(values: Mapping[str, Any], key: str) -> str:
+    if key not in values:
+        return "must be given"
+    value = values[key]
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        items = (" ".join(f"{name}={part}" for name, part in item.items() if part not in ("", "*")) for item in value)
+        return f"default {', '.join(items)}"
+    return f"default {value if isinstance(value, str) and value else json.dumps(value)}"
+
+
+def _sentence(kind: type[Section]) -> str:
+    """What a section is, without the example."""
+    return one_line((kind.__doc__ or "").partition("Example:")[0])
+
+
+def _escape(text: str) -> str:
+    """The text as Markdown shows it in a table."""
+    return re.sub(r"([|*<])", r"\\\1", text)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())
