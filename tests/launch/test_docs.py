@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from agent_lightning.cli.main import main
+from agent_lightning.config.load import load
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -71,3 +74,40 @@ def test_the_pages_list_every_command_experiment_and_algorithm(capsys: pytest.Ca
         path.stem for path in (ROOT / "conf/experiment").glob("*.yaml") if f"`{path.stem}`" not in experiments
     ] == []
     assert [path.stem for path in (ROOT / "conf/algorithm").glob("*.yaml") if f"| `{path.stem}` |" not in credit] == []
+
+
+def test_the_map_and_the_picture_have_the_order_of_the_import_contract() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["id"] == "layers"]
+    level = {room.strip(): number for number, layer in enumerate(layers) for room in layer.split("|")}
+    rooms = re.findall(r"^\| `agent_lightning/([a-z]+)` \|", (ROOT / "AGENTS.md").read_text(), flags=re.M)
+    picture = (ROOT / "docs/images/architecture.svg").read_text()
+    drawn = [text for text in re.findall(r">([^<>]+)</text>", picture) if text in layers][-len(layers) :]
+    assert sorted(rooms) == sorted(level)
+    assert [level[room] for room in rooms] == sorted(level.values())
+    assert drawn == layers
+
+
+KEY = re.compile(r"(?<![\w./-])([a-z]+(?:\.[a-z_]+)+)(?=[=\s'\"\]]|$)")
+NO_KEYS = {"agent.name", "agent.py", "agent.js", "credit.assign", "data.py"}
+"""Words that look like a key of the config: an attribute of a span, files, a function."""
+
+
+def test_every_key_that_a_page_names_is_in_the_config() -> None:
+    config = load(["experiment=toy"])
+    unknown = []
+    for page in PAGES:
+        if page.name == "CHANGELOG.md":  # it names the keys of earlier versions
+            continue
+        for code in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)):
+            for key in KEY.findall(code):
+                section, *names = key.split(".")
+                value = getattr(config, section, None)
+                for name in names if key not in NO_KEYS and value is not None else ():
+                    if isinstance(value, Mapping):  # of the user's own names
+                        break
+                    if not hasattr(value, name):
+                        unknown.append(f"{page.name}: {key}")
+                        break
+                    value = getattr(value, name)
+    assert not unknown
