@@ -1,4 +1,4 @@
-"""What answers agents and learns from them: vLLM and veRL, or the toy model. Only `choose` asks which of the two."""
+"""The engine and the learner of a run: vLLM and veRL, or the toy model. Only `choose` decides which of the two."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOY_CPUS = 0.01
 
 
 class Backend(Protocol):
-    """An engine and a learner, as a run needs them: their model, their resources, and how they are made."""
+    """An engine and a learner: their model, their resources, and their factories."""
 
     def find_model(self) -> str:
         """The model's folder, downloaded if need be; the name of a model without files. Raises UserError."""

@@ -1,7 +1,7 @@
 """What must hold before a run starts: one table of checks, for a start and for a dry run.
 
-tasks = require(config, ("train", "val"))  # a start: raises the error of the first check that fails
-inspect(config).missing                    # a dry run: ["port: serving.port=8000 cannot be used on ...", ...]
+tasks = require(config, ("train", "val"))  # a start raises the error of the first check that fails
+inspect(config).missing                    # a dry run lists all: ["port: serving.port=8000 cannot be ...", ...]
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, Final, cast
@@ -30,21 +31,23 @@ from agent_lightning.run.storage import check_place
 
 @dataclass(slots=True, kw_only=True)
 class Inspection:
-    """A config, and what its checks learn about the world that it is to run in."""
+    """A config, and what the checks learn about the machine, the cluster and the hub that it needs."""
 
     config: Config
     splits: Sequence[Split]
     """The splits whose tasks are read; a run that reads "train" also trains."""
     download: bool = True
-    """Whether models and data sets are downloaded; if not, the hub is only asked whether it has them."""
+    """Whether models and data sets are downloaded, or only looked up on the hub."""
     assumed: Sequence[placement.Resources] = ()
-    """The resources of nodes that are planned for, in place of those of the cluster."""
+    """The resources of planned nodes, which replace those of the cluster."""
     nodes: Sequence[placement.Resources] = ()
+    """The resources of the nodes of the cluster, or the assumed ones."""
     model: str = ""
     """The model's folder if it is downloaded, else the model in words; empty if it is missing."""
     size: placement.ModelSize | None = None
+    """None for a toy model, and if the model's config.json does not give its size."""
     tasks: dict[Split, list[Task]] = field(default_factory=dict)
-    """Without the splits that are missing, and those that stay on the hub."""
+    """The tasks of each split, except splits that are missing or stay on the hub."""
     missing: list[str] = field(default_factory=list)
     """A line for each check that failed."""
 
@@ -58,7 +61,7 @@ def require(config: Config, splits: Sequence[Split]) -> dict[Split, list[Task]]:
 
 
 def require_engine(config: Config) -> str:
-    """Make the checks of the model and of what serves it, and return the model's folder. Raises UserError."""
+    """Make the checks of model, memory and port, and return the model's folder. Raises UserError."""
     inspection = Inspection(config=config, splits=())
     for _, check in ENGINE_CHECKS:
         check(inspection)
@@ -105,7 +108,7 @@ def _check_memory(inspection: Inspection) -> None:
 def _check_port(inspection: Inspection) -> None:
     """Serve's proxy would retry a port in use for a long time, and then fail without naming it."""
     if inspection.assumed or not cluster_is_own(inspection.config):
-        return  # the port is then one of another machine
+        return  # the port is on another machine
     host, port = inspection.config.serving.host, inspection.config.serving.port
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -122,7 +125,7 @@ def _check_runs_dir(inspection: Inspection) -> None:
 
 
 def _check_cluster(inspection: Inspection) -> None:
-    """Join the cluster if there is one, and see that its nodes can hold the run."""
+    """The nodes can hold the placement groups of the run. Joins the cluster, if the run does not start its own."""
     config = inspection.config
     groups = backend.choose(config).groups(train="train" in inspection.splits)
     inspection.nodes = inspection.assumed or cluster_nodes(config)
@@ -147,15 +150,8 @@ def _check_reach(inspection: Inspection) -> None:
         )
 
 
-def _check_train_tasks(inspection: Inspection) -> None:
-    _check_tasks(inspection, "train")
-
-
-def _check_val_tasks(inspection: Inspection) -> None:
-    _check_tasks(inspection, "val")
-
-
-def _check_tasks(inspection: Inspection, split: Split) -> None:
+def _check_tasks(split: Split, inspection: Inspection) -> None:
+    """The tasks of a split can be read; a data set that a dry run would have to download must be on the hub."""
     config = inspection.config
     source = config.data.train if split == "train" else config.data.val
     if split not in inspection.splits:
@@ -167,7 +163,7 @@ def _check_tasks(inspection: Inspection, split: Split) -> None:
 
 
 Check = Callable[[Inspection], None]
-"""Raises UserError if a start would have to refuse the config; notes in the inspection what it has learned."""
+"""A check raises UserError if the run cannot start; it may store what it has learned in the inspection."""
 
 ENGINE_CHECKS: Final[Sequence[tuple[str, Check]]] = (
     ("model", _check_model),
@@ -182,14 +178,14 @@ CHECKS: Final[Sequence[tuple[str, Check]]] = (
     ("runs", _check_runs_dir),
     ("cluster", _check_cluster),
     ("cluster", _check_reach),
-    ("data.train", _check_train_tasks),
-    ("data.val", _check_val_tasks),
+    ("data.train", partial(_check_tasks, "train")),
+    ("data.val", partial(_check_tasks, "val")),
 )
-"""All that a start refuses, with the word under which a dry run shows it; in this order, quick checks first."""
+"""All checks of a start, in their order, each with the word under which a dry run shows its failure."""
 
 
 def load_tasks(config: Config, split: Split) -> list[Task]:
-    """The tasks of a split, as the config says. Raises DataError, ConfigError."""
+    """Load the tasks of a split from the source that the config gives. Raises DataError, ConfigError."""
     source = config.data.train if split == "train" else config.data.val
     loaded = _load(config, source, f"data.{split}")
     if source.num is not None and source.kind != "generated":

@@ -69,7 +69,7 @@ async def system(
     model = checks.require_engine(config)
     ray_private.prepare_environment()
     # These imports take seconds, so they come after the checks that refuse a config at once.
-    from agent_lightning.core import actors as cluster
+    from agent_lightning.core import actors
     from agent_lightning.serving import app
 
     port = config.serving.port or ray_private.free_port(config.serving.host)
@@ -77,9 +77,9 @@ async def system(
         own = await _start_ray(config, stack)
         run_secret = secrets.token_bytes(32)
         # The loss of another node must not take the buffer or the board with it.
-        here = cluster.on_node(cluster.nodes()[0].node_id)
+        here = actors.on_node(actors.nodes()[0].node_id)
         buffer = await _start_buffer(config, run_secret, journal, resumed, here)
-        board = cluster.spawn(PolicyBoard, options=here)
+        board = actors.spawn(PolicyBoard, options=here)
         name = f"agl-{secrets.token_hex(3)}"
         start = partial(
             app.start,
@@ -99,20 +99,20 @@ async def system(
         await _start_workers(config, buffer, service, workers, stack)
         try:
             yield System(buffer=buffer, board=board, service=service, learner=learner, run_secret=run_secret)
-        except cluster.ActorDied as error:
-            raise PartDied(f"a process of the run has died: {cluster.who_died(error)}") from error
+        except actors.ActorDied as error:
+            raise PartDied(f"a process of the run has died: {actors.who_died(error)}") from error
 
 
 async def _start_buffer(
     config: Config, run_secret: bytes, journal: Path | None, resumed: State | None, options: dict[str, Any]
 ) -> Buffer:
     """The buffer, with the rollouts of its journal if the run is resumed. Raises JournalError."""
-    from agent_lightning.core import actors as cluster
+    from agent_lightning.core import actors
 
     settings = None if journal is None else journal_config(config, journal)
     resampled = FailurePolicy.of(config.algorithm.failures.model_dump()).resampled
     retries = Retries(max_attempts=config.agent.max_attempts, resampled=resampled, **config.agent.retry.model_dump())
-    buffer = cluster.spawn(
+    buffer = actors.spawn(
         Buffer,
         options=options,
         restarts=settings is not None,
@@ -144,14 +144,14 @@ def journal_config(config: Config, folder: Path) -> JournalConfig:
 
 async def _start_ray(config: Config, stack: AsyncExitStack) -> bool:
     """Join a cluster or start one; whether it was started, and ends with this run. Raises UserError."""
-    from agent_lightning.core import actors as cluster
+    from agent_lightning.core import actors
 
     await asyncio.sleep(0)  # a cancellation during the imports takes effect here
-    stack.callback(cluster.shutdown_ray)
+    stack.callback(actors.shutdown_ray)
     # In a thread of asyncio's pool, which stays: Ray's processes end with the thread that started them
     # (PR_SET_PDEATHSIG).
     joining = asyncio.ensure_future(
-        asyncio.to_thread(cluster.init_ray, config.hardware.address, checks.own_cpus(config))
+        asyncio.to_thread(actors.init_ray, config.hardware.address, checks.own_cpus(config))
     )
     try:
         return await asyncio.shield(joining)
@@ -183,7 +183,7 @@ def _learner(config: Config, model: str, serving: Future[Service]) -> Learner:
 
 
 def learner_config(config: Config, model: str) -> LearnerConfig:
-    """What the learner is told."""
+    """The settings of the learner on veRL."""
     from agent_lightning.learners.verl_groups import CriticSettings, LearnerConfig
 
     algorithm, credit, learner = config.algorithm, config.credit, config.learner
@@ -255,7 +255,7 @@ def _serving(config: Config, model: str, port: int) -> Any:
 
 
 def vocab_size(model: str) -> int:
-    """Of a model's folder; where it does not say, that of any."""
+    """The size of a model's vocabulary, from its folder; 2**31 if its config.json does not give it."""
     path = Path(model) / "config.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
     return int((known.get("text_config") or known).get("vocab_size") or 2**31)
@@ -292,18 +292,19 @@ def agent_spec(config: Config) -> AgentSpec:
 
 
 async def _start_workers(config: Config, buffer: Buffer, service: Service, number: int, stack: AsyncExitStack) -> None:
-    from agent_lightning.core import actors as cluster
+    """Start the rollout workers of all nodes; in a cluster that is joined, follow its nodes until the stack closes."""
+    from agent_lightning.core import actors
     from agent_lightning.launch.nodes import Nodes, find_local_gateway
 
     spec = agent_spec(config)
     everywhere = config.serving.gateways is None and not config.sampling.seeded
     find = partial(find_local_gateway, service.app) if everywhere else partial(wait_until_healthy, service.url)
 
-    def workers(node: str, number: int, url: str) -> Workers:
+    def make_workers(node: str, number: int, url: str) -> Workers:
         def make(name: str) -> RolloutWorker:
-            return cluster.spawn(
+            return actors.spawn(
                 RolloutWorker,
-                options=cluster.on_node(node),
+                options=actors.on_node(node),
                 buffer=buffer,
                 agent=spec,
                 policy_url=url,
@@ -313,9 +314,9 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
             )
 
         hung_s, name = config.rollout.unresponsive_timeout_s, f"worker-{node[:8]}"
-        return Workers(make, number=number, buffer=buffer, kill=cluster.kill, unresponsive_timeout_s=hung_s, name=name)
+        return Workers(make, number=number, buffer=buffer, kill=actors.kill, unresponsive_timeout_s=hung_s, name=name)
 
-    nodes = Nodes(find, workers, service.scale_gateways if everywhere else None)
+    nodes = Nodes(find, make_workers, service.scale_gateways if everywhere else None)
     await nodes.start(number)
     stack.push_async_callback(nodes.stop)
     if number and not checks.cluster_is_own(config):

@@ -14,12 +14,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, M
 from contextlib import aclosing, contextmanager
 from typing import Any
 
-import ray
 from pydantic import ValidationError
 from vllm.exceptions import VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from agent_lightning.core import ray_private
+from agent_lightning.core import actors, ray_private
 from agent_lightning.core.text import one_line
 from agent_lightning.core.types import OnWeightUpdate
 from agent_lightning.learners.base import Weights
@@ -100,7 +99,7 @@ class PolicyServer:
         once, instead of after several failed health checks."""
         try:
             await self._follower.run()
-        except* ray.exceptions.RayActorError:
+        except* actors.ActorDied:
             logger.info("the board is gone, and the run with it")
         except* Exception as errors:  # whatever it is: a replica that does not follow the board must not answer
             first = errors.exceptions[0]

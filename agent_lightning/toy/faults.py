@@ -21,7 +21,7 @@ import random
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Final, TypeVar, cast
 
 T = TypeVar("T")
@@ -62,12 +62,10 @@ class Rates:
 
     def fault(self, number: float) -> str:
         """The name of the fault for a random number from 0 to 1; "" for no fault."""
-        for item in fields(self):
-            if item.name in _SECONDS:
-                continue
-            number -= cast(float, getattr(self, item.name))
+        for name, rate in asdict(self).items():
+            number -= 0.0 if name in _SECONDS else rate
             if number < 0:
-                return item.name
+                return name
         return ""
 
 
@@ -137,7 +135,7 @@ class Link:
         self._cut = asyncio.Event()
 
     def __getattr__(self, name: str) -> Any:
-        member = getattr(self._part, name)
+        member = self._member(name)
         if name.startswith("_") or not inspect.ismethod(member):
             return member
         if inspect.isasyncgenfunction(member):
@@ -145,6 +143,10 @@ class Link:
         if inspect.iscoroutinefunction(member) or isinstance(self._part, Link):
             return lambda *args, **kwargs: self._call(name, args, kwargs)
         return lambda *args, **kwargs: self._plain(name, member, args, kwargs)
+
+    def _member(self, name: str) -> Any:
+        """A member of the part that the link carries calls to now, which `mend` may have replaced."""
+        return getattr(self._part, name)
 
     def _fault(self, method: str) -> str:
         """Draw the fault of this call, and count it. Raises InjectedError or OSError if the call is to fail."""
@@ -164,9 +166,9 @@ class Link:
         fault = self._fault(method)
         await self._wait(fault)
         if fault == "clock_jump":
-            args, kwargs = _later(getattr(self._part, method), args, kwargs, self.rates.jump_s)
+            args, kwargs = _later(self._member(method), args, kwargs, self.rates.jump_s)
         times = 2 if fault == "duplicate" else 1
-        calls = [asyncio.ensure_future(getattr(self._part, method)(*args, **kwargs)) for _ in range(times)]
+        calls = [asyncio.ensure_future(self._member(method)(*args, **kwargs)) for _ in range(times)]
         cut = asyncio.ensure_future(self._cut.wait())
         try:
             await asyncio.wait([cut, calls[0]], return_when=asyncio.FIRST_COMPLETED)
@@ -188,7 +190,7 @@ class Link:
     async def _stream(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AsyncIterator[Any]:
         fault = self._fault(method)
         await self._wait(fault)
-        async with contextlib.aclosing(getattr(self._part, method)(*args, **kwargs)) as parts:
+        async with contextlib.aclosing(self._member(method)(*args, **kwargs)) as parts:
             async for part in parts:
                 if self._cut.is_set() or fault == "drop":
                     raise InjectedError(f"the stream of {self._name}.{method} broke")
