@@ -55,7 +55,7 @@ class VerlLearner:
         config = self._config
         warming_up = config.critic is not None and self._updates < config.critic.warmup_steps
         unknown = any(np.isnan(batch.logprob_NT).any() for batch in batches)
-        with_policy = config.importance != "none" or unknown or warming_up
+        with_policy = config.importance_sampling != "none" or unknown or warming_up
         forwards = [await asyncio.to_thread(self._forward, batch, with_policy) for batch in batches]
         prepared, metrics = prepare(batches, forwards, config)
         records = [metrics]

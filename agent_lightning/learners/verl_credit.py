@@ -88,7 +88,7 @@ def _old_logprobs(batch: Batch, policy_NT: Floats | None, config: LearnerConfig)
         "logprob_gap/max_abs": Max(float(gap.max(initial=0.0))),
         "learner/rows_without_logprobs": Sum(float(unknown_N.sum())),
     }
-    if config.importance == "none":
+    if config.importance_sampling == "none":
         return np.where(known_NT, batch.logprob_NT, policy_NT).astype(np.float32), ones_NT, metrics
     import torch
     from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
@@ -96,12 +96,12 @@ def _old_logprobs(batch: Batch, policy_NT: Floats | None, config: LearnerConfig)
     weight_NT, _ = compute_rollout_correction_weights(
         torch.from_numpy(log_ratio_NT),
         torch.from_numpy(batch.mask_NT.copy()),
-        rollout_is=config.importance,
-        rollout_is_threshold=config.importance_cap,
+        rollout_is=config.importance_sampling,
+        rollout_is_threshold=config.importance_sampling_cap,
     )
     weight: Floats = weight_NT.numpy()
     metrics["learner/importance_weight"] = Mean.of(weight[known_NT].tolist())
-    metrics["learner/importance_capped"] = Mean.of((weight[known_NT] >= config.importance_cap).tolist())
+    metrics["learner/importance_capped"] = Mean.of((weight[known_NT] >= config.importance_sampling_cap).tolist())
     return policy_NT, weight, metrics
 
 

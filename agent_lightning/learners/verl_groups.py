@@ -81,9 +81,9 @@ class LearnerConfig:
     kl_in: Literal["loss", "reward"] = "loss"
     kl_kind: str | None = None
     """veRL's estimator of the KL: k1, abs, k2 or k3; None: k3 in the loss, k1 in the reward."""
-    importance: Literal["none", "token", "sequence"] = "none"
+    importance_sampling: Literal["none", "token", "sequence"] = "none"
     """Truncated importance sampling (Ionides, 2008) between engine and learner, with a ratio for each token or row."""
-    importance_cap: float = 2.0
+    importance_sampling_cap: float = 2.0
     normalise: bool = False
     """Whiten the advantages over the step."""
     critic: CriticSettings | None = None

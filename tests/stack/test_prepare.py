@@ -124,7 +124,7 @@ def test_importance_weights_are_veRL_s(level: str) -> None:
     batch = replace(BATCH, logprob_NT=np.where(BATCH.mask_NT, engine, 0).astype(np.float32))
     log_ratio, mask = tensors(own - engine, BATCH.mask_NT)
     expected, _ = compute_rollout_correction_weights(log_ratio, mask, rollout_is=level, rollout_is_threshold=1.5)
-    result, metrics = prepared(batch, Forward(logprob_NT=own), importance=level, importance_cap=1.5)
+    result, metrics = prepared(batch, Forward(logprob_NT=own), importance_sampling=level, importance_sampling_cap=1.5)
     np.testing.assert_allclose(result.batch.advantage_NT, BATCH.advantage_NT * expected.numpy(), atol=1e-6)
     np.testing.assert_array_equal(result.batch.logprob_NT, own)
     assert metrics["learner/rows_without_logprobs"] == 0
@@ -140,8 +140,8 @@ def test_a_row_without_log_probabilities_is_not_corrected_and_no_other_row_minds
     engine = np.where(BATCH.mask_NT, own + 0.3 * np.abs(noise()), 0).clip(max=0).astype(np.float32)
     holed = engine.copy()
     holed[2, np.flatnonzero(BATCH.mask_NT[2])[0]] = math.nan
-    complete, _ = prepared(replace(BATCH, logprob_NT=engine), Forward(logprob_NT=own), importance=level)
-    result, metrics = prepared(replace(BATCH, logprob_NT=holed), Forward(logprob_NT=own), importance=level)
+    complete, _ = prepared(replace(BATCH, logprob_NT=engine), Forward(logprob_NT=own), importance_sampling=level)
+    result, metrics = prepared(replace(BATCH, logprob_NT=holed), Forward(logprob_NT=own), importance_sampling=level)
     others = np.arange(len(engine)) != 2
     np.testing.assert_array_equal(result.batch.advantage_NT[others], complete.batch.advantage_NT[others])
     np.testing.assert_array_equal(result.batch.logprob_NT[others], complete.batch.logprob_NT[others])
