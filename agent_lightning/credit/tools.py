@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from agent_lightning.core.json_values import as_mapping, parse_json
@@ -111,6 +113,51 @@ def reply_identity(call: ModelCall) -> tuple[str, tuple[tuple[str, str], ...]] |
     if not text and not functions:
         return None
     return text, tuple((str(f.get("name") or ""), canonical_arguments(_text(f.get("arguments")))) for f in functions)
+
+
+class ToolCallIndex:
+    """The tool calls in the replies of an attempt, to find the tool call that a span of a tool describes.
+
+    Each tool call matches at most one span.
+    """
+
+    def __init__(self, calls: Sequence[ModelCall]) -> None:
+        self._position = {call.call_id: index for index, call in enumerate(calls)}
+        self._by_key: dict[tuple[str, ...], deque[ToolCall]] = {}
+        self._matched: set[str] = set()
+        self._all = tool_calls(calls)
+        for tool in self._all:
+            keys = ("id", tool.tool_call_id), ("name", tool.name), (tool.name, canonical_arguments(tool.arguments))
+            for key in keys:
+                self._by_key.setdefault(key, deque()).append(tool)
+
+    def take(self, identity: str, name: str, arguments: str, before: int, cause: str) -> ToolCall | None:
+        """Find the tool call of a span, and match it with no other span from now on.
+
+        It is the newest tool call with the id `identity`, or else the oldest with the same name and arguments, or else
+        the only one with the name. Only the first `before` calls are searched, or only the call `cause` if it is given.
+        """
+        same_id = list(self._find(("id", identity), before, cause)) if identity else []
+        same_use = islice(self._find((name, canonical_arguments(arguments)), before, cause), 1)
+        same_name = list(islice(self._find(("name", name), before, cause), 2))
+        match = same_id[-1] if same_id else next(same_use, same_name[0] if len(same_name) == 1 else None)
+        if match is not None:
+            self._matched.add(match.span_id)
+        return match
+
+    def unmatched(self) -> tuple[ToolCall, ...]:
+        """The tool calls that no span has matched."""
+        return tuple(tool for tool in self._all if tool.span_id not in self._matched)
+
+    def _find(self, key: tuple[str, ...], before: int, cause: str) -> Iterator[ToolCall]:
+        waiting = self._by_key.get(key, deque())
+        while waiting and waiting[0].span_id in self._matched:
+            waiting.popleft()
+        for tool in waiting:
+            if self._position[tool.call_id] >= before and not cause:
+                return
+            if tool.span_id not in self._matched and cause in ("", tool.call_id):
+                yield tool
 
 
 def looks_like_tool_call(call: ModelCall) -> bool:

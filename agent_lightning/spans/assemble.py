@@ -17,9 +17,8 @@ from dataclasses import dataclass, field, replace
 from agent_lightning.core.errors import RewardError
 from agent_lightning.core.text import error_line
 from agent_lightning.core.types import DEFAULT_AGENT, AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus
-from agent_lightning.credit.tools import reply_identity, tool_calls
-from agent_lightning.spans.conventions import read
-from agent_lightning.spans.tool_index import Asked
+from agent_lightning.credit.tools import ToolCallIndex, reply_identity, tool_calls
+from agent_lightning.spans.conventions import read_spans
 from agent_lightning.spans.tree import RawSpan, nearest
 
 logger = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ def emitted_reward(key: RolloutKey, raw: Sequence[RawSpan]) -> float | None:
     Example: format=1, answer=0, format=0.5 -> 0.5
     """
     try:
-        rewards = read(raw, key).rewards
+        rewards = read_spans(raw, key).rewards
     except Exception as error:
         raise RewardError(f"the agent's trace cannot be read for its reward: {error_line(error)}") from error
     last = {reward.name: reward.value for reward in rewards if not reward.about}
@@ -79,7 +78,7 @@ def emitted_reward(key: RolloutKey, raw: Sequence[RawSpan]) -> float | None:
 
 
 def _merge(key: RolloutKey, own: Sequence[ModelCall], raw: Sequence[RawSpan]) -> Spans:
-    traced = read(raw, key)
+    traced = read_spans(raw, key)
     parents = {span.span_id: span.parent_id for span in raw}
     matches = _match_calls(own, traced.calls, parents)
     # The trace's id of a call that the gateway has too -> the gateway's id.
@@ -163,7 +162,7 @@ class _Places:
 def _merge_tools(calls: Sequence[ModelCall], traced: Sequence[ToolCall]) -> tuple[list[ToolCall], dict[str, str]]:
     """The tool calls of requests and of the trace as one list, in the order of start; and, for each tool call of a
     request that the trace has too, its span id in the request -> its span id in the trace."""
-    requested, starts, causes = Asked(calls), [call.started_at for call in calls], _Causes(calls)
+    requested, starts, causes = ToolCallIndex(calls), [call.started_at for call in calls], _Causes(calls)
     moved, tools = dict[str, str](), list[ToolCall]()
     for tool in traced:
         use = tool.tool_call_id, tool.name, tool.arguments
@@ -174,7 +173,7 @@ def _merge_tools(calls: Sequence[ModelCall], traced: Sequence[ToolCall]) -> tupl
         else:
             moved[match.span_id] = tool.span_id
             tools.append(_richer(match, tool))
-    return sorted([*tools, *requested.left()], key=lambda tool: (tool.started_at, tool.span_id)), moved
+    return sorted([*tools, *requested.unmatched()], key=lambda tool: (tool.started_at, tool.span_id)), moved
 
 
 def _richer(requested: ToolCall, traced: ToolCall) -> ToolCall:

@@ -186,7 +186,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         "traceloop.entity.output",
     ),
     "status": ("agl.tool.status",),
-    "the call that asked": ("agl.call_id",),
+    "requesting call": ("agl.call_id",),
     "request's own text": ("agl.request",),
     "reply's own text": ("agl.reply",),
     "reward": ("agl.reward.value", "agentlightning.reward.*"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from agent_lightning.core.json_values import as_mapping
 from agent_lightning.core.types import AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus, is_reward
-from agent_lightning.credit.tools import tool_status
+from agent_lightning.credit.tools import ToolCallIndex, tool_status
 from agent_lightning.spans.attributes import FIELDS, Kind
 from agent_lightning.spans.fields import (
     agent_name_of,
@@ -33,9 +33,8 @@ from agent_lightning.spans.fields import (
     tokens_of,
     unflattened,
 )
-from agent_lightning.spans.forms import text_of
-from agent_lightning.spans.messages import tool_result_of
-from agent_lightning.spans.tool_index import Asked
+from agent_lightning.spans.message_forms import to_text
+from agent_lightning.spans.messages import read_tool_result
 from agent_lightning.spans.tree import RawSpan, SpanTree, arguments_of
 
 REASONS = {
@@ -49,11 +48,11 @@ REASONS = {
     "repaired: token ids out of any vocabulary": "kept without tokens: an id is not in [0, 2^31)",
     "repaired: log-probabilities missing": "kept; those of its tokens that are not known are NaN",
 }
-"""Every reason for which `read` refuses or repairs a span, and its meaning. Repaired spans are kept."""
+"""Every reason for which `read_spans` refuses or repairs a span, and its meaning. Repaired spans are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Traced:
+class TraceContent:
     """The content of an attempt's raw spans, in the order of time. A `parent_id` is the id of a kept span, or ""."""
 
     calls: tuple[ModelCall, ...] = ()
@@ -70,7 +69,7 @@ class Traced:
     """`call_id` -> number of tokens of the prompt and of the reply, as the trace counts them."""
 
 
-def read(spans: Sequence[RawSpan], key: RolloutKey) -> Traced:
+def read_spans(spans: Sequence[RawSpan], key: RolloutKey) -> TraceContent:
     """The model calls, tool calls, rewards and agents among the spans of one attempt, in the order of their start.
 
     Nested spans of the same model call become a single call with the fields of both. The order of `spans` does not
@@ -81,12 +80,12 @@ def read(spans: Sequence[RawSpan], key: RolloutKey) -> Traced:
         chat = RawSpan(span_id="1", name="chat", started_at=0.0, ended_at=1.0, attributes={
             "gen_ai.operation.name": "chat", "gen_ai.request.model": "gpt-4o",
             "gen_ai.prompt.0.role": "user", "gen_ai.prompt.0.content": "hi", "gen_ai.completion.0.content": "Hello!"})
-        read([chat], key).calls[0].reply  # '{"role": "assistant", "content": "Hello!"}'
+        read_spans([chat], key).calls[0].reply  # '{"role": "assistant", "content": "Hello!"}'
     """
     refused: Counter[str] = Counter()
     tree = SpanTree(_unique(spans, refused), refused)
     calls, offered, usage = _calls(tree, key, refused)
-    return Traced(
+    return TraceContent(
         calls=calls,
         tools=_tools(tree, key, calls),
         rewards=_rewards(tree, key, refused),
@@ -125,7 +124,7 @@ def _identified(tree: SpanTree) -> list[RawSpan]:
     """The spans of model calls, with the fields of all spans of the same call. Enters their ids into `tree.kept_id`."""
     by_reply: dict[str, RawSpan] = {}
     for span in tree.of(Kind.CALL):
-        reply_id = next(filter(None, map(reply_id_of, (span.attributes, *tree.told_by(span)))), "")
+        reply_id = next(filter(None, map(reply_id_of, (span.attributes, *tree.wrapper_attributes(span)))), "")
         reply_id = "" if reply_id in tree.by_id else reply_id
         earlier = by_reply.get(reply_id)
         if earlier is not None and span.started_at < earlier.ended_at:
@@ -191,22 +190,22 @@ def _agent_of(tree: SpanTree, span: RawSpan) -> str:
 
 
 def _tools(tree: SpanTree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
-    asked = Asked(calls)
+    requested = ToolCallIndex(calls)
     starts = [call.started_at for call in calls]
     tools = []
     for span in [_merge_wrappers(span, tree.wrappers.get(span.span_id, ())) for span in tree.of(Kind.TOOL)]:
         given = first(span.attributes, "result")
         if given is None and any(name in span.attributes for name in FIELDS["result"]):
             given = ""
-        message = tool_result_of(given) or {}
+        message = read_tool_result(given) or {}
         identity = str(first(span.attributes, "tool call id") or message.get("tool_call_id") or "")
         name = str(first(span.attributes, "tool") or message.get("name") or span.name.removeprefix("execute_tool "))
-        cause, status = str(first(span.attributes, "the call that asked") or ""), first(span.attributes, "status")
+        cause, status = str(first(span.attributes, "requesting call") or ""), first(span.attributes, "status")
         before = bisect_right(starts, span.started_at)
         arguments = arguments_of(span)
-        match = asked.take(identity, name, arguments, before, cause)
+        match = requested.take(identity, name, arguments, before, cause)
         arguments = match.arguments if match else arguments
-        result = text_of(given) if given is not None else match.result or None if match else None
+        result = to_text(given) if given is not None else match.result or None if match else None
         seen = tool_status(arguments, f"error: {span.error}" if span.error else result)
         tools.append(
             ToolCall(

@@ -14,8 +14,8 @@ import numpy as np
 from agent_lightning.core.json_values import as_mapping, clean_logprobs
 from agent_lightning.core.types import Floats, Ints
 from agent_lightning.spans.attributes import FIELDS
-from agent_lightning.spans.forms import Message, parsed, text_of
-from agent_lightning.spans.messages import answer, conversation
+from agent_lightning.spans.message_forms import Message, parse_value, to_text
+from agent_lightning.spans.messages import read_reply, read_request
 
 
 def values(attributes: Mapping[str, Any], field: str) -> Iterator[Any]:
@@ -57,10 +57,10 @@ def _from_events(events: Any, field: str) -> Any:
             return all_messages
         role, is_choice = _EVENT.fullmatch(str(event.get("event.name"))), event.get("event.name") == "gen_ai.choice"
         if role and field == "request":
-            fields = {"content": event.get("content"), "tool_calls": parsed(event.get("tool_calls"))}
+            fields = {"content": event.get("content"), "tool_calls": parse_value(event.get("tool_calls"))}
             messages.append({"role": role[1], **fields, "tool_call_id": event.get("id") or ""})
         elif is_choice and field == "reply":
-            messages.append({**event, **as_mapping(parsed(event.get("message"))), "role": "assistant"})
+            messages.append({**event, **as_mapping(parse_value(event.get("message"))), "role": "assistant"})
     return messages
 
 
@@ -133,12 +133,12 @@ def dump(value: Any) -> str:
 def request_of(attributes: Mapping[str, Any], refused: Counter[str]) -> tuple[list[Message], list[Any]]:
     """The messages of the request, and the definitions of the tools that it offers."""
     given = list(values(attributes, "request"))
-    request = next((request for request in map(conversation, given) if request is not None), None)
+    request = next((request for request in map(read_request, given) if request is not None), None)
     if request is None:
         refused["repaired: a request that is not understood"] += any(given)
         return [], offered_of(attributes, ())
     messages, tools = request
-    system = text_of(first(attributes, "system prompt"))
+    system = to_text(first(attributes, "system prompt"))
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     return messages, offered_of(attributes, tools)
@@ -149,40 +149,40 @@ def offered_of(attributes: Mapping[str, Any], tools: Sequence[Any]) -> list[Any]
 
     They come from the attributes, or else from `tools`, the definitions among the messages.
     """
-    given = parsed(next(values(attributes, "tools offered"), None)) or tools
+    given = parse_value(next(values(attributes, "tools offered"), None)) or tools
     offered: dict[str, Any] = {}
     for definition in given if isinstance(given, list | tuple) else ():
-        definition = as_mapping(parsed(as_mapping(definition).get("tool", definition)))
-        definition = as_mapping(parsed(definition.get("json_schema", definition)))
+        definition = as_mapping(parse_value(as_mapping(definition).get("tool", definition)))
+        definition = as_mapping(parse_value(definition.get("json_schema", definition)))
         function = as_mapping(definition.get("function")) or definition
         schema: Any = next((function[k] for k in ("parameters", "inputSchema", "input_schema") if function.get(k)), {})
         name = str(function.get("name") or "")
         if name:
             described = {"description": function["description"]} if function.get("description") else {}
-            plain = {"name": name, **described, "parameters": parsed(schema)}
+            plain = {"name": name, **described, "parameters": parse_value(schema)}
             offered.setdefault(name, {"type": "function", "function": plain})
     return list(offered.values())
 
 
 def reply_of(attributes: Mapping[str, Any], request: Sequence[Message], refused: Counter[str]) -> Message | None:
     """The reply as a message; None if there is none, or it is not understood."""
-    text, calls = first(attributes, "reply's text"), parsed(first(attributes, "reply's tool calls"))
+    text, calls = first(attributes, "reply's text"), parse_value(first(attributes, "reply's tool calls"))
     given = list(values(attributes, "reply"))
-    message: dict[str, Any] = {"role": "assistant"} | ({"content": text_of(text)} if text else {})
+    message: dict[str, Any] = {"role": "assistant"} | ({"content": to_text(text)} if text else {})
     if isinstance(calls, list) and calls:
         given.insert(0, {**message, "tool_calls": calls})
     elif text:
         given.insert(0, message)
-    reply = next((reply for reply in (answer(value, request) for value in given) if reply is not None), None)
+    reply = next((reply for reply in (read_reply(value, request) for value in given) if reply is not None), None)
     refused["repaired: a reply that is not understood"] += reply is None and any(given)
     return reply
 
 
 def finish_reason_of(attributes: Mapping[str, Any]) -> str:
     """The finish reason of the reply, in OpenAI's words; "" if it is unknown."""
-    value = parsed(first(attributes, "finish reason"))
+    value = parse_value(first(attributes, "finish reason"))
     if value is None:
-        reply = as_mapping(parsed(first(attributes, "reply")))
+        reply = as_mapping(parse_value(first(attributes, "reply")))
         choices = reply.get("choices")
         value = as_mapping(choices[0] if isinstance(choices, list) and choices else reply).get("finish_reason")
     while isinstance(value, list):
@@ -206,7 +206,7 @@ def tokens_of(attributes: Mapping[str, Any], refused: Counter[str]) -> tuple[Int
 
 def _items(value: Any) -> list[Any]:
     """The items of a list, which may be JSON text or inside another list."""
-    value = parsed(value)
+    value = parse_value(value)
     while isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], list | tuple):
         value = value[0]
     return list(value) if isinstance(value, list | tuple) else []
@@ -214,12 +214,12 @@ def _items(value: Any) -> list[Any]:
 
 def reply_id_of(attributes: Mapping[str, Any]) -> str:
     """The id that the server gave to the reply; "" if it is unknown."""
-    return str(first(attributes, "reply id") or as_mapping(parsed(first(attributes, "reply"))).get("id") or "")
+    return str(first(attributes, "reply id") or as_mapping(parse_value(first(attributes, "reply"))).get("id") or "")
 
 
 def model_of(attributes: Mapping[str, Any]) -> str:
     """The model that replied, or else the requested model; "" if both are unknown."""
-    return str(first(attributes, "model") or as_mapping(parsed(first(attributes, "reply"))).get("model") or "")
+    return str(first(attributes, "model") or as_mapping(parse_value(first(attributes, "reply"))).get("model") or "")
 
 
 _AGENT_NAME = re.compile(r"(?:agent_run|invoke_agent)\s+\[?(.+?)\]?|(.+)\.(?:_execute_core|agent|run)")
@@ -241,10 +241,10 @@ def agent_name_of(name: str, attributes: Mapping[str, Any]) -> str:
 
 def langchain_agent(attributes: Mapping[str, Any]) -> str:
     """The name given to LangChain's `create_agent`; the nodes of its graph are all called "model"."""
-    return str(as_mapping(parsed(attributes.get("metadata"))).get("lc_agent_name") or "")
+    return str(as_mapping(parse_value(attributes.get("metadata"))).get("lc_agent_name") or "")
 
 
 def is_graph_node(name: str, attributes: Mapping[str, Any]) -> bool:
     """Whether a span is LangGraph's span of a node: then it has the node's name."""
-    metadata = as_mapping(parsed(attributes.get("metadata"))).get("langgraph_node")
+    metadata = as_mapping(parse_value(attributes.get("metadata"))).get("langgraph_node")
     return name in (first(attributes, "graph node"), metadata)

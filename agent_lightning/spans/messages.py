@@ -13,31 +13,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_lightning.core.json_values import as_mapping
-from agent_lightning.spans.forms import (
+from agent_lightning.spans.message_forms import (
     NOT_UNDERSTOOD,
     ROLES,
     Message,
     UnknownFormError,
     join_messages,
-    message_of,
-    parsed,
+    parse_value,
+    read_message,
     responses_item,
-    text_of,
+    to_text,
     unwrap_langchain,
 )
 
 _ROLE = re.compile(r"^(system|user|human|assistant|ai|tool): ", re.MULTILINE)
 
 
-def conversation(value: Any) -> tuple[list[Message], list[Any]] | None:
+def read_request(value: Any) -> tuple[list[Message], list[Any]] | None:
     """The messages of a request to a model, and the definitions of the tools among them; None if not understood.
 
     Example:
 
-        conversation('{"contents": [{"role": "user", "parts": [{"text": "hi"}]}]}')
+        read_request('{"contents": [{"role": "user", "parts": [{"text": "hi"}]}]}')
         # ([{"role": "user", "content": "hi"}], [])
     """
-    value = parsed(value)
+    value = parse_value(value)
     if isinstance(value, str):
         return (_split_roles(value), []) if value.strip() else None
     try:
@@ -48,16 +48,17 @@ def conversation(value: Any) -> tuple[list[Message], list[Any]] | None:
     return (_with_call_ids(messages), tools) if messages else None
 
 
-def answer(value: Any, before: Sequence[Message] = ()) -> Message | None:
+def read_reply(value: Any, before: Sequence[Message] = ()) -> Message | None:
     """A model's reply as one assistant message; `before` is the conversation before it. None if not understood.
 
     If there are several choices, the first counts; further choices that consist of tool calls are added to it.
 
     Example:
 
-        answer('[{"toolCallId": "c", "toolName": "add", "input": "{}"}]')["tool_calls"][0]["function"]["name"]  # "add"
+        read_reply('{"candidates": [{"content": {"role": "model", "parts": [{"text": "hi"}]}}]}')
+        # {"role": "assistant", "content": "hi"}
     """
-    value = parsed(value)
+    value = parse_value(value)
     if isinstance(value, str):
         return {"role": "assistant", "content": value} if value else None
     if isinstance(value, Mapping) and "role" not in value and "content" in value:
@@ -75,14 +76,14 @@ def answer(value: Any, before: Sequence[Message] = ()) -> Message | None:
     return _with_call_ids([*before, replies[0]])[-1]
 
 
-def tool_result_of(value: Any) -> Message | None:
+def read_tool_result(value: Any) -> Message | None:
     """The value as a tool message in OpenAI's form; None if it is not a tool message in any form."""
-    value = parsed(value)
+    value = parse_value(value)
     if not isinstance(value, Mapping):
         return None
     try:
         fields = unwrap_langchain(value)
-        return message_of(fields, []) if fields.get("role") == "tool" and "tool_call_id" in fields else None
+        return read_message(fields, []) if fields.get("role") == "tool" and "tool_call_id" in fields else None
     except NOT_UNDERSTOOD:
         return None
 
@@ -135,7 +136,7 @@ def _gemini(value: Mapping[str, Any], tools: list[Any]) -> Iterator[Message]:
         )
     system = config.get("system_instruction") or value.get("system_instruction")
     if system:
-        yield {"role": "system", "content": text_of(as_mapping(system).get("parts", system))}
+        yield {"role": "system", "content": to_text(as_mapping(system).get("parts", system))}
     candidates = [as_mapping(candidate).get("content") for candidate in value.get("candidates") or ()]
     yield from _of_list(candidates[:1] or value.get("contents") or [], tools)
 
@@ -146,7 +147,7 @@ def _of_list(items: Sequence[Any], tools: list[Any]) -> Iterator[Message]:
     while len(items) == 1 and isinstance(items[0], list):
         items = items[0]
     for item in items:
-        item = parsed(item)
+        item = parse_value(item)
         if not isinstance(item, Mapping):
             raise UnknownFormError
         piece = responses_item(item)
@@ -156,7 +157,7 @@ def _of_list(items: Sequence[Any], tools: list[Any]) -> Iterator[Message]:
         if turn is not None:
             yield turn
             turn = None
-        message = piece or message_of(unwrap_langchain(item), tools)
+        message = piece or read_message(unwrap_langchain(item), tools)
         if message:
             yield message
     if turn is not None:

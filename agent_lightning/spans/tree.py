@@ -9,8 +9,8 @@ from typing import Any
 
 from agent_lightning.spans.attributes import KINDS, PRESENT, Kind
 from agent_lightning.spans.fields import first, has, is_graph_node
-from agent_lightning.spans.forms import as_json, parsed
-from agent_lightning.spans.messages import tool_result_of
+from agent_lightning.spans.message_forms import arguments_as_json, parse_value
+from agent_lightning.spans.messages import read_tool_result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +31,10 @@ class RawSpan:
     """The error message; "" if the status is not an error."""
 
 
-def kind_of(span: RawSpan) -> Kind:
+def span_kind(span: RawSpan) -> Kind:
     """What a span describes, judged by its attributes.
 
-    Example: kind_of(span with {"openinference.span.kind": "LLM"}) -> Kind.CALL
+    Example: span_kind(span with {"openinference.span.kind": "LLM"}) -> Kind.CALL
     """
     present = [kind for name, kind in PRESENT if has(span.attributes, name)]
     if Kind.REWARD in present:
@@ -45,7 +45,7 @@ def kind_of(span: RawSpan) -> Kind:
             return kinds[value]
     if present:
         return present[0]
-    if tool_result_of(first(span.attributes, "result")) is not None:
+    if read_tool_result(first(span.attributes, "result")) is not None:
         return Kind.TOOL
     return Kind.AGENT if is_graph_node(span.name, span.attributes) else Kind.OTHER
 
@@ -82,7 +82,7 @@ class SpanTree:
         # before its parent, and stays before it.
         self.spans = sorted(spans, key=lambda span: (span.started_at, depth[span.span_id], span.span_id))
         self.by_id = by_id
-        self.kind = {span.span_id: kind_of(span) for span in spans}
+        self.kind = {span.span_id: span_kind(span) for span in spans}
         self.wrappers: dict[str, list[RawSpan]] = {}
         """Id of a model call or tool -> the spans around it that describe the same event, the nearest first."""
         self.kept_id: dict[str, str] = {}
@@ -103,7 +103,7 @@ class SpanTree:
         """The spans of a kind, in the order of start."""
         return [span for span in self.spans if self.kind[span.span_id] is kind]
 
-    def told_by(self, span: RawSpan) -> list[Mapping[str, Any]]:
+    def wrapper_attributes(self, span: RawSpan) -> list[Mapping[str, Any]]:
         """The attributes of the spans around a model call or a tool that describe the same event."""
         return [wrapper.attributes for wrapper in self.wrappers.get(span.span_id, ())]
 
@@ -219,7 +219,7 @@ def arguments_of(span: RawSpan) -> str:
     Example: {"input": {"q": "x"}} -> '{"q": "x"}'
     """
     given = first(span.attributes, "arguments")
-    value = parsed(given)
+    value = parse_value(given)
     if isinstance(value, Mapping) and len(value) == 1 and isinstance(inner := next(iter(value.values())), Mapping):
         given = inner if next(iter(value)) in ("input", "inputs") else given
-    return as_json(given)
+    return arguments_as_json(given)

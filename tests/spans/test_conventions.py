@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from agent_lightning.core.types import RolloutKey, ToolStatus
 from agent_lightning.spans.attributes import FIELDS, KINDS, PRESENT, Kind
-from agent_lightning.spans.conventions import REASONS, Traced, read
-from agent_lightning.spans.tree import RawSpan, kind_of
+from agent_lightning.spans.conventions import REASONS, TraceContent, read_spans
+from agent_lightning.spans.tree import RawSpan, span_kind
 
 KEY = RolloutKey(split="train", group=0, index=0)
 
@@ -39,18 +39,18 @@ def agent(identity: str, name: str, parent: str = "") -> RawSpan:
     return span(identity, parent, gen_ai__operation__name="invoke_agent", gen_ai__agent__name=name)
 
 
-def ids(traced: Traced) -> list[str]:
+def ids(traced: TraceContent) -> list[str]:
     return [call.call_id for call in traced.calls]
 
 
 @pytest.mark.parametrize(("name", "value", "kind"), [(n, v, k) for n, kinds in KINDS for v, k in kinds.items()])
 def test_a_span_is_what_an_attribute_of_the_table_says(name: str, value: str, kind: Kind) -> None:
-    assert kind_of(span("s", **{name: value})) is kind
+    assert span_kind(span("s", **{name: value})) is kind
 
 
 @pytest.mark.parametrize(("name", "kind"), PRESENT)
 def test_a_span_is_what_the_presence_of_an_attribute_says(name: str, kind: Kind) -> None:
-    assert kind_of(span("s", **{name.replace("*", "0.value"): "1"})) is kind
+    assert span_kind(span("s", **{name.replace("*", "0.value"): "1"})) is kind
 
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -135,7 +135,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_messages_is_read_into_openais(form: str) -> None:
-    traced = read([span("s", **FORMS[form])], KEY)
+    traced = read_spans([span("s", **FORMS[form])], KEY)
     (call,) = traced.calls
     assert not traced.refused
     assert json.loads(call.request) == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "6*7?"}]
@@ -147,7 +147,7 @@ def test_every_form_of_messages_is_read_into_openais(form: str) -> None:
 
 def test_the_agent_of_a_call_is_the_nearest_above_it() -> None:
     spans = [agent("a", "writer"), agent("b", "checker", "a"), span("x", "b"), chat("1", "a"), chat("2", "x", at=1.0)]
-    traced = read(spans, KEY)
+    traced = read_spans(spans, KEY)
     assert [(call.agent, call.parent_id) for call in traced.calls] == [("writer", "a"), ("checker", "b")]
     assert [(one.name, one.parent_id) for one in traced.agents] == [("writer", ""), ("checker", "a")]
 
@@ -157,7 +157,7 @@ def test_a_call_around_a_call_is_one_call_with_what_both_say() -> None:
     middle = span("middle", "outer")
     inner = span("inner", "middle", at=1.0, gen_ai__operation__name="chat", gen_ai__usage__input_tokens=3)
     tool = span("t", "outer", at=2.0, gen_ai__operation__name="execute_tool", gen_ai__tool__name="f")
-    traced = read([outer, middle, inner, tool], KEY)
+    traced = read_spans([outer, middle, inner, tool], KEY)
     (call,) = traced.calls
     assert (call.call_id, call.model, call.started_at) == ("r1", "m", 1.0)
     assert json.loads(call.reply)["content"] == "hello"
@@ -167,25 +167,25 @@ def test_a_call_around_a_call_is_one_call_with_what_both_say() -> None:
 
 def test_a_call_under_a_tool_under_a_call_is_a_call_of_its_own() -> None:
     tool = span("t", "1", at=1.0, gen_ai__operation__name="execute_tool", gen_ai__tool__name="ask")
-    traced = read([chat("1"), tool, chat("2", "t", at=2.0)], KEY)
+    traced = read_spans([chat("1"), tool, chat("2", "t", at=2.0)], KEY)
     assert [(call.call_id, call.parent_id) for call in traced.calls] == [("1", ""), ("2", "t")]
 
 
 def test_several_calls_in_one_wrapper_are_all_kept() -> None:
     wrapper = chat("w", **{"gen_ai.response.id": "last"})
-    assert ids(read([wrapper, chat("1", "w", at=1.0), chat("2", "w", at=2.0)], KEY)) == ["1", "2"]
+    assert ids(read_spans([wrapper, chat("1", "w", at=1.0), chat("2", "w", at=2.0)], KEY)) == ["1", "2"]
 
 
 def test_two_instrumentors_of_one_library_tell_of_one_call() -> None:
     bare = span("1", at=1.0, to=2.0, gen_ai__operation__name="chat", gen_ai__response__id="x", llm__model_name="m")
     told = chat("2", at=1.1, **{"gen_ai.response.id": "x"})
-    (call,) = read([bare, told], KEY).calls
+    (call,) = read_spans([bare, told], KEY).calls
     assert (call.call_id, call.model, json.loads(call.reply)["content"]) == ("x", "m", "hello")
 
 
 def test_a_reply_id_for_the_second_time_names_nothing() -> None:
     spans = [chat("1", **{"gen_ai.response.id": "x"}), chat("2", at=10.0, **{"gen_ai.response.id": "x"})]
-    assert ids(read(spans, KEY)) == ["x", "2"]
+    assert ids(read_spans(spans, KEY)) == ["x", "2"]
 
 
 def test_disorder_is_put_in_order_or_counted() -> None:
@@ -194,7 +194,7 @@ def test_disorder_is_put_in_order_or_counted() -> None:
     late = RawSpan(span_id="late", name="", started_at=2.0, ended_at=3.0, attributes=late.attributes)
     spans = [chat("3", at=5.0), early_child, late, chat("orphan", "nobody", at=0.5)]
     spans += [chat("3", at=5.0), chat("x", "y", at=7.0), span("y", "x"), chat("never", at=math.nan)]
-    traced = read(spans, KEY)
+    traced = read_spans(spans, KEY)
     assert [(call.call_id, call.parent_id) for call in traced.calls] == [
         ("orphan", ""),
         ("child", "late"),
@@ -225,7 +225,7 @@ def test_a_tool_is_of_the_call_whose_reply_asked_for_it() -> None:
         tool("only one", 3.0, gen_ai__tool__call__arguments='{"x": 4}', gen_ai__tool__call__result=""),
         tool("not asked for", 4.0, gen_ai__tool__call__arguments="{}", gen_ai__tool__call__result="[]"),
     ]
-    found = [(t.call_id, t.tool_call_id, t.arguments, t.result, t.status) for t in read(spans, KEY).tools]
+    found = [(t.call_id, t.tool_call_id, t.arguments, t.result, t.status) for t in read_spans(spans, KEY).tools]
     assert found == [
         ("1", "b", '{"x":2}', "two", ToolStatus.OK),
         ("1", "a", '{"x":1}', "TimeoutError: timed out", ToolStatus.TIMEOUT),
@@ -255,7 +255,7 @@ def test_rewards_are_of_our_client_and_of_agent_lightning_and_finite() -> None:
             },
         ),
     ]
-    traced = read(spans, KEY)
+    traced = read_spans(spans, KEY)
     assert [(one.span_id, one.name, one.value, one.about, one.at) for one in traced.rewards] == [
         ("p", "format", 0.5, "r1", 1.0),
         ("q", "reward", 1.0, "chatcmpl-elsewhere", 2.0),
@@ -282,7 +282,7 @@ def test_tokens_in_a_trace_are_kept_where_they_can_be(
     prompt: Any, response: Any, logprobs: Any, kept: list[float], reason: str | None
 ) -> None:
     tokens = {"agl.prompt_token_ids": prompt, "agl.response_token_ids": response, "agl.logprobs": logprobs}
-    traced = read([chat("1", **tokens)], KEY)
+    traced = read_spans([chat("1", **tokens)], KEY)
     (call,) = traced.calls
     assert call.logprob_T.tolist() == pytest.approx(kept, nan_ok=True)
     assert call.response_T.tolist() == ([3, 4] if kept else [])
@@ -291,7 +291,7 @@ def test_tokens_in_a_trace_are_kept_where_they_can_be(
 
 def test_a_request_or_reply_that_is_not_understood_is_empty_and_counted() -> None:
     bad = {"gen_ai.input.messages": '{"content": "role"}', "gen_ai.output.messages": '[{"role": "assistant"}]'}
-    traced = read([chat("1", **bad), chat("2", at=1.0, **bad, error="APIError: overloaded")], KEY)
+    traced = read_spans([chat("1", **bad), chat("2", at=1.0, **bad, error="APIError: overloaded")], KEY)
     assert [(call.request, call.reply, call.error) for call in traced.calls] == [
         ("", "", ""),
         ("", "", "APIError: overloaded"),
@@ -331,9 +331,9 @@ spans_of_anybody = st.builds(
 @settings(max_examples=500)
 @given(st.lists(spans_of_anybody, max_size=6), st.randoms())
 def test_any_spans_in_any_order_give_the_same_without_a_crash(spans: list[RawSpan], random: Any) -> None:
-    traced = read(spans, KEY)
+    traced = read_spans(spans, KEY)
     random.shuffle(spans)
-    again = read(spans, KEY)
+    again = read_spans(spans, KEY)
     assert dict(again.refused) == dict(traced.refused)
     assert repr(replace(again, refused={})) == repr(replace(traced, refused={}))
     assert set(traced.refused) <= set(REASONS)
@@ -346,7 +346,8 @@ def test_any_spans_in_any_order_give_the_same_without_a_crash(spans: list[RawSpa
 def test_text_nested_without_end_is_no_crash() -> None:
     deep = "[" * 900 + "]" * 900
     attributes = {"gen_ai.input.messages": deep, "gen_ai.output.messages": deep, "gen_ai.tool.definitions": deep}
-    assert len(read([chat("1", **attributes), span("t", gen_ai__tool__name="f", input__value=deep)], KEY).calls) == 1
+    spans = [chat("1", **attributes), span("t", gen_ai__tool__name="f", input__value=deep)]
+    assert len(read_spans(spans, KEY).calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -362,7 +363,7 @@ def test_a_tool_in_a_tool_is_one_use_where_name_and_arguments_agree(inner: dict[
     outer = {"openinference__span__kind": "TOOL", "tool__name": "f", "tool__parameters": '{"a": 1}'}
     around = span("out", at=1, to=4, output__value="7", **outer)
     within = {"gen_ai__operation__name": "execute_tool", "gen_ai__tool__name": "f", **inner}
-    seen = read([around, span("in", "out", at=2, to=3, **within)], KEY).tools
+    seen = read_spans([around, span("in", "out", at=2, to=3, **within)], KEY).tools
     assert [tool.span_id for tool in seen] == tools
     if tools == ["in"]:
         assert (seen[0].arguments, seen[0].result, seen[0].started_at) == ('{"a": 1}', "7", 2.0)
@@ -371,5 +372,5 @@ def test_a_tool_in_a_tool_is_one_use_where_name_and_arguments_agree(inner: dict[
 def test_langchain_s_agent_has_its_own_name_and_not_its_node_s() -> None:
     node = '{"langgraph_node": "model", "lc_agent_name": "adder"}'
     spans = [span("n", name="model", metadata=node), chat("c", "n", metadata=node)]
-    assert read(spans, KEY).calls[0].agent == "adder"
-    assert [agent.name for agent in read(spans, KEY).agents] == ["adder"]
+    assert read_spans(spans, KEY).calls[0].agent == "adder"
+    assert [agent.name for agent in read_spans(spans, KEY).agents] == ["adder"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from agent_lightning.core.types import ModelCall, ToolCall, ToolStatus, Trajectory
-from agent_lightning.spans.forms import text_of
+from agent_lightning.spans.message_forms import to_text
 from agent_lightning.spans.traces.imports import Imported, Report, conversations, read_files
 
 TRACES = Path(os.environ.get("AGL_DATA", Path(__file__).parents[3] / "shared" / "data")) / "traces"
@@ -353,7 +353,7 @@ def test_recorded_calls_are_rollouts_of_one_call_each() -> None:
     for line, rollout in zip(lines, report.rollouts, strict=True):
         (call,) = rollout.trajectory.calls
         choice = line["response"]["choices"][0]
-        sent = [text_of(message.get("content")) for message in line["request"]["messages"]]
+        sent = [to_text(message.get("content")) for message in line["request"]["messages"]]
         assert [message["content"] or "" for message in json.loads(call.request)] == sent
         assert (call.call_id, call.model) == (line["response"]["id"], line["response"]["model"])
         assert call.finish_reason == choice["finish_reason"]

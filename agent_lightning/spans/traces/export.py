@@ -20,8 +20,8 @@ from agent_lightning.core.files import replacing
 from agent_lightning.core.text import hide_attempt_secrets, one_line
 from agent_lightning.core.types import AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus, Trajectory
 from agent_lightning.spans import otlp
-from agent_lightning.spans.forms import Message, parsed
-from agent_lightning.spans.messages import answer, conversation
+from agent_lightning.spans.message_forms import Message, parse_value
+from agent_lightning.spans.messages import read_reply, read_request
 from agent_lightning.spans.tree import RawSpan
 
 Format = Literal["jsonl", "otlp"]
@@ -151,7 +151,7 @@ def _call_span(call: ModelCall, root: str) -> RawSpan:
 
 def _messages(call: ModelCall) -> dict[str, str]:
     """The messages of a call in the form of the conventions, and the exact text if reading that form changes it."""
-    request, reply = parsed(call.request), parsed(call.reply)
+    request, reply = parse_value(call.request), parse_value(call.reply)
     attributes: dict[str, str] = {}
     if isinstance(request, list):
         parts = [_with_parts(message) for message in request if isinstance(message, Mapping)]
@@ -159,10 +159,10 @@ def _messages(call: ModelCall) -> dict[str, str]:
     if isinstance(reply, Mapping):
         finish = {"finish_reason": call.finish_reason} if call.finish_reason else {}
         attributes["gen_ai.output.messages"] = json.dumps([{**_with_parts(reply), **finish}], ensure_ascii=False)
-    if call.request and conversation(attributes.get("gen_ai.input.messages")) != (request, []):
+    if call.request and read_request(attributes.get("gen_ai.input.messages")) != (request, []):
         attributes["agl.request"] = call.request
     before = request if isinstance(request, list) else ()
-    if call.reply and answer(attributes.get("gen_ai.output.messages"), before) != reply:
+    if call.reply and read_reply(attributes.get("gen_ai.output.messages"), before) != reply:
         attributes["agl.reply"] = call.reply
     return attributes
 

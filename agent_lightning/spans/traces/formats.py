@@ -35,7 +35,7 @@ _MAX_BYTES, _MAX_SPANS = 2**31, 10**7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class FileTrace:
     """A trace in a file, before the meaning of its spans is read."""
 
     name: str
@@ -60,7 +60,7 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: {error.strerror}") from None
 
 
-def sources(body: bytes) -> tuple[tuple[str, ...], list[Source], Counter[str]]:
+def read_traces(body: bytes) -> tuple[tuple[str, ...], list[FileTrace], Counter[str]]:
     """The formats that occur in a file, its traces, and the number of refused lines and records for each reason."""
     refused: Counter[str] = Counter()
     try:
@@ -98,13 +98,13 @@ def _records(text: str, refused: Counter[str]) -> list[Any] | None:
     return [value for value in values if value is not None]
 
 
-Adapter = Callable[[Sequence[Mapping[str, Any]], Counter[str]], list[Source]]
+Adapter = Callable[[Sequence[Mapping[str, Any]], Counter[str]], list[FileTrace]]
 
 
-def _each(read: Callable[[Mapping[str, Any], Counter[str]], Source]) -> Adapter:
+def _each(read: Callable[[Mapping[str, Any], Counter[str]], FileTrace]) -> Adapter:
     """The adapter of a format in which each record is a trace, from a function that reads one record."""
 
-    def adapt(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[Source]:
+    def adapt(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[FileTrace]:
         sources = []
         for record in records:
             try:
@@ -116,29 +116,29 @@ def _each(read: Callable[[Mapping[str, Any], Counter[str]], Source]) -> Adapter:
     return adapt
 
 
-def _otlp_records(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[Source]:
+def _otlp_records(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[FileTrace]:
     resources = [part for record in records for part in record["resourceSpans"] or () if isinstance(part, Mapping)]
     return _otlp(json.dumps({"resourceSpans": resources}).encode(), otlp.JSON, refused) if resources else []
 
 
-def _otlp(body: bytes, content_type: str, refused: Counter[str]) -> list[Source]:
+def _otlp(body: bytes, content_type: str, refused: Counter[str]) -> list[FileTrace]:
     traces, counted = otlp.decode(body, content_type=content_type, max_bytes=_MAX_BYTES, max_spans=_MAX_SPANS)
     refused.update(counted)
     return [_otlp_trace(name, spans) for name, spans in traces.items()]
 
 
-def _otlp_trace(name: str, spans: tuple[RawSpan, ...]) -> Source:
+def _otlp_trace(name: str, spans: tuple[RawSpan, ...]) -> FileTrace:
     """The source of a trace, with the rollout's own data if the trace is our own export."""
     root = next((span for span in spans if "agl.rollout.id" in span.attributes), None)
     if root is None:
-        return Source(name=name, spans=spans)
+        return FileTrace(name=name, spans=spans)
     about = {key.removeprefix("agl.rollout."): value for key, value in root.attributes.items()}
     try:
         key = RolloutKey.parse(str(about["id"]), int(about["attempt"]))
         outcome = Outcome(about["outcome"])
     except (LookupError, ValueError, TypeError):
-        return Source(name=name, spans=spans)
-    return Source(
+        return FileTrace(name=name, spans=spans)
+    return FileTrace(
         name=name,
         spans=spans,
         key=key,
@@ -150,12 +150,12 @@ def _otlp_trace(name: str, spans: tuple[RawSpan, ...]) -> Source:
     )
 
 
-def _own(record: Mapping[str, Any], refused: Counter[str]) -> Source:
+def _own(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
     trajectory = from_row(record)
-    return Source(name=trajectory.key.rollout_id, key=trajectory.key, trajectory=trajectory)
+    return FileTrace(name=trajectory.key.rollout_id, key=trajectory.key, trajectory=trajectory)
 
 
-def _langfuse(record: Mapping[str, Any], refused: Counter[str]) -> Source:
+def _langfuse(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
     trace = record.get("trace") if isinstance(record.get("trace"), Mapping) else record
     assert isinstance(trace, Mapping)
     name = str(trace.get("id") or "")
@@ -169,7 +169,7 @@ def _langfuse(record: Mapping[str, Any], refused: Counter[str]) -> Source:
         attributes = {f"agl.reward.{part}": value for part, value in about.items()}
         identity = str(score.get("id") or f"{name}/score/{number}")
         spans.append(RawSpan(span_id=identity, name="score", started_at=at, ended_at=at, attributes=attributes))
-    return Source(name=name, spans=tuple(spans))
+    return FileTrace(name=name, spans=tuple(spans))
 
 
 def _observation(record: Mapping[str, Any]) -> RawSpan:
@@ -197,7 +197,7 @@ def _observation(record: Mapping[str, Any]) -> RawSpan:
     )
 
 
-def _langsmith(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[Source]:
+def _langsmith(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[FileTrace]:
     """The traces in LangSmith's batches of runs that start (post) and end (patch), or in its exported runs."""
     runs: dict[str, dict[str, Any]] = {}
     for record in records:
@@ -213,7 +213,7 @@ def _langsmith(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> l
             traces.setdefault(str(run.get("trace_id") or identity), []).append(_run(identity, run))
         except (LookupError, TypeError, ValueError, AttributeError):
             refused["a damaged record"] += 1
-    return [Source(name=name, spans=tuple(spans)) for name, spans in traces.items()]
+    return [FileTrace(name=name, spans=tuple(spans)) for name, spans in traces.items()]
 
 
 def _run(identity: str, run: Mapping[str, Any]) -> RawSpan:
@@ -243,7 +243,7 @@ def _run(identity: str, run: Mapping[str, Any]) -> RawSpan:
     )
 
 
-def _agent_lightning(record: Mapping[str, Any], refused: Counter[str]) -> Source:
+def _agent_lightning(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
     rollout, spans = record["rollout"], []
     name, reward, output = str(rollout["rollout_id"]), None, ""
     chosen = rollout.get("succeeded_attempt_id")
@@ -259,7 +259,7 @@ def _agent_lightning(record: Mapping[str, Any], refused: Counter[str]) -> Source
             reward = _finite(data.get("value"))
             refused["a reward that is not a finite number"] += reward is None
     ended = {"succeeded": Outcome.FINISHED, "cancelled": Outcome.CANCELLED}
-    return Source(
+    return FileTrace(
         name=name,
         spans=tuple(spans),
         reward=reward,
@@ -269,10 +269,10 @@ def _agent_lightning(record: Mapping[str, Any], refused: Counter[str]) -> Source
     )
 
 
-def _recorded(record: Mapping[str, Any], refused: Counter[str]) -> Source:
+def _recorded(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
     """The trace of a request to an OpenAI server and its response, as caches and proxies keep them."""
     span = _request("0", record["request"], record["response"], record["response"].get("created") or 0.0)
-    return Source(name=str(record["response"].get("id") or "recorded"), spans=(span,))
+    return FileTrace(name=str(record["response"].get("id") or "recorded"), spans=(span,))
 
 
 def _request(identity: str, request: Mapping[str, Any], response: Any, at: float) -> RawSpan:

@@ -13,10 +13,10 @@ from typing import Any
 from agent_lightning.core.files import write_text
 from agent_lightning.core.types import RolloutKey, ToolCall, Trajectory
 from agent_lightning.credit.tools import tool_calls
-from agent_lightning.spans.conventions import read
-from agent_lightning.spans.messages import answer, conversation
+from agent_lightning.spans.conventions import read_spans
+from agent_lightning.spans.messages import read_reply, read_request
 from agent_lightning.spans.traces.export import to_line
-from agent_lightning.spans.traces.formats import Source, read_bytes, sources
+from agent_lightning.spans.traces.formats import FileTrace, read_bytes, read_traces
 
 REASONS = {
     "a trace without model calls": "there is nothing to learn from it",
@@ -56,7 +56,7 @@ def read_files(paths: Sequence[Path]) -> list[Report]:
 
     Example: read_files([Path("trace.json")])[0].rollouts[0].trajectory.calls
     """
-    files = [(path, *sources(read_bytes(path))) for path in paths]
+    files = [(path, *read_traces(read_bytes(path))) for path in paths]
     known = {source.key.group for _, _, traces, _ in files for source in traces if source.key}
     numbers = (number for number in range(10**9) if number not in known)
     taken: set[RolloutKey] = set()
@@ -100,8 +100,8 @@ def conversations(rollouts: Sequence[Imported]) -> Iterator[dict[str, Any]]:
     continued: set[str] = set()
     for rollout in rollouts:
         for call in rollout.trajectory.calls:
-            request = conversation(call.request)
-            reply = answer(call.reply, request[0]) if request else None
+            request = read_request(call.request)
+            reply = read_reply(call.reply, request[0]) if request else None
             if request is None or reply is None or call.error or call.finish_reason in _UNFINISHED:
                 continue
             messages = [{**message, "content": message["content"] or ""} for message in (*request[0], reply)]
@@ -116,11 +116,11 @@ def conversations(rollouts: Sequence[Imported]) -> Iterator[dict[str, Any]]:
     yield from (row for text, row in rows.items() if text not in continued)
 
 
-def _import(source: Source, key: RolloutKey, refused: Counter[str]) -> Imported:
+def _import(source: FileTrace, key: RolloutKey, refused: Counter[str]) -> Imported:
     if source.trajectory is not None:
         tokens = sum(call.prompt_T.size + call.response_T.size for call in source.trajectory.calls)
         return Imported(trajectory=source.trajectory, num_tokens=tokens)
-    traced = read(source.spans, key)
+    traced = read_spans(source.spans, key)
     refused.update(traced.refused)
     # Requests and replies may show tool calls that have no span; our own export has a span for each.
     shown = {(tool.call_id, tool.tool_call_id) for tool in traced.tools}

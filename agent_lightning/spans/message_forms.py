@@ -27,22 +27,22 @@ _MAX_DEPTH = 64
 """Deepest nesting of a value that is parsed: deeper values would exhaust the stack of recursive functions."""
 
 
-def parsed(value: Any) -> Any:
+def parse_value(value: Any) -> Any:
     """The value of a text that is JSON, or a dict or list in Python's notation; any other value unchanged."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
         return value
-    for read in (json.loads, ast.literal_eval):
+    for parse in (json.loads, ast.literal_eval):
         try:
-            content = read(value)
+            content = parse(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
         return value if is_deeper(content, _MAX_DEPTH) else content
     return value
 
 
-def text_of(value: Any) -> str:
+def to_text(value: Any) -> str:
     """A tool's arguments or result as text: messages and content blocks are unpacked, other values become JSON."""
-    content = parsed(value)
+    content = parse_value(value)
     if isinstance(content, Mapping):
         content = _unwrap_result(content)
     if isinstance(content, list) and content and all(_is_text(part) for part in content):
@@ -71,10 +71,10 @@ def _is_text(part: Any) -> bool:
     return part.get("type", "text") in ("text", "input_text", "output_text", "summary_text", "refusal")
 
 
-def as_json(arguments: Any) -> str:
+def arguments_as_json(arguments: Any) -> str:
     """Arguments as JSON text. Text of the model stays as it is, unless it is in Python's notation."""
     if isinstance(arguments, str):
-        value = parsed(arguments)
+        value = parse_value(arguments)
         if isinstance(value, str) or _is_json(arguments):
             return arguments
         arguments = value
@@ -89,7 +89,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def message_of(item: Mapping[str, Any], tools: list[Any]) -> Message | None:
+def read_message(item: Mapping[str, Any], tools: list[Any]) -> Message | None:
     """A message in OpenAI's form; None if the item is the definition of a tool, which is added to `tools`."""
     if "toolName" in item or item.get("type") in ("tool_call", "tool-call", "tool_use", "function"):
         return {"role": "assistant", "content": None, "tool_calls": [_tool_call(item)]}
@@ -111,7 +111,7 @@ def message_of(item: Mapping[str, Any], tools: list[Any]) -> Message | None:
     if isinstance(blocks, list):
         message = _of_parts(role, blocks)
     elif content is not None and not isinstance(content, str):
-        message["content"] = text_of(content)
+        message["content"] = to_text(content)
     return _with_tools(message, name, item)
 
 
@@ -140,7 +140,7 @@ def _of_parts(role: str, parts: Sequence[Any]) -> Message:
     texts: list[str] = []
     kept: list[Any] = []
     message: Message = {"role": role}
-    for part in map(parsed, parts):
+    for part in map(parse_value, parts):
         if isinstance(part, str) or _is_text(part):
             texts.append(part if isinstance(part, str) else str(part.get("text", part.get("content"))))
             kept.append({"type": "text", "text": texts[-1]})
@@ -153,7 +153,7 @@ def _of_parts(role: str, parts: Sequence[Any]) -> Message:
         elif result is not None:
             message |= {"role": "tool", **result}
         elif kind in ("thinking", "reasoning"):
-            thought = text_of(part.get("thinking") or part.get("text") or part.get("content"))
+            thought = to_text(part.get("thinking") or part.get("text") or part.get("content"))
             message["reasoning_content"] = message.get("reasoning_content", "") + thought
         elif kind in _KEPT_PARTS:
             kept.append(dict(part))
@@ -175,7 +175,7 @@ def _result_part(part: Mapping[str, Any]) -> Message | None:
     """The fields of a tool message in a part; None if the part is something else."""
     response = part.get("function_response") or part.get("functionResponse")
     if isinstance(response, Mapping):
-        result = {"content": text_of(response.get("response")), "name": str(response.get("name") or "")}
+        result = {"content": to_text(response.get("response")), "name": str(response.get("name") or "")}
         return result | {"tool_call_id": str(response.get("id") or "")}
     if part.get("type") not in ("tool_call_response", "tool-result", "tool_result"):
         return None
@@ -183,7 +183,7 @@ def _result_part(part: Mapping[str, Any]) -> Message | None:
     if isinstance(value, Mapping) and set(value) == {"type", "value"}:
         value = value["value"]
     identity = part.get("id") or part.get("toolCallId") or part.get("tool_use_id")
-    return {"content": text_of(value), "tool_call_id": str(identity or "")}
+    return {"content": to_text(value), "tool_call_id": str(identity or "")}
 
 
 def _tool_call(call: Mapping[str, Any]) -> Message:
@@ -194,12 +194,13 @@ def _tool_call(call: Mapping[str, Any]) -> Message:
         raise UnknownFormError
     arguments = next((function[k] for k in ("arguments", "args", "input", "parameters") if k in function), "{}")
     identity = call.get("call_id") or call.get("id") or call.get("toolCallId")
-    return {"id": str(identity or ""), "type": "function", "function": {"name": name, "arguments": as_json(arguments)}}
+    plain = {"name": name, "arguments": arguments_as_json(arguments)}
+    return {"id": str(identity or ""), "type": "function", "function": plain}
 
 
 def _calls_in_text(content: Any) -> list[Message]:
     """The tool calls that Koog writes as JSON into the text of a message."""
-    value = parsed(content) if isinstance(content, str) and content.startswith("[{") else None
+    value = parse_value(content) if isinstance(content, str) and content.startswith("[{") else None
     calls = value if isinstance(value, list) else []
     named = [call for call in calls if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping)]
     return [_tool_call(call) for call in named] if named and len(named) == len(calls) else []
@@ -211,13 +212,13 @@ def responses_item(item: Mapping[str, Any]) -> Message | None:
     if kind == "function_call":
         return {"role": "assistant", "content": None, "tool_calls": [_tool_call(item)]}
     if kind == "function_call_output":
-        content = text_of(item.get("output"))
+        content = to_text(item.get("output"))
         return {"role": "tool", "content": content, "tool_call_id": str(item.get("call_id") or "")}
     if kind == "reasoning" and "role" not in item:
-        thought = text_of(item.get("summary") or item.get("content"))
+        thought = to_text(item.get("summary") or item.get("content"))
         return {"role": "assistant", "content": None} | ({"reasoning_content": thought} if thought else {})
     if kind == "message" and item.get("role") == "assistant":
-        return message_of(item, [])
+        return read_message(item, [])
     return None
 
 
