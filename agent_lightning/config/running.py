@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from agent_lightning.config.learning import refuse_unread
 from agent_lightning.config.section import AtLeast0, AtLeast1, NotNegative, Positive, Section
@@ -18,8 +18,7 @@ OnWeightUpdate = Literal["wait", "restart", "keep"]
 WandbMode = Literal["offline", "online", "disabled"]
 
 SOURCE_FIELDS: Final = {
-    "generated": {"target", "num", "seed", "split"},
-    "calcx": {"names", "num", "seed"},
+    "generated": {"target", "names", "num", "seed", "split"},
     "jsonl": {"path", "num", "seed"},
     "hub": {"path", "name", "split", "question_field", "result_field", "num", "seed"},
 }
@@ -29,14 +28,14 @@ SOURCE_FIELDS: Final = {
 class SourceConfig(Section):
     """The tasks of one split. A key that the kind of source does not read must be left out."""
 
-    kind: Literal["generated", "calcx", "jsonl", "hub"] = "jsonl"
-    """generated: rows from a function; calcx: normalised Calc-X files under data.root; jsonl: a file with a JSON object
-    a line; hub: a Hugging Face data set, by its id or as a local folder."""
+    kind: Literal["generated", "jsonl", "hub"] = "jsonl"
+    """generated: rows from a function; jsonl: a file with a JSON object a line; hub: a Hugging Face data set, by its id
+    or as a local folder."""
     target: str | None = None
-    """generated: "path/to/file.py:function", called with seed, num, split and, if it takes that, root; each row that it
-    returns has an "id"."""
+    """generated: "path/to/file.py:function", called with seed, num, split and, if it takes them, root and names; each
+    row that it returns has an "id"."""
     names: tuple[str, ...] = ()
-    """calcx: the parts of Calc-X, such as [mawps_train]."""
+    """generated: parts of the data, such as [mawps_train] of Calc-X, for a function that takes names."""
     path: str | None = None
     """jsonl: the file, .jsonl or .jsonl.gz; hub: the data set's id or folder."""
     name: str | None = None
@@ -52,12 +51,20 @@ class SourceConfig(Section):
     seed: AtLeast0 | None = None
     """Seed of the drawing, or of the generating function; null: 0."""
 
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _refuse_calcx(cls, kind: object) -> object:
+        """Raise ConfigError for a kind of earlier versions."""
+        if kind == "calcx":
+            raise ConfigError("kind=calcx is now data=calcx_mawps, which data.train.names and data.val.names change")
+        return kind
+
 
 class DataConfig(Section):
     """The tasks that are trained on, and those that are held out."""
 
     root: str = "data"
-    """Folder of the calcx files, and of what a generating function reads."""
+    """Folder of the files that a generating function reads."""
     val_group_by: str | None = None
     """A field of the held-out tasks, such as difficulty: their reward is also reported for each of its values."""
     train: SourceConfig = SourceConfig()

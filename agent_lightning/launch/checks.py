@@ -196,14 +196,16 @@ def load_tasks(config: Config, split: Split) -> list[Task]:
 
 
 def _load(config: Config, source: SourceConfig, where: str) -> list[Task]:
-    if source.kind == "calcx":
-        return tasks.load_calcx(config.data.root, source.names)
     if source.kind == "generated":
         if source.target is None or source.num is None:
             raise ConfigError(f"{where}: kind=generated needs target and num")
         rows = cast(Any, agents.load(source.target))
-        root = {"root": config.data.root} if "root" in signature(rows).parameters else {}
-        return tasks.make(rows, seed=source.seed or 0, num=source.num, split=source.split or "train", **root)
+        parameters = signature(rows).parameters
+        if source.names and "names" not in parameters:
+            raise ConfigError(f"{where}.names={list(source.names)}: not read by {source.target}; remove it")
+        optional = {"root": config.data.root, "names": source.names}
+        arguments = {name: value for name, value in optional.items() if name in parameters}
+        return tasks.make(rows, seed=source.seed or 0, num=source.num, split=source.split or "train", **arguments)
     if source.path is None:
         raise ConfigError(f"{where}.path: kind={source.kind} needs it")
     if source.kind == "jsonl":

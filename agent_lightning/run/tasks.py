@@ -2,7 +2,7 @@
 
 Example:
 
-    tasks = load_calcx("data/calcx", ["mawps_train"])
+    tasks = load_jsonl("data/train.jsonl")
     cursor = TaskCursor(seed=0)
     cursor.next(tasks, 8)  # the next eight tasks, epoch after epoch
 """
@@ -25,7 +25,7 @@ from agent_lightning.core.errors import DataError
 from agent_lightning.core.text import one_line
 from agent_lightning.core.types import Task
 
-_FIX_ROOT = "set data.root to the folder that holds it"
+FIX_ROOT = "set data.root to the folder that holds it"
 
 
 def load_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> list[Task]:
@@ -58,27 +58,6 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     for number, line in _lines(path):
         yield number, _row(line, f"{path}:{number}")
-
-
-def load_calcx(root: str | Path, names: Sequence[str]) -> list[Task]:
-    """Parts of Calc-X in the normalised layout: `{root}/{name}.jsonl` or `.jsonl.gz`, one after another.
-
-    Rows have id, question and result; a question is a text, a result a text such as "42", "3/4" or "B".
-    Raises DataError as `load_jsonl`, and where two parts share an id.
-    """
-    tasks: list[Task] = []
-    part_of: dict[str, str] = {}
-    for name in names:
-        plain = Path(root) / f"{name}.jsonl"
-        packed = Path(root) / f"{name}.jsonl.gz"
-        if not plain.exists() and not packed.exists():
-            raise DataError(f"{plain}[.gz] does not exist; {_FIX_ROOT}")
-        for task in load_jsonl(plain if plain.exists() else packed, required=("id", "question", "result")):
-            if task.task_id in part_of:
-                raise DataError(f"{name}: id {task.task_id!r} is also in {part_of[task.task_id]}")
-            part_of[task.task_id] = name
-            tasks.append(task)
-    return tasks
 
 
 def load_hub(
@@ -188,11 +167,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 if line.strip():
                     yield number, line.decode()
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist; {_FIX_ROOT}") from None
+        raise DataError(f"{path} does not exist; {FIX_ROOT}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: cannot be read ({one_line(error)[:300]}); {_FIX_ROOT}") from error
+        raise DataError(f"{path}:{number}: cannot be read ({one_line(error)[:300]}); {FIX_ROOT}") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read beyond line {number} ({one_line(error)[:300]}); {_FIX_ROOT}") from error
+        raise DataError(f"{path} cannot be read beyond line {number} ({one_line(error)[:300]}); {FIX_ROOT}") from error
 
 
 def _open(path: Path) -> IO[bytes]:

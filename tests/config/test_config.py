@@ -198,9 +198,10 @@ def test_an_outcome_that_is_no_failure_is_refused() -> None:
     ("kind", "field", "value"),
     [
         ("generated", "path", "x.jsonl"),
-        ("generated", "names", ["mawps_train"]),
-        ("calcx", "target", "f.py:make"),
-        ("calcx", "split", "train"),
+        ("generated", "question_field", "q"),
+        ("jsonl", "names", ["mawps_train"]),
+        ("jsonl", "target", "f.py:make"),
+        ("jsonl", "split", "train"),
         ("jsonl", "question_field", "q"),
         ("hub", "names", ["a"]),
     ],
@@ -214,7 +215,8 @@ def test_a_source_refuses_a_field_that_it_does_not_read(kind: str, field: str, v
 
 
 def test_a_kind_of_source_that_there_is_not_is_refused() -> None:
-    assert refusal("data.train.kind=csv") == "data.train.kind=csv: must be one of generated, calcx, jsonl, hub"
+    assert refusal("data.train.kind=calcx").startswith("kind=calcx is now data=calcx_mawps, ")
+    assert refusal("data.train.kind=csv") == "data.train.kind=csv: must be one of generated, jsonl, hub"
 
 
 def test_no_experiment_is_one_line_with_the_choices() -> None:

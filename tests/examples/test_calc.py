@@ -1,6 +1,7 @@
 """The calculator example: its tool, its agent, its reward and its problems."""
 
 import asyncio
+import gzip
 import importlib.util
 import json
 import os
@@ -20,6 +21,10 @@ from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent_lightning.config.load import load as load_config
+from agent_lightning.core.errors import ConfigError, DataError
+from agent_lightning.core.types import Split
+from agent_lightning.launch.checks import load_tasks
 from agent_lightning.rollouts.agents import load as load_target
 from agent_lightning.run.tasks import load_jsonl
 
@@ -39,7 +44,9 @@ def load(name: str) -> ModuleType:
 
 
 sys.path.insert(0, str(EXAMPLE))
-agent, calculator, compare, reward, problems = map(load, ("agent", "calculator", "compare", "reward", "problems"))
+agent, calculator, compare, parts, problems, reward = map(
+    load, ("agent", "calculator", "compare", "parts", "problems", "reward")
+)
 sys.path.remove(str(EXAMPLE))
 
 
@@ -533,6 +540,57 @@ def test_redraw_keeps_what_numbers_are(seed):
 )
 def test_redraw_refuses(question, equation, result):
     assert redraw(question, equation, result) is None
+
+
+# ---- parts of Calc-X
+
+
+def write_part(path: Path, *numbers: int) -> None:
+    rows = [
+        {"id": f"a{number}", "question": f"What is {number} plus 1?", "result": str(number + 1)} for number in numbers
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
+def test_parts_are_joined(tmp_path: Path) -> None:
+    write_part(tmp_path / "first.jsonl", 1, 2)
+    write_part(tmp_path / "second.jsonl.gz", 3)
+    write_part(tmp_path / "again.jsonl", 3)
+    (tmp_path / "short.jsonl").write_text('{"id": "x", "question": "?"}')
+
+    def ids(*names: str, num: int = 9) -> list[str]:
+        return [row["id"] for row in parts.rows(root=str(tmp_path), names=names, split="first", num=num, seed=0)]
+
+    assert ids("second", "first") == ["a3", "a1", "a2"]
+    assert ids() == ["a1", "a2"]
+    assert len(ids("second", "first", num=2)) == 2
+    with pytest.raises(DataError, match="again: id 'a3' is also in second"):
+        ids("second", "again")
+    with pytest.raises(DataError, match="the row has no 'result'"):
+        ids("short")
+    with pytest.raises(DataError, match=r"third\.jsonl\[\.gz\] does not exist; set data\.root"):
+        ids("third")
+
+
+def test_calc_mawps_reads_its_parts_under_data_root(tmp_path: Path) -> None:
+    write_part(tmp_path / "mawps_train.jsonl.gz", 1, 2)
+    write_part(tmp_path / "mawps_validation.jsonl", 3)
+    write_part(tmp_path / "other.jsonl", 4)
+
+    def ids(split: Split, *overrides: str) -> list[str]:
+        config = load_config(["experiment=calc_mawps", f"data.root={tmp_path}", *overrides])
+        return [task.task_id for task in load_tasks(config, split)]
+
+    assert (ids("train"), ids("val")) == (["a1", "a2"], ["a3"])
+    assert ids("train", "data.train.num=1") in (["a1"], ["a2"])
+    assert ids("train", "data.train.names=[other,mawps_train]") == ["a4", "a1", "a2"]
+    with pytest.raises(DataError, match=r"^none/mawps_train\.jsonl\[\.gz\] does not exist; set data\.root"):
+        ids("train", "data.root=none")
+    with pytest.raises(
+        ConfigError, match=r"^data\.train\.names=\['a'\]: not read by .*problems\.py:generate; remove it$"
+    ):
+        load_tasks(load_config(["experiment=calc_tiny", "data.train.names=[a]"]), "train")
 
 
 @needs_data

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.types import Task
-from agent_lightning.run.tasks import TaskCursor, load_calcx, load_hub, load_jsonl, make, sample
+from agent_lightning.run.tasks import TaskCursor, load_hub, load_jsonl, make, sample
 
 
 def row(number: int) -> dict[str, str]:
@@ -67,20 +67,6 @@ def test_unreadable_files_say_what_to_set(tmp_path):
             load_jsonl(tmp_path / name)
     with pytest.raises(DataError, match=r"set data\.root"):
         load_jsonl(tmp_path)
-
-
-def test_calcx_joins_its_parts(tmp_path):
-    write(tmp_path / "one.jsonl", json.dumps(row(1)), json.dumps(row(2)))
-    write(tmp_path / "two.jsonl.gz", json.dumps(row(3)))
-    write(tmp_path / "again.jsonl", json.dumps(row(3)))
-    write(tmp_path / "short.jsonl", '{"id": "x", "question": "?"}')
-    assert [task.task_id for task in load_calcx(tmp_path, ["two", "one"])] == ["a3", "a1", "a2"]
-    with pytest.raises(DataError, match="again: id 'a3' is also in two"):
-        load_calcx(tmp_path, ["two", "again"])
-    with pytest.raises(DataError, match="the row has no 'result'"):
-        load_calcx(tmp_path, ["short"])
-    with pytest.raises(DataError, match=r"three\.jsonl\[\.gz\] does not exist; set data\.root"):
-        load_calcx(tmp_path, ["three"])
 
 
 OFFLINE = """
