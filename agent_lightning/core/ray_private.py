@@ -76,6 +76,10 @@ SERVE_PORTS: Final = (
 """Fixed ports by default: a second run on the machine could not start its proxy, and the fallback proxies of one run
 would answer for another."""
 
+OVER_GRPC: Final[Mapping[str, bool]] = {"_by_reference": False}
+"""Options of a Serve handle that make its calls over gRPC: as calls of actors, the answers would be stored as Ray
+objects."""
+
 TUNE_ENVIRONMENT: Final[Mapping[str, str]] = {
     # Each trial has its own files: Tune's loggers would write the same values again.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

@@ -63,8 +63,7 @@ class HandleEngine:
     """
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        # Over gRPC: as calls of actors, the answers would be stored as Ray objects.
-        self._handle = handle.options(_by_reference=False)
+        self._handle = handle.options(**ray_private.OVER_GRPC)
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
         for tries_left in range(_REPLICAS_TRIED - 1, -1, -1):

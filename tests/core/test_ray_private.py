@@ -80,6 +80,12 @@ def test_serve_has_the_calls_of_its_controller() -> None:
     assert "targets" in TargetGroup.model_fields, CHANGED + "TargetGroup"
 
 
+def test_serve_handles_can_call_over_grpc() -> None:
+    from ray.serve._private.handle_options import DynamicHandleOptions
+
+    assert set(parameters(DynamicHandleOptions)) >= ray_private.OVER_GRPC.keys(), CHANGED + "the options of a handle"
+
+
 @pytest.mark.stack
 def test_the_llm_server_has_the_methods_that_we_override() -> None:
     from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackCtx
