@@ -1,4 +1,4 @@
-"""A circuit breaker: where most of the latest rollouts fail in the same way, the run should stop and say what it is."""
+"""A circuit breaker: if most of the latest rollouts fail in the same way, the run should stop and say why."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from collections.abc import Sequence
 from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.types import Outcome, ToolCall, ToolStatus
 
-_VARIES = (
+_VARYING = (
     (re.compile(r"\b(?:https?|file|sqlite)://\S+"), "URL"),
     (re.compile(r"\"[^\"]*\"|'[^']*'|`[^`]*`"), "…"),
     (re.compile(r"(?:/[\w.+-]+){2,}/?"), "PATH"),
     (re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+(?:[.:]\d+)*", re.IGNORECASE), "#"),
 )
-"""What differs between two cases of the same error."""
+"""Parts of a message that differ between two cases of the same error, and what replaces them."""
 
 
-def same_words(error: str) -> str:
-    """An error without what changes from case to case.
+def without_details(error: str) -> str:
+    """An error message without the parts that change from case to case.
 
     Example: "ConnectionError: host 'db-7' refused 10.0.0.3:5432" -> "ConnectionError: host … refused #"
     """
-    for pattern, instead in _VARIES:
-        error = pattern.sub(instead, error)
+    for pattern, replacement in _VARYING:
+        error = pattern.sub(replacement, error)
     return " ".join(error.split())[:200]
 
 
@@ -41,29 +41,30 @@ def cause_of(outcome: Outcome, error: str, failed_tool: str = "") -> str:
     """
     if outcome is Outcome.FINISHED:
         return ""
-    return f"{outcome}: {same_words(error)}{f' (its last tool, {failed_tool})' if failed_tool else ''}"
+    return f"{outcome}: {without_details(error)}{f' (its last tool, {failed_tool})' if failed_tool else ''}"
 
 
 class Breaker:
-    """Watches the ends of attempts, one by one.
+    """Watches how attempts end.
 
     Example:
 
         breaker = Breaker(window=50, share=0.9)
-        breaker.saw("agent_error: ConnectionError: host … refused #")  # 45 of 50
+        breaker.note("agent_error: ConnectionError: host … refused #")  # 45 of 50
         breaker.tripped  # "45 of the last 50 attempts ended alike: agent_error: ConnectionError: host … refused #"
     """
 
     def __init__(self, *, window: int, share: float) -> None:
-        """`window`: attempts that are looked back on; 0: never trips. `share`: of them that end alike."""
+        """`window` is the number of latest attempts that count; with 0 the breaker never trips. `share` is the share of
+        them that must end alike for it to trip."""
         if window < 0 or not 0 < share <= 1:
             raise ConfigError(f"agent.breaker: window={window} must be at least 0, share={share} above 0 and at most 1")
         self._share = share
         self._latest: deque[str] = deque(maxlen=window)
         self._count: Counter[str] = Counter()
 
-    def saw(self, cause: str) -> None:
-        """One attempt has ended; `cause` as `cause_of` says it."""
+    def note(self, cause: str) -> None:
+        """Count the end of an attempt; `cause` comes from `cause_of`."""
         if not self._latest.maxlen:
             return
         if len(self._latest) == self._latest.maxlen:
@@ -73,7 +74,7 @@ class Breaker:
 
     @property
     def tripped(self) -> str:
-        """One line that names what the latest attempts fail of; "" where all is well, or too few have ended yet."""
+        """One line that names the failure of the latest attempts; "" if they do not fail alike, or are too few yet."""
         window = self._latest.maxlen or 0
         if not window or len(self._latest) < window:
             return ""

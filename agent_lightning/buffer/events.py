@@ -1,22 +1,94 @@
-"""What can happen in a buffer, as values: what is written to its journal, and all that changes its ledger.
+"""The events of a Buffer: what its journal records, and the only way in which its ledger changes.
 
-An event says what was decided, not what was asked: applied in order, events give the same ledger again, whatever the
-clock says and however the rules have changed since. `request` names the call of a client that may be repeated.
+An event records a decision, not a request: applied in order, the events of a journal give the same ledger again,
+whatever the clock shows and however the rules have changed since. An event class has a number in the journal, its
+fields, and `apply`, which changes the ledger; adding an event means adding a class.
+
+The field `request` names the client's call that the event answers: if the call is repeated, because its answer was
+lost, the client gets the first answer again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, TypeVar, dataclass_transform
 
-from agent_lightning.buffer.holdings import Counts, GroupState, Milestone
+from agent_lightning.buffer.state import Counts, Milestone, StoredGroup, StoredRollout, add_counts
 from agent_lightning.core.types import Ending, ModelCall, RolloutKey, Split, Task
 from agent_lightning.spans.tree import RawSpan
 
+if TYPE_CHECKING:
+    from agent_lightning.buffer.ledger import Ledger
+    from agent_lightning.buffer.segments import RecordLocation
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Admitted:
-    """A group, with all its rollouts. Where an interrupted step has left a group of this number, it goes on."""
+
+class Event(ABC):
+    """A change of a Buffer that has been decided."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
+        """Change the ledger. `location` is where the journal has the event, if there is a journal.
+
+        Decides nothing and reads no clock. Raises KeyError, IndexError or ValueError if the event does not fit the
+        events before it."""
+
+
+KINDS: Final[dict[int, type[Event]]] = {}
+"""The number of each event in a journal -> its class. A number never changes its meaning."""
+E_ = TypeVar("E_", bound=Event)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def _kind(number: int) -> Callable[[type[E_]], type[E_]]:
+    """Make a class a frozen dataclass and the event of this number."""
+
+    def register(cls: type[E_]) -> type[E_]:
+        event = dataclass(frozen=True, slots=True, kw_only=True)(cls)
+        KINDS[number] = event
+        return event
+
+    return register
+
+
+@_kind(1)
+class Base(Event):
+    """All that a ledger holds except spans, which follow as events. It is the first event of a compacted journal."""
+
+    spans: int
+    """Number of Called and Traced events that follow and are already part of `counts`."""
+    counts: Counts
+    groups: tuple[StoredGroup, ...]
+    waiting: tuple[RolloutKey, ...]
+    """The waiting rollouts, in the order in which they are leased."""
+    complete: Mapping[str, tuple[str, ...]]
+    """Split -> ids of its complete groups, in the order in which they became complete."""
+    taken: tuple[str, ...]
+    partly_advanced: int
+    """Number of rollouts of the first taken group that were trained or dropped already."""
+    checkpoint_epoch: int
+    milestones: tuple[Milestone, ...]
+    answers: tuple[tuple[str, tuple[str, ...]], ...]
+    cancelled: bool
+
+    def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
+        ledger.counts, ledger.cancelled = self.counts, self.cancelled
+        ledger.groups = {group.group_id: group for group in self.groups}
+        ledger.waiting, ledger.taken = deque(self.waiting), deque(self.taken)
+        ledger.complete = {split: deque(ids) for split, ids in self.complete.items()}
+        ledger.partly_advanced, ledger.checkpoint_epoch = self.partly_advanced, self.checkpoint_epoch
+        ledger.milestones, ledger.answers = list(self.milestones), dict(self.answers)
+        ledger.known_span_events = self.spans
+
+
+@_kind(2)
+class Admitted(Event):
+    """A group was queued. If an interrupted step has left the same group unfinished, its rollouts that have ended are
+    used again (`adopts`)."""
 
     split: Split
     group: int
@@ -25,122 +97,247 @@ class Admitted:
     adopts: bool = False
     request: str = ""
 
+    def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
+        keys = [RolloutKey(split=self.split, group=self.group, index=index) for index in range(self.num_rollouts)]
+        group_id = keys[0].group_id
+        ledger.counts.next_group[self.split] = self.group + 1
+        orphan = ledger.groups.get(group_id)
+        if orphan is not None and orphan.stage != "orphaned":
+            raise ValueError(f"{group_id} is admitted twice")
+        if orphan is not None and self.adopts:
+            ledger.adopt(orphan)
+        else:
+            ledger.drop(group_id)
+            rollouts = [StoredRollout(key=key) for key in keys]
+            ledger.groups[group_id] = StoredGroup(group_id=group_id, task=self.task, rollouts=rollouts)
+            ledger.waiting.extend(keys)
+        ledger.counts.add("admitted", self.num_rollouts if self.split == "train" else 0)
+        ledger.cancelled = False
+        ledger.remember(self.request, (group_id,))
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leased:
+
+@_kind(3)
+class Leased(Event):
+    """A worker received attempts to run."""
+
     keys: tuple[RolloutKey, ...]
     at: float
     expires_at: float
     worker: str = ""
     request: str = ""
 
+    def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
+        for key in self.keys:
+            rollout = ledger.attempt(key)
+            rollout.phase, rollout.started_at, rollout.expires_at = "running", self.at, self.expires_at
+            rollout.worker = self.worker
+            ledger.waiting.remove(key)  # it is the first, or near
+        ledger.remember(self.request, tuple(f"{key.rollout_id}/{key.attempt}" for key in self.keys))
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Called:
+
+@_kind(4)
+class Called(Event):
+    """The gateway recorded a model call."""
+
     call: ModelCall
 
+    def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
+        call, rollout = self.call, ledger.attempt(self.call.key)
+        spans = ledger.attach(rollout, location)
+        if not spans.spilled:
+            spans.calls[call.call_id] = call
+        if ledger.is_counted():
+            return
+        rollout.num_calls += 1
+        rollout.sampled_tokens += len(call.response_T)
+        ledger.counts.add("calls", 1)
+        ledger.counts.add("sampled_tokens", len(call.response_T))
+        if rollout.cause is not None and call.started_at > rollout.cause.at:
+            rollout.cause = None  # the agent recovered from that refusal, so it does not explain a later error
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traced:
-    """Spans that the agent's side sent, and what was refused of them."""
+
+@_kind(5)
+class Traced(Event):
+    """The agent's process sent spans; some of them were refused."""
 
     key: RolloutKey
     spans: tuple[RawSpan, ...]
     refused: Mapping[str, int]
     request: str = ""
 
+    def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
+        rollout = ledger.attempt(self.key)
+        spans = ledger.attach(rollout, location)
+        if not spans.spilled:
+            spans.raw.update({span.span_id: span for span in self.spans})
+        if not ledger.is_counted():
+            add_counts(rollout.refused, self.refused)
+            ledger.remember(self.request, ())
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallFailed:
+
+@_kind(6)
+class CallFailed(Event):
+    """The gateway refused a model call."""
+
     key: RolloutKey
     cause: Ending
 
+    def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
+        ledger.attempt(self.key).cause = self.cause
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """An attempt is over; `again`: the next one waits, and may start at `ready_at`."""
+
+@_kind(7)
+class Ended(Event):
+    """An attempt ended. If `again`, the rollout's next attempt is queued, and may start at `ready_at`."""
 
     key: RolloutKey
     ending: Ending
     again: bool
     ready_at: float = 0.0
 
+    def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
+        group, rollout = ledger.groups[self.key.group_id], ledger.attempt(self.key)
+        if self.again:
+            ledger.forget_spans(self.key)
+            key = replace(self.key, attempt=self.key.attempt + 1)
+            group.rollouts[key.index] = StoredRollout(key=key, voided=rollout.voided, ready_at=self.ready_at)
+            ledger.waiting.appendleft(key)  # it goes first: the rest of its group waits for it
+            ledger.counts.add("retried", 1)
+            return
+        if rollout.phase == "waiting":
+            ledger.waiting.remove(self.key)
+        rollout.phase, rollout.ending = "complete", self.ending
+        ledger.count_ending(rollout)
+        ledger.spill_beyond_memory(self.key)
+        if group.complete:
+            ledger.complete[group.split].append(group.group_id)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cancelled:
-    """All that was open has ended, and who waits is to wake."""
+
+@_kind(8)
+class Cancelled(Event):
+    """All open rollouts were ended, and everything that waits for rollouts is to return."""
 
     reason: str
 
+    def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
+        ledger.cancelled = True
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
+
+@_kind(9)
+class Taken(Event):
+    """Complete groups were given to the run."""
+
     groups: tuple[str, ...]
     request: str = ""
 
+    def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
+        if ledger.keeps_taken and not ledger.milestones:  # a client that takes more has received what it took before
+            for group_id in [group.group_id for group in ledger.groups.values() if group.stage == "trained"]:
+                ledger.drop(group_id)
+        for group_id in self.groups:
+            group = ledger.groups[group_id]
+            ledger.complete[group.split].remove(group_id)
+            ledger.counts.add("taken" if group.split == "train" else "evaluated", len(group.rollouts))
+            if not ledger.keeps_taken:
+                ledger.drop(group_id)
+                continue
+            group.stage = "taken" if group.split == "train" else "trained"
+            group.checkpoint_epoch = ledger.checkpoint_epoch
+            for rollout in group.rollouts:
+                ledger.spill(rollout.key)
+            if group.split == "train":
+                ledger.taken.append(group_id)
+        ledger.remember(self.request, self.groups)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Advanced:
+
+@_kind(10)
+class Advanced(Event):
+    """Taken rollouts were trained, or dropped for a reason."""
+
     trained: int
     dropped: Mapping[str, int]
     request: str = ""
 
+    def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
+        total = self.trained + sum(self.dropped.values())
+        ledger.counts.add("taken", -total)
+        ledger.counts.add("trained", self.trained)
+        add_counts(ledger.counts.dropped, self.dropped)
+        ledger.partly_advanced += total if ledger.keeps_taken else 0
+        while ledger.taken and ledger.partly_advanced >= len(ledger.groups[ledger.taken[0]].rollouts):
+            group = ledger.groups[ledger.taken.popleft()]
+            ledger.partly_advanced -= len(group.rollouts)
+            group.stage, group.checkpoint_epoch = "trained", ledger.checkpoint_epoch
+        ledger.remember(self.request, ())
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpointed:
-    """A checkpoint of this step is about to be written: a run that resumes from it comes back to here."""
+
+@_kind(11)
+class Checkpointed(Event):
+    """A checkpoint of this step is about to be written; a run that resumes from it returns to this event."""
 
     step: int
 
+    def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
+        ledger.checkpoint_epoch += 1
+        epoch = ledger.checkpoint_epoch
+        ledger.milestones.append(Milestone(step=self.step, checkpoint_epoch=epoch, counts=ledger.counts.copy()))
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Released:
-    """The checkpoint of this step is whole: what was trained before it is needed no more."""
+
+@_kind(12)
+class Released(Event):
+    """The checkpoint of this step is complete: groups that were trained before it are no longer needed."""
 
     step: int
 
+    def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
+        milestone = next((m for m in reversed(ledger.milestones) if m.step == self.step), None)
+        if milestone is None:
+            return
+        epoch = milestone.checkpoint_epoch
+        ledger.milestones = [m for m in ledger.milestones if m.checkpoint_epoch >= epoch]
+        for group in list(ledger.groups.values()):
+            trained = group.stage == "trained" and group.checkpoint_epoch < epoch
+            skipped = group.stage == "orphaned" and group.number < ledger.counts.next_group[group.split]
+            if trained or skipped:
+                ledger.drop(group.group_id)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resumed:
-    """A new run goes on from the checkpoint of this step. No attempt of the old one is open any more."""
+
+@_kind(13)
+class Resumed(Event):
+    """A new run starts from the checkpoint of this step: no attempt of the old run is open any more, and groups after
+    the checkpoint are orphaned until they are admitted again."""
 
     step: int
     next_group: Mapping[Split, int]
 
+    def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
+        milestone = self._milestone(ledger)
+        if milestone is None:
+            for group_id in list(ledger.groups):
+                ledger.drop(group_id)
+            counts = Counts(next_group=dict(self.next_group))
+            ledger.milestones = []
+        else:
+            counts = milestone.counts.copy()
+            ledger.milestones = ledger.milestones[: ledger.milestones.index(milestone) + 1]
+        counts.count["taken"] = 0  # the run that had taken them is over
+        ledger.counts, ledger.cancelled, ledger.answers, ledger.partly_advanced = counts, False, {}, 0
+        ledger.waiting.clear()
+        ledger.taken.clear()
+        for ids in ledger.complete.values():
+            ids.clear()
+        for group in list(ledger.groups.values()):
+            if milestone and group.stage == "trained" and group.checkpoint_epoch < milestone.checkpoint_epoch:
+                continue
+            ledger.void_unfinished(group)
+            group.stage, group.checkpoint_epoch = "orphaned", ledger.checkpoint_epoch
+            if group.number < counts.next_group[group.split]:
+                group.stage = "open"
+                ledger.queue(group)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Base:
-    """All that a ledger holds but the spans, which follow as events. The first event of a compacted journal."""
-
-    spans: int
-    """How many events of spans follow that are counted here already."""
-    counts: Counts
-    groups: tuple[GroupState, ...]
-    waiting: tuple[RolloutKey, ...]
-    """In the order in which they are leased."""
-    whole: Mapping[str, tuple[str, ...]]
-    """Per split, groups that are complete, in the order in which they became so."""
-    taken: tuple[str, ...]
-    partly: int
-    """Rollouts of the first taken group that were advanced already."""
-    era: int
-    milestones: tuple[Milestone, ...]
-    answers: tuple[tuple[str, tuple[str, ...]], ...]
-    cancelled: bool
-
-
-Event = (
-    Admitted
-    | Leased
-    | Called
-    | Traced
-    | CallFailed
-    | Ended
-    | Cancelled
-    | Taken
-    | Advanced
-    | Checkpointed
-    | Released
-    | Resumed
-    | Base
-)
+    def _milestone(self, ledger: Ledger) -> Milestone | None:
+        """The checkpoint of the step. There are two if the step after the first one was abandoned; the numbers of the
+        next groups tell which of them was saved."""
+        of_step = [m for m in ledger.milestones if m.step == self.step]
+        exact = [m for m in of_step if m.counts.next_group == dict(self.next_group)]
+        return next(reversed(exact or of_step), None)

@@ -1,14 +1,14 @@
-"""The journal: an append-only log of records in a folder, that outlives the process which writes it.
+"""The journal: an append-only log of records in a folder, which outlives the process that writes it.
 
     journal = Journal(JournalConfig(path=Path("runs/first/journal")))
-    for place, payload in journal.replay():   # what an earlier process wrote; cuts a torn tail
+    for location, payload in journal.replay():   # records of an earlier process; cuts a torn tail
         ...
-    place = journal.append(b"...")            # at once; what is appended together is written together
-    await journal.durable()                   # until it survives what `fsync` says
-    journal.read(place)                       # b"..."
+    location = journal.append(b"...")            # returns at once; records of one turn of the event loop share a write
+    await journal.durable()                      # until the records survive what `fsync` promises
+    journal.read(location)                       # b"..."
 
-What survives what, by `fsync`: see FSYNC, and docs/reliability.md. It knows bytes only; `codec` says what they mean.
-A full disk is waited for: nothing is acknowledged meanwhile, and after `patience_s` the journal fails with one line.
+What survives which failure: see FSYNC, and docs/reliability.md. The journal handles bytes; `codec` gives them meaning.
+If the disk is full, the journal waits: nothing is acknowledged meanwhile, and after `patience_s` it fails with one line.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import IO, Final, Literal
 
 from agent_lightning.buffer import segments
-from agent_lightning.buffer.segments import FRAME_BYTES, HEADER_BYTES, MAX_PAYLOAD, Place
+from agent_lightning.buffer.segments import FRAME_BYTES, HEADER_BYTES, MAX_PAYLOAD, RecordLocation
 from agent_lightning.core.errors import JournalError, JournalFull
+from agent_lightning.core.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -37,97 +38,108 @@ FSYNC: Final[Mapping[str, str]] = {
     "never": "acknowledged when the kernel has it, on the disk when the kernel likes: survives kill -9",
 }
 _RESERVE: Final = 1.1
-"""Endings and what follows them are small, and are written up to this share of the limit."""
+"""Events that end rollouts may be written up to 1.1 x `max_bytes`, so that a run with a full journal can finish."""
 _RETRY_S: Final = 0.2
+"""Seconds between two tries to write to a full disk."""
+_MAX_READERS: Final = 64
+"""Segments that are open for reading at a time."""
 _MODE: Final = 0o600
-"""Of its files: they hold what agents and users say."""
+"""Permissions of the journal's files, which hold messages of agents and users."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JournalConfig:
-    """Where a journal is and how it is kept."""
+    """Where a journal is, and how it is written."""
 
     path: Path
-    """Its folder, on a local or a shared disk; made where it is missing."""
+    """The journal's folder, on a local or a shared disk; created if it is missing."""
     fsync: Fsync = "interval"
+    """What an acknowledgement promises; see FSYNC."""
     fsync_interval_s: float = 1.0
-    """Of fsync=interval."""
+    """Seconds between two writes to the disk with fsync="interval"."""
     segment_bytes: int = 64 * 2**20
+    """Size at which a new segment begins."""
     max_bytes: int = 20 * 2**30
-    """On disk, all segments together; see JournalFull."""
+    """Largest size of all segments together; see JournalFull."""
     patience_s: float = 60.0
-    """Seconds that a full disk is waited for."""
+    """Seconds for which the journal waits if the disk is full."""
     takeover_s: float = 5.0
-    """Seconds that a process which was just killed may take to let go of the folder."""
+    """Seconds for which the journal waits if another process, which may just have been killed, holds the folder."""
 
 
 @dataclass(slots=True, eq=False)
 class _Open:
-    """A segment that is written. Its file is made with the first write."""
+    """A segment that is being written. Its file is created by the first write."""
 
     number: int
     size: int
-    """With what is pending."""
+    """Size in bytes, pending bytes included."""
     written: int
+    """Number of bytes in the file."""
     pending: list[bytes] = field(default_factory=list)
+    """Bytes that are appended and not written yet."""
     descriptor: int = -1
 
 
 class Journal:
-    """One process at a time writes one; `append` and `durable` belong to one event loop."""
+    """A journal that this process writes; no other process can write it meanwhile. `append` and `durable` must be
+    called in one event loop."""
 
     def __init__(self, config: JournalConfig) -> None:
-        """Take the folder. Raises JournalError where another process has it, or it cannot be used."""
+        """Lock the folder. Raises JournalError if another process holds it, or if it cannot be used."""
         self.config = config
-        self._lock = _locked(config.path, config.takeover_s)
+        self._lock = _lock_folder(config.path, config.takeover_s)
         self._open: list[_Open] = []
+        """Segments that may have bytes to write or to bring to the disk; records are appended to the last."""
         self._numbers: list[int] = []
+        """Numbers of all segments in the folder."""
         self.size = 0
-        """Bytes on disk, with what is about to be written."""
+        """Size of all segments in bytes, pending bytes included."""
         self._readers: dict[int, int] = {}
+        """Segment number -> descriptor for reading."""
         self._written: asyncio.Future[None] | None = None
-        """Done when what is pending now is as durable as the policy says."""
+        """Done when all pending records are as durable as `fsync` promises."""
         self._syncing: asyncio.Task[None] | None = None
         self._retired: list[int] = []
-        """Descriptors that are closed when no sync may be using them."""
+        """Descriptors to close when no sync can be using them."""
         self._scheduled = False
         self._full_since = 0.0
         self._failed: JournalError | None = None
 
-    def replay(self) -> Iterator[tuple[Place, memoryview]]:
-        """All records in order; afterwards it may be written. A payload is good until the next one is asked for.
+    def replay(self) -> Iterator[tuple[RecordLocation, memoryview]]:
+        """All records in order; afterwards the journal can be written. A payload is valid until the next iteration.
 
         Raises JournalDamaged, JournalError."""
-        for half in self.config.path.glob("*.half"):
-            half.unlink()
-        reading = None
-        for reading in segments.readings(self.config.path):
-            yield from reading.records()
-            self._numbers.append(reading.segment.number)
-            self.size += reading.end
-        for segment in segments.listed(self.config.path):
-            if segment.number not in self._numbers:  # a crash came between a compaction and its end
+        for unfinished in (*self.config.path.glob(".*.tmp"), *self.config.path.glob("*.half")):
+            unfinished.unlink()  # a crash came during a compaction, of this version or of 0.1.0
+        reader = None
+        for reader in segments.segment_readers(self.config.path):
+            yield from reader.records()
+            self._numbers.append(reader.segment.number)
+            self.size += reader.end
+        for segment in segments.list_segments(self.config.path):
+            if segment.number not in self._numbers:  # a crash came before a compaction had removed it
                 segment.path.unlink()
-        if reading is None:
+        if reader is None:
             self._begin(1, 0)
             return
-        if reading.torn:
+        if reader.torn:
             message = "%s: its last %d bytes were never acknowledged, or are broken: cut at byte %d"
-            logger.warning(message, reading.segment.path, reading.torn, reading.end)
-            os.truncate(reading.segment.path, reading.end)
-        if reading.end < HEADER_BYTES:
+            logger.warning(message, reader.segment.path, reader.torn, reader.end)
+            os.truncate(reader.segment.path, reader.end)
+        if reader.end < HEADER_BYTES:
             self._numbers.pop()
-            self._begin(reading.segment.number, reading.before or 0)
+            self._begin(reader.segment.number, reader.before or 0)
         else:
-            self._open.append(_Open(reading.segment.number, reading.end, reading.end))
+            self._open.append(_Open(reader.segment.number, reader.end, reader.end))
 
-    def append(self, payload: bytes, *, ending: bool = True) -> Place:
-        """Put one record at the end. `ending`: it is one of those few that are written although the limit is reached.
+    def append(self, payload: bytes, *, reserve: bool = True) -> RecordLocation:
+        """Append a record. With `reserve` it may be written although `max_bytes` is reached, up to the reserve.
 
-        Raises JournalFull, and JournalError where the journal has failed: then nothing was appended."""
+        Raises JournalFull, and JournalError if the journal has failed; then nothing was appended."""
         self._check()
         size = FRAME_BYTES + len(payload)
-        limit = self.config.max_bytes * (_RESERVE if ending else 1.0)
+        limit = self.config.max_bytes * (_RESERVE if reserve else 1.0)
         if size > MAX_PAYLOAD:
             raise JournalError(f"a record of {size} bytes is more than a journal takes")
         if self.size + size > limit:
@@ -138,83 +150,79 @@ class Journal:
         current = self._open[-1]
         if current.size + size > self.config.segment_bytes and current.size > HEADER_BYTES:
             current = self._begin(current.number + 1, current.size)
-        place = Place(current.number, current.size, len(payload))
-        current.pending += (segments.frame(payload, place.segment, place.offset), payload)
+        location = RecordLocation(current.number, current.size, len(payload))
+        current.pending += (segments.frame(payload, location.segment, location.offset), payload)
         current.size += size
         self.size += size
         if not self._scheduled:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._turn)
-        return place
+            asyncio.get_running_loop().call_soon(self._write_pending)
+        return location
 
     async def durable(self) -> None:
-        """Wait until all that was appended so far survives what the policy says. Raises JournalError."""
+        """Wait until all records appended so far are as durable as `fsync` promises. Raises JournalError."""
         self._check()
         if self._scheduled or (self._syncing is not None and self.config.fsync == "always"):
             if self._written is None:
                 self._written = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._written)
 
-    def read(self, place: Place) -> bytes:
-        """The payload of a record. Raises JournalDamaged where the disk gives back something else."""
-        path = segments.path_of(self.config.path, place.segment)
+    def read(self, location: RecordLocation) -> bytes:
+        """The payload of a record. Raises JournalDamaged if the disk returns other bytes than were written."""
+        path = segments.path_of(self.config.path, location.segment)
         for segment in self._open:
-            if segment.number == place.segment and place.offset + FRAME_BYTES + place.length > segment.written:
-                return segments.unframe(b"".join(segment.pending)[place.offset - segment.written :], place, path)
-        if place.segment not in self._readers:
-            while len(self._readers) >= 64:
+            if segment.number == location.segment and location.offset + FRAME_BYTES + location.length > segment.written:
+                return segments.unframe(b"".join(segment.pending)[location.offset - segment.written :], location, path)
+        if location.segment not in self._readers:
+            while len(self._readers) >= _MAX_READERS:
                 os.close(self._readers.pop(next(iter(self._readers))))
-            self._readers[place.segment] = os.open(path, os.O_RDONLY)
-        data = os.pread(self._readers[place.segment], FRAME_BYTES + place.length, place.offset)
-        return segments.unframe(data, place, path)
+            self._readers[location.segment] = os.open(path, os.O_RDONLY)
+        data = os.pread(self._readers[location.segment], FRAME_BYTES + location.length, location.offset)
+        return segments.unframe(data, location, path)
 
-    def compact(self, payloads: Iterable[bytes]) -> list[Place]:
-        """Begin anew with these records, which say all that is known, and remove what was before; their places.
+    def compact(self, payloads: Iterable[bytes]) -> list[RecordLocation]:
+        """Replace all records by these, of which the first is a Base event; their locations.
 
-        A crash leaves the old segments or the new one. Raises OSError, then nothing has changed."""
+        A crash leaves the old segments or the new one. Raises OSError; then nothing has changed."""
         self.flush()
         number = self._open[-1].number + 1
-        path = segments.path_of(self.config.path, number)
-        half, places, size = path.with_suffix(".half"), list[Place](), HEADER_BYTES
-        try:
-            with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE), "wb") as file:
+        locations, size = list[RecordLocation](), HEADER_BYTES
+        with replacing(segments.path_of(self.config.path, number)) as unfinished:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            with os.fdopen(os.open(unfinished, flags, _MODE), "wb") as file:
                 file.write(segments.header(number, 0, base=True))
                 for payload in payloads:
                     file.write(segments.frame(payload, number, size))
                     file.write(payload)
-                    places.append(Place(number, size, len(payload)))
+                    locations.append(RecordLocation(number, size, len(payload)))
                     size += FRAME_BYTES + len(payload)
                 file.flush()
                 if self.config.fsync != "never":
                     os.fsync(file.fileno())
-            half.replace(path)
-        except OSError:
-            half.unlink(missing_ok=True)
-            raise
         self._sync_folder()
-        self._let_go()
+        self._close_files()
         for old in self._numbers:
             segments.path_of(self.config.path, old).unlink(missing_ok=True)
         self.size, self._numbers, self._open = size, [number], [_Open(number, size, size)]
-        return places
+        return locations
 
     def flush(self) -> None:
-        """Write what is pending, now. Raises OSError."""
+        """Write all pending bytes now. Raises OSError."""
         for segment in self._open:
             self._write(segment)
 
     def close(self) -> None:
-        """Write and sync what is pending, and let go of the folder."""
+        """Write all pending bytes, bring them to the disk, and unlock the folder."""
         if self._failed is None and self._open:
             self.flush()
             if self.config.fsync != "never":
                 for segment in self._open:
                     if segment.descriptor >= 0:
                         os.fsync(segment.descriptor)
-        self._settle(self._failed)
+        self._wake(self._failed)
         if self._syncing is not None:
             self._syncing.cancel()
-        self._let_go()
+        self._close_files()
         self._open = []
         self._lock.close()
 
@@ -231,22 +239,22 @@ class Journal:
         self.size += segment.size
         return segment
 
-    def _turn(self) -> None:
-        """At the end of a turn of the event loop: one write for all that was appended in it."""
+    def _write_pending(self) -> None:
+        """Write all records that were appended in one turn of the event loop."""
         self._scheduled = False
         try:
             self.flush()
         except OSError as error:
-            self._hold(error)
+            self._wait_for_space(error)
             return
         self._full_since = 0.0
         if self.config.fsync != "always":
-            self._settle(None)
+            self._wake(None)
         if self._syncing is None and (self.config.fsync != "never" or len(self._open) > 1):
             self._syncing = asyncio.get_running_loop().create_task(self._sync())
 
-    def _hold(self, error: OSError) -> None:
-        """The disk is full: try again until it is not. Anything else, or too long: the journal has failed."""
+    def _wait_for_space(self, error: OSError) -> None:
+        """Try to write again later if the disk is full. After `patience_s`, or after another error, the journal fails."""
         now = time.monotonic()
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full and not self._full_since:
@@ -254,13 +262,13 @@ class Journal:
             self._full_since = now
         if full and now - self._full_since < self.config.patience_s:
             self._scheduled = True
-            asyncio.get_running_loop().call_later(_RETRY_S, self._turn)
+            asyncio.get_running_loop().call_later(_RETRY_S, self._write_pending)
             return
         after = f" for {self.config.patience_s:g} s: free some space" if full else ""
         self._fail(f"the journal {self.config.path} cannot be written ({error.strerror}){after}")
 
     def _write(self, segment: _Open) -> None:
-        """Raises OSError; what was written of the pending part is taken back."""
+        """Write the pending bytes of a segment. Raises OSError; then its file is as it was before."""
         if not segment.pending:
             return
         path = segments.path_of(self.config.path, segment.number)
@@ -279,25 +287,29 @@ class Journal:
         segment.written += done
 
     async def _sync(self) -> None:
-        """Bring to the disk what was written, again while there is more; ends when all is there."""
+        """Bring written bytes to the disk, until all are on the disk."""
         try:
-            while not any(segment.pending for segment in self._open):  # else the disk is full: `_turn` comes again
+            while not any(
+                segment.pending for segment in self._open
+            ):  # else the disk is full, and `_write_pending` tries again
                 if self.config.fsync == "interval":
                     await asyncio.sleep(self.config.fsync_interval_s)
-                dirty, waiting = [(one, one.written) for one in self._open], None
+                dirty, waiting = [(segment, segment.written) for segment in self._open], None
                 if self.config.fsync == "always":
                     waiting, self._written = self._written, None
                 if self.config.fsync != "never":
-                    await asyncio.to_thread(_fsync, [one.descriptor for one, _ in dirty if one.descriptor >= 0])
+                    await asyncio.to_thread(
+                        _fsync, [segment.descriptor for segment, _ in dirty if segment.descriptor >= 0]
+                    )
                 if waiting is not None:
-                    self._settle(None, waiting)
+                    self._wake(None, waiting)
                 for segment, _ in dirty[:-1]:
                     if segment in self._open:
                         self._retired.append(segment.descriptor)
                         self._open.remove(segment)
-                if [(one, one.written) for one in self._open] == dirty[-1:] and self._written is None:
+                if [(segment, segment.written) for segment in self._open] == dirty[-1:] and self._written is None:
                     return
-        except OSError as error:  # what the kernel could not write it may have thrown away: never trust it again
+        except OSError as error:  # the kernel may have discarded bytes that it could not write: the journal is unusable
             self._fail(f"the journal {self.config.path} cannot be brought to the disk ({error.strerror})")
         finally:
             self._syncing = None
@@ -306,10 +318,10 @@ class Journal:
     def _fail(self, message: str) -> None:
         self._failed = JournalError(f"{message}; go on with agl train resume=RUN")
         logger.error("%s", self._failed)
-        self._settle(self._failed)
+        self._wake(self._failed)
 
-    def _settle(self, error: JournalError | None, waiting: asyncio.Future[None] | None = None) -> None:
-        """Wake those who wait: all, or the given ones."""
+    def _wake(self, error: JournalError | None, waiting: asyncio.Future[None] | None = None) -> None:
+        """Let the callers of `durable` return, or raise the error: all callers, or those of the given future."""
         if waiting is None:
             waiting, self._written = self._written, None
         if waiting is None or waiting.done():
@@ -319,12 +331,12 @@ class Journal:
         else:
             waiting.set_exception(error)
 
-    def _let_go(self) -> None:
-        """Close every segment's files, but for those that are being synced."""
+    def _close_files(self) -> None:
+        """Close the files of all segments; those that are being synced are closed later."""
         for descriptor in self._readers.values():
             os.close(descriptor)
         self._readers.clear()
-        self._retired += [one.descriptor for one in self._open if one.descriptor >= 0]
+        self._retired += [segment.descriptor for segment in self._open if segment.descriptor >= 0]
         if self._syncing is None:
             self._close_retired()
 
@@ -347,15 +359,15 @@ def _fsync(descriptors: Sequence[int]) -> None:
         os.fsync(descriptor)
 
 
-def _locked(folder: Path, wait_s: float) -> IO[bytes]:
-    """The folder, made and locked."""
+def _lock_folder(folder: Path, wait_s: float) -> IO[bytes]:
+    """Create and lock the folder; its open lock file. Raises JournalError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("wb")
     except OSError as error:
         raise JournalError(f"the journal {folder} cannot be used: {error.strerror}") from error
     until = time.monotonic() + wait_s
-    while True:  # ends when it is free, or after some seconds
+    while True:  # ends when the folder is free, or after `wait_s`
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock

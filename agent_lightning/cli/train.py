@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 from rich.console import Console
 
 from agent_lightning.buffer.buffer import Buffer
-from agent_lightning.buffer.segments import listed
+from agent_lightning.buffer.segments import list_segments
 from agent_lightning.buffer.taken import take_groups
 from agent_lightning.config.load import Config, load, reload, to_yaml
 from agent_lightning.core import ray_private
@@ -176,7 +176,7 @@ class _Training:
         if not settings.journal:
             return None
         folder = self.run.path / "journal" if settings.path is None else Path(settings.path)
-        if not self.resumed and folder.is_dir() and listed(folder):
+        if not self.resumed and folder.is_dir() and list_segments(folder):
             raise UserError(
                 f"buffer.path={folder} holds the journal of another run: resume that run, or choose another"
             )

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from agent_lightning.buffer import segments
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.codec import decode, encode
-from agent_lightning.buffer.events import Admitted, Base
+from agent_lightning.buffer.events import KINDS, Admitted, Base
 from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.buffer.taken import TakenGroup, take_groups
 from agent_lightning.cli.main import main
@@ -61,11 +61,17 @@ def base_of(buffer: Buffer) -> Base:
     return decode(encode(buffer._store.ledger.base()))  # type: ignore[return-value]
 
 
+def complete_groups(buffer: Buffer) -> list[TakenGroup]:
+    """The groups that could be taken, with their spans."""
+    store = buffer._store
+    return [store.group(group_id) for ids in store.ledger.complete.values() for group_id in ids]
+
+
 async def play(buffer: Buffer, source: random.Random, num: int) -> None:
     """Do `num` things that clients may do, most of them sensible, the way the loop and workers would."""
     for _ in range(num):
         ledger = buffer._store.ledger
-        running = [one.state.key for one in ledger.open_rollouts() if one.state.phase == "running"]
+        running = [rollout.key for rollout in ledger.open_rollouts() if rollout.phase == "running"]
         key = source.choice(running) if running else RolloutKey(split="train", group=99, index=0)
         request = f"request-{source.randrange(10**9)}" if source.random() < 0.5 else ""
         try:
@@ -89,10 +95,10 @@ async def play(buffer: Buffer, source: random.Random, num: int) -> None:
                     await buffer.finish(key, outcome=outcome, reward=1.0 if outcome is Outcome.FINISHED else None)
                 case "t" | "v" as which:
                     split = "train" if which == "t" else "val"
-                    if ledger.whole[split]:
+                    if ledger.complete[split]:
                         await buffer.take(1, split=split, request=request)
                 case "d":
-                    taken = ledger.counts.count.get("taken", 0)
+                    taken = ledger.num_taken
                     await buffer.advance(trained=taken // 2, dropped={"x": taken - taken // 2}, request=request)
                 case "x":
                     await buffer.cancel("stop") if source.random() < 0.1 else await buffer.milestone(
@@ -118,11 +124,10 @@ def test_a_buffer_that_died_is_the_same_again(seed: int, small: bool, tmp_path_f
         for _ in range(4):
             await play(buffer, source, source.randrange(60))
             before = base_of(buffer)
-            groups = [buffer._store.group(one) for ids in buffer._ledger.whole.values() for one in ids]
+            groups = complete_groups(buffer)
             buffer = await again(buffer, path, **keys)
             assert same(base_of(buffer), before)
-            after = [buffer._store.group(one) for ids in buffer._ledger.whole.values() for one in ids]
-            assert same(groups, after)
+            assert same(complete_groups(buffer), groups)
             balance(await stats_of(buffer))
         await buffer.close()
         shutil.rmtree(path)
@@ -148,7 +153,7 @@ async def test_a_crash_at_any_byte_leaves_exactly_what_was_acknowledged(tmp_path
         await play(buffer, source, 1)
         states.append((buffer._store._journal.size, plain(base_of(buffer))))
     await buffer.close()
-    (segment,) = segments.listed(tmp_path / "whole")
+    (segment,) = segments.list_segments(tmp_path / "whole")
     content = segment.path.read_bytes()
     cut_path = tmp_path / "cut"
     cut_path.mkdir()
@@ -214,10 +219,9 @@ async def test_a_deadline_survives_a_restart(tmp_path: Path) -> None:
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     (lease,) = await buffer.lease(1, 0.0, deadline=10.0)
     buffer = await again(buffer, tmp_path, retries=Retries(max_attempts=2), grace=0.0)
-    rollout = buffer._ledger.rollout(lease.key)
-    assert rollout is not None
-    assert await buffer.expire(rollout.state.expires_at - 1) == 0
-    assert await buffer.expire(rollout.state.expires_at + 1) == 1
+    expires_at = buffer._store.ledger.attempt(lease.key).expires_at
+    assert await buffer.expire(expires_at - 1) == 0
+    assert await buffer.expire(expires_at + 1) == 1
     assert [one.key.attempt for one in await buffer.lease(1, 0.0)] == [1]
 
 
@@ -228,7 +232,7 @@ async def test_spans_beyond_the_memory_are_read_back_from_disk(tmp_path: Path) -
         for _ in range(20):
             await one.admit(make_task(), split="train", num_rollouts=2)
         await finished(one, 40, calls=3)
-    held = sum(len(one.calls) for group in buffer._ledger.groups.values() for one in group.rollouts)
+    held = sum(len(spans.calls) for spans in buffer._store.ledger.recorded())
     assert 0 < held < 30
     for source in (buffer, plain_buffer):
         groups = await take_groups(source, 20, split="train")
@@ -270,7 +274,7 @@ async def test_a_damaged_journal_is_one_clear_line_for_whoever_would_change_some
     for _ in range(3):
         await buffer.admit(make_task(), split="train", num_rollouts=1)
     await buffer.close()
-    (segment,) = segments.listed(tmp_path)
+    (segment,) = segments.list_segments(tmp_path)
     content = bytearray(segment.path.read_bytes())
     content[segments.HEADER_BYTES + segments.FRAME_BYTES] ^= 1
     segment.path.write_bytes(content)
@@ -286,7 +290,7 @@ async def test_the_secret_of_the_run_is_not_in_the_journal(tmp_path: Path) -> No
     (lease,) = await buffer.lease(1, 0.0)
     await buffer.record(make_call(lease.key, "one"))
     await buffer.close()
-    content = b"".join(one.path.read_bytes() for one in segments.listed(tmp_path))
+    content = b"".join(one.path.read_bytes() for one in segments.list_segments(tmp_path))
     assert b"task-0" in content
     assert RUN_SECRET not in content
     assert lease.secret.encode() not in content
@@ -376,6 +380,51 @@ async def test_a_journal_without_the_checkpoint_begins_anew(tmp_path: Path) -> N
     assert (await buffer.stats()).next_group == {"train": 10, "val": 3}
 
 
+# Journals of earlier versions.
+
+JOURNAL_OF_FORMAT_1 = Path(__file__).parent / "journal_format_1"
+"""Written by commit ac8625d: a Base, then one event of every other kind at least, and a run that was resumed."""
+
+
+def test_a_number_never_changes_its_event() -> None:
+    names = "Base Admitted Leased Called Traced CallFailed Ended Cancelled Taken Advanced Checkpointed Released Resumed"
+    assert {number: kind.__name__ for number, kind in KINDS.items()} == dict(enumerate(names.split(), start=1))
+
+
+async def test_a_journal_of_format_1_is_read_and_continued(tmp_path: Path) -> None:
+    shutil.copytree(JOURNAL_OF_FORMAT_1, tmp_path, dirs_exist_ok=True)
+    (reader,) = segments.segment_readers(tmp_path)
+    assert {payload[0] for _, payload in reader.records()} == set(KINDS)
+    buffer = open_buffer(tmp_path)
+    stats = await stats_of(buffer)
+    assert stats == {
+        **stats,
+        **{"admitted": 4, "complete": 2, "taken": 0, "trained": 1, "dropped": {"stale": 1}, "evaluated": 1},
+        **{"ended": 5, "calls": 5, "sampled_tokens": 10, "next_group": {"train": 2, "val": 1}},
+    }
+    ledger = buffer._store.ledger
+    assert {group_id: (group.stage, group.checkpoint_epoch) for group_id, group in ledger.groups.items()} == {
+        "train-1": ("open", 4),
+        "train-2": ("orphaned", 4),
+        "train-3": ("orphaned", 4),
+    }
+    assert [(milestone.step, milestone.checkpoint_epoch) for milestone in ledger.milestones] == [(1, 2), (2, 3)]
+    assert ledger.groups["train-1"].task.payload["array"].tolist() == [0.0, 1.0]
+    assert ledger.groups["train-1"].task.payload["era"] == 1  # a user's own names stay
+    (group,) = await take_groups(buffer, 1, split="train")
+    for trajectory in group.trajectories:
+        assert [call.call_id for call in trajectory.calls] == [f"{trajectory.key.rollout_id}-a"]
+        assert [(reward.name, reward.value) for reward in trajectory.rewards] == [("format", 0.25)]
+        assert (trajectory.reward, trajectory.refused_spans) == (0.5, {"late": 1})
+    for number, attempt in ((2, 3), (3, 1)):  # what the interrupted step has left continues
+        assert await buffer.admit(make_task(number), split="train", num_rollouts=2) == f"train-{number}"
+        (lease,) = await buffer.lease(2, 0.0)
+        assert (lease.key.rollout_id, lease.key.attempt) == (f"train-{number}-1", attempt)
+    before = base_of(buffer)
+    buffer = await again(buffer, tmp_path)
+    assert same(base_of(buffer), before)
+
+
 # Values.
 
 
@@ -424,7 +473,7 @@ def test_a_check_says_what_a_journal_holds_and_where_it_is_broken(
         await buffer.close()
 
     asyncio.run(write())
-    (segment,) = segments.listed(tmp_path / "journal")
+    (segment,) = segments.list_segments(tmp_path / "journal")
     whole = segment.path.read_bytes()
     assert main(["journal", "check", str(tmp_path)]) == 0
     shown = capfd.readouterr().out

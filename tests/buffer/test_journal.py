@@ -34,7 +34,7 @@ async def write(path: Path, payloads: list[bytes], **keys: object) -> None:
 
 
 def found(path: Path) -> Iterator[bytes]:
-    for reading in segments.readings(path):
+    for reading in segments.segment_readers(path):
         for _, payload in reading.records():
             yield bytes(payload)
 
@@ -62,7 +62,7 @@ async def test_what_was_appended_comes_back_in_order_over_many_segments(tmp_path
     assert journal.size == sum(path.stat().st_size for path in tmp_path.glob("segment-*"))
     journal.close()
     assert opened(tmp_path)[1] == payloads
-    assert len(segments.listed(tmp_path)) > 10
+    assert len(segments.list_segments(tmp_path)) > 10
 
 
 @pytest.mark.parametrize("fsync", ["always", "interval"])
@@ -91,9 +91,9 @@ async def test_one_process_at_a_time_writes(tmp_path: Path) -> None:
 async def test_the_limit_on_disk_refuses_but_lets_what_runs_end(tmp_path: Path) -> None:
     journal, _ = opened(tmp_path, max_bytes=4096)
     for _ in range(36):
-        journal.append(b"x" * 100, ending=False)
+        journal.append(b"x" * 100, reserve=False)
     with pytest.raises(JournalFull, match=r"raise buffer\.max_disk_gib"):
-        journal.append(b"x" * 100, ending=False)
+        journal.append(b"x" * 100, reserve=False)
     for _ in range(3):
         journal.append(b"end" * 30)
     with pytest.raises(JournalFull):
@@ -111,7 +111,7 @@ async def test_compaction_keeps_what_it_is_given_and_removes_the_rest(tmp_path: 
     assert [journal.read(place) for place in places] == [b"base", b"kept"]
     journal.append(b"after")
     await journal.durable()
-    assert len(segments.listed(tmp_path)) == 1
+    assert len(segments.list_segments(tmp_path)) == 1
     journal.close()
     assert opened(tmp_path)[1] == [b"base", b"kept", b"after"]
 
@@ -122,18 +122,20 @@ async def test_a_crash_in_a_compaction_leaves_the_old_or_the_new(tmp_path: Path)
     journal, _ = opened(tmp_path)
     journal.compact([b"base"])
     journal.close()
-    (new,) = segments.listed(tmp_path)
+    (new,) = segments.list_segments(tmp_path)
     for name, content in old.items():  # it died before it had removed the old ones
         (tmp_path / name).write_bytes(content)
     journal, read = opened(tmp_path)
     assert read == [b"base"]
     journal.close()
-    assert [one.number for one in segments.listed(tmp_path)] == [new.number]
-    new.path.rename(new.path.with_suffix(".half"))  # it died before the new one was whole
+    assert [one.number for one in segments.list_segments(tmp_path)] == [new.number]
+    new.path.rename(tmp_path / f".{new.path.name}.tmp")  # it died before the new one was complete
+    (tmp_path / "segment-00000009.half").touch()  # the same, of an earlier version
     for name, content in old.items():
         (tmp_path / name).write_bytes(content)
     assert opened(tmp_path)[1] == [b"a", b"b"]
     assert not list(tmp_path.glob("*.half"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 class FullDisk(Journal):
@@ -182,7 +184,7 @@ async def test_a_disk_that_stays_full_or_breaks_is_one_clear_line(tmp_path: Path
 
 async def test_a_torn_tail_is_cut_with_a_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     await write(tmp_path, [b"a" * 100, b"b" * 100])
-    (segment,) = segments.listed(tmp_path)
+    (segment,) = segments.list_segments(tmp_path)
     whole = segment.path.stat().st_size
     os.truncate(segment.path, whole - 1)
     journal, read = opened(tmp_path)
@@ -196,7 +198,7 @@ async def test_a_torn_tail_is_cut_with_a_message(tmp_path: Path, caplog: pytest.
 
 async def test_damage_in_the_middle_is_reported_with_its_position(tmp_path: Path) -> None:
     await write(tmp_path, [b"a" * 100, b"b" * 100, b"c" * 100])
-    (segment,) = segments.listed(tmp_path)
+    (segment,) = segments.list_segments(tmp_path)
     second = segments.HEADER_BYTES + segments.FRAME_BYTES + 100
     damage(segment.path, second + segments.FRAME_BYTES + 50)
     read, error = read_all(tmp_path)
@@ -207,7 +209,7 @@ async def test_damage_in_the_middle_is_reported_with_its_position(tmp_path: Path
 
 async def test_a_segment_that_is_missing_or_cut_before_the_last_is_damage(tmp_path: Path) -> None:
     await write(tmp_path, [b"x" * 500] * 6, segment_bytes=1024)
-    first, second, *_ = segments.listed(tmp_path)
+    first, second, *_ = segments.list_segments(tmp_path)
     content = second.path.read_bytes()
     second.path.unlink()
     assert "is missing" in str(read_all(tmp_path)[1])
@@ -220,13 +222,15 @@ async def test_a_segment_that_is_missing_or_cut_before_the_last_is_damage(tmp_pa
 
 async def test_a_newer_format_is_refused_and_left_alone(tmp_path: Path) -> None:
     await write(tmp_path, [b"a"])
-    (segment,) = segments.listed(tmp_path)
+    (segment,) = segments.list_segments(tmp_path)
     start = segments._HEADER.pack(b"AGLJ", segments.FORMAT + 1, 0, 1, 0)
     content = (
         start + segments._CRC.pack(segments.zlib.crc32(start)) + segment.path.read_bytes()[segments.HEADER_BYTES :]
     )
     segment.path.write_bytes(content)
-    with pytest.raises(JournalError, match=r"has format 2, this version reads up to 1"):
+    with pytest.raises(
+        JournalError, match=rf"has format {segments.FORMAT + 1}, this version reads up to {segments.FORMAT}"
+    ):
         opened(tmp_path)
     assert segment.path.read_bytes() == content
 
@@ -245,7 +249,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[bytes], list
     payloads[7] = segments.frame(payloads[3], 1, 28) + payloads[3]
     payloads[9] = segments._MARK * 5
     asyncio.run(write(path, payloads, segment_bytes=500))
-    return payloads, [one.path.read_bytes() for one in segments.listed(path)]
+    return payloads, [one.path.read_bytes() for one in segments.list_segments(path)]
 
 
 @settings(max_examples=300, deadline=None)

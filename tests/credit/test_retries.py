@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_lightning.buffer.breaker import Breaker, cause_of, last_failed_tool, same_words
+from agent_lightning.buffer.breaker import Breaker, cause_of, last_failed_tool, without_details
 from agent_lightning.core.types import Outcome, RolloutKey, ToolCall, ToolStatus
 from agent_lightning.credit.failures import Retries
 
@@ -29,9 +29,9 @@ def test_a_pause_doubles_with_each_attempt_up_to_a_limit(attempt: int, drawn: fl
         ("KeyError: 'a'", "KeyError: 'b'"),
     ],
 )
-def test_the_same_error_is_the_same_words(one: str, other: str) -> None:
-    assert same_words(one) == same_words(other)
-    assert same_words(one) != same_words("ValueError: another")
+def test_the_same_error_is_the_without_details(one: str, other: str) -> None:
+    assert without_details(one) == without_details(other)
+    assert without_details(one) != without_details("ValueError: another")
 
 
 def tool(status: ToolStatus) -> ToolCall:
@@ -51,20 +51,20 @@ def test_a_cause_names_the_tool_that_was_at_work_last() -> None:
 def test_the_breaker_trips_where_a_share_of_the_latest_ended_alike() -> None:
     breaker = Breaker(window=10, share=0.5)
     for number in range(9):
-        breaker.saw("down" if number % 2 else "")
+        breaker.note("down" if number % 2 else "")
         assert breaker.tripped == ""  # too few yet
-    breaker.saw("down")
+    breaker.note("down")
     assert breaker.tripped == "5 of the last 10 attempts ended alike: down"
-    breaker.saw("other")  # the first, which was well, is out of sight
-    breaker.saw("")  # and so is one that was down
+    breaker.note("other")  # the first, which was well, is out of sight
+    breaker.note("")  # and so is one that was down
     assert breaker.tripped == ""
     for _ in range(5):
-        breaker.saw("")
+        breaker.note("")
     assert breaker.tripped == ""  # success, however much alike, is no trouble
 
 
 def test_a_breaker_can_be_turned_off() -> None:
     breaker = Breaker(window=0, share=0.5)
     for _ in range(100):
-        breaker.saw("down")
+        breaker.note("down")
     assert breaker.tripped == ""

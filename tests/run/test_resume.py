@@ -88,8 +88,8 @@ def numbers(record: Mapping[str, float]) -> dict[str, float]:
 
 def ended_in(journal: Path) -> Iterator[str]:
     """The rollouts that have ended, according to a journal."""
-    for reading in segments.readings(journal):
-        for _, payload in reading.records():
+    for reader in segments.segment_readers(journal):
+        for _, payload in reader.records():
             event = decode(payload)
             if isinstance(event, Ended) and not event.again:
                 yield event.key.rollout_id

@@ -18,7 +18,7 @@ from hosts import Host, Hosts, can_be_made
 
 from agent_lightning.buffer.codec import decode
 from agent_lightning.buffer.events import Leased
-from agent_lightning.buffer.segments import readings
+from agent_lightning.buffer.segments import segment_readers
 from agent_lightning.run.archive import read_rollouts
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -70,7 +70,7 @@ def leases(run: Path) -> set[str]:
     """Names of the workers that have been given rollouts, as far as the journal goes back."""
     found = set[str]()
     with suppress(FileNotFoundError):  # a segment that is not needed any more has gone meanwhile
-        for reading in readings(run / "journal"):
+        for reading in segment_readers(run / "journal"):
             found |= {event.worker for _, payload in reading.records() if isinstance(event := decode(payload), Leased)}
     return found
 
