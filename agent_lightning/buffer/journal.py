@@ -8,7 +8,7 @@
     journal.read(location)                       # b"..."
 
 What survives which failure: see FSYNC, and docs/reliability.md. The journal handles bytes; `codec` gives them meaning.
-If the disk is full, the journal waits: nothing is acknowledged meanwhile, and after `patience_s` it fails with one line.
+While the disk is full, nothing is acknowledged; after `patience_s` the journal fails with one line.
 """
 
 from __future__ import annotations
@@ -216,9 +216,7 @@ class Journal:
         if self._failed is None and self._open:
             self.flush()
             if self.config.fsync != "never":
-                for segment in self._open:
-                    if segment.descriptor >= 0:
-                        os.fsync(segment.descriptor)
+                _fsync([segment.descriptor for segment in self._open])
         self._wake(self._failed)
         if self._syncing is not None:
             self._syncing.cancel()
@@ -254,7 +252,7 @@ class Journal:
             self._syncing = asyncio.get_running_loop().create_task(self._sync())
 
     def _wait_for_space(self, error: OSError) -> None:
-        """Try to write again later if the disk is full. After `patience_s`, or after another error, the journal fails."""
+        """Write again later if the disk is full; after `patience_s`, or after another error, the journal fails."""
         now = time.monotonic()
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full and not self._full_since:
@@ -289,31 +287,30 @@ class Journal:
     async def _sync(self) -> None:
         """Bring written bytes to the disk, until all are on the disk."""
         try:
-            while not any(
-                segment.pending for segment in self._open
-            ):  # else the disk is full, and `_write_pending` tries again
+            while not any(segment.pending for segment in self._open):  # else the disk is full: `_write_pending` retries
                 if self.config.fsync == "interval":
                     await asyncio.sleep(self.config.fsync_interval_s)
-                dirty, waiting = [(segment, segment.written) for segment in self._open], None
+                dirty, waiting = self._written_bytes(), None
                 if self.config.fsync == "always":
                     waiting, self._written = self._written, None
                 if self.config.fsync != "never":
-                    await asyncio.to_thread(
-                        _fsync, [segment.descriptor for segment, _ in dirty if segment.descriptor >= 0]
-                    )
+                    await asyncio.to_thread(_fsync, [segment.descriptor for segment, _ in dirty])
                 if waiting is not None:
                     self._wake(None, waiting)
                 for segment, _ in dirty[:-1]:
                     if segment in self._open:
                         self._retired.append(segment.descriptor)
                         self._open.remove(segment)
-                if [(segment, segment.written) for segment in self._open] == dirty[-1:] and self._written is None:
+                if self._written_bytes() == dirty[-1:] and self._written is None:
                     return
         except OSError as error:  # the kernel may have discarded bytes that it could not write: the journal is unusable
             self._fail(f"the journal {self.config.path} cannot be brought to the disk ({error.strerror})")
         finally:
             self._syncing = None
             self._close_retired()
+
+    def _written_bytes(self) -> list[tuple[_Open, int]]:
+        return [(segment, segment.written) for segment in self._open]
 
     def _fail(self, message: str) -> None:
         self._failed = JournalError(f"{message}; go on with agl train resume=RUN")
@@ -355,8 +352,10 @@ class Journal:
 
 
 def _fsync(descriptors: Sequence[int]) -> None:
+    """Bring files to the disk; a segment that has no file yet has the descriptor -1."""
     for descriptor in descriptors:
-        os.fsync(descriptor)
+        if descriptor >= 0:
+            os.fsync(descriptor)
 
 
 def _lock_folder(folder: Path, wait_s: float) -> IO[bytes]:
