@@ -6,14 +6,19 @@ depend on the device. On a machine with a GPU the platform is registered too, bu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.cpu
 from verl.plugin.platform import PlatformBase, PlatformRegistry
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    """A function or method that returns the value, whatever its arguments are."""
+    return lambda *_, **__: value
 
 
 class CpuDevice(ModuleType):
@@ -23,25 +28,14 @@ class CpuDevice(ModuleType):
         super().__init__("agent_lightning.learners.verl_cpu.device")
         for name in ("synchronize", "stream", "Stream", "current_stream", "is_available", "device_count"):
             setattr(self, name, vars(torch.cpu)[name])
-        self.current_device = self.get_device_name = _cpu
-        self.set_device = self.empty_cache = self.ipc_collect = self.reset_peak_memory_stats = _nothing
+        self.current_device = self.get_device_name = _constant("cpu")
+        self.set_device = self.empty_cache = self.ipc_collect = self.reset_peak_memory_stats = _constant(None)
         self.manual_seed = self.manual_seed_all = torch.manual_seed
         self.get_rng_state = torch.get_rng_state
         self.set_rng_state = torch.set_rng_state
-        self.memory_allocated = self.memory_reserved = self.max_memory_allocated = self.max_memory_reserved = _zero
-        self.mem_get_info = lambda *_: (0, 0)
-
-
-def _nothing(*_: object, **__: object) -> None:
-    return None
-
-
-def _zero(*_: object) -> int:
-    return 0
-
-
-def _cpu(*_: object) -> str:
-    return "cpu"
+        self.memory_allocated = self.memory_reserved = _constant(0)
+        self.max_memory_allocated = self.max_memory_reserved = _constant(0)
+        self.mem_get_info = _constant((0, 0))
 
 
 @PlatformRegistry.register(platform="cpu")
@@ -50,53 +44,24 @@ class PlatformCpu(PlatformBase):
 
     device_name = "cpu"
     vendor_name = "cpu"
-    current_device = _cpu
-    set_device = synchronize = set_allocator_settings = empty_cache = profiler_start = profiler_stop = cudart = _nothing
-
-    def __init__(self) -> None:
-        self._device = CpuDevice()
-
-    @property
-    def device_module(self) -> ModuleType:
-        return self._device
-
-    def is_available(self) -> bool:
-        return True
-
-    def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        # Automatic detection must prefer a GPU; this platform is chosen by its name only.
-        return False
-
-    def device_count(self) -> int:
-        return 1
-
-    def manual_seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
-        return None, None
-
-    def communication_backend_name(self) -> str:
-        return "gloo"
-
-    def visible_devices_envvar(self) -> str:
-        return "CUDA_VISIBLE_DEVICES"
-
-    @contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:
-        yield
-
-    def ray_resource_name(self) -> str:
-        return "CPU"
+    device_module = CpuDevice()
+    is_available = _constant(True)
+    is_platform_available = _constant(False)
+    """Asked by veRL's automatic detection, which must prefer a GPU: this platform is chosen by its name only."""
+    current_device = _constant("cpu")
+    device_count = _constant(1)
+    manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
+    get_device_capability = _constant((None, None))
+    communication_backend_name = _constant("gloo")
+    visible_devices_envvar = _constant("CUDA_VISIBLE_DEVICES")
+    ray_resource_name = _constant("CPU")
+    is_ipc_supported = _constant(False)
+    nvtx_range = _constant(nullcontext())
+    set_device = synchronize = set_allocator_settings = empty_cache = _constant(None)
+    profiler_start = profiler_stop = cudart = _constant(None)
 
     def ray_noset_envvars(self) -> list[str]:
         return []
 
     def ray_resource_options(self, num_gpus: float) -> dict[str, Any]:
         return {"num_cpus": num_gpus}
-
-    def is_ipc_supported(self) -> bool:
-        return False
