@@ -14,18 +14,18 @@ from agent_lightning.config.schema import RENAMED, Config
 _OUT_OF_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
-def explain(error: ValidationError) -> str:
-    """The first refusal as one line; an unknown key comes before a wrong value.
+def explain(error: ValidationError, root: type[section.Section] = Config) -> str:
+    """The first refusal by the section `root` as one line; an unknown key comes before a wrong value.
 
     Example: "algorithm.lr=x: must be a number"
     """
     refusals = error.errors(include_url=False)
     unknown = [refusal for refusal in refusals if refusal["type"] == "extra_forbidden"]
-    return _explain((unknown or refusals)[0])
+    return _explain((unknown or refusals)[0], root)
 
 
-def _explain(refusal: ErrorDetails) -> str:
-    path, hint, limits = _locate(refusal)
+def _explain(refusal: ErrorDetails, root: type[section.Section]) -> str:
+    path, hint, limits = _locate(refusal, root)
     value = refusal["input"]
     given = f"{path}={'null' if value is None else value}"
     match refusal["type"]:
@@ -42,10 +42,10 @@ def _explain(refusal: ErrorDetails) -> str:
     return f"{given}: must be {section.in_words(hint)}"
 
 
-def _locate(refusal: ErrorDetails) -> tuple[str, Any, str]:
+def _locate(refusal: ErrorDetails, root: type[section.Section]) -> tuple[str, Any, str]:
     """The path of the refused value, such as "air.rules[0].cap", its type, and its bounds in words."""
     path, limits = "", ""
-    hint: Any = Config
+    hint: Any = root
     for part in refusal["loc"]:
         if section.is_section(hint):
             path, field = f"{path}.{part}".removeprefix("."), hint.model_fields.get(str(part))

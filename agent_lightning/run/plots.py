@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,8 +124,8 @@ def _draw_reward(axes: Axes, rows: list[dict[str, float]]) -> None:
         axes.plot(step_N, train_N, color=BLUE, linewidth=2.2, marker=".", label="train")
     step_N, val_N = _series(rows, "val/reward")
     if len(val_N):
-        style = {"markersize": 7.0, "markeredgecolor": "white", "linewidth": 1.6}
-        axes.plot(step_N, val_N, color=RED, marker="o", zorder=4, label="held-out tasks", **style)  # type: ignore[arg-type]
+        style: dict[str, Any] = {"markersize": 7.0, "markeredgecolor": "white", "linewidth": 1.6}
+        axes.plot(step_N, val_N, color=RED, marker="o", zorder=4, label="held-out tasks", **style)
         _number(axes, step_N[-1], val_N[-1], side=1)
         if len(val_N) > 1:
             _number(axes, step_N[0], val_N[0], side=-1)
@@ -137,17 +137,9 @@ def _draw_reward(axes: Axes, rows: list[dict[str, float]]) -> None:
 
 def _number(axes: Axes, step: float, value: float, side: int) -> None:
     """Write a value beside its point, on the left (`side` -1) or on the right (1), away from the curve."""
-    axes.annotate(
-        f"{value:.3f}",
-        (step, value),
-        xytext=(9 * side, 0),
-        textcoords="offset points",
-        ha="left" if side > 0 else "right",
-        va="center",
-        fontsize=13,
-        fontweight="bold",
-        color=RED,
-    )
+    style: dict[str, Any] = {"va": "center", "fontsize": 13, "fontweight": "bold", "color": RED}
+    offset, side_of_text = (9 * side, 0), "left" if side > 0 else "right"
+    axes.annotate(f"{value:.3f}", (step, value), offset, textcoords="offset points", ha=side_of_text, **style)
 
 
 def _draw_gap(axes: Axes, rows: list[dict[str, float]]) -> None:

@@ -15,45 +15,43 @@ import math
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, ValidationError
 
 from agent_lightning.config.load import Config, load, one_line, project_folder, rename_keys
+from agent_lightning.config.refusals import explain
+from agent_lightning.config.section import AtLeast1, Section
 from agent_lightning.core import files
 from agent_lightning.core.errors import ConfigError, UserError
 from agent_lightning.sweeps.space import Choice, Distribution, parse_words, sampled_words
 
-SEARCHES = ("random", "grid", "bayes")
-SCHEDULERS = ("none", "asha", "pbt")
 MAX_GRID = 256
 OWN_KEYS = ("name", "runs_dir")
 """Keys of the trials that the sweep itself sets."""
 
 
-@dataclass(slots=True, kw_only=True)
-class SweepConfig:
+class SweepConfig(Section):
     """The settings of a sweep: `sweep=NAME` loads conf/sweep/NAME.yaml, and `sweep.KEY=VALUE` changes a setting."""
 
-    search: str = "random"
-    """random, grid, or bayes."""
-    scheduler: str = "none"
-    """none, asha, or pbt."""
-    trials: int | None = None
+    search: Literal["random", "grid", "bayes"] = "random"
+    scheduler: Literal["none", "asha", "pbt"] = "none"
+    trials: AtLeast1 | None = None
     """The number of trials; null: 16. A grid has a trial for each combination."""
-    concurrent: int | None = None
+    concurrent: AtLeast1 | None = None
     """Trials that run at the same time; null: as many as the cluster has room for."""
     seed: int = 0
     """The seed of the draws from the search space; a trial's own seed is the key `seed`."""
-    grace_steps: int | None = None
+    grace_steps: AtLeast1 | None = None
     """asha: steps before a trial may be stopped; null: eval_every."""
-    reduction: float = 4.0
+    reduction: Annotated[float, Field(gt=1)] = 4.0
     """asha: the share 1/reduction of the trials at a rung continues, to the next rung at reduction times the steps."""
-    interval_steps: int | None = None
+    interval_steps: AtLeast1 | None = None
     """pbt: steps between comparisons; null: eval_every."""
 
 
@@ -184,16 +182,16 @@ def _settings(words: Sequence[str]) -> SweepConfig:
         names = ", ".join(sorted(preset.stem for preset in folder.glob("*.yaml")))
         raise ConfigError(f"sweep={chosen[-1]}: unknown; choose one of {names}")
     dotted = [word.removeprefix("sweep.") for word in words if word.startswith("sweep.")]
-    known = [field.name for field in fields(SweepConfig)]
+    known = list(SweepConfig.model_fields)
     if unknown := [key for word in dotted if (key := word.partition("=")[0]) not in known]:
         raise ConfigError(f"sweep.{unknown[0]}: no such key; there are {', '.join(known)}")
     try:
-        node = OmegaConf.merge(OmegaConf.structured(SweepConfig), OmegaConf.load(file), OmegaConf.from_dotlist(dotted))
-        settings = OmegaConf.to_object(node)
+        values = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(dotted))
+        return SweepConfig.model_validate(OmegaConf.to_container(values, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"sweep.{one_line(error)}") from error
-    assert isinstance(settings, SweepConfig)
-    return settings
+    except ValidationError as error:
+        raise ConfigError(f"sweep.{explain(error, SweepConfig)}") from error
 
 
 def _check_grid(settings: SweepConfig, space: Mapping[str, Distribution]) -> None:
@@ -209,22 +207,13 @@ def _check_grid(settings: SweepConfig, space: Mapping[str, Distribution]) -> Non
 
 def _check_settings(plan: SweepPlan) -> None:
     """Refuse settings that are impossible, contradict each other, or that nothing reads. Raises ConfigError."""
-    settings, default = plan.settings, SweepConfig()
-    if settings.search not in SEARCHES:
-        raise ConfigError(f"sweep.search={settings.search}: must be one of {', '.join(SEARCHES)}")
-    if settings.scheduler not in SCHEDULERS:
-        raise ConfigError(f"sweep.scheduler={settings.scheduler}: must be one of {', '.join(SCHEDULERS)}")
-    for key, value in (("trials", settings.trials), ("concurrent", settings.concurrent)):
-        if value is not None and value < 1:
-            raise ConfigError(f"sweep.{key}={value}: must be at least 1")
-    for scheduler, key in (("asha", "grace_steps"), ("asha", "reduction"), ("pbt", "interval_steps")):
-        value = getattr(settings, key)
-        if value != getattr(default, key) and settings.scheduler != scheduler:
-            raise ConfigError(f"sweep.{key}={value}: only sweep.scheduler={scheduler} reads it")
-        if key != "reduction" and value is not None and not 1 <= value <= plan.steps:
-            raise ConfigError(f"sweep.{key}={value}: must be from 1 to steps={plan.steps}")
-    if settings.reduction <= 1:
-        raise ConfigError(f"sweep.reduction={settings.reduction}: must be above 1")
+    settings = plan.settings
+    changed = settings.model_dump(exclude_defaults=True)
+    for key, scheduler in (("grace_steps", "asha"), ("reduction", "asha"), ("interval_steps", "pbt")):
+        if key in changed and settings.scheduler != scheduler:
+            raise ConfigError(f"sweep.{key}={changed[key]}: only sweep.scheduler={scheduler} reads it")
+        if key != "reduction" and changed.get(key, 0) > plan.steps:
+            raise ConfigError(f"sweep.{key}={changed[key]}: must be from 1 to steps={plan.steps}")
     if settings.scheduler != "none":
         if {"steps", "eval_every"} & set(plan.space):
             raise ConfigError("steps and eval_every cannot be searched where trials are compared on their way")

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from agent_lightning.run.plots import BLUE, GREY, RED, new_figure, plain_axes, save
+from agent_lightning.run.plots import GREY, RED, new_figure, plain_axes, save
 from agent_lightning.run.report import duration, number, sparkline
 from agent_lightning.sweeps.plan import SweepFolder, SweepPlan, TrialRecord, best_experiment, best_of
 from agent_lightning.sweeps.space import Choice, Distribution
@@ -153,7 +153,7 @@ class Column:
 
 def plot_curves(curves: Sequence[Curve], out: Path, title: str) -> None:
     """Draw the held-out rewards of several runs: thin lines, and a thick line with its label for a highlighted run."""
-    figure, axes = _reward_axes(curves, title)
+    figure, axes = reward_axes(curves, title)
     for curve in sorted(curves, key=lambda curve: curve.highlight):
         if not curve.points:
             continue
@@ -166,32 +166,14 @@ def plot_curves(curves: Sequence[Curve], out: Path, title: str) -> None:
     save(figure, out)
 
 
-def _reward_axes(curves: Sequence[Curve], title: str) -> tuple[Figure, Axes]:
+def reward_axes(curves: Sequence[Curve], title: str) -> tuple[Figure, Axes]:
+    """An empty picture of held-out rewards by step, with room for the steps of `curves`."""
     figure = new_figure(title)
     axes = figure.add_subplot()
     plain_axes(axes, max((step for curve in curves for step, _ in curve.points), default=0.0), 0.05)
     axes.set_xlabel("step")
     axes.set_ylabel("held-out reward")
     return figure, axes
-
-
-def plot_spread(curves: Sequence[Curve], out: Path, title: str, published: Sequence[tuple[str, float]] = ()) -> None:
-    """Draw runs with different seeds: thin lines, their mean with its range, and published figures as dashed lines."""
-    figure, axes = _reward_axes(curves, title)
-    for curve in curves:
-        step_N, reward_N = np.array(curve.points, np.float64).reshape(-1, 2).T
-        axes.plot(step_N, reward_N, color=BLUE, linewidth=1, alpha=0.45)
-    shared = sorted(set.intersection(*(set(dict(curve.points)) for curve in curves))) if curves else []
-    if shared:
-        reward_SC = np.array([[dict(curve.points)[step] for curve in curves] for step in shared])
-        label = f"mean of {len(curves)} seeds"
-        axes.plot(shared, reward_SC.mean(1), color=BLUE, linewidth=2.6, marker="o", label=label)
-        axes.fill_between(shared, reward_SC.min(1), reward_SC.max(1), color=BLUE, alpha=0.15, label="lowest to highest")
-    for label, value in published:
-        axes.axhline(value, color=RED, linestyle="--", linewidth=1.2)
-        axes.annotate(label, (0, value), color=RED, fontsize=9, va="bottom")
-    axes.legend(frameon=False, fontsize=10, loc="best")
-    save(figure, out)
 
 
 def plot_parallel(columns: Sequence[Column], rewards: Sequence[float], best: int, out: Path, title: str) -> None:

@@ -20,14 +20,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from agent_lightning.cli import benchmarks
 from agent_lightning.config.load import Config, load, reload
 from agent_lightning.core.errors import UserError
-from agent_lightning.run.plots import evaluations
+from agent_lightning.run.plots import BLUE, RED, evaluations, save
 from agent_lightning.run.report import Summary, duration, number
 from agent_lightning.run.tracking import RunDirectory
 from agent_lightning.sweeps.trials import PROGRAM
-from agent_lightning.sweeps.view import Curve, plot_spread
+from agent_lightning.sweeps.view import Curve, reward_axes
 
 Scale = Literal["tiny", "paper"]
 PAPER = "arXiv 2508.03680"
@@ -111,6 +113,25 @@ def write_report(benchmark: Benchmark, scale: Scale, runs: Sequence[Path], out: 
         else (),
     )
     (out / "report.md").write_text(_markdown(benchmark, scale, finished, picture.name))
+
+
+def plot_spread(curves: Sequence[Curve], out: Path, title: str, published: Sequence[tuple[str, float]] = ()) -> None:
+    """Draw runs with different seeds: thin lines, their mean with its range, and published figures as dashed lines."""
+    figure, axes = reward_axes(curves, title)
+    for curve in curves:
+        step_N, reward_N = np.array(curve.points, np.float64).reshape(-1, 2).T
+        axes.plot(step_N, reward_N, color=BLUE, linewidth=1, alpha=0.45)
+    shared = sorted(set.intersection(*(set(dict(curve.points)) for curve in curves))) if curves else []
+    if shared:
+        reward_SC = np.array([[dict(curve.points)[step] for curve in curves] for step in shared])
+        label = f"mean of {len(curves)} seeds"
+        axes.plot(shared, reward_SC.mean(1), color=BLUE, linewidth=2.6, marker="o", label=label)
+        axes.fill_between(shared, reward_SC.min(1), reward_SC.max(1), color=BLUE, alpha=0.15, label="lowest to highest")
+    for label, value in published:
+        axes.axhline(value, color=RED, linestyle="--", linewidth=1.2)
+        axes.annotate(label, (0, value), color=RED, fontsize=9, va="bottom")
+    axes.legend(frameon=False, fontsize=10, loc="best")
+    save(figure, out)
 
 
 @dataclass(frozen=True, slots=True)

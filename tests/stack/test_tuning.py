@@ -51,7 +51,7 @@ def test_asha_stops_the_worse_trials_and_a_failed_trial_ends_no_other(tmp_path: 
     plan, _ = plan_sweep(
         [*FIXED, "sweep=asha", "sweep.reduction=2", "algorithm.lr=uniform(1,3)", "seed=choice(14,14,13)"]
     )
-    plan = replace(plan, settings=replace(plan.settings, trials=8))
+    plan = replace(plan, settings=plan.settings.model_copy(update={"trials": 8}))
     records = run(SweepFolder.create(tmp_path, plan), plan)
     states = [record.state for record in records.values()]
     assert len(states) == 8
