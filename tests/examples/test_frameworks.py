@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from agents_for_tests import skilled
-from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
 from agent_lightning.buffer.taken import take_groups
@@ -109,6 +108,8 @@ async def with_openai(payload: dict[str, Any], policy: Policy) -> float:
 
 
 async def with_anthropic(payload: dict[str, Any], policy: Policy) -> float:
+    from anthropic import AsyncAnthropic
+
     tool: Any = {"name": "add", "description": "Adds.", "input_schema": SCHEMA}
     messages: list[Any] = [{"role": "user", "content": payload["question"]}]
     async with AsyncAnthropic(base_url=policy.anthropic_base_url, api_key=policy.api_key) as client:

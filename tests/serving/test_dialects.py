@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-import anthropic
 import numpy as np
 import openai
 import pytest
@@ -110,6 +109,8 @@ async def test_a_prompt_of_token_ids_is_answered_as_the_chat_that_it_is() -> Non
 
 
 async def test_tokens_of_a_prompt_are_counted_without_a_span() -> None:
+    import anthropic
+
     async with open_rig() as rig, clients_of(rig) as clients:
         counted = await clients.anthropic.messages.count_tokens(model="m", messages=HELLO)  # type: ignore[arg-type]
         await converse(clients, "messages", "hello", tools=False, stream=False)
@@ -123,6 +124,8 @@ async def test_tokens_of_a_prompt_are_counted_without_a_span() -> None:
 
 
 async def test_models_and_errors_as_each_client_reads_them() -> None:
+    import anthropic
+
     async with open_rig() as rig, clients_of(rig) as clients:
         assert [model.id async for model in clients.openai.models.list()] == ["policy"]
         assert [model.id async for model in clients.anthropic.models.list()] == ["policy"]

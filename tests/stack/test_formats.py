@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
-import anthropic
 import numpy as np
 import pytest
 from formats import FORMATS, FUNCTION, Clients, chat, converse
@@ -175,6 +174,8 @@ async def deltas_pass_the_proxy(stack: Stack) -> None:
 
 
 async def errors_of_the_protocol(stack: Stack) -> None:
+    import anthropic
+
     calls: list[ModelCall] = []
     async with stack.rollout(calls) as root, Clients(root=root) as clients:
         long = [{"role": "user", "content": "word " * 3000}]

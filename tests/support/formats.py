@@ -6,10 +6,12 @@ import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import openai
+
+if TYPE_CHECKING:
+    import anthropic
 
 ARGUMENTS = {"type": "object", "properties": {"expression": {"type": "string"}}}
 FUNCTION = {"name": "calculator", "description": "Computes.", "parameters": ARGUMENTS}
@@ -43,6 +45,8 @@ class Clients:
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     async def __aenter__(self) -> Clients:
+        import anthropic  # two seconds: here, and not when the tests are collected
+
         self.openai = openai.AsyncOpenAI(base_url=f"{self.root}/v1", **NO_RETRIES)  # type: ignore[arg-type]
         self.anthropic = anthropic.AsyncAnthropic(base_url=self.root, **NO_RETRIES)  # type: ignore[arg-type]
         for client in (self.openai, self.anthropic):
