@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from agent_lightning.buffer.buffer import Stats
 from agent_lightning.buffer.taken import TakenGroup, take_groups
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.metrics import Metrics, merge, values
@@ -193,19 +194,20 @@ class Loop:
         for task in tasks:
             await self.buffer.admit(task, split=split, num_rollouts=num_rollouts)
         self.state.admitted += len(tasks) * num_rollouts if split == "train" else 0
-        what, total = ("generate" if split == "train" else "evaluate"), len(tasks) * num_rollouts
+        phase, total = ("generate" if split == "train" else "evaluate"), len(tasks) * num_rollouts
         taking = asyncio.ensure_future(take_groups(self.buffer, len(tasks), split=split))
         stopping = asyncio.ensure_future(self.stop.wait())
-        ended = (await self.buffer.stats()).ended
-        watching = asyncio.ensure_future(
-            watch(
-                self.buffer, lambda stats: self.observer.waiting_for(f"{what}: {stats.ended - ended}/{total} rollouts")
-            )
-        )
+        ended_before = (await self.buffer.stats()).ended
+
+        def show_progress(stats: Stats) -> None:
+            self.observer.waiting_for(f"{phase}: {stats.ended - ended_before}/{total} rollouts")
+
+        watching = asyncio.ensure_future(watch(self.buffer, show_progress))
         try:
             await asyncio.wait((taking, stopping, watching), return_when=asyncio.FIRST_COMPLETED)
             if taking.done():
                 return taking.result()
+            # `watch` ends, with a description of the trouble, if the rollouts cannot succeed.
             failed = watching.done() and not stopping.done()
             trouble = watching.result() if failed else ""
             await self.buffer.cancel(trouble or "the run was stopped")
@@ -213,7 +215,7 @@ class Loop:
             if split == "train":
                 await self._drop(cancelled, "step_failed" if failed else "run_stopped")
             if failed:
-                raise StepFailed(f"{what}: {trouble}")
+                raise StepFailed(f"{phase}: {trouble}")
             return None
         finally:
             for waiting in (taking, stopping, watching):

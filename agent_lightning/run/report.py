@@ -121,23 +121,24 @@ def report(summary: Summary, run: RunDirectory) -> RenderableType:
         headline.append(f"  {gain:+.1f} points", style="bold green" if gain > 0 else "bold red" if gain < 0 else "bold")
         headline.append(f"  (best {number(summary.val_reward_best)}, {summary.val_rows:,} rows)", style="dim")
     counts, seconds = summary.rollouts, summary.step_s
-    ended = f"{counts.admitted:,} admitted, {counts.trained:,} trained, {sum(counts.dropped.values()):,} dropped"
-    split = {"generate": seconds.generate, "update": seconds.update, "publish": seconds.publish, "other": seconds.other}
-    parts = ", ".join(f"{name} {number(value, 1)}" for name, value in split.items())
+    rollouts = f"{counts.admitted:,} admitted, {counts.trained:,} trained, {sum(counts.dropped.values()):,} dropped"
+    if any(counts.dropped.values()):
+        rollouts += f": {_format_counts(counts.dropped)}"
+    phases = ", ".join(f"{name} {number(value, 1)}" for name, value in asdict(seconds).items() if name != "total")
     steps = f"{summary.steps:,} in {duration(summary.wall_s)}; service ready after {duration(summary.start_s)}"
     rows = {
         "steps": steps,
-        "rollouts": ended + _counted(counts.dropped, before=": "),
-        "failed": _counted(counts.failed) or "none",
+        "rollouts": rollouts,
+        "failed": _format_counts(counts.failed) or "none",
         "tokens": f"{summary.sampled_tokens:,} sampled, {summary.trained_tokens:,} trained",
         "log-prob gap": f"mean {number(summary.mean_abs_logprob_gap, 5)}, max {number(summary.max_abs_logprob_gap, 4)}",
-        "time per step": f"{number(seconds.total, 1)} s: {parts}",
+        "time per step": f"{number(seconds.total, 1)} s: {phases}",
         "policy": f"{summary.versions:,} versions published",
         "files": str(run.path),
     }
     if summary.val_reward_by:
-        by = ", ".join(f"{name} {number(reward)}" for name, reward in summary.val_reward_by.items())
-        rows = {"held-out": by} | rows
+        rewards = ", ".join(f"{name} {number(reward)}" for name, reward in summary.val_reward_by.items())
+        rows = {"held-out": rewards} | rows
     table = Table.grid(Column(style="cyan", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for name, value in rows.items():
         table.add_row(f" {name}", Text(value))
@@ -161,11 +162,9 @@ def _files(run: RunDirectory) -> list[tuple[Path, str]]:
     return [(path, text) for path, text in descriptions.items() if path.is_file() or any(path.glob("*"))]
 
 
-def _counted(counts: Mapping[str, int], before: str = "") -> str:
-    """{"timeout": 3, "bad_reward": 1} -> "timeout 3, bad_reward 1", the largest first."""
-    listed = sorted(counts.items(), key=lambda item: -item[1])
-    joined = ", ".join(f"{name} {count:,}" for name, count in listed if count)
-    return before + joined if joined else ""
+def _format_counts(counts: Mapping[str, int]) -> str:
+    """{"bad_reward": 1, "timeout": 3} -> "timeout 3, bad_reward 1", without counts of 0."""
+    return ", ".join(f"{name} {count:,}" for name, count in Counter(counts).most_common() if count)
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -248,7 +247,7 @@ class Progress:
             parts = [f"step {step}/{self._steps}", f"train {number(self._train[-1])}", f"{number(seconds, 1)} s"]
             parts += [f"{number(self._tokens_per_s(), 0)} tokens/s"]
             parts += [f"gap {number(record.get('logprob_gap/mean_abs', math.nan), 5)}"]
-            parts += [f"failed: {_counted(failed)}"] if failed else []
+            parts += [f"failed: {_format_counts(failed)}"] if failed else []
             self.message("  ".join([*parts, f"left {duration(self._left_s())}"]))
 
     def show_evaluation(self, step: int, reward: float, rows: int) -> None:
@@ -276,7 +275,7 @@ class Progress:
         table.add_row("sampled", f"{number(self._tokens_per_s(), 0)} tokens/s")
         waited = f"  {duration(now - self._waiting_since)}" if self._waiting else ""
         table.add_row("now", Text(f"{self._waiting or '-'}{waited}"))
-        table.add_row("failed", Text(_counted(self._failed) or "none", style="yellow" if self._failed else ""))
+        table.add_row("failed", Text(_format_counts(self._failed) or "none", style="yellow" if self._failed else ""))
         width = min(self.console.width, 88)
         return Panel(table, title=Text(self._experiment, style="bold"), title_align="left", width=width, style="none")
 
