@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 from urllib.parse import urlsplit
 
 from agent_lightning.config.load import resolve_path
 from agent_lightning.core.errors import UserError
+
+T = TypeVar("T")
 
 HUB_SECONDS: Final = 4.0
 """Seconds that a dry run waits for an answer of the hub."""
@@ -40,26 +44,16 @@ def read_model_config(path: str) -> dict[str, Any]:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
         cached = try_to_load_from_cache(path, "config.json")
-        if isinstance(cached, str):
-            file = Path(cached)
-        else:
-            _check_hub_answers()
-            try:
-                file = Path(hf_hub_download(path, "config.json", etag_timeout=HUB_SECONDS))
-            except Exception as error:  # a hub that cannot be reached fails in many ways
-                raise UserError(f"{path}: not reachable from here ({type(error).__name__}); no estimate") from error
+        download = partial(hf_hub_download, path, "config.json", etag_timeout=HUB_SECONDS)
+        file = Path(cached if isinstance(cached, str) else _ask_hub(download, path, "; no estimate"))
     return cast(dict[str, Any], json.loads(file.read_text()))
 
 
 def check_data_set(path: str) -> None:
-    """Ask the hub whether it has a data set. Raises UserError."""
+    """Look a data set up on the hub. Raises UserError."""
     from huggingface_hub import HfApi
 
-    _check_hub_answers()
-    try:
-        HfApi().dataset_info(path, timeout=HUB_SECONDS)
-    except Exception as error:  # as above
-        raise UserError(f"{path}: not reachable from here ({type(error).__name__})") from error
+    _ask_hub(partial(HfApi().dataset_info, path, timeout=HUB_SECONDS), path)
 
 
 def _is_on_hub(path: str) -> bool:
@@ -76,12 +70,25 @@ def _local_folder(path: str) -> str:
     return str(folder)
 
 
-def _check_hub_answers() -> None:
-    """Raises UserError after a few seconds; the hub's own client would try for half a minute."""
+def _ask_hub(question: Callable[[], T], path: str, consequence: str = "") -> T:
+    """The hub's answer. Raises UserError after a few seconds; the hub's own client would try for half a minute."""
     from huggingface_hub import constants
 
     host = urlsplit(constants.ENDPOINT).hostname or "huggingface.co"
+    obstacle = _connect(host)
+    if obstacle:
+        raise UserError(f"{host} cannot be reached from here ({obstacle})")
+    try:
+        return question()
+    except Exception as error:  # a hub that cannot be reached fails in many ways
+        raise UserError(f"{path}: not reachable from here ({type(error).__name__}){consequence}") from error
+
+
+@cache
+def _connect(host: str) -> str:
+    """Why a host cannot be reached, "" if it can; cached, so that a dry run waits for a lost hub only once."""
     try:
         socket.create_connection((host, 443), timeout=HUB_SECONDS).close()
     except OSError as error:
-        raise UserError(f"{host} cannot be reached from here ({error})") from error
+        return str(error)
+    return ""

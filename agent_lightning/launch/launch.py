@@ -47,8 +47,6 @@ class System:
     service: Service
     learner: Learner | None
     """None if nothing is trained."""
-    run_secret: bytes
-    """Signs the secrets of attempts."""
 
 
 @asynccontextmanager
@@ -98,7 +96,7 @@ async def system(
         await wait_until_healthy(service.url, timeout=60.0)
         await _start_workers(config, buffer, service, workers, stack)
         try:
-            yield System(buffer=buffer, board=board, service=service, learner=learner, run_secret=run_secret)
+            yield System(buffer=buffer, board=board, service=service, learner=learner)
         except actors.ActorDied as error:
             raise PartDied(f"a process of the run has died: {actors.who_died(error)}") from error
 
@@ -297,8 +295,8 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
     from agent_lightning.launch.nodes import Nodes, find_local_gateway
 
     spec = agent_spec(config)
-    everywhere = config.serving.gateways is None and not config.sampling.seeded
-    find = partial(find_local_gateway, service.app) if everywhere else partial(wait_until_healthy, service.url)
+    per_node = config.serving.gateways is None and not config.sampling.seeded
+    find = partial(find_local_gateway, service.app) if per_node else partial(wait_until_healthy, service.url)
 
     def make_workers(node: str, number: int, url: str) -> Workers:
         def make(name: str) -> RolloutWorker:
@@ -316,7 +314,7 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
         hung_s, name = config.rollout.unresponsive_timeout_s, f"worker-{node[:8]}"
         return Workers(make, number=number, buffer=buffer, kill=actors.kill, unresponsive_timeout_s=hung_s, name=name)
 
-    nodes = Nodes(find, make_workers, service.scale_gateways if everywhere else None)
+    nodes = Nodes(find, make_workers, service.scale_gateways if per_node else None)
     await nodes.start(number)
     stack.push_async_callback(nodes.stop)
     if number and not checks.cluster_is_own(config):
