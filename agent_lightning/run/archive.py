@@ -13,21 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agent_lightning.core import types
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.files import replacing
 from agent_lightning.core.text import replace_surrogates
-from agent_lightning.core.types import (
-    AgentSpan,
-    Group,
-    ModelCall,
-    Outcome,
-    Reward,
-    RolloutKey,
-    Task,
-    ToolCall,
-    ToolStatus,
-    Trajectory,
-)
 
 if TYPE_CHECKING:
     import pyarrow
@@ -44,7 +33,7 @@ class RolloutWriter:
         numbers = [int(part.stem.removeprefix("part-")) for part in directory.glob("part-*.parquet")]
         self._next_part = max(numbers, default=-1) + 1
 
-    def write(self, step: int, policy_version: int, groups: Sequence[Group]) -> Path | None:
+    def write(self, step: int, policy_version: int, groups: Sequence[types.Group]) -> Path | None:
         """Write the rollouts of `groups`; None if they have no rollouts. Raises OSError, for example on a full disk."""
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -77,7 +66,7 @@ def read_rollouts(path: Path) -> pyarrow.Table:
     return pa.concat_tables([pq.read_table(part, partitioning=None) for part in parts])
 
 
-def read_group(path: Path, rollout_id: str) -> Group:
+def read_group(path: Path, rollout_id: str) -> types.Group:
     """Read the group that a rollout belongs to. Raises DataError if there is no such rollout.
 
     Example: read_group(run.path, "train-12-3").group_id -> "train-12"
@@ -92,12 +81,12 @@ def read_group(path: Path, rollout_id: str) -> Group:
     if rollout_id not in latest:
         example = table.column("rollout_id")[0].as_py()
         raise DataError(f"{path} has no rollout {rollout_id}; `agl runs {path}` lists them, the first is {example}")
-    ordered = sorted(latest.values(), key=lambda row: RolloutKey.parse(row["rollout_id"], 0))
-    task = Task(task_id=ordered[0]["task_id"], payload=json.loads(ordered[0]["task"]))
-    return Group(group_id=group_id, task=task, trajectories=tuple(_trajectory(row) for row in ordered))
+    ordered = sorted(latest.values(), key=lambda row: types.RolloutKey.parse(row["rollout_id"], 0))
+    task = types.Task(task_id=ordered[0]["task_id"], payload=json.loads(ordered[0]["task"]))
+    return types.Group(group_id=group_id, task=task, trajectories=tuple(_trajectory(row) for row in ordered))
 
 
-def read_trajectories(path: Path) -> Iterator[Trajectory]:
+def read_trajectories(path: Path) -> Iterator[types.Trajectory]:
     """Read the rollouts of a run, in the order in which they were written. `path` and errors: see `read_rollouts`.
 
     Example: [trajectory.reward for trajectory in read_trajectories(run.path)] -> [1.0, 0.0, None]
@@ -110,30 +99,32 @@ def read_trajectories(path: Path) -> Iterator[Trajectory]:
     return (_trajectory(row) for batch in batches for row in batch.to_pylist())
 
 
-def _trajectory(row: Mapping[str, Any]) -> Trajectory:
-    key = RolloutKey.parse(row["rollout_id"], row["attempt"])
-    return Trajectory(
+def _trajectory(row: Mapping[str, Any]) -> types.Trajectory:
+    key = types.RolloutKey.parse(row["rollout_id"], row["attempt"])
+    return types.Trajectory(
         key=key,
         task_id=row["task_id"],
         calls=tuple(_model_call(key, call) for call in row["calls"]),
         reward=row["reward"],
-        outcome=Outcome(row["outcome"]),
+        outcome=types.Outcome(row["outcome"]),
         error=row["error"],
         output=row["output"],
         started_at=row["started_at"],
         ended_at=row["ended_at"],
-        tools=tuple(ToolCall(key=key, **{**tool, "status": ToolStatus(tool["status"])}) for tool in row["tools"]),
-        rewards=tuple(Reward(key=key, **reward) for reward in row["rewards"]),
-        agents=tuple(AgentSpan(key=key, **agent) for agent in row["agents"]),
+        tools=tuple(
+            types.ToolCall(key=key, **{**tool, "status": types.ToolStatus(tool["status"])}) for tool in row["tools"]
+        ),
+        rewards=tuple(types.Reward(key=key, **reward) for reward in row["rewards"]),
+        agents=tuple(types.AgentSpan(key=key, **agent) for agent in row["agents"]),
         refused_spans=dict(row["refused_spans"]),
     )
 
 
-def _model_call(key: RolloutKey, row: Mapping[str, Any]) -> ModelCall:
+def _model_call(key: types.RolloutKey, row: Mapping[str, Any]) -> types.ModelCall:
     columns = [column for column, _ in _ARRAYS.values()]
     values: dict[str, Any] = {name: value for name, value in row.items() if name not in columns}
     values |= {name: np.array(row[column], kind) for name, (column, kind) in _ARRAYS.items()}
-    return ModelCall(key=key, **values)
+    return types.ModelCall(key=key, **values)
 
 
 _ARRAYS: Mapping[str, tuple[str, type[np.generic]]] = {
@@ -148,22 +139,22 @@ def _rollout_schema() -> pyarrow.Schema:
     import pyarrow as pa
 
     text, real, integer = pa.string(), pa.float64(), pa.int32()
-    types = {"str": text, "ToolStatus": text, "Source": text, "float": real, "int": integer, "int | None": integer}
-    types |= {"Ints": pa.list_(integer), "Floats": pa.list_(pa.float32())}
+    arrow_types = {"str": text, "ToolStatus": text, "Source": text, "float": real, "int": integer}
+    arrow_types |= {"int | None": integer, "Ints": pa.list_(integer), "Floats": pa.list_(pa.float32())}
 
-    def list_of(kind: type[ModelCall | ToolCall | Reward | AgentSpan]) -> pyarrow.DataType:
-        columns = [(_column(field.name), types[str(field.type)]) for field in fields(kind) if field.name != "key"]
+    def list_of(kind: type[types.ModelCall | types.ToolCall | types.Reward | types.AgentSpan]) -> pyarrow.DataType:
+        columns = [(_column(field.name), arrow_types[str(field.type)]) for field in fields(kind) if field.name != "key"]
         return pa.list_(pa.struct(columns))
 
     row = {"rollout_id": text, "group_id": text, "split": text, "attempt": integer, "task_id": text, "task": text}
     row |= {"step": integer, "policy_version": integer, "reward": real, "outcome": text, "error": text, "output": text}
-    row |= {"started_at": real, "ended_at": real, "num_calls": integer, "calls": list_of(ModelCall)}
-    row |= {"tools": list_of(ToolCall), "rewards": list_of(Reward), "agents": list_of(AgentSpan)}
+    row |= {"started_at": real, "ended_at": real, "num_calls": integer, "calls": list_of(types.ModelCall)}
+    row |= {"tools": list_of(types.ToolCall), "rewards": list_of(types.Reward), "agents": list_of(types.AgentSpan)}
     row |= {"refused_spans": pa.map_(text, integer)}
     return pa.schema(list(row.items()))
 
 
-def _rollout_row(step: int, policy_version: int, group: Group, rollout: Trajectory) -> dict[str, Any]:
+def _rollout_row(step: int, policy_version: int, group: types.Group, rollout: types.Trajectory) -> dict[str, Any]:
     row: dict[str, Any] = {"rollout_id": rollout.key.rollout_id, "group_id": group.group_id, "split": rollout.key.split}
     row |= {"attempt": rollout.key.attempt, "task_id": rollout.task_id, "step": step, "policy_version": policy_version}
     row |= {"task": json.dumps(dict(group.task.payload), default=str), "reward": rollout.reward}
@@ -175,7 +166,7 @@ def _rollout_row(step: int, policy_version: int, group: Group, rollout: Trajecto
     return row
 
 
-def _row(span: ModelCall | ToolCall | Reward | AgentSpan) -> dict[str, Any]:
+def _row(span: types.ModelCall | types.ToolCall | types.Reward | types.AgentSpan) -> dict[str, Any]:
     """The columns of a span, without its key, which the rollout's row has."""
     values = {field.name: getattr(span, field.name) for field in fields(span) if field.name != "key"}
     return {
