@@ -56,10 +56,10 @@ def test_importing_starts_nothing_and_brings_nothing_heavy(tmp_path: Path) -> No
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
-    found = json.loads(ended.stdout)
-    assert found["same"], "an import changed the environment or a signal handler"
-    assert found["threads"] == 1
-    assert not set(found["loaded"]) & set(HEAVY_LIBRARIES)
+    report = json.loads(ended.stdout)
+    assert report["same"], "an import changed the environment or a signal handler"
+    assert report["threads"] == 1
+    assert not set(report["loaded"]) & set(HEAVY_LIBRARIES)
     assert list(tmp_path.iterdir()) == []
 
 

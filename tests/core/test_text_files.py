@@ -41,6 +41,7 @@ def test_a_hidden_secret_keeps_the_length_of_the_text() -> None:
     assert SECRET not in shown
     assert len(shown) == len(f"GET /attempt/1/{SECRET}/v1 {SECRET}")
     assert text.hide_secret("as it is", "") == "as it is"
+    assert text.hide_secret(b"\xff" + SECRET.encode(), SECRET) == b"\xff" + b"*" * len(SECRET)
 
 
 def test_the_secret_of_every_attempt_is_hidden_in_its_url() -> None:

@@ -40,15 +40,15 @@ def conversation(*turns: Sequence[Asked], answer: str = "done", ids: str = "tool
     """The model calls of an agent that runs the tools of each turn and then gets an answer."""
     messages: list[dict[str, object]] = [{"role": "user", "content": "?"}]
     calls = []
-    for turn, asked in enumerate(turns):
+    for turn, requested in enumerate(turns):
         requests = [
             {"id": ids.format(turn=turn, n=n), "type": "function", "function": {"name": name, "arguments": arguments}}
-            for n, (name, arguments, _) in enumerate(asked)
+            for n, (name, arguments, _) in enumerate(requested)
         ]
         reply = {"role": "assistant", "tool_calls": requests}
         calls.append(model_call(turn, request=list(messages), reply=reply, finish_reason="tool_calls"))
         messages.append(reply)
-        for request, (_, _, result) in zip(requests, asked, strict=True):
+        for request, (_, _, result) in zip(requests, requested, strict=True):
             if result is not None:
                 messages.append({"role": "tool", "tool_call_id": request["id"], "content": result})
     return (*calls, model_call(len(turns), request=messages, reply={"role": "assistant", "content": answer}))
@@ -68,7 +68,7 @@ def test_tools_are_seen_with_no_instrumentation() -> None:
 
 def test_an_id_used_again_is_another_call() -> None:
     calls = conversation([("sql", '{"q": 1}', "error: bad")], [("sql", '{"q": 2}', "7")], ids="same")
-    assert [one.status for one in tool_calls(calls)] == [ToolStatus.ERROR, ToolStatus.OK]
+    assert [item.status for item in tool_calls(calls)] == [ToolStatus.ERROR, ToolStatus.OK]
 
 
 @pytest.mark.parametrize(
@@ -208,8 +208,8 @@ airs = st.builds(Air, rules=rules | st.just(DEFAULT_RULES), bound=st.floats(0.01
 
 @settings(max_examples=1000, deadline=None)
 @given(airs, turns)
-def test_the_total_stays_within_the_bound_at_every_call(air: Air, asked: list[list[Asked]]) -> None:
-    total = np.cumsum(air.rewards(seen(conversation(*asked))).astype(np.float64))
+def test_the_total_stays_within_the_bound_at_every_call(air: Air, requested: list[list[Asked]]) -> None:
+    total = np.cumsum(air.rewards(seen(conversation(*requested))).astype(np.float64))
     assert np.abs(total).max(initial=0.0) <= air.bound + 1e-6
 
 
@@ -223,17 +223,17 @@ def test_no_failed_rollout_overtakes_one_that_succeeded(
 
 @settings(max_examples=1000, deadline=None)
 @given(airs, turns.filter(bool), st.data())
-def test_doing_the_same_again_never_pays(air: Air, asked: list[list[Asked]], data: st.DataObject) -> None:
-    name, arguments, _ = data.draw(st.sampled_from([one for turn in asked for one in turn]))
-    again = [*asked, [(name, arguments, data.draw(st.sampled_from(RESULTS)))]]
-    assert air.rewards(seen(conversation(*again))).sum() <= air.rewards(seen(conversation(*asked))).sum() + 1e-6
+def test_doing_the_same_again_never_pays(air: Air, requested: list[list[Asked]], data: st.DataObject) -> None:
+    name, arguments, _ = data.draw(st.sampled_from([item for turn in requested for item in turn]))
+    again = [*requested, [(name, arguments, data.draw(st.sampled_from(RESULTS)))]]
+    assert air.rewards(seen(conversation(*again))).sum() <= air.rewards(seen(conversation(*requested))).sum() + 1e-6
 
 
 @settings(max_examples=1000, deadline=None)
 @given(airs, turns, st.floats(0.5, 1.0))
-def test_the_potential_form_changes_no_return(air: Air, asked: list[list[Asked]], discount: float) -> None:
+def test_the_potential_form_changes_no_return(air: Air, requested: list[list[Asked]], discount: float) -> None:
     shaped = Air(rules=air.rules, bound=air.bound, form="potential")
-    reward_T = shaped.rewards(seen(conversation(*asked)), discount=discount).astype(np.float64)
+    reward_T = shaped.rewards(seen(conversation(*requested)), discount=discount).astype(np.float64)
     assert abs((reward_T * discount ** np.arange(reward_T.size)).sum()) < 1e-5
 
 

@@ -100,11 +100,11 @@ def test_sizes_below_one_are_refused(name: str) -> None:
 def rows(draw: st.DrawFn) -> list[Sample]:
     """Rows of up to 6 rollouts in any order; each row has at least one trained token. Token values name the row."""
     owners = draw(st.lists(st.integers(0, 5), max_size=12))
-    found = []
+    drawn = []
     for number, owner in enumerate(owners, start=1):
         mask = [*draw(st.lists(st.integers(0, 1), max_size=4)), 1]
-        found.append(row(owner, [number] * len(mask), mask))
-    return found
+        drawn.append(row(owner, [number] * len(mask), mask))
+    return drawn
 
 
 @settings(deadline=None, max_examples=100)

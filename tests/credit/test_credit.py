@@ -76,9 +76,9 @@ def credit(
     )
 
 
-def advantages(found: Credit, index: int) -> list[float]:
+def advantages(result: Credit, index: int) -> list[float]:
     """The advantage of each trained row of a rollout; its calls make a row each here."""
-    return [float(s.advantage_T[-1]) for s in found.samples if s.key.index == index]
+    return [float(s.advantage_T[-1]) for s in result.samples if s.key.index == index]
 
 
 # FailurePolicy --------------------------------------------------------------------------------------------------------
@@ -129,12 +129,12 @@ def test_what_is_resampled_is_masked_where_it_could_not_be_made_again() -> None:
 def test_a_finished_rollout_with_a_cut_reply_is_treated_as_the_config_says(
     truncated: object, reward: float | None
 ) -> None:
-    whole, cut = trajectory(0, [1], reward=1.0), trajectory(1, [1], reward=1.0)
+    uncut, cut = trajectory(0, [1], reward=1.0), trajectory(1, [1], reward=1.0)
     cut = replace(cut, calls=tuple(replace(call, finish_reason="length") for call in cut.calls))
     policy = FailurePolicy.of({"truncated": truncated})
-    assert (policy.reward_of(whole), policy.reward_of(cut)) == (1.0, reward)
-    found = credit(whole, cut, trajectory(2, [1], reward=0.0), failures=policy)
-    assert found.dropped_rollouts == ({"masked_truncated": 1} if reward is None else {})
+    assert (policy.reward_of(uncut), policy.reward_of(cut)) == (1.0, reward)
+    result = credit(uncut, cut, trajectory(2, [1], reward=0.0), failures=policy)
+    assert result.dropped_rollouts == ({"masked_truncated": 1} if reward is None else {})
 
 
 def test_failures_refuse_to_leave_an_outcome_out() -> None:
@@ -151,7 +151,7 @@ def test_a_finished_rollout_has_a_reward() -> None:
 
 
 def test_a_group_is_credited_and_accounted_for() -> None:
-    found = credit(
+    result = credit(
         trajectory(0, [2, 3], reward=1.0),
         trajectory(1, [4], reward=0.0),
         trajectory(2, [5], outcome=Outcome.TIMEOUT),  # counts as 0.0
@@ -159,14 +159,14 @@ def test_a_group_is_credited_and_accounted_for() -> None:
         trajectory(4, [], outcome=Outcome.NO_MODEL_CALL),  # counts as 0.0, has nothing to train
         scale="none",
     )
-    rows = [(s.key.index, int(s.mask_T.sum()), float(s.advantage_T[-1])) for s in found.samples]
+    rows = [(s.key.index, int(s.mask_T.sum()), float(s.advantage_T[-1])) for s in result.samples]
     assert rows == [(0, 2, 0.75), (0, 3, 0.75), (1, 4, -0.25), (2, 5, -0.25)]
-    assert found.trained_rollouts == 3
-    assert found.dropped_rollouts == {"masked_engine_error": 1, "no_selected_call": 1}
-    assert found.dropped_tokens == {"masked_engine_error": 6}
-    assert found.sampled_tokens == 2 + 3 + 4 + 5 + 6
-    np.testing.assert_array_equal(found.reward_R, [1, 0, 0, np.nan, 0])
-    assert values(found.metrics) == pytest.approx(
+    assert result.trained_rollouts == 3
+    assert result.dropped_rollouts == {"masked_engine_error": 1, "no_selected_call": 1}
+    assert result.dropped_tokens == {"masked_engine_error": 6}
+    assert result.sampled_tokens == 2 + 3 + 4 + 5 + 6
+    np.testing.assert_array_equal(result.reward_R, [1, 0, 0, np.nan, 0])
+    assert values(result.metrics) == pytest.approx(
         {
             "reward": 1 / 4,
             "group/no_spread": 0.0,
@@ -181,45 +181,45 @@ def test_a_group_is_credited_and_accounted_for() -> None:
 
 
 def test_a_group_without_spread_trains_nothing() -> None:
-    found = credit(trajectory(0, [2], reward=1.0), trajectory(1, [3], reward=1.0), trajectory(2, [], reward=1.0))
-    assert found.samples == ()
-    assert found.trained_rollouts == 0
-    assert found.dropped_rollouts == {"no_spread": 2, "no_selected_call": 1}
-    assert found.dropped_tokens == {"no_spread": 5}
-    assert found.metrics["group/no_spread"].value == 1.0
+    result = credit(trajectory(0, [2], reward=1.0), trajectory(1, [3], reward=1.0), trajectory(2, [], reward=1.0))
+    assert result.samples == ()
+    assert result.trained_rollouts == 0
+    assert result.dropped_rollouts == {"no_spread": 2, "no_selected_call": 1}
+    assert result.dropped_tokens == {"no_spread": 5}
+    assert result.metrics["group/no_spread"].value == 1.0
 
 
 def test_statistics_are_taken_before_anything_is_dropped() -> None:
     # Rollout 1's only row is too long to train; its reward still counts in the mean.
-    found = credit(trajectory(0, [2], reward=1.0), trajectory(1, [50], reward=0.0), scale="none", max_tokens=10)
-    assert [float(s.advantage_T[-1]) for s in found.samples] == [0.5]
-    assert found.dropped_rollouts == {"overlong_sample": 1}
-    assert found.dropped_tokens == {"overlong_sample": 50}
+    result = credit(trajectory(0, [2], reward=1.0), trajectory(1, [50], reward=0.0), scale="none", max_tokens=10)
+    assert [float(s.advantage_T[-1]) for s in result.samples] == [0.5]
+    assert result.dropped_rollouts == {"overlong_sample": 1}
+    assert result.dropped_tokens == {"overlong_sample": 50}
 
 
 def test_a_rollout_that_loses_one_row_is_still_trained() -> None:
-    found = credit(trajectory(0, [2, 50], reward=1.0), trajectory(1, [3], reward=0.0), max_tokens=10)
-    assert found.trained_rollouts == 2
-    assert found.dropped_rollouts == {}
-    assert found.dropped_tokens == {"overlong_sample": 50}
+    result = credit(trajectory(0, [2, 50], reward=1.0), trajectory(1, [3], reward=0.0), max_tokens=10)
+    assert result.trained_rollouts == 2
+    assert result.dropped_rollouts == {}
+    assert result.dropped_tokens == {"overlong_sample": 50}
 
 
 def test_only_selected_agents_are_trained_and_counted() -> None:
-    found = credit(
+    result = credit(
         trajectory(0, [2, 9], reward=1.0, agents=["writer", "judge"]),
         trajectory(1, [9], reward=0.0, agents=["judge"]),
         agents="writer",
         scale="none",
     )
-    assert [(s.key.index, int(s.mask_T.sum()), float(s.advantage_T[-1])) for s in found.samples] == [(0, 2, 0.5)]
-    assert found.sampled_tokens == 2
-    assert found.dropped_rollouts == {"no_selected_call": 1}
+    assert [(s.key.index, int(s.mask_T.sum()), float(s.advantage_T[-1])) for s in result.samples] == [(0, 2, 0.5)]
+    assert result.sampled_tokens == 2
+    assert result.dropped_rollouts == {"no_selected_call": 1}
 
 
 def test_a_rollout_that_sampled_no_token_has_no_call_to_train() -> None:
-    found = credit(trajectory(0, [0], reward=1.0), trajectory(1, [1], reward=0.0))
-    assert found.dropped_rollouts == {"no_selected_call": 1}
-    assert found.dropped_tokens == {}
+    result = credit(trajectory(0, [0], reward=1.0), trajectory(1, [1], reward=0.0))
+    assert result.dropped_rollouts == {"no_selected_call": 1}
+    assert result.dropped_tokens == {}
 
 
 def test_the_number_of_calls_does_not_change_the_advantages() -> None:
@@ -251,45 +251,45 @@ CUT = Air(rules=(Rule(on="cut", value=-0.2, cap=0.2),))
 
 
 def test_with_air_a_call_gets_what_it_earned_and_what_followed() -> None:
-    cut, whole = trajectory(0, [1, 1, 1], reward=1.0, cut=[1]), trajectory(1, [1], reward=0.0)
+    cut, uncut = trajectory(0, [1, 1, 1], reward=1.0, cut=[1]), trajectory(1, [1], reward=0.0)
     to_go = Estimator(method="return_to_go", scale="none")
-    found = credit(cut, whole, estimator=to_go, air=CUT)
+    result = credit(cut, uncut, estimator=to_go, air=CUT)
     # Returns 0.8 0.8 1.0 and 0.0; mean over rollouts (0.8667 + 0) / 2.
-    assert advantages(found, 0) == pytest.approx([0.3667, 0.3667, 0.5667], abs=1e-4)
-    assert advantages(found, 1) == pytest.approx([-0.4333], abs=1e-4)
+    assert advantages(result, 0) == pytest.approx([0.3667, 0.3667, 0.5667], abs=1e-4)
+    assert advantages(result, 1) == pytest.approx([-0.4333], abs=1e-4)
     # The final reward alone is what is shown as the reward.
-    assert values(found.metrics)["reward"] == 0.5
-    assert values(found.metrics)["air/reward"] == pytest.approx(-0.1)
+    assert values(result.metrics)["reward"] == 0.5
+    assert values(result.metrics)["air/reward"] == pytest.approx(-0.1)
 
 
 def test_with_air_identical_credit_shares_the_total() -> None:
-    cut, whole = trajectory(0, [1, 1, 1], reward=1.0, cut=[1]), trajectory(1, [1], reward=0.0)
-    found = credit(cut, whole, scale="none", air=CUT)
-    assert advantages(found, 0) == pytest.approx([0.4] * 3)
-    assert advantages(found, 1) == pytest.approx([-0.4])
+    cut, uncut = trajectory(0, [1, 1, 1], reward=1.0, cut=[1]), trajectory(1, [1], reward=0.0)
+    result = credit(cut, uncut, scale="none", air=CUT)
+    assert advantages(result, 0) == pytest.approx([0.4] * 3)
+    assert advantages(result, 1) == pytest.approx([-0.4])
 
 
 def test_air_makes_spread_where_final_rewards_have_none() -> None:
-    cut, whole = trajectory(0, [1], reward=0.0, cut=[0]), trajectory(1, [1], reward=0.0)
-    assert credit(cut, whole).dropped_rollouts == {"no_spread": 2}
-    found = credit(cut, whole, air=CUT)
-    assert found.trained_rollouts == 2
-    assert advantages(found, 0)[0] < 0 < advantages(found, 1)[0]
+    cut, uncut = trajectory(0, [1], reward=0.0, cut=[0]), trajectory(1, [1], reward=0.0)
+    assert credit(cut, uncut).dropped_rollouts == {"no_spread": 2}
+    result = credit(cut, uncut, air=CUT)
+    assert result.trained_rollouts == 2
+    assert advantages(result, 0)[0] < 0 < advantages(result, 1)[0]
 
 
 def test_what_an_unselected_agent_earned_later_counts_for_the_calls_before() -> None:
     mixed = trajectory(0, [1, 1], reward=0.0, agents=["writer", "judge"], cut=[1])
     other = trajectory(1, [1], reward=0.0, agents=["writer"])
-    found = credit(mixed, other, agents="writer", estimator=Estimator(method="return_to_go", scale="none"), air=CUT)
-    assert advantages(found, 0) == pytest.approx([-0.1])
+    result = credit(mixed, other, agents="writer", estimator=Estimator(method="return_to_go", scale="none"), air=CUT)
+    assert advantages(result, 0) == pytest.approx([-0.1])
 
 
 def test_same_state_compares_calls_with_the_same_prompt() -> None:
     first = trajectory(0, [1, 1], reward=1.0, states=[7, 8])
     second = trajectory(1, [1, 1], reward=0.0, states=[7, 9])
-    found = credit(first, second, estimator=Estimator(method="same_state", scale="none", state_weight=2.0))
-    assert advantages(found, 0) == pytest.approx([0.5 + 2 * 0.5, 0.5])
-    assert advantages(found, 1) == pytest.approx([-0.5 - 2 * 0.5, -0.5])
+    result = credit(first, second, estimator=Estimator(method="same_state", scale="none", state_weight=2.0))
+    assert advantages(result, 0) == pytest.approx([0.5 + 2 * 0.5, 0.5])
+    assert advantages(result, 1) == pytest.approx([-0.5 - 2 * 0.5, -0.5])
 
 
 def test_a_masked_rollout_changes_nothing_whatever_the_method() -> None:
@@ -304,10 +304,10 @@ def test_a_masked_rollout_changes_nothing_whatever_the_method() -> None:
 def test_a_row_holds_what_each_call_earned_for_a_critic_to_go_by() -> None:
     # Three calls, the second cut at its length limit; the judge's, which is not trained, is the last.
     judged = trajectory(0, [1, 2, 1], reward=1.0, agents=["writer", "writer", "judge"], cut=[1])
-    found = credit(judged, agents="writer", estimator=Estimator(method="gae", scale="batch"), air=CUT)
-    assert [s.reward_T.tolist() for s in found.samples] == [[0, 0, 0], [0, 0, 0, pytest.approx(0.8)]]
-    assert [s.call_T.tolist() for s in found.samples] == [[0, 0, 0], [0, 0, 1, 1]]
-    assert not any(s.advantage_T.any() for s in found.samples)
+    result = credit(judged, agents="writer", estimator=Estimator(method="gae", scale="batch"), air=CUT)
+    assert [s.reward_T.tolist() for s in result.samples] == [[0, 0, 0], [0, 0, 0, pytest.approx(0.8)]]
+    assert [s.call_T.tolist() for s in result.samples] == [[0, 0, 0], [0, 0, 1, 1]]
+    assert not any(s.advantage_T.any() for s in result.samples)
     lost = credit(judged, agents="writer", estimator=Estimator(method="gae", scale="batch"), air=CUT, max_tokens=3)
     assert [s.reward_T.tolist() for s in lost.samples] == [[0, 0, pytest.approx(0.8)]]
 
@@ -319,19 +319,19 @@ def test_where_the_step_decides_a_group_without_spread_is_trained() -> None:
         (Estimator(scale="batch"), 0.0),
         (Estimator(method="gae", scale="batch"), 0.0),
     ):
-        found = credit(*rows, estimator=estimator)
-        assert found.trained_rollouts == 3
-        assert [s.advantage_T.tolist() for s in found.samples] == [[0, 0, advantage]] * 3
-        assert values(found.metrics)["group/no_spread"] == 1
+        result = credit(*rows, estimator=estimator)
+        assert result.trained_rollouts == 3
+        assert [s.advantage_T.tolist() for s in result.samples] == [[0, 0, advantage]] * 3
+        assert values(result.metrics)["group/no_spread"] == 1
     assert credit(*rows, estimator=Estimator(scale="none", baseline="none")).trained_rollouts == 3
     assert credit(*rows).dropped_rollouts == {"no_spread": 3}
 
 
 def test_a_critic_s_advantage_is_not_known_to_explain() -> None:
-    one = trajectory(0, [1, 1], reward=1.0, agents=["writer", "judge"])
+    two_agents = trajectory(0, [1, 1], reward=1.0, agents=["writer", "judge"])
     rules = CreditRules(agents="writer", estimator=Estimator(method="gae", scale="none"))
     first, second = explain_credit(
-        Group(group_id="train-0", task=Task(task_id="t", payload={}), trajectories=(one,)), 0, rules
+        Group(group_id="train-0", task=Task(task_id="t", payload={}), trajectories=(two_agents,)), 0, rules
     )
     assert (first.status, second.status, second.advantage) == ("trained", "not selected", 0.0)
     assert math.isnan(first.advantage)
@@ -364,15 +364,15 @@ ESTIMATORS = [Estimator(method="gae", scale=scale) for scale in ("none", "batch"
 def test_rollouts_and_tokens_are_conserved(
     trajectories: list[Trajectory], agents: str, max_tokens: int, estimator: Estimator, air: Air | None
 ) -> None:
-    found = credit(*trajectories, agents=agents, max_tokens=max_tokens, estimator=estimator, air=air)
+    result = credit(*trajectories, agents=agents, max_tokens=max_tokens, estimator=estimator, air=air)
     selected = [c for t in trajectories for c in t.calls if agents == "*" or c.agent == agents]
-    assert found.sampled_tokens == sum(c.response_T.size for c in selected)
-    trained_tokens = sum(int(s.mask_T.sum()) for s in found.samples)
-    assert found.sampled_tokens == trained_tokens + sum(found.dropped_tokens.values())
-    assert len(trajectories) == found.trained_rollouts + sum(found.dropped_rollouts.values())
-    assert found.trained_rollouts == len({s.key.rollout_id for s in found.samples})
-    assert found.reward_R.shape == (len(trajectories),)
+    assert result.sampled_tokens == sum(c.response_T.size for c in selected)
+    trained_tokens = sum(int(s.mask_T.sum()) for s in result.samples)
+    assert result.sampled_tokens == trained_tokens + sum(result.dropped_tokens.values())
+    assert len(trajectories) == result.trained_rollouts + sum(result.dropped_rollouts.values())
+    assert result.trained_rollouts == len({s.key.rollout_id for s in result.samples})
+    assert result.reward_R.shape == (len(trajectories),)
     masked = {f"masked_{name}" for name in ("engine_error", "tool_error", "worker_lost", "cancelled")}
     reasons = {"no_spread", "no_selected_call", "overlong_sample"} | masked
-    assert {*found.dropped_rollouts, *found.dropped_tokens} <= reasons
-    assert all(count > 0 for count in (*found.dropped_rollouts.values(), *found.dropped_tokens.values()))
+    assert {*result.dropped_rollouts, *result.dropped_tokens} <= reasons
+    assert all(count > 0 for count in (*result.dropped_rollouts.values(), *result.dropped_tokens.values()))

@@ -35,9 +35,9 @@ NORMALISED: list[tuple[Scale, list[float], list[int], list[float]]] = [
 
 @pytest.mark.parametrize(("scale", "rewards", "valid", "expected"), NORMALISED)
 def test_group_normalised(scale: Scale, rewards: list[float], valid: list[int], expected: list[float]) -> None:
-    found = normalise_group(np.array(rewards, np.float64), np.array(valid, np.bool_), scale=scale)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    actual = normalise_group(np.array(rewards, np.float64), np.array(valid, np.bool_), scale=scale)
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 def test_without_a_baseline_the_rewards_stay_as_they_are() -> None:
@@ -51,8 +51,8 @@ def test_without_a_baseline_the_rewards_stay_as_they_are() -> None:
 )
 def test_generalised_advantage(gae_lambda: float, expected: list[float]) -> None:
     rewards, values = np.array([[0.0, 0, 1], [2, 0, 0]]), np.array([[0.5, 0.5, 0.5], [1, 0, 0]])
-    found = generalised_advantage(rewards, values, discount=1.0, gae_lambda=gae_lambda)
-    np.testing.assert_allclose(found, [expected, [1, 0, 0]])
+    actual = generalised_advantage(rewards, values, discount=1.0, gae_lambda=gae_lambda)
+    np.testing.assert_allclose(actual, [expected, [1, 0, 0]])
 
 
 def test_group_normalised_refuses_what_is_not_a_reward() -> None:
@@ -91,10 +91,10 @@ def test_order_of_rollouts_does_not_matter(case: Rollouts, seed: int, scale: Sca
 @given(rewards_and_valid, st.sampled_from(["std", "none"]))
 def test_advantages_balance_and_masked_rollouts_leave_no_trace(case: Rollouts, scale: Scale) -> None:
     rewards, valid = case
-    found = normalise_group(rewards, valid, scale=scale)
-    assert abs(float(found.sum())) < 1e-4
-    assert not found[~valid].any()
-    np.testing.assert_array_equal(found[valid], normalise_group(rewards[valid], valid[valid], scale=scale))
+    actual = normalise_group(rewards, valid, scale=scale)
+    assert abs(float(actual.sum())) < 1e-4
+    assert not actual[~valid].any()
+    np.testing.assert_array_equal(actual[valid], normalise_group(rewards[valid], valid[valid], scale=scale))
 
 
 @pytest.mark.parametrize("scale", ["std", "none"])
@@ -115,14 +115,14 @@ def test_group_normalised_agrees_with_verl(scale: Scale) -> None:
         rewards[0] += 1  # some spread, whatever was drawn
         token_rewards = torch.zeros(size, 4)
         token_rewards[:, -1] = torch.from_numpy(rewards)
-        theirs, _ = core_algos.compute_grpo_outcome_advantage(
+        reference, _ = core_algos.compute_grpo_outcome_advantage(
             token_rewards,
             response_mask=torch.ones(size, 4),
             index=np.zeros(size, np.int64),
             norm_adv_by_std_in_grpo=scale == "std",
         )
         ours = normalise_group(rewards, np.ones(size, np.bool_), scale=scale)
-        np.testing.assert_allclose(ours, theirs[:, 0].numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(ours, reference[:, 0].numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.stack
@@ -130,11 +130,11 @@ def test_leave_one_out_agrees_with_verl() -> None:
     core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
     torch = pytest.importorskip("torch")
     rewards = np.random.default_rng(0).normal(size=12)
-    theirs, _ = core_algos.compute_rloo_outcome_advantage(
+    reference, _ = core_algos.compute_rloo_outcome_advantage(
         torch.from_numpy(rewards)[:, None], response_mask=torch.ones(12, 1), index=np.zeros(12, np.int64)
     )
     ours = normalise_group(rewards, np.ones(12, np.bool_), scale="none", baseline="leave_one_out")
-    np.testing.assert_allclose(ours, theirs[:, 0].numpy(), atol=1e-6)
+    np.testing.assert_allclose(ours, reference[:, 0].numpy(), atol=1e-6)
 
 
 # Calls with values of their own ---------------------------------------------------------------------------------------
@@ -159,20 +159,20 @@ def test_where_calls_share_their_rollout_s_value_it_is_the_group_s(
 ) -> None:
     rewards = case[0]
     rollout_C = np.repeat(np.arange(rewards.size), counts[: rewards.size])
-    found = normalise(rewards[rollout_C], rollout_C, scale=scale)
-    whole = normalise_group(rewards, np.ones(rewards.size, np.bool_), scale=scale)
-    np.testing.assert_allclose(found, whole[rollout_C], atol=1e-4)
+    actual = normalise(rewards[rollout_C], rollout_C, scale=scale)
+    per_rollout = normalise_group(rewards, np.ones(rewards.size, np.bool_), scale=scale)
+    np.testing.assert_allclose(actual, per_rollout[rollout_C], atol=1e-4)
 
 
 @settings(deadline=None, max_examples=1000)
 @given(st.lists(st.tuples(st.integers(0, 4), st.floats(-5, 5)), min_size=1, max_size=20), st.integers(0, 99))
 def test_call_advantages_balance_over_rollouts_and_ignore_order(rows: list[tuple[int, float]], seed: int) -> None:
     rollout_C, value_C = np.array([r for r, _ in rows]), np.array([v for _, v in rows])
-    found = normalise(value_C, rollout_C)
-    means = [found[rollout_C == rollout].mean() for rollout in np.unique(rollout_C)]
-    assert abs(sum(means)) < 1e-6 * max(1.0, np.abs(found).max())
+    actual = normalise(value_C, rollout_C)
+    means = [actual[rollout_C == rollout].mean() for rollout in np.unique(rollout_C)]
+    assert abs(sum(means)) < 1e-6 * max(1.0, np.abs(actual).max())
     order = np.random.default_rng(seed).permutation(len(rows))
-    np.testing.assert_allclose(normalise(value_C[order], rollout_C[order]), found[order], atol=1e-6)
+    np.testing.assert_allclose(normalise(value_C[order], rollout_C[order]), actual[order], atol=1e-6)
 
 
 def test_returns_to_go() -> None:

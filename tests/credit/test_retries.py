@@ -21,7 +21,7 @@ def test_a_pause_doubles_with_each_attempt_up_to_a_limit(attempt: int, drawn: fl
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "other"),
     [
         ("ConnectionError: host 'db-1' refused 10.0.0.3:5432", "ConnectionError: host 'db-22' refused 10.0.0.4:5433"),
         ("OSError: /tmp/a1/x.db is locked (pid 31)", "OSError: /tmp/b2/y.db is locked (pid 7)"),
@@ -29,9 +29,9 @@ def test_a_pause_doubles_with_each_attempt_up_to_a_limit(attempt: int, drawn: fl
         ("KeyError: 'a'", "KeyError: 'b'"),
     ],
 )
-def test_the_same_error_is_the_without_details(one: str, other: str) -> None:
-    assert without_details(one) == without_details(other)
-    assert without_details(one) != without_details("ValueError: another")
+def test_the_same_error_is_the_same_without_details(first: str, other: str) -> None:
+    assert without_details(first) == without_details(other)
+    assert without_details(first) != without_details("ValueError: another")
 
 
 def tool(status: ToolStatus) -> ToolCall:

@@ -38,8 +38,8 @@ def pack(*rows: Sample) -> Batch:
 def test_what_followed_in_another_row_counts() -> None:
     # Calls 0 and 2 make the first row, call 1 the second; the reward is at the end of call 1 and of call 2.
     batch = pack(row(0, [-1, 0, 0, -1, 2], [0, 0, 0, 0, 1]), row(0, [-1, 1, 1], [0, 0, 4]))
-    found = step_advantages(batch, batch.reward_NT, np.zeros_like(batch.reward_NT))
-    assert found.tolist() == [[0, 5, 5, 0, 1], [0, 5, 5, 0, 0], [0] * 5, [0] * 5]
+    actual = step_advantages(batch, batch.reward_NT, np.zeros_like(batch.reward_NT))
+    assert actual.tolist() == [[0, 5, 5, 0, 1], [0, 5, 5, 0, 0], [0] * 5, [0] * 5]
     half = step_advantages(batch, batch.reward_NT, np.zeros_like(batch.reward_NT), discount=0.5)
     np.testing.assert_allclose(half[:2], [[0, 0.5 + 1 / 16, 1 + 1 / 8, 0, 1], [0, 2.25, 4.5, 0, 0]])
 
@@ -48,8 +48,8 @@ def test_over_calls_the_tokens_of_a_call_share_one_step() -> None:
     batch = pack(row(0, [-1, 0, 0, 1, 1], [0, 0, 0, 0, 1]))
     value_NT = np.zeros(batch.token_NT.shape, np.float32)
     value_NT[0] = [9, 0.5, 7, 0.25, 7]
-    found = step_advantages(batch, batch.reward_NT, value_NT, discount=0.5, gae_lambda=0.0, level="call")
-    np.testing.assert_allclose(found[0], [0, 0.125 - 0.5, 0.125 - 0.5, 0.75, 0.75])
+    actual = step_advantages(batch, batch.reward_NT, value_NT, discount=0.5, gae_lambda=0.0, level="call")
+    np.testing.assert_allclose(actual[0], [0, 0.125 - 0.5, 0.125 - 0.5, 0.75, 0.75])
     assert share_first_values(batch, value_NT)[0].tolist() == [9, 0.5, 0.5, 0.25, 0.25]
 
 
@@ -70,12 +70,12 @@ def test_without_a_critic_it_is_the_return_of_the_rollout_s_tokens(
             rows.append(row(rollout, [-1, *[call] * reward.size], [0, *reward]))
     order = rng.permutation(len(rows))
     batch = pack(*(rows[i] for i in order))
-    found = step_advantages(batch, batch.reward_NT, np.zeros_like(batch.reward_NT), discount=discount)
+    actual = step_advantages(batch, batch.reward_NT, np.zeros_like(batch.reward_NT), discount=discount)
     for sample, n in zip(_packed(rows, order), range(len(rows)), strict=True):
         index, call = sample.key.index, int(sample.call_T[-1])
         start = sum(lengths[index][:call])
         np.testing.assert_allclose(
-            found[n, 1 : sample.token_T.size], expected[index][start : start + lengths[index][call]], atol=1e-5
+            actual[n, 1 : sample.token_T.size], expected[index][start : start + lengths[index][call]], atol=1e-5
         )
 
 

@@ -32,8 +32,8 @@ def call(
     )
 
 
-def names(found: Sequence[Sequence[ModelCall]]) -> list[str]:
-    return [" ".join(c.call_id for c in chain) for chain in found]
+def names(grouped: Sequence[Sequence[ModelCall]]) -> list[str]:
+    return [" ".join(c.call_id for c in chain) for chain in grouped]
 
 
 def samples_of(
@@ -127,15 +127,15 @@ def interleavings(draw: st.DrawFn) -> tuple[list[ModelCall], list[str]]:
     # The first own token tells conversations apart; all others come from four, so that look-alikes are common.
     histories = [[*tokens, conversation] for conversation in range(len(num_turns))]
     order = rng.permutation(np.repeat(np.arange(len(num_turns)), num_turns))
-    found: dict[int, list[str]] = {}
+    grouped: dict[int, list[str]] = {}
     calls = []
     for index, conversation in enumerate(order.tolist()):
         prompt = [*histories[conversation], *rng.integers(10, 14, rng.integers(0, 4)).tolist()]
         response = rng.integers(10, 14, rng.integers(1, 4)).tolist()
         histories[conversation] = [*prompt, *response]
         calls.append(call(f"c{index}", prompt, response))
-        found.setdefault(conversation, []).append(f"c{index}")
-    return calls, [" ".join(chain) for chain in found.values()]
+        grouped.setdefault(conversation, []).append(f"c{index}")
+    return calls, [" ".join(chain) for chain in grouped.values()]
 
 
 @settings(max_examples=1000, deadline=None)
@@ -154,9 +154,9 @@ tiny_calls = st.lists(
 @settings(deadline=None)
 @given(tiny_calls)
 def test_each_call_is_in_one_chain_and_extends_the_one_before(calls: list[ModelCall]) -> None:
-    found = chain_calls(calls)
-    assert sorted(c.call_id for chain in found for c in chain) == sorted(c.call_id for c in calls)
-    for chain in found:
+    grouped = chain_calls(calls)
+    assert sorted(c.call_id for chain in grouped for c in chain) == sorted(c.call_id for c in calls)
+    for chain in grouped:
         assert [c.call_id for c in chain] == sorted(c.call_id for c in chain)
         for earlier, later in pairwise(chain):
             history = [*earlier.prompt_T.tolist(), *earlier.response_T.tolist()]

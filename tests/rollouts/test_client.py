@@ -92,7 +92,7 @@ async def test_a_tool_has_a_deadline_of_its_own() -> None:
     STOPPED.clear()
     seen = await trajectory_of(has_tools_that_hang)
     assert (seen.outcome, seen.error) == (Outcome.FINISHED, "")
-    assert [(one.name, one.status) for one in seen.tools] == [
+    assert [(item.name, item.status) for item in seen.tools] == [
         ("slow", ToolStatus.TIMEOUT),
         ("blocks", ToolStatus.TIMEOUT),
         ("blocks", ToolStatus.OK),
@@ -118,7 +118,7 @@ async def test_tools_and_rewards_reach_the_trajectory() -> None:
     assert (failed.name, failed.status) == ("fetch", ToolStatus.TIMEOUT)
     (call,) = seen.calls
     assert {tool.call_id for tool in seen.tools} == {call.call_id}
-    about = {one.name: (one.value, one.about) for one in seen.rewards}
+    about = {item.name: (item.value, item.about) for item in seen.rewards}
     assert about["found"] == (0.25, outer.span_id)
     assert about["format"] == (0.5, call.call_id)
     assert about["answer"] == (1.0, "")
@@ -127,10 +127,10 @@ async def test_tools_and_rewards_reach_the_trajectory() -> None:
 async def test_a_rollout_is_known_in_threads_and_processes() -> None:
     async def agent(payload: Payload, policy: Policy) -> float:
         await ask(policy, payload)
-        found = []
+        rollouts = []
 
         def work(name: str) -> None:
-            found.append(current_rollout())
+            rollouts.append(current_rollout())
             with tool(name):
                 pass
 
@@ -141,7 +141,7 @@ async def test_a_rollout_is_known_in_threads_and_processes() -> None:
         thread.join()
         rollout = current_rollout()
         assert rollout is not None
-        assert found == [rollout] * 3
+        assert rollouts == [rollout] * 3
         code = (
             "from agent_lightning.rollouts.client import tool, emit_reward\n"
             "with tool('process'): emit_reward(1, name='p')"
@@ -154,17 +154,17 @@ async def test_a_rollout_is_known_in_threads_and_processes() -> None:
 
     seen = await trajectory_of(agent)
     assert seen.error == ""
-    assert {one.name for one in seen.tools} == {"here", "pool", "thread", "parent", "process"}
-    by_name = {one.name: one for one in seen.tools}
+    assert {item.name for item in seen.tools} == {"here", "pool", "thread", "parent", "process"}
+    by_name = {item.name: item for item in seen.tools}
     assert by_name["process"].parent_id == by_name["parent"].span_id
-    assert [one.name for one in seen.rewards] == ["p"]
+    assert [item.name for item in seen.rewards] == ["p"]
 
 
 async def test_an_agent_in_a_process_says_it_too() -> None:
     spec = AgentSpec(target="tests/rollouts/test_client.py:in_a_process", mode="process", timeout_s=20.0)
     seen = await trajectory_of(spec)
     assert (seen.outcome, seen.reward, seen.error) == (Outcome.FINISHED, 0.75, "")
-    assert [one.name for one in seen.tools] == ["search"]
+    assert [item.name for item in seen.tools] == ["search"]
 
 
 async def in_a_process(payload: Payload, policy: Policy) -> None:

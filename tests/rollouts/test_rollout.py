@@ -153,8 +153,8 @@ async def test_a_task_too_long_for_a_variable_is_on_stdin() -> None:
 
 
 async def test_a_command_finds_the_policy_whichever_api_it_speaks() -> None:
-    asked = "sh -c 'echo $OPENAI_BASE_URL $ANTHROPIC_BASE_URL $ANTHROPIC_API_KEY'"
-    openai_url, anthropic_url, key = str(await run_agent(asked, "command", make_task(), POLICY, ROLLOUT)).split()
+    command = "sh -c 'echo $OPENAI_BASE_URL $ANTHROPIC_BASE_URL $ANTHROPIC_API_KEY'"
+    openai_url, anthropic_url, key = str(await run_agent(command, "command", make_task(), POLICY, ROLLOUT)).split()
     assert openai_url == f"{anthropic_url}/v1" == POLICY.base_url
     assert (anthropic_url, key) == (POLICY.anthropic_base_url, POLICY.api_key)
 
@@ -403,11 +403,11 @@ async def test_an_agent_that_met_no_gateway_is_not_at_fault_and_runs_again_once_
 
 
 async def test_a_gateway_that_is_gone_is_found_again_where_it_is_now() -> None:
-    buffer, asked = Buffer(run_secret=RUN_SECRET, retries=Retries(max_attempts=2)), list[float]()
+    buffer, delays = Buffer(run_secret=RUN_SECRET, retries=Retries(max_attempts=2)), list[float]()
     async with small_gateway(buffer) as url, AsyncExitStack() as first, asyncio.timeout(20):
 
         async def find(seconds: float) -> str:
-            asked.append(seconds)
+            delays.append(seconds)
             return url
 
         async def run(policy_url: str) -> Trajectory:
@@ -424,9 +424,9 @@ async def test_a_gateway_that_is_gone_is_found_again_where_it_is_now() -> None:
             return taken.trajectories[0]
 
         moved = await run(await first.enter_async_context(small_gateway(buffer)))
-        assert (moved.outcome, moved.key.attempt, len(asked)) == (Outcome.FINISHED, 1, 1)
+        assert (moved.outcome, moved.key.attempt, len(delays)) == (Outcome.FINISHED, 1, 1)
         told = await run("http://127.0.0.1:9")  # a worker in the place of another, told of what is gone
-        assert (told.outcome, told.key.attempt, len(asked)) == (Outcome.FINISHED, 0, 2)
+        assert (told.outcome, told.key.attempt, len(delays)) == (Outcome.FINISHED, 0, 2)
 
 
 async def test_a_stopped_worker_gives_its_rollouts_back() -> None:

@@ -29,9 +29,9 @@ def span(identity: str, parent: str = "", *, at: float = 0.0, to: float = 9.0, e
 
 
 def chat(identity: str, parent: str = "", *, at: float = 0.0, reply: str = "hello", **more: Any) -> RawSpan:
-    asked = json.dumps([{"role": "user", "content": "hi"}])
-    said = json.dumps([{"role": "assistant", "content": reply}])
-    more = {"gen_ai.input.messages": asked, "gen_ai.output.messages": said, **more}
+    request_text = json.dumps([{"role": "user", "content": "hi"}])
+    reply_text = json.dumps([{"role": "assistant", "content": reply}])
+    more = {"gen_ai.input.messages": request_text, "gen_ai.output.messages": reply_text, **more}
     return span(identity, parent, at=at, gen_ai__operation__name="chat", **more)
 
 
@@ -149,7 +149,7 @@ def test_the_agent_of_a_call_is_the_nearest_above_it() -> None:
     spans = [agent("a", "writer"), agent("b", "checker", "a"), span("x", "b"), chat("1", "a"), chat("2", "x", at=1.0)]
     traced = read_spans(spans, KEY)
     assert [(call.agent, call.parent_id) for call in traced.calls] == [("writer", "a"), ("checker", "b")]
-    assert [(one.name, one.parent_id) for one in traced.agents] == [("writer", ""), ("checker", "a")]
+    assert [(item.name, item.parent_id) for item in traced.agents] == [("writer", ""), ("checker", "a")]
 
 
 def test_a_call_around_a_call_is_one_call_with_what_both_say() -> None:
@@ -162,7 +162,7 @@ def test_a_call_around_a_call_is_one_call_with_what_both_say() -> None:
     assert (call.call_id, call.model, call.started_at) == ("r1", "m", 1.0)
     assert json.loads(call.reply)["content"] == "hello"
     assert traced.usage == {"r1": (3, 0)}
-    assert [(one.parent_id, one.call_id) for one in traced.tools] == [("r1", "r1")]
+    assert [(item.parent_id, item.call_id) for item in traced.tools] == [("r1", "r1")]
 
 
 def test_a_call_under_a_tool_under_a_call_is_a_call_of_its_own() -> None:
@@ -210,9 +210,9 @@ def test_disorder_is_put_in_order_or_counted() -> None:
 
 def test_a_tool_is_of_the_call_whose_reply_asked_for_it() -> None:
     def asks(identity: str, at: float, *calls: tuple[str, str]) -> RawSpan:
-        asked = [{"id": i, "function": {"name": "f", "arguments": a}} for i, a in calls]
-        said = json.dumps([{"role": "assistant", "content": None, "tool_calls": asked}])
-        return chat(identity, at=at, **{"gen_ai.output.messages": said})
+        tool_calls = [{"id": i, "function": {"name": "f", "arguments": a}} for i, a in calls]
+        reply_text = json.dumps([{"role": "assistant", "content": None, "tool_calls": tool_calls}])
+        return chat(identity, at=at, **{"gen_ai.output.messages": reply_text})
 
     def tool(identity: str, at: float, **more: Any) -> RawSpan:
         return span(identity, at=at, gen_ai__operation__name="execute_tool", gen_ai__tool__name="f", **more)
@@ -225,8 +225,8 @@ def test_a_tool_is_of_the_call_whose_reply_asked_for_it() -> None:
         tool("only one", 3.0, gen_ai__tool__call__arguments='{"x": 4}', gen_ai__tool__call__result=""),
         tool("not asked for", 4.0, gen_ai__tool__call__arguments="{}", gen_ai__tool__call__result="[]"),
     ]
-    found = [(t.call_id, t.tool_call_id, t.arguments, t.result, t.status) for t in read_spans(spans, KEY).tools]
-    assert found == [
+    results = [(t.call_id, t.tool_call_id, t.arguments, t.result, t.status) for t in read_spans(spans, KEY).tools]
+    assert results == [
         ("1", "b", '{"x":2}', "two", ToolStatus.OK),
         ("1", "a", '{"x":1}', "TimeoutError: timed out", ToolStatus.TIMEOUT),
         ("2", "c", '{"x":3}', "", ToolStatus.EMPTY),
@@ -256,7 +256,7 @@ def test_rewards_are_of_our_client_and_of_agent_lightning_and_finite() -> None:
         ),
     ]
     traced = read_spans(spans, KEY)
-    assert [(one.span_id, one.name, one.value, one.about, one.at) for one in traced.rewards] == [
+    assert [(item.span_id, item.name, item.value, item.about, item.at) for item in traced.rewards] == [
         ("p", "format", 0.5, "r1", 1.0),
         ("q", "reward", 1.0, "chatcmpl-elsewhere", 2.0),
         ("old", "primary", 0.25, "r1", 4.0),
@@ -303,7 +303,7 @@ def test_a_request_or_reply_that_is_not_understood_is_empty_and_counted() -> Non
 
 
 names = st.sampled_from(
-    [name.replace("*", "0.message.content") for found in FIELDS.values() for name in found]
+    [name.replace("*", "0.message.content") for names in FIELDS.values() for name in names]
     + [name for name, _ in KINDS]
     + ["gen_ai.prompt.0.role", "gen_ai.completion.0.tool_calls.0.name", "metadata"]
 )
@@ -337,8 +337,8 @@ def test_any_spans_in_any_order_give_the_same_without_a_crash(spans: list[RawSpa
     assert dict(again.refused) == dict(traced.refused)
     assert repr(replace(again, refused={})) == repr(replace(traced, refused={}))
     assert set(traced.refused) <= set(REASONS)
-    kept = {*ids(traced), *(one.span_id for one in (*traced.tools, *traced.agents)), ""}
-    assert all(one.parent_id in kept for one in (*traced.calls, *traced.tools, *traced.agents))
+    kept = {*ids(traced), *(item.span_id for item in (*traced.tools, *traced.agents)), ""}
+    assert all(item.parent_id in kept for item in (*traced.calls, *traced.tools, *traced.agents))
     assert len(set(ids(traced))) == len(traced.calls)
     assert all(call.started_at <= call.ended_at for call in traced.calls)
 

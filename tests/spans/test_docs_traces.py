@@ -19,7 +19,9 @@ def kinds() -> str:
     rows = ["| attribute | model call | tool call | agent | not ours |", "|---|---|---|---|---|"]
     for name, values in KINDS:
         cells = [
-            [f"`{value}`" for value, kind in values.items() if kind is one] for one in Kind if one is not Kind.REWARD
+            [f"`{value}`" for value, kind in values.items() if kind is wanted]
+            for wanted in Kind
+            if wanted is not Kind.REWARD
         ]
         rows.append(f"| `{name}` | " + " | ".join(", ".join(cell) for cell in cells) + " |")
     return "\n".join(rows)

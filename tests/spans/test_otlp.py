@@ -31,18 +31,18 @@ times = st.floats(1e9, 4e9)
 
 @st.composite
 def raw_spans(draw: st.DrawFn) -> tuple[RawSpan, ...]:
-    found = draw(st.lists(ids, min_size=1, max_size=4, unique=True))
+    span_ids = draw(st.lists(ids, min_size=1, max_size=4, unique=True))
     return tuple(
         RawSpan(
             span_id=identity,
-            parent_id=draw(st.sampled_from(["", *found])),
+            parent_id=draw(st.sampled_from(["", *span_ids])),
             name=draw(texts),
             started_at=(start := draw(times)),
             ended_at=start + draw(st.floats(0, 1e3)),
             attributes=draw(st.dictionaries(texts, values, max_size=4)),
             error=draw(texts),
         )
-        for identity in found
+        for identity in span_ids
     )
 
 
@@ -118,8 +118,8 @@ GOOD = {"spanId": "00000000000000ab", "startTimeUnixNano": "1000000000", "endTim
 
 def _sent(*spans: dict[str, Any]) -> tuple[tuple[RawSpan, ...], dict[str, int]]:
     body = json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}).encode()
-    found, refused = decode(body, content_type=JSON, **LIMITS)
-    return found, dict(refused)
+    spans, refused = decode(body, content_type=JSON, **LIMITS)
+    return spans, dict(refused)
 
 
 def test_what_is_wrong_with_one_span_is_counted_and_the_others_are_kept() -> None:
@@ -135,9 +135,9 @@ def test_what_is_wrong_with_one_span_is_counted_and_the_others_are_kept() -> Non
         {**GOOD, "spanId": "00000000000000ad", "endTimeUnixNano": "5"},
         {**GOOD, "spanId": "00000000000000ae", "attributes": [{"key": "deep", "value": deep}]},
     ]
-    found, refused = _sent(GOOD, *bad)
-    assert [span.span_id for span in found] == ["00000000000000ab", "00000000000000ad", "00000000000000ae"]
-    assert [(span.started_at, span.ended_at) for span in found] == [(1.0, 2.0), (1.0, 1.0), (1.0, 2.0)]
+    spans, refused = _sent(GOOD, *bad)
+    assert [span.span_id for span in spans] == ["00000000000000ab", "00000000000000ad", "00000000000000ae"]
+    assert [(span.started_at, span.ended_at) for span in spans] == [(1.0, 2.0), (1.0, 1.0), (1.0, 2.0)]
     assert refused == {
         "a span that cannot be read": 1,
         "a span without id": 2,

@@ -22,14 +22,14 @@ KEY = RolloutKey(split="train", group=0, index=0)
 def call(n: int, *, reply: object = "hm", request: object = (), agent: str = "agent", parent_id: str = "") -> ModelCall:
     """The gateway's call number n, from second n to n + 0.5."""
     message = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
-    one = model_call(KEY, [n], [1], agent=agent, started_at=float(n), call_id=f"chat-{n}")
-    return replace(one, ended_at=n + 0.5, request=json.dumps(request), reply=json.dumps(message), parent_id=parent_id)
+    item = model_call(KEY, [n], [1], agent=agent, started_at=float(n), call_id=f"chat-{n}")
+    return replace(item, ended_at=n + 0.5, request=json.dumps(request), reply=json.dumps(message), parent_id=parent_id)
 
 
 def raw(
-    span_id: str, start: float, seconds: float = 0.5, *, parent: str = "", error: str = "", **said: object
+    span_id: str, start: float, seconds: float = 0.5, *, parent: str = "", error: str = "", **fields: object
 ) -> RawSpan:
-    attributes = {name.replace("__", "."): value for name, value in said.items()}
+    attributes = {name.replace("__", "."): value for name, value in fields.items()}
     return RawSpan(
         span_id=span_id,
         parent_id=parent,
@@ -44,8 +44,8 @@ def raw(
 def chat(span_id: str, start: float, text: str, **rest: object) -> RawSpan:
     """A model call as the GenAI conventions have it."""
     output = [{"role": "assistant", "parts": [{"type": "text", "content": text}], "finish_reason": "stop"}]
-    said = {"gen_ai__output__messages": json.dumps(output)} if text else {}
-    return raw(span_id, start, gen_ai__operation__name="chat", gen_ai__request__model="m", **said, **rest)  # type: ignore[arg-type]
+    fields = {"gen_ai__output__messages": json.dumps(output)} if text else {}
+    return raw(span_id, start, gen_ai__operation__name="chat", gen_ai__request__model="m", **fields, **rest)  # type: ignore[arg-type]
 
 
 def agent(span_id: str, name: str, start: float, seconds: float, **rest: object) -> RawSpan:
@@ -55,10 +55,10 @@ def agent(span_id: str, name: str, start: float, seconds: float, **rest: object)
 def tool(
     span_id: str, start: float, name: str, arguments: object = None, result: object = None, **rest: object
 ) -> RawSpan:
-    said = {"gen_ai__operation__name": "execute_tool", "gen_ai__tool__name": name}
-    said |= {} if arguments is None else {"gen_ai__tool__call__arguments": json.dumps(arguments)}
-    said |= {} if result is None else {"gen_ai__tool__call__result": json.dumps(result)}
-    return raw(span_id, start, **said, **rest)  # type: ignore[arg-type]
+    fields = {"gen_ai__operation__name": "execute_tool", "gen_ai__tool__name": name}
+    fields |= {} if arguments is None else {"gen_ai__tool__call__arguments": json.dumps(arguments)}
+    fields |= {} if result is None else {"gen_ai__tool__call__result": json.dumps(result)}
+    return raw(span_id, start, **fields, **rest)  # type: ignore[arg-type]
 
 
 def reward(span_id: str, at: float, value: float, about: str = "", name: str = "reward") -> RawSpan:
@@ -73,10 +73,10 @@ def asking(name: str, arguments: object, tool_call_id: str = "t-0") -> dict[str,
 def test_without_a_trace_the_requests_tell_the_tools() -> None:
     answer = {"role": "tool", "tool_call_id": "t-0", "content": "7"}
     seen = assemble(KEY, [call(1, request=[answer]), call(0, reply=asking("add", {"a": 3}))], [])
-    assert [one.call_id for one in seen.calls] == ["chat-0", "chat-1"]
-    (one,) = seen.tools
-    assert (one.name, one.result, one.source, one.started_at, one.ended_at) == ("add", "7", "request", 0.5, 1.0)
-    assert one.parent_id == one.call_id == "chat-0"
+    assert [item.call_id for item in seen.calls] == ["chat-0", "chat-1"]
+    (item,) = seen.tools
+    assert (item.name, item.result, item.source, item.started_at, item.ended_at) == ("add", "7", "request", 0.5, 1.0)
+    assert item.parent_id == item.call_id == "chat-0"
 
 
 def test_a_tool_seen_twice_is_one_span_and_the_richer_source_wins() -> None:
@@ -86,22 +86,22 @@ def test_a_tool_seen_twice_is_one_span_and_the_richer_source_wins() -> None:
         agent("a", "solver", 0, 9),
         tool("x", 2.0, "sql", {"q": 1}, seconds=2.5, parent="a", error="SqlError: gone"),
     ]
-    (one,) = assemble(KEY, calls, trace).tools
-    assert (one.span_id, one.call_id, one.tool_call_id, one.parent_id) == ("x", "chat-0", "t-0", "a")
-    assert (one.started_at, one.ended_at, one.status) == (2.0, 4.5, ToolStatus.ERROR)
-    assert one.source == "trace"
+    (item,) = assemble(KEY, calls, trace).tools
+    assert (item.span_id, item.call_id, item.tool_call_id, item.parent_id) == ("x", "chat-0", "t-0", "a")
+    assert (item.started_at, item.ended_at, item.status) == (2.0, 4.5, ToolStatus.ERROR)
+    assert item.source == "trace"
 
 
 def test_what_a_trace_leaves_out_comes_from_the_request() -> None:
     answer = {"role": "tool", "tool_call_id": "t-0", "content": "Timeout"}
     calls = [call(0, reply=asking("sql", {"q": 1})), call(5, request=[answer])]
-    (one,) = assemble(KEY, calls, [tool("x", 2.0, "sql", {"q": 1})]).tools
-    assert (one.result, one.status, one.source) == ("Timeout", ToolStatus.TIMEOUT, "trace")
+    (item,) = assemble(KEY, calls, [tool("x", 2.0, "sql", {"q": 1})]).tools
+    assert (item.result, item.status, item.source) == ("Timeout", ToolStatus.TIMEOUT, "trace")
 
 
 def test_a_tool_that_no_reply_asked_for_is_the_last_answered_call_s() -> None:
     seen = assemble(KEY, [call(0), call(2)], [tool("x", 1.0, "run"), tool("y", 0.1, "early")])
-    assert [(one.name, one.call_id) for one in seen.tools] == [("early", ""), ("run", "chat-0")]
+    assert [(item.name, item.call_id) for item in seen.tools] == [("early", ""), ("run", "chat-0")]
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,9 @@ def test_a_tool_that_no_reply_asked_for_is_the_last_answered_call_s() -> None:
 )
 def test_a_model_call_seen_twice_is_one_with_its_place_in_the_trace(trace: list[RawSpan]) -> None:
     seen = assemble(KEY, [call(0)], [*trace, agent("a", "writer", 0, 9)])
-    (one,) = seen.calls
-    assert (one.call_id, one.agent, one.span_id, one.parent_id) == ("chat-0", "writer", "s", "a")
-    assert one.response_T.tolist() == [1]
+    (item,) = seen.calls
+    assert (item.call_id, item.agent, item.span_id, item.parent_id) == ("chat-0", "writer", "s", "a")
+    assert item.response_T.tolist() == [1]
 
 
 def test_the_request_may_say_which_span_it_is() -> None:
@@ -131,7 +131,7 @@ def test_the_request_may_say_which_span_it_is() -> None:
         raw("http-a", 0.0, parent="llm-a"),
         raw("http-b", 0.0, parent="llm-b"),
     ]
-    assert [(one.call_id, one.agent) for one in assemble(KEY, calls, trace).calls] == [
+    assert [(item.call_id, item.agent) for item in assemble(KEY, calls, trace).calls] == [
         ("chat-0", "judge"),
         ("chat-0b", "writer"),
     ]
@@ -144,7 +144,7 @@ def test_a_name_in_the_url_or_a_header_goes_before_the_span_s() -> None:
 
 def test_a_call_of_another_model_is_context() -> None:
     seen = assemble(KEY, [call(0)], [chat("s", 3.0, "fine", parent="a"), agent("a", "checker", 3, 1)])
-    assert [(one.source, one.agent, one.response_T.size) for one in seen.calls] == [
+    assert [(item.source, item.agent, item.response_T.size) for item in seen.calls] == [
         ("gateway", "agent", 1),
         ("trace", "checker", 0),
     ]
@@ -154,9 +154,9 @@ def test_a_reward_may_name_what_it_is_about_by_any_id() -> None:
     calls = [call(0, reply=asking("sql", {"q": 1})), call(5)]
     trace = [chat("s", 5.0, "hm"), tool("x", 2.0, "sql", {"q": 1})]
     about = ["", "chat-0", "chat-0/0", "x", "t-0", "s", "nothing"]
-    trace += [reward(f"r{n}", 6.0 + n, n, one) for n, one in enumerate(about)]
+    trace += [reward(f"r{n}", 6.0 + n, n, item) for n, item in enumerate(about)]
     seen = assemble(KEY, calls, trace)
-    assert [one.about for one in seen.rewards] == ["", "chat-0", "x", "x", "x", "chat-5"]
+    assert [item.about for item in seen.rewards] == ["", "chat-0", "x", "x", "x", "chat-5"]
     assert seen.refused == {"a reward about an unknown span": 1}
 
 
@@ -193,17 +193,17 @@ def story(seed: int) -> tuple[list[ModelCall], list[RawSpan]]:
     draw = random.Random(seed)
     calls, trace = [], []
     for n in range(draw.randint(0, 5)):
-        asked = draw.random() < 0.6
-        calls.append(call(n, reply=asking("sql", {"q": n % 2}, f"t-{n}") if asked else draw.choice(["hm", "yes"])))
+        requested = draw.random() < 0.6
+        calls.append(call(n, reply=asking("sql", {"q": n % 2}, f"t-{n}") if requested else draw.choice(["hm", "yes"])))
         if draw.random() < 0.5:
             trace.append(chat(f"llm-{n}", n + draw.uniform(-0.4, 0.4), draw.choice(["hm", "yes", ""])))
-        if asked and draw.random() < 0.6:
+        if requested and draw.random() < 0.6:
             result = draw.choice([None, "7", "error: x"])
             trace.append(tool(f"tool-{n}", n + 0.6, "sql", {"q": n % 2}, result))
     trace += [agent(f"agent-{n}", f"a{n}", 0, 9) for n in range(draw.randint(0, 2))]
     ids = [span.span_id for span in trace]
     # A tool in a tool of the same name may be one use of it: that is for test_conventions.
-    places = [*(one for one in ids if not one.startswith("tool-")), "", "unknown"]
+    places = [*(item for item in ids if not item.startswith("tool-")), "", "unknown"]
     trace = [replace(span, parent_id=draw.choice(places)) for span in trace]
     trace += [reward(f"r-{n}", n, 1.0, draw.choice([*ids, "", "chat-0", "unknown"])) for n in range(draw.randint(0, 3))]
     return calls, trace
@@ -215,13 +215,13 @@ def test_the_order_of_arrival_changes_nothing(seed: int, order: random.Random) -
     calls, trace = story(seed)
     shuffled = assemble(KEY, order.sample(calls, len(calls)), order.sample(trace, len(trace)))
     seen = assemble(KEY, calls, trace)
-    assert [plain(one) for one in seen.calls] == [plain(one) for one in shuffled.calls]
+    assert [plain(item) for item in seen.calls] == [plain(item) for item in shuffled.calls]
     assert (seen.tools, seen.rewards, seen.agents) == (shuffled.tools, shuffled.rewards, shuffled.agents)
     assert dict(seen.refused) == dict(shuffled.refused)
 
 
-def plain(one: ModelCall) -> Sequence[object]:
-    return one.call_id, one.agent, one.parent_id, one.span_id, one.source, one.response_T.tolist()
+def plain(item: ModelCall) -> Sequence[object]:
+    return item.call_id, item.agent, item.parent_id, item.span_id, item.source, item.response_T.tolist()
 
 
 @settings(max_examples=1000, deadline=None)
@@ -230,17 +230,17 @@ def test_nothing_is_lost_and_nothing_is_there_twice(seed: int) -> None:
     calls, trace = story(seed)
     seen = assemble(KEY, calls, trace)
     # Every call of the gateway, with its tokens; every tool that a reply asked for, once.
-    own = [one for one in seen.calls if one.source == "gateway"]
-    assert [(one.call_id, one.response_T.tolist()) for one in own] == [(c.call_id, [1]) for c in calls]
-    asked = [one for c in calls for one in json.loads(c.reply).get("tool_calls", ())]
+    own = [item for item in seen.calls if item.source == "gateway"]
+    assert [(item.call_id, item.response_T.tolist()) for item in own] == [(c.call_id, [1]) for c in calls]
+    requested = [item for c in calls for item in json.loads(c.reply).get("tool_calls", ())]
     traced = sum(span.span_id.startswith("tool-") for span in trace)
-    assert len(seen.tools) == len(asked)  # each traced tool is one that was asked for
-    assert sum(one.source == "trace" for one in seen.tools) == traced
-    assert len({one.span_id for one in seen.tools}) == len(seen.tools)
-    ids = {one.call_id for one in seen.calls}
-    assert all(one.call_id in ids for one in seen.tools)
-    known = ids | {one.span_id for one in (*seen.tools, *seen.agents)} | {one.span_id for one in seen.calls}
-    parents = [one.parent_id for one in (*seen.calls, *seen.tools, *seen.agents)]
+    assert len(seen.tools) == len(requested)  # each traced tool is one that was asked for
+    assert sum(item.source == "trace" for item in seen.tools) == traced
+    assert len({item.span_id for item in seen.tools}) == len(seen.tools)
+    ids = {item.call_id for item in seen.calls}
+    assert all(item.call_id in ids for item in seen.tools)
+    known = ids | {item.span_id for item in (*seen.tools, *seen.agents)} | {item.span_id for item in seen.calls}
+    parents = [item.parent_id for item in (*seen.calls, *seen.tools, *seen.agents)]
     assert all(parent in known or not parent for parent in parents)
     rewards = sum(span.span_id.startswith("r-") for span in trace)
     assert len(seen.rewards) + seen.refused.get("a reward about an unknown span", 0) == rewards

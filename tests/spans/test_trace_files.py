@@ -16,7 +16,7 @@ from agent_lightning.spans.traces.imports import Imported, Report, conversations
 
 TRACES = Path(os.environ.get("AGL_DATA", Path(__file__).parents[3] / "shared" / "data")) / "traces"
 FILES = sorted(TRACES.glob("*/*"))
-there = pytest.mark.skipif(not FILES, reason="no ../shared/data/traces")
+needs_files = pytest.mark.skipif(not FILES, reason="no ../shared/data/traces")
 
 
 def read_one(path: str) -> Report:
@@ -30,15 +30,15 @@ def roles(call: ModelCall) -> str:
     return "".join("T" if message.get("tool_calls") else message["role"][0] for message in messages)
 
 
-def said(call: ModelCall) -> str:
+def reply_summary(call: ModelCall) -> str:
     """The text of a reply, or the tool calls in it."""
     reply = json.loads(call.reply)
-    asked = [f"{one['function']['name']}({one['function']['arguments']})" for one in reply.get("tool_calls", ())]
-    return "; ".join(asked) or str(reply["content"])
+    requested = [f"{item['function']['name']}({item['function']['arguments']})" for item in reply.get("tool_calls", ())]
+    return "; ".join(requested) or str(reply["content"])
 
 
-def cause(tool: ToolCall, whole: Trajectory) -> int:
-    return [call.call_id for call in whole.calls].index(tool.call_id)
+def cause(tool: ToolCall, imported: Trajectory) -> int:
+    return [call.call_id for call in imported.calls].index(tool.call_id)
 
 
 WEATHER = (
@@ -184,27 +184,29 @@ LANGFUSE: dict[str, dict[str, Any]] = {
 }
 
 
-@there
+@needs_files
 @pytest.mark.parametrize("name", LANGFUSE)
 def test_a_langfuse_trace_is_read_call_by_call(name: str) -> None:
     expected = LANGFUSE[name]
     report = read_one(f"langfuse_framework_traces/{name}.trace.json")
     (rollout,) = report.rollouts
-    whole = rollout.trajectory
+    imported = rollout.trajectory
     assert report.formats == ("Langfuse",)
     assert dict(report.refused) == expected.get("refused", {})
-    calls = [(call.agent, call.model, call.finish_reason, roles(call), said(call)) for call in whole.calls]
+    calls = [(call.agent, call.model, call.finish_reason, roles(call), reply_summary(call)) for call in imported.calls]
     assert [call[:4] for call in calls] == [call[:4] for call in expected["calls"]]
     assert [call[4].startswith(text[4]) for call, text in zip(calls, expected["calls"], strict=True)] == [True] * len(
         calls
     )
-    tools = [(tool.name, tool.arguments, tool.result, cause(tool, whole), tool.tool_call_id) for tool in whole.tools]
+    tools = [
+        (tool.name, tool.arguments, tool.result, cause(tool, imported), tool.tool_call_id) for tool in imported.tools
+    ]
     assert tools == expected.get("tools", [])
-    assert {tool.status for tool in whole.tools} <= {ToolStatus.OK}
-    agents = {agent.span_id: agent.name for agent in whole.agents}
-    assert [(one.name, agents.get(one.parent_id, "")) for one in whole.agents] == expected.get("agents", [])
-    assert {reward.name: reward.value for reward in whole.rewards} == expected.get("scores", {})
-    assert all(agents.get(call.parent_id, "") == call.agent for call in whole.calls)
+    assert {tool.status for tool in imported.tools} <= {ToolStatus.OK}
+    agents = {agent.span_id: agent.name for agent in imported.agents}
+    assert [(item.name, agents.get(item.parent_id, "")) for item in imported.agents] == expected.get("agents", [])
+    assert {reward.name: reward.value for reward in imported.rewards} == expected.get("scores", {})
+    assert all(agents.get(call.parent_id, "") == call.agent for call in imported.calls)
     assert rollout.num_tokens == expected["tokens"]
 
 
@@ -220,14 +222,14 @@ PARENTS = {
 }
 
 
-@there
+@needs_files
 @pytest.mark.parametrize("name", PARENTS)
 def test_the_parent_of_a_tool_is_the_nearest_span_that_is_kept(name: str) -> None:
     (rollout,) = read_one(f"langfuse_framework_traces/{name}.trace.json").rollouts
     assert [tool.parent_id for tool in rollout.trajectory.tools] == PARENTS[name][0]
 
 
-@there
+@needs_files
 @pytest.mark.parametrize(
     ("name", "offered"),
     [
@@ -262,7 +264,7 @@ LANGSMITH = {
 }
 
 
-@there
+@needs_files
 @pytest.mark.parametrize("name", LANGSMITH)
 def test_a_langsmith_run_is_one_call(name: str) -> None:
     report = read_one(f"langsmith_runs/{name}.json")
@@ -271,7 +273,7 @@ def test_a_langsmith_run_is_one_call(name: str) -> None:
     call_id, model, tokens, text = LANGSMITH[name]
     assert (report.formats, dict(report.refused)) == (("LangSmith",), {})
     assert (call.call_id, call.model, call.finish_reason, roles(call)) == (call_id, model, "stop", "u")
-    assert said(call).startswith(text)
+    assert reply_summary(call).startswith(text)
     assert rollout.num_tokens == tokens
     assert call.ended_at > call.started_at
 
@@ -295,7 +297,7 @@ MATHS = {
 }
 
 
-@there
+@needs_files
 @pytest.mark.parametrize("name", MATHS)
 def test_an_agent_lightning_rollout_keeps_tokens_and_reward(name: str) -> None:
     path = f"agentlightning/{name}.jsonl"
@@ -303,20 +305,20 @@ def test_an_agent_lightning_rollout_keeps_tokens_and_reward(name: str) -> None:
     assert report.formats == ("Agent Lightning",)
     # vLLM was not asked for log-probabilities.
     assert dict(report.refused) == {"repaired: log-probabilities missing": 5}
-    found = []
+    results = []
     for rollout in report.rollouts:
         (call,) = rollout.trajectory.calls
-        found.append((call.call_id, call.prompt_T.size, call.response_T.size, rollout.trajectory.reward))
+        results.append((call.call_id, call.prompt_T.size, call.response_T.size, rollout.trajectory.reward))
         assert (call.model, call.finish_reason, roles(call)) == ("Qwen/Qwen2.5-1.5B-Instruct", "stop", "su")
         assert np.isnan(call.logprob_T).all()
         assert call.response_T[-1] == 151645
-    assert found == [row[:4] for row in MATHS[name]]
+    assert results == [row[:4] for row in MATHS[name]]
     # What the agent says that it got is what the chunks of the stream add up to.
     events = [json.loads(line)["events"] for line in (TRACES / path).read_text().splitlines()]
-    outputs = [event["data"] for one in events for event in one if event["event_type"] == "agent_output"]
+    outputs = [event["data"] for item in events for event in item if event["event_type"] == "agent_output"]
     assert [output["answer"] for output in outputs] == [row[4] for row in MATHS[name]]
-    assert [said(rollout.trajectory.calls[0]) for rollout in report.rollouts] == [
-        one["raw_response"] for one in outputs
+    assert [reply_summary(rollout.trajectory.calls[0]) for rollout in report.rollouts] == [
+        item["raw_response"] for item in outputs
     ]
     for rollout, output in zip(report.rollouts, outputs, strict=True):
         assert rollout.trajectory.output.startswith(f'{{"answer": "{output["answer"]}"')
@@ -344,7 +346,7 @@ CACHED = {
 }
 
 
-@there
+@needs_files
 def test_recorded_calls_are_rollouts_of_one_call_each() -> None:
     report = read_one("agentlightning/prompt_caches.jsonl")
     lines = [json.loads(line) for line in (TRACES / "agentlightning/prompt_caches.jsonl").read_text().splitlines()]
@@ -358,23 +360,25 @@ def test_recorded_calls_are_rollouts_of_one_call_each() -> None:
         assert (call.call_id, call.model) == (line["response"]["id"], line["response"]["model"])
         assert call.finish_reason == choice["finish_reason"]
         assert (json.loads(call.reply)["content"] or "") == (choice["message"].get("content") or "")
-        asked = [one["function"] for one in choice["message"].get("tool_calls") or ()]
+        requested = [item["function"] for item in choice["message"].get("tool_calls") or ()]
         tools = rollout.trajectory.tools
-        assert [(tool.name, tool.arguments) for tool in tools] == [(one["name"], one["arguments"]) for one in asked]
+        assert [(tool.name, tool.arguments) for tool in tools] == [
+            (item["name"], item["arguments"]) for item in requested
+        ]
         assert rollout.num_tokens == line["response"]["usage"]["total_tokens"]
         offered = [tool["function"]["name"] for tool in json.loads(rollout.offered.get(call.call_id, "[]"))]
         assert offered == [tool["function"]["name"] for tool in line["request"].get("tools", ())]
-    named = {index: tool.name for index, one in enumerate(report.rollouts) for tool in one.trajectory.tools}
+    named = {index: tool.name for index, item in enumerate(report.rollouts) for tool in item.trajectory.tools}
     assert named == CACHED
 
 
-@there
+@needs_files
 def test_every_file_is_read_and_chats_are_whole() -> None:
     reports = read_files(FILES)
     rollouts: list[Imported] = [rollout for report in reports for rollout in report.rollouts]
-    assert (len(reports), len(rollouts), sum(len(one.trajectory.calls) for one in rollouts)) == (15, 71, 79)
-    assert sum(len(one.trajectory.tools) for one in rollouts) == 27
-    assert len({one.trajectory.key for one in rollouts}) == len(rollouts)
+    assert (len(reports), len(rollouts), sum(len(item.trajectory.calls) for item in rollouts)) == (15, 71, 79)
+    assert sum(len(item.trajectory.tools) for item in rollouts) == 27
+    assert len({item.trajectory.key for item in rollouts}) == len(rollouts)
     rows = list(conversations(rollouts))
     texts = ["\n".join(json.dumps(message, sort_keys=True) for message in row["messages"]) for row in rows]
     assert len(rows) == 56
@@ -435,7 +439,7 @@ def test_a_stream_with_tool_calls_and_log_probabilities_is_put_together(tmp_path
     (report,) = read_files([path])
     (call,) = report.rollouts[0].trajectory.calls
     assert json.loads(call.reply)["content"] == "I add."
-    assert said(call) == 'add({"a": 1})'
+    assert reply_summary(call) == 'add({"a": 1})'
     assert (call.prompt_T.tolist(), call.response_T.tolist(), call.finish_reason) == ([1, 2], [7, 8], "tool_calls")
     assert call.logprob_T.tolist() == [-0.25, -0.25]
     assert (call.started_at, call.ended_at) == (5.0, 9.0)
