@@ -56,7 +56,7 @@ class Credit:
 def assign(group: Group, rules: CreditRules) -> Credit:
     """The samples of a group, with an advantage on every trained token, and an account of what is not trained.
 
-    With scale="batch" and method="gae" the learner computes the final advantages from those of the whole step.
+    With scale="batch" and method="gae" the learner computes the final advantages from those of all groups of the step.
 
     Example, one call a rollout, scale="none":
 
@@ -156,6 +156,10 @@ class _Rollout:
     """The final reward; None if the rollout is masked."""
     selected: tuple[int, ...]
     """Indices of the calls of trained agents."""
+    calls: Sequence[ModelCall]
+    """The calls of trained agents."""
+    num_sampled: int
+    """Number of tokens that the calls of trained agents sampled."""
     intermediate_T: Floats
     """Rewards from AIR, and rewards that the agent's process emitted about a call or its tools."""
     reward_T: NDArray[np.float64]
@@ -172,10 +176,14 @@ class _Rollout:
             intermediate_T += rules.air.rewards(trajectory, reward_range=rules.reward_range, discount=discount)
         reward_T = intermediate_T.astype(np.float64)
         reward_T[-1:] += math.nan if reward is None else reward
+        selected = select_calls(trajectory.calls, rules.agents)
+        calls = [trajectory.calls[t] for t in selected]
         return cls(
             trajectory=trajectory,
             reward=reward,
-            selected=select_calls(trajectory.calls, rules.agents),
+            selected=selected,
+            calls=calls,
+            num_sampled=sum(call.response_T.size for call in calls),
             intermediate_T=intermediate_T,
             reward_T=reward_T,
             return_T=estimators.returns_to_go(reward_T, discount),
@@ -190,16 +198,6 @@ class _Rollout:
     def total(self) -> float:
         """The sum of all rewards, without discount; NaN if the rollout is masked."""
         return self.final + float(self.intermediate_T.sum())
-
-    @property
-    def calls(self) -> list[ModelCall]:
-        """The calls of trained agents."""
-        return [self.trajectory.calls[t] for t in self.selected]
-
-    @property
-    def num_sampled(self) -> int:
-        """Number of tokens that the calls of trained agents sampled."""
-        return sum(call.response_T.size for call in self.calls)
 
 
 def emitted_rewards(trajectory: Trajectory, weights: Mapping[str, float]) -> Floats:

@@ -150,7 +150,7 @@ def _otlp_trace(name: str, spans: tuple[RawSpan, ...]) -> FileTrace:
     )
 
 
-def _own(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
+def _own_export(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
     trajectory = from_row(record)
     return FileTrace(name=trajectory.key.rollout_id, key=trajectory.key, trajectory=trajectory)
 
@@ -311,7 +311,7 @@ FORMATS: tuple[tuple[str, frozenset[str], Adapter], ...] = (
     ("LangSmith runs", frozenset(["run_type", "id"]), _langsmith),
     ("Agent Lightning", frozenset(["rollout", "events"]), _each(_agent_lightning)),
     ("OpenAI calls", frozenset(["request", "response"]), _each(_recorded)),
-    ("agl export", frozenset(["rollout_id", "outcome", "calls"]), _each(_own)),
+    ("agl export", frozenset(["rollout_id", "outcome", "calls"]), _each(_own_export)),
 )
 """Name of a format, the keys that its records have, and the adapter that reads them."""
 
