@@ -43,14 +43,14 @@ LLAMA_3B = {
     "tie_word_embeddings": True,
 }
 PROMPT_WORDS, CALLS, TOKENS = 256, 2, 128
-"""Of a rollout's first prompt; its calls; of each reply."""
+"""Words of a rollout's first prompt, its model calls, and the tokens of each reply."""
 TASKS, GROUP_SIZE = 16, 8
-"""Of a step."""
+"""The tasks of a step, and the rollouts of each."""
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 
 
 async def solve(task: Mapping[str, Any], policy: Any) -> str:
-    """The agent: the task's prompt, and then once more with what was answered."""
+    """The agent: the task's prompt, and then a second call that adds the reply."""
     client = openai.AsyncOpenAI(base_url=policy.base_url, api_key=policy.api_key, timeout=600)
     words = str(task["question"]).split()
     prompt = [f"w{zlib.crc32(word.encode()) % 9999}" for word in (words * PROMPT_WORDS)[:PROMPT_WORDS]]

@@ -38,7 +38,7 @@ from hosts import Hosts, can_be_made  # noqa: E402
 COUNTED = ("rollouts/trained", "rollouts/dropped/")
 """Metrics of a step that together are its rollouts."""
 CPUS = 2
-"""Of a node; of one alone, as many as all of them have."""
+"""The CPUs of each node; a node that is alone has as many as all of them."""
 SKIPPED = 3
 """Steps before anything is measured."""
 START_SECONDS = 240
@@ -53,7 +53,7 @@ def words_of(experiment: str, workers: int) -> list[str]:
 
 
 class Cluster:
-    """Of `nodes` hosts; `workers` in the run of `experiment` on it, with `words` beside it."""
+    """A cluster of `nodes` hosts, with a run of `experiment` and the overrides `words` that has `workers` workers."""
 
     def __init__(self, experiment: str, words: Sequence[str], nodes: int, workers: int) -> None:
         self._experiment, self._words, self._nodes, self._workers = experiment, words, nodes, workers

@@ -1,4 +1,4 @@
-"""`agl train … --dry-run` and `agl config …`: what would happen and with which values. Starts nothing."""
+"""`agl train … --dry-run`: the plan of a run on the terminal."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from agent_lightning.launch.checks import Inspection, cluster_is_own
 
 
 def assumed(text: str) -> list[placement.Resources]:
-    """ "2x8" -> two nodes of eight GPUs, with CPUs enough. Raises ConfigError."""
+    """The nodes of a cluster to plan for: "2x8" -> two nodes of eight GPUs, with CPUs enough. Raises ConfigError."""
     nodes, _, gpus = text.partition("x")
     if not (nodes.isdecimal() and gpus.isdecimal()):
         raise ConfigError(f"--assume {text}: give NODESxGPUS, such as 2x8")
     return [{"CPU": 1024.0, "GPU": float(gpus)}] * int(nodes)
 
 
-def show(found: Inspection, console: Console) -> None:
-    """The plan on the terminal."""
-    config = found.config
+def show(inspection: Inspection, console: Console) -> None:
+    """Print the plan, and what is missing."""
+    config = inspection.config
     table = Table.grid(padding=(0, 2))
-    for name, text in _plan(found):
+    for name, text in _plan(inspection):
         table.add_row(name, escape(text))
     console.print(f"[b]{escape(config.experiment)}[/b], seed {config.seed}: nothing is started\n")
     console.print(table)
-    for line in found.missing:
+    for line in inspection.missing:
         console.print(f"[yellow]missing[/yellow]  {escape(line)}", soft_wrap=True, highlight=False)
-    if not found.missing:
+    if not inspection.missing:
         console.print("[green]ready[/green]    nothing is missing")
 
 
-def _plan(found: Inspection) -> list[tuple[str, str]]:
-    config, nodes = found.config, found.nodes
+def _plan(inspection: Inspection) -> list[tuple[str, str]]:
+    config, nodes = inspection.config, inspection.nodes
     serving, rollout = config.serving, config.rollout
     gateways = "one a node" if serving.gateways is None else str(serving.gateways)
-    lines = [("model", found.model or config.model.path)]
-    lines += [("data", f"{split}: {_tasks(found, split)}") for split in found.splits]
+    lines = [("model", inspection.model or config.model.path)]
+    lines += [("data", f"{split}: {_tasks(inspection, split)}") for split in inspection.splits]
     lines += [
         ("agent", f"{config.agent.target} ({config.agent.mode})"),
         ("actors", f"{rollout.workers} rollout workers x {rollout.concurrency} rollouts, buffer, policy board"),
         ("", f"{serving.replicas} policy replicas, gateways: {gateways}, learner of {config.learner.processes}"),
     ]
     for group in backend.choose(config).groups():
-        one = " ".join(f"{number:g} {kind}" for kind, number in group.bundles[0].items())
+        bundle = " ".join(f"{number:g} {kind}" for kind, number in group.bundles[0].items())
         where = ", each on one node" if group.one_node else ""
-        lines.append(("placement", f"{group.number} x {group.what}: {len(group.bundles)} x [{one}]{where}"))
+        lines.append(("placement", f"{group.number} x {group.what}: {len(group.bundles)} x [{bundle}]{where}"))
     lines += _arithmetic(config)
-    if found.size is not None:
-        lines += _memory(config, found.size)
+    if inspection.size is not None:
+        lines += _memory(config, inspection.size)
     total = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
     where = "one started here" if cluster_is_own(config) else (config.hardware.address or "RAY_ADDRESS")
     lines.append(("cluster", f"{where}: {len(nodes)} nodes, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs"))
@@ -60,12 +60,12 @@ def _plan(found: Inspection) -> list[tuple[str, str]]:
     return lines
 
 
-def _tasks(found: Inspection, split: Split) -> str:
-    if split in found.tasks:
-        return f"{len(found.tasks[split]):,} tasks"
-    if any(line.startswith(f"data.{split}:") for line in found.missing):
+def _tasks(inspection: Inspection, split: Split) -> str:
+    if split in inspection.tasks:
+        return f"{len(inspection.tasks[split]):,} tasks"
+    if any(line.startswith(f"data.{split}:") for line in inspection.missing):
         return "not found"
-    source = found.config.data.train if split == "train" else found.config.data.val
+    source = inspection.config.data.train if split == "train" else inspection.config.data.val
     return f"{source.path}, split {source.split}, from the hub"
 
 
@@ -76,8 +76,8 @@ def _arithmetic(config: Config) -> list[tuple[str, str]]:
     step = f"{algorithm.tasks_per_step} tasks x {algorithm.rollouts_per_task} rollouts = {rollouts} rollouts a step"
     updates = f"{batches} batches x {algorithm.epochs} epochs = {batches * algorithm.epochs} optimiser steps a step"
     places = config.rollout.workers * config.rollout.concurrency
-    whole = f"{config.steps} steps: {config.steps * rollouts:,} rollouts; {min(places, rollouts)} at a time"
-    return [("batch", step), ("", updates), ("", whole)]
+    total = f"{config.steps} steps: {config.steps * rollouts:,} rollouts; {min(places, rollouts)} at a time"
+    return [("batch", step), ("", updates), ("", total)]
 
 
 def _memory(config: Config, size: placement.ModelSize) -> list[tuple[str, str]]:

@@ -91,7 +91,7 @@ async def _run(options: argparse.Namespace) -> int:
                 return await train.serve(options.overrides)
             return await train.evaluate(options.overrides, split=options.split, out=options.out)
         case "train" if options.dry_run and not options.multirun:
-            return _look(options)
+            return _dry_run(options)
         case "train" if not options.multirun:
             from agent_lightning.cli import train
 
@@ -141,7 +141,7 @@ async def _submit(options: argparse.Namespace) -> int:
     return await submit(options.overrides, how)
 
 
-def _look(options: argparse.Namespace) -> int:
+def _dry_run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from agent_lightning.cli import dry_run

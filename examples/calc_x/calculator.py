@@ -35,7 +35,7 @@ MAX_DEPTH = 100
 MAX_DIGITS = 30
 MAX_EXPONENT = 64
 MAX_BITS = 1000
-"""Of numerators and denominators; any such fraction is still a finite float."""
+"""The largest numerators and denominators; any such fraction is still a finite float."""
 
 _CHARACTERS = re.compile(r"[0-9.+\-*/%() ]+")
 _TYPED = str.maketrans({"×": "*", "÷": "/", "−": "-", "\n": " ", "\t": " "})

@@ -33,7 +33,7 @@ SHORT_INSTRUCTIONS = "Search, then answer."
 MAX_TURNS = 5
 PASSAGES = 3
 SHORT_WORDS = 32
-"""Of the one passage that `solve_short` shows."""
+"""Words that `solve_short` shows of its passage."""
 MAX_QUERY = 400
 """Characters: what a policy asks for beyond them is noise, and the service would refuse much more."""
 TIMEOUT = 600.0

@@ -149,7 +149,7 @@ def _continue(model: Any, tokenizer: Any, chats: Sequence[Chat], begun: Sequence
 
 
 def share_shown(rows: Sequence[dict[str, Any]]) -> float:
-    """Of how many hops the agent is shown the answer when it searches for the entity: as good as copying can be."""
+    """The share of hops whose answer the agent is shown when it searches for the entity: the most that copying gets."""
     shown = 0
     for row in rows:
         (found,) = search_paragraphs(row["paragraphs"], row["question"].rpartition(" >> ")[0], 1) or (None,)

@@ -31,7 +31,7 @@ MAX_ROUNDS = 3
 TIMEOUT = 600.0
 """Seconds for one reply: the engine may be busy with a thousand others."""
 SHOWN = Limits(seconds=5.0, rows=5)
-"""Of a result, what the checker and the rewriter see."""
+"""The part of a result that the checker and the rewriter see."""
 
 WRITER = "Write one SQLite query that answers the question. Reply with the query only."
 CHECKER = "Does the query answer the question? Reply CORRECT, or say in one sentence what is wrong."

@@ -28,15 +28,15 @@ class Limits:
     """What a query may take."""
 
     seconds: float = 20.0
-    """The slowest gold query of Spider takes a third of one."""
+    """Seconds of a query; the slowest gold query of Spider takes a third of a second."""
     rows: int = 1_000_000
     size: int = 1 << 28
-    """Of the result, as `size_of` counts it."""
+    """Bytes of the result, as `size_of` counts them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """What a query returned. `cut`: there is more than the limits let through."""
+    """The result of a query. `cut`: the limits have left out a part."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]

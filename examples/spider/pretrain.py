@@ -40,7 +40,7 @@ TEMPLATE = """\
 {% endif -%}
 """
 ALONE = r"""\d|_|['"]| (?=[A-Z'"])"""
-"""Of the tokenizer. With the space before a capital, "from New York" and 'New York' have the same tokens."""
+"""What is a token alone. With the space before a capital, "from New York" and 'New York' have the same tokens."""
 BUCKET = 8
 LONGEST = 240
 """Tokens of a chat to learn from."""

@@ -42,7 +42,7 @@ async def run(command: str, num: int) -> list[Trajectory]:
 
 
 def the_tool(trajectory: Trajectory) -> ToolCall:
-    """Of the calls, all from the gateway, the first asks for it and the second has its result."""
+    """The tool call of a rollout, whose first model call requests it and whose second has its result."""
     assert [(call.source, call.finish_reason) for call in trajectory.calls] == [("gateway", "stop")] * 2
     (tool,) = trajectory.tools
     assert (tool.name, tool.arguments, tool.result) == ("calculator", '{"expression": "2+3"}', "5")

@@ -67,7 +67,7 @@ class Host:
         return found
 
     def pids(self) -> list[int]:
-        """Of all processes on this host."""
+        """The ids of all processes on this host."""
         words = ["ip", "netns", "pids", self.namespace]
         return [int(pid) for pid in subprocess.run(words, capture_output=True, text=True).stdout.split()]
 
@@ -112,11 +112,11 @@ class Hosts:
 
     @property
     def address(self) -> str:
-        """Of the cluster."""
+        """The address of the cluster."""
         return f"{self.head.address}:{PORT}"
 
     def pids(self) -> list[int]:
-        """Of all processes on all of them."""
+        """The ids of all processes on all hosts."""
         return [pid for host in self._made for pid in host.pids()]
 
     def join(self, *, apart: bool = False) -> Host:

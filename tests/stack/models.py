@@ -102,7 +102,7 @@ def to_arrays(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def reference_logprobs(model: Any, call: ModelCall) -> np.ndarray:
-    """Of the call's response tokens, by Hugging Face: float32[T]."""
+    """The log-probabilities of the call's response tokens, by Hugging Face: float32[T]."""
     tokens = torch.tensor(np.concatenate([call.prompt_T, call.response_T]).astype(np.int64))[None]
     with torch.no_grad():
         logprobs = model(tokens).logits.float().log_softmax(-1)[0]

@@ -61,7 +61,7 @@ def wait_for_steps(run: Path, process: subprocess.Popen[str], more: int) -> None
 
 
 def pids_of(process: subprocess.Popen[str], title: str) -> list[int]:
-    """Of the run's processes whose title fits."""
+    """The ids of the run's processes whose title matches."""
     children = psutil.Process(process.pid).children(recursive=True)
     return [one.pid for one in children if re.search(title, " ".join(one.cmdline()))]
 

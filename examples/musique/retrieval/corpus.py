@@ -34,12 +34,12 @@ class Passage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Of a shard: what is in it, and the lines of the corpus that were no passages."""
+    """The passages of a shard, and the lines of the corpus that were no passages."""
 
     passages: int
     broken: int
     first_broken: str = ""
-    """Where: file:line."""
+    """The place of the first such line, as file:line."""
 
 
 def parse(line: bytes | str) -> Passage | None:
