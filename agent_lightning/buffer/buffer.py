@@ -48,7 +48,7 @@ def verify_secret(run_secret: bytes, key: RolloutKey, secret: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """The right to run one attempt."""
+    """The right of a worker to run one attempt."""
 
     key: RolloutKey
     task: Task
@@ -188,9 +188,8 @@ class Buffer:
         return leases
 
     async def record(self, call: ModelCall) -> int:
-        """Record a call of a running attempt; the number of calls that it may still make. A call_id that is repeated is
-        recorded once. A call beyond `max_calls` was sampled too, so it is recorded; the gateway starts no call after an
-        answer of 0."""
+        """Record a call of a running attempt, once for each call_id; the number of calls that it may still make. A call
+        beyond `max_calls` is recorded, because it was sampled; after an answer of 0 the gateway starts no call."""
         rollout = self._running(call.key, refused="refused_spans")
         if call.call_id not in self._ledger.spans(call.key).calls:
             self._store.note(events.Called(call=call), grows=True)
@@ -245,9 +244,8 @@ class Buffer:
         failed_tool: str = "",
         retry: bool = False,
     ) -> None:
-        """End a running attempt. If attempts remain, and `retry` is set or the outcome is one that is tried again, the
-        next attempt is queued. `failed_tool`: the last tool of a failed attempt, as `breaker.last_failed_tool` gives
-        it."""
+        """End a running attempt. The next attempt is queued if attempts remain, and if `retry` is set or the outcome is
+        retried. `failed_tool` is what `breaker.last_failed_tool` returns for a failed attempt."""
         if outcome is Outcome.FINISHED and reward is None:
             raise ValueError(f"rollout {key.rollout_id}: FINISHED needs a reward")
         async with self._changed:
@@ -277,8 +275,7 @@ class Buffer:
         return sorted(groups, key=lambda group: group.rollouts[0].key.group)
 
     async def advance(self, *, trained: int, dropped: Mapping[str, int], request: str = "") -> None:
-        """Of the taken rollouts, count `trained` as trained and the others as dropped, each for a reason. Raises
-        ValueError if they are more than are taken."""
+        """Count taken rollouts as trained, or as dropped for a reason. Raises ValueError for more than are taken."""
         if self._ledger.answer(request) is None:
             total, taken = trained + sum(dropped.values()), self._ledger.num_taken
             if min(trained, *dropped.values(), 0) < 0 or total > taken:
@@ -313,7 +310,7 @@ class Buffer:
         return await self._lose(lambda rollout: rollout.worker == worker, "its worker died")
 
     async def alarm(self, trouble: str) -> None:
-        """Report, in one line, why rollouts cannot continue; see `Stats.trouble`."""
+        """Report in one line why rollouts cannot continue; see `Stats.trouble`."""
         self._alarm = trouble
 
     async def milestone(self, step: int) -> None:
@@ -368,11 +365,12 @@ class Buffer:
     def _running(self, key: RolloutKey, *, refused: str = "") -> StoredRollout:
         """The rollout of a running attempt. Raises UnknownRollout for any other key, counted in the field `refused` of
         `Stats`."""
-        if not self._ledger.is_running(key):
+        rollout = self._ledger.running(key)
+        if rollout is None:
             if refused:
                 self._refused[refused] += 1
             raise UnknownRollout(f"rollout {key.rollout_id} attempt {key.attempt} is not open")
-        return self._ledger.attempt(key)
+        return rollout
 
     async def _lose(self, is_lost: Callable[[StoredRollout], bool], error: str) -> int:
         async with self._changed:

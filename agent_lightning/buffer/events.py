@@ -40,14 +40,14 @@ class Event(ABC):
 
 KINDS: Final[dict[int, type[Event]]] = {}
 """The number of each event in a journal -> its class. A number never changes its meaning."""
-E_ = TypeVar("E_", bound=Event)
+_EventT = TypeVar("_EventT", bound=Event)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-def _kind(number: int) -> Callable[[type[E_]], type[E_]]:
+def _kind(number: int) -> Callable[[type[_EventT]], type[_EventT]]:
     """Make a class a frozen dataclass and the event of this number."""
 
-    def register(cls: type[E_]) -> type[E_]:
+    def register(cls: type[_EventT]) -> type[_EventT]:
         event = dataclass(frozen=True, slots=True, kw_only=True)(cls)
         KINDS[number] = event
         return event

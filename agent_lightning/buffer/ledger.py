@@ -1,7 +1,6 @@
 """The ledger: all that a Buffer knows. Events, and nothing else, change it (`events.Event.apply`).
 
-open: waiting -> running -> complete    taken    trained (kept until a checkpoint covers it)    orphaned (by a run
-                                                                                                that is over)
+open: waiting -> running -> complete    taken    trained (kept until a checkpoint covers it)    orphaned
 """
 
 from __future__ import annotations
@@ -57,18 +56,14 @@ class Ledger:
 
     # Questions.
 
-    def rollout(self, key: RolloutKey) -> StoredRollout | None:
-        """The rollout of a key, at whatever attempt; None if there is none."""
+    def running(self, key: RolloutKey) -> StoredRollout | None:
+        """The rollout of a key if a worker has leased exactly this attempt; else None."""
         group = self.groups.get(key.group_id)
-        return group.rollouts[key.index] if group is not None and key.index < len(group.rollouts) else None
-
-    def is_running(self, key: RolloutKey) -> bool:
-        """Whether this attempt is the one that a worker has leased."""
-        rollout = self.rollout(key)
-        return rollout is not None and rollout.key == key and rollout.phase == "running"
+        rollout = group.rollouts[key.index] if group is not None and key.index < len(group.rollouts) else None
+        return rollout if rollout is not None and rollout.key == key and rollout.phase == "running" else None
 
     def attempt(self, key: RolloutKey) -> StoredRollout:
-        """The rollout at exactly this attempt. Raises KeyError, IndexError or ValueError if it is at another one."""
+        """The rollout, at exactly this attempt. Raises KeyError, IndexError or ValueError for any other key."""
         rollout = self.groups[key.group_id].rollouts[key.index]
         if rollout.key != key:
             raise ValueError(f"{key} is not the latest attempt, which is {rollout.key.attempt}")
@@ -101,7 +96,7 @@ class Ledger:
         """Attempts that were leased for this request and still run."""
         ids = (attempt_id.partition("/") for attempt_id in self.answers.get(request, ()))
         keys = [RolloutKey.parse(rollout_id, int(attempt)) for rollout_id, _, attempt in ids]
-        return [key for key in keys if self.is_running(key)]
+        return [key for key in keys if self.running(key)]
 
     def complete_groups(self, split: Split, num: int) -> tuple[str, ...]:
         """Ids of the first `num` complete groups of a split."""
@@ -168,8 +163,7 @@ class Ledger:
         return self.known_span_events >= 0
 
     def attach(self, rollout: StoredRollout, location: RecordLocation | None) -> RecordedSpans:
-        """The spans of an attempt, to which spans of the record at `location` are to be added unless they are
-        spilled."""
+        """The spans of an attempt, after noting that the record at `location` has brought more of them."""
         spans = self._spans.get(rollout.key)
         if spans is None:
             spans = self._spans[rollout.key] = RecordedSpans()

@@ -1,4 +1,4 @@
-"""The Buffer: every rollout ends exactly once, and the books always balance."""
+"""The Buffer: every rollout ends exactly once, and the counts always balance."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def test_a_group_needs_a_rollout() -> None:
         await make_buffer().admit(make_task(), split="train", num_rollouts=0)
 
 
-async def test_lease_waits_for_work_and_gives_up_at_its_timeout() -> None:
+async def test_lease_waits_for_work_until_its_timeout() -> None:
     buffer = make_buffer()
     before = time.monotonic()
     assert await buffer.lease(4, 0.05) == []
@@ -78,7 +78,7 @@ async def test_lease_waits_for_work_and_gives_up_at_its_timeout() -> None:
     assert [lease.key.index for lease in await buffer.lease(4, 5.0)] == [4, 5]
 
 
-async def test_a_trajectory_has_the_calls_in_order_of_their_start_each_once() -> None:
+async def test_a_trajectory_has_each_call_once_in_the_order_of_start() -> None:
     buffer = make_buffer(max_calls=3)
     (lease,) = await started(buffer)
     late, early = make_call(lease.key, "late", started_at=20.0), make_call(lease.key, "early", started_at=10.0)
@@ -101,7 +101,7 @@ async def test_calls_left_never_go_below_zero() -> None:
     assert [await buffer.record(make_call(lease.key, f"{n}")) for n in range(3)] == [0, 0, 0]
 
 
-async def test_only_the_open_attempt_may_record_mark_or_finish() -> None:
+async def test_only_the_running_attempt_may_record_note_a_failure_or_finish() -> None:
     buffer = make_buffer(retries=Retries(max_attempts=2))
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     key = RolloutKey(split="train", group=0, index=0)
@@ -141,7 +141,7 @@ async def test_a_finished_rollout_needs_a_reward() -> None:
 
 
 @pytest.mark.parametrize(
-    ("marked", "calls_after", "said", "becomes"),
+    ("refusal", "calls_after", "reported", "expected"),
     [
         (None, 1, Outcome.AGENT_ERROR, Outcome.AGENT_ERROR),
         (None, 0, Outcome.FINISHED, Outcome.NO_MODEL_CALL),
@@ -155,24 +155,24 @@ async def test_a_finished_rollout_needs_a_reward() -> None:
         (Outcome.ENGINE_ERROR, 1, Outcome.AGENT_ERROR, Outcome.AGENT_ERROR),
     ],
 )
-async def test_what_the_gateway_saw_explains_what_the_worker_saw(
-    marked: Outcome | None, calls_after: int, said: Outcome, becomes: Outcome
+async def test_a_refusal_of_the_gateway_explains_the_outcome_that_the_worker_reports(
+    refusal: Outcome | None, calls_after: int, reported: Outcome, expected: Outcome
 ) -> None:
     buffer = make_buffer()
     (lease,) = await started(buffer)
-    if marked is not None:
-        await buffer.note_failure(lease.key, marked, "the cause")
+    if refusal is not None:
+        await buffer.note_failure(lease.key, refusal, "the cause")
     for number in range(calls_after):
         await buffer.record(make_call(lease.key, f"{number}", started_at=time.time() + 1.0))
-    await buffer.finish(lease.key, reward=1.0, outcome=said, error="seen")
+    await buffer.finish(lease.key, reward=1.0, outcome=reported, error="seen")
     (group,) = await take_groups(buffer, 1, split="train")
-    assert group.trajectories[0].outcome is becomes
-    assert (group.trajectories[0].reward is None) == (becomes is not Outcome.FINISHED)
-    if becomes is marked:
+    assert group.trajectories[0].outcome is expected
+    assert (group.trajectories[0].reward is None) == (expected is not Outcome.FINISHED)
+    if expected is refusal:
         assert group.trajectories[0].error == "the cause"
 
 
-async def test_attempts_are_bounded_and_a_retry_goes_first() -> None:
+async def test_attempts_are_limited_and_a_retry_is_leased_first() -> None:
     buffer = make_buffer(retries=Retries(max_attempts=2))
     first, _ = await started(buffer, 2)
     await buffer.admit(make_task(), split="train", num_rollouts=1)
@@ -185,7 +185,7 @@ async def test_attempts_are_bounded_and_a_retry_goes_first() -> None:
     assert (stats.complete, stats.retried, stats.failed) == (1, 1, {Outcome.CANCELLED: 1})
 
 
-async def test_which_outcomes_are_retried_is_a_choice() -> None:
+async def test_the_outcomes_that_are_retried_are_configurable() -> None:
     buffer = make_buffer(retries=Retries(max_attempts=2, resampled=frozenset({Outcome.TIMEOUT})))
     engine, slow = await started(buffer, 2)
     await buffer.finish(engine.key, reward=None, outcome=Outcome.ENGINE_ERROR)
@@ -194,7 +194,7 @@ async def test_which_outcomes_are_retried_is_a_choice() -> None:
     assert (stats.complete, stats.waiting) == (1, 1)
 
 
-async def test_the_leases_of_a_dead_worker_are_over_at_once_and_those_of_others_go_on() -> None:
+async def test_the_leases_of_a_dead_worker_end_at_once_and_those_of_others_continue() -> None:
     buffer = make_buffer(retries=Retries(max_attempts=2))
     await buffer.admit(make_task(), split="train", num_rollouts=3)
     dead = await buffer.lease(2, 1.0, deadline=100.0, worker="worker-0")
@@ -209,7 +209,7 @@ async def test_the_leases_of_a_dead_worker_are_over_at_once_and_those_of_others_
     assert await buffer.release("worker-0") == 0
 
 
-async def test_a_group_that_loses_a_member_gets_another_one() -> None:
+async def test_a_failed_or_truncated_rollout_of_a_group_is_run_again() -> None:
     buffer = make_buffer(retries=Retries(max_attempts=2, resampled=frozenset({Outcome.TIMEOUT, "truncated"})))
     slow, cut, good = await started(buffer, 3)
     await buffer.finish(slow.key, reward=None, outcome=Outcome.TIMEOUT)
@@ -222,7 +222,7 @@ async def test_a_group_that_loses_a_member_gets_another_one() -> None:
     assert [(t.outcome, t.key.attempt) for t in group.trajectories] == [(Outcome.FINISHED, n) for n in (1, 1, 0)]
 
 
-async def test_retries_are_bounded_by_a_share_of_the_rollouts_in_work() -> None:
+async def test_retries_are_limited_to_a_share_of_the_open_rollouts() -> None:
     buffer = make_buffer(retries=Retries(max_attempts=9, budget=0.5))
     for lease in await started(buffer, 8):
         await buffer.finish(lease.key, reward=None, outcome=Outcome.ENGINE_ERROR)
@@ -238,7 +238,7 @@ async def test_retries_are_bounded_by_a_share_of_the_rollouts_in_work() -> None:
     assert (await buffer.stats()).retried == 5
 
 
-async def test_a_retry_waits_a_while_and_others_go_first() -> None:
+async def test_a_retry_waits_for_its_pause_and_other_rollouts_are_leased_meanwhile() -> None:
     buffer = make_buffer(retries=Retries(max_attempts=2, backoff_s=0.4))
     (lease,) = await started(buffer)
     random.seed(2)  # draws 0.96
@@ -258,14 +258,14 @@ async def end(buffer: Buffer, lease: Lease) -> None:
     await buffer.finish(lease.key, reward=1.0, outcome=Outcome.FINISHED)
 
 
-async def test_take_waits_for_whole_groups_and_hands_out_the_first_complete() -> None:
+async def test_take_waits_for_complete_groups_and_returns_the_first() -> None:
     buffer = make_buffer()
     for number in range(3):
         await buffer.admit(make_task(number), split="train", num_rollouts=2)
     await buffer.admit(make_task(9), split="val", num_rollouts=1)
     leases = await buffer.lease(7, 1.0)
     taking = asyncio.create_task(take_groups(buffer, 2, split="train"))
-    for index in (4, 0, 5, 6):  # group 2 and the evaluation are whole, group 0 is half
+    for index in (4, 0, 5, 6):  # group 2 and the evaluation are complete, group 0 is not
         await end(buffer, leases[index])
     await asyncio.sleep(0)
     assert not taking.done()
@@ -279,7 +279,7 @@ async def test_take_waits_for_whole_groups_and_hands_out_the_first_complete() ->
     assert (stats.admitted, stats.taken, stats.running, stats.evaluated) == (6, 4, 2, 1)
 
 
-async def test_advance_moves_what_was_taken_and_no_more() -> None:
+async def test_advance_counts_no_more_rollouts_than_were_taken() -> None:
     buffer = make_buffer()
     for lease in await started(buffer, 4):
         await end(buffer, lease)
@@ -293,7 +293,7 @@ async def test_advance_moves_what_was_taken_and_no_more() -> None:
         await buffer.advance(trained=0, dropped={"stale": -1})
 
 
-async def test_cancel_ends_everything_and_wakes_everybody() -> None:
+async def test_cancel_ends_every_rollout_and_every_waiting_call() -> None:
     buffer = make_buffer(retries=Retries(max_attempts=3))
     leases = await started(buffer, 1)
     await buffer.admit(make_task(), split="train", num_rollouts=1)
@@ -320,7 +320,7 @@ async def test_cancel_ends_everything_and_wakes_everybody() -> None:
             await take_groups(buffer, 1, split="train")  # waits again
 
 
-async def test_a_lease_over_its_deadline_is_retried_and_then_lost() -> None:
+async def test_a_rollout_whose_lease_expired_is_retried_and_then_lost() -> None:
     buffer = make_buffer(retries=Retries(max_attempts=2), grace=5.0)
     await buffer.admit(make_task(), split="train", num_rollouts=2)
     (dead,) = await buffer.lease(1, 1.0, deadline=10.0)
@@ -352,7 +352,7 @@ async def test_a_cancelled_take_or_lease_loses_nothing() -> None:
 
 
 class Scenario:
-    """Random operations, in an order that hypothesis chooses, and a record of what came out."""
+    """Random operations, in an order that Hypothesis chooses, and the groups that they produced."""
 
     def __init__(self, choice: random.Random, max_attempts: int) -> None:
         self.buffer = make_buffer(retries=Retries(max_attempts=max_attempts), grace=0.0)
@@ -416,7 +416,7 @@ OPERATIONS = ["admit", "lease", "record", "finish", "expire", "take", "advance",
     choice=st.randoms(use_true_random=False),
     max_attempts=st.integers(1, 3),
 )
-def test_the_books_balance_after_every_operation(
+def test_the_counts_balance_after_every_operation(
     operations: list[str], choice: random.Random, max_attempts: int
 ) -> None:
     async def play() -> None:

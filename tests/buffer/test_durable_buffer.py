@@ -1,4 +1,4 @@
-"""A buffer with a journal: what it acknowledged is there again after any crash, each thing once."""
+"""A buffer with a journal: everything that it acknowledged survives any crash, exactly once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def again(buffer: Buffer, path: Path, **keys: Any) -> Buffer:
 
 
 def same(first: object, second: object) -> bool:
-    """Equal as what a journal would have of them."""
+    """Whether two values would be equal in a journal."""
     return plain(first) == plain(second)
 
 
@@ -49,9 +49,9 @@ def plain(value: object) -> object:
     if isinstance(value, np.ndarray):
         return (str(value.dtype), value.tolist())
     if isinstance(value, Mapping):
-        return {name: plain(one) for name, one in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     if hasattr(value, "__dataclass_fields__"):
         return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
     return value
@@ -68,7 +68,7 @@ def complete_groups(buffer: Buffer) -> list[TakenGroup]:
 
 
 async def play(buffer: Buffer, source: random.Random, num: int) -> None:
-    """Do `num` things that clients may do, most of them sensible, the way the loop and workers would."""
+    """Do `num` random operations of clients, most of them sensible, as the loop and workers would."""
     for _ in range(num):
         ledger = buffer._store.ledger
         running = [rollout.key for rollout in ledger.open_rollouts() if rollout.phase == "running"]
@@ -112,8 +112,10 @@ async def play(buffer: Buffer, source: random.Random, num: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), small=st.booleans())
-def test_a_buffer_that_died_is_the_same_again(seed: int, small: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Whatever was done, and also where the journal was compacted and spans are only on disk."""
+def test_a_buffer_that_restarts_has_the_same_state(
+    seed: int, small: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """After any operations; also if the journal was compacted, and if spans are only on disk."""
 
     async def run() -> None:
         path, source = tmp_path_factory.mktemp("journal"), random.Random(seed)
@@ -146,52 +148,52 @@ def balance(stats: Mapping[str, Any]) -> None:
 
 
 async def test_a_crash_at_any_byte_leaves_exactly_what_was_acknowledged(tmp_path: Path) -> None:
-    """Each acknowledged state is remembered with the journal's size; a journal cut anywhere gives the last of them."""
-    buffer, source = open_buffer(tmp_path / "whole", retries=Retries(max_attempts=2)), random.Random(5)
+    """Every acknowledged state is noted with the journal's size; a journal cut at any byte restores the last state."""
+    buffer, source = open_buffer(tmp_path / "complete", retries=Retries(max_attempts=2)), random.Random(5)
     states: list[tuple[int, object]] = [(0, plain(base_of(buffer)))]
     while buffer._store._journal is not None and buffer._store._journal.size < 5000:
         await play(buffer, source, 1)
         states.append((buffer._store._journal.size, plain(base_of(buffer))))
     await buffer.close()
-    (segment,) = segments.list_segments(tmp_path / "whole")
+    (segment,) = segments.list_segments(tmp_path / "complete")
     content = segment.path.read_bytes()
     cut_path = tmp_path / "cut"
     cut_path.mkdir()
     for cut in [*range(0, len(content), 23), len(content)]:
         segments.path_of(cut_path, 1).write_bytes(content[:cut])
         buffer = open_buffer(cut_path)
-        found = plain(base_of(buffer))
+        restored = plain(base_of(buffer))
         acknowledged = [state for size, state in states if size <= cut]
-        at = next(index for index, (_, state) in enumerate(states) if state == found)
-        assert at >= len(acknowledged) - 1 or found == acknowledged[-1]
+        at = next(index for index, (_, state) in enumerate(states) if state == restored)
+        assert at >= len(acknowledged) - 1 or restored == acknowledged[-1]
         await buffer.close()
 
 
-async def finished(buffer: Buffer, num: int, *, calls: int = 1) -> None:
+async def run_rollouts(buffer: Buffer, num: int, *, calls: int = 1) -> None:
     for lease in await buffer.lease(num, 0.0):
         for number in range(calls):
             await buffer.record(make_call(lease.key, f"{lease.key.rollout_id}-{number}", num_tokens=50))
         await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=1.0, output=lease.key.rollout_id)
 
 
-async def test_running_rollouts_go_on_after_a_restart_and_a_call_sent_again_is_one_call(tmp_path: Path) -> None:
+async def test_running_rollouts_continue_after_a_restart_and_a_repeated_call_is_recorded_once(tmp_path: Path) -> None:
     buffer = open_buffer(tmp_path)
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     (lease,) = await buffer.lease(1, 0.0, deadline=60.0)
-    call = make_call(lease.key, "one")
+    call = make_call(lease.key, "first")
     assert await buffer.record(call) == 99
     buffer = await again(buffer, tmp_path)
     assert await buffer.record(call) == 99
-    assert await buffer.record(make_call(lease.key, "two")) == 98
+    assert await buffer.record(make_call(lease.key, "second")) == 98
     await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=0.5)
     buffer = await again(buffer, tmp_path)
     with pytest.raises(UnknownRollout):
         await buffer.record(make_call(lease.key, "late"))
     (group,) = await take_groups(buffer, 1, split="train")
-    assert [one.call_id for one in group.trajectories[0].calls] == ["one", "two"]
+    assert [call.call_id for call in group.trajectories[0].calls] == ["first", "second"]
 
 
-async def test_a_request_sent_again_has_the_first_answer(tmp_path: Path) -> None:
+async def test_a_repeated_request_gets_the_first_answer(tmp_path: Path) -> None:
     buffer = open_buffer(tmp_path)
     for _ in range(2):
         assert await buffer.admit(make_task(), split="train", num_rollouts=2, request="a") == "train-0"
@@ -222,29 +224,30 @@ async def test_a_deadline_survives_a_restart(tmp_path: Path) -> None:
     expires_at = buffer._store.ledger.attempt(lease.key).expires_at
     assert await buffer.expire(expires_at - 1) == 0
     assert await buffer.expire(expires_at + 1) == 1
-    assert [one.key.attempt for one in await buffer.lease(1, 0.0)] == [1]
+    assert [lease.key.attempt for lease in await buffer.lease(1, 0.0)] == [1]
 
 
 async def test_spans_beyond_the_memory_are_read_back_from_disk(tmp_path: Path) -> None:
     keys: dict[str, Any] = {"memory_bytes": 5000, "journal": {"segment_bytes": 10_000}}
     buffer, plain_buffer = open_buffer(tmp_path, **keys), Buffer(run_secret=RUN_SECRET)
-    for one in (buffer, plain_buffer):
+    for source in (buffer, plain_buffer):
         for _ in range(20):
-            await one.admit(make_task(), split="train", num_rollouts=2)
-        await finished(one, 40, calls=3)
+            await source.admit(make_task(), split="train", num_rollouts=2)
+        await run_rollouts(source, 40, calls=3)
     held = sum(len(spans.calls) for spans in buffer._store.ledger.recorded())
     assert 0 < held < 30
     for source in (buffer, plain_buffer):
         groups = await take_groups(source, 20, split="train")
-        assert [len(one.calls) for group in groups for one in group.trajectories] == [3] * 40
-        assert all(one.output == one.key.rollout_id for group in groups for one in group.trajectories)
+        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+        assert [len(trajectory.calls) for trajectory in trajectories] == [3] * 40
+        assert all(trajectory.output == trajectory.key.rollout_id for trajectory in trajectories)
 
 
 async def test_the_journal_of_a_long_run_stays_small(tmp_path: Path) -> None:
     buffer = open_buffer(tmp_path, journal={"segment_bytes": 20_000})
     for _ in range(60):
         await buffer.admit(make_task(), split="train", num_rollouts=4)
-        await finished(buffer, 4, calls=5)
+        await run_rollouts(buffer, 4, calls=5)
         await take_groups(buffer, 1, split="train")
         await buffer.advance(trained=4, dropped={})
         assert sum(path.stat().st_size for path in tmp_path.glob("segment-*")) < 60_000
@@ -253,7 +256,7 @@ async def test_the_journal_of_a_long_run_stays_small(tmp_path: Path) -> None:
     assert (stats.admitted, stats.trained, stats.next_group["train"], stats.calls) == (240, 240, 60, 1200)
 
 
-async def test_a_full_journal_refuses_new_work_and_lets_what_runs_end(tmp_path: Path) -> None:
+async def test_a_full_journal_refuses_new_work_and_lets_running_rollouts_end(tmp_path: Path) -> None:
     buffer = open_buffer(tmp_path, journal={"max_bytes": 20_000})
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     (lease,) = await buffer.lease(1, 0.0)
@@ -266,10 +269,10 @@ async def test_a_full_journal_refuses_new_work_and_lets_what_runs_end(tmp_path: 
     (group,) = await take_groups(buffer, 1, split="train")
     await buffer.advance(trained=1, dropped={})
     assert len(group.trajectories[0].calls) > 10
-    assert await buffer.admit(make_task(), split="train", num_rollouts=1) == "train-1"  # what was trained made room
+    assert await buffer.admit(make_task(), split="train", num_rollouts=1) == "train-1"  # trained groups made room
 
 
-async def test_a_damaged_journal_is_one_clear_line_for_whoever_would_change_something(tmp_path: Path) -> None:
+async def test_with_a_damaged_journal_every_change_fails_with_a_clear_line(tmp_path: Path) -> None:
     buffer = open_buffer(tmp_path)
     for _ in range(3):
         await buffer.admit(make_task(), split="train", num_rollouts=1)
@@ -288,9 +291,9 @@ async def test_the_secret_of_the_run_is_not_in_the_journal(tmp_path: Path) -> No
     buffer = open_buffer(tmp_path)
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     (lease,) = await buffer.lease(1, 0.0)
-    await buffer.record(make_call(lease.key, "one"))
+    await buffer.record(make_call(lease.key, "first"))
     await buffer.close()
-    content = b"".join(one.path.read_bytes() for one in segments.list_segments(tmp_path))
+    content = b"".join(segment.path.read_bytes() for segment in segments.list_segments(tmp_path))
     assert b"task-0" in content
     assert RUN_SECRET not in content
     assert lease.secret.encode() not in content
@@ -314,7 +317,7 @@ async def train(buffer: Buffer, groups: int) -> None:
     await buffer.advance(trained=sum(len(group.trajectories) for group in taken), dropped={})
 
 
-async def test_a_resumed_run_has_the_rollouts_that_ended_since_its_checkpoint(tmp_path: Path) -> None:
+async def test_a_resumed_run_reuses_the_rollouts_that_ended_since_its_checkpoint(tmp_path: Path) -> None:
     buffer = open_buffer(tmp_path)
     await a_step(buffer, ends=4)
     await train(buffer, 2)
@@ -324,7 +327,7 @@ async def test_a_resumed_run_has_the_rollouts_that_ended_since_its_checkpoint(tm
     await train(buffer, 2)
     await a_step(buffer, ends=3)  # the step that was interrupted
     buffer = await again(buffer, tmp_path)
-    for _ in range(2):  # also where it is killed again before it could do anything
+    for _ in range(2):  # also if it is killed again before it does anything
         assert await buffer.resume(1, {"train": 2, "val": 0}) == 4 + 3
         buffer = await again(buffer, tmp_path)
     stats = await buffer.stats()
@@ -332,11 +335,11 @@ async def test_a_resumed_run_has_the_rollouts_that_ended_since_its_checkpoint(tm
     for number in range(2):
         assert await buffer.admit(make_task(number), split="train", num_rollouts=2) == f"train-{2 + number}"
     groups = await take_groups(buffer, 2, split="train")
-    assert [one.calls[0].call_id for group in groups for one in group.trajectories][:2] == ["train-2-0", "train-2-1"]
+    assert [trajectory.calls[0].call_id for trajectory in groups[0].trajectories] == ["train-2-0", "train-2-1"]
     await buffer.advance(trained=4, dropped={})
     for number in range(2):
         await buffer.admit(make_task(number), split="train", num_rollouts=2)
-    (lease,) = await buffer.lease(9, 0.0)  # the one that had not ended, as another attempt
+    (lease,) = await buffer.lease(9, 0.0)  # the rollout that had not ended, as another attempt
     assert (lease.key.rollout_id, lease.key.attempt) == ("train-5-1", 1)
     await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=None or 0.0)
     await train(buffer, 2)
@@ -344,7 +347,7 @@ async def test_a_resumed_run_has_the_rollouts_that_ended_since_its_checkpoint(tm
     assert (stats.admitted, stats.trained, stats.ended) == (12, 12, 12)
 
 
-async def test_an_attempt_that_ended_with_its_run_does_not_count_against_the_rollout(tmp_path: Path) -> None:
+async def test_an_attempt_that_ended_with_its_run_does_not_count_as_a_retry(tmp_path: Path) -> None:
     buffer = open_buffer(tmp_path, retries=Retries(max_attempts=2))
     await buffer.milestone(0)
     await a_step(buffer, ends=0)
@@ -361,7 +364,7 @@ async def test_an_attempt_that_ended_with_its_run_does_not_count_against_the_rol
     assert await buffer.lease(4, 0.0) == []
 
 
-async def test_a_group_of_another_task_is_not_taken_over(tmp_path: Path) -> None:
+async def test_an_orphaned_group_of_another_task_is_not_adopted(tmp_path: Path) -> None:
     buffer = open_buffer(tmp_path)
     await buffer.milestone(0)
     await a_step(buffer, ends=4)
@@ -371,7 +374,7 @@ async def test_a_group_of_another_task_is_not_taken_over(tmp_path: Path) -> None
     assert len(await buffer.lease(9, 0.0)) == 5
 
 
-async def test_a_journal_without_the_checkpoint_begins_anew(tmp_path: Path) -> None:
+async def test_a_journal_without_the_checkpoint_starts_empty(tmp_path: Path) -> None:
     buffer = open_buffer(tmp_path)
     await a_step(buffer, ends=4)
     assert await buffer.resume(7, {"train": 9, "val": 3}) == 0
@@ -416,7 +419,7 @@ async def test_a_journal_of_format_1_is_read_and_continued(tmp_path: Path) -> No
         assert [call.call_id for call in trajectory.calls] == [f"{trajectory.key.rollout_id}-a"]
         assert [(reward.name, reward.value) for reward in trajectory.rewards] == [("format", 0.25)]
         assert (trajectory.reward, trajectory.refused_spans) == (0.5, {"late": 1})
-    for number, attempt in ((2, 3), (3, 1)):  # what the interrupted step has left continues
+    for number, attempt in ((2, 3), (3, 1)):  # orphaned groups continue
         assert await buffer.admit(make_task(number), split="train", num_rollouts=2) == f"train-{number}"
         (lease,) = await buffer.lease(2, 0.0)
         assert (lease.key.rollout_id, lease.key.attempt) == (f"train-{number}-1", attempt)
@@ -428,7 +431,7 @@ async def test_a_journal_of_format_1_is_read_and_continued(tmp_path: Path) -> No
 # Values.
 
 
-def test_payloads_come_back_as_they_were() -> None:
+def test_payloads_are_read_back_unchanged() -> None:
     payload = {
         "text": "é",
         "half of a pair": "\ud800",
@@ -443,7 +446,7 @@ def test_payloads_come_back_as_they_were() -> None:
     assert same(read, replace(event, task=Task(task_id="t", payload={**payload, "half of a pair": "?"})))
 
 
-def test_what_cannot_be_kept_is_refused_with_a_reason() -> None:
+def test_values_that_a_journal_cannot_hold_are_refused_with_a_reason() -> None:
     task = Task(task_id="t", payload={"object": object()})
     with pytest.raises(DataError, match="holds a object, which the journal cannot keep"):
         encode(Admitted(split="train", group=0, num_rollouts=1, task=task))
@@ -464,7 +467,7 @@ def test_bytes_that_are_no_event_are_refused(data: bytes, kind: int) -> None:
 # agl journal check
 
 
-def test_a_check_says_what_a_journal_holds_and_where_it_is_broken(
+def test_a_check_shows_what_a_journal_holds_and_which_byte_is_broken(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     async def write() -> None:
@@ -474,15 +477,15 @@ def test_a_check_says_what_a_journal_holds_and_where_it_is_broken(
 
     asyncio.run(write())
     (segment,) = segments.list_segments(tmp_path / "journal")
-    whole = segment.path.read_bytes()
+    content = segment.path.read_bytes()
     assert main(["journal", "check", str(tmp_path)]) == 0
     shown = capfd.readouterr().out
     assert "Called         3" in shown
     assert "open     2 groups: rollouts 3 complete, 1 running" in shown
-    segment.path.write_bytes(whole + b"torn")
+    segment.path.write_bytes(content + b"torn")
     assert main(["journal", "check", str(tmp_path / "journal")]) == 0
-    assert f"torn end of 4 bytes at byte {len(whole)}" in capfd.readouterr().out
-    segment.path.write_bytes(whole[:100] + b"?" + whole[101:])
+    assert f"torn end of 4 bytes at byte {len(content)}" in capfd.readouterr().out
+    segment.path.write_bytes(content[:100] + b"?" + content[101:])
     assert main(["journal", "check", str(tmp_path)]) == 2
     assert f"{segment.path} is damaged at byte {segments.HEADER_BYTES}" in capfd.readouterr().err
     assert main(["journal", "check", str(tmp_path / "none")]) == 2

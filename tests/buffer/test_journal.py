@@ -1,4 +1,4 @@
-"""The journal: what was acknowledged comes back, and what is broken is never believed."""
+"""The journal: acknowledged records are read back, and broken records are never believed."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ async def write(path: Path, payloads: list[bytes], **keys: object) -> None:
     journal.close()
 
 
-def found(path: Path) -> Iterator[bytes]:
-    for reading in segments.segment_readers(path):
-        for _, payload in reading.records():
+def payloads_in(path: Path) -> Iterator[bytes]:
+    for reader in segments.segment_readers(path):
+        for _, payload in reader.records():
             yield bytes(payload)
 
 
 def read_all(path: Path) -> tuple[list[bytes], JournalError | None]:
     read: list[bytes] = []
     try:
-        for payload in found(path):
+        for payload in payloads_in(path):
             read.append(payload)
     except JournalError as error:
         return read, error
@@ -50,15 +50,15 @@ def read_all(path: Path) -> tuple[list[bytes], JournalError | None]:
 
 
 @pytest.mark.parametrize("fsync", ["always", "interval", "never"])
-async def test_what_was_appended_comes_back_in_order_over_many_segments(tmp_path: Path, fsync: str) -> None:
+async def test_records_are_read_back_in_order_over_many_segments(tmp_path: Path, fsync: str) -> None:
     payloads = [os.urandom(size % 700) for size in range(300)]
     await write(tmp_path, payloads[:200], segment_bytes=4096, fsync=fsync, fsync_interval_s=0.001)
     journal, before = opened(tmp_path, segment_bytes=4096, fsync=fsync)
     assert before == payloads[:200]
-    places = [journal.append(payload) for payload in payloads[200:]]
-    assert [journal.read(place) for place in places] == payloads[200:]  # also what is not written yet
+    locations = [journal.append(payload) for payload in payloads[200:]]
+    assert [journal.read(location) for location in locations] == payloads[200:]  # also before they are written
     await journal.durable()
-    assert [journal.read(place) for place in places] == payloads[200:]
+    assert [journal.read(location) for location in locations] == payloads[200:]
     assert journal.size == sum(path.stat().st_size for path in tmp_path.glob("segment-*"))
     journal.close()
     assert opened(tmp_path)[1] == payloads
@@ -88,7 +88,7 @@ async def test_one_process_at_a_time_writes(tmp_path: Path) -> None:
     opened(tmp_path)
 
 
-async def test_the_limit_on_disk_refuses_but_lets_what_runs_end(tmp_path: Path) -> None:
+async def test_at_its_limit_a_journal_takes_only_records_that_may_use_the_reserve(tmp_path: Path) -> None:
     journal, _ = opened(tmp_path, max_bytes=4096)
     for _ in range(36):
         journal.append(b"x" * 100, reserve=False)
@@ -103,12 +103,12 @@ async def test_the_limit_on_disk_refuses_but_lets_what_runs_end(tmp_path: Path) 
     assert len(opened(tmp_path)[1]) == 39
 
 
-async def test_compaction_keeps_what_it_is_given_and_removes_the_rest(tmp_path: Path) -> None:
+async def test_compaction_replaces_all_records_by_the_given_ones(tmp_path: Path) -> None:
     journal, _ = opened(tmp_path, segment_bytes=1024)
     for number in range(100):
         journal.append(b"%d" % number * 50)
-    places = journal.compact([b"base", b"kept"])
-    assert [journal.read(place) for place in places] == [b"base", b"kept"]
+    locations = journal.compact([b"base", b"kept"])
+    assert [journal.read(location) for location in locations] == [b"base", b"kept"]
     journal.append(b"after")
     await journal.durable()
     assert len(segments.list_segments(tmp_path)) == 1
@@ -116,20 +116,20 @@ async def test_compaction_keeps_what_it_is_given_and_removes_the_rest(tmp_path: 
     assert opened(tmp_path)[1] == [b"base", b"kept", b"after"]
 
 
-async def test_a_crash_in_a_compaction_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+async def test_a_crash_in_a_compaction_leaves_the_old_segments_or_the_new_one(tmp_path: Path) -> None:
     await write(tmp_path, [b"a", b"b"])
     old = {path.name: path.read_bytes() for path in tmp_path.glob("segment-*")}
     journal, _ = opened(tmp_path)
     journal.compact([b"base"])
     journal.close()
     (new,) = segments.list_segments(tmp_path)
-    for name, content in old.items():  # it died before it had removed the old ones
+    for name, content in old.items():  # it died before it had removed the old segments
         (tmp_path / name).write_bytes(content)
     journal, read = opened(tmp_path)
     assert read == [b"base"]
     journal.close()
-    assert [one.number for one in segments.list_segments(tmp_path)] == [new.number]
-    new.path.rename(tmp_path / f".{new.path.name}.tmp")  # it died before the new one was complete
+    assert [segment.number for segment in segments.list_segments(tmp_path)] == [new.number]
+    new.path.rename(tmp_path / f".{new.path.name}.tmp")  # it died before the new segment was complete
     (tmp_path / "segment-00000009.half").touch()  # the same, of an earlier version
     for name, content in old.items():
         (tmp_path / name).write_bytes(content)
@@ -139,19 +139,19 @@ async def test_a_crash_in_a_compaction_leaves_the_old_or_the_new(tmp_path: Path)
 
 
 class FullDisk(Journal):
-    """Whose disk has no room for a while."""
+    """A journal whose disk is full for the next `refusals` writes."""
 
     full = errno.ENOSPC
-    left = 3
+    refusals = 3
 
     def flush(self) -> None:
-        if self.left:
-            self.left -= 1
+        if self.refusals:
+            self.refusals -= 1
             raise OSError(self.full, os.strerror(self.full))
         super().flush()
 
 
-async def test_a_full_disk_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_journal_waits_while_the_disk_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal = FullDisk(JournalConfig(path=tmp_path))
     assert list(journal.replay()) == []
     journal.append(b"a")
@@ -161,15 +161,15 @@ async def test_a_full_disk_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptu
     assert "no space left" in caplog.text
     async with asyncio.timeout(5):
         await waiting
-    journal.left = 0
+    journal.refusals = 0
     journal.close()
     assert opened(tmp_path)[1] == [b"a"]
 
 
 @pytest.mark.parametrize(("code", "patience"), [(errno.ENOSPC, 0.0), (errno.EIO, 60.0)])
-async def test_a_disk_that_stays_full_or_breaks_is_one_clear_line(tmp_path: Path, code: int, patience: float) -> None:
+async def test_a_disk_that_stays_full_or_fails_gives_one_clear_line(tmp_path: Path, code: int, patience: float) -> None:
     journal = FullDisk(JournalConfig(path=tmp_path, patience_s=patience))
-    journal.full, journal.left = code, 1000
+    journal.full, journal.refusals = code, 1000
     assert list(journal.replay()) == []
     journal.append(b"a")
     for _ in range(2):
@@ -179,14 +179,13 @@ async def test_a_disk_that_stays_full_or_breaks_is_one_clear_line(tmp_path: Path
         journal.append(b"b")
 
 
-# What a reader is given.
+# Reading.
 
 
 async def test_a_torn_tail_is_cut_with_a_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     await write(tmp_path, [b"a" * 100, b"b" * 100])
     (segment,) = segments.list_segments(tmp_path)
-    whole = segment.path.stat().st_size
-    os.truncate(segment.path, whole - 1)
+    os.truncate(segment.path, segment.path.stat().st_size - 1)
     journal, read = opened(tmp_path)
     assert read == [b"a" * 100]
     assert "cut at byte" in caplog.text
@@ -243,21 +242,21 @@ def damage(path: Path, offset: int, bit: int = 0) -> None:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[bytes], list[bytes]]:
-    """Payloads, some of which look like records, and the segments that hold them."""
+    """Payloads, some of which look like records, and the contents of the segments that hold them."""
     path, source = tmp_path_factory.mktemp("journal"), random.Random(0)
     payloads = [source.randbytes(source.randrange(60)) for _ in range(24)]
     payloads[7] = segments.frame(payloads[3], 1, 28) + payloads[3]
     payloads[9] = segments._MARK * 5
     asyncio.run(write(path, payloads, segment_bytes=500))
-    return payloads, [one.path.read_bytes() for one in segments.list_segments(path)]
+    return payloads, [segment.path.read_bytes() for segment in segments.list_segments(path)]
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_no_damage_ever_makes_a_wrong_record(
+def test_no_damage_produces_a_wrong_record(
     data: st.DataObject, written: tuple[list[bytes], list[bytes]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Truncation, flipped bits, garbage and blocks that move: what is read is a prefix of what was written."""
+    """Truncation, flipped bits, garbage and moved blocks: the records read are a prefix of those written."""
     payloads, contents = written[0], [bytearray(content) for content in written[1]]
     for _ in range(data.draw(st.integers(1, 3))):
         content = contents[data.draw(st.integers(0, len(contents) - 1))]
@@ -287,7 +286,9 @@ def test_no_damage_ever_makes_a_wrong_record(
         assert read == payloads[: len(read)]
         changed = [bytes(content) for content in contents] != written[1]
         last = contents[:-1] == [bytearray(content) for content in written[1][:-1]]
-        assert error is not None or read == payloads or (changed and last)  # only a torn end may be short in silence
+        assert (
+            error is not None or read == payloads or (changed and last)
+        )  # only a torn end may be dropped without an error
     finally:
         for file in folder.iterdir():
             file.unlink()
@@ -333,7 +334,7 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("fsync", ["interval", "always"])
-def test_what_was_acknowledged_survives_kill_9(tmp_path: Path, fsync: str) -> None:
+def test_acknowledged_records_survive_kill_9(tmp_path: Path, fsync: str) -> None:
     source, number = random.Random(1), 0
     for _ in range(3):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path, fsync], stdout=subprocess.PIPE)
@@ -346,4 +347,4 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path: Path, fsync: str) -> No
         read, error = read_all(tmp_path)
         assert error is None
         assert len(read) >= number
-        assert read == [b"%d " % one * (one % 50 + 1) for one in range(len(read))]
+        assert read == [b"%d " % number * (number % 50 + 1) for number in range(len(read))]

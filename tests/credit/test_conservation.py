@@ -1,5 +1,5 @@
-"""The whole way of a token, from the gateway's word to the row that trains it, over random rollouts of several agents
-with sub-agents, retries and failures, and spans that arrive in any order."""
+"""Every token from the gateway's record to the row that trains it, over random rollouts of several agents with
+sub-agents, retries and failures, and with calls that arrive in any order."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ FAILURES = [Outcome.AGENT_ERROR, Outcome.ENGINE_ERROR, Outcome.TIMEOUT, Outcome.
 
 
 class Story:
-    """What happens in one group: for each rollout its attempts, each with calls and an ending. A function of a seed."""
+    """The events of a group: the attempts of each rollout, each with calls and an ending. A seed determines them."""
 
     def __init__(self, seed: int) -> None:
         draw = random.Random(seed)
-        self.token = 100  # each sampled token is another number, so that its way can be followed
+        self.token = 100  # each sampled token is a different number, so that it can be traced
         self.rollouts = [
             [self._attempt(draw, index, attempt) for attempt in range(draw.choice([1, 1, 1, 2, 3]))]
             for index in range(draw.randint(2, 4))
@@ -40,7 +40,7 @@ class Story:
         calls = []
         for n in range(draw.randint(0, 6)):
             agent = draw.choice(["writer", "writer/helper", "judge"])
-            fresh = agent not in histories or draw.random() < 0.2  # a conversation begins, or is cut and begins again
+            fresh = agent not in histories or draw.random() < 0.2  # a new conversation
             history = [1, n] if fresh else [*histories[agent], 2]
             response = list(range(self.token, self.token + draw.randint(0, 3)))
             self.token += len(response)
@@ -50,8 +50,8 @@ class Story:
         return calls, outcome, float(draw.randint(0, 1)) if outcome is Outcome.FINISHED else None
 
 
-async def played(story: Story, arrival: random.Random) -> tuple[Group, Counter[str]]:
-    """The group as the buffer hands it out, and how many spans of ended attempts it refused."""
+async def play(story: Story, arrival: random.Random) -> tuple[Group, Counter[str]]:
+    """The group that the buffer returns, and the number of calls that it refused because their attempt had ended."""
     attempts = max(len(rollout) for rollout in story.rollouts)
     buffer, refused = Buffer(run_secret=b"s", retries=Retries(max_attempts=attempts)), Counter[str]()
     await buffer.admit(Task(task_id="t", payload={}), split="train", num_rollouts=len(story.rollouts))
@@ -65,7 +65,7 @@ async def played(story: Story, arrival: random.Random) -> tuple[Group, Counter[s
     for _ in range(attempts):
         for lease in await buffer.lease(99, 0.0):
             rollout = story.rollouts[lease.key.index]
-            if lease.key.attempt >= len(rollout):  # an engine error asked for one more attempt than the story has
+            if lease.key.attempt >= len(rollout):  # an engine error leads to one attempt more than the story has
                 await buffer.finish(lease.key, reward=None, outcome=Outcome.AGENT_ERROR)
                 continue
             calls, outcome, reward = rollout[lease.key.attempt]
@@ -100,15 +100,15 @@ def test_every_token_is_trained_once_or_dropped_for_a_reason_whatever_the_order_
 ) -> None:
     story = Story(seed)
     rules = CreditRules(agents=agents, estimator=Estimator(method=method), max_tokens=max_tokens)
-    group, refused = asyncio.run(played(story, random.Random(seed)))
+    group, refused = asyncio.run(play(story, random.Random(seed)))
     credit = assign(group, rules)
-    # Only the last attempt of each rollout counts; what came after an end was refused.
+    # Only the last attempt of each rollout counts; calls after its end were refused.
     for trajectory in group.trajectories:
         attempts = story.rollouts[trajectory.key.index]
-        told = attempts[trajectory.key.attempt][0] if trajectory.key.attempt < len(attempts) else []
-        assert [call.call_id for call in trajectory.calls] == [call.call_id for call in told]
+        calls = attempts[trajectory.key.attempt][0] if trajectory.key.attempt < len(attempts) else []
+        assert [call.call_id for call in trajectory.calls] == [call.call_id for call in calls]
     assert refused["late"] == sum(bool(calls) for rollout in story.rollouts for calls, _, _ in rollout)
-    # Each token of a selected call is in one row, or dropped; no other token is in any.
+    # Each token of a selected call is in exactly one row, or dropped; no other token is in any row.
     trained = Counter(token for s in credit.samples for token in s.token_T[s.mask_T].tolist())
     chosen = [c for t in group.trajectories for c in t.calls if agents == "*" or c.agent.startswith(agents.rstrip("*"))]
     sampled = {token for call in chosen for token in call.response_T.tolist()}
@@ -116,7 +116,7 @@ def test_every_token_is_trained_once_or_dropped_for_a_reason_whatever_the_order_
     assert trained.keys() <= sampled
     assert len(sampled) == len(trained) + sum(credit.dropped_tokens.values())
     # Another order of arrival, another order of rollouts: the same rows.
-    again, _ = asyncio.run(played(story, random.Random(seed + 1)))
+    again, _ = asyncio.run(play(story, random.Random(seed + 1)))
     assert rows(assign(again, rules)) == rows(credit)
     backwards = Group(group_id=group.group_id, task=group.task, trajectories=group.trajectories[::-1])
     by_rollout = sorted(rows(assign(backwards, rules)), key=str)
@@ -128,10 +128,10 @@ def test_every_token_is_trained_once_or_dropped_for_a_reason_whatever_the_order_
 @settings(max_examples=1000, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["std", "none"]), st.sampled_from(["mean", "leave_one_out"]))
 def test_advantages_of_a_group_s_rollouts_sum_to_zero(seed: int, scale: str, baseline: str) -> None:
-    group, _ = asyncio.run(played(Story(seed), random.Random(seed)))
+    group, _ = asyncio.run(play(Story(seed), random.Random(seed)))
     rules = CreditRules(estimator=Estimator(scale=scale, baseline=baseline))  # type: ignore[arg-type]
     credit = assign(group, rules)
     of_rollout = {s.key: float(s.advantage_T[s.mask_T][0]) for s in credit.samples}
     valid = sum(rules.failures.reward_of(t) is not None for t in group.trajectories)
-    if len(of_rollout) == valid:  # one without a trained token has its share of the sum, but no row to show it
+    if len(of_rollout) == valid:  # a rollout without a trained token has an advantage, but no row
         assert abs(sum(of_rollout.values())) < 1e-4
