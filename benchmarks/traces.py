@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import psutil
 
+from agent_lightning.config.learning import CreditConfig
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
 from agent_lightning.credit.air import Air
-from agent_lightning.credit.assign import Credit, assign
-from agent_lightning.credit.rules import CreditRules, Estimator
+from agent_lightning.credit.assign import Credit, CreditRules, assign
 from agent_lightning.spans.assemble import assemble
 
 CALLS, TOKENS, RESPONSE, GROUP = 5, 2000, 200, 8
@@ -95,8 +95,8 @@ def parts(groups: int, hold: bool, shape: str) -> Iterator[list[Group]]:
 
 
 def measure(rollouts: int, *, hold: bool, shape: str, air: bool) -> dict[str, Any]:
-    estimator = Estimator(method="return_to_go") if air else Estimator()
-    rules = CreditRules(estimator=estimator, air=Air() if air else None)
+    credit = CreditConfig(method="return_to_go") if air else CreditConfig()
+    rules = CreditRules(credit=credit, air=Air() if air else None)
     process, seconds, tokens, memory = psutil.Process(), 0.0, 0, None
     for groups in parts(rollouts // GROUP, hold, shape):
         before = process.memory_info().rss

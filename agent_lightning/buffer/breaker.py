@@ -6,7 +6,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Sequence
 
-from agent_lightning.core.errors import ConfigError
+from agent_lightning.config.running import BreakerConfig
 from agent_lightning.core.types import Outcome, ToolCall, ToolStatus
 
 _VARYING = (
@@ -49,18 +49,14 @@ class Breaker:
 
     Example:
 
-        breaker = Breaker(window=50, share=0.9)
+        breaker = Breaker(BreakerConfig(window=50, share=0.9))
         breaker.note("agent_error: ConnectionError: host … refused #")  # 45 of 50
         breaker.tripped  # "45 of the last 50 attempts ended alike: agent_error: ConnectionError: host … refused #"
     """
 
-    def __init__(self, *, window: int, share: float) -> None:
-        """`window` is the number of latest attempts that count; with 0 the breaker never trips. `share` is the share of
-        them that must end alike for it to trip."""
-        if window < 0 or not 0 < share <= 1:
-            raise ConfigError(f"agent.breaker: window={window} must be at least 0, share={share} above 0 and at most 1")
-        self._share = share
-        self._latest: deque[str] = deque(maxlen=window)
+    def __init__(self, config: BreakerConfig) -> None:
+        self._share = config.share
+        self._latest: deque[str] = deque(maxlen=config.window)
         self._count: Counter[str] = Counter()
 
     def note(self, cause: str) -> None:

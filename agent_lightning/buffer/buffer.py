@@ -29,6 +29,7 @@ from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.buffer.state import StoredRollout
 from agent_lightning.buffer.store import Store
 from agent_lightning.buffer.taken import TakenGroup
+from agent_lightning.config.running import BreakerConfig
 from agent_lightning.core.errors import UnknownRollout
 from agent_lightning.core.types import Ending, ModelCall, Outcome, RolloutKey, Split, Task
 from agent_lightning.credit.failures import Retries
@@ -137,7 +138,7 @@ class Buffer:
         beyond `memory_bytes` are kept in the journal only."""
         self._run_secret = run_secret
         self._retries = retries or Retries()
-        self._breaker = breaker or Breaker(window=0, share=1.0)
+        self._breaker = breaker or Breaker(BreakerConfig(window=0))
         self._alarm = ""
         self._max_calls = max_calls
         self._max_spans = max_spans

@@ -24,9 +24,8 @@ from agent_lightning.config.load import Config, load, reload, to_yaml
 from agent_lightning.core import ray_private
 from agent_lightning.core.errors import PartDied, StepFailed, UserError
 from agent_lightning.core.types import Group, Split, Task
-from agent_lightning.credit.air import Air, Rule, Signal
-from agent_lightning.credit.failures import FailurePolicy
-from agent_lightning.credit.rules import CreditRules, Estimator
+from agent_lightning.credit.air import Air, Signal
+from agent_lightning.credit.assign import CreditRules
 from agent_lightning.launch import backend, checks, launch, placement
 from agent_lightning.rollouts.agents import load as load_target
 from agent_lightning.rollouts.supervise import watch
@@ -208,27 +207,12 @@ def make_plan(config: Config) -> Plan:
 
 def credit_rules(config: Config) -> CreditRules:
     """The rules of credit, as the config says. Raises ConfigError, also if a signal of AIR cannot be loaded."""
-    air = None
-    if config.air.enabled:
-        air = Air(
-            rules=tuple(Rule(**rule.model_dump()) for rule in config.air.rules),
-            bound=config.air.bound,
-            form=config.air.form,
-            signals=tuple(cast(Signal, load_target(target)) for target in config.air.signals),
-        )
-    credit = config.credit
+    signals = tuple(cast(Signal, load_target(target)) for target in config.air.signals)
     return CreditRules(
+        credit=config.credit,
+        failures=config.algorithm.failures,
+        air=Air(config.air, signals) if config.air.enabled else None,
         agents=config.agent.trained,
-        failures=FailurePolicy.of(config.algorithm.failures.model_dump()),
-        estimator=Estimator(
-            method=credit.method,
-            scale=credit.scale,
-            baseline=credit.baseline,
-            discount=credit.discount,
-            state_weight=credit.state_weight,
-        ),
-        air=air,
-        reward_weights=dict(config.credit.reward_weights),
         reward_range=config.agent.reward_range,
         max_tokens=config.model.max_len,
     )

@@ -17,7 +17,7 @@ ImportanceSampling = Literal["none", "token", "sequence"]
 Method = Literal["identical", "return_to_go", "same_state", "gae"]
 Scale = Literal["std", "none", "batch"]
 Baseline = Literal["mean", "leave_one_out", "none"]
-GaeLevel = Literal["token", "call"]
+AdvantageLevel = Literal["token", "call"]
 AirForm = Literal["sum", "potential"]
 AirEvent = Literal[
     "ok", "error", "invalid_arguments", "timeout", "empty", "unanswered", "repeated", "unparsed", "cut"
@@ -54,6 +54,11 @@ class FailuresConfig(Section):
     """The run stopped, or the rollout's group was given up."""
     truncated: float | Literal["resample", "keep"] | None = "keep"
     """The rollout finished, but a reply was cut at the length limit; keep leaves it the reward that it earned."""
+
+    @property
+    def resampled(self) -> frozenset[str]:
+        """The failures that get another attempt."""
+        return frozenset(name for name, treatment in self if treatment == "resample")
 
     @model_validator(mode="before")
     @classmethod
@@ -141,7 +146,7 @@ class CreditConfig(Section):
     """Weights of the rewards that an agent emits about its calls and tools, by name; a name that is not here has 1."""
     gae_lambda: Share = 0.95
     """GAE's lambda: 0 trusts the critic after one step, 1 only the rewards; only gae reads it."""
-    gae_level: GaeLevel = "token"
+    gae_level: AdvantageLevel = "token"
     """What a step of gae is: a token, or a model call, whose tokens then share its advantage; only gae reads it."""
 
     @property

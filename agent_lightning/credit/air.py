@@ -15,24 +15,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_lightning.config.learning import AirConfig, RuleConfig
 from agent_lightning.core.errors import ConfigError
-from agent_lightning.core.types import Floats, ModelCall, ToolCall, ToolStatus, Trajectory
+from agent_lightning.core.types import Floats, ModelCall, ToolCall, Trajectory
 from agent_lightning.credit.tools import canonical_arguments, looks_like_tool_call
-
-REPEATED: Final = "repeated"
-UNPARSED: Final = "unparsed"
-CUT: Final = "cut"
-EVENT_KINDS: Final = (*(status.value for status in ToolStatus), REPEATED, UNPARSED, CUT)
-"""The kinds of events that rules can reward: how a tool call ended, or what is wrong with a reply."""
-
-Form = Literal["sum", "potential"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,66 +34,18 @@ class ObservedEvent:
     call: int
     """Index of the model call that caused the event."""
     kind: str
-    """One of EVENT_KINDS."""
+    """One of config.learning.AirEvent."""
     tool: str = ""
     """The tool's name; "" if the event is about a reply."""
     text: str = ""
     """The tool's result; the reply if there is no tool."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """A reward for events of one kind.
-
-    Example: Rule(on="error", tool="sql*", match="no such table", value=-0.1, cap=0.2)
-    """
-
-    on: str
-    value: float
-    cap: float
-    """Most that the rule may add or subtract in a rollout."""
-    tool: str = "*"
-    """Glob over tool names."""
-    match: str = ""
-    """Regular expression that is searched for in the event's text; upper and lower case are equal."""
-
-    def __post_init__(self) -> None:
-        if self.on not in EVENT_KINDS:
-            raise ConfigError(f"air.rules: on={self.on}: must be one of {', '.join(EVENT_KINDS)}")
-        if not (np.isfinite(self.value) and np.isfinite(self.cap) and self.cap >= abs(self.value) > 0):
-            raise ConfigError(f"air.rules: on={self.on}: needs a value that is not 0 and a cap of at least its size")
-        if self.on == REPEATED and self.value > 0:
-            raise ConfigError("air.rules: on=repeated: the value must be below 0, or repeating an action would pay")
-        try:
-            re.compile(self.match)
-        except re.error as error:
-            raise ConfigError(f"air.rules: match={self.match}: not a regular expression ({error})") from error
-
-    def applies(self, event: ObservedEvent) -> bool:
-        """Whether the rule rewards this event."""
-        return (
-            event.kind == self.on
-            and fnmatchcase(event.tool, self.tool)
-            and (not self.match or re.search(self.match, event.text, re.IGNORECASE) is not None)
-        )
-
-
-DEFAULT_RULES: Final = (
-    Rule(on="ok", value=0.1, cap=0.3),
-    Rule(on="error", value=-0.05, cap=0.1),
-    Rule(on="invalid_arguments", value=-0.1, cap=0.2),
-    Rule(on="timeout", value=-0.05, cap=0.1),
-    Rule(on="repeated", value=-0.05, cap=0.1),
-    Rule(on="unparsed", value=-0.1, cap=0.2),
-    Rule(on="cut", value=-0.1, cap=0.2),
-)
-"""Rules for a final reward of range 1. No rule is about an empty or missing result: nobody knows whose fault it is."""
-
 Signal = Callable[[Trajectory], Floats]
 """A user's own function from an attempt to a reward for each of its calls, before the bound is applied."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Air:
     """The rules by which events become rewards.
 
@@ -113,23 +57,9 @@ class Air:
         form="potential"  -0.05      -0.05  +0.10    potential after each call: -0.05, -0.1, 0
     """
 
-    rules: tuple[Rule, ...] = DEFAULT_RULES
-    """The first rule that applies to an event rewards it."""
-    bound: float = 0.3
-    """Most that all rules together may add or subtract in a rollout, as a share of the final reward's range."""
-    form: Form = "sum"
-    """How the running total becomes rewards; see `rewards`."""
-    signals: tuple[Signal, ...] = field(default=())
+    config: AirConfig = AirConfig(enabled=True)
+    signals: tuple[Signal, ...] = ()
     """Functions that add to the rewards of the rules."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.bound < 0.5:
-            raise ConfigError(
-                f"air.bound={self.bound}: must be above 0 and below 0.5: "
-                "from half of the final reward's range on, a failed rollout could be worth more than a good one"
-            )
-        if self.form not in ("sum", "potential"):
-            raise ConfigError(f"air.form={self.form}: must be sum or potential")
 
     def rewards(self, trajectory: Trajectory, *, reward_range: float = 1.0, discount: float = 1.0) -> Floats:
         """The intermediate reward of each call; shape [len(trajectory.calls)].
@@ -139,9 +69,9 @@ class Air:
         and call t gets discount * P[t] - P[t-1]. The discounted sum over the rollout is zero, so policies are ordered
         by the final reward alone (Ng, Harada and Russell, 1999, theorem 1).
         """
-        total_T = _clip_total(self._unbounded(trajectory), self.bound * reward_range)
+        total_T = _clip_total(self._unbounded(trajectory), self.config.bound * reward_range)
         before_T = np.concatenate([np.zeros(1), total_T])[:-1]
-        if self.form == "sum":
+        if self.config.form == "sum":
             return np.asarray(total_T - before_T, np.float32)
         after_T = total_T.copy()
         after_T[-1:] = 0.0
@@ -150,9 +80,9 @@ class Air:
     def _unbounded(self, trajectory: Trajectory) -> NDArray[np.float64]:
         """The rewards of rules and signals before the bound, each rule within its cap; shape [T]."""
         raw_T = np.zeros(len(trajectory.calls), np.float64)
-        spent: dict[Rule, float] = {}
+        spent: dict[RuleConfig, float] = {}
         for event in observed_events(trajectory):
-            rule = next((rule for rule in self.rules if rule.applies(event)), None)
+            rule = next((rule for rule in self.config.rules if _applies(rule, event)), None)
             if rule is None or spent.get(rule, 0.0) + abs(rule.value) > rule.cap + 1e-9:
                 continue
             spent[rule] = spent.get(rule, 0.0) + abs(rule.value)
@@ -160,6 +90,15 @@ class Air:
         for signal in self.signals:
             raw_T += _call_signal(signal, trajectory)
         return raw_T
+
+
+def _applies(rule: RuleConfig, event: ObservedEvent) -> bool:
+    """Whether the rule rewards this event."""
+    return (
+        event.kind == rule.on
+        and fnmatchcase(event.tool, rule.tool)
+        and (not rule.match or re.search(rule.match, event.text, re.IGNORECASE) is not None)
+    )
 
 
 def observed_events(trajectory: Trajectory) -> tuple[ObservedEvent, ...]:
@@ -173,7 +112,7 @@ def _tool_events(tools: Sequence[ToolCall], index: Mapping[str, int]) -> Iterato
     done: set[tuple[str, str]] = set()
     for tool in tools:
         action = tool.name, canonical_arguments(tool.arguments)
-        kind = REPEATED if action in done else tool.status.value
+        kind = "repeated" if action in done else tool.status.value
         done.add(action)
         if tool.call_id in index:
             yield ObservedEvent(call=index[tool.call_id], kind=kind, tool=tool.name, text=tool.result)
@@ -184,9 +123,9 @@ def _reply_events(calls: Sequence[ModelCall]) -> Iterator[ObservedEvent]:
         if call.source != "gateway":  # a call of another model, which is not trained
             continue
         if looks_like_tool_call(call):
-            yield ObservedEvent(call=i, kind=UNPARSED, text=call.reply)
+            yield ObservedEvent(call=i, kind="unparsed", text=call.reply)
         if call.finish_reason == "length":
-            yield ObservedEvent(call=i, kind=CUT, text=call.reply)
+            yield ObservedEvent(call=i, kind="cut", text=call.reply)
 
 
 def _clip_total(raw_T: NDArray[np.float64], limit: float) -> NDArray[np.float64]:

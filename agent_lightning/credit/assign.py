@@ -3,7 +3,7 @@
 Statistics are taken over rollouts and before anything is dropped, so a rollout counts once whatever its number of
 calls or rows. Rollouts and tokens that are not trained are counted under one of these reasons:
 
-    masked_<outcome>   the outcome has no reward (FailurePolicy); masked_truncated: finished, but a reply was cut
+    masked_<outcome>   the outcome has no reward (algorithm.failures); masked_truncated: finished, but a reply was cut
     no_selected_call   no call of a trained agent sampled a token
     no_spread          every advantage of the group is zero, and so is its policy gradient. This reason is not used if
                        the advantage depends on the other groups of the step, or on a critic
@@ -21,14 +21,31 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_lightning.config.learning import CreditConfig, FailuresConfig
 from agent_lightning.core.metrics import Mean, Metrics
 from agent_lightning.core.types import Floats, Group, ModelCall, Outcome, Sample, Trajectory
 from agent_lightning.credit import estimators
-from agent_lightning.credit.rules import CreditRules, Estimator
+from agent_lightning.credit.air import Air
+from agent_lightning.credit.failures import learned_reward, mask_reason
 from agent_lightning.credit.samples import OVERLONG_SAMPLE, select_calls, to_samples
 
 NO_SPREAD: Final = "no_spread"
 NO_SELECTED_CALL: Final = "no_selected_call"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreditRules:
+    """All settings that `assign` needs."""
+
+    credit: CreditConfig = CreditConfig()
+    failures: FailuresConfig = FailuresConfig()
+    air: Air | None = None
+    agents: str = "*"
+    """Names of the trained agents; a pattern of `samples.select_calls`."""
+    reward_range: float = 1.0
+    """Highest minus lowest final reward; AIR's rewards are scaled by it."""
+    max_tokens: int = 2**31
+    """Longest row that is trained; a longer one is dropped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +129,7 @@ def explain_credit(group: Group, index: int, rules: CreditRules) -> tuple[CallCr
                 call_id=call.call_id,
                 intermediate=float(rollout.intermediate_T[t]),
                 return_to_go=float(rollout.return_T[t]),
-                advantage=math.nan if status == "trained" and rules.estimator.method == "gae" else advantage,
+                advantage=math.nan if status == "trained" and rules.credit.method == "gae" else advantage,
                 tokens=call.response_T.size,
                 status=status,
             )
@@ -134,12 +151,12 @@ class _Accounting:
     @classmethod
     def of(cls, group: Group, rules: CreditRules) -> _Accounting:
         rollouts = [_Rollout.of(trajectory, rules) for trajectory in group.trajectories]
-        advantages = _advantages(rollouts, rules.estimator)
-        if rules.estimator.is_per_group:
+        advantages = _advantages(rollouts, rules.credit)
+        if rules.credit.is_per_group:
             spread = any(advantage.any() for advantage in advantages)
         else:
             spread = estimators.has_spread(np.array([r.total for r in rollouts if r.reward is not None], np.float64))
-        is_useful = spread or not rules.estimator.is_per_group
+        is_useful = spread or not rules.credit.is_per_group
         shares = [
             _Share.of(rollout, advantage, is_useful=is_useful, rules=rules)
             for rollout, advantage in zip(rollouts, advantages, strict=True)
@@ -169,9 +186,9 @@ class _Rollout:
 
     @classmethod
     def of(cls, trajectory: Trajectory, rules: CreditRules) -> _Rollout:
-        discount = rules.estimator.discount
-        reward = rules.failures.reward_of(trajectory)
-        intermediate_T = emitted_rewards(trajectory, rules.reward_weights)
+        discount = rules.credit.discount
+        reward = learned_reward(trajectory, rules.failures)
+        intermediate_T = emitted_rewards(trajectory, rules.credit.reward_weights)
         if rules.air is not None:
             intermediate_T += rules.air.rewards(trajectory, reward_range=rules.reward_range, discount=discount)
         reward_T = intermediate_T.astype(np.float64)
@@ -218,29 +235,37 @@ def emitted_rewards(trajectory: Trajectory, weights: Mapping[str, float]) -> Flo
     return reward_T
 
 
-def _advantages(rollouts: Sequence[_Rollout], estimator: Estimator) -> list[Floats]:
+def _advantages(rollouts: Sequence[_Rollout], credit: CreditConfig) -> list[Floats]:
     """The advantages of each rollout's selected calls; zeros if the rollout is masked.
 
+    identical      every call has the advantage of its rollout: the total reward, normalised over the group.
+                   LightningRL, arXiv 2508.03680 section 3.3, where the total is the final reward.
+    return_to_go   a call has its return: its reward and all later ones, discounted per call, normalised over the group.
+    same_state     the advantage of "identical", plus `state_weight` times the advantage of the call over calls of other
+                   rollouts with the same prompt: GiGPO, arXiv 2505.10978 eq. 8.
+    gae            zeros: the learner's critic computes the advantage of each token from the rewards of the calls.
+
+    With scale="batch" the learner then applies `estimators.whiten` to all advantages of the step: REINFORCE++.
     Shapes: `_R` the rollouts, `_C` the selected calls of all rollouts, one rollout after the other.
     """
     valid_R = np.array([rollout.reward is not None for rollout in rollouts], np.bool_)
     rollout_C = np.array([r for r, rollout in enumerate(rollouts) for _ in rollout.selected], np.int64)
     advantage_C = np.zeros(rollout_C.size, np.float64)
-    if estimator.method in ("identical", "same_state"):
+    if credit.method in ("identical", "same_state"):
         total_R = np.array([rollout.total for rollout in rollouts], np.float64)
-        shared_R = estimators.normalise_group(total_R, valid_R, scale=estimator.scale, baseline=estimator.baseline)
+        shared_R = estimators.normalise_group(total_R, valid_R, scale=credit.scale, baseline=credit.baseline)
         advantage_C += shared_R[rollout_C]
-    if estimator.method in ("return_to_go", "same_state"):
+    if credit.method in ("return_to_go", "same_state"):
         valid_C = valid_R[rollout_C]
         return_C = np.array([rollout.return_T[t] for rollout in rollouts for t in rollout.selected])[valid_C]
         owner_C = rollout_C[valid_C]
-        if estimator.method == "return_to_go":
-            own_C = estimators.normalise(return_C, owner_C, scale=estimator.scale, baseline=estimator.baseline)
+        if credit.method == "return_to_go":
+            own_C = estimators.normalise(return_C, owner_C, scale=credit.scale, baseline=credit.baseline)
         else:
             calls = [call for rollout in rollouts if rollout.reward is not None for call in rollout.calls]
             states = [(call.agent, call.prompt_T.tobytes()) for call in calls]
-            own_C = estimator.state_weight * estimators.same_state_advantages(
-                return_C, owner_C, states, scale=estimator.scale
+            own_C = credit.state_weight * estimators.same_state_advantages(
+                return_C, owner_C, states, scale=credit.scale
             )
         advantage_C[valid_C] += own_C
     ends = np.cumsum([len(rollout.selected) for rollout in rollouts])
@@ -262,7 +287,7 @@ class _Share:
         """`advantage` has the shape of the selected calls. `is_useful` is False if the group has no gradient."""
         reason = None
         if rollout.reward is None:
-            reason = rules.failures.reason_of(rollout.trajectory)
+            reason = mask_reason(rollout.trajectory)
         elif rollout.num_sampled == 0:
             reason = NO_SELECTED_CALL
         elif not is_useful:

@@ -9,17 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_lightning.config.learning import Baseline, Scale
 from agent_lightning.core.types import Bools, Floats
 
-Scale = Literal["std", "none", "batch"]
-"""What the advantages of a group are divided by. With "batch" they are not divided here: the learner applies `whiten`
-to the advantages of all groups of a step."""
-Baseline = Literal["mean", "leave_one_out", "none"]
 Values = NDArray[np.float64]
 
 _EPSILON = 1e-6

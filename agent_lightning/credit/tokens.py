@@ -10,16 +10,13 @@ Shapes: `_NT` as in Batch; `_K` all trained tokens of a batch, rollout after rol
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_lightning.config.learning import AdvantageLevel
 from agent_lightning.core.types import Batch, Floats
 from agent_lightning.credit.estimators import Values, generalised_advantage, whiten
-
-AdvantageLevel = Literal["token", "call"]
-"""What a step of the estimation is: a token, or a model call."""
 
 
 def step_advantages(

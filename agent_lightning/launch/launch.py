@@ -22,7 +22,7 @@ from agent_lightning.core import ray_private
 from agent_lightning.core.errors import EngineError, PartDied
 from agent_lightning.core.threads import start_thread
 from agent_lightning.core.types import Split
-from agent_lightning.credit.failures import FailurePolicy, Retries
+from agent_lightning.credit.failures import Retries
 from agent_lightning.launch import backend, checks, placement
 from agent_lightning.learners.base import Learner
 from agent_lightning.rollouts.health import wait_until_healthy
@@ -108,15 +108,15 @@ async def _start_buffer(
     from agent_lightning.core import actors
 
     settings = None if journal is None else journal_config(config, journal)
-    resampled = FailurePolicy.of(config.algorithm.failures.model_dump()).resampled
-    retries = Retries(max_attempts=config.agent.max_attempts, resampled=resampled, **config.agent.retry.model_dump())
     buffer = actors.spawn(
         Buffer,
         options=options,
         restarts=settings is not None,
         run_secret=run_secret,
-        retries=retries,
-        breaker=Breaker(**config.agent.breaker.model_dump()),
+        retries=Retries(
+            max_attempts=config.agent.max_attempts, failures=config.algorithm.failures, limits=config.agent.retry
+        ),
+        breaker=Breaker(config.agent.breaker),
         max_calls=config.agent.max_calls,
         max_spans=config.agent.max_spans,
         first_group=resumed.next_group if resumed is not None else None,

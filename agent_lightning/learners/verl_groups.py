@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from agent_lightning.config.learning import AdvantageLevel
 from agent_lightning.core.types import Batch, Floats
-from agent_lightning.credit.tokens import AdvantageLevel
 
 if TYPE_CHECKING:
     from tensordict import TensorDict

@@ -16,7 +16,7 @@ from typing import Any
 from agent_lightning.core import files
 from agent_lightning.core.errors import AccountingError, UserError
 from agent_lightning.core.types import Split
-from agent_lightning.credit.rules import CreditRules
+from agent_lightning.credit.assign import CreditRules
 from agent_lightning.run.tasks import TaskCursor
 
 STATE_FILE = "state.json"

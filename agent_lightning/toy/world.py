@@ -36,8 +36,8 @@ from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
+from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
-from agent_lightning.credit.rules import CreditRules
 from agent_lightning.credit.tools import tool_calls
 from agent_lightning.rollouts.agents import Agent
 from agent_lightning.rollouts.supervise import Workers

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from agent_lightning.buffer.buffer import Buffer, Lease, Stats, attempt_secret, verify_secret
 from agent_lightning.buffer.taken import take_groups
+from agent_lightning.config.learning import FailuresConfig
+from agent_lightning.config.running import RetryConfig
 from agent_lightning.core.errors import UnknownRollout
 from agent_lightning.core.types import Group, Outcome, RolloutKey
 from agent_lightning.credit.failures import Retries
@@ -186,7 +188,9 @@ async def test_attempts_are_limited_and_a_retry_is_leased_first() -> None:
 
 
 async def test_the_outcomes_that_are_retried_are_configurable() -> None:
-    buffer = make_buffer(retries=Retries(max_attempts=2, resampled=frozenset({Outcome.TIMEOUT})))
+    buffer = make_buffer(
+        retries=Retries(max_attempts=2, failures=FailuresConfig(timeout="resample", engine_error=None))
+    )
     engine, slow = await started(buffer, 2)
     await buffer.finish(engine.key, reward=None, outcome=Outcome.ENGINE_ERROR)
     await buffer.finish(slow.key, reward=None, outcome=Outcome.TIMEOUT)
@@ -210,7 +214,9 @@ async def test_the_leases_of_a_dead_worker_end_at_once_and_those_of_others_conti
 
 
 async def test_a_failed_or_truncated_rollout_of_a_group_is_run_again() -> None:
-    buffer = make_buffer(retries=Retries(max_attempts=2, resampled=frozenset({Outcome.TIMEOUT, "truncated"})))
+    buffer = make_buffer(
+        retries=Retries(max_attempts=2, failures=FailuresConfig(timeout="resample", truncated="resample"))
+    )
     slow, cut, good = await started(buffer, 3)
     await buffer.finish(slow.key, reward=None, outcome=Outcome.TIMEOUT)
     await buffer.record(replace(make_call(cut.key, "cut"), finish_reason="length"))
@@ -223,7 +229,7 @@ async def test_a_failed_or_truncated_rollout_of_a_group_is_run_again() -> None:
 
 
 async def test_retries_are_limited_to_a_share_of_the_open_rollouts() -> None:
-    buffer = make_buffer(retries=Retries(max_attempts=9, budget=0.5))
+    buffer = make_buffer(retries=Retries(max_attempts=9, limits=RetryConfig(budget=0.5, backoff_s=0)))
     for lease in await started(buffer, 8):
         await buffer.finish(lease.key, reward=None, outcome=Outcome.ENGINE_ERROR)
     stats = await buffer.stats()
@@ -239,7 +245,7 @@ async def test_retries_are_limited_to_a_share_of_the_open_rollouts() -> None:
 
 
 async def test_a_retry_waits_for_its_pause_and_other_rollouts_are_leased_meanwhile() -> None:
-    buffer = make_buffer(retries=Retries(max_attempts=2, backoff_s=0.4))
+    buffer = make_buffer(retries=Retries(max_attempts=2, limits=RetryConfig(backoff_s=0.4)))
     (lease,) = await started(buffer)
     random.seed(2)  # draws 0.96
     await buffer.finish(lease.key, reward=None, outcome=Outcome.ENGINE_ERROR)

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.taken import TakenRollout, take_groups
+from agent_lightning.config.learning import CreditConfig
 from agent_lightning.core.errors import RewardError
 from agent_lightning.core.types import Ending, Group, Outcome, RolloutKey
-from agent_lightning.credit.assign import assign
-from agent_lightning.credit.rules import CreditRules, Estimator
+from agent_lightning.credit.assign import CreditRules, assign
 from agent_lightning.spans.assemble import LOST_TRACE, assemble, emitted_reward
 from agent_lightning.spans.attributes import FIELDS, KINDS, PRESENT
 from agent_lightning.spans.tree import RawSpan
@@ -97,7 +97,7 @@ def test_whatever_spans_an_attempt_has_it_becomes_a_trajectory_and_the_others_ar
     check(group)
     reward_T = [reward.value for trajectory in group.trajectories for reward in trajectory.rewards]
     assert np.isfinite(np.square(np.array([sum(reward_T)], np.float32))).all()
-    for sample in assign(group, CreditRules(estimator=Estimator(method="return_to_go"))).samples:
+    for sample in assign(group, CreditRules(credit=CreditConfig(method="return_to_go"))).samples:
         assert np.isfinite(sample.advantage_T).all()
         assert np.isfinite(sample.reward_T).all()
 
@@ -131,7 +131,7 @@ async def test_a_reward_that_float32_cannot_represent_is_refused_and_counted(val
     (first, _) = group.trajectories
     assert [(reward.value, reward.about) for reward in first.rewards] == [(0.5, "call-0")]
     assert sum(first.refused_spans.values()) == 1
-    samples = assign(group, CreditRules(estimator=Estimator(method="return_to_go"))).samples
+    samples = assign(group, CreditRules(credit=CreditConfig(method="return_to_go"))).samples
     assert all(np.isfinite(sample.reward_T).all() for sample in samples)
 
 

@@ -27,8 +27,8 @@ from processes import Peer, end_with, listen
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.core.types import Group, ModelCall, Policy, Task
+from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
-from agent_lightning.credit.rules import CreditRules
 from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker
 from agent_lightning.run.loop import Loop
 from agent_lightning.run.state import STATE_FILE, Plan, State, checkpoint_folder, newest_checkpoint, read_state

@@ -11,6 +11,7 @@ import pytest
 from faults import Agent, Search
 
 from agent_lightning.buffer.buffer import Buffer
+from agent_lightning.config.learning import FailuresConfig
 from agent_lightning.core.types import Task
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.worker import AgentSpec
@@ -134,7 +135,7 @@ async def test_whatever_fails_the_counts_agree_and_no_acknowledged_span_is_lost_
         tasks=tasks,
         words=WORDS,
         num_workers=2,
-        retries=Retries(max_attempts=4, resampled=frozenset({"agent_error", "engine_error", "worker_lost"})),
+        retries=Retries(max_attempts=4, failures=FailuresConfig(agent_error="resample")),
         faults=faults,
         rates=TROUBLE[trouble],
     ) as world:

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_lightning.buffer.buffer import Buffer
+from agent_lightning.config.learning import CreditConfig, Method
 from agent_lightning.core.errors import UnknownRollout
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Task
-from agent_lightning.credit.assign import Credit, assign
-from agent_lightning.credit.failures import Retries
-from agent_lightning.credit.rules import CreditRules, Estimator, Method
+from agent_lightning.credit.assign import Credit, CreditRules, assign
+from agent_lightning.credit.failures import Retries, learned_reward
 from agent_lightning.toy.world import model_call
 
 FAILURES = [Outcome.AGENT_ERROR, Outcome.ENGINE_ERROR, Outcome.TIMEOUT, Outcome.CANCELLED]
@@ -99,7 +99,7 @@ def test_every_token_is_trained_once_or_dropped_for_a_reason_whatever_the_order_
     seed: int, agents: str, method: Method, max_tokens: int
 ) -> None:
     story = Story(seed)
-    rules = CreditRules(agents=agents, estimator=Estimator(method=method), max_tokens=max_tokens)
+    rules = CreditRules(agents=agents, credit=CreditConfig(method=method), max_tokens=max_tokens)
     group, refused = asyncio.run(play(story, random.Random(seed)))
     credit = assign(group, rules)
     # Only the last attempt of each rollout counts; calls after its end were refused.
@@ -129,9 +129,9 @@ def test_every_token_is_trained_once_or_dropped_for_a_reason_whatever_the_order_
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["std", "none"]), st.sampled_from(["mean", "leave_one_out"]))
 def test_advantages_of_a_group_s_rollouts_sum_to_zero(seed: int, scale: str, baseline: str) -> None:
     group, _ = asyncio.run(play(Story(seed), random.Random(seed)))
-    rules = CreditRules(estimator=Estimator(scale=scale, baseline=baseline))  # type: ignore[arg-type]
+    rules = CreditRules(credit=CreditConfig(scale=scale, baseline=baseline))  # type: ignore[arg-type]
     credit = assign(group, rules)
     of_rollout = {s.key: float(s.advantage_T[s.mask_T][0]) for s in credit.samples}
-    valid = sum(rules.failures.reward_of(t) is not None for t in group.trajectories)
+    valid = sum(learned_reward(t, rules.failures) is not None for t in group.trajectories)
     if len(of_rollout) == valid:  # a rollout without a trained token has an advantage, but no row
         assert abs(sum(of_rollout.values())) < 1e-4

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from agent_lightning.config.learning import AirConfig, CreditConfig, FailuresConfig, Method, RuleConfig
 from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.metrics import values
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
-from agent_lightning.credit.air import Air, Rule
-from agent_lightning.credit.assign import Credit, assign, explain_credit
+from agent_lightning.credit.air import Air
+from agent_lightning.credit.assign import Credit, CreditRules, assign, explain_credit
 from agent_lightning.credit.estimators import Baseline, Scale
-from agent_lightning.credit.failures import FailurePolicy
-from agent_lightning.credit.rules import CreditRules, Estimator, Method
+from agent_lightning.credit.failures import TRUNCATED, learned_reward
 
 
 def trajectory(
@@ -58,20 +59,16 @@ def trajectory(
 def credit(
     *trajectories: Trajectory,
     agents: str = "*",
-    failures: FailurePolicy | None = None,
+    failures: FailuresConfig = FailuresConfig(),
     scale: Scale = "std",
-    estimator: Estimator | None = None,
+    config: CreditConfig | None = None,
     air: Air | None = None,
     max_tokens: int = 10**6,
 ) -> Credit:
     return assign(
         Group(group_id="train-0", task=Task(task_id="t", payload={}), trajectories=trajectories),
         CreditRules(
-            agents=agents,
-            failures=failures or FailurePolicy(),
-            estimator=estimator or Estimator(scale=scale),
-            air=air,
-            max_tokens=max_tokens,
+            agents=agents, failures=failures, credit=config or CreditConfig(scale=scale), air=air, max_tokens=max_tokens
         ),
     )
 
@@ -81,26 +78,26 @@ def advantages(result: Credit, index: int) -> list[float]:
     return [float(s.advantage_T[-1]) for s in result.samples if s.key.index == index]
 
 
-# FailurePolicy --------------------------------------------------------------------------------------------------------
+# algorithm.failures ---------------------------------------------------------------------------------------------------
 
 
 def test_failures_have_defaults_that_can_be_changed_one_by_one() -> None:
-    policy = FailurePolicy.of({"timeout": None, "engine_error": -1.0})
-    assert policy.reward_of(trajectory(0, [1], outcome=Outcome.TIMEOUT)) is None
-    assert policy.reward_of(trajectory(0, [1], outcome=Outcome.ENGINE_ERROR)) == -1.0
-    assert policy.reward_of(trajectory(0, [1], outcome=Outcome.AGENT_ERROR)) == 0.0
-    assert policy.reward_of(trajectory(0, [1], outcome=Outcome.CANCELLED)) is None
-    assert policy.reward_of(trajectory(0, [1], reward=0.7)) == 0.7
-    assert FailurePolicy().reward_of(trajectory(0, [1], outcome=Outcome.TIMEOUT)) == 0.0
+    failures = FailuresConfig(timeout=None, engine_error=-1.0)
+    assert learned_reward(trajectory(0, [1], outcome=Outcome.TIMEOUT), failures) is None
+    assert learned_reward(trajectory(0, [1], outcome=Outcome.ENGINE_ERROR), failures) == -1.0
+    assert learned_reward(trajectory(0, [1], outcome=Outcome.AGENT_ERROR), failures) == 0.0
+    assert learned_reward(trajectory(0, [1], outcome=Outcome.CANCELLED), failures) is None
+    assert learned_reward(trajectory(0, [1], reward=0.7), failures) == 0.7
+    assert learned_reward(trajectory(0, [1], outcome=Outcome.TIMEOUT), FailuresConfig()) == 0.0
 
 
-def test_every_outcome_has_an_answer() -> None:
-    assert set(FailurePolicy().rewards) == set(Outcome) - {Outcome.FINISHED}
-    assert pickle.loads(pickle.dumps(FailurePolicy())) == FailurePolicy()
+def test_every_outcome_has_a_treatment() -> None:
+    assert set(FailuresConfig.model_fields) == {*Outcome} - {Outcome.FINISHED} | {TRUNCATED}
+    assert pickle.loads(pickle.dumps(FailuresConfig())) == FailuresConfig()
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    "wrong",
     [
         {"finished": 1.0},
         {"tiemout": 0.0},
@@ -111,40 +108,35 @@ def test_every_outcome_has_an_answer() -> None:
         {"cancelled": "resample"},
     ],
 )
-def test_failures_refuse_what_is_not_one(overrides: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=r"^algorithm\.failures\."):
-        FailurePolicy.of(overrides)
+def test_a_treatment_that_does_not_exist_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises((ConfigError, ValidationError)):
+        FailuresConfig(**wrong)
 
 
-def test_what_is_resampled_is_masked_where_it_could_not_be_made_again() -> None:
-    policy = FailurePolicy.of({"timeout": "resample", "engine_error": 0.5, "truncated": "resample"})
-    assert policy.resampled == {"timeout", "truncated", "tool_error", "worker_lost"}
-    assert policy.reward_of(trajectory(0, [1], outcome=Outcome.TIMEOUT)) is None
-    assert policy.reward_of(trajectory(0, [1], outcome=Outcome.ENGINE_ERROR)) == 0.5
+def test_a_resampled_failure_is_masked_if_its_last_attempt_fails() -> None:
+    failures = FailuresConfig(timeout="resample", engine_error=0.5, truncated="resample")
+    assert failures.resampled == {"timeout", "truncated", "tool_error", "worker_lost"}
+    assert learned_reward(trajectory(0, [1], outcome=Outcome.TIMEOUT), failures) is None
+    assert learned_reward(trajectory(0, [1], outcome=Outcome.ENGINE_ERROR), failures) == 0.5
 
 
 @pytest.mark.parametrize(
     ("truncated", "reward"), [("keep", 1.0), (0.0, 0.0), (-1, -1.0), (None, None), ("resample", None)]
 )
 def test_a_finished_rollout_with_a_cut_reply_is_treated_as_the_config_says(
-    truncated: object, reward: float | None
+    truncated: Any, reward: float | None
 ) -> None:
     uncut, cut = trajectory(0, [1], reward=1.0), trajectory(1, [1], reward=1.0)
     cut = replace(cut, calls=tuple(replace(call, finish_reason="length") for call in cut.calls))
-    policy = FailurePolicy.of({"truncated": truncated})
-    assert (policy.reward_of(uncut), policy.reward_of(cut)) == (1.0, reward)
-    result = credit(uncut, cut, trajectory(2, [1], reward=0.0), failures=policy)
+    failures = FailuresConfig(truncated=truncated)
+    assert (learned_reward(uncut, failures), learned_reward(cut, failures)) == (1.0, reward)
+    result = credit(uncut, cut, trajectory(2, [1], reward=0.0), failures=failures)
     assert result.dropped_rollouts == ({"masked_truncated": 1} if reward is None else {})
-
-
-def test_failures_refuse_to_leave_an_outcome_out() -> None:
-    with pytest.raises(ConfigError, match="needs exactly the outcomes"):
-        FailurePolicy({Outcome.TIMEOUT: 0.0})
 
 
 def test_a_finished_rollout_has_a_reward() -> None:
     with pytest.raises(ValueError, match="train-0-2 finished without a reward"):
-        FailurePolicy().reward_of(trajectory(2, [1]))
+        learned_reward(trajectory(2, [1]), FailuresConfig())
 
 
 # assign ---------------------------------------------------------------------------------------------------------------
@@ -246,14 +238,14 @@ def groups(draw: st.DrawFn) -> list[Trajectory]:
 
 # Calls that differ ----------------------------------------------------------------------------------------------------
 
-CUT = Air(rules=(Rule(on="cut", value=-0.2, cap=0.2),))
+CUT = Air(AirConfig(enabled=True, rules=(RuleConfig(on="cut", value=-0.2, cap=0.2),)))
 """Takes 0.2 from the calls that were cut at the length limit; `trajectory(..., cut=[1])` has such a call."""
 
 
 def test_with_air_a_call_gets_what_it_earned_and_what_followed() -> None:
     cut, uncut = trajectory(0, [1, 1, 1], reward=1.0, cut=[1]), trajectory(1, [1], reward=0.0)
-    to_go = Estimator(method="return_to_go", scale="none")
-    result = credit(cut, uncut, estimator=to_go, air=CUT)
+    to_go = CreditConfig(method="return_to_go", scale="none")
+    result = credit(cut, uncut, config=to_go, air=CUT)
     # Returns 0.8 0.8 1.0 and 0.0; mean over rollouts (0.8667 + 0) / 2.
     assert advantages(result, 0) == pytest.approx([0.3667, 0.3667, 0.5667], abs=1e-4)
     assert advantages(result, 1) == pytest.approx([-0.4333], abs=1e-4)
@@ -280,14 +272,14 @@ def test_air_makes_spread_where_final_rewards_have_none() -> None:
 def test_what_an_unselected_agent_earned_later_counts_for_the_calls_before() -> None:
     mixed = trajectory(0, [1, 1], reward=0.0, agents=["writer", "judge"], cut=[1])
     other = trajectory(1, [1], reward=0.0, agents=["writer"])
-    result = credit(mixed, other, agents="writer", estimator=Estimator(method="return_to_go", scale="none"), air=CUT)
+    result = credit(mixed, other, agents="writer", config=CreditConfig(method="return_to_go", scale="none"), air=CUT)
     assert advantages(result, 0) == pytest.approx([-0.1])
 
 
 def test_same_state_compares_calls_with_the_same_prompt() -> None:
     first = trajectory(0, [1, 1], reward=1.0, states=[7, 8])
     second = trajectory(1, [1, 1], reward=0.0, states=[7, 9])
-    result = credit(first, second, estimator=Estimator(method="same_state", scale="none", state_weight=2.0))
+    result = credit(first, second, config=CreditConfig(method="same_state", scale="none", state_weight=2.0))
     assert advantages(result, 0) == pytest.approx([0.5 + 2 * 0.5, 0.5])
     assert advantages(result, 1) == pytest.approx([-0.5 - 2 * 0.5, -0.5])
 
@@ -296,40 +288,40 @@ def test_a_masked_rollout_changes_nothing_whatever_the_method() -> None:
     good, bad = trajectory(0, [1, 1], reward=1.0), trajectory(1, [1], reward=0.0)
     lost = trajectory(2, [1], outcome=Outcome.CANCELLED)
     for method in get_args(Method):
-        estimator = Estimator(method=method, scale="none" if method == "gae" else "std")
-        with_it, without = (credit(*rows, estimator=estimator) for rows in ((good, bad, lost), (good, bad)))
+        config = CreditConfig(method=method, scale="none" if method == "gae" else "std")
+        with_it, without = (credit(*rows, config=config) for rows in ((good, bad, lost), (good, bad)))
         assert [s.advantage_T.tolist() for s in with_it.samples] == [s.advantage_T.tolist() for s in without.samples]
 
 
 def test_a_row_holds_what_each_call_earned_for_a_critic_to_go_by() -> None:
     # Three calls, the second cut at its length limit; the judge's, which is not trained, is the last.
     judged = trajectory(0, [1, 2, 1], reward=1.0, agents=["writer", "writer", "judge"], cut=[1])
-    result = credit(judged, agents="writer", estimator=Estimator(method="gae", scale="batch"), air=CUT)
+    result = credit(judged, agents="writer", config=CreditConfig(method="gae", scale="batch"), air=CUT)
     assert [s.reward_T.tolist() for s in result.samples] == [[0, 0, 0], [0, 0, 0, pytest.approx(0.8)]]
     assert [s.call_T.tolist() for s in result.samples] == [[0, 0, 0], [0, 0, 1, 1]]
     assert not any(s.advantage_T.any() for s in result.samples)
-    lost = credit(judged, agents="writer", estimator=Estimator(method="gae", scale="batch"), air=CUT, max_tokens=3)
+    lost = credit(judged, agents="writer", config=CreditConfig(method="gae", scale="batch"), air=CUT, max_tokens=3)
     assert [s.reward_T.tolist() for s in lost.samples] == [[0, 0, pytest.approx(0.8)]]
 
 
 def test_where_the_step_decides_a_group_without_spread_is_trained() -> None:
     rows = [trajectory(index, [1], reward=1.0) for index in range(3)]
-    for estimator, advantage in (
-        (Estimator(scale="batch", baseline="none"), 1.0),
-        (Estimator(scale="batch"), 0.0),
-        (Estimator(method="gae", scale="batch"), 0.0),
+    for config, advantage in (
+        (CreditConfig(scale="batch", baseline="none"), 1.0),
+        (CreditConfig(scale="batch"), 0.0),
+        (CreditConfig(method="gae", scale="batch"), 0.0),
     ):
-        result = credit(*rows, estimator=estimator)
+        result = credit(*rows, config=config)
         assert result.trained_rollouts == 3
         assert [s.advantage_T.tolist() for s in result.samples] == [[0, 0, advantage]] * 3
         assert values(result.metrics)["group/no_spread"] == 1
-    assert credit(*rows, estimator=Estimator(scale="none", baseline="none")).trained_rollouts == 3
+    assert credit(*rows, config=CreditConfig(scale="none", baseline="none")).trained_rollouts == 3
     assert credit(*rows).dropped_rollouts == {"no_spread": 3}
 
 
 def test_a_critic_s_advantage_is_not_known_to_explain() -> None:
     two_agents = trajectory(0, [1, 1], reward=1.0, agents=["writer", "judge"])
-    rules = CreditRules(agents="writer", estimator=Estimator(method="gae", scale="none"))
+    rules = CreditRules(agents="writer", credit=CreditConfig(method="gae", scale="none"))
     first, second = explain_credit(
         Group(group_id="train-0", task=Task(task_id="t", payload={}), trajectories=(two_agents,)), 0, rules
     )
@@ -343,11 +335,11 @@ def test_a_critic_s_advantage_is_not_known_to_explain() -> None:
 )
 def test_an_estimator_refuses_what_it_would_not_read(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^credit\.(method=gae|baseline=none): needs credit\.scale="):
-        Estimator(**wrong)
+        CreditConfig(**wrong)
 
 
-ESTIMATORS = [Estimator(method="gae", scale=scale) for scale in ("none", "batch")] + [
-    Estimator(method=method, scale=scale, baseline=baseline)
+ESTIMATORS = [CreditConfig(method="gae", scale=scale) for scale in ("none", "batch")] + [
+    CreditConfig(method=method, scale=scale, baseline=baseline)
     for method, scale, baseline in product(get_args(Method), get_args(Scale), get_args(Baseline))
     if method != "gae" and (scale, baseline) != ("std", "none")
 ]
@@ -362,9 +354,9 @@ ESTIMATORS = [Estimator(method="gae", scale=scale) for scale in ("none", "batch"
     st.sampled_from([None, CUT]),
 )
 def test_rollouts_and_tokens_are_conserved(
-    trajectories: list[Trajectory], agents: str, max_tokens: int, estimator: Estimator, air: Air | None
+    trajectories: list[Trajectory], agents: str, max_tokens: int, config: CreditConfig, air: Air | None
 ) -> None:
-    result = credit(*trajectories, agents=agents, max_tokens=max_tokens, estimator=estimator, air=air)
+    result = credit(*trajectories, agents=agents, max_tokens=max_tokens, config=config, air=air)
     selected = [c for t in trajectories for c in t.calls if agents == "*" or c.agent == agents]
     assert result.sampled_tokens == sum(c.response_T.size for c in selected)
     trained_tokens = sum(int(s.mask_T.sum()) for s in result.samples)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from agent_lightning.core.errors import ConfigError
+from agent_lightning.config.learning import CreditConfig
 from agent_lightning.credit.estimators import (
     Scale,
     generalised_advantage,
@@ -17,7 +18,6 @@ from agent_lightning.credit.estimators import (
     returns_to_go,
     same_state_advantages,
 )
-from agent_lightning.credit.rules import Estimator
 
 # fmt: off
 NORMALISED: list[tuple[Scale, list[float], list[int], list[float]]] = [
@@ -189,5 +189,5 @@ def test_same_state() -> None:
 
 
 def test_a_discount_above_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"credit\.discount=1\.1"):
-        Estimator(discount=1.1)
+    with pytest.raises(ValidationError, match="less than or equal to 1"):
+        CreditConfig(discount=1.1)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent_lightning.buffer.breaker import Breaker, cause_of, last_failed_tool, without_details
+from agent_lightning.config.running import BreakerConfig, RetryConfig
 from agent_lightning.core.types import Outcome, RolloutKey, ToolCall, ToolStatus
 from agent_lightning.credit.failures import Retries
 
@@ -15,7 +16,7 @@ KEY = RolloutKey(split="train", group=0, index=0)
 
 @given(st.integers(0, 2000), st.floats(0, 1))
 def test_a_pause_doubles_with_each_attempt_up_to_a_limit(attempt: int, drawn: float) -> None:
-    retries = Retries(backoff_s=0.5, backoff_max_s=8.0)
+    retries = Retries(limits=RetryConfig(backoff_s=0.5, backoff_max_s=8.0))
     assert 0 <= retries.delay(attempt, drawn) <= min(8.0, 0.5 * 2.0 ** min(attempt, 10))
     assert [retries.delay(n, 1.0) for n in range(6)] == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
 
@@ -49,7 +50,7 @@ def test_a_cause_names_the_tool_that_was_at_work_last() -> None:
 
 
 def test_the_breaker_trips_where_a_share_of_the_latest_ended_alike() -> None:
-    breaker = Breaker(window=10, share=0.5)
+    breaker = Breaker(BreakerConfig(window=10, share=0.5))
     for number in range(9):
         breaker.note("down" if number % 2 else "")
         assert breaker.tripped == ""  # too few yet
@@ -64,7 +65,7 @@ def test_the_breaker_trips_where_a_share_of_the_latest_ended_alike() -> None:
 
 
 def test_a_breaker_can_be_turned_off() -> None:
-    breaker = Breaker(window=0, share=0.5)
+    breaker = Breaker(BreakerConfig(window=0, share=0.5))
     for _ in range(100):
         breaker.note("down")
     assert breaker.tripped == ""

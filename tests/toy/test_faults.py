@@ -16,10 +16,12 @@ import openai
 import pytest
 
 from agent_lightning.buffer.breaker import Breaker
+from agent_lightning.config.learning import FailuresConfig
+from agent_lightning.config.running import BreakerConfig, RetryConfig
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.types import Outcome, Policy, Task, Trajectory
-from agent_lightning.credit.failures import FailurePolicy, Retries
-from agent_lightning.credit.rules import CreditRules
+from agent_lightning.credit.assign import CreditRules
+from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.client import current_rollout
 from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.run.state import check_conservation, newest_checkpoint, read_state
@@ -168,7 +170,7 @@ async def test_failures_are_learned_from(agent: AgentSpec) -> None:
 async def test_failures_that_are_masked_are_not_learned_from(agent: AgentSpec) -> None:
     tasks = [*GOOD, Task(task_id="t", payload={"do": "fail if wrong", "answer": "2"})]
     async with make_world(agent, tasks) as world:
-        world.loop.plan = replace(world.loop.plan, rules=CreditRules(failures=FailurePolicy.of({"agent_error": None})))
+        world.loop.plan = replace(world.loop.plan, rules=CreditRules(failures=FailuresConfig(agent_error=None)))
         state = await world.train(steps=1)
     assert state.dropped["masked_agent_error"] == state.failed["agent_error"] > 0
 
@@ -205,7 +207,7 @@ async def test_a_failure_that_is_resampled_costs_its_group_no_member(agent: Agen
         return float(reward)
 
     spec = replace(agent, target=flaky, tool_errors=("ConnectionError: *",))
-    retries = Retries(max_attempts=2, resampled=FailurePolicy().resampled)
+    retries = Retries(max_attempts=2)
     async with asyncio.timeout(20), make_world(spec, GOOD, retries=retries) as world:
         state = await world.train(steps=1)
         stats = await world.buffer.stats()
@@ -224,8 +226,8 @@ async def test_a_tool_that_is_down_ends_the_step_early_and_is_named(agent: Agent
     tasks = [*GOOD, Task(task_id="hang", payload={"do": "hang"})]
     spec = replace(agent, target=down, timeout_s=60.0, tool_errors=("ConnectionError*",))
     settings: dict[str, Any] = {
-        "retries": Retries(max_attempts=9, resampled=FailurePolicy().resampled, budget=1.0),
-        "breaker": Breaker(window=12, share=0.8),
+        "retries": Retries(max_attempts=9, limits=RetryConfig(backoff_s=0)),
+        "breaker": Breaker(BreakerConfig(window=12, share=0.8)),
         "checkpoints": tmp_path,
     }
     async with asyncio.timeout(20), make_world(spec, tasks, **settings) as world:
@@ -244,7 +246,7 @@ async def test_a_tool_that_is_down_ends_the_step_early_and_is_named(agent: Agent
 
 async def test_a_step_without_a_success_stops_the_run_even_if_its_failures_are_resampled(agent: AgentSpec) -> None:
     tasks = [Task(task_id="t", payload={"do": "raise"})]
-    retries = Retries(max_attempts=3, resampled=frozenset({"agent_error"}), budget=1.0)
+    retries = Retries(max_attempts=3, failures=FailuresConfig(agent_error="resample"), limits=RetryConfig(backoff_s=0))
     async with asyncio.timeout(20), make_world(agent, tasks, retries=retries) as world:
         with pytest.raises(StepFailed, match=r"all 8 rollouts of the step failed: 8 agent_error\. Most often: Value"):
             await world.train(steps=1)

@@ -14,7 +14,7 @@ import pytest
 from agent_lightning.core.types import Batch, OnWeightUpdate, Outcome, Policy, RolloutKey, Task
 from agent_lightning.credit import assign as credit
 from agent_lightning.credit import batching
-from agent_lightning.credit.rules import CreditRules
+from agent_lightning.credit.assign import CreditRules
 from agent_lightning.serving.engine import Completion, Part, Refusal, join_parts
 from agent_lightning.toy.world import (
     END,
