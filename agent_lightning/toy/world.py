@@ -47,27 +47,8 @@ from agent_lightning.run.state import Plan, State, checkpoint_folder, newest_che
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.serving.policy import PolicyBoard
-from agent_lightning.toy.faults import Faults, InjectedError, Link, Rates
-from agent_lightning.toy.model import END, FIRST_WORD, PAD, ToyEngine, ToyLanguage, ToyLearner
-
-__all__ = [
-    "END",
-    "FIRST_WORD",
-    "Faults",
-    "InjectedError",
-    "Link",
-    "QuietObserver",
-    "Rates",
-    "ToyEngine",
-    "ToyLanguage",
-    "ToyLearner",
-    "ToyWorld",
-    "application",
-    "group",
-    "model_call",
-    "serve_locally",
-    "trajectory",
-]
+from agent_lightning.toy.faults import Faults, Rates
+from agent_lightning.toy.model import PAD, ToyEngine, ToyLanguage, ToyLearner
 
 T = TypeVar("T")
 MODEL: Final = "policy"

@@ -25,7 +25,8 @@ from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.client import tool
 from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.serving.gateway import RETRY_HEADER
-from agent_lightning.toy.world import Faults, Rates, ToyWorld
+from agent_lightning.toy.faults import Faults, Rates
+from agent_lightning.toy.world import ToyWorld
 
 WORDS = ("red", "green", "blue")
 

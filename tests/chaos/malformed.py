@@ -28,7 +28,8 @@ from agent_lightning.core.types import Outcome, RolloutKey, Task
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.spans.otlp import encode, encode_json
 from agent_lightning.spans.tree import RawSpan
-from agent_lightning.toy.world import SAMPLING, ToyEngine, ToyLanguage, application
+from agent_lightning.toy.model import ToyEngine, ToyLanguage
+from agent_lightning.toy.world import SAMPLING, application
 
 SECRET = b"a secret of the tests"
 LARGEST = 64 * 1024

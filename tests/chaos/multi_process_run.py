@@ -36,8 +36,8 @@ from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.serving.engine import Completion, Refusal
 from agent_lightning.serving.gateway import RETRY_HEADER, Gateway, GatewayConfig
 from agent_lightning.serving.policy import PolicyBoard
-from agent_lightning.toy.model import PAD
-from agent_lightning.toy.world import MODEL, SAMPLING, QuietObserver, ToyEngine, ToyLanguage, ToyLearner, application
+from agent_lightning.toy.model import PAD, ToyEngine, ToyLanguage, ToyLearner
+from agent_lightning.toy.world import MODEL, SAMPLING, QuietObserver, application
 
 WORDS = ("red", "green", "blue")
 TASKS = tuple(Task(task_id=f"t{n}", payload={"question": f"q{n}", "answer": WORDS[n % 3]}) for n in range(4))

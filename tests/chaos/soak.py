@@ -26,7 +26,8 @@ from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.core.types import Task
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.worker import AgentSpec
-from agent_lightning.toy.world import Faults, Rates, ToyWorld
+from agent_lightning.toy.faults import Faults, Rates
+from agent_lightning.toy.world import ToyWorld
 
 
 async def soak(minutes: float) -> dict[str, Any]:

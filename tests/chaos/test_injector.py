@@ -15,7 +15,8 @@ from agent_lightning.config.learning import FailuresConfig
 from agent_lightning.core.types import Task
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.worker import AgentSpec
-from agent_lightning.toy.world import Faults, InjectedError, Link, Rates, ToyWorld
+from agent_lightning.toy.faults import Faults, InjectedError, Link, Rates
+from agent_lightning.toy.world import ToyWorld
 
 pytestmark = pytest.mark.chaos
 WORDS = ("red", "green", "blue")

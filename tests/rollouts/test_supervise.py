@@ -28,7 +28,7 @@ from agent_lightning.rollouts.supervise import MOST_DEATHS, Workers, watch
 from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker
 from agent_lightning.serving.engine import Completion
 from agent_lightning.serving.policy import PolicyBoard
-from agent_lightning.toy.world import ToyEngine, ToyLanguage
+from agent_lightning.toy.model import ToyEngine, ToyLanguage
 
 Make = Callable[..., Any]
 RESAMPLED = frozenset({Outcome.WORKER_LOST.value})

@@ -21,7 +21,8 @@ from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Split, Ta
 from agent_lightning.launch import launch
 from agent_lightning.serving.engine import Completion, Refusal
 from agent_lightning.serving.gateway import RETRY_HEADER, Gateway, GatewayConfig
-from agent_lightning.toy.world import FIRST_WORD, SAMPLING, ToyEngine, ToyLanguage, application, serve_locally
+from agent_lightning.toy.model import FIRST_WORD, ToyEngine, ToyLanguage
+from agent_lightning.toy.world import SAMPLING, application, serve_locally
 
 RUN_SECRET = b"a secret of the tests"
 WORDS = ("no", "yes", "maybe", "call:2+3")

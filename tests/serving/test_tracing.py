@@ -16,7 +16,8 @@ from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.serving.tracing import agent_of, parent_of
 from agent_lightning.spans.otlp import PROTOBUF, encode, encode_json
 from agent_lightning.spans.tree import RawSpan
-from agent_lightning.toy.world import MODEL, SAMPLING, ToyEngine, ToyLanguage, application
+from agent_lightning.toy.model import ToyEngine, ToyLanguage
+from agent_lightning.toy.world import MODEL, SAMPLING, application
 
 SECRET = b"s"
 

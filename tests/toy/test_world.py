@@ -16,17 +16,8 @@ from agent_lightning.credit import assign as credit
 from agent_lightning.credit import batching
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.serving.engine import Completion, Part, Refusal, join_parts
-from agent_lightning.toy.world import (
-    END,
-    FIRST_WORD,
-    ToyEngine,
-    ToyLanguage,
-    ToyLearner,
-    ToyWorld,
-    group,
-    model_call,
-    trajectory,
-)
+from agent_lightning.toy.model import END, FIRST_WORD, ToyEngine, ToyLanguage, ToyLearner
+from agent_lightning.toy.world import ToyWorld, group, model_call, trajectory
 
 LANGUAGE = ToyLanguage(("no", "yes", "call:2+3"))
 TOOL = {"type": "function", "function": {"name": "calculator"}}
