@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,10 @@ def _with_new_names(node: Any) -> Any:
         name, old_key, new_key = *old.split("."), new.split(".")[1]
         if isinstance(node.get(name), Mapping) and old_key in node[name]:
             node[name][new_key] = node[name].pop(old_key)
+    data = node.get("data")
+    for source in (data.get("train"), data.get("val")) if isinstance(data, Mapping) else ():
+        if isinstance(source, MutableMapping) and source.get("kind") == "calcx":  # a kind of earlier versions
+            source.update(kind="generated", target="examples/calc_x/parts.py:rows", num=source.get("num") or 1_000_000)
     return node
 
 

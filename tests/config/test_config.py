@@ -9,6 +9,7 @@ from itertools import combinations, product
 from pathlib import Path
 
 import pytest
+import yaml
 
 from agent_lightning.config.learning import AirConfig, CreditConfig, RuleConfig
 from agent_lightning.config.load import from_mapping, load, project_folder, reload, resolve_path, to_mapping, to_yaml
@@ -388,3 +389,13 @@ def test_without_a_group_to_compare_with_one_rollout_of_a_task_is_enough() -> No
     for algorithm in ("ppo", "reinforce_plus_plus"):
         config = load(["experiment=calc_tiny", f"algorithm={algorithm}", "algorithm.rollouts_per_task=1"])
         assert config.algorithm.rollouts_per_task == 1
+
+
+def test_the_tasks_of_an_earlier_calc_mawps_run_are_read(tmp_path: Path) -> None:
+    config = load(["experiment=calc_mawps"])
+    values = to_mapping(config)
+    for split in ("train", "val"):
+        values["data"][split] |= {"kind": "calcx", "target": None, "num": None}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values))
+    assert reload(file, []) == config
