@@ -16,6 +16,7 @@ import numpy as np
 
 from agent_lightning.buffer.events import KINDS, Base, Event
 from agent_lightning.core.errors import DataError
+from agent_lightning.core.text import replace_surrogates
 
 _NUMBER_OF: Final = {kind: bytes((number,)) for number, kind in KINDS.items()}
 _ARRAY, _INTEGER = 1, 2
@@ -81,7 +82,7 @@ def _to_extension(value: object) -> object:
 def _encodable(value: Any) -> Any:
     """The value, with extensions for huge integers and "?" for halves of surrogate pairs."""
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
+        return replace_surrogates(value)
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         return msgspec.msgpack.Ext(_INTEGER, str(value).encode())
     if isinstance(value, Mapping):

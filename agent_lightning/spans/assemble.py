@@ -1,4 +1,4 @@
-"""The spans of one attempt from every source, as one account: an event that several sources report is one span. Pure.
+"""The spans of one attempt from every source, as one account: an event that several sources report is one span.
 
 Model calls come from the gateway, which has their tokens; tool calls from the agent's next request, and from the
 agent's trace if its process sends one (OpenTelemetry). The richer source wins: tokens come from the gateway; times,

@@ -1,4 +1,4 @@
-"""Model calls, tool calls, rewards and agents, read from the raw spans of an attempt by any instrumentor. Pure.
+"""Model calls, tool calls, rewards and agents, read from the raw spans of an attempt by any instrumentor.
 
 `fields` reads a single span; this module combines the spans of an attempt.
 """

@@ -1,4 +1,4 @@
-"""The fields of a single span, read from the attributes of any instrumentor; `attributes` has the table. Pure."""
+"""The fields of a single span, read from the attributes of any instrumentor; `attributes` has the table."""
 
 from __future__ import annotations
 

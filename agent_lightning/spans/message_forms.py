@@ -1,4 +1,4 @@
-"""A single chat message, and the values in it, from any form into OpenAI's form. Pure."""
+"""A single chat message, and the values in it, from any form into OpenAI's form."""
 
 from __future__ import annotations
 

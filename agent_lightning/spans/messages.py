@@ -1,4 +1,4 @@
-"""Conversations, from the forms of many instrumentors and frameworks into OpenAI's form. Pure.
+"""Conversations, from the forms of many instrumentors and frameworks into OpenAI's form.
 
 These forms are read, as JSON text or as plain values: OpenAI's chat messages, requests, replies and Responses items;
 OpenTelemetry's messages with parts; Anthropic's blocks; Gemini's contents; LangChain's messages; the Vercel AI SDK's

@@ -1,4 +1,4 @@
-"""Raw spans, their kinds, and the tree that they form. Pure."""
+"""Raw spans, their kinds, and the tree that they form."""
 
 from __future__ import annotations
 
