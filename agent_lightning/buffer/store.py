@@ -104,7 +104,7 @@ class Store:
         gc.disable()  # millions of objects are created, and none of them is garbage
         try:
             for location, payload in journal.replay():
-                apply_record(self.ledger, payload, location, path_of(path, location.segment))
+                apply_record(self.ledger, payload, location, path)
                 number += 1
         finally:
             if collecting:
@@ -140,13 +140,13 @@ class Store:
                 yield journal.read(location)
 
 
-def apply_record(ledger: Ledger, payload: bytes | memoryview, location: RecordLocation, path: Path) -> None:
-    """Apply the event in a record of the segment at `path`. Raises JournalDamaged if it does not fit the ledger."""
+def apply_record(ledger: Ledger, payload: bytes | memoryview, location: RecordLocation, folder: Path) -> None:
+    """Apply the event in a record of the journal in `folder`. Raises JournalDamaged if it does not fit the ledger."""
     try:
         decode(payload).apply(ledger, location)
     except (ValueError, KeyError, IndexError) as error:
         why = f"it does not fit what is before it ({type(error).__name__}: {error})"
-        raise JournalDamaged(path, location.offset, why) from error
+        raise JournalDamaged(path_of(folder, location.segment), location.offset, why) from error
 
 
 def _read_back(journal: Journal, locations: list[RecordLocation]) -> RecordedSpans:

@@ -27,7 +27,7 @@ def check(path: Path) -> int:
     try:
         for last in segment_readers(folder):
             for location, payload in last.records():
-                apply_record(ledger, payload, location, last.segment.path)
+                apply_record(ledger, payload, location, folder)
                 kinds[kind_of(payload)] += 1
     except JournalError as damage:
         error = damage
