@@ -103,12 +103,12 @@ def _extend_choice(choice: dict[str, Any], piece: Mapping[str, Any]) -> None:
         elif name == "text":
             choice["text"] = choice.get("text", "") + (value or "")
         elif name == "token_ids":
-            choice["token_ids"] = choice.get("token_ids", []) + (value or [])
+            choice.setdefault("token_ids", []).extend(value or ())
         elif name == "logprobs":
             logprobs = choice.setdefault("logprobs", {})
             for key, entries in (value or {}).items():
                 if isinstance(entries, list):
-                    logprobs[key] = logprobs.get(key, []) + entries
+                    logprobs.setdefault(key, []).extend(entries)
         elif value is not None:
             choice[name] = value
 

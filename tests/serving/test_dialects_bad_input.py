@@ -263,6 +263,7 @@ def part(index: int, text: str, tokens: list[int], finish_reason: str | None = N
 
 
 @given(st.lists(st.tuples(st.text(max_size=4), st.lists(st.integers(0, 99), min_size=1, max_size=3)), min_size=1))
+@settings(deadline=None)
 def test_the_parts_of_a_stream_are_the_answer_wherever_it_was_cut(pieces: list[tuple[str, list[int]]]) -> None:
     text, tokens = "".join(text for text, _ in pieces), [token for _, ids in pieces for token in ids]
     parts = [part(0, text, ids) for text, ids in pieces]
