@@ -79,15 +79,6 @@ def inspect(config: Config, assumed: Sequence[placement.Resources] = ()) -> Insp
     return inspection
 
 
-def _check_agent(inspection: Inspection) -> None:
-    agent = inspection.config.agent
-    agents.check(agent.target, agent.mode)
-
-
-def _check_instrumentors(inspection: Inspection) -> None:
-    check_instrumentors(inspection.config.agent.instrument)
-
-
 def _check_reward(inspection: Inspection) -> None:
     if inspection.config.agent.reward is not None:
         agents.load(inspection.config.agent.reward)
@@ -99,10 +90,6 @@ def _check_model(inspection: Inspection) -> None:
         inspection.model = model.find_model()
     else:
         inspection.model, inspection.size = model.describe_model()
-
-
-def _check_memory(inspection: Inspection) -> None:
-    backend.choose(inspection.config).check_memory()
 
 
 def _check_port(inspection: Inspection) -> None:
@@ -119,11 +106,6 @@ def _check_port(inspection: Inspection) -> None:
             raise UserError(message) from error
 
 
-def _check_runs_dir(inspection: Inspection) -> None:
-    if "train" in inspection.splits:
-        check_place(inspection.config.runs_dir)
-
-
 def _check_cluster(inspection: Inspection) -> None:
     """The nodes can hold the placement groups of the run. Joins the cluster, if the run does not start its own."""
     config = inspection.config
@@ -138,15 +120,15 @@ def _check_cluster(inspection: Inspection) -> None:
 
 def _check_reach(inspection: Inspection) -> None:
     """The workers of each node must reach a gateway, or the proxy on the head."""
-    serving, nodes = inspection.config.serving, len(inspection.nodes)
+    serving = inspection.config.serving
     gateways, setting = serving.gateways, f"serving.gateways={serving.gateways}"
     instead = "leave it null for one on each node"
     if inspection.config.sampling.seeded:
         gateways, setting, instead = 1, "sampling.seeded=true, which has one gateway,", "leave it false"
-    if gateways is not None and nodes > 1 and serving.host != "0.0.0.0":
+    if gateways is not None and len(inspection.nodes) > 1 and serving.host != "0.0.0.0":
         raise UserError(
-            f"{setting} on {nodes} nodes: workers on the others do not reach the head's proxy at {serving.host}; "
-            f"{instead}, or set serving.host=0.0.0.0"
+            f"{setting} on {len(inspection.nodes)} nodes: workers on the others do not reach the head's proxy at "
+            f"{serving.host}; {instead}, or set serving.host=0.0.0.0"
         )
 
 
@@ -167,15 +149,15 @@ Check = Callable[[Inspection], None]
 
 ENGINE_CHECKS: Final[Sequence[tuple[str, Check]]] = (
     ("model", _check_model),
-    ("memory", _check_memory),
+    ("memory", lambda inspection: backend.choose(inspection.config).check_memory()),
     ("port", _check_port),
 )
 CHECKS: Final[Sequence[tuple[str, Check]]] = (
-    ("agent", _check_agent),
-    ("agent", _check_instrumentors),
+    ("agent", lambda inspection: agents.check(inspection.config.agent.target, inspection.config.agent.mode)),
+    ("agent", lambda inspection: check_instrumentors(inspection.config.agent.instrument)),
     ("agent", _check_reward),
     *ENGINE_CHECKS,
-    ("runs", _check_runs_dir),
+    ("runs", lambda inspection: check_place(inspection.config.runs_dir) if "train" in inspection.splits else None),
     ("cluster", _check_cluster),
     ("cluster", _check_reach),
     ("data.train", partial(_check_tasks, "train")),
@@ -187,7 +169,20 @@ CHECKS: Final[Sequence[tuple[str, Check]]] = (
 def load_tasks(config: Config, split: Split) -> list[Task]:
     """Load the tasks of a split from the source that the config gives. Raises DataError, ConfigError."""
     source = config.data.train if split == "train" else config.data.val
-    loaded = _load(config, source, f"data.{split}")
+    if source.kind == "generated":
+        loaded = _generate(source, config.data.root, f"data.{split}")
+    elif source.path is None:
+        raise ConfigError(f"data.{split}.path: kind={source.kind} needs it")
+    elif source.kind == "jsonl":
+        loaded = tasks.load_jsonl(source.path)
+    else:
+        loaded = tasks.load_hub(
+            source.path,
+            name=source.name,
+            split=source.split or "train",
+            question_field=source.question_field or "question",
+            result_field=source.result_field or "result",
+        )
     if source.num is not None and source.kind != "generated":
         loaded = tasks.sample(loaded, source.num, source.seed or 0)
     if not loaded:
@@ -195,28 +190,16 @@ def load_tasks(config: Config, split: Split) -> list[Task]:
     return loaded
 
 
-def _load(config: Config, source: SourceConfig, where: str) -> list[Task]:
-    if source.kind == "generated":
-        if source.target is None or source.num is None:
-            raise ConfigError(f"{where}: kind=generated needs target and num")
-        rows = cast(Any, agents.load(source.target))
-        parameters = signature(rows).parameters
-        if source.names and "names" not in parameters:
-            raise ConfigError(f"{where}.names={list(source.names)}: not read by {source.target}; remove it")
-        optional = {"root": config.data.root, "names": source.names}
-        arguments = {name: value for name, value in optional.items() if name in parameters}
-        return tasks.make(rows, seed=source.seed or 0, num=source.num, split=source.split or "train", **arguments)
-    if source.path is None:
-        raise ConfigError(f"{where}.path: kind={source.kind} needs it")
-    if source.kind == "jsonl":
-        return tasks.load_jsonl(source.path)
-    return tasks.load_hub(
-        source.path,
-        name=source.name,
-        split=source.split or "train",
-        question_field=source.question_field or "question",
-        result_field=source.result_field or "result",
-    )
+def _generate(source: SourceConfig, root: str, where: str) -> list[Task]:
+    if source.target is None or source.num is None:
+        raise ConfigError(f"{where}: kind=generated needs target and num")
+    rows = cast(Any, agents.load(source.target))
+    parameters = signature(rows).parameters
+    if source.names and "names" not in parameters:
+        raise ConfigError(f"{where}.names={list(source.names)}: not read by {source.target}; remove it")
+    optional = {"root": root, "names": source.names}
+    arguments = {name: value for name, value in optional.items() if name in parameters}
+    return tasks.make(rows, seed=source.seed or 0, num=source.num, split=source.split or "train", **arguments)
 
 
 def cluster_is_own(config: Config) -> bool:

@@ -8,7 +8,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.config.load import Config
 from agent_lightning.core import ray_private
-from agent_lightning.core.errors import EngineError, PartDied
+from agent_lightning.core.errors import PartDied
 from agent_lightning.core.threads import start_thread
 from agent_lightning.core.types import Split
 from agent_lightning.credit.failures import Retries
@@ -91,8 +91,11 @@ async def system(
         serving = start_thread(start, "serving")
         learning = start_thread(partial(_learner, config, model, serving) if train else lambda: None, "learner")
         if not own:  # the end of a cluster of our own ends the service too
-            stack.callback(_stop, serving)
-        service, learner = await _both(serving, learning)
+            stack.callback(lambda: None if serving.exception() else serving.result().stop())
+        # Both threads are awaited, even if one of them fails.
+        threads = asyncio.wrap_future(serving), asyncio.wrap_future(learning)
+        await asyncio.gather(*threads, return_exceptions=True)
+        service, learner = serving.result(), learning.result()
         await wait_until_healthy(service.url, timeout=60.0)
         await _start_workers(config, buffer, service, workers, stack)
         try:
@@ -158,22 +161,7 @@ async def _start_ray(config: Config, stack: AsyncExitStack) -> bool:
         raise
 
 
-async def _both(serving: Future[Service], learning: Future[Learner | None]) -> tuple[Service, Learner | None]:
-    """Wait for both threads, even if one of them fails. Raises the error of the first that failed."""
-    threads = asyncio.wrap_future(serving), asyncio.wrap_future(learning)
-    for result in await asyncio.gather(*threads, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result
-    return threads[0].result(), threads[1].result()
-
-
-def _stop(serving: Future[Service]) -> None:
-    with suppress(EngineError):  # a service that did not start has been reported already
-        serving.result().stop()
-
-
 def _learner(config: Config, model: str, serving: Future[Service]) -> Learner:
-    """The learner. On GPUs that it shares with the engines it waits for the service, and raises its EngineError."""
     if config.hardware.placement == "together":
         # vLLM measures the free memory of its GPU: another process must not change it meanwhile.
         serving.result()

@@ -38,11 +38,6 @@ def engine_bundles(config: Config) -> tuple[Resources, ...]:
     return (bundle,) * config.serving.tensor_parallel_size
 
 
-def learner_roles(config: Config) -> int:
-    """The number of models in a learner process: the policy, with a KL term the reference, with GAE the critic."""
-    return 1 + (config.algorithm.kl_coef > 0) + (config.credit.method == "gae")
-
-
 def learner_gpu(config: Config) -> float:
     """The share of a GPU that a learner process reserves."""
     if config.hardware.device == "cpu":
@@ -59,18 +54,21 @@ def replica_group(config: Config, bundles: tuple[Resources, ...]) -> BundleGroup
 def learner_group(config: Config) -> BundleGroup:
     """The placement groups of veRL's learner processes, one group on each of its nodes."""
     learner, gpu = config.learner, learner_gpu(config)
-    bundle = {"CPU": float(learner_roles(config)) / (gpu or 1.0)} | ({"GPU": gpu} if gpu else {})
+    # Each process holds the policy, with a KL term the reference, and with GAE the critic.
+    models = 1.0 + (config.algorithm.kl_coef > 0) + (config.credit.method == "gae")
+    bundle = {"CPU": models / (gpu or 1.0)} | ({"GPU": gpu} if gpu else {})
     bundles = (bundle,) * (learner.processes // learner.nodes)
     return BundleGroup(what="learner", number=learner.nodes, bundles=bundles, one_node=True)
 
 
 def total(groups: Sequence[BundleGroup]) -> dict[str, float]:
     """The resources of all groups together: {"CPU": 8.0, "GPU": 8.0}."""
-    kinds = {kind for group in groups for bundle in group.bundles for kind in bundle}
-    return {
-        kind: sum(group.number * bundle.get(kind, 0.0) for group in groups for bundle in group.bundles)
-        for kind in sorted(kinds)
-    }
+    return _sum([bundle for group in groups for bundle in group.bundles * group.number])
+
+
+def _sum(bundles: Sequence[Resources]) -> dict[str, float]:
+    kinds = sorted({kind for bundle in bundles for kind in bundle})
+    return {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in kinds}
 
 
 def missing(groups: Sequence[BundleGroup], nodes: Sequence[Resources]) -> list[str]:
@@ -87,28 +85,16 @@ def missing(groups: Sequence[BundleGroup], nodes: Sequence[Resources]) -> list[s
         return short
     free = [dict(node) for node in nodes]
     for group in sorted(groups, key=lambda group: not group.one_node):
-        for _ in range(group.number):
-            parts = [group.bundles] if group.one_node else [(bundle,) for bundle in group.bundles]
-            for part in parts:
-                if not _take(part, free):
-                    amounts = " and ".join(_count(number, kind) for kind, number in _sum(part).items())
-                    return [f"{group.what}: no node has {amounts} free; the cluster has enough, but on several nodes"]
-    return []
-
-
-def _sum(bundles: Sequence[Resources]) -> dict[str, float]:
-    return {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in bundles[0]}
-
-
-def _take(bundles: Sequence[Resources], free: list[dict[str, float]]) -> bool:
-    """Take the bundles out of the first node that has them all free; whether there is such a node."""
-    needed = _sum(bundles)
-    for node in free:
-        if all(node.get(kind, 0.0) >= number for kind, number in needed.items()):
-            for kind, number in needed.items():
+        parts = [group.bundles] if group.one_node else [(bundle,) for bundle in group.bundles]
+        for amounts in map(_sum, parts * group.number):
+            fitting = (node for node in free if all(node.get(kind, 0.0) >= amounts[kind] for kind in amounts))
+            node = next(fitting, None)
+            if node is None:
+                lacking = " and ".join(_count(number, kind) for kind, number in amounts.items())
+                return [f"{group.what}: no node has {lacking} free; the cluster has enough, but on several nodes"]
+            for kind, number in amounts.items():
                 node[kind] -= number
-            return True
-    return False
+    return []
 
 
 def _count(number: float, kind: str) -> str:
