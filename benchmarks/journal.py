@@ -42,12 +42,12 @@ class Asks:
         self.client = client
 
     async def __call__(self, task: Mapping[str, Any], policy: Policy) -> float:
-        said = ""
+        answer = ""
         for text in (task["question"], "Sure?"):
             body = {"model": policy.model, "messages": [{"role": "user", "content": text}]}
             async with self.client.post(f"{policy.base_url}/chat/completions", json=body) as reply:
-                said = (await reply.json())["choices"][0]["message"]["content"]
-        return float(said == task["answer"])
+                answer = (await reply.json())["choices"][0]["message"]["content"]
+        return float(answer == task["answer"])
 
 
 async def rollouts(concurrent: int, journal: JournalConfig | None) -> tuple[float, float]:
@@ -61,8 +61,10 @@ async def rollouts(concurrent: int, journal: JournalConfig | None) -> tuple[floa
             groups = await world.loop.generate(tasks, split="train", num_rollouts=12)
             seconds, worked = time.perf_counter() - started, time.process_time() - working
             assert groups is not None
-            ended = [one for group in groups for one in group.trajectories]
-            assert all(one.outcome is Outcome.FINISHED and len(one.calls) == 2 for one in ended), ended[0].error
+            ended = [trajectory for group in groups for trajectory in group.trajectories]
+            assert all(trajectory.outcome is Outcome.FINISHED and len(trajectory.calls) == 2 for trajectory in ended), (
+                ended[0].error
+            )
             return len(ended) / seconds, len(ended) / worked
 
 
@@ -109,7 +111,7 @@ async def appends(folder: Path, fsync: str, concurrent: int, tokens: int) -> dic
 async def replay(folder: Path, size: int, tokens: int) -> dict[str, Any]:
     config = JournalConfig(path=folder, fsync="never", max_bytes=4 * size)
     buffer, calls, groups = Buffer(run_secret=b"x", journal=config, memory_bytes=2**28), 0, 0
-    while sum(one.stat().st_size for one in folder.glob("segment-*")) < size:
+    while sum(segment.stat().st_size for segment in folder.glob("segment-*")) < size:
         await buffer.admit(Task(task_id="t", payload={"question": "x" * 100}), split="train", num_rollouts=8)
         for lease in await buffer.lease(8, 1.0):
             for number in range(5):

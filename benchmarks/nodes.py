@@ -169,16 +169,18 @@ def main() -> None:
         raise SystemExit("network namespaces need root and `ip`")
     measured: list[dict[int, float]] = []
     for _ in range(options.starts):
-        one = one_start(options.experiment, options.words, options.nodes, options.turns, options.steps)
-        measured.append(one)
-        sys.stderr.write(f"{one}\n")
+        rates = one_start(options.experiment, options.words, options.nodes, options.turns, options.steps)
+        measured.append(rates)
+        sys.stderr.write(f"{rates}\n")
     result = {
         "benchmark": "nodes",
         "experiment": options.experiment,
         "cores": os.cpu_count(),
         "workers": options.nodes,
-        "rollouts_per_s": {str(number): [round(one[number], 1) for one in measured] for number in (1, options.nodes)},
-        "ratio": round(statistics.median(one[options.nodes] / one[1] for one in measured), 3),
+        "rollouts_per_s": {
+            str(number): [round(rates[number], 1) for rates in measured] for number in (1, options.nodes)
+        },
+        "ratio": round(statistics.median(rates[options.nodes] / rates[1] for rates in measured), 3),
     }
     sys.stdout.write(json.dumps(result) + "\n")
 

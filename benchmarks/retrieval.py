@@ -58,11 +58,11 @@ def bm25(data: Path, shards: int) -> dict[str, Any]:
     started = time.perf_counter()
     parts = [lines[i::shards] for i in range(shards)]
     folders = [folder / str(i) for i in range(shards)]
-    for one, part in zip(folders, parts, strict=True):
-        write_shard(one, iter(part))
-        sparse.build_shard(one)
+    for folder, part in zip(folders, parts, strict=True):
+        write_shard(folder, iter(part))
+        sparse.build_shard(folder)
     build_s = time.perf_counter() - started
-    index, texts = sparse.Bm25Index(folders), [Shard(one) for one in folders]
+    index, texts = sparse.Bm25Index(folders), [Shard(folder) for folder in folders]
     found, speed = timed(lambda row: index.search([row["question"]], max(CUTOFFS))[0], rows)
     recall = dict.fromkeys(CUTOFFS, 0.0)
     for row, hits in zip(rows, found, strict=True):
@@ -70,7 +70,7 @@ def bm25(data: Path, shards: int) -> dict[str, Any]:
         titles = [(texts[shard][number].title, texts[shard][number].text) for shard, number, _ in hits]
         for k in CUTOFFS:
             recall[k] += len(gold & set(titles[:k])) / len(gold) / len(rows)
-    size = sum(file.stat().st_size for one in folders for file in (one / sparse.FOLDER).iterdir())
+    size = sum(file.stat().st_size for folder in folders for file in (folder / sparse.FOLDER).iterdir())
     shutil.rmtree(folder)
     passages = sum(parse(line) is not None for _, line in lines)
     scale = WIKIPEDIA / passages
@@ -148,8 +148,8 @@ def bytes_of(size: int, lists: int) -> int:
     return size * (dense.CODE_BYTES + 8) + lists * DIMENSION * 4 + 256 * DIMENSION * 4
 
 
-def overlap(found: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> float:
-    return float(np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found, exact, strict=True)]))
+def overlap(nearest: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> float:
+    return float(np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(nearest, exact, strict=True)]))
 
 
 def extrapolate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -69,11 +69,11 @@ def make_group(number: int, rng: np.random.Generator, shape: str) -> Group:
 
 def assembled(group: Group) -> Group:
     """As the buffer hands a group out: its spans in order, and the tools that its requests tell of."""
-    whole = []
-    for one in group.trajectories:
-        seen = assemble(one.key, one.calls, ())
-        whole.append(replace(one, calls=seen.calls, tools=seen.tools))
-    return replace(group, trajectories=tuple(whole))
+    rebuilt = []
+    for trajectory in group.trajectories:
+        seen = assemble(trajectory.key, trajectory.calls, ())
+        rebuilt.append(replace(trajectory, calls=seen.calls, tools=seen.tools))
+    return replace(group, trajectories=tuple(rebuilt))
 
 
 def arrays(groups: list[Group], credits: list[Credit]) -> int:

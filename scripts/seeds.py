@@ -26,16 +26,16 @@ def curve(run: Path) -> list[tuple[int, float]]:
 
 
 def describe(run: Path) -> dict[str, Any]:
-    one = Summary.read(run / "summary.json")
+    summary = Summary.read(run / "summary.json")
     return {
         "run": run.name,
-        "seed": one.seed,
-        "first": round(one.val_reward_first, 4),
-        "last": round(one.val_reward_last, 4),
-        "points": round(100 * (one.val_reward_last - one.val_reward_first), 1),
-        "steps": one.steps,
-        "minutes": round((one.wall_s + one.start_s) / 60, 1),
-        "max_abs_logprob_gap": one.max_abs_logprob_gap,
+        "seed": summary.seed,
+        "first": round(summary.val_reward_first, 4),
+        "last": round(summary.val_reward_last, 4),
+        "points": round(100 * (summary.val_reward_last - summary.val_reward_first), 1),
+        "steps": summary.steps,
+        "minutes": round((summary.wall_s + summary.start_s) / 60, 1),
+        "max_abs_logprob_gap": summary.max_abs_logprob_gap,
     }
 
 
@@ -46,11 +46,11 @@ def summary(runs: list[Path], against: list[Path]) -> dict[str, Any]:
         "experiment": Summary.read(runs[0] / "summary.json").experiment,
         "val_rows": Summary.read(runs[0] / "summary.json").val_rows,
         "runs": described,
-        "median_points": statistics.median(one["points"] for one in described),
+        "median_points": statistics.median(run["points"] for run in described),
     }
     if against:
         result["against"] = [describe(run) for run in against]
-        result["median_points_against"] = statistics.median(one["points"] for one in result["against"])
+        result["median_points_against"] = statistics.median(run["points"] for run in result["against"])
         pairs = zip(runs, against, strict=True)
         result["as_good_at_step"] = [first_step(curve(run), curve(other)[-1][1]) for run, other in pairs]
     return result

@@ -66,7 +66,7 @@ def same(result: str, answer: str) -> bool:
     # "50%" may stand for 0.5 or for 50; where both say percent, they are compared as such.
     answers = _readings(answer)
     pairs = zip(answers, expected, strict=True) if len(answers) == len(expected) == 2 else product(answers, expected)
-    return any(_equal(one, other) for one, other in pairs) or _repeats(result, answer)
+    return any(_equal(expected, other) for expected, other in pairs) or _repeats(result, answer)
 
 
 def parse_answer(text: str) -> float | None:
@@ -98,22 +98,22 @@ def _readings(text: str) -> list[Fraction]:
     matches = list(_NUMBER.finditer(text))
     if not matches or len(matches[-1][0]) > LONGEST:
         return []
-    found = matches[-1]
-    value = _value(found)
-    if found["sign"] or found["sign2"]:
+    last = matches[-1]
+    value = _value(last)
+    if last["sign"] or last["sign2"]:
         value = -value
-    return [value / 100, value] if found["percent"] else [value]
+    return [value / 100, value] if last["percent"] else [value]
 
 
-def _value(found: re.Match[str]) -> Fraction:
+def _value(match: re.Match[str]) -> Fraction:
     """The unsigned number of a match, without its percent sign."""
-    if found["whole"]:
-        top, bottom = int(found["top"]), int(found["bottom"])
-        return int(found["whole"]) + (Fraction(top, bottom) if bottom else Fraction(0))
-    number = Fraction(found["number"].replace(",", ""))
-    if found["over"] is None:
+    if match["whole"]:
+        top, bottom = int(match["top"]), int(match["bottom"])
+        return int(match["whole"]) + (Fraction(top, bottom) if bottom else Fraction(0))
+    number = Fraction(match["number"].replace(",", ""))
+    if match["over"] is None:
         return number
-    over = Fraction(found["over"])
+    over = Fraction(match["over"])
     if over == 1:
         return number
     if over == 0 or (number / over).denominator == 1:
@@ -143,5 +143,5 @@ def _repeats(result: str, output: str) -> bool:
 
 def _equal(answer: Fraction, expected: Fraction) -> bool:
     # An expression's value may have been worked out in floats.
-    whole = abs(expected - round(expected)) < 1e-9
-    return abs(answer - expected) <= (WHOLE if whole else min(RELATIVE * abs(expected), CENTS))
+    is_integer = abs(expected - round(expected)) < 1e-9
+    return abs(answer - expected) <= (WHOLE if is_integer else min(RELATIVE * abs(expected), CENTS))

@@ -79,14 +79,14 @@ def solution(row: Mapping[str, Any], *, in_the_head: bool = False) -> list[dict[
     equation, result = str(row["equation"]), evaluate(str(row["result"]))
     if abs(evaluate(equation) - result) > 0.01 * abs(result):
         raise ValueError(f"{equation} does not lead to {row['result']}")
-    asked = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["question"]}]
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["question"]}]
     answer = {"role": "assistant", "content": f"The answer is {render(result)}."}
     if in_the_head:
-        return [*asked, answer]
+        return [*messages, answer]
     arguments = json.dumps({"expression": equation})
     tool_call = {"id": "call_0", "type": "function", "function": {"name": "calculator", "arguments": arguments}}
     result_turn = {"role": "tool", "tool_call_id": "call_0", "content": call(arguments)}
-    return [*asked, {"role": "assistant", "tool_calls": [tool_call]}, result_turn, answer]
+    return [*messages, {"role": "assistant", "tool_calls": [tool_call]}, result_turn, answer]
 
 
 def operations(equation: str) -> int:
@@ -133,11 +133,11 @@ def redraw(row: Mapping[str, Any], rng: random.Random) -> dict[str, Any] | None:
             continue
         candidate = _rewrite(_EQUATION_NUMBER, equation, new, plain=True)
         if _fits(candidate, integer=isinstance(value, int)):
-            asked = _rewrite(_QUESTION_NUMBER, question, new, plain=False)
-            digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
+            rewritten = _rewrite(_QUESTION_NUMBER, question, new, plain=False)
+            digest = hashlib.sha256(rewritten.encode()).hexdigest()[:8]
             return {
                 "id": f"{row['id']}-{digest}",
-                "question": asked,
+                "question": rewritten,
                 "equation": candidate,
                 "result": render(evaluate(candidate)),
             }
@@ -184,28 +184,28 @@ def _spelled(question: str) -> dict[Fraction, str]:
 
     A number before "twice" is left out: MAWPS writes "2 twice a number", where another number makes no sense.
     """
-    found = list(_QUESTION_NUMBER.finditer(question))
-    fixed = {Fraction(m[0].replace(",", "")) for m in found if question[m.end() :].lstrip().startswith("twice")}
-    spelled = {Fraction(m[0].replace(",", "")): m[0] for m in found}
+    matches = list(_QUESTION_NUMBER.finditer(question))
+    fixed = {Fraction(m[0].replace(",", "")) for m in matches if question[m.end() :].lstrip().startswith("twice")}
+    spelled = {Fraction(m[0].replace(",", "")): m[0] for m in matches}
     return {value: token for value, token in spelled.items() if value not in fixed}
 
 
 def _near(old: Fraction, token: str, rng: random.Random) -> Fraction:
     """A number between a third and three times as large, with as many decimals as are written (two at most)."""
-    whole = old.denominator == 1
-    scale = 1 if whole else 10 ** min(2, len(token.partition(".")[2]))
-    low, high = max(1, round(old * scale / 3)), max(9 if whole else 2, int(old * scale * 3))
+    is_integer = old.denominator == 1
+    scale = 1 if is_integer else 10 ** min(2, len(token.partition(".")[2]))
+    low, high = max(1, round(old * scale / 3)), max(9 if is_integer else 2, int(old * scale * 3))
     return Fraction(rng.randint(low, high), scale)
 
 
 def _rewrite(pattern: re.Pattern[str], text: str, new: Mapping[Fraction, Fraction], *, plain: bool) -> str:
     """A text with its numbers replaced; where not `plain`, money keeps its decimals: "33.60" -> "41.20"."""
 
-    def swap(found: re.Match[str]) -> str:
-        old = Fraction(found[0].replace(",", ""))
+    def swap(match: re.Match[str]) -> str:
+        old = Fraction(match[0].replace(",", ""))
         if old not in new:
-            return found[0]
-        places = len(found[0].partition(".")[2])
+            return match[0]
+        places = len(match[0].partition(".")[2])
         return render(float(new[old])) if plain or places not in (1, 2) else f"{float(new[old]):.{places}f}"
 
     return pattern.sub(swap, text)

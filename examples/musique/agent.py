@@ -85,8 +85,8 @@ async def run(
                 break
             query = queries[0].strip()[:MAX_QUERY]
             with tool("search", {"query": query}) as span:
-                span.result = found = render(await search(task, query, passages, http), words)
-            talk = [*result.to_input_list(), {"role": "user", "content": found}]
+                span.result = shown = render(await search(task, query, passages, http), words)
+            talk = [*result.to_input_list(), {"role": "user", "content": shown}]
     return turns
 
 
@@ -96,7 +96,9 @@ async def search(task: Mapping[str, Any], query: str, k: int, http: httpx.AsyncC
     if url is None:
         return search_paragraphs(task["paragraphs"], query, k)
     reply = (await http.post(url, json={"query": query, "k": k})).raise_for_status().json()
-    return [Passage(doc_id=one["doc_id"], title=one["title"], text=one["text"]) for one in reply["passages"]]
+    return [
+        Passage(doc_id=passage["doc_id"], title=passage["title"], text=passage["text"]) for passage in reply["passages"]
+    ]
 
 
 def search_paragraphs(paragraphs: Sequence[Mapping[str, Any]], query: str, k: int) -> list[Passage]:
@@ -120,9 +122,9 @@ def render(passages: Sequence[Passage], words: int | None = None) -> str:
     """The passages as the model reads them, so many words of each: "(1) Oslo: Oslo is the capital …"."""
     if not passages:
         return "Nothing found."
-    texts = [one.text if words is None else " ".join(one.text.split()[:words]) for one in passages]
+    texts = [passage.text if words is None else " ".join(passage.text.split()[:words]) for passage in passages]
     titled = zip(passages, texts, strict=True)
-    return "\n".join(f"({number}) {one.title}: {text}" for number, (one, text) in enumerate(titled, start=1))
+    return "\n".join(f"({number}) {passage.title}: {text}" for number, (passage, text) in enumerate(titled, start=1))
 
 
 @functools.cache

@@ -39,16 +39,16 @@ def relations(*, root: str, split: str, num: int, seed: int) -> list[dict[str, A
         raise DataError(f"the relations of MuSiQue have no split {split!r}; there are {', '.join(FILES)}")
     rows = {row["question"]: row for row in _hops(root, split) if " >> " in row["question"]}
     if split == "held_out":
-        asked = {row["question"] for row in _hops(root, "train")}
+        trained = {row["question"] for row in _hops(root, "train")}
         known = {text for _, text in passages(root=root, split="train")}
-        kept = {key: row for key, row in rows.items() if key not in asked and row["support"] not in known}
+        kept = {key: row for key, row in rows.items() if key not in trained and row["support"] not in known}
         logger.warning(
             "MuSiQue, held out: %d relations; left out %d that training has", len(kept), len(rows) - len(kept)
         )
         rows = kept
-    found = list(rows.values())
-    chosen = random.Random(seed).sample(range(len(found)), min(num, len(found)))
-    return [{key: found[i][key] for key in found[i] if key != "support"} for i in sorted(chosen)]
+    distinct = list(rows.values())
+    chosen = random.Random(seed).sample(range(len(distinct)), min(num, len(distinct)))
+    return [{key: distinct[i][key] for key in distinct[i] if key != "support"} for i in sorted(chosen)]
 
 
 def passages(*, root: str, split: str) -> list[tuple[str, str]]:
@@ -75,7 +75,7 @@ def _hops(root: str, split: str) -> Iterator[dict[str, Any]]:
             if support:
                 yield {
                     "id": f"{row['id']}_{number}",
-                    "question": resolve(hop["question"], [one["answer"] for one in hops]),
+                    "question": resolve(hop["question"], [earlier["answer"] for earlier in hops]),
                     "answer": hop["answer"],
                     "answer_aliases": list(row.get("answer_aliases") or ()) if number == len(hops) else [],
                     "paragraphs": row["paragraphs"],
@@ -85,5 +85,5 @@ def _hops(root: str, split: str) -> Iterator[dict[str, Any]]:
 
 def resolve(question: str, answers: Sequence[str]) -> str:
     """ "#1 >> capital", ["Norway", "Oslo"] -> "Norway >> capital" """
-    text = re.sub(r"#(\d+)", lambda found: answers[int(found[1]) - 1], question)
+    text = re.sub(r"#(\d+)", lambda match: answers[int(match[1]) - 1], question)
     return re.sub(r" +([,?)])", r"\1", text).strip()

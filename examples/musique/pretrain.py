@@ -65,13 +65,13 @@ def turn(thought: str, tag: str, text: str) -> str:
 
 def chat(fact: Fact, *, search: bool, worded: bool = False) -> Chat:
     """A right chat about a fact, as the agent's messages are."""
-    asked = f"What is the {fact.relation} of {fact.entity}?" if worded else f"{fact.entity} >> {fact.relation}"
-    said = [{"role": "system", "content": SHORT_INSTRUCTIONS}, {"role": "user", "content": asked}]
+    question = f"What is the {fact.relation} of {fact.entity}?" if worded else f"{fact.entity} >> {fact.relation}"
+    messages = [{"role": "system", "content": SHORT_INSTRUCTIONS}, {"role": "user", "content": question}]
     if search:
-        found = render([Passage(doc_id="", title=fact.title, text=fact.text)], SHORT_WORDS)
-        said.append({"role": "assistant", "content": turn(fact.relation, SEARCH, fact.entity)})
-        said.append({"role": "user", "content": found})
-    return [*said, {"role": "assistant", "content": turn(fact.relation, ANSWER, fact.answer)}]
+        shown = render([Passage(doc_id="", title=fact.title, text=fact.text)], SHORT_WORDS)
+        messages.append({"role": "assistant", "content": turn(fact.relation, SEARCH, fact.entity)})
+        messages.append({"role": "user", "content": shown})
+    return [*messages, {"role": "assistant", "content": turn(fact.relation, ANSWER, fact.answer)}]
 
 
 def shortened(facts: Sequence[Fact]) -> Iterator[Fact]:
@@ -134,8 +134,8 @@ def mean_reward(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], open
     went_on = [messages for messages in chats if messages[-1]["role"] == "user"]
     for messages, text in zip(went_on, _continue(model, tokenizer, went_on, [""] * len(went_on)), strict=True):
         messages.append({"role": "assistant", "content": text})
-    said = [[one["content"] for one in messages if one["role"] == "assistant"] for messages in chats]
-    total = sum(score(row, turns) for row, turns in zip(rows, said, strict=True))
+    answers = [[message["content"] for message in messages if message["role"] == "assistant"] for messages in chats]
+    total = sum(score(row, turns) for row, turns in zip(rows, answers, strict=True))
     return total / len(rows), len(went_on) / len(rows)
 
 
@@ -152,8 +152,8 @@ def share_shown(rows: Sequence[dict[str, Any]]) -> float:
     """The share of hops whose answer the agent is shown when it searches for the entity: the most that copying gets."""
     shown = 0
     for row in rows:
-        (found,) = search_paragraphs(row["paragraphs"], row["question"].rpartition(" >> ")[0], 1) or (None,)
-        shown += found is not None and row["answer"] in render([found], SHORT_WORDS)
+        (passage,) = search_paragraphs(row["paragraphs"], row["question"].rpartition(" >> ")[0], 1) or (None,)
+        shown += passage is not None and row["answer"] in render([passage], SHORT_WORDS)
     return shown / len(rows)
 
 

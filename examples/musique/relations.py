@@ -202,18 +202,18 @@ def facts_in(title: str, text: str) -> Iterator[Fact]:
     """The facts of a passage's opening words, by the patterns."""
     about = re.sub(r" \([^)]*\)$|, .*", "", title)
     for relation, patterns in OF_TITLE.items():
-        found = next((match for pattern in patterns if (match := re.search(pattern, text))), None)
-        if found and _usable(answer := re.sub(r"['’]s$", "", found[found.re.groups].strip()), about):
+        matched = next((match for pattern in patterns if (match := re.search(pattern, text))), None)
+        if matched and _usable(answer := re.sub(r"['’]s$", "", matched[matched.re.groups].strip()), about):
             yield Fact(about, relation, answer, title, text)
     for relation, patterns in OF_NAME.items():
-        found = next((match for pattern in patterns if (match := re.search(pattern, text))), None)
-        if found and _usable(found[1], about):
-            yield Fact(found[1], relation, about, title, text)
+        matched = next((match for pattern in patterns if (match := re.search(pattern, text))), None)
+        if matched and _usable(matched[1], about):
+            yield Fact(matched[1], relation, about, title, text)
     for relation, pattern in PAIRS:
-        found = re.search(pattern, text)
-        if found and found[1] != found[2]:
-            yield Fact(found[1], relation, found[2], title, text)
-            yield Fact(found[2], relation, found[1], title, text)
+        matched = re.search(pattern, text)
+        if matched and matched[1] != matched[2]:
+            yield Fact(matched[1], relation, matched[2], title, text)
+            yield Fact(matched[2], relation, matched[1], title, text)
     countries = re.findall(rf"\b(?:{COUNTRIES.replace('.', '[.]')})(?=\W|$)", text.split(". ")[0])
     if countries and not re.search(r"\(born|\bborn\b", text):
         yield Fact(about, "country", countries[-1], title, text)
@@ -237,7 +237,7 @@ def all_facts(passages: Sequence[tuple[str, str]], words: int) -> list[Fact]:
     for title, text in passages:
         for start in sentence_starts(text):
             part = " ".join(text[start:].split()[:words])
-            facts += [one for one in facts_in(title, part) if start == 0 or one.relation not in _OPENING_ONLY]
+            facts += [fact for fact in facts_in(title, part) if start == 0 or fact.relation not in _OPENING_ONLY]
     return facts
 
 

@@ -29,8 +29,8 @@ def score(task: Mapping[str, Any], output: Sequence[str]) -> float:
 
 def given_answer(turn: str) -> str | None:
     """The last answer in a turn: "<answer>Oslo</answer>" -> "Oslo"; None where there is none."""
-    found = _GIVEN.findall(turn)
-    return found[-1].strip() if found else None
+    answers = _GIVEN.findall(turn)
+    return answers[-1].strip() if answers else None
 
 
 def well_formed(turns: Sequence[str]) -> bool:

@@ -125,12 +125,12 @@ def run(path: str | Path, sql: str, limits: Limits = DEFAULT) -> Table | Failure
 
 def files(folder: str | Path, db_id: str) -> list[Path]:
     """The databases of one id, `folder/db_id/*.sqlite`: one, or the several of a test suite. Raises DataError."""
-    found = sorted((Path(folder) / db_id).glob("*.sqlite")) if db_id == Path(db_id).name else []
-    if not found:
+    paths = sorted((Path(folder) / db_id).glob("*.sqlite")) if db_id == Path(db_id).name else []
+    if not paths:
         raise DataError(
             f"there is no database {db_id!r}: {Path(folder) / db_id}/*.sqlite; check --databases or data.root"
         )
-    return found
+    return paths
 
 
 def schema(path: str | Path) -> str:

@@ -114,9 +114,9 @@ def spoil(tokens: Sequence[str], table: Source, rng: random.Random) -> list[str]
 
 def encode(tokenizer: Any, chat: Chat, reply: str) -> Row:
     """Token ids of a whole chat, of which the reply is learnt."""
-    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
-    said = tokenizer(reply + END, add_special_tokens=False)["input_ids"]
-    return asked + said, [False] * len(asked) + [True] * len(said)
+    prompt_tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    reply_tokens = tokenizer(reply + END, add_special_tokens=False)["input_ids"]
+    return prompt_tokens + reply_tokens, [False] * len(prompt_tokens) + [True] * len(reply_tokens)
 
 
 def batches(patterns: Sequence[Example], tokenizer: Any, args: argparse.Namespace) -> Iterator[list[Row]]:
@@ -136,10 +136,10 @@ def batches(patterns: Sequence[Example], tokenizer: Any, args: argparse.Namespac
 
 def accuracy(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> float:
     """Share of questions whose first greedy query matches the gold one."""
-    asked = [prompt(WRITER, row["schema"], row["question"]) for row in rows]
-    texts = [tokenizer.apply_chat_template(one, add_generation_prompt=True, tokenize=False) for one in asked]
-    said = (text.partition(END)[0] for text in replies(model, tokenizer, texts, max_tokens=64))
-    return sum(score(row, query_in(reply)) for row, reply in zip(rows, said, strict=True)) / len(rows)
+    prompts = [prompt(WRITER, row["schema"], row["question"]) for row in rows]
+    texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in prompts]
+    queries = (text.partition(END)[0] for text in replies(model, tokenizer, texts, max_tokens=64))
+    return sum(score(row, query_in(reply)) for row, reply in zip(rows, queries, strict=True)) / len(rows)
 
 
 def new_tokenizer(patterns: Sequence[Example], vocab_size: int) -> Any:

@@ -50,10 +50,10 @@ def refuse(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     started = time.monotonic()
     assert main(arguments) == USER_ERROR
     assert time.monotonic() - started < 20
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert re.fullmatch(r"agl: [^\n]+\n", said.err)
-    return said.err.removeprefix("agl: ").strip()
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"agl: [^\n]+\n", captured.err)
+    return captured.err.removeprefix("agl: ").strip()
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +91,7 @@ def test_the_example_of_a_sweep_can_be_planned(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["sweep", "experiment=toy", "algorithm.lrr=uniform(1,2)"], "did you mean algorithm.lr?"),
         (["sweep", "resume=/nope"], "/nope is no sweep: it has no sweep.yaml"),
@@ -101,11 +101,15 @@ def test_the_example_of_a_sweep_can_be_planned(capsys: pytest.CaptureFixture[str
     ],
 )
 def test_several_runs_are_refused_before_the_first_starts(
-    arguments: list[str], said: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert said in refuse(capfd, *arguments)
-    assert not [one for one in tmp_path.rglob("*") if one.is_file()]
+    assert message in refuse(capfd, *arguments)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,20 +146,20 @@ def test_a_port_in_use(command: str, model: str, capfd: pytest.CaptureFixture[st
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        said = refuse(capfd, command, "experiment=calc_tiny", model, f"serving.port={port}")
-    assert said.startswith(f"serving.port={port} cannot be used on 127.0.0.1")
+        line = refuse(capfd, command, "experiment=calc_tiny", model, f"serving.port={port}")
+    assert line.startswith(f"serving.port={port} cannot be used on 127.0.0.1")
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "serve"])
 def test_more_memory_than_there_is(command: str, model: str, capfd: pytest.CaptureFixture[str]) -> None:
-    said = refuse(capfd, command, "experiment=calc_tiny", model, "serving.kv_cache_gib=100000")
-    assert re.match(r"serving.kv_cache_gib=100000 .* but [\d.]+ GiB of memory are free", said)
+    line = refuse(capfd, command, "experiment=calc_tiny", model, "serving.kv_cache_gib=100000")
+    assert re.match(r"serving.kv_cache_gib=100000 .* but [\d.]+ GiB of memory are free", line)
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_a_data_folder_that_is_not_there(command: str, model: str, capfd: pytest.CaptureFixture[str]) -> None:
-    said = refuse(capfd, command, "experiment=calc_mawps", model, "data.root=/nope")
-    assert re.match(r"/nope/mawps_\w+\.jsonl\[\.gz\] does not exist; set data\.root", said)
+    line = refuse(capfd, command, "experiment=calc_mawps", model, "data.root=/nope")
+    assert re.match(r"/nope/mawps_\w+\.jsonl\[\.gz\] does not exist; set data\.root", line)
 
 
 def test_a_malformed_row_is_named_by_file_and_line(
@@ -164,8 +168,8 @@ def test_a_malformed_row_is_named_by_file_and_line(
     file = tmp_path / "mawps_train.jsonl"
     file.write_text('{"id": "a", "question": "1+1?", "result": "2"}\n{"id": "b", "question\n')
     shutil.copy(file, tmp_path / "mawps_validation.jsonl")
-    said = refuse(capfd, "train", "experiment=calc_mawps", model, f"data.root={tmp_path}")
-    assert said.startswith(f"{file}:2: not JSON")
+    line = refuse(capfd, "train", "experiment=calc_mawps", model, f"data.root={tmp_path}")
+    assert line.startswith(f"{file}:2: not JSON")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def rollouts(draw: st.DrawFn) -> Trajectory:
                 logprob_T=np.array([draw(floats) for _ in tokens], np.float32),
                 finish_reason=draw(st.sampled_from(["stop", "length", "tool_calls", ""])),
                 # Two that start at the same time have no order that a trace could keep.
-                started_at=(start := draw(times.filter(lambda time: all(time != one.started_at for one in calls)))),
+                started_at=(start := draw(times.filter(lambda time: all(time != call.started_at for call in calls)))),
                 ended_at=start + draw(st.floats(0, 100)),
                 request=draw(st.just("") | st.lists(said, min_size=1, max_size=3).map(compact) | st.just("no JSON")),
                 reply=draw(st.just("") | replies.map(compact)),
@@ -80,7 +80,7 @@ def rollouts(draw: st.DrawFn) -> Trajectory:
             )
         )
     calls.sort(key=lambda call: (call.started_at, call.call_id))
-    ids = [one.call_id for one in calls]
+    ids = [call.call_id for call in calls]
     tools = tuple(
         ToolCall(
             key=KEY,
@@ -118,14 +118,14 @@ def rollouts(draw: st.DrawFn) -> Trajectory:
     )
 
 
-def plain(whole: Trajectory) -> dict[str, Any]:
-    return dict(json.loads(to_line(whole)))
+def plain(trajectory: Trajectory) -> dict[str, Any]:
+    return dict(json.loads(to_line(trajectory)))
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(rollouts())
-def test_a_rollout_that_leaves_as_json_comes_back_the_same(whole: Trajectory) -> None:
-    assert plain(from_row(plain(whole))) == plain(whole)
+def test_a_rollout_that_leaves_as_json_comes_back_the_same(trajectory: Trajectory) -> None:
+    assert plain(from_row(plain(trajectory))) == plain(trajectory)
 
 
 def without_source(row: dict[str, Any]) -> dict[str, Any]:
@@ -145,15 +145,15 @@ def _value(text: str) -> Any:
 
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(rollouts())
-def test_a_rollout_that_leaves_as_otlp_comes_back_the_same(whole: Trajectory) -> None:
+def test_a_rollout_that_leaves_as_otlp_comes_back_the_same(trajectory: Trajectory) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path, count = write([whole], Path(folder), "otlp")
+        path, count = write([trajectory], Path(folder), "otlp")
         (report,) = read_files([path])
     assert count == 1
     assert set(report.refused) == set()
     (rollout,) = report.rollouts
     assert rollout.trajectory.key == KEY
-    assert without_source(plain(rollout.trajectory)) == without_source(plain(whole))
+    assert without_source(plain(rollout.trajectory)) == without_source(plain(trajectory))
 
 
 def a_rollout() -> Trajectory:
@@ -200,8 +200,8 @@ def test_no_export_shows_the_secret_of_a_rollout(form: Format, tmp_path: Path) -
         ended_at=0,
         source="request",
     )
-    whole = replace(a_rollout(), calls=(call,), tools=(tool,), output=url, error=f"cannot reach {url}")
-    path, _ = write([whole], tmp_path, form)
+    trajectory = replace(a_rollout(), calls=(call,), tools=(tool,), output=url, error=f"cannot reach {url}")
+    path, _ = write([trajectory], tmp_path, form)
     text = path.read_text()
     assert "attempt/2/***/agent" in text
     assert secret not in text
@@ -238,7 +238,7 @@ def test_a_rollout_is_imported_once_and_others_get_free_numbers(tmp_path: Path) 
     other = tmp_path / "other.json"
     other.write_text(json.dumps([{"request": {"messages": REQUEST}, "response": {"choices": []}}] * 2))
     reports = read_files([own, other, own])
-    assert [[one.trajectory.key.group for one in report.rollouts] for report in reports] == [[0], [1, 2], []]
+    assert [[rollout.trajectory.key.group for rollout in report.rollouts] for report in reports] == [[0], [1, 2], []]
     assert dict(reports[2].refused) == {"a rollout for the second time": 1}
 
 
@@ -248,7 +248,7 @@ def test_the_commands_take_a_run_out_and_in_again(tmp_path: Path, capsys: pytest
     writer = RolloutWriter(run / "rollouts")
     writer.write(1, 0, [group(replace(a_rollout(), reward=0.0))])
     writer.write(1, 0, [group(a_rollout())])  # as a run that was resumed does
-    assert [one.reward for one in read_trajectories(run)] == [1.0]
+    assert [trajectory.reward for trajectory in read_trajectories(run)] == [1.0]
     for form, name in FILES.items():
         assert main(["export", str(run), "--out", str(tmp_path / form), "--format", form]) == 0
         assert main(["import", str(tmp_path / form / name), "--out", str(tmp_path / "in")]) == 0
@@ -275,8 +275,8 @@ def test_files_with_nothing_to_read_are_refused_in_one_line(
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "text.txt").write_text("hello\nworld\n")
     (tmp_path / "bytes.pb").write_bytes(bytes(range(256)))
-    assert main([*(one.format(folder=tmp_path) for one in arguments), "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr()
-    assert words in said.err
-    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert main([*(argument.format(folder=tmp_path) for argument in arguments), "--out", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
     assert not (tmp_path / "out").exists()

@@ -116,10 +116,10 @@ def test_a_row_that_cannot_be_scored_ends_it_without_totals(tmp_path: Path, caps
     good = {"pred": "x", "answer": "x"}
     path = write(tmp_path / "p.jsonl", good, "\n", row, good)
     assert main(["score", "musique", path]) == USER_ERROR
-    said = capsys.readouterr()
-    assert said.err.startswith(f"agl: {path}:3: {fault}")
-    assert said.err.count("\n") == 1
-    assert lines(said.out) == [{**good, "score": 1.0, "em": 1, "f1": 1.0}]
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"agl: {path}:3: {fault}")
+    assert captured.err.count("\n") == 1
+    assert lines(captured.out) == [{**good, "score": 1.0, "em": 1, "f1": 1.0}]
 
 
 def test_bytes_that_are_no_text_name_their_line(tmp_path: Path, capsys: Any) -> None:
@@ -135,8 +135,8 @@ def test_bytes_that_are_no_text_name_their_line(tmp_path: Path, capsys: Any) -> 
 def test_nothing_to_score_is_one_line(tmp_path: Path, arguments: list[str], capsys: Any) -> None:
     empty = write(tmp_path / "empty.jsonl", "\n")
     assert main(["score", *[empty if item == "EMPTY" else item for item in arguments]]) == USER_ERROR
-    said = capsys.readouterr()
-    assert (said.out, said.err.count("\n")) == ("", 1)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
 
 
 def test_standard_input_is_read() -> None:

@@ -237,12 +237,12 @@ def forms(result: str, value: float) -> list[str]:
         f"<result>{exact}</result>",
     ]
     written += [f"${exact}" if value >= 0 else f"-${exact[1:]}", f"{exact} apples", f"{exact} cm^2", f"x = {exact}"]
-    whole, rest = divmod(abs(value), 1)
+    integer, rest = divmod(abs(value), 1)
     sign = "-" if value < 0 else ""
     if not rest:
         written += [f"{int(value):,}", f"{int(value):,}.00", f"{int(value):_}"]
     else:
-        written += [f"{value:,.6f}" if abs(value) > 0.1 else exact, f"{sign}{whole:,.0f}.{f'{rest:.4f}'[2:]}"][
+        written += [f"{value:,.6f}" if abs(value) > 0.1 else exact, f"{sign}{integer:,.0f}.{f'{rest:.4f}'[2:]}"][
             : 1 + (value > 1)
         ]
         ratio = Fraction(value).limit_denominator(1000)
@@ -426,9 +426,9 @@ def test_problems_are_sound():
         assert row["result"] == calculator.render(value)
         assert reward.score(row, f"The answer is {row['result']}.") == 1.0
         assert not set("{}") & set(row["question"])
-        said = {int(number) for number in problems._QUESTION_NUMBER.findall(row["question"])}
+        numbers = {int(number) for number in problems._QUESTION_NUMBER.findall(row["question"])}
         used = {int(number) for number in problems._EQUATION_NUMBER.findall(row["equation"])}
-        assert used - said <= ({2} if row["kind"] == "average" else set())
+        assert used - numbers <= ({2} if row["kind"] == "average" else set())
 
 
 def test_problems_must_be_read():
@@ -462,7 +462,7 @@ FIRST = {
 
 def test_a_sheet_is_right_only_where_all_of_it_is():
     (sheet, other) = problems.generate_sheets(0, 2, "val")
-    assert [len(one["rows"]) for one in (sheet, other)] == [problems.SHEET] * 2
+    assert [len(drawn["rows"]) for drawn in (sheet, other)] == [problems.SHEET] * 2
     answers = [f"The answer is {row['result']}." for row in sheet["rows"]]
     assert reward.score_sheet(sheet, answers) == 1.0
     assert reward.score_sheet(sheet, [*answers[:-1], "The answer is -1."]) == 0.0

@@ -37,7 +37,9 @@ async def run(command: str, num: int) -> list[Trajectory]:
         await world.engine.install(skilled(WORDS))
         await world.buffer.admit(TASK, split="train", num_rollouts=num)
         (group,) = await take_groups(world.buffer, 1, split="train")
-    assert [(one.error, one.output, one.reward) for one in group.trajectories] == [("", "The answer is 5.", 1.0)] * num
+    assert [(trajectory.error, trajectory.output, trajectory.reward) for trajectory in group.trajectories] == [
+        ("", "The answer is 5.", 1.0)
+    ] * num
     return list(group.trajectories)
 
 
@@ -67,15 +69,15 @@ async def test_the_tools_of_a_node_agent_are_read_from_its_requests(node: str) -
 
 
 def test_the_calculator_of_the_node_agent(node: str) -> None:
-    asked = {"(14+3)*2": "34", "7/2-1": "2.5", "-(2+.5)*2": "-5", "1/0": "", "2+": "", "alert(1)": "", "9" * 999: ""}
+    results = {"(14+3)*2": "34", "7/2-1": "2.5", "-(2+.5)*2": "-5", "1/0": "", "2+": "", "alert(1)": "", "9" * 999: ""}
     code = """
         const { evaluate } = await import(process.argv[1]);
         const quiet = (text) => { try { return String(evaluate(text)); } catch { return ""; } };
         console.log(JSON.stringify(process.argv.slice(2).map(quiet)));
     """
-    command = ["node", "--input-type=module", "-e", code, f"{NODE}/calculator.js", *asked]
+    command = ["node", "--input-type=module", "-e", code, f"{NODE}/calculator.js", *results]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert dict(zip(asked, json.loads(done.stdout), strict=True)) == asked, done.stderr
+    assert dict(zip(results, json.loads(done.stdout), strict=True)) == results, done.stderr
 
 
 @pytest.mark.skipif(not CREWAI.is_dir(), reason="`make venv-crewai` was not run")

@@ -31,8 +31,8 @@ async def with_langchain(payload: dict[str, Any], policy: Policy) -> float:
     openai = pytest.importorskip("langchain_openai")
     model = openai.ChatOpenAI(model=policy.model, base_url=policy.base_url, api_key=policy.api_key)
     agent = agents.create_agent(model, tools=[add], name="adder")
-    asked = {"messages": [{"role": "user", "content": payload["question"]}]}
-    state = await agent.ainvoke(asked, {"recursion_limit": 12})
+    question = {"messages": [{"role": "user", "content": payload["question"]}]}
+    state = await agent.ainvoke(question, {"recursion_limit": 12})
     return float(state["messages"][-1].content == "5")
 
 
@@ -98,11 +98,11 @@ async def with_openai(payload: dict[str, Any], policy: Policy) -> float:
     async with AsyncOpenAI(base_url=policy.base_url, api_key=policy.api_key) as client:
         while True:
             reply = await client.chat.completions.create(model=policy.model, messages=messages, tools=[tool])
-            said: Any = reply.choices[0].message
-            if not said.tool_calls:
-                return float(said.content == "5")
-            messages.append(said.model_dump(exclude_none=True))
-            for call in said.tool_calls:
+            message: Any = reply.choices[0].message
+            if not message.tool_calls:
+                return float(message.content == "5")
+            messages.append(message.model_dump(exclude_none=True))
+            for call in message.tool_calls:
                 content = add(**json.loads(call.function.arguments))
                 messages.append({"role": "tool", "tool_call_id": call.id, "content": content})
 
@@ -119,8 +119,8 @@ async def with_anthropic(payload: dict[str, Any], policy: Policy) -> float:
             if not used:
                 return float("".join(block.text for block in reply.content if block.type == "text") == "5")
             results = [{"type": "tool_result", "tool_use_id": u.id, "content": add(**u.input)} for u in used]
-            said = [block.model_dump(exclude_none=True) for block in reply.content]
-            messages += [{"role": "assistant", "content": said}, {"role": "user", "content": results}]
+            blocks = [block.model_dump(exclude_none=True) for block in reply.content]
+            messages += [{"role": "assistant", "content": blocks}, {"role": "user", "content": results}]
 
 
 MIXED = (with_langchain, with_openai_agents, with_autogen, with_openai, with_anthropic)
@@ -149,14 +149,18 @@ async def test_500_agents_of_mixed_frameworks_at_once_lose_no_span_and_double_no
         while not taking.done():  # ends with the rollouts, each of which has a deadline
             most = max(most, (await world.buffer.stats()).running)
             await asyncio.sleep(0.1)
-        done = [one for group in taking.result() for one in group.trajectories]
+        done = [trajectory for group in taking.result() for trajectory in group.trajectories]
         stats = await world.buffer.stats()
     assert most == 500
-    assert [(one.error, one.reward, len(one.calls), len(one.tools)) for one in done] == [("", 1.0, 2, 1)] * 500
-    assert {(tool.name, tool.result, tool.call_id == one.calls[0].call_id) for one in done for tool in one.tools} == {
-        ("add", "5", True)
-    }
-    assert len({call.call_id for one in done for call in one.calls}) == stats.calls == 1000
+    assert [
+        (trajectory.error, trajectory.reward, len(trajectory.calls), len(trajectory.tools)) for trajectory in done
+    ] == [("", 1.0, 2, 1)] * 500
+    assert {
+        (tool.name, tool.result, tool.call_id == trajectory.calls[0].call_id)
+        for trajectory in done
+        for tool in trajectory.tools
+    } == {("add", "5", True)}
+    assert len({call.call_id for trajectory in done for call in trajectory.calls}) == stats.calls == 1000
     assert (stats.refused_spans, stats.refused_finishes) == (0, 0)
-    sources = [tool.source for one in done for tool in one.tools]
+    sources = [tool.source for trajectory in done for tool in trajectory.tools]
     assert sources.count("trace") == 300, "three of the five have an instrumentor"

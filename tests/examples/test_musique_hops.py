@@ -59,7 +59,7 @@ def root(tmp_path: Path) -> str:
 
 def test_a_hop_is_a_question_of_its_own_with_earlier_answers_put_in(root: str) -> None:
     train = relations(root=root, split="train", num=10, seed=0)
-    assert [(one["question"], one["answer"], one["answer_aliases"]) for one in train] == [
+    assert [(row["question"], row["answer"], row["answer_aliases"]) for row in train] == [
         ("Hello Love >> performer", "Hank Snow", []),
         ("Hank Snow >> place of birth", "Brooklyn, Nova Scotia", []),
     ]

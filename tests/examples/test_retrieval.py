@@ -98,8 +98,8 @@ def test_dense_search_finds_what_is_near(tmp_path: Path, exact: bool) -> None:
     dense.merge(folders, tmp_path / dense.INDEX)
     index = dense.DenseIndex(tmp_path, folders, encoder, "")
     hits = index.search(["\n" + rows[i]["text"] for i in (3, 499, 500, 1199)], 2)
-    assert [found[0][:2] for found in hits] == [(0, 3), (0, 499), (1, 0), (1, 699)]
-    assert all(found[0][2] == pytest.approx(1, abs=1e-2) for found in hits)
+    assert [hit[0][:2] for hit in hits] == [(0, 3), (0, 499), (1, 0), (1, 699)]
+    assert all(hit[0][2] == pytest.approx(1, abs=1e-2) for hit in hits)
     vectors = np.load(folders[0] / dense.VECTORS)
     assert vectors.dtype == np.float16
     assert vectors.shape[0] == 500

@@ -134,12 +134,12 @@ def test_a_database_that_is_missing_or_corrupt_is_a_failure(singers, tmp_path):
             path.write_bytes(content)
         return databases.run(path, "SELECT name FROM singer").kind
 
-    whole = singers.read_bytes()
+    content = singers.read_bytes()
     assert kind("missing.sqlite", None) == "missing"
     assert databases.run(tmp_path, "SELECT 1").kind == "missing"
     assert kind("text.sqlite", b"not a database" * 1000) == "corrupt"
-    assert kind("garbled.sqlite", whole[:4096] + b"\xff" * (len(whole) - 4096)) == "corrupt"
-    assert kind("cut.sqlite", whole[:4096]) == "corrupt"
+    assert kind("garbled.sqlite", content[:4096] + b"\xff" * (len(content) - 4096)) == "corrupt"
+    assert kind("cut.sqlite", content[:4096]) == "corrupt"
     assert kind("empty.sqlite", b"") == "error"
 
 
@@ -245,8 +245,8 @@ def test_prepare(sql, prepared):
     ],
 )
 def test_execution_match(singers, match, keep, predicted, gold):
-    found = execution_match.execution_match(predicted, gold, [singers], keep_distinct=keep, limits=SOON)
-    assert found is match
+    matches = execution_match.execution_match(predicted, gold, [singers], keep_distinct=keep, limits=SOON)
+    assert matches is match
 
 
 def test_a_prediction_must_match_on_every_database(singers, tmp_path):

@@ -53,8 +53,8 @@ def test_a_query_is_written_in_one_way(tables, query, plain):
 def test_a_question_is_put_to_another_table(tables):
     singer, dog = tables
     tokens = wordings.plain("SELECT name FROM singer WHERE birth_year = 1990", singer)
-    asked = "What are the names of the singers whose birth year is 1990?"
-    question, written = wordings.redraw(asked, tokens, singer, dog, random.Random(0))
+    question = "What are the names of the singers whose birth year is 1990?"
+    question, written = wordings.redraw(question, tokens, singer, dog, random.Random(0))
     query = " ".join(written)
     assert written[1] in ("breed", "notes")
     assert written[3:6] == ["dog", "where", "weight"]

@@ -56,15 +56,15 @@ class Host:
 
     def processes(self, title: str = "") -> list[psutil.Process]:
         """Those on this host whose command line has `title` in it."""
-        found = []
+        processes = []
         for pid in self.pids():
             try:
                 process = psutil.Process(pid)
                 if title in " ".join(process.cmdline()):
-                    found.append(process)
+                    processes.append(process)
             except psutil.NoSuchProcess:
                 continue
-        return found
+        return processes
 
     def pids(self) -> list[int]:
         """The ids of all processes on this host."""

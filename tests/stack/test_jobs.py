@@ -100,9 +100,9 @@ def test_a_stopped_job_leaves_a_checkpoint(dashboard: str, tmp_path: Path) -> No
     runs = tmp_path / "runs"
     follower = agl("submit", "experiment=toy", "steps=1000", f"runs_dir={runs}", "--address", dashboard, "--wait")
     assert follower.stderr is not None
-    said = (re.search(r"submitted (\S+);", line) for line in follower.stderr)  # Ray's client may speak first
-    name = next(match[1] for match in said if match)
-    wait_for(lambda: any("train/reward" in one.read_text() for one in runs.glob("*/metrics.jsonl")), 300)
+    names = (re.search(r"submitted (\S+);", line) for line in follower.stderr)  # Ray's client may speak first
+    name = next(match[1] for match in names if match)
+    wait_for(lambda: any("train/reward" in metrics.read_text() for metrics in runs.glob("*/metrics.jsonl")), 300)
     subprocess.run([BIN / "ray", "job", "stop", name, "--address", dashboard], env=os.environ | TOKEN, check=True)
     follower.communicate(timeout=120)
     assert follower.returncode == 130

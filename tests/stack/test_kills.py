@@ -47,8 +47,8 @@ def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 def steps_of(run: Path) -> list[int]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("}")]
-    return [record["step"] for record in found if "train/reward" in record]
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return [record["step"] for record in records if "train/reward" in record]
 
 
 def wait_for_steps(run: Path, process: subprocess.Popen[str], more: int) -> None:
@@ -63,7 +63,7 @@ def wait_for_steps(run: Path, process: subprocess.Popen[str], more: int) -> None
 def pids_of(process: subprocess.Popen[str], title: str) -> list[int]:
     """The ids of the run's processes whose title matches."""
     children = psutil.Process(process.pid).children(recursive=True)
-    return [one.pid for one in children if re.search(title, " ".join(one.cmdline()))]
+    return [child.pid for child in children if re.search(title, " ".join(child.cmdline()))]
 
 
 def summary_of(run: Path) -> dict[str, Any]:
@@ -88,9 +88,9 @@ def test_a_run_goes_on_whatever_of_its_processes_is_killed(tmp_path: Path) -> No
         os.kill(pid, signal.SIGKILL)
         wait_for_steps(run, process, 3)
         os.kill(process.pid, signal.SIGINT)
-        said, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, said
-    assert "a process of the run has died: PolicyBoard" in said
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "a process of the run has died: PolicyBoard" in output
     assert summary_of(run)["rollouts"]["failed"] == {}  # what was lost was made again
     finished = [row for row in read_rollouts(run).to_pylist() if row["outcome"] == "finished"]
     assert len({(row["step"], row["rollout_id"]) for row in finished}) == len(finished)
@@ -105,7 +105,7 @@ def test_kill_9_of_the_driver_leaves_nothing_and_the_run_is_resumed(tmp_path: Pa
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         _, alive = psutil.wait_procs(started, timeout=150)
-        assert [" ".join(one.cmdline()) for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
+        assert [" ".join(survivor.cmdline()) for survivor in alive if survivor.status() != psutil.STATUS_ZOMBIE] == []
     done = max(steps_of(run))
     subprocess.run(agl("train", f"resume={run}", f"steps={done + 3}"), cwd=ROOT, check=True, timeout=300)
     assert summary_of(run)["steps"] == done + 3
@@ -120,8 +120,8 @@ def test_kill_9_of_rays_head_ends_the_run_which_is_resumed(part: str, tmp_path: 
         started = psutil.Process(process.pid).children(recursive=True)
         (pid,) = pids_of(process, part)
         os.kill(pid, signal.SIGKILL)
-        said, _ = process.communicate(timeout=240)
-        assert process.returncode not in (0, None), said
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode not in (0, None), output
         _, alive = psutil.wait_procs(started, timeout=150)
         assert [" ".join(one.cmdline()) for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
     done = max(steps_of(run))
@@ -143,9 +143,9 @@ def test_kill_9_of_vllms_engine_and_of_the_learner(tmp_path: Path) -> None:
         os.kill(learner, signal.SIGKILL)
         wait_for_steps(run, process, 2)
         os.kill(process.pid, signal.SIGINT)
-        said, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, said
-    assert "a process of the run has died: ModelWorker" in said
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "a process of the run has died: ModelWorker" in output
     assert summary_of(run)["mean_abs_logprob_gap"] < 1e-3  # the new engine has the current weights
 
 
@@ -159,8 +159,8 @@ def test_ctrl_c_while_a_run_starts_ends_it_at_once_with_one_line(begun: str, tmp
             time.sleep(0.05)
         started = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
-        assert process.returncode == 130, said
-        assert said.splitlines()[1:] == ["stopped before it had started; nothing is changed"]
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 130, output
+        assert output.splitlines()[1:] == ["stopped before it had started; nothing is changed"]
         _, alive = psutil.wait_procs(started, timeout=150)
         assert [" ".join(one.cmdline()) for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []

@@ -46,20 +46,20 @@ def rows(prefix: str) -> list[dict[str, object]]:
 
 def test_searches_arrive_as_tool_spans_and_calls_are_trained(tmp_path: Path) -> None:
     files = {
-        "train_with_paragraphs": [one for prefix in ("Old", "New", "East", "West") for one in rows(prefix)],
+        "train_with_paragraphs": [row for prefix in ("Old", "New", "East", "West") for row in rows(prefix)],
         "train_unanswerable_with_paragraphs": [],
         "dev_with_paragraphs": rows("Great"),
     }
     for name, content in files.items():
         with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
-            file.writelines(json.dumps(one) + "\n" for one in content)
+            file.writelines(json.dumps(row) + "\n" for row in content)
     options = ["experiment=musique_tiny_relations", f"data.root={tmp_path}", "steps=1", "algorithm.tasks_per_step=16"]
     command = [sys.executable, "-m", "agent_lightning.cli", "train", *options, f"runs_dir={tmp_path}", "name=run"]
     subprocess.run(command, cwd=ROOT, check=True)
-    found = read_rollouts(tmp_path / "run").to_pylist()
-    assert {row["outcome"] for row in found} == {"finished"}
-    searches = [tool for row in found for tool in row["tools"] if tool["name"] == "search"]
+    rollouts = read_rollouts(tmp_path / "run").to_pylist()
+    assert {row["outcome"] for row in rollouts} == {"finished"}
+    searches = [tool for row in rollouts for tool in row["tools"] if tool["name"] == "search"]
     assert searches
-    assert all(len(row["tools"]) >= len(row["calls"]) - 1 for row in found)
+    assert all(len(row["tools"]) >= len(row["calls"]) - 1 for row in rollouts)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["trained_tokens"] > 0

@@ -68,11 +68,13 @@ def number_on(host: Host, title: str) -> int:
 
 def leases(run: Path) -> set[str]:
     """Names of the workers that have been given rollouts, as far as the journal goes back."""
-    found = set[str]()
+    workers = set[str]()
     with suppress(FileNotFoundError):  # a segment that is not needed any more has gone meanwhile
         for reading in segment_readers(run / "journal"):
-            found |= {event.worker for _, payload in reading.records() if isinstance(event := decode(payload), Leased)}
-    return found
+            workers |= {
+                event.worker for _, payload in reading.records() if isinstance(event := decode(payload), Leased)
+            }
+    return workers
 
 
 SLOW = """
@@ -112,7 +114,7 @@ def test_workers_and_gateways_come_and_go_with_their_nodes(hosts: Hosts, tmp_pat
         wait_for(lambda: " is gone; its rollouts are run again elsewhere" in log.read_text(), 240, process, log)
         reached = steps_of(run)
         wait_for(lambda: steps_of(run) >= reached + 5, 240, process, log)
-        assert [number_on(one, "ray::RolloutWorker") for one in (hosts.head, third, fourth)] == [2, 2, 2]
+        assert [number_on(host, "ray::RolloutWorker") for host in (hosts.head, third, fourth)] == [2, 2, 2]
         os.kill(hosts.head.processes("agent_lightning.cli")[-1].pid, signal.SIGINT)
         assert process.wait(timeout=240) == 130, log.read_text()
     rollouts = json.loads((run / "summary.json").read_text())["rollouts"]
@@ -122,7 +124,7 @@ def test_workers_and_gateways_come_and_go_with_their_nodes(hosts: Hosts, tmp_pat
     assert any(row["attempt"] > 0 and row["outcome"] == "finished" for row in rows)  # what the dead node had
     finished = [row["rollout_id"] for row in rows if row["outcome"] == "finished"]
     assert len(set(finished)) == len(finished)
-    assert not any(number_on(one, "ray::RolloutWorker") for one in (hosts.head, third, fourth))
+    assert not any(number_on(host, "ray::RolloutWorker") for host in (hosts.head, third, fourth))
 
 
 @pytest.mark.parametrize("settings", [(), ("serving.host=0.0.0.0", "serving.gateways=1")])
@@ -137,8 +139,8 @@ def test_a_driver_on_another_node_than_the_head(settings: tuple[str, ...], hosts
     with log.open("w") as out:
         process = subprocess.Popen(command, env=hosts.environment, text=True, stdout=out, stderr=out)
     both = (hosts.head, second)
-    wait_for(lambda: [number_on(one, "ray::RolloutWorker") for one in both] == [1, 1], 240, process, log)
-    assert [number_on(one, "ray::Buffer") for one in both] == [0, 1]  # beside the driver
+    wait_for(lambda: [number_on(host, "ray::RolloutWorker") for host in both] == [1, 1], 240, process, log)
+    assert [number_on(host, "ray::Buffer") for host in both] == [0, 1]  # beside the driver
     assert process.wait(timeout=240) == 0, log.read_text()
     assert steps_of(run) == 5
 

@@ -93,9 +93,9 @@ def test_a_dense_index_is_built_shard_by_shard(tmp_path: Path) -> None:
     sys.path.insert(0, str(EXAMPLE))
     from retrieval.service import Retriever
 
-    found = Retriever(index).search(["\n" + rows[i]["text"] for i in (0, 199, 200, 499)], 1)
-    assert [passages[0]["doc_id"] for passages in found] == ["0", "199", "200", "499"]
-    assert all(passages[0]["score"] == pytest.approx(1, abs=1e-2) for passages in found)
+    hits = Retriever(index).search(["\n" + rows[i]["text"] for i in (0, 199, 200, 499)], 1)
+    assert [passages[0]["doc_id"] for passages in hits] == ["0", "199", "200", "499"]
+    assert all(passages[0]["score"] == pytest.approx(1, abs=1e-2) for passages in hits)
 
 
 def check_service(index: Path) -> None:
@@ -105,12 +105,12 @@ def check_service(index: Path) -> None:
     service = command("serve", str(index), "--port", str(port))
     try:
         assert any("serving" in line for line in lines_of(service))
-        found = post(port, {"query": "what stands at unique1234?", "k": 2})["passages"]
-        assert found[0]["doc_id"] == "d1234"
-        assert found[0]["title"] == "Place 1234"
-        assert found[0]["score"] > 0
+        passages = post(port, {"query": "what stands at unique1234?", "k": 2})["passages"]
+        assert passages[0]["doc_id"] == "d1234"
+        assert passages[0]["title"] == "Place 1234"
+        assert passages[0]["score"] > 0
         several = post(port, {"query": ["unique7", "nothing"], "k": 1})["results"]
-        assert [[one["doc_id"] for one in passages] for passages in several] == [["d7"], []]
+        assert [[passage["doc_id"] for passage in passages] for passages in several] == [["d7"], []]
         with pytest.raises(HTTPError) as refused:
             post(port, {"query": 3})
         assert refused.value.code == 400

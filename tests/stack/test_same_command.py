@@ -32,10 +32,10 @@ def test_a_trial_of_a_sweep_is_the_run_that_its_words_are(tmp_path: Path) -> Non
     agl("sweep", *WORDS, "algorithm.lr=choice(4.0)", "sweep=grid", f"runs_dir={tmp_path}")
     (trial,) = tmp_path.glob("sweep-toy-*/trial-000")
     here = figures(tmp_path / "here")
-    there = figures(trial)
-    assert len(there) == len(here)
-    for ours, theirs in zip(here, there, strict=True):
+    elsewhere = figures(trial)
+    assert len(elsewhere) == len(here)
+    for ours, other in zip(here, elsewhere, strict=True):
         # The rows of a batch come in the order in which rollouts end: a sum of floats may differ in its last bit.
-        assert theirs == pytest.approx(ours, abs=1e-9, nan_ok=True)
+        assert other == pytest.approx(ours, abs=1e-9, nan_ok=True)
     assert [row["step"] for row in here] == [0, 1, 2, 3]
     assert here[-1]["val/reward"] > here[0]["val/reward"]

@@ -41,7 +41,9 @@ def spider(folder: Path) -> Path:
     path.parent.mkdir(parents=True)
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE Has_allergy (StuID INT, Allergy TEXT)")
-    connection.executemany("INSERT INTO Has_allergy VALUES (?, ?)", [(i % 3, one) for i, one in enumerate(ALLERGIES)])
+    connection.executemany(
+        "INSERT INTO Has_allergy VALUES (?, ?)", [(i % 3, allergy) for i, allergy in enumerate(ALLERGIES)]
+    )
     connection.commit()
     connection.close()
     rows = [{"question": question, "db_id": "allergy", "query": query} for question, query in TRAIN]
@@ -70,10 +72,13 @@ def test_writer_checker_and_rewriter_are_recorded_and_the_checker_is_not_trained
     rows = read_rollouts(tmp_path / "run").to_pylist()
     assert {row["outcome"] for row in rows} == {"finished"}
     roles = [[call["agent"] for call in row["calls"]] for row in rows]
-    assert all(one[:2] == ["writer", "checker"] and set(one[2:]) <= {"checker", "rewriter"} for one in roles)
-    assert any("rewriter" in one for one in roles)
-    said = {role: 0 for one in roles for role in one}
+    assert all(
+        rollout_roles[:2] == ["writer", "checker"] and set(rollout_roles[2:]) <= {"checker", "rewriter"}
+        for rollout_roles in roles
+    )
+    assert any("rewriter" in rollout_roles for rollout_roles in roles)
+    calls = {role: 0 for rollout_roles in roles for role in rollout_roles}
     for row in rows:
         for call in row["calls"] if row["split"] == "train" else ():
-            said[call["agent"]] += len(call["response_ids"])
-    assert 0 < summary["trained_tokens"] <= said["writer"] + said["rewriter"]
+            calls[call["agent"]] += len(call["response_ids"])
+    assert 0 < summary["trained_tokens"] <= calls["writer"] + calls["rewriter"]

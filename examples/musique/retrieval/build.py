@@ -59,7 +59,7 @@ def build(settings: Settings, out: Path, *, workers: int, gpus: float = 0, repor
     tasks = _side_by_side(index_shard, ((folder, settings) for folder in _cut(settings, out)), workers, gpus)
     for folder, counts in tasks:
         shards[folder] = counts
-        passages = sum(one.passages for one in shards.values())
+        passages = sum(counts.passages for counts in shards.values())
         rate = passages / (time.monotonic() - started)
         report(f"{len(shards)} shards, {passages:,} passages indexed, {rate:,.0f} a second")
     shards = {folder: shards[folder] for folder in sorted(shards)}

@@ -75,8 +75,10 @@ def train(folders: Sequence[Path], file: Path, *, exact_up_to: int = EXACT_UP_TO
         lists = lists_for(total)
         index = make_ivfpq(dimension, lists)
         rng, share = np.random.default_rng(seed), min(1.0, TRAIN_PER_LIST * lists / total)
-        chosen = [np.sort(rng.choice(len(one), int(share * len(one)), replace=False)) for one in shards]
-        index.train(np.concatenate([one[rows].astype(np.float32) for one, rows in zip(shards, chosen, strict=True)]))
+        chosen = [np.sort(rng.choice(len(shard), int(share * len(shard)), replace=False)) for shard in shards]
+        index.train(
+            np.concatenate([shard[rows].astype(np.float32) for shard, rows in zip(shards, chosen, strict=True)])
+        )
     _write(index, file)
 
 

@@ -83,8 +83,8 @@ class SearchService:
         except ValueError as error:
             return JSONResponse({"error": str(error)}, 400)
         wanted = [queries] if isinstance(queries, str) else queries
-        found = await asyncio.get_running_loop().run_in_executor(self._threads, self._retriever.search, wanted, k)
-        return JSONResponse({"passages": found[0]} if isinstance(queries, str) else {"results": found})
+        passages = await asyncio.get_running_loop().run_in_executor(self._threads, self._retriever.search, wanted, k)
+        return JSONResponse({"passages": passages[0]} if isinstance(queries, str) else {"results": passages})
 
 
 def parse(body: bytes) -> tuple[str | list[str], int]:
@@ -97,7 +97,7 @@ def parse(body: bytes) -> tuple[str | list[str], int]:
         raise ValueError("the body is not JSON") from None
     query, k = (given.get("query"), given.get("k", 5)) if isinstance(given, dict) else (None, None)
     queries = [query] if isinstance(query, str) else query
-    if not isinstance(queries, list) or not all(isinstance(one, str) for one in queries):
+    if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
         raise ValueError("query must be a text or a list of texts")
     if not 1 <= len(queries) <= MAX_QUERIES or max(map(len, queries)) > MAX_QUERY:
         raise ValueError(f"from 1 to {MAX_QUERIES} queries, each of at most {MAX_QUERY} characters")

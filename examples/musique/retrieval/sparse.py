@@ -38,7 +38,7 @@ def index_of(passages: Sequence[Passage] | Shard) -> Any:
         raise ValueError("there are no passages")
     index = bm25s.BM25(method="lucene")
     tokens = bm25s.tokenize(
-        [one.full_text for one in passages], stopwords="en", stemmer=_stemmer(), show_progress=False
+        [passage.full_text for passage in passages], stopwords="en", stemmer=_stemmer(), show_progress=False
     )
     index.index(tokens, show_progress=False)
     return index
