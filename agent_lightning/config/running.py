@@ -9,12 +9,12 @@ from pydantic import Field, field_validator, model_validator
 from agent_lightning.config.learning import refuse_unread
 from agent_lightning.config.section import AtLeast0, AtLeast1, NotNegative, Positive, Section
 from agent_lightning.core.errors import ConfigError
+from agent_lightning.core.types import OnWeightUpdate
 
 AgentMode = Literal["async", "thread", "process", "command"]
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
 Fsync = Literal["always", "interval", "never"]
-OnWeightUpdate = Literal["wait", "restart", "keep"]
 WandbMode = Literal["offline", "online", "disabled"]
 
 SOURCE_FIELDS: Final = {

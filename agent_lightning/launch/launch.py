@@ -33,7 +33,7 @@ from agent_lightning.serving.policy import PolicyBoard
 
 if TYPE_CHECKING:
     from agent_lightning.learners.verl_groups import LearnerConfig
-    from agent_lightning.serving.app import Service
+    from agent_lightning.serving.app import Deployment, Service
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ async def system(
         start = partial(
             app.start,
             name=name,
-            config=_serving(config, model, port),
+            config=_deployment(config, model, port),
             gateway=_gateway(config, model, run_secret),
             recorder=buffer,
             board=board,
@@ -215,26 +215,17 @@ def learner_config(config: Config, model: str) -> LearnerConfig:
     )
 
 
-def _serving(config: Config, model: str, port: int) -> Any:
-    from agent_lightning.serving.app import ServingConfig
+def _deployment(config: Config, model: str, port: int) -> Deployment:
+    """How the policy is served, from the model in this folder and on this port."""
+    from agent_lightning.serving.app import Deployment
 
-    serving = config.serving
-    return ServingConfig(
-        model_path=model,
+    # Seeded calls are counted where they arrive, so a single gateway must see all of them.
+    gateways = 1 if config.sampling.seeded else config.serving.gateways
+    return Deployment(
+        model=config.model.model_copy(update={"path": model}),
+        serving=config.serving.model_copy(update={"port": port, "gateways": gateways}),
         device=config.hardware.device,
-        replicas=serving.replicas,
-        tensor_parallel_size=serving.tensor_parallel_size,
-        gateways=1 if config.sampling.seeded else serving.gateways,
-        host=serving.host,
-        port=port,
-        dtype=config.model.dtype,
-        max_model_len=config.model.max_len,
-        max_num_seqs=serving.max_num_seqs,
-        on_weight_update=serving.on_weight_update,
-        kv_cache_gib=serving.kv_cache_gib,
         bundles=backend.choose(config).replica_bundles(),
-        gpu_memory_utilization=serving.gpu_memory_utilization,
-        tool_parser=config.model.tool_parser,
         seed=config.seed,
         engine=config.vllm,
     )

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Protocol
 
 import ray
 from ray import serve
@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
+from agent_lightning.config.running import Device, ModelConfig, ServingConfig
 from agent_lightning.core import ray_private
 from agent_lightning.core.errors import EngineError, UserError
 from agent_lightning.core.text import error_line
@@ -27,32 +28,23 @@ from agent_lightning.serving.engine import Completion, Part, Refusal
 from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig, Recorder
 from agent_lightning.serving.policy import PolicyBoard
 
+MODEL_NAME: Final = "policy"
+"""The name under which agents and engines know the model."""
 
-@dataclass(slots=True, kw_only=True)
-class ServingConfig:
-    """How the policy is served."""
 
-    model_path: str
-    model_name: str = "policy"
-    device: Literal["cpu", "cuda"] = "cpu"
-    replicas: int = 1
-    tensor_parallel_size: int = 1
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """How the policy is served: the sections of the config, and what only the run knows."""
+
+    model: ModelConfig
+    """The path is a folder on this machine."""
+    serving: ServingConfig = ServingConfig()
+    """The port is free, or one that Ray Serve uses already."""
+    device: Device = "cpu"
     bundles: tuple[Mapping[str, float], ...] = ({"CPU": 1},)
     """Resources of a replica; the first bundle holds the replica itself and its first engine worker."""
-    gateways: int | None = None
-    """Number of gateways; None: one on each node."""
-    host: str = "127.0.0.1"
-    port: int = 8000
-    dtype: str = "float32"
-    max_model_len: int = 1024
-    max_num_seqs: int = 256
-    on_weight_update: OnWeightUpdate = "wait"
-    kv_cache_gib: int = 1
-    """Memory of each replica's KV cache on a CPU."""
-    gpu_memory_utilization: float = 0.85
-    tool_parser: str | None = "hermes"
     seed: int = 0
-    engine: dict[str, Any] = field(default_factory=dict)
+    engine: Mapping[str, Any] = field(default_factory=dict)
     """Further vLLM engine arguments, for experts; they override the others."""
 
 
@@ -182,7 +174,7 @@ class Service:
 def start(
     *,
     name: str,
-    config: ServingConfig,
+    config: Deployment,
     gateway: GatewayConfig,
     recorder: Recorder,
     board: PolicyBoard,
@@ -192,21 +184,21 @@ def start(
 
     Raises UserError if the port cannot be used, EngineError if a replica does not start.
     """
-    make = replica or partial(_vllm, _llm_settings(config), config.on_weight_update)
+    make = replica or partial(_vllm, _llm_settings(config), config.serving.on_weight_update)
     policy = serve.deployment(PolicyDeployment).options(**_policy_options(config)).bind(make, board)
     nodes = sum(node["Alive"] for node in ray.nodes())
     app = (
         serve.deployment(GatewayDeployment)
         .options(
             name=f"{name}-gateway",
-            num_replicas=config.gateways or nodes,
-            **({"max_replicas_per_node": 1} if config.gateways is None else {}),
+            num_replicas=config.serving.gateways or nodes,
+            **({"max_replicas_per_node": 1} if config.serving.gateways is None else {}),
             max_ongoing_requests=10_000,
             ray_actor_options={"num_cpus": 0},
         )
         .bind(policy, recorder, gateway)
     )
-    proxy = start_thread(partial(_start_proxy, config.host, config.port), "proxy")
+    proxy = start_thread(partial(_start_proxy, config.serving.host, config.serving.port), "proxy")
     try:
         _wait_for_controller(proxy)
         # The replicas start while the proxy does: Serve's own `start` would have them wait for it.
@@ -288,14 +280,14 @@ def _wait_for_controller(proxy: Future[None]) -> None:
     proxy.result()
 
 
-def _llm_settings(config: ServingConfig) -> dict[str, Any]:
+def _llm_settings(config: Deployment) -> dict[str, Any]:
     """The fields of Ray's LLMConfig, as plain values: importing its class imports vLLM."""
     on_cpu = config.device == "cpu"
     engine: dict[str, Any] = {
-        "dtype": config.dtype,
-        "max_model_len": config.max_model_len,
-        "max_num_seqs": config.max_num_seqs,
-        "tensor_parallel_size": config.tensor_parallel_size,
+        "dtype": config.model.dtype,
+        "max_model_len": config.model.max_len,
+        "max_num_seqs": config.serving.max_num_seqs,
+        "tensor_parallel_size": config.serving.tensor_parallel_size,
         "seed": config.seed,
         "weight_transfer_config": {"backend": "ray_object_store"},
         # Log-probabilities after temperature and top-p, of the distribution that is sampled.
@@ -305,26 +297,26 @@ def _llm_settings(config: ServingConfig) -> dict[str, Any]:
         "enable_log_requests": False,
         "disable_log_stats": True,
     }
-    if config.tool_parser:
-        engine |= {"enable_auto_tool_choice": True, "tool_call_parser": config.tool_parser}
+    if config.model.tool_parser:
+        engine |= {"enable_auto_tool_choice": True, "tool_call_parser": config.model.tool_parser}
     if on_cpu:
         engine |= {"enforce_eager": True}
     else:
-        engine |= {"gpu_memory_utilization": config.gpu_memory_utilization}
+        engine |= {"gpu_memory_utilization": config.serving.gpu_memory_utilization}
     return {
-        "model_loading_config": {"model_id": config.model_name, "model_source": config.model_path},
+        "model_loading_config": {"model_id": MODEL_NAME, "model_source": config.model.path},
         "accelerator_config": {"kind": "cpu" if on_cpu else "gpu"},
         "placement_group_config": {"bundles": [dict(bundle) for bundle in config.bundles]},
-        "engine_kwargs": engine | config.engine,
+        "engine_kwargs": engine | dict(config.engine),
         "log_engine_metrics": False,
         "runtime_env": {"env_vars": _environment(config)},
     }
 
 
-def _environment(config: ServingConfig) -> dict[str, str]:
+def _environment(config: Deployment) -> dict[str, str]:
     environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     if config.device == "cpu":
-        environment |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib)}
+        environment |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": str(config.serving.kv_cache_gib)}
         # The learner and the agents need the cores too: engine threads pinned to some cores would starve them.
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     elif config.bundles[0]["GPU"] < 1:
@@ -332,10 +324,10 @@ def _environment(config: ServingConfig) -> dict[str, str]:
     return environment
 
 
-def _policy_options(config: ServingConfig) -> dict[str, Any]:
+def _policy_options(config: Deployment) -> dict[str, Any]:
     return {
-        "name": f"policy-{config.model_name}",
-        "num_replicas": config.replicas,
+        "name": f"policy-{MODEL_NAME}",
+        "num_replicas": config.serving.replicas,
         "max_ongoing_requests": 10_000,
         "health_check_period_s": 10,
         "placement_group_bundles": [dict(bundle) for bundle in config.bundles],

@@ -14,6 +14,7 @@ import torch
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.config.load import resolve_path
+from agent_lightning.config.running import ModelConfig, ServingConfig
 from agent_lightning.core import actors as cluster
 from agent_lightning.core.ray_private import free_port, prepare_environment
 from agent_lightning.core.types import Batch, ModelCall
@@ -58,7 +59,14 @@ def random_model(folder: Path, *, seed: int, tied: bool) -> LlamaForCausalLM:
 async def serving(
     model: Path, *, secret: bytes, max_tokens: int, **settings: Any
 ) -> AsyncIterator[tuple[Any, Any, app.Service]]:
-    """Buffer, board and service of a model on a Ray of their own; `settings` are of app.ServingConfig."""
+    """Buffer, board and service of a model on a Ray of their own; `settings` are of the serving section, of the model
+    section (max_len, dtype), and of app.Deployment (device, bundles)."""
+    of_model = {key: settings.pop(key) for key in ("max_len", "dtype") if key in settings}
+    of_run = {key: settings.pop(key) for key in ("device", "bundles") if key in settings}
+    sections = {
+        "model": ModelConfig(path=str(model), **of_model),
+        "serving": ServingConfig(port=free_port("127.0.0.1"), **settings),
+    }
     prepare_environment()
     cluster.init_ray(num_cpus=4)
     try:
@@ -67,7 +75,7 @@ async def serving(
         service = await asyncio.to_thread(
             app.start,
             name="model",
-            config=app.ServingConfig(model_path=str(model), port=free_port("127.0.0.1"), **settings),
+            config=app.Deployment(**sections, **of_run),
             gateway=GatewayConfig(model="policy", run_secret=secret, sampling={"train": sampling, "val": sampling}),
             recorder=buffer,
             board=board,

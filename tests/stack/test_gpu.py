@@ -50,7 +50,7 @@ async def test_an_update_on_cuda_is_that_of_plain_torch(tmp_path: Path, tied: bo
 async def test_an_engine_follows_a_learner_on_the_same_gpu(tmp_path: Path) -> None:
     old = random_model(tmp_path / "old", seed=0, tied=True)
     half = ({"CPU": 1.0, "GPU": 0.5},)
-    settings: dict[str, Any] = {"max_model_len": 256, "device": "cuda", "dtype": "bfloat16", "bundles": half}
+    settings: dict[str, Any] = {"max_len": 256, "device": "cuda", "dtype": "bfloat16", "bundles": half}
     async with serving(tmp_path / "old", secret=SECRET, max_tokens=16, gpu_memory_utilization=0.1, **settings) as (
         buffer,
         board,

@@ -25,7 +25,7 @@ CALLS, TOKENS = 8, 400
 async def test_calls_in_flight_during_a_publish(rule: OnWeightUpdate, tmp_path: Path) -> None:
     old = random_model(tmp_path / "old", seed=0, tied=True)
     new = random_model(tmp_path / "new", seed=1, tied=True)
-    settings = {"max_model_len": 512, "on_weight_update": rule}
+    settings = {"max_len": 512, "on_weight_update": rule}
     async with serving(tmp_path / "old", secret=SECRET, max_tokens=TOKENS, **settings) as (buffer, board, service):
         streamed, *unstreamed = await calls_around(
             buffer, service.url, board.publish(as_weights(new, 1, ray.put), 300.0)

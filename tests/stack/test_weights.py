@@ -48,7 +48,7 @@ async def one_group(buffer: Buffer, url: str) -> Group:
 async def test_an_update_reaches_every_replica_exactly_also_with_tied_embeddings(tmp_path: Path) -> None:
     old = random_model(tmp_path / "old", seed=0, tied=True)
     new = random_model(tmp_path / "new", seed=1, tied=True)
-    settings = {"max_model_len": 256, "replicas": 2}
+    settings = {"max_len": 256, "replicas": 2}
     async with serving(tmp_path / "old", secret=SECRET, max_tokens=16, **settings) as (buffer, board, service):
         assert sorted((await board.versions()).values()) == [0, 0]
         await check(await one_group(buffer, service.url), old, version=0, unlike=new)
