@@ -119,8 +119,10 @@ async def pretrain(
     import ray
     from safetensors.torch import save_file
 
+    from agent_lightning.config.learning import AlgorithmConfig
+    from agent_lightning.config.running import LearnerConfig
     from agent_lightning.learners.verl import VerlLearner
-    from agent_lightning.learners.verl_groups import LearnerConfig
+    from agent_lightning.learners.verl_groups import Training
 
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(args.out)
@@ -129,16 +131,13 @@ async def pretrain(
     log({"parameters": sum(p.numel() for p in model.parameters()), "tokens": len(tokenizer)})
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     learner = VerlLearner(
-        LearnerConfig(
+        Training(
             model_path=str(args.out),
-            loss="sft",
+            algorithm=AlgorithmConfig(lr=args.lr, lr_schedule="cosine", lr_warmup_steps=20, weight_decay=0.01),
+            learner=LearnerConfig(threads=args.threads),
+            sft=True,
             seed=args.seed,
-            num_threads=args.threads,
-            lr=args.lr,
-            lr_schedule="cosine",
-            lr_warmup_steps=20,
             total_steps=args.steps,
-            weight_decay=0.01,
             betas=(0.9, 0.98),
         )
     )

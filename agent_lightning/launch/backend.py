@@ -66,10 +66,10 @@ class Backend:
 
     def learner(self, model: str) -> Learner:
         """A new learner of the model in this folder. Raises EngineError."""
-        from agent_lightning.launch.launch import learner_config
+        from agent_lightning.launch.launch import training
         from agent_lightning.learners.verl import VerlLearner
 
-        return VerlLearner(learner_config(self.config, model))
+        return VerlLearner(training(self.config, model))
 
 
 class ToyBackend(Backend):

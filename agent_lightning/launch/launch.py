@@ -32,7 +32,7 @@ from agent_lightning.run.state import State
 from agent_lightning.serving.policy import PolicyBoard
 
 if TYPE_CHECKING:
-    from agent_lightning.learners.verl_groups import LearnerConfig
+    from agent_lightning.learners.verl_groups import Training
     from agent_lightning.serving.app import Deployment, Service
 
 logger = logging.getLogger(__name__)
@@ -168,49 +168,25 @@ def _learner(config: Config, model: str, serving: Future[Service]) -> Learner:
     return backend.choose(config).learner(model)
 
 
-def learner_config(config: Config, model: str) -> LearnerConfig:
-    """The settings of the learner on veRL."""
-    from agent_lightning.learners.verl_groups import CriticSettings, LearnerConfig
+def training(config: Config, model: str) -> Training:
+    """How the policy is trained, from the model in this folder."""
+    from agent_lightning.learners.verl_groups import Training
 
-    algorithm, credit, learner = config.algorithm, config.credit, config.learner
+    algorithm = config.algorithm
     rollouts = algorithm.tasks_per_step * algorithm.rollouts_per_task
     batches = -(-rollouts // (algorithm.rollouts_per_batch or rollouts))
-    critic = CriticSettings(
-        lr=10 * algorithm.lr if config.critic.lr is None else config.critic.lr,
-        clip_range=config.critic.clip_range,
-        warmup_steps=config.critic.warmup_steps,
-        discount=credit.discount,
-        gae_lambda=credit.gae_lambda,
-        level=credit.gae_level,
-    )
-    return LearnerConfig(
+    return Training(
         model_path=model,
+        algorithm=algorithm,
+        credit=config.credit,
+        critic=config.critic,
+        learner=config.learner,
         device=config.hardware.device,
-        world_size=learner.processes,
-        nodes=learner.nodes,
         gpu_share=placement.learner_gpu(config) or 1.0,
-        num_threads=learner.threads,
         dtype=config.model.dtype,
         seed=config.seed,
-        loss=algorithm.loss,
-        lr=algorithm.lr,
-        lr_warmup_steps=algorithm.lr_warmup_steps,
-        lr_schedule=algorithm.lr_schedule,
         total_steps=config.steps * algorithm.epochs * batches,
-        weight_decay=algorithm.weight_decay,
-        clip_grad=algorithm.clip_grad,
-        clip_ratio_low=algorithm.clip_ratio_low,
-        clip_ratio_high=algorithm.clip_ratio_high,
-        kl_coef=algorithm.kl_coef,
-        kl_in=algorithm.kl_in,
-        kl_kind=algorithm.kl_kind,
-        importance_sampling=algorithm.importance_sampling,
-        importance_sampling_cap=algorithm.importance_sampling_cap,
-        normalise=credit.scale == "batch",
-        critic=critic if credit.method == "gae" else None,
-        entropy_coef=algorithm.entropy_coef,
         temperature=config.sampling.train.temperature,
-        max_tokens_per_micro_batch=learner.max_tokens_per_micro_batch,
         verl=config.verl,
     )
 

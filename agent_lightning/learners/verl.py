@@ -18,7 +18,7 @@ from agent_lightning.core.types import Batch, Floats
 from agent_lightning.learners import verl_groups
 from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.learners.verl_credit import Forward, Prepared, prepare
-from agent_lightning.learners.verl_groups import Groups, LearnerConfig
+from agent_lightning.learners.verl_groups import Groups, Training
 
 
 class VerlLearner:
@@ -27,7 +27,7 @@ class VerlLearner:
     veRL's calls block, so they run in a thread and the loop's event loop stays free.
     """
 
-    def __init__(self, config: LearnerConfig, groups: Groups | None = None) -> None:
+    def __init__(self, config: Training, groups: Groups | None = None) -> None:
         """`groups`: running worker groups, which start again from the model's weights; None starts new ones."""
         self._config = config
         self._version = 0
@@ -36,11 +36,11 @@ class VerlLearner:
         self._group = groups.policy
         self._group.reset()
         self._group.set_loss_fn(verl_groups.policy_loss_of(config))
-        self._reference = groups.reference if config.kl_coef else None
+        self._reference = groups.reference if config.algorithm.kl_coef else None
         if self._reference is not None:
             self._reference.reset()
         self._critic = None
-        if config.critic is not None:
+        if config.has_critic:
             self._critic = groups.critic
             self._critic.reset()
             self._critic.set_loss_fn(verl_groups.value_loss_of(config.critic))
@@ -53,9 +53,9 @@ class VerlLearner:
         first batch: after an optimiser step the learner is no longer the policy that sampled.
         """
         config = self._config
-        warming_up = config.critic is not None and self._updates < config.critic.warmup_steps
+        warming_up = config.has_critic and self._updates < config.critic.warmup_steps
         unknown = any(np.isnan(batch.logprob_NT).any() for batch in batches)
-        with_policy = config.importance_sampling != "none" or unknown or warming_up
+        with_policy = config.algorithm.importance_sampling != "none" or unknown or warming_up
         forwards = [await asyncio.to_thread(self._forward, batch, with_policy) for batch in batches]
         prepared, metrics = prepare(batches, forwards, config)
         records = [metrics]

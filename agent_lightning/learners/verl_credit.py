@@ -10,7 +10,7 @@ import numpy as np
 from agent_lightning.core.metrics import Max, Mean, Metrics, Sum, merge
 from agent_lightning.core.types import Batch, Bools, Floats
 from agent_lightning.credit.tokens import explained_variance, share_first_values, step_advantages, whiten_step
-from agent_lightning.learners.verl_groups import LearnerConfig
+from agent_lightning.learners.verl_groups import Training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +34,7 @@ class Prepared:
     """Further inputs of the losses by veRL's names, float32[N, T]: ref_log_probs, values, returns."""
 
 
-def prepare(
-    batches: Sequence[Batch], forwards: Sequence[Forward], config: LearnerConfig
-) -> tuple[list[Prepared], Metrics]:
+def prepare(batches: Sequence[Batch], forwards: Sequence[Forward], config: Training) -> tuple[list[Prepared], Metrics]:
     """The batches of a step, with everything that the losses read; `forwards` holds the outputs for each batch.
 
     old log-probabilities   the engine's. With importance sampling the policy's, and each advantage is multiplied by
@@ -54,16 +52,16 @@ def prepare(
         old_NT, correction_NT, gap_metrics = _old_logprobs(batch, forward.logprob_NT, config)
         penalty_NT, kl_metrics = _kl_penalty(batch, old_NT, forward.reference_NT, config)
         advantage_NT, column = _advantages(batch, penalty_NT, forward.value_NT, config)
-        if forward.reference_NT is not None and config.kl_in == "loss":
+        if forward.reference_NT is not None and config.algorithm.kl_in == "loss":
             column["ref_log_probs"] = forward.reference_NT
         columns.append(column)
         records += [gap_metrics, kl_metrics]
         old_logprobs.append(old_NT)
         corrections.append(correction_NT)
         advantages.append(advantage_NT)
-    if config.normalise and batches:
+    if config.credit.scale == "batch" and batches:
         advantages = whiten_step(batches, advantages)
-    if config.critic is not None and batches:
+    if config.has_critic and batches:
         records.append({"critic/explained_variance": Mean.of([_explained_variance(batches, columns)])})
     prepared = [
         Prepared(batch=replace(batch, logprob_NT=old, advantage_NT=advantage * correction), columns=column)
@@ -74,7 +72,7 @@ def prepare(
     return prepared, merge(*records)
 
 
-def _old_logprobs(batch: Batch, policy_NT: Floats | None, config: LearnerConfig) -> tuple[Floats, Floats, Metrics]:
+def _old_logprobs(batch: Batch, policy_NT: Floats | None, config: Training) -> tuple[Floats, Floats, Metrics]:
     """The old log-probabilities and the factor of each advantage, both float32[N, T], and metrics of the gap."""
     ones_NT = np.ones(batch.token_NT.shape, np.float32)
     if policy_NT is None:
@@ -88,44 +86,45 @@ def _old_logprobs(batch: Batch, policy_NT: Floats | None, config: LearnerConfig)
         "logprob_gap/max_abs": Max(float(gap.max(initial=0.0))),
         "learner/rows_without_logprobs": Sum(float(unknown_N.sum())),
     }
-    if config.importance_sampling == "none":
+    if config.algorithm.importance_sampling == "none":
         return np.where(known_NT, batch.logprob_NT, policy_NT).astype(np.float32), ones_NT, metrics
     import torch
     from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
 
+    cap = config.algorithm.importance_sampling_cap
     weight_NT, _ = compute_rollout_correction_weights(
         torch.from_numpy(log_ratio_NT),
         torch.from_numpy(batch.mask_NT.copy()),
-        rollout_is=config.importance_sampling,
-        rollout_is_threshold=config.importance_sampling_cap,
+        rollout_is=config.algorithm.importance_sampling,
+        rollout_is_threshold=cap,
     )
     weight: Floats = weight_NT.numpy()
     metrics["learner/importance_weight"] = Mean.of(weight[known_NT].tolist())
-    metrics["learner/importance_capped"] = Mean.of((weight[known_NT] >= config.importance_sampling_cap).tolist())
+    metrics["learner/importance_capped"] = Mean.of(
+        (weight[known_NT] >= config.algorithm.importance_sampling_cap).tolist()
+    )
     return policy_NT, weight, metrics
 
 
-def _kl_penalty(
-    batch: Batch, old_NT: Floats, reference_NT: Floats | None, config: LearnerConfig
-) -> tuple[Floats, Metrics]:
+def _kl_penalty(batch: Batch, old_NT: Floats, reference_NT: Floats | None, config: Training) -> tuple[Floats, Metrics]:
     """What the KL in the reward subtracts from each token's reward, float32[N, T]; 0 if the KL is in the loss."""
-    if reference_NT is None or config.kl_in == "loss":
+    if reference_NT is None or config.algorithm.kl_in == "loss":
         return np.zeros(batch.token_NT.shape, np.float32), {}
     import torch
     from verl.trainer.ppo.core_algos import kl_penalty
 
     old, reference = (torch.from_numpy(np.where(batch.mask_NT, array, 0)) for array in (old_NT, reference_NT))
-    kl_NT = kl_penalty(old, reference, config.kl_kind or "k1").numpy()
+    kl_NT = kl_penalty(old, reference, config.algorithm.kl_kind or "k1").numpy()
     metrics: Metrics = {"learner/kl_to_reference": Mean.of([float((kl_NT * batch.weight_NT).sum())])}
-    return (config.kl_coef * kl_NT).astype(np.float32), metrics
+    return (config.algorithm.kl_coef * kl_NT).astype(np.float32), metrics
 
 
 def _advantages(
-    batch: Batch, penalty_NT: Floats, value_NT: Floats | None, config: LearnerConfig
+    batch: Batch, penalty_NT: Floats, value_NT: Floats | None, config: Training
 ) -> tuple[Floats, dict[str, Floats]]:
     """The advantage of each token before normalisation, float32[N, T]; with a critic, also its values and returns."""
-    critic = config.critic
-    if critic is None or value_NT is None:
+    credit = config.credit
+    if not config.has_critic or value_NT is None:
         if not penalty_NT.any():
             return batch.advantage_NT, {}
         return batch.advantage_NT + step_advantages(batch, -penalty_NT, np.zeros_like(penalty_NT)), {}
@@ -133,11 +132,11 @@ def _advantages(
         batch,
         batch.reward_NT - penalty_NT,
         value_NT,
-        discount=critic.discount,
-        gae_lambda=critic.gae_lambda,
-        level=critic.level,
+        discount=credit.discount,
+        gae_lambda=credit.gae_lambda,
+        level=credit.gae_level,
     )
-    state_NT = share_first_values(batch, value_NT) if critic.level == "call" else value_NT
+    state_NT = share_first_values(batch, value_NT) if credit.gae_level == "call" else value_NT
     return advantage_NT, {"values": value_NT, "returns": advantage_NT + state_NT}
 
 

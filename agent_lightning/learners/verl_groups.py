@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from agent_lightning.config.learning import AdvantageLevel
+from agent_lightning.config.learning import AlgorithmConfig, CreditConfig, CriticConfig
+from agent_lightning.config.running import Device, Dtype, LearnerConfig
 from agent_lightning.core.types import Batch, Floats
 
 if TYPE_CHECKING:
@@ -33,72 +34,47 @@ GPU_ENVIRONMENT = {"VERL_LOGGING_LEVEL": "WARNING", "PYTORCH_CUDA_ALLOC_CONF": "
 """Micro-batches have many lengths: without expandable segments, torch's memory becomes fragmented."""
 
 
-@dataclass(slots=True, kw_only=True)
-class CriticSettings:
-    """How the critic is trained, and how its values become advantages; see credit/tokens.py."""
-
-    lr: float = 1e-5
-    clip_range: float = 0.5
-    """PPO's clip range for values: how far a value may move in a step."""
-    warmup_steps: int = 0
-    """Number of first steps of the run in which only the critic is trained."""
-    discount: float = 1.0
-    gae_lambda: float = 0.95
-    level: AdvantageLevel = "token"
-
-
-@dataclass(slots=True, kw_only=True)
-class LearnerConfig:
-    """How the policy is trained."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """How the policy is trained: the sections of the config, and what only the run knows."""
 
     model_path: str
-    loss: Literal["vanilla", "gspo", "cispo", "sft"] = "vanilla"
-    """A policy loss by veRL's name (vanilla is PPO-clip), or sft: the cross-entropy of weighted tokens."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    world_size: int = 1
-    """Number of training processes; FSDP2 shards the model over them."""
-    nodes: int = 1
-    """Number of nodes that the processes are spread over."""
+    """The model's folder on this machine."""
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    credit: CreditConfig = CreditConfig()
+    critic: CriticConfig = CriticConfig()
+    learner: LearnerConfig = LearnerConfig()
+    device: Device = "cpu"
     gpu_share: float = 1.0
     """Share of a GPU that each process takes."""
-    num_threads: int = 2
-    """Number of threads of each process on a CPU."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Type of the computation; the parameters and the optimiser stay in float32."""
     seed: int = 0
-    lr: float = 1e-3
-    lr_warmup_steps: int = 0
-    lr_schedule: Literal["constant", "cosine"] = "constant"
+    sft: bool = False
+    """Whether the loss is the cross-entropy of weighted tokens, instead of a policy loss on advantages."""
     total_steps: int = -1
     """Optimiser steps of the run; only the cosine schedule needs them."""
-    weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    clip_grad: float = 1.0
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.2
-    kl_coef: float = 0.0
-    """Weight of the KL to the starting policy; 0 builds no reference model."""
-    kl_in: Literal["loss", "reward"] = "loss"
-    kl_kind: str | None = None
-    """veRL's estimator of the KL: k1, abs, k2 or k3; None: k3 in the loss, k1 in the reward."""
-    importance_sampling: Literal["none", "token", "sequence"] = "none"
-    """Truncated importance sampling (Ionides, 2008) between engine and learner, with a ratio for each token or row."""
-    importance_sampling_cap: float = 2.0
-    normalise: bool = False
-    """Whiten the advantages over the step."""
-    critic: CriticSettings | None = None
-    """None: train on the batches' advantages instead of their rewards."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus; 0 computes no entropy."""
     temperature: float = 1.0
     """Temperature at which the samples were sampled; logits are divided by it."""
-    max_tokens_per_micro_batch: int = 16384
     bucket_bytes: int = 256 * 1024 * 1024
-    verl: dict[str, Any] | None = None
+    verl: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of veRL's `FSDPEngineConfig`, for experts; they override the others."""
 
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic turns the batches' rewards into advantages."""
+        return self.credit.method == "gae"
 
-def policy_loss_of(config: LearnerConfig) -> Any:
+
+def _learning_rate(config: Training, role: Role) -> float:
+    """The learning rate of a group; the critic's is ten times the policy's if nothing else is given."""
+    if role != "critic":
+        return config.algorithm.lr
+    return 10 * config.algorithm.lr if config.critic.lr is None else config.critic.lr
+
+
+def policy_loss_of(config: Training) -> Any:
     """The loss function of the policy's group."""
     from functools import partial
 
@@ -106,25 +82,25 @@ def policy_loss_of(config: LearnerConfig) -> Any:
 
     from agent_lightning.learners.verl_worker import policy_loss, sft_loss
 
-    if config.loss == "sft":
+    if config.sft:
         return sft_loss
     actor: ActorConfig = FSDPActorConfig(
         strategy="fsdp2",
         rollout_n=1,
         ppo_micro_batch_size_per_gpu=1,
-        clip_ratio=config.clip_ratio_low,
-        clip_ratio_low=config.clip_ratio_low,
-        clip_ratio_high=config.clip_ratio_high,
-        policy_loss=PolicyLossConfig(loss_mode=config.loss),
-        entropy_coeff=config.entropy_coef,
-        use_kl_loss=config.kl_coef > 0 and config.kl_in == "loss",
-        kl_loss_coef=config.kl_coef,
-        kl_loss_type=config.kl_kind or "k3",
+        clip_ratio=config.algorithm.clip_ratio_low,
+        clip_ratio_low=config.algorithm.clip_ratio_low,
+        clip_ratio_high=config.algorithm.clip_ratio_high,
+        policy_loss=PolicyLossConfig(loss_mode=config.algorithm.loss),
+        entropy_coeff=config.algorithm.entropy_coef,
+        use_kl_loss=config.algorithm.kl_coef > 0 and config.algorithm.kl_in == "loss",
+        kl_loss_coef=config.algorithm.kl_coef,
+        kl_loss_type=config.algorithm.kl_kind or "k3",
     )
     return partial(policy_loss, actor)
 
 
-def value_loss_of(config: CriticSettings) -> Any:
+def value_loss_of(config: CriticConfig) -> Any:
     """The loss function of the critic's group."""
     from functools import partial
 
@@ -142,17 +118,17 @@ class Groups:
     critic: Any = None
 
 
-def start_groups(config: LearnerConfig) -> Groups:
+def start_groups(config: Training) -> Groups:
     """Start the training processes that a config needs. The groups share their placement, and on GPUs each GPU."""
     if config.device == "cpu":
         os.environ.update(CPU_ENVIRONMENT)
     from verl.single_controller.ray import RayResourcePool
 
-    needed = {"policy": True, "reference": config.kl_coef > 0, "critic": config.critic is not None}
+    needed = {"policy": True, "reference": config.algorithm.kl_coef > 0, "critic": config.has_critic}
     roles: list[Role] = [role for role in get_args(Role) if needed[role]]
     # An actor of each role takes 1 / max_colocate_count of a GPU; together they take gpu_share.
     count = len(roles) if config.gpu_share == 1 else round(len(roles) / config.gpu_share)
-    processes = [config.world_size // config.nodes] * config.nodes
+    processes = [config.learner.processes // config.learner.nodes] * config.learner.nodes
     pool: Any = RayResourcePool(processes, use_gpu=config.device != "cpu", max_colocate_count=count)
     if config.gpu_share < 1:
         pool.pgs = _shared_groups(processes, {"CPU": count, "GPU": config.gpu_share})
@@ -170,14 +146,14 @@ def _shared_groups(processes: Sequence[int], bundle: Mapping[str, float]) -> lis
     return list(sort_placement_group_by_node_ip(groups))
 
 
-def _start(config: LearnerConfig, role: Role, pool: Any) -> Any:
+def _start(config: Training, role: Role, pool: Any) -> Any:
     import ray
     from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 
     from agent_lightning.learners.verl_worker import ModelWorker
 
     on_cpu = config.device == "cpu"
-    threads = str(config.num_threads)
+    threads = str(config.learner.threads)
     return RayWorkerGroup(
         pool,
         RayClassWithInitArgs(
@@ -185,7 +161,7 @@ def _start(config: LearnerConfig, role: Role, pool: Any) -> Any:
             config=_training(config, role),
             device=config.device,
             seed=config.seed,
-            num_threads=config.num_threads,
+            num_threads=config.learner.threads,
         ),
         name_prefix=role,
         device_name=config.device,
@@ -193,7 +169,7 @@ def _start(config: LearnerConfig, role: Role, pool: Any) -> Any:
     )
 
 
-def _training(config: LearnerConfig, role: Role) -> TrainingWorkerConfig:
+def _training(config: Training, role: Role) -> TrainingWorkerConfig:
     """The config of a role's veRL TrainingWorker."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, TrainingWorkerConfig
@@ -209,28 +185,28 @@ def _training(config: LearnerConfig, role: Role) -> TrainingWorkerConfig:
         "mixed_precision": {"param_dtype": config.dtype, "reduce_dtype": "float32", "buffer_dtype": "float32"},
         "seed": config.seed,
         "use_dynamic_bsz": True,
-        "max_token_len_per_gpu": config.max_tokens_per_micro_batch,
-        "infer_max_token_len_per_gpu": config.max_tokens_per_micro_batch,
+        "max_token_len_per_gpu": config.learner.max_tokens_per_micro_batch,
+        "infer_max_token_len_per_gpu": config.learner.max_tokens_per_micro_batch,
     }
     return TrainingWorkerConfig(
         # Registered by verl_engines.py.
         model_type="critic" if role == "critic" else "policy",
         model_config=_model(config, role),
-        engine_config=FSDPEngineConfig(**(engine | (config.verl or {}))),
+        engine_config=FSDPEngineConfig(**(engine | dict(config.verl))),
         optimizer_config=FSDPOptimizerConfig(
-            lr=config.critic.lr if role == "critic" and config.critic is not None else config.lr,
-            lr_warmup_steps=config.lr_warmup_steps,
-            lr_scheduler_type=config.lr_schedule,
+            lr=_learning_rate(config, role),
+            lr_warmup_steps=config.algorithm.lr_warmup_steps,
+            lr_scheduler_type=config.algorithm.lr_schedule,
             total_training_steps=config.total_steps,
-            weight_decay=config.weight_decay,
+            weight_decay=config.algorithm.weight_decay,
             betas=config.betas,
-            clip_grad=config.clip_grad,
+            clip_grad=config.algorithm.clip_grad,
         ),
         checkpoint_config=CheckpointConfig(),
     )
 
 
-def _model(config: LearnerConfig, role: Role) -> HFModelConfig:
+def _model(config: Training, role: Role) -> HFModelConfig:
     """The config by which veRL loads and runs a role's model."""
     from verl.workers.config import HFModelConfig
 
@@ -254,7 +230,7 @@ def _model(config: LearnerConfig, role: Role) -> HFModelConfig:
     )
 
 
-def to_tensordict(batch: Batch, config: LearnerConfig, columns: Mapping[str, Floats] | None = None) -> TensorDict:
+def to_tensordict(batch: Batch, config: Training, columns: Mapping[str, Floats] | None = None) -> TensorDict:
     """A batch in veRL's form, with its string keys: rows as jagged tensors, and settings of the batch.
 
     `columns` holds further inputs, each float32[N, T] with every value at its token.
@@ -285,7 +261,7 @@ def to_tensordict(batch: Batch, config: LearnerConfig, columns: Mapping[str, Flo
             "temperature": config.temperature,
             "update_lr_scheduler": True,
             "compute_loss": False,
-            "calculate_entropy": config.entropy_coef > 0,
+            "calculate_entropy": config.algorithm.entropy_coef > 0,
         },
     )
 

@@ -25,7 +25,7 @@ from agent_lightning.core import actors as cluster
 from agent_lightning.core.errors import UserError
 from agent_lightning.core.metrics import values
 from agent_lightning.core.types import Outcome, Split, Task
-from agent_lightning.launch.launch import learner_config
+from agent_lightning.launch.launch import training
 from agent_lightning.learners.base import Weights
 from agent_lightning.learners.verl import VerlLearner
 from agent_lightning.learners.verl_groups import Groups, start_groups
@@ -111,7 +111,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Gro
     cluster.init_ray(num_cpus=6)
     try:
         every = load_config([*SETTINGS, *PPO, *KL])
-        yield folder, start_groups(learner_config(every, folder))
+        yield folder, start_groups(training(every, folder))
     finally:
         cluster.shutdown_ray()
 
@@ -126,7 +126,7 @@ async def train(started: tuple[str, Groups], overrides: Sequence[str], *, noise:
         state=State(cursor=TaskCursor(seed=0)),
         buffer=sampler,
         board=sampler,
-        learner=VerlLearner(learner_config(config, folder), groups),
+        learner=VerlLearner(training(config, folder), groups),
         observer=QuietObserver(),
         train_tasks=[Task(task_id=str(n), payload={}) for n in range(8)],
         val_tasks=[Task(task_id=str(n), payload={}) for n in range(256)],
@@ -180,7 +180,7 @@ async def test_a_checkpoint_keeps_the_critic_and_how_far_its_warm_up_is(
     started: tuple[str, Groups], tmp_path: Path
 ) -> None:
     folder, groups = started
-    config = learner_config(load_config([*SETTINGS, *PPO, *KL, "critic.warmup_steps=2"]), folder)
+    config = training(load_config([*SETTINGS, *PPO, *KL, "critic.warmup_steps=2"]), folder)
     batch = random_batch(0, rows=8, vocab=1000)
     learner = VerlLearner(config, groups)
     with pytest.raises(UserError, match="holds no critic"):

@@ -16,10 +16,11 @@ from models import load, random_batch, random_model, reference_logprobs, serving
 from test_learner import LR, own_gradient_step
 from test_weights import SECRET, one_group
 
+from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.core import actors as cluster
 from agent_lightning.core.types import Group
 from agent_lightning.learners.verl import VerlLearner
-from agent_lightning.learners.verl_groups import LearnerConfig
+from agent_lightning.learners.verl_groups import Training
 
 pytestmark = [
     pytest.mark.stack,
@@ -36,7 +37,7 @@ async def test_an_update_on_cuda_is_that_of_plain_torch(tmp_path: Path, tied: bo
     batch = random_batch(0, rows=8, vocab=model.config.vocab_size)
     cluster.init_ray(num_cpus=4)
     try:
-        learner = VerlLearner(LearnerConfig(model_path=str(tmp_path), device="cuda", lr=LR))
+        learner = VerlLearner(Training(model_path=str(tmp_path), device="cuda", algorithm=AlgorithmConfig(lr=LR)))
         metrics = await learner.update([batch])
         updated = to_arrays(await learner.publish())
     finally:
@@ -58,7 +59,13 @@ async def test_an_engine_follows_a_learner_on_the_same_gpu(tmp_path: Path) -> No
     ):
         agrees(await one_group(buffer, service.url), old, version=0)
 
-        config = LearnerConfig(model_path=str(tmp_path / "old"), device="cuda", dtype="bfloat16", gpu_share=0.5, lr=LR)
+        config = Training(
+            model_path=str(tmp_path / "old"),
+            device="cuda",
+            dtype="bfloat16",
+            gpu_share=0.5,
+            algorithm=AlgorithmConfig(lr=LR),
+        )
         learner = VerlLearner(config)
         for seed in range(5):
             await learner.update([random_batch(seed, rows=8, vocab=old.config.vocab_size)])

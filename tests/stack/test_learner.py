@@ -11,11 +11,13 @@ import pytest
 import torch
 from models import load, random_batch, random_model, to_arrays
 
+from agent_lightning.config.learning import AlgorithmConfig
+from agent_lightning.config.running import LearnerConfig
 from agent_lightning.core import actors as cluster
 from agent_lightning.core.metrics import Metrics
 from agent_lightning.core.types import Batch
 from agent_lightning.learners.verl import VerlLearner
-from agent_lightning.learners.verl_groups import LearnerConfig
+from agent_lightning.learners.verl_groups import Training
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 LR = 1e-2
@@ -47,7 +49,8 @@ def own_gradient_step(folder: str, batch: Batch) -> dict[str, np.ndarray]:
 async def run(
     folder: Path, world_size: int, batches: list[Batch], **changes: Any
 ) -> tuple[Metrics, dict[str, np.ndarray]]:
-    config = LearnerConfig(model_path=str(folder), world_size=world_size, num_threads=1, lr=LR, **changes)
+    processes = LearnerConfig(processes=world_size, threads=1, **changes)
+    config = Training(model_path=str(folder), algorithm=AlgorithmConfig(lr=LR), learner=processes)
     learner = VerlLearner(config)
     try:
         metrics = await learner.update(batches)
@@ -89,7 +92,11 @@ async def test_kl_to_the_start_is_zero_at_first_then_grows_and_a_checkpoint_rest
     model = random_model(tmp_path / "model", seed=0, tied=False)
     batch = random_batch(1, rows=8, vocab=model.config.vocab_size)
     cluster.init_ray(num_cpus=12)
-    config = LearnerConfig(model_path=str(tmp_path / "model"), num_threads=1, lr=LR, kl_coef=0.1)
+    config = Training(
+        model_path=str(tmp_path / "model"),
+        algorithm=AlgorithmConfig(lr=LR, kl_coef=0.1),
+        learner=LearnerConfig(threads=1),
+    )
     try:
         learner = VerlLearner(config)
         first = await learner.update([batch])
@@ -109,7 +116,7 @@ async def test_kl_to_the_start_is_zero_at_first_then_grows_and_a_checkpoint_rest
             np.testing.assert_allclose(value, after[name], atol=1e-6)
 
         learner.shutdown()
-        slower = VerlLearner(replace(config, lr=LR / 100, kl_coef=0.0))
+        slower = VerlLearner(replace(config, algorithm=AlgorithmConfig(lr=LR / 100)))
         await slower.restore(tmp_path / "checkpoint", version=7)
         before = to_arrays(await slower.publish())
         await slower.update([batch])

@@ -13,11 +13,12 @@ import pytest
 import torch
 from models import random_batch
 
+from agent_lightning.config.learning import AlgorithmConfig, CreditConfig
 from agent_lightning.core.metrics import Metrics, values
 from agent_lightning.core.types import Batch, Floats
 from agent_lightning.credit.estimators import normalise, whiten
 from agent_lightning.learners.verl_credit import Forward, Prepared, prepare
-from agent_lightning.learners.verl_groups import CriticSettings, LearnerConfig
+from agent_lightning.learners.verl_groups import Training
 
 pytestmark = pytest.mark.stack
 RNG = np.random.default_rng(0)
@@ -39,9 +40,12 @@ def tensors(*arrays: np.ndarray) -> list[torch.Tensor]:
     return [torch.from_numpy(np.array(array, np.float64)) for array in arrays]
 
 
-def prepared(batch: Batch, forward: Forward, **config: Any) -> tuple[Prepared, dict[str, float]]:
+def prepared(
+    batch: Batch, forward: Forward, credit: CreditConfig | None = None, **algorithm: Any
+) -> tuple[Prepared, dict[str, float]]:
     metrics: Metrics
-    (result,), metrics = prepare([batch], [forward], LearnerConfig(model_path="", **config))
+    training = Training(model_path="", credit=credit or CreditConfig(), algorithm=AlgorithmConfig(**algorithm))
+    (result,), metrics = prepare([batch], [forward], training)
     return result, values(metrics)
 
 
@@ -52,8 +56,8 @@ def test_generalised_advantages_and_returns_are_veRL_s(
     value_NT = noise()
     reward, value, mask = tensors(BATCH.reward_NT, value_NT, BATCH.mask_NT)
     _, returns = core_algos.compute_gae_advantage_return(reward, value, mask, discount, gae_lambda)
-    critic = CriticSettings(discount=discount, gae_lambda=gae_lambda)
-    result, metrics = prepared(BATCH, Forward(value_NT=value_NT), critic=critic)
+    credit = CreditConfig(method="gae", scale="none", discount=discount, gae_lambda=gae_lambda)
+    result, metrics = prepared(BATCH, Forward(value_NT=value_NT), credit)
     expected = np.where(BATCH.mask_NT, (returns - value).numpy(), 0)  # before veRL's whitening
     np.testing.assert_allclose(result.batch.advantage_NT, expected, atol=1e-6)
     np.testing.assert_allclose(result.columns["returns"][BATCH.mask_NT], returns.numpy()[BATCH.mask_NT], atol=1e-6)
@@ -88,7 +92,7 @@ def test_reinforce_plus_plus_is_veRL_s(core_algos: ModuleType) -> None:
     expected, _ = core_algos.compute_reinforce_plus_plus_outcome_advantage(
         reward, mask, config=SimpleNamespace(gamma=1.0)
     )
-    result, _ = prepared(batch, Forward(), normalise=True)
+    result, _ = prepared(batch, Forward(), CreditConfig(scale="batch"))
     np.testing.assert_allclose(result.batch.advantage_NT, expected.numpy(), atol=1e-6)
 
 
