@@ -100,9 +100,7 @@ def _old_logprobs(batch: Batch, policy_NT: Floats | None, config: Training) -> t
     )
     weight: Floats = weight_NT.numpy()
     metrics["learner/importance_weight"] = Mean.of(weight[known_NT].tolist())
-    metrics["learner/importance_capped"] = Mean.of(
-        (weight[known_NT] >= config.algorithm.importance_sampling_cap).tolist()
-    )
+    metrics["learner/importance_capped"] = Mean.of((weight[known_NT] >= cap).tolist())
     return policy_NT, weight, metrics
 
 
