@@ -71,8 +71,7 @@ def _tasks(inspection: Inspection, split: Split) -> str:
 
 def _arithmetic(config: Config) -> list[tuple[str, str]]:
     algorithm = config.algorithm
-    rollouts = algorithm.tasks_per_step * algorithm.rollouts_per_task
-    batches = -(-rollouts // (algorithm.rollouts_per_batch or rollouts))
+    rollouts, batches = algorithm.rollouts_per_step, algorithm.batches_per_step
     step = f"{algorithm.tasks_per_step} tasks x {algorithm.rollouts_per_task} rollouts = {rollouts} rollouts a step"
     updates = f"{batches} batches x {algorithm.epochs} epochs = {batches * algorithm.epochs} optimiser steps a step"
     places = config.rollout.workers * config.rollout.concurrency

@@ -190,14 +190,9 @@ def _location(config: Config, run: RunDirectory) -> str:
 
 def make_plan(config: Config) -> Plan:
     """The plan of the loop, as the config says. Raises ConfigError."""
-    algorithm = config.algorithm
     return Plan(
         steps=config.steps,
-        tasks_per_step=algorithm.tasks_per_step,
-        rollouts_per_task=algorithm.rollouts_per_task,
-        dynamic_sampling_rounds=algorithm.dynamic_sampling_rounds,
-        rollouts_per_batch=algorithm.rollouts_per_batch,
-        epochs=algorithm.epochs,
+        algorithm=config.algorithm,
         eval_every=config.eval_every,
         rules=credit_rules(config),
         pad_token=0,

@@ -116,6 +116,16 @@ class AlgorithmConfig(Section):
     """Weight of the entropy bonus; 0 computes no entropy."""
     failures: FailuresConfig = FailuresConfig()
 
+    @property
+    def rollouts_per_step(self) -> int:
+        """Rollouts of one step, without those of dynamic sampling."""
+        return self.tasks_per_step * self.rollouts_per_task
+
+    @property
+    def batches_per_step(self) -> int:
+        """Batches of one step; each is one optimiser step in each epoch."""
+        return -(-self.rollouts_per_step // (self.rollouts_per_batch or self.rollouts_per_step))
+
     @model_validator(mode="after")
     def _check_read(self) -> AlgorithmConfig:
         """Raise ConfigError for a key that is set but has no effect."""

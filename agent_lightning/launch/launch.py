@@ -173,8 +173,6 @@ def training(config: Config, model: str) -> Training:
     from agent_lightning.learners.verl_groups import Training
 
     algorithm = config.algorithm
-    rollouts = algorithm.tasks_per_step * algorithm.rollouts_per_task
-    batches = -(-rollouts // (algorithm.rollouts_per_batch or rollouts))
     return Training(
         model_path=model,
         algorithm=algorithm,
@@ -185,7 +183,7 @@ def training(config: Config, model: str) -> Training:
         gpu_share=placement.learner_gpu(config) or 1.0,
         dtype=config.model.dtype,
         seed=config.seed,
-        total_steps=config.steps * algorithm.epochs * batches,
+        total_steps=config.steps * algorithm.epochs * algorithm.batches_per_step,
         temperature=config.sampling.train.temperature,
         verl=config.verl,
     )

@@ -136,7 +136,7 @@ class Loop:
         samples = [sample for credit in credits for sample in credit.samples]
         batches = batching.pack(
             samples,
-            rollouts_per_batch=self.plan.rollouts_per_batch,
+            rollouts_per_batch=self.plan.algorithm.rollouts_per_batch,
             pad_token=self.plan.pad_token,
             row_multiple=self.plan.row_multiple,
         )
@@ -144,7 +144,7 @@ class Loop:
         update_metrics: Metrics = {}
         if batches:
             self.observer.waiting_for(f"update: {len(samples)} rows")
-            update_metrics = await self.learner.update(batches, epochs=self.plan.epochs)
+            update_metrics = await self.learner.update(batches, epochs=self.plan.algorithm.epochs)
             clock.lap("update")
             await self.publish()
             clock.lap("publish")
@@ -155,15 +155,16 @@ class Loop:
         """Generate the step's groups and assign their credit; None if the run was stopped. Raises StepFailed.
 
         Groups without a sample to train on are replaced by groups of new tasks, in at most
-        `plan.dynamic_sampling_rounds` further rounds: dynamic sampling of DAPO, arXiv 2503.14476 section 3.2.
+        `algorithm.dynamic_sampling_rounds` further rounds: dynamic sampling of DAPO, arXiv 2503.14476 section 3.2.
         """
         groups: list[Group] = []
         credits: list[Credit] = []
-        missing = self.plan.tasks_per_step
-        for _ in range(1 + self.plan.dynamic_sampling_rounds):
+        algorithm = self.plan.algorithm
+        missing = algorithm.tasks_per_step
+        for _ in range(1 + algorithm.dynamic_sampling_rounds):
             tasks = self.state.cursor.next(self.train_tasks, missing)
             try:
-                new_groups = await self.generate(tasks, split="train", num_rollouts=self.plan.rollouts_per_task)
+                new_groups = await self.generate(tasks, split="train", num_rollouts=algorithm.rollouts_per_task)
                 if new_groups is not None:
                     groups += new_groups
                     _check_any_finished(groups)
@@ -174,7 +175,7 @@ class Loop:
                 await self._drop(groups, "run_stopped")
                 return None
             credits += [assign_credit(group, self.plan.rules) for group in new_groups]
-            missing = self.plan.tasks_per_step - sum(bool(credit.samples) for credit in credits)
+            missing = algorithm.tasks_per_step - sum(bool(credit.samples) for credit in credits)
             if missing == 0:
                 break
         return groups, credits

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.core import files
 from agent_lightning.core.errors import AccountingError, UserError
 from agent_lightning.core.types import Split
@@ -27,14 +28,8 @@ class Plan:
     """The length of a run, the size of its steps, and its rules of credit."""
 
     steps: int
-    tasks_per_step: int
-    rollouts_per_task: int
-    dynamic_sampling_rounds: int
-    """Further rounds of rollouts in a step, which replace groups that give nothing to train on."""
-    rollouts_per_batch: int | None
-    """Rollouts in an optimiser step; None: all rollouts of the step."""
-    epochs: int
-    """How often the learner trains on the batches of a step."""
+    algorithm: AlgorithmConfig
+    """The size of a step; the learner reads the rest."""
     eval_every: int
     """Steps between evaluations. The first step is always preceded, and the last followed, by an evaluation."""
     rules: CreditRules

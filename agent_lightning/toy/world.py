@@ -35,6 +35,7 @@ from starlette.routing import Route
 from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.journal import JournalConfig
+from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
@@ -217,11 +218,7 @@ class ToyWorld:
     def _loop(self, state: State) -> Loop:
         plan = Plan(
             steps=0,
-            tasks_per_step=len(self.tasks),
-            rollouts_per_task=self.rollouts_per_task,
-            dynamic_sampling_rounds=0,
-            rollouts_per_batch=None,
-            epochs=1,
+            algorithm=AlgorithmConfig(tasks_per_step=len(self.tasks), rollouts_per_task=self.rollouts_per_task),
             eval_every=0,
             rules=CreditRules(max_tokens=self.max_len),
             pad_token=PAD,

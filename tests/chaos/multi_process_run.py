@@ -26,6 +26,7 @@ from processes import Peer, end_with, listen
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.journal import JournalConfig
+from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.core.types import Group, ModelCall, Policy, Task
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
@@ -248,11 +249,7 @@ async def _driver(part: str, run: RunProcesses) -> None:
     await listen(run.at("board"), board)
     plan = Plan(
         steps=run.steps,
-        tasks_per_step=len(TASKS),
-        rollouts_per_task=ROLLOUTS,
-        dynamic_sampling_rounds=0,
-        rollouts_per_batch=None,
-        epochs=1,
+        algorithm=AlgorithmConfig(tasks_per_step=len(TASKS), rollouts_per_task=ROLLOUTS),
         eval_every=0,
         rules=CreditRules(max_tokens=4096),
         pad_token=PAD,

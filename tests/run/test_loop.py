@@ -54,6 +54,11 @@ def make_world(client: openai.AsyncOpenAI, **settings: Any) -> ToyWorld:
     return ToyWorld(**{"agent": Asks(client), "tasks": TASKS, "words": WORDS, **settings})
 
 
+def change_algorithm(world: ToyWorld, **changes: Any) -> None:
+    plan = world.loop.plan
+    world.loop.plan = replace(plan, algorithm=plan.algorithm.model_copy(update=changes))
+
+
 async def check_accounts(world: ToyWorld) -> None:
     """Between steps nothing is open, and every rollout and every token is accounted for."""
     state, stats = world.loop.state, await world.buffer.stats()
@@ -238,10 +243,10 @@ async def test_a_run_stopped_before_its_first_step_can_be_resumed(client: openai
 async def test_a_resumed_run_continues_where_it_was(client: openai.AsyncOpenAI, tmp_path: Path) -> None:
     tasks = TASKS[:3]
     async with make_world(client, tasks=tasks, checkpoints=tmp_path) as world:
-        world.loop.plan = replace(world.loop.plan, tasks_per_step=2)
+        change_algorithm(world, tasks_per_step=2)
         before = await world.train(steps=5)
     async with make_world(client, tasks=tasks, checkpoints=tmp_path, resume=True) as world:
-        world.loop.plan = replace(world.loop.plan, tasks_per_step=2)
+        change_algorithm(world, tasks_per_step=2)
         state = world.loop.state
         assert (state.step, state.cursor, state.trained) == (before.step, before.cursor, before.trained)
         assert set((await world.board.versions()).values()) == {state.version}
@@ -304,7 +309,7 @@ async def test_groups_without_samples_are_replaced(client: openai.AsyncOpenAI) -
         return float(task["answer"] == "1" or num_asked[task["question"]] % 2)
 
     async with make_world(client, agent=easy_or_not) as world:
-        world.loop.plan = replace(world.loop.plan, dynamic_sampling_rounds=3)
+        change_algorithm(world, dynamic_sampling_rounds=3)
         state = await world.train(steps=1)
         await check_accounts(world)
     # A task of the four gives no samples: further tasks are drawn until four groups give samples.
@@ -319,7 +324,7 @@ async def test_dynamic_sampling_ends_if_nothing_can_be_learned(client: openai.As
         return 1.0
 
     async with make_world(client, agent=always_right) as world:
-        world.loop.plan = replace(world.loop.plan, dynamic_sampling_rounds=2)
+        change_algorithm(world, dynamic_sampling_rounds=2)
         state = await world.train(steps=1)
         await check_accounts(world)
     assert (state.step, state.trained, state.dropped) == (1, 0, {"no_spread": 3 * 32})
