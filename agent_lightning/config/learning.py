@@ -66,9 +66,8 @@ class FailuresConfig(Section):
         """Raise ConfigError for an outcome that is no failure."""
         for name in values if isinstance(values, dict) else ():
             if name not in cls.model_fields:
-                raise ConfigError(
-                    f"algorithm.failures.{name}: not a failure; use one of {', '.join(cls.model_fields)}"
-                )  # fmt: skip
+                known = ", ".join(cls.model_fields)
+                raise ConfigError(f"algorithm.failures.{name}: not a failure; use one of {known}")
         return values
 
 
@@ -288,15 +287,13 @@ class SamplingConfig(Section):
     """Longest reply of a call, in tokens."""
 
 
-SAMPLING_RULE: Final = """\
-train: these govern. What an agent asks for (temperature, seed, penalties, ...) is replaced, or left out.
-val: what the agent asks for comes first, and these fill the gaps.
-In both the smaller max_tokens wins. It is the same for every wire format (docs/gateway.md)."""
-
-
 class SamplingSplits(Section):
-    """What the engine is asked for. In training these values replace what an agent asks for; in validation they only
-    fill the gaps that the agent leaves. In both, the smaller max_tokens wins (docs/gateway.md)."""
+    """The sampling parameters of model calls.
+
+    train: these govern. What an agent asks for (temperature, seed, penalties, ...) is replaced, or left out.
+    val: what the agent asks for comes first, and these fill the gaps.
+    In both the smaller max_tokens wins. It is the same for every wire format (docs/gateway.md).
+    """
 
     train: SamplingConfig = SamplingConfig()
     val: SamplingConfig = SamplingConfig(temperature=0.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
 from agent_lightning.config import section
-from agent_lightning.config.learning import SAMPLING_RULE
+from agent_lightning.config.learning import SamplingSplits
 from agent_lightning.config.refusals import explain
 from agent_lightning.config.schema import RENAMED, Config
 from agent_lightning.core.errors import ConfigError
@@ -151,7 +152,7 @@ def from_mapping(values: Any) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The whole config, every default written out, and the rule by which `sampling` holds."""
-    rule = "".join(f"# {line}\n" for line in SAMPLING_RULE.splitlines())
+    rule = "".join(f"# {line}\n" for line in cleandoc(SamplingSplits.__doc__ or "").splitlines()[2:])
     text = OmegaConf.to_yaml(OmegaConf.create(_escaped(to_mapping(config))))
     return text.replace("\nsampling:\n", f"\n{rule}sampling:\n")
 

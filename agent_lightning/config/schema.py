@@ -104,9 +104,8 @@ class Config(Section):
         if self.credit.method != "gae":
             refuse_unread("critic", self.critic != CriticConfig(), "only credit.method=gae has a critic")
         if self.algorithm.rollouts_per_task < 2 and self.credit.compares:
-            raise ConfigError(
-                f"algorithm.rollouts_per_task={self.algorithm.rollouts_per_task}: must be at least 2"
-            )  # fmt: skip
+            key = f"algorithm.rollouts_per_task={self.algorithm.rollouts_per_task}"
+            raise ConfigError(f"{key}: must be at least 2, to compare them")
         if self.sampling.seeded and self.serving.gateways not in (None, 1):
             raise ConfigError("sampling.seeded: serving.gateways must be 1, as each counts what it is asked by itself")
         self._check_hardware()

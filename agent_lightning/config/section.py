@@ -12,6 +12,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
+from agent_lightning.core.text import one_line
+
 AtLeast0 = Annotated[int, Field(ge=0)]
 AtLeast1 = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -63,7 +65,7 @@ class Key:
     @property
     def sentence(self) -> str:
         """What the key means, on one line."""
-        return " ".join((self.field.description or "").split())
+        return one_line(self.field.description or "")
 
     @property
     def kind(self) -> str:

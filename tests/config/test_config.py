@@ -163,7 +163,7 @@ def test_a_wrong_override_is_one_line_that_says_what_to_do(override: str, messag
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("algorithm.rollouts_per_task=1", "algorithm.rollouts_per_task=1: must be at least 2"),
+        ("algorithm.rollouts_per_task=1", "algorithm.rollouts_per_task=1: must be at least 2, to compare them"),
         ("critic.warmup_steps=-1", "critic.warmup_steps=-1: must be at least 0"),
         ("algorithm.kl_coef=-1", "algorithm.kl_coef=-1: must be at least 0"),
         ("serving.kv_cache_gib=0", "serving.kv_cache_gib=0: must be at least 1"),
