@@ -1,15 +1,16 @@
 """What a dialect is: a format in which agents send requests and get replies. Pure.
 
-Each dialect has a class without state, and a class that writes a stream. It turns requests into the engine's form, an
-OpenAI chat request (or a completion request with a `prompt`), and the engine's `Completion` into its own replies.
+A dialect turns requests into the engine's form, an OpenAI chat request (or a completion request with a `prompt`), and
+the engine's `Completion` into its own replies. It has no state; the class of its streams has.
 """
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -44,54 +45,50 @@ class RequestContext:
         return self.reply_id.rpartition("_")[2].rpartition("-")[2]
 
 
-class Stream(Protocol):
+class Stream(ABC):
     """Writes one answer as the text of server-sent events."""
 
+    def __init__(self, context: RequestContext) -> None:
+        self._context = context
+
+    @abstractmethod
     def begin(self) -> str:
         """The events before the first token."""
-        ...
 
+    @abstractmethod
     def delta(self, choice: Mapping[str, Any]) -> str:
         """The events for a piece of a choice, as `Part.visible` gives it; "" if there is nothing to send."""
-        ...
 
+    @abstractmethod
     def end(self, completion: Completion) -> str:
         """The last events: what was not sent yet, which is everything if there were no deltas, and the end."""
-        ...
 
+    @abstractmethod
     def fail(self, refusal: Refusal) -> str:
         """The events for an error after `begin`."""
-        ...
 
 
-class Dialect(Protocol):
+class Dialect(ABC):
     """A format in which agents speak to the gateway."""
 
-    @property
-    def prefix(self) -> str:
-        """Prefix of the ids of its replies."""
-        ...
+    prefix: str
+    """Prefix of the ids of its replies."""
+    request: type[BaseModel]
+    """The fields of a request that are checked."""
+    stream: type[Stream]
+    """The writer of an answer in parts."""
 
-    @property
-    def request(self) -> type[BaseModel]:
-        """The fields of a request that are checked."""
-        ...
-
+    @abstractmethod
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The request in the engine's form. Raises BadRequest."""
-        ...
 
+    @abstractmethod
     def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
         """The JSON of an answer in one piece."""
-        ...
-
-    def stream(self, context: RequestContext) -> Stream:
-        """The writer of an answer in parts."""
-        ...
 
     def error(self, refusal: Refusal) -> dict[str, Any]:
-        """The JSON of an error."""
-        ...
+        """The JSON of an error; OpenAI's, if the dialect has no form of its own."""
+        return refusal.body()
 
 
 class Strict(BaseModel):
@@ -164,8 +161,7 @@ def read(model: type[Model], body: Mapping[str, Any]) -> Model:
         return model.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise BadRequest(f"{field}: {first['msg']}") from None
+        raise BadRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def content_of(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]] | None:

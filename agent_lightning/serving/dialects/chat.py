@@ -7,73 +7,19 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from agent_lightning.serving.dialects.base import BadRequest, Chat, RequestContext, Sampled, Stream, event, read
+from agent_lightning.serving.dialects import base
+from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream, event, read
 from agent_lightning.serving.engine import Completion, Refusal
 
 
-class ChatCompletions:
-    """The dialect of POST /v1/chat/completions."""
-
-    prefix = "chatcmpl-"
-    request: type[BaseModel] = Chat
-    kind = "chat.completion"
-
-    def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        read(Chat, body)
-        return dict(body)
-
-    def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
-        """The engine's reply, with log-probabilities only if the agent wants them."""
-        choices = [
-            {key: value for key, value in choice.items() if key != "stop_reason"}
-            | ({} if _wants_logprobs(context) else {"logprobs": None})
-            for choice in completion.reply["choices"]
-        ]
-        return {**completion.reply, **_head(context), "object": self.kind, "choices": choices}
-
-    def stream(self, context: RequestContext) -> Stream:
-        return _ChatStream(context)
-
-    def error(self, refusal: Refusal) -> dict[str, Any]:
-        return refusal.body()
-
-
-_Token = Annotated[int, Field(ge=0, lt=2**31)]
-"""A token id of a prompt. The engine checks it against the vocabulary, but would look up a negative id."""
-
-
-class _Completion(Sampled):
-    """A completion request. Its prompts are a text, token ids, or a list of either."""
-
-    prompt: str | list[str] | list[_Token] | list[list[_Token]]
-    logprobs: int | None = None
-    echo: bool | None = None
-
-
-class Completions(ChatCompletions):
-    """The dialect of POST /v1/completions: a prompt without a chat template."""
-
-    prefix = "cmpl-"
-    request = _Completion
-    kind = "text_completion"
-
-    def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        if read(_Completion, body).echo:
-            raise BadRequest("echo is not supported: the prompt is not part of the answer", "unsupported")
-        return dict(body)
-
-    def stream(self, context: RequestContext) -> Stream:
-        return _TextStream(context)
-
-
-class _ChatStream:
+class _ChatStream(Stream):
     """Writes a chat completion in chunks; a tool call is sent complete, in two chunks as OpenAI sends it."""
 
     kind = "chat.completion.chunk"
     empty: Mapping[str, Any] = {"delta": {}}
 
     def __init__(self, context: RequestContext) -> None:
-        self._context = context
+        super().__init__(context)
         self._sent: set[int] = set()
         """Indices of choices with text that was sent."""
 
@@ -131,6 +77,54 @@ class _TextStream(_ChatStream):
 
     def _content(self, choice: Mapping[str, Any]) -> dict[str, Any]:
         return {"text": choice.get("text") or ""}
+
+
+class ChatCompletions(Dialect):
+    """The dialect of POST /v1/chat/completions."""
+
+    prefix = "chatcmpl-"
+    request: type[BaseModel] = base.Chat
+    stream: type[Stream] = _ChatStream
+    kind = "chat.completion"
+
+    def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        read(base.Chat, body)
+        return dict(body)
+
+    def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
+        """The engine's reply, with log-probabilities only if the agent wants them."""
+        choices = [
+            {key: value for key, value in choice.items() if key != "stop_reason"}
+            | ({} if _wants_logprobs(context) else {"logprobs": None})
+            for choice in completion.reply["choices"]
+        ]
+        return {**completion.reply, **_head(context), "object": self.kind, "choices": choices}
+
+
+_Token = Annotated[int, Field(ge=0, lt=2**31)]
+"""A token id of a prompt. The engine checks it against the vocabulary, but would look up a negative id."""
+
+
+class _Completion(base.Sampled):
+    """A completion request. Its prompts are a text, token ids, or a list of either."""
+
+    prompt: str | list[str] | list[_Token] | list[list[_Token]]
+    logprobs: int | None = None
+    echo: bool | None = None
+
+
+class Completions(ChatCompletions):
+    """The dialect of POST /v1/completions: a prompt without a chat template."""
+
+    prefix = "cmpl-"
+    request = _Completion
+    stream = _TextStream
+    kind = "text_completion"
+
+    def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        if read(_Completion, body).echo:
+            raise BadRequest("echo is not supported: the prompt is not part of the answer", "unsupported")
+        return dict(body)
 
 
 def _head(context: RequestContext) -> dict[str, Any]:

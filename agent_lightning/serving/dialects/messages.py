@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from agent_lightning.serving.dialects.base import BadRequest, Chat, RequestContext, Strict, content_of, event, read
+from agent_lightning.core.json_values import parse_json
+from agent_lightning.serving.dialects import base
+from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream, Strict, event, read
 from agent_lightning.serving.engine import Completion, Refusal
 
 _REPLACED = ("system", "stop_sequences", "thinking", "metadata", "service_tier", "cache_control", "output_config", "n")
 """Fields that are translated or that mean nothing to the engine; all others are passed on."""
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
+_START, _DELTA = "content_block_start", "content_block_delta"
 _ERRORS = {403: "permission_error", 404: "not_found_error", 413: "request_too_large", 500: "api_error"}
 
 
@@ -57,61 +59,10 @@ class _Request(Strict):
     output_config: _OutputConfig | None = None
 
 
-class Messages:
-    """The dialect of POST /v1/messages."""
-
-    prefix = "msg_"
-    request = _Request
-
-    def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        request = read(_Request, body)
-        chat = {name: value for name, value in body.items() if name not in _REPLACED and value is not None}
-        chat["messages"] = _system(request.system) + [new for message in request.messages for new in _chat(message)]
-        if request.messages and request.messages[-1].role == "assistant":  # its text is the beginning of the answer
-            chat |= {"add_generation_prompt": False, "continue_final_message": True}
-        if body.get("stop_sequences"):
-            chat["stop"] = body["stop_sequences"]
-        if request.tools is not None:
-            chat["tools"] = [_tool(tool) for tool in request.tools]
-        if request.tool_choice is not None:
-            named = {"type": "function", "function": {"name": request.tool_choice.name}}
-            chat["tool_choice"] = _CHOICES.get(request.tool_choice.type, named)
-            chat["parallel_tool_calls"] = not request.tool_choice.disable_parallel_tool_use
-        output = request.output_config.format if request.output_config else None
-        if output:
-            schema = {"name": "answer", "schema": output.get("schema")}
-            chat["response_format"] = {"type": output.get("type"), "json_schema": schema}
-        read(Chat, chat)
-        return chat
-
-    def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
-        (choice,) = completion.reply["choices"]
-        reason, sequence = choice["finish_reason"], choice.get("stop_reason")
-        blocks = _blocks(choice["message"])
-        stopped = "stop_sequence" if isinstance(sequence, str) else "end_turn"
-        if reason == "tool_calls" and not any(block["type"] == "tool_use" for block in blocks):
-            reason = "stop"
-        return _opening(context) | {
-            "content": blocks,
-            "stop_reason": _REASONS.get(reason, stopped),
-            "stop_sequence": sequence if isinstance(sequence, str) else None,
-            "usage": _usage(completion),
-        }
-
-    def stream(self, context: RequestContext) -> _Stream:
-        return _Stream(context)
-
-    def error(self, refusal: Refusal) -> dict[str, Any]:
-        kind = _ERRORS.get(refusal.status, "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": refusal.message, "code": refusal.code}}
-
-
-class _Stream:
+class _Stream(Stream):
     """Writes a message as events, one content block after the other."""
 
-    def __init__(self, context: RequestContext) -> None:
-        self._context = context
-        self._text_started = False
+    _text_started = False
 
     def begin(self) -> str:
         return _event("message_start", message=_opening(self._context))
@@ -125,7 +76,7 @@ class _Stream:
         return opening + _event(_DELTA, index=0, delta={"type": "text_delta", "text": text})
 
     def end(self, completion: Completion) -> str:
-        message = MESSAGES.reply(self._context, completion)
+        message = Messages().reply(self._context, completion)
         text = ""
         for index, block in enumerate(message["content"]):
             if block["type"] == "tool_use":
@@ -139,11 +90,62 @@ class _Stream:
         return text + _event("message_delta", delta=ending, usage=message["usage"]) + _event("message_stop")
 
     def fail(self, refusal: Refusal) -> str:
-        return event(MESSAGES.error(refusal), "error")
+        return event(Messages().error(refusal), "error")
 
 
-MESSAGES = Messages()
-_START, _DELTA = "content_block_start", "content_block_delta"
+class Messages(Dialect):
+    """The dialect of POST /v1/messages."""
+
+    prefix = "msg_"
+    request = _Request
+    stream = _Stream
+
+    def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        request = read(_Request, body)
+        chat = {name: value for name, value in body.items() if name not in _REPLACED and value is not None}
+        system = _content(request.system)
+        chat["messages"] = [{"role": "system", "content": system}] if system else []
+        chat["messages"] += [new for message in request.messages for new in _chat(message)]
+        if request.messages and request.messages[-1].role == "assistant":  # its text is the beginning of the answer
+            chat |= {"add_generation_prompt": False, "continue_final_message": True}
+        if body.get("stop_sequences"):
+            chat["stop"] = body["stop_sequences"]
+        if request.tools is not None:
+            chat["tools"] = [_tool(tool) for tool in request.tools]
+        if request.tool_choice is not None:
+            named = {"type": "function", "function": {"name": request.tool_choice.name}}
+            chat["tool_choice"] = _CHOICES.get(request.tool_choice.type, named)
+            chat["parallel_tool_calls"] = not request.tool_choice.disable_parallel_tool_use
+        if request.output_config and (output := request.output_config.format):
+            schema = {"name": "answer", "schema": output.get("schema")}
+            chat["response_format"] = {"type": output.get("type"), "json_schema": schema}
+        read(base.Chat, chat)
+        return chat
+
+    def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
+        (choice,) = completion.reply["choices"]
+        text, calls = choice["message"].get("content") or "", []
+        for call in choice["message"].get("tool_calls") or ():
+            function = call["function"]
+            arguments = parse_json(function["arguments"] or "{}")
+            if isinstance(arguments, dict):
+                calls.append({"type": "tool_use", "id": call["id"], "name": function["name"], "input": arguments})
+            else:  # a call whose arguments are no JSON object has no form here: it is shown as text
+                text += f"{function['name']}({function['arguments']})"
+        sequence = choice["stop_reason"] if isinstance(choice.get("stop_reason"), str) else None
+        end = "end_turn" if sequence is None else "stop_sequence"
+        reasons = {"length": "max_tokens", "tool_calls": "tool_use" if calls else end}
+        usage = completion.reply["usage"]
+        return _opening(context) | {
+            "content": ([{"type": "text", "text": text}] if text else []) + calls,
+            "stop_reason": reasons.get(choice["finish_reason"], end),
+            "stop_sequence": sequence,
+            "usage": {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]},
+        }
+
+    def error(self, refusal: Refusal) -> dict[str, Any]:
+        kind = _ERRORS.get(refusal.status, "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": refusal.message, "code": refusal.code}}
 
 
 def _event(kind: str, **fields: Any) -> str:
@@ -151,42 +153,10 @@ def _event(kind: str, **fields: Any) -> str:
 
 
 def _opening(context: RequestContext) -> dict[str, Any]:
-    return {
-        "id": context.reply_id,
-        "type": "message",
-        "role": "assistant",
-        "model": context.model,
-        "content": [],
-        "stop_reason": None,
-        "stop_sequence": None,
-        "usage": {"input_tokens": 0, "output_tokens": 0},
-    }
-
-
-def _usage(completion: Completion) -> dict[str, int]:
-    usage = completion.reply["usage"]
-    return {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
-
-
-def _blocks(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The blocks of an answer. A call whose arguments are no JSON object has no form here: it is shown as text."""
-    text, calls = message.get("content") or "", []
-    for call in message.get("tool_calls") or ():
-        function = call["function"]
-        try:
-            arguments = json.loads(function["arguments"] or "{}")
-        except ValueError:
-            arguments = None
-        if isinstance(arguments, dict):
-            calls.append({"type": "tool_use", "id": call["id"], "name": function["name"], "input": arguments})
-        else:
-            text += f"{function['name']}({function['arguments']})"
-    return ([{"type": "text", "text": text}] if text else []) + calls
-
-
-def _system(system: str | list[_Block] | None) -> list[dict[str, Any]]:
-    content = system if isinstance(system, str) else _content(system or ())
-    return [{"role": "system", "content": content}] if content else []
+    """A message before its first token."""
+    message = {"id": context.reply_id, "type": "message", "role": "assistant", "model": context.model, "content": []}
+    usage = {"input_tokens": 0, "output_tokens": 0}
+    return message | {"stop_reason": None, "stop_sequence": None, "usage": usage}
 
 
 def _chat(message: _Message) -> list[dict[str, Any]]:
@@ -194,7 +164,7 @@ def _chat(message: _Message) -> list[dict[str, Any]]:
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     results = [
-        {"role": "tool", "tool_call_id": block.tool_use_id, "content": _result(block.content)}
+        {"role": "tool", "tool_call_id": block.tool_use_id, "content": _content(block.content) or ""}
         for block in message.content
         if block.type == "tool_result"
     ]
@@ -203,20 +173,16 @@ def _chat(message: _Message) -> list[dict[str, Any]]:
         for block in message.content
         if block.type == "tool_use"
     ]
-    content = _content(block for block in message.content if block.type not in ("tool_result", "tool_use"))
-    turn: dict[str, Any] = {"role": message.role, "content": content}
-    if calls:
-        turn["tool_calls"] = calls
+    content = _content([block for block in message.content if block.type not in ("tool_result", "tool_use")])
+    turn = {"role": message.role, "content": content} | ({"tool_calls": calls} if calls else {})
     return [*results, *([turn] if content or calls else [])]
 
 
-def _result(content: str | list[_Block] | None) -> str | list[dict[str, Any]]:
-    return content if isinstance(content, str) else _content(content or ()) or ""
-
-
-def _content(blocks: Iterable[_Block]) -> str | list[dict[str, Any]] | None:
+def _content(content: str | list[_Block] | None) -> str | list[dict[str, Any]] | None:
+    if isinstance(content, str):
+        return content
     parts: list[dict[str, Any]] = []
-    for block in blocks:
+    for block in content or ():
         match block.type:
             case "text" if block.text is not None:
                 parts.append({"type": "text", "text": block.text})
@@ -228,7 +194,7 @@ def _content(blocks: Iterable[_Block]) -> str | list[dict[str, Any]] | None:
                 continue  # chat templates leave out earlier thoughts
             case kind:
                 raise BadRequest(f"a content block of type {kind!r} is not supported", "unsupported")
-    return content_of(parts)
+    return base.content_of(parts)
 
 
 def _tool(tool: _Tool) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from agent_lightning.serving.dialects.base import BadRequest, Chat, RequestContext, Strict, content_of, event, read
+from agent_lightning.serving.dialects import base
+from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream, Strict, event, read
 from agent_lightning.serving.engine import Completion, Refusal
 
 _STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
@@ -43,11 +44,72 @@ class _Request(Strict):
     max_output_tokens: int | None = None
 
 
-class Responses:
+class _Stream(Stream):
+    """Writes a response as numbered events, one output item after the other."""
+
+    def __init__(self, context: RequestContext) -> None:
+        super().__init__(context)
+        self._number = 0
+        self._text_started = False
+        self._place = {"item_id": f"msg_{context.hex}", "output_index": 0, "content_index": 0}
+
+    def begin(self) -> str:
+        response = _response(self._context, "in_progress")
+        return self._event("created", response=response) + self._event("in_progress", response=response)
+
+    def delta(self, choice: Mapping[str, Any]) -> str:
+        text = choice["delta"].get("content")
+        if not text:
+            return ""
+        entries = _logprobs(self._context, choice)
+        return self._open_text() + self._event("output_text.delta", **self._place, delta=text, logprobs=entries)
+
+    def end(self, completion: Completion) -> str:
+        response = Responses().reply(self._context, completion)
+        (choice,) = completion.reply["choices"]
+        text = "" if self._text_started else self.delta({**choice, "delta": choice["message"]})
+        for index, item in enumerate(response["output"]):
+            if item["type"] == "message":
+                (part,) = item["content"]
+                ended = {"text": part["text"], "logprobs": part["logprobs"]}
+                text += self._open_text() + self._event("output_text.done", **self._place, **ended)
+                text += self._event("content_part.done", **self._place, part=part)
+            else:
+                place, arguments = {"item_id": item["id"], "output_index": index}, item["arguments"]
+                opened = {**item, "arguments": "", "status": "in_progress"}
+                ended = {"name": item["name"], "arguments": arguments}
+                text += self._event("output_item.added", output_index=index, item=opened)
+                text += self._event("function_call_arguments.delta", **place, delta=arguments)
+                text += self._event("function_call_arguments.done", **place, **ended)
+            text += self._event("output_item.done", output_index=index, item=item)
+        return text + self._event(response["status"], response=response)
+
+    def fail(self, refusal: Refusal) -> str:
+        # The official client raises for an `error` object, and passes on an event without it.
+        fields = {"code": refusal.code, "message": refusal.message, "param": None, **refusal.body()}
+        return event({"type": "error", "sequence_number": self._number, **fields}, "error")
+
+    def _open_text(self) -> str:
+        """The events before the first text; "" from then on."""
+        if self._text_started:
+            return ""
+        self._text_started = True
+        item = _message(self._context, "in_progress", [])
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        added = self._event("output_item.added", output_index=0, item=item)
+        return added + self._event("content_part.added", **self._place, part=part)
+
+    def _event(self, name: str, /, **fields: Any) -> str:
+        self._number += 1
+        return event({"type": f"response.{name}", "sequence_number": self._number - 1, **fields}, f"response.{name}")
+
+
+class Responses(Dialect):
     """The dialect of POST /v1/responses."""
 
     prefix = "resp_"
     request = _Request
+    stream = _Stream
 
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
         for name in _STATEFUL:
@@ -65,19 +127,26 @@ class Responses:
             if request.tool_choice.get("type") != "function":
                 raise BadRequest("tool_choice can name a function, and nothing else", "unsupported")
             chat["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice.get("name")}}
-        if request.text is not None and request.text.format:
-            schema = {key: value for key, value in request.text.format.items() if key != "type"}
-            kind = request.text.format.get("type")
+        if request.text is not None and (form := request.text.format):
+            schema, kind = {key: value for key, value in form.items() if key != "type"}, form.get("type")
             chat["response_format"] = {"type": kind} | ({"json_schema": schema} if kind == "json_schema" else {})
-        read(Chat, chat)
+        read(base.Chat, chat)
         return chat
 
     def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
         (choice,) = completion.reply["choices"]
         status = "incomplete" if choice["finish_reason"] == "length" else "completed"
+        text, calls = choice["message"].get("content"), choice["message"].get("tool_calls") or ()
+        output: list[dict[str, Any]] = []
+        if text or not calls:
+            part = {"text": text or "", "annotations": [], "logprobs": _logprobs(context, choice)}
+            output.append(_message(context, status, [{"type": "output_text", **part}]))
+        for number, call in enumerate(calls):
+            item = {"type": "function_call", "id": f"fc_{context.hex}_{number}", "call_id": call["id"]}
+            output.append(item | {"status": status} | call["function"])
         usage = completion.reply["usage"]
         return _response(context, status) | {
-            "output": _items(context, choice, status),
+            "output": output,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "usage": {
                 "input_tokens": usage["prompt_tokens"],
@@ -87,88 +156,6 @@ class Responses:
                 "total_tokens": usage["total_tokens"],
             },
         }
-
-    def stream(self, context: RequestContext) -> _Stream:
-        return _Stream(context)
-
-    def error(self, refusal: Refusal) -> dict[str, Any]:
-        return refusal.body()
-
-
-class _Stream:
-    """Writes a response as numbered events, one output item after the other."""
-
-    def __init__(self, context: RequestContext) -> None:
-        self._context = context
-        self._number = 0
-        self._text_started = False
-
-    def begin(self) -> str:
-        response = _response(self._context, "in_progress")
-        return self._event("response.created", response=response) + self._event(
-            "response.in_progress", response=response
-        )
-
-    def delta(self, choice: Mapping[str, Any]) -> str:
-        return self._text(choice["delta"].get("content") or "", choice.get("logprobs"))
-
-    def end(self, completion: Completion) -> str:
-        response = RESPONSES.reply(self._context, completion)
-        (choice,) = completion.reply["choices"]
-        text = "" if self._text_started else self._text(choice["message"].get("content") or "", choice.get("logprobs"))
-        for index, item in enumerate(response["output"]):
-            text += self._close_text(item) if item["type"] == "message" else self._call(index, item)
-        return text + self._event(f"response.{response['status']}", response=response)
-
-    def fail(self, refusal: Refusal) -> str:
-        # The official client raises for an `error` object, and passes on an event without it.
-        fields = {"code": refusal.code, "message": refusal.message, "param": None}
-        return self._event("error", **fields, **refusal.body())
-
-    def _text(self, text: str, logprobs: Any) -> str:
-        if not text:
-            return ""
-        opening = "" if self._text_started else self._open_text()
-        entries = _logprobs(self._context, {"logprobs": logprobs})
-        return opening + self._event("response.output_text.delta", **self._place(), delta=text, logprobs=entries)
-
-    def _open_text(self) -> str:
-        self._text_started = True
-        item = _message(self._context, "in_progress", [])
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        added = self._event("response.output_item.added", output_index=0, item=item)
-        return added + self._event("response.content_part.added", **self._place(), part=part)
-
-    def _close_text(self, item: Mapping[str, Any]) -> str:
-        (part,) = item["content"]
-        place = self._place()
-        return (
-            ("" if self._text_started else self._open_text())
-            + self._event("response.output_text.done", **place, text=part["text"], logprobs=part["logprobs"])
-            + self._event("response.content_part.done", **place, part=part)
-            + self._event("response.output_item.done", output_index=0, item=item)
-        )
-
-    def _call(self, index: int, item: Mapping[str, Any]) -> str:
-        place = {"item_id": item["id"], "output_index": index}
-        opened = {**item, "arguments": "", "status": "in_progress"}
-        arguments = item["arguments"]
-        return (
-            self._event("response.output_item.added", output_index=index, item=opened)
-            + self._event("response.function_call_arguments.delta", **place, delta=arguments)
-            + self._event("response.function_call_arguments.done", **place, name=item["name"], arguments=arguments)
-            + self._event("response.output_item.done", output_index=index, item=item)
-        )
-
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": f"msg_{self._context.hex}", "output_index": 0, "content_index": 0}
-
-    def _event(self, kind: str, **fields: Any) -> str:
-        self._number += 1
-        return event({"type": kind, "sequence_number": self._number - 1, **fields}, kind)
-
-
-RESPONSES = Responses()
 
 
 def _messages(request: _Request) -> list[dict[str, Any]]:
@@ -212,7 +199,7 @@ def _content(content: str | list[dict[str, Any]] | None) -> str | list[dict[str,
                 parts.append({"type": "image_url", "image_url": {"url": part["image_url"]}})
             case kind:
                 raise BadRequest(f"content of type {kind!r} is not supported", "unsupported")
-    return content_of(parts)
+    return base.content_of(parts)
 
 
 def _tool(tool: _Tool) -> dict[str, Any]:
@@ -233,10 +220,7 @@ def _response(context: RequestContext, status: str) -> dict[str, Any]:
         "status": status,
         "model": context.model,
         "output": [],
-        "error": None,
-        "incomplete_details": None,
-        "usage": None,
-        "previous_response_id": None,
+        **dict.fromkeys(("error", "incomplete_details", "usage", "previous_response_id")),
         "store": False,
         "tools": body.get("tools") or [],
         "tool_choice": body.get("tool_choice") or "auto",
@@ -245,22 +229,9 @@ def _response(context: RequestContext, status: str) -> dict[str, Any]:
     }
 
 
-def _items(context: RequestContext, choice: Mapping[str, Any], status: str) -> list[dict[str, Any]]:
-    message = choice["message"]
-    calls = message.get("tool_calls") or ()
-    items: list[dict[str, Any]] = []
-    if message.get("content") or not calls:
-        part = {"text": message.get("content") or "", "annotations": [], "logprobs": _logprobs(context, choice)}
-        items.append(_message(context, status, [{"type": "output_text", **part}]))
-    for number, call in enumerate(calls):
-        item = {"type": "function_call", "id": f"fc_{context.hex}_{number}", "call_id": call["id"], "status": status}
-        items.append(item | call["function"])
-    return items
-
-
 def _message(context: RequestContext, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-    fields = {"type": "message", "role": "assistant", "status": status, "content": content}
-    return {"id": f"msg_{context.hex}", **fields}
+    message = {"type": "message", "role": "assistant", "status": status, "content": content}
+    return {"id": f"msg_{context.hex}", **message}
 
 
 def _logprobs(context: RequestContext, choice: Mapping[str, Any]) -> list[dict[str, Any]]:
