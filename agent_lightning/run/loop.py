@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,10 +25,8 @@ from agent_lightning.buffer.buffer import Stats
 from agent_lightning.buffer.taken import TakenGroup, take_groups
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.metrics import Metrics, merge, values
-from agent_lightning.core.types import Group, Outcome, Split, Task
-from agent_lightning.credit import batching
-from agent_lightning.credit.assign import Credit
-from agent_lightning.credit.assign import assign as assign_credit
+from agent_lightning.core.types import Group, Outcome, Split, Task, Trajectory
+from agent_lightning.credit import assign, batching
 from agent_lightning.learners.base import Learner, Weights
 from agent_lightning.rollouts.supervise import WatchedBuffer, watch
 from agent_lightning.run.state import Plan, State, check_conservation
@@ -57,7 +55,6 @@ class Observer(Protocol):
 
     def waiting_for(self, text: str) -> None:
         """Show what the run waits for now, such as "generate: 41/64 rollouts"; the first word names the phase."""
-        ...
 
     def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None: ...
     def record_evaluation(self, step: int, reward: float, rows: int) -> None: ...
@@ -67,11 +64,9 @@ class Observer(Protocol):
 
         `force`: the run ends here, so that this checkpoint is the last.
         """
-        ...
 
     def complete_checkpoint(self, folder: Path, state: State) -> None:
         """Write the state beside the learner's files, which makes the checkpoint complete."""
-        ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,7 +102,6 @@ class Loop:
             except StepFailed:
                 await self.save(force=True)
                 raise
-            self.state.wall_s = time.monotonic() - started
             last = self.state.step == self.plan.steps
             if last or (self.plan.eval_every and self.state.step % self.plan.eval_every == 0):
                 await self.evaluate()
@@ -120,18 +114,11 @@ class Loop:
 
     async def step(self) -> bool:
         """Run a step: generate, train, publish. False if the step was abandoned because the run stops."""
-        clock = Clock()
-        # An abandoned step takes no tasks: the resumed run draws the same tasks again.
-        cursor_before, version = replace(self.state.cursor), self.state.version
-        try:
-            gathered = await self._gather_groups()
-        except StepFailed:
-            self.state.cursor = cursor_before
-            raise
-        clock.lap("generate")
+        clock, version = Clock(), self.state.version
+        gathered = await self._gather_groups()
         if gathered is None:
-            self.state.cursor = cursor_before
             return False
+        clock.lap("generate")
         groups, credits = gathered
         samples = [sample for credit in credits for sample in credit.samples]
         batches = batching.pack(
@@ -151,15 +138,16 @@ class Loop:
         await self._record_step(groups, version, credits, update_metrics, clock)
         return True
 
-    async def _gather_groups(self) -> tuple[list[Group], list[Credit]] | None:
+    async def _gather_groups(self) -> tuple[list[Group], list[assign.Credit]] | None:
         """Generate the step's groups and assign their credit; None if the run was stopped. Raises StepFailed.
 
         Groups without a sample to train on are replaced by groups of new tasks, in at most
         `algorithm.dynamic_sampling_rounds` further rounds: dynamic sampling of DAPO, arXiv 2503.14476 section 3.2.
         """
         groups: list[Group] = []
-        credits: list[Credit] = []
-        algorithm = self.plan.algorithm
+        credits: list[assign.Credit] = []
+        # An abandoned step takes no tasks: the resumed run draws the same tasks again.
+        cursor_before, algorithm = replace(self.state.cursor), self.plan.algorithm
         missing = algorithm.tasks_per_step
         for _ in range(1 + algorithm.dynamic_sampling_rounds):
             tasks = self.state.cursor.next(self.train_tasks, missing)
@@ -169,12 +157,14 @@ class Loop:
                     groups += new_groups
                     _check_any_finished(groups)
             except StepFailed:
+                self.state.cursor = cursor_before
                 await self._drop(groups, "step_failed")
                 raise
             if new_groups is None:
+                self.state.cursor = cursor_before
                 await self._drop(groups, "run_stopped")
                 return None
-            credits += [assign_credit(group, self.plan.rules) for group in new_groups]
+            credits += [assign.assign(group, self.plan.rules) for group in new_groups]
             missing = algorithm.tasks_per_step - sum(bool(credit.samples) for credit in credits)
             if missing == 0:
                 break
@@ -194,8 +184,8 @@ class Loop:
         """
         for task in tasks:
             await self.buffer.admit(task, split=split, num_rollouts=num_rollouts)
-        self.state.admitted += len(tasks) * num_rollouts if split == "train" else 0
         phase, total = ("generate" if split == "train" else "evaluate"), len(tasks) * num_rollouts
+        self.state.admitted += total if split == "train" else 0
         taking = asyncio.ensure_future(take_groups(self.buffer, len(tasks), split=split))
         stopping = asyncio.ensure_future(self.stop.wait())
         ended_before = (await self.buffer.stats()).ended
@@ -274,7 +264,7 @@ class Loop:
             await self.publish()
 
     async def _record_step(
-        self, groups: list[Group], version: int, credits: list[Credit], update_metrics: Metrics, clock: Clock
+        self, groups: list[Group], version: int, credits: list[assign.Credit], update_metrics: Metrics, clock: Clock
     ) -> None:
         """Count the step, whose rollouts are of policy `version`, in buffer and state, and log its metrics."""
         state = self.state
@@ -282,7 +272,8 @@ class Loop:
         trained = sum(credit.trained_rollouts for credit in credits)
         dropped = _sum_counts(credit.dropped_rollouts for credit in credits)
         await self.buffer.advance(trained=trained, dropped=dropped)
-        failed = _count_failures(groups)
+        rollouts = [rollout for group in groups for rollout in group.trajectories]
+        failed = _count_failures(rollouts)
         sampled_tokens = sum(credit.sampled_tokens for credit in credits)
         trained_tokens = sum(int(sample.mask_T.sum()) for credit in credits for sample in credit.samples)
         state.trained += trained
@@ -298,64 +289,47 @@ class Loop:
             state.gap_count += trained_tokens
             state.gap_max = max(state.gap_max, record["logprob_gap/max_abs"])
         record |= {"tokens/sampled": sampled_tokens, "tokens/trained": trained_tokens, "policy/version": version}
-        retried = sum(trajectory.key.attempt for group in groups for trajectory in group.trajectories)
-        record |= {"rollouts/trained": trained, "rollouts/retried": retried}
+        record |= {"rollouts/trained": trained, "rollouts/retried": sum(rollout.key.attempt for rollout in rollouts)}
         record |= {f"rollouts/dropped/{reason}": count for reason, count in dropped.items()}
         record |= {f"rollouts/failed/{outcome}": count for outcome, count in failed.items()}
-        refused = _sum_counts(trajectory.refused_spans for group in groups for trajectory in group.trajectories)
+        refused = _sum_counts(rollout.refused_spans for rollout in rollouts)
         record |= {f"spans/refused/{reason}": count for reason, count in refused.items()}
         self.observer.record_rollouts(state.step, version, groups)
-        seconds = clock.finish()
-        state.seconds.update(seconds)
-        record |= {f"time/{'step' if name == 'total' else name}": spent for name, spent in seconds.items()}
+        clock.lap("other")
+        state.seconds.update(clock.seconds)
+        record |= {f"time/{'step' if name == 'total' else name}": spent for name, spent in clock.seconds.items()}
         self.observer.record_step(state.step, record)
 
 
-@dataclass(slots=True)
 class Clock:
-    """The seconds of a step by phase. Time that no lap names is "other"."""
+    """The seconds of a step by phase, and in total."""
 
-    started: float = field(default_factory=time.monotonic)
-    last: float = field(default_factory=time.monotonic)
-    laps: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("total", "generate", "update", "publish", "other"), 0.0)
+        self._last = time.monotonic()
 
     def lap(self, name: str) -> None:
-        """Add the time since the last lap to the phase `name`."""
+        """Add the time since the last lap to the phase `name` and to the total."""
         now = time.monotonic()
-        self.laps[name] += now - self.last
-        self.last = now
-
-    def finish(self) -> dict[str, float]:
-        """The seconds of each phase, and their total."""
-        self.lap("other")
-        parts = {name: self.laps[name] for name in ("generate", "update", "publish", "other")}
-        return {"total": self.last - self.started, **parts}
+        self.seconds[name] += now - self._last
+        self.seconds["total"] += now - self._last
+        self._last = now
 
 
 def _sum_counts(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
-    """The sum of several counts, by key."""
-    total: Counter[str] = Counter()
-    for count in counts:
-        total.update(count)
-    return total
+    return sum((Counter(count) for count in counts), Counter())
 
 
-def _count_failures(groups: Sequence[Group]) -> Counter[str]:
+def _count_failures(rollouts: Sequence[Trajectory]) -> Counter[str]:
     """The rollouts that did not finish, by outcome."""
-    return Counter(
-        trajectory.outcome.value
-        for group in groups
-        for trajectory in group.trajectories
-        if trajectory.outcome is not Outcome.FINISHED
-    )
+    return Counter(rollout.outcome.value for rollout in rollouts if rollout.outcome is not Outcome.FINISHED)
 
 
 def _check_any_finished(groups: Sequence[Group]) -> None:
     """Raise StepFailed, with the reasons counted, if every rollout failed: the step would train on nothing."""
-    failed = _count_failures(groups)
-    total = sum(len(group.trajectories) for group in groups)
-    if sum(failed.values()) < total:
-        return
-    errors = Counter(trajectory.error for group in groups for trajectory in group.trajectories)
-    counts = ", ".join(f"{count} {name}" for name, count in failed.most_common())
-    raise StepFailed(f"all {total} rollouts of the step failed: {counts}. Most often: {errors.most_common(1)[0][0]}")
+    rollouts = [rollout for group in groups for rollout in group.trajectories]
+    failed = _count_failures(rollouts)
+    if failed.total() == len(rollouts):
+        counts = ", ".join(f"{count} {name}" for name, count in failed.most_common())
+        ((error, _),) = Counter(rollout.error for rollout in rollouts).most_common(1)
+        raise StepFailed(f"all {len(rollouts)} rollouts of the step failed: {counts}. Most often: {error}")

@@ -35,10 +35,9 @@ def is_remote(place: str) -> bool:
 
 def local_root(place: str) -> Path:
     """The local folder that runs are written to; for a remote place, the folder in the cache that is mirrored."""
-    if is_remote(place):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return cache / "agent-lightning" / "runs"
-    return Path(place.removeprefix("file://"))
+    if not is_remote(place):
+        return Path(place.removeprefix("file://"))
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agent-lightning" / "runs"
 
 
 def check_place(place: str, least_free_mib: float = LEAST_FREE_MIB) -> None:
@@ -53,11 +52,9 @@ def check_place(place: str, least_free_mib: float = LEAST_FREE_MIB) -> None:
     if is_remote(place):
         file_system, path = _open(place)
         probe = f"{path}/.agl-{secrets.token_hex(4)}"
-        try:
+        with _explained_as(f"runs_dir={place}: cannot be written"):
             file_system.pipe_file(probe, b"")
             file_system.rm_file(probe)
-        except Exception as error:  # each file system has errors of its own
-            raise UserError(f"runs_dir={place}: cannot be written: {error_line(error)}") from error
 
 
 class Mirror:
@@ -74,12 +71,13 @@ class Mirror:
         """Size and time of change (ns) of each file when it was last copied."""
 
     def push(self) -> None:
-        """Copy files that are new or have changed. Raises the file system's errors; files copied before stay copied."""
-        for path in sorted(filter(Path.is_file, self._folder.rglob("*")), key=_copy_order):
-            version = path.stat().st_size, path.stat().st_mtime_ns
-            if self._pushed.get(path) != version:
-                self._file_system.put_file(str(path), f"{self._path}/{path.relative_to(self._folder).as_posix()}")
-                self._pushed[path] = version
+        """Copy files that are new or have changed. Raises UserError; files that were copied before stay copied."""
+        with _explained_as(f"{self.url}: not up to date, the files are in {self._folder}"):
+            for path in sorted(filter(Path.is_file, self._folder.rglob("*")), key=_copy_order):
+                version = path.stat().st_size, path.stat().st_mtime_ns
+                if self._pushed.get(path) != version:
+                    self._file_system.put_file(str(path), f"{self._path}/{path.relative_to(self._folder).as_posix()}")
+                    self._pushed[path] = version
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -105,8 +103,8 @@ class Mirror:
     def _try_push(self) -> None:
         try:
             self.push()
-        except Exception as error:
-            logger.warning("%s: not up to date, the files are in %s: %s", self.url, self._folder, error_line(error))
+        except UserError as error:
+            logger.warning("%s", error)
 
 
 def exists(place: str, name: str) -> bool:
@@ -121,14 +119,12 @@ def fetch(url: str, root: Path) -> Path:
     """Copy a run from a remote place into a folder in `root`. Raises UserError if there is no such run."""
     file_system, path = _open(url)
     folder = root / url.rstrip("/").rpartition("/")[2]
-    try:
+    with _explained_as(f"{url}: cannot be read"):
         names = sorted(file_system.find(path), key=lambda name: _copy_order(Path(name)))
         for name in names:
             target = folder / name.removeprefix(path).lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             file_system.get_file(name, str(target))
-    except Exception as error:  # each file system has errors of its own
-        raise UserError(f"{url}: cannot be read: {error_line(error)}") from error
     if not names:
         raise UserError(f"{url}: there is nothing")
     return folder
@@ -143,8 +139,15 @@ def _open(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it. Raises UserError for an unknown protocol or a missing package."""
     import fsspec
 
-    try:
+    with _explained_as(url):
         file_system, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{url}: {error_line(error)}") from error
     return file_system, path.rstrip("/")
+
+
+@contextmanager
+def _explained_as(problem: str) -> Iterator[None]:
+    """Turn an error in the block, of whatever class a file system has for it, into a UserError of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{problem}: {error_line(error)}") from error

@@ -1,10 +1,7 @@
 """Tasks from files, from the Hugging Face Hub or from a function, and the order in which they are trained.
 
-Example:
-
-    tasks = load_jsonl("data/train.jsonl")
-    cursor = TaskCursor(seed=0)
-    cursor.next(tasks, 8)  # the next eight tasks, epoch after epoch
+tasks = load_jsonl("data/train.jsonl")
+TaskCursor(seed=0).next(tasks, 8)  # the next eight tasks, epoch after epoch
 """
 
 from __future__ import annotations
@@ -37,18 +34,7 @@ def load_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> list[Task]:
     """
     path = Path(path)
     stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
-    tasks: list[Task] = []
-    line_of: dict[str, int] = {}
-    for number, row in read_jsonl(path):
-        missing = [name for name in required if row.get(name) is None]
-        if missing:
-            raise DataError(f"{path}:{number}: the row has no {' and no '.join(map(repr, missing))}")
-        task_id = f"{stem}-{number}" if row.get("id") is None else str(row["id"])
-        if task_id in line_of:
-            raise DataError(f"{path}:{number}: id {task_id!r} is already used on line {line_of[task_id]}")
-        line_of[task_id] = number
-        tasks.append(Task(task_id=task_id, payload=row))
-    return tasks
+    return _tasks(((f"{path}:{number}", f"{stem}-{number}", row) for number, row in read_jsonl(path)), required)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -56,8 +42,19 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     Raises DataError at the first wrong line, with the messages of `load_jsonl`.
     """
-    for number, line in _lines(path):
-        yield number, _row(line, f"{path}:{number}")
+    number = 0
+    try:
+        with _open(path) as file:
+            # Decoded line by line, so that the message can name the line that is not UTF-8.
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _row(line.decode(), f"{path}:{number}")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; {FIX_ROOT}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number}: cannot be read ({one_line(error)[:300]}); {FIX_ROOT}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read beyond line {number} ({one_line(error)[:300]}); {FIX_ROOT}") from error
 
 
 def load_hub(
@@ -77,7 +74,6 @@ def load_hub(
     Example: load_hub("MU-NLPC/Calc-mawps", split="train")
     """
     try:
-        # Heavy, and needed only here.
         import datasets
         from datasets.exceptions import DatasetNotFoundError, DatasetsError
     except ImportError:
@@ -90,18 +86,18 @@ def load_hub(
             DatasetNotFoundError: " is not known; check the id, or give a local folder",
             ConnectionError: ": no network; give a local folder that holds it",
             ValueError: f", split {split!r}: check name, split and files",
-            Exception: " cannot be read",
         }
-        problem = next(text for kind, text in problems.items() if isinstance(error, kind))
+        problem = next((text for kind, text in problems.items() if isinstance(error, kind)), " cannot be read")
         raise DataError(f"{source}{problem}: {one_line(error)[:300]}") from error
     for field in (question_field, result_field):
         if field not in table.column_names:
             raise DataError(f"{source} has no column {field!r}; it has {', '.join(table.column_names)}")
-    rows = (
-        {"id": f"{split}-{i}", **row, "question": row[question_field], "result": str(row[result_field])}
-        for i, row in enumerate(table)
+    return make(
+        lambda: (
+            {"id": f"{split}-{i}", **row, "question": row[question_field], "result": str(row[result_field])}
+            for i, row in enumerate(table)
+        )
     )
-    return make(lambda: rows)
 
 
 def make(function: Callable[..., Iterable[Mapping[str, Any]]], **arguments: Any) -> list[Task]:
@@ -109,15 +105,22 @@ def make(function: Callable[..., Iterable[Mapping[str, Any]]], **arguments: Any)
 
     Example: make(problems.generate, seed=0, num=100, split="train")
     """
-    tasks: dict[str, Task] = {}
-    for number, row in enumerate(function(**arguments)):
-        if row.get("id") is None:
-            raise DataError(f"row {number}: it has no 'id'")
-        task_id = str(row["id"])
-        if task_id in tasks:
-            raise DataError(f"row {number}: id {task_id!r} is already used")
-        tasks[task_id] = Task(task_id=task_id, payload=dict(row))
-    return list(tasks.values())
+    return _tasks(((f"row {number}", "", row) for number, row in enumerate(function(**arguments))), ["id"])
+
+
+def _tasks(rows: Iterable[tuple[str, str, Mapping[str, Any]]], required: Sequence[str]) -> list[Task]:
+    """A task from each row, which comes with its location and the id that it gets if it has none. Raises DataError."""
+    tasks: list[Task] = []
+    location_of: dict[str, str] = {}
+    for location, default_id, row in rows:
+        if missing := [name for name in required if row.get(name) is None]:
+            raise DataError(f"{location}: the row has no {' and no '.join(map(repr, missing))}")
+        task_id = default_id if row.get("id") is None else str(row["id"])
+        if task_id in location_of:
+            raise DataError(f"{location}: id {task_id!r} is already used in {location_of[task_id]}")
+        location_of[task_id] = location
+        tasks.append(Task(task_id=task_id, payload=dict(row)))
+    return tasks
 
 
 def sample(tasks: Sequence[Task], num: int, seed: int) -> list[Task]:
@@ -132,8 +135,7 @@ def sample(tasks: Sequence[Task], num: int, seed: int) -> list[Task]:
 class TaskCursor:
     """A position in an endless order of tasks, which is shuffled again in each epoch.
 
-    The order depends on `seed` and the number of tasks only. A cursor with the same seed, epoch and position therefore
-    draws the same tasks, and a checkpoint needs nothing else.
+    A cursor with the same seed, epoch and position draws the same tasks from as many tasks: a checkpoint needs no more.
     """
 
     seed: int
@@ -155,23 +157,6 @@ class TaskCursor:
             if self.position >= len(tasks):
                 self.epoch, self.position = self.epoch + 1, 0
         return drawn
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file, plain or gzip, or of standard input, that are not blank, with their numbers from 1."""
-    number = 0
-    try:
-        with _open(path) as file:
-            # Decoded line by line, so that the message can name the line that is not UTF-8.
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line.decode()
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; {FIX_ROOT}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: cannot be read ({one_line(error)[:300]}); {FIX_ROOT}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read beyond line {number} ({one_line(error)[:300]}); {FIX_ROOT}") from error
 
 
 def _open(path: Path) -> IO[bytes]:

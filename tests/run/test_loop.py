@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -69,10 +68,8 @@ async def check_accounts(world: ToyWorld) -> None:
 
 
 async def test_the_toy_world_learns(client: openai.AsyncOpenAI) -> None:
-    started = time.monotonic()
     async with make_world(client) as world:
         state = await world.train(steps=12)
-    assert time.monotonic() - started < 10
     (first, before), (last, after) = state.val_rewards
     assert (first, last) == (0, 12)
     assert before <= 0.25
@@ -212,14 +209,12 @@ async def test_a_run_stopped_in_the_middle_loses_nothing(client: openai.AsyncOpe
         training = asyncio.create_task(world.train(steps=50))
         while world.loop.state.step < 3:
             await asyncio.sleep(0.001)
-        world.engine.delay_s = 5.0
+        world.engine.delay_s = 60.0  # a stop that waited for the running calls would meet the timeout
         while (await world.buffer.stats()).running == 0:
             await asyncio.sleep(0.001)
         position = (world.loop.state.cursor.epoch, world.loop.state.cursor.position)
-        started = time.monotonic()
         world.stop()
         state = await training
-        assert time.monotonic() - started < 2
         await check_accounts(world)
     assert position
     assert 3 <= state.step < 50

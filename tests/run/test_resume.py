@@ -195,7 +195,7 @@ async def test_a_run_whose_driver_is_killed_in_every_step_resumes_where_it_was(a
     source, records, done, lives = random.Random(0), dict[int, Any](), False, 0
     while not done and lives < 30:
         lives += 1
-        command = [sys.executable, "-c", DRIVER, str(Path(__file__).parents[1] / "support"), str(tmp_path / "run"), "3"]
+        command = [sys.executable, "-c", DRIVER, str(Path(__file__).parent), str(tmp_path / "run"), "3"]
         driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert driver.stdout is not None
         kill_after = source.randrange(4, 12)

@@ -109,7 +109,7 @@ def test_an_interrupted_copy_leaves_no_checkpoint_that_looks_complete(tmp_path: 
     fsspec.register_implementation("failing", Failing, clobber=True)
     run = a_run(tmp_path)
     mirror = Mirror("failing://bucket/runs", run)
-    with pytest.raises(OSError, match="the connection is lost"):
+    with pytest.raises(UserError, match=r"not up to date, the files are in .*: OSError: the connection is lost"):
         mirror.push()
     state = "calc_tiny-s0/checkpoints/step-000002/state.json"
     assert not exists("failing://bucket/runs", state)

@@ -47,14 +47,13 @@ def test_jsonl_keeps_the_whole_row(tmp_path, name):
         ("[1]", "data.jsonl:2: a row must be an object, this is list"),
         ('{"id": "b"}', "data.jsonl:2: the row has no 'question' and no 'result'"),
         ('{"id": "b", "question": null, "result": "1"}', "data.jsonl:2: the row has no 'question'"),
-        (json.dumps(row(1)), "data.jsonl:2: id 'a1' is already used on line 1"),
+        (json.dumps(row(1)), r"data.jsonl:2: id 'a1' is already used in .*/data.jsonl:1$"),
     ],
 )
 def test_jsonl_names_the_line_that_is_wrong(tmp_path, line, message):
     path = write(tmp_path / "data.jsonl", json.dumps(row(1)), line)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         load_jsonl(path, required=("question", "result"))
-    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -168,9 +167,9 @@ def test_hub_without_network(hub):
 
 def test_make():
     assert [task.task_id for task in make(lambda num: map(row, range(num)), num=2)] == ["a0", "a1"]
-    with pytest.raises(DataError, match="row 1: id 'a0' is already used"):
+    with pytest.raises(DataError, match="row 1: id 'a0' is already used in row 0"):
         make(lambda: [row(0), row(0)])
-    with pytest.raises(DataError, match="row 0: it has no 'id'"):
+    with pytest.raises(DataError, match="row 0: the row has no 'id'"):
         make(lambda: [{"question": "?"}])
 
 
