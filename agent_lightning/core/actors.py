@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import os
 import re
 import socket
@@ -31,12 +32,6 @@ from agent_lightning.core.processes import guard
 from agent_lightning.core.text import last_line, one_line
 
 T = TypeVar("T")
-
-_DEFAULTS: Mapping[str, object] = {"num_cpus": 0, "num_gpus": 0, "max_concurrency": 1000}
-"""Our actors wait most of the time: they take no CPU from the learner, no GPU, and interleave their calls."""
-
-_RESTARTS: Mapping[str, object] = {"max_restarts": -1, "max_task_retries": -1}
-"""If the actor's process dies, Ray starts another with the same arguments, and repeats the calls without an answer."""
 
 
 class Remote:
@@ -71,17 +66,9 @@ class Remote:
 
         return call
 
-    def __reduce__(self) -> tuple[type[Remote], tuple[Any, frozenset[str]]]:
-        return Remote, (self._handle, self._identified)
-
 
 def spawn(
-    cls: type[T],
-    *args: Any,
-    options: Mapping[str, Any] | None = None,
-    name: str | None = None,
-    restarts: bool = False,
-    **kwargs: Any,
+    cls: type[T], *args: Any, options: Mapping[str, Any] | None = None, restarts: bool = False, **kwargs: Any
 ) -> T:
     """Start an actor of `cls(*args, **kwargs)`, and return a proxy that is used like the object.
 
@@ -89,15 +76,16 @@ def spawn(
     the first call raises ray.exceptions.ActorDiedError.
 
     Args:
-        options: Ray's options of an actor, such as {"num_cpus": 1}.
-        name: what `ray list actors` shows.
+        options: Ray's options of an actor, such as {"num_cpus": 1}; `ray list actors` shows the "name".
         restarts: start the actor again, on this node, where its files are, if its process dies. Calls without an answer
             are then repeated, with the same `request` if the method has a parameter of that name.
     """
-    settings = {**_DEFAULTS, **(options or {}), **({} if name is None else {"name": name})}
+    # Our actors wait most of the time: they take no CPU from the learner, no GPU, and interleave their calls.
+    settings = {"num_cpus": 0, "num_gpus": 0, "max_concurrency": 1000, **(options or {})}
     identified = frozenset[str]()
     if restarts:
-        settings |= {**_RESTARTS, **on_node(ray.get_runtime_context().get_node_id())}
+        settings |= {"max_restarts": -1, "max_task_retries": -1}  # without limit
+        settings |= on_node(ray.get_runtime_context().get_node_id())
         methods = inspect.getmembers(cls, inspect.iscoroutinefunction)
         identified = frozenset(name for name, method in methods if "request" in inspect.signature(method).parameters)
     handle = ray.remote(cls).options(**settings).remote(*args, **kwargs)
@@ -151,24 +139,25 @@ def init_ray(
     apply to a cluster that is started; `shutdown_ray` ends it. Returns whether a cluster was started. Raises UserError
     if the address does not answer, if the cluster has other versions, and if Ray does not start.
     """
-    ray_private.quieten_logs()
+    for logger in ("ray", "ray.serve"):  # the imports of both set these levels
+        logging.getLogger(logger).setLevel(logging.ERROR)
     if ray.is_initialized():
         return False
     address = ray_private.cluster_address(address)
     if address is not None:
-        _join(address)
+        check_answers(address, "hardware.address")
+        try:
+            ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": dict(ray_private.PASSED_ON)})
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise UserError(f"hardware.address={address}: cannot be joined: {one_line(error)[:300]}") from error
         return False
-    _start(num_cpus=num_cpus, resources=dict(resources or {}), include_dashboard=dashboard)
-    return True
-
-
-def _start(**settings: Any) -> None:
     os.environ.update({**ray_private.NODE_ENVIRONMENT, **os.environ})
     tag = os.environ[CLUSTER] = f"{os.getpid()}.{uuid.uuid4().hex}"  # inherited by all that Ray starts
-    _guards.append(guard(CLUSTER, tag, grace_s=_GRACE_S))
+    _guards.append(guard(CLUSTER, tag, grace_s=5.0))  # the processes have these seconds to end by themselves
+    own = {"num_cpus": num_cpus, "resources": dict(resources or {}), "include_dashboard": dashboard}
     try:
         with ray_private.batch_scheduling():
-            ray.init(address="local", log_to_driver=False, logging_level="ERROR", **settings)
+            ray.init(address="local", log_to_driver=False, logging_level="ERROR", **own)
     except Exception as error:  # Ray also raises plain exceptions, when its 30 seconds for a node are not enough
         reason = f"{type(error).__name__}: {one_line(error)[:200]}"
         raise UserError(
@@ -177,21 +166,12 @@ def _start(**settings: Any) -> None:
         ) from error
     finally:
         del os.environ[CLUSTER]
-
-
-def _join(address: str) -> None:
-    check_answers(address, "hardware.address")
-    try:
-        ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": ray_private.passed_on()})
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise UserError(f"hardware.address={address}: cannot be joined: {one_line(error)[:300]}") from error
+    return True
 
 
 _guards: Final[list[subprocess.Popen[bytes]]] = []
 """The guards of clusters that this process has started. Ray's own processes end with this one; a guard ends what those
 have started."""
-_GRACE_S: Final = 5.0
-"""Seconds that the processes of a cluster have to end by themselves."""
 
 
 def check_answers(address: str, what: str) -> None:

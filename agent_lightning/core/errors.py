@@ -1,21 +1,4 @@
-"""One exception tree, named after boundaries.
-
-* AgentLightningError
-  + UserError           bad input from a person: one line, exit code 2
-    - ConfigError       a key, a type or a value of the config
-    - DataError         a task file or row
-  + RolloutError        a fault of one rollout; becomes its outcome, never a crash
-    - UnknownRollout    a key that is not open: never admitted, ended, or of an older attempt
-    - RewardError       a reward that is not a number in the declared range
-    - AgentProcessError the agent's process died
-  + JournalError        the journal cannot be written or read
-    - JournalDamaged    a broken record in the middle of it
-    - JournalFull       it has reached its limit on disk
-  + PartDied            a process that the run needs has died; the run resumes from a checkpoint
-  + EngineError         the policy's engine could not do its work
-  + StepFailed          all rollouts of a step failed: the run stops, with the reasons counted
-  + AccountingError     rollouts or tokens received != trained + dropped: a fault of this package
-"""
+"""The exceptions that this package raises on purpose: one tree, whose branches are named after boundaries."""
 
 from __future__ import annotations
 
@@ -23,11 +6,11 @@ from pathlib import Path
 
 
 class AgentLightningError(Exception):
-    """The root of all errors that this package raises on purpose."""
+    """The root of the tree."""
 
 
 class UserError(AgentLightningError):
-    """Bad input from a person. The message is one line that says what to do."""
+    """Bad input from a person. The message is one line that says what to do; the exit code is 2."""
 
 
 class ConfigError(UserError):
@@ -39,7 +22,7 @@ class DataError(UserError):
 
 
 class RolloutError(AgentLightningError):
-    """A fault of one rollout, which becomes its outcome."""
+    """A fault of one rollout, which becomes its outcome and never ends the run."""
 
 
 class UnknownRollout(RolloutError):
@@ -62,13 +45,11 @@ class JournalDamaged(JournalError):
     """A record before the journal's end is broken: neither it nor any record after it can be trusted."""
 
     def __init__(self, path: Path, offset: int, why: str) -> None:
-        super().__init__(f"{path} is damaged at byte {offset}: {why}")
-        self.path = path
-        self.offset = offset
-        self.why = why
+        super().__init__(path, offset, why)  # what pickle passes to this method again
+        self.path, self.offset, self.why = path, offset, why
 
-    def __reduce__(self) -> tuple[type[JournalDamaged], tuple[Path, int, str]]:
-        return JournalDamaged, (self.path, self.offset, self.why)
+    def __str__(self) -> str:
+        return f"{self.path} is damaged at byte {self.offset}: {self.why}"
 
 
 class JournalFull(JournalError):
@@ -76,7 +57,7 @@ class JournalFull(JournalError):
 
 
 class PartDied(AgentLightningError):
-    """A process that the run needs has died. The message names it."""
+    """A process that the run needs has died; the run resumes from a checkpoint. The message names the process."""
 
 
 class EngineError(AgentLightningError):
@@ -88,4 +69,4 @@ class StepFailed(AgentLightningError):
 
 
 class AccountingError(AgentLightningError):
-    """The rollouts or tokens received are not the sum of those trained and dropped. The message has the totals."""
+    """A fault of this package: rollouts or tokens received != trained + dropped. The message has the totals."""

@@ -9,16 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, Self
-
-
-class Metric(Protocol):
-    """A value that can be merged with another of its own class."""
-
-    @property
-    def value(self) -> float: ...
-
-    def merge(self, other: Self) -> Self: ...
+from typing import Any, cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +61,9 @@ def merge(*records: Metrics) -> dict[str, Mean | Sum | Max]:
     for record in records:
         for name, value in record.items():
             old = merged.get(name)
-            if old is None:
-                merged[name] = value
-            elif isinstance(old, Mean) and isinstance(value, Mean):
-                merged[name] = old.merge(value)
-            elif isinstance(old, Sum) and isinstance(value, Sum):
-                merged[name] = old.merge(value)
-            elif isinstance(old, Max) and isinstance(value, Max):
-                merged[name] = old.merge(value)
-            else:
+            if old is not None and type(old) is not type(value):
                 raise TypeError(f"metric {name!r} is both {type(old).__name__} and {type(value).__name__}")
+            merged[name] = value if old is None else cast(Any, old).merge(value)
     return merged
 
 

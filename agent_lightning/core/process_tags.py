@@ -20,44 +20,31 @@ CHILD: Final = "AGL_PROCESS_TREE"
 """The name of the tag of a child process and its descendants."""
 CLUSTER: Final = "AGL_CLUSTER"
 """The name of the tag of all processes of a Ray cluster that was started for one run."""
-_ROUNDS: Final = 20
-"""How often processes with the tag are looked up: a process may start another just before it is killed."""
 
 
 def kill_tagged(start: str, name: str = CHILD) -> None:
     """Kill every process whose tag `name` begins with `start`."""
     tag = f"{name}={start}".encode()
-    for _ in range(_ROUNDS):  # bounded, as processes may start others as fast as they are killed
-        tagged = [pid for pid in _pids() if tag in _environment(pid)]
+    for _ in range(20):  # again, as a process may start another just before it is killed; but not forever
+        # Without /proc there is nothing to look up.
+        tagged = [process.name for process in Path("/proc").glob("[0-9]*") if tag in _environment(process)]
         if not tagged:
             return
-        for pid in tagged:
+        for process_id in tagged:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(int(process_id), signal.SIGKILL)
 
 
-def _pids() -> list[int]:
-    """The ids of all processes; empty if the system has no /proc."""
-    try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except FileNotFoundError:
-        return []
-
-
-def _environment(pid: int) -> bytes:
+def _environment(process: Path) -> bytes:
     """The environment that a process was started with; b"" if it is another user's, has ended, or is a zombie."""
     try:
-        return Path(f"/proc/{pid}/environ").read_bytes()
+        return (process / "environ").read_bytes()
     except OSError:
         return b""
 
 
-def _guard() -> None:
-    name, start, grace = sys.argv[1:]
-    sys.stdin.buffer.read()  # returns when the other end of the pipe is closed
-    time.sleep(float(grace))
-    kill_tagged(start, name)
-
-
 if __name__ == "__main__":
-    _guard()
+    tag_name, tag_start, grace_s = sys.argv[1:]
+    sys.stdin.buffer.read()  # returns when the other end of the pipe is closed
+    time.sleep(float(grace_s))
+    kill_tagged(tag_start, tag_name)

@@ -35,7 +35,7 @@ async def run_child(command: Sequence[str], *, stdin: str, env: Mapping[str, str
     If the caller is cancelled, the child is killed. Raises AgentProcessError, with the last line of its stderr, if its
     exit code is not 0.
     """
-    pipe, tag = asyncio.subprocess.PIPE, f"{_guarded_tag(os.getpid())}{uuid.uuid4().hex}"
+    pipe, tag = asyncio.subprocess.PIPE, f"{_guarded_tag(os.getpid())[0]}{uuid.uuid4().hex}"
     child = await asyncio.create_subprocess_exec(
         *command, stdin=pipe, stdout=pipe, stderr=pipe, env={**env, CHILD: tag}, start_new_session=True
     )
@@ -79,16 +79,13 @@ def guard(name: str, start: str, *, grace_s: float = 0.0) -> subprocess.Popen[by
 
 
 @functools.cache
-def _guarded_tag(pid: int) -> str:
-    """The beginning of the tags of all children of this process, whose guard is started with the first; by process id,
-    because a forked process inherits the cache."""
+def _guarded_tag(pid: int) -> tuple[str, subprocess.Popen[bytes]]:
+    """The beginning of the tags of all children of this process, and their guard, which starts with the first child.
+
+    By process id, because a forked process inherits the cache. The cache keeps the pipe to the guard open.
+    """
     start = f"{pid}.{uuid.uuid4().hex}."
-    _guards.append(guard(CHILD, start))
-    return start
-
-
-_guards: Final[list[subprocess.Popen[bytes]]] = []
-"""Referenced here, so that the pipe to a guard stays open as long as this process lives."""
+    return start, guard(CHILD, start)
 
 
 async def _feed(child: asyncio.subprocess.Process, text: bytes) -> None:

@@ -6,7 +6,6 @@ import Ray themselves: this module costs nothing, and Ray's LLM server, which br
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import socket
@@ -88,7 +87,9 @@ TUNE_ENVIRONMENT: Final[Mapping[str, str]] = {
 }
 """Read when a sweep starts."""
 
-_passed_on: dict[str, str] = {}
+PASSED_ON: Final[dict[str, str]] = {}
+"""The variables that `prepare_environment` has set, for the `runtime_env` of a cluster that is joined: its processes do
+not inherit them."""
 
 _FREE_PORTS: Final = range(20_000, 30_000)
 """Ports that Linux and macOS do not give to outgoing connections, nor Ray and Serve's replicas to themselves."""
@@ -101,19 +102,7 @@ def prepare_environment() -> None:
     ports = {name: str(free_port("0.0.0.0")) for name in SERVE_PORTS}
     for name, value in {**SERVE_ENVIRONMENT, "TOKENIZERS_PARALLELISM": "false", **ports}.items():
         if name not in os.environ:
-            os.environ[name] = _passed_on[name] = value
-
-
-def quieten_logs() -> None:
-    """Keep Ray's and Serve's own notes off the terminal. Their imports set these levels, so it is called after them."""
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-
-
-def passed_on() -> dict[str, str]:
-    """The variables that `prepare_environment` has set, for the `runtime_env` of a cluster that is joined: its
-    processes do not inherit them."""
-    return dict(_passed_on)
+            os.environ[name] = PASSED_ON[name] = value
 
 
 def use_token() -> None:

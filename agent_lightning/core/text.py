@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from typing import AnyStr
 
-LONGEST_LINE = 300
-"""Characters of an error that `error_line` keeps."""
-
 _ATTEMPT_URL = re.compile(r"(/attempt/\d+/)[0-9a-f]{32}")
 
 
@@ -17,7 +14,7 @@ def one_line(text: object) -> str:
 
 
 def error_line(error: BaseException, *, secret: str = "") -> str:
-    """An error as one line: its type and the first line of its message, with `secret` hidden.
+    """An error as one line of at most 300 characters: its type and the first line of its message, `secret` hidden.
 
     A group of errors is shown as its first member. Only `\\n` ends a line: other separators may be a user's text.
 
@@ -28,7 +25,7 @@ def error_line(error: BaseException, *, secret: str = "") -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     first = hide_secret(str(error), secret).strip().split("\n")[0].strip()
-    return f"{type(error).__name__}: {first or 'no message'}"[:LONGEST_LINE]
+    return f"{type(error).__name__}: {first or 'no message'}"[:300]
 
 
 def last_line(text: str) -> str:

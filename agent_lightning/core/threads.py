@@ -8,16 +8,11 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, wait
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_CANCELS: Final = 5
-"""How often `run_cancellable` cancels its work."""
-_CANCEL_WAIT: Final = 0.5
-"""Seconds that the work has to end after each cancellation."""
 
 
 def start_thread(work: Callable[[], T], name: str) -> Future[T]:
@@ -45,7 +40,7 @@ def call_with_timeout(work: Callable[[], T], timeout_s: float, name: str) -> T:
     """Run a blocking function in a thread, and abandon the thread after `timeout_s` seconds. Raises TimeoutError."""
     result = start_thread(work, name)
     if not wait((result,), timeout_s).done:
-        raise _timeout_error(name, timeout_s)
+        raise TimeoutError(f"{name}: not done after {timeout_s:g} s")
     return result.result()
 
 
@@ -57,12 +52,13 @@ async def await_with_timeout(work: Awaitable[T], timeout_s: float, name: str) ->
             return await work
     except TimeoutError:
         if clock.expired():
-            raise _timeout_error(name, timeout_s) from None
+            raise TimeoutError(f"{name}: not done after {timeout_s:g} s") from None
         raise  # the work itself raised it
 
 
 async def run_cancellable(work: Awaitable[Any]) -> Any:
-    """Await `work`. If this call is cancelled, cancel the work up to five times, then abandon it.
+    """Await `work`. If this call is cancelled, cancel the work up to five times, each time wait half a second for its
+    end, then abandon it.
 
     Code that swallows one cancellation seldom swallows five.
     """
@@ -70,16 +66,12 @@ async def run_cancellable(work: Awaitable[Any]) -> Any:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        for _ in range(_CANCELS):
+        for _ in range(5):
             if task.done():
                 break
             task.cancel()
-            await asyncio.wait((task,), timeout=_CANCEL_WAIT)
+            await asyncio.wait((task,), timeout=0.5)
         else:
             logger.warning("an agent does not stop when it is cancelled, and is left behind")
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody else retrieves the error
         raise
-
-
-def _timeout_error(name: str, timeout_s: float) -> TimeoutError:
-    return TimeoutError(f"{name}: not done after {timeout_s:g} s")

@@ -5,7 +5,7 @@ A task is run as a group of rollouts. A rollout has one attempt or more (`Rollou
 on, and samples become a `Batch`.
 
 Names end in the shape of their array: `_T` tokens of one sequence, `_N` rows of a batch, `_G` groups, `_R` rollouts of
-a group. `token_NT` has shape [N, T].
+a group. `token_NT` has shape [N, T]. Times (`at`, `started_at`, `ended_at`) are Unix seconds.
 
 Arrays are made read-only on construction, because Ray returns them read-only: a test on a laptop then fails in the same
 way as a cluster would.
@@ -165,7 +165,6 @@ class ModelCall:
     finish_reason: str
     """Why the reply ended, in the engine's words: stop, length, tool_calls, …"""
     started_at: float
-    """Unix seconds."""
     ended_at: float
     request: str = ""
     """JSON text of the messages that the agent sent."""
@@ -215,11 +214,10 @@ class ToolCall:
     """What the tool returned, as text; its error message if it failed."""
     status: ToolStatus
     started_at: float
-    """Unix seconds. With source "request": when the reply that requested the tool was complete."""
+    """With source "request": when the reply that requested the tool was complete."""
     ended_at: float
-    """Unix seconds. With source "request": when the request with the result was sent."""
+    """With source "request": when the request with the result was sent."""
     source: Source
-    """Where the span was seen: in a trace, or in a later request."""
 
 
 LARGEST_REWARD = 1e15
@@ -243,7 +241,6 @@ class Reward:
     about: str = ""
     """The `call_id` of a ModelCall or the `span_id` of a ToolCall; "" for the rollout itself."""
     at: float
-    """Unix seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,7 +253,6 @@ class AgentSpan:
     """Id of the span above; "" if none is known."""
     name: str
     started_at: float
-    """Unix seconds."""
     ended_at: float
 
 
@@ -272,26 +268,21 @@ class Ending:
     output: str = ""
     """What the agent returned, as text cut to 2,000 characters."""
     at: float = 0.0
-    """Unix seconds at which the buffer recorded the ending; 0 before that."""
+    """When the buffer recorded the ending; 0 before that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """The spans of one finished attempt in the order of time, its reward and its outcome."""
+    """The spans of one finished attempt in the order of time, and its ending (see `Ending` for the fields of both)."""
 
     key: RolloutKey
     task_id: str
-    """Id of the task that the agent worked on."""
     calls: tuple[ModelCall, ...]
     reward: float | None
-    """The final reward; None if the outcome gives none."""
     outcome: Outcome
     error: str = ""
-    """What went wrong, as one line; "" for FINISHED."""
     output: str = ""
-    """What the agent returned, as text cut to 2,000 characters."""
     started_at: float = 0.0
-    """Unix seconds."""
     ended_at: float = 0.0
     tools: tuple[ToolCall, ...] = ()
     rewards: tuple[Reward, ...] = ()
@@ -308,7 +299,6 @@ class Group:
 
     group_id: str
     task: Task
-    """The task that all rollouts worked on."""
     trajectories: tuple[Trajectory, ...]
     """The last attempt of each rollout, in the order of `RolloutKey.index`."""
 

@@ -195,7 +195,7 @@ async def test_a_killed_worker_costs_an_attempt_and_no_rollout(make: Make) -> No
 @pytest.mark.stack
 @pytest.mark.usefixtures("ray_here")
 async def test_a_pickled_proxy_calls_the_same_actor() -> None:
-    sleeper = spawn(Sleeper, name="sleeper")
+    sleeper = spawn(Sleeper, options={"name": "sleeper"})
     assert await pickle.loads(pickle.dumps(sleeper)).pid() == await sleeper.pid() != os.getpid()
 
 

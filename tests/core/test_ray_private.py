@@ -118,8 +118,8 @@ def test_a_variable_that_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch)
     try:
         ray_private.prepare_environment()
         assert os.environ["RAY_SERVE_HAPROXY_NBTHREAD"] == "7"
-        assert ray_private.passed_on()["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-        assert "RAY_SERVE_HAPROXY_NBTHREAD" not in ray_private.passed_on()
+        assert ray_private.PASSED_ON["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+        assert "RAY_SERVE_HAPROXY_NBTHREAD" not in ray_private.PASSED_ON
     finally:
         os.environ.clear()
         os.environ.update(before)
