@@ -77,13 +77,16 @@ class Faults:
         """How often each fault has happened: "link.method: fault", and "name: kill -9" for killed processes."""
         self.links: dict[str, Link] = {}
         self._seed = seed
-        self._random = random.Random(f"{seed}/kills")
+        self._random = self.random("kills")
 
     def between(self, part: T, name: str, rates: Rates, *, methods: Collection[str] | None = None) -> T:
         """`part` behind a link of this name; faults happen to calls of `methods`, or of all methods if None."""
-        link = Link(part, name, rates, random.Random(f"{self._seed}/{name}"), self.counts, methods)
-        self.links[name] = link
+        link = self.links[name] = Link(part, name, rates, self, methods)
         return cast(T, link)
+
+    def random(self, name: str) -> random.Random:
+        """The random numbers of a link, or of the kills; those of another name do not change them."""
+        return random.Random(f"{self._seed}/{name}")
 
     def victim(self, names: Sequence[str]) -> str:
         """Choose the next of these names to kill."""
@@ -106,21 +109,13 @@ class Faults:
 class Link:
     """A part whose coroutines, plain methods and streams are called through faults."""
 
-    def __init__(
-        self,
-        part: object,
-        name: str,
-        rates: Rates,
-        draw: random.Random,
-        counts: Counter[str],
-        methods: Collection[str] | None,
-    ) -> None:
+    def __init__(self, part: object, name: str, rates: Rates, faults: Faults, methods: Collection[str] | None) -> None:
         self.rates = rates
         """May be changed at any time."""
         self._part = part
         self._name = name
-        self._draw = draw
-        self._counts = counts
+        self._draw = faults.random(name)
+        self._counts = faults.counts
         self._methods = methods
         self._cut = asyncio.Event()
         self._passed = asyncio.Event()
@@ -166,7 +161,10 @@ class Link:
         fault = self._fault(method)
         await self._wait(fault)
         if fault == "clock_jump":
-            args, kwargs = _later(self._member(method), args, kwargs, self.rates.jump_s)
+            bound = inspect.signature(self._member(method)).bind(*args, **kwargs)
+            if "now" in bound.arguments:
+                bound.arguments["now"] += self.rates.jump_s
+            args, kwargs = bound.args, bound.kwargs
         times = 2 if fault == "duplicate" else 1
         calls = [asyncio.ensure_future(self._member(method)(*args, **kwargs)) for _ in range(times)]
         cut = asyncio.ensure_future(self._cut.wait())
@@ -213,13 +211,3 @@ class Link:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.rates.slow_s):
                     await self._passed.wait()
-
-
-def _later(
-    method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with `now`, if the method has it, later by this many seconds."""
-    bound = inspect.signature(method).bind(*args, **kwargs)
-    if "now" in bound.arguments:
-        bound.arguments["now"] += seconds
-    return bound.args, bound.kwargs

@@ -7,8 +7,8 @@ import json
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -140,8 +140,7 @@ class ToyEngine:
         query = await self._read(request)
         if isinstance(query, Refusal):
             return query
-        with self._counted():
-            await self._attached()
+        async with self._counted():
             completion = await self._gate.complete(lambda: self._answer(query, request))
         if request.get("tools"):
             for choice in completion.reply["choices"]:
@@ -154,34 +153,54 @@ class ToyEngine:
         if isinstance(query, Refusal):
             yield query
             return
-        with self._counted():
-            await self._attached()
+        async with self._counted():
             async for part in self._gate.stream(lambda: self._parts(query, request)):
                 yield part
 
     async def _answer(self, query: _Query, request: Mapping[str, Any]) -> Completion:
         version, choices = self.version, self._sample(query)
         await asyncio.sleep(self.delay_s)
-        return join_parts([_part(self._language, choices, slice(None), request, version, self._newer(version))])
+        return join_parts([self._part(choices, slice(None), version, raw="prompt" in request)])
 
     async def _parts(self, query: _Query, request: Mapping[str, Any]) -> AsyncGenerator[Part, None]:
         version, choices = self.version, self._sample(query)
         for position in range(max(choice.response_T.size for choice in choices)):
             await asyncio.sleep(self.delay_s)
-            token = slice(position, position + 1)
-            yield _part(self._language, choices, token, request, version, self._newer(version))
+            yield self._part(choices, slice(position, position + 1), version, raw="prompt" in request)
 
-    def _newer(self, version: int) -> int | None:
-        return self.version if self.version > version else None
+    def _part(self, choices: Sequence[Choice], tokens: slice, version: int, *, raw: bool) -> Part:
+        """The given positions of each choice, in the form of a chunk of vLLM; `raw`: of a text completion."""
+        pieces = []
+        for index, choice in enumerate(choices):
+            ids, values = choice.response_T[tokens].tolist(), choice.logprob_T[tokens].tolist()
+            texts = ["" if token == END else self._language.words[token - FIRST_WORD] for token in ids]
+            text = "".join(texts)
+            entries = [
+                {"token": token or "<end>", "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
+                for token, value in zip(texts, values, strict=True)
+            ]
+            ended = tokens.stop in (None, choice.response_T.size)
+            piece = {
+                "index": index,
+                "prompt_token_ids": choice.prompt_T.tolist(),
+                "token_ids": ids,
+                "finish_reason": choice.finish_reason if ended else None,
+                "logprobs": {"tokens": texts, "token_logprobs": values} if raw else {"content": entries},
+                **({"text": text} if raw else {"delta": {"content": text}}),
+            }
+            pieces += [piece] if ids else []
+        prompt, completion = choices[0].prompt_T.size, sum(choice.response_T.size for choice in choices)
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        newer = self.version if self.version > version else None
+        return Part(chunk={"choices": pieces, "usage": usage}, policy_version=version, last_version=newer)
 
-    async def _attached(self) -> None:
-        if self._follower is not None:
-            await self._follower.wait_until_joined()
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def _counted(self) -> AsyncIterator[None]:
+        """Count a call, which waits until the engine has weights, if it follows a board."""
         self.in_flight += 1
         try:
+            if self._follower is not None:
+                await self._follower.wait_until_joined()
             yield
         finally:
             self.in_flight -= 1
@@ -231,13 +250,25 @@ class ToyEngine:
         assert self._follower is not None
         await self._follower.run()
 
-    async def leave(self, board: PolicyBoard) -> None:
-        if self._follower is not None:
-            await board.leave(self._follower.replica)
-
-    def _sample(self, query: _Query) -> tuple[Choice, ...]:
-        prompts = [prompt_T for prompt_T in query.prompts for _ in range(query.num)]
-        return tuple(self._choice(prompt_T, query, index) for index, prompt_T in enumerate(prompts))
+    def _sample(self, query: _Query) -> list[Choice]:
+        choices = []
+        for index, prompt_T in enumerate(prompt_T for prompt_T in query.prompts for _ in range(query.num)):
+            logits = self._table[self._language.state(prompt_T)]
+            if query.temperature == 0.0:
+                word, logprob = int(np.argmax(logits)), 0.0
+            else:
+                logprobs = _log_softmax(logits / query.temperature)
+                word = int(self._random(prompt_T, query.seed, index).choice(logits.size, p=np.exp(logprobs)))
+                logprob = float(logprobs[word])
+            length = min(2, query.max_tokens, self._max_len - prompt_T.size)
+            choice = Choice(
+                prompt_T=prompt_T,
+                response_T=np.array([FIRST_WORD + word, END][:length], np.int32),
+                logprob_T=np.array([logprob, 0.0][:length], np.float32),
+                finish_reason="stop" if length == 2 else "length",
+            )
+            choices.append(choice)
+        return choices
 
     def _random(self, prompt_T: Ints, seed: int | None, index: int) -> np.random.Generator:
         if seed is not None:
@@ -246,59 +277,9 @@ class ToyEngine:
         self._repeats[prompt] += 1
         return np.random.default_rng([self._seed, self.version, prompt, self._repeats[prompt]])
 
-    def _choice(self, prompt_T: Ints, query: _Query, index: int) -> Choice:
-        logits = self._table[self._language.state(prompt_T)]
-        if query.temperature == 0.0:
-            word, logprob = int(np.argmax(logits)), 0.0
-        else:
-            logprobs = _log_softmax(logits / query.temperature)
-            word = int(self._random(prompt_T, query.seed, index).choice(logits.size, p=np.exp(logprobs)))
-            logprob = float(logprobs[word])
-        length = min(2, query.max_tokens, self._max_len - prompt_T.size)
-        return Choice(
-            prompt_T=prompt_T,
-            response_T=np.array([FIRST_WORD + word, END][:length], np.int32),
-            logprob_T=np.array([logprob, 0.0][:length], np.float32),
-            finish_reason="stop" if length == 2 else "length",
-        )
-
 
 async def _check_alive() -> None:
     """Does nothing: a table cannot die."""
-
-
-def _part(
-    language: ToyLanguage,
-    choices: Sequence[Choice],
-    tokens: slice,
-    request: Mapping[str, Any],
-    version: int,
-    last_version: int | None,
-) -> Part:
-    """The given positions of each choice, in the form of a chunk of vLLM."""
-    raw = "prompt" in request
-    pieces = []
-    for index, choice in enumerate(choices):
-        ids, values = choice.response_T[tokens].tolist(), choice.logprob_T[tokens].tolist()
-        texts = ["" if token == END else language.words[token - FIRST_WORD] for token in ids]
-        text = "".join(texts)
-        entries = [
-            {"token": token or "<end>", "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
-            for token, value in zip(texts, values, strict=True)
-        ]
-        ended = tokens.stop in (None, choice.response_T.size)
-        piece = {
-            "index": index,
-            "prompt_token_ids": choice.prompt_T.tolist(),
-            "token_ids": ids,
-            "finish_reason": choice.finish_reason if ended else None,
-            "logprobs": {"tokens": texts, "token_logprobs": values} if raw else {"content": entries},
-            **({"text": text} if raw else {"delta": {"content": text}}),
-        }
-        pieces += [piece] if ids else []
-    prompt, completion = choices[0].prompt_T.size, sum(choice.response_T.size for choice in choices)
-    usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-    return Part(chunk={"choices": pieces, "usage": usage}, policy_version=version, last_version=last_version)
 
 
 def _call_tool(choice: dict[str, Any], name: str) -> None:

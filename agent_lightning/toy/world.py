@@ -173,7 +173,8 @@ class ToyWorld:
             self.url = await stack.enter_async_context(serve_locally(gateway))
             await self.engine.join(self.board)
             stack.callback(running.create_task(self.engine.follow()).cancel)
-            self.workers = Workers(self._worker, number=self.num_workers, buffer=self.buffer, kill=_no_kill)
+            # Nothing is killed: a worker in this process ends when its task is cancelled.
+            self.workers = Workers(self._worker, number=self.num_workers, buffer=self.buffer, kill=lambda worker: None)
             running.create_task(self.workers.run())
             stack.push_async_callback(self.workers.stop)
             if self.resume and self.checkpoints is not None:
@@ -208,12 +209,10 @@ class ToyWorld:
         buffer = self.buffer
         if self.faults is not None:
             buffer = self.faults.between(buffer, name, self.rates.get("finish", Rates()), methods={"finish"})
-        return RolloutWorker(buffer=buffer, agent=self._spec(), policy_url=self.url, model=MODEL, worker=name)
-
-    def _spec(self) -> AgentSpec:
-        if isinstance(self.agent, AgentSpec):
-            return self.agent
-        return AgentSpec(target=self.agent, mode="async", timeout_s=10.0, concurrency=32)
+        agent = self.agent
+        if not isinstance(agent, AgentSpec):
+            agent = AgentSpec(target=agent, mode="async", timeout_s=10.0, concurrency=32)
+        return RolloutWorker(buffer=buffer, agent=agent, policy_url=self.url, model=MODEL, worker=name)
 
     def _loop(self, state: State) -> Loop:
         plan = Plan(
@@ -234,10 +233,6 @@ class ToyWorld:
             train_tasks=self.tasks,
             val_tasks=self.val_tasks or self.tasks,
         )
-
-
-def _no_kill(worker: object) -> None:
-    """Does nothing: a worker in this process ends when its task is cancelled."""
 
 
 class _QuietServer(uvicorn.Server):
