@@ -25,8 +25,7 @@ from agent_lightning.core.types import Split
 from agent_lightning.credit.failures import Retries
 from agent_lightning.launch import backend, checks, placement
 from agent_lightning.learners.base import Learner
-from agent_lightning.rollouts.health import wait_until_healthy
-from agent_lightning.rollouts.supervise import Workers
+from agent_lightning.rollouts.supervise import Workers, wait_until_healthy
 from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker
 from agent_lightning.run.state import State
 from agent_lightning.serving.policy import PolicyBoard

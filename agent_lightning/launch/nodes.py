@@ -9,8 +9,7 @@ from typing import Final
 
 from agent_lightning.core import actors
 from agent_lightning.core.errors import EngineError
-from agent_lightning.rollouts.health import FindGateway
-from agent_lightning.rollouts.supervise import Workers
+from agent_lightning.rollouts.supervise import FindGateway, Workers
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS: Final = 2.0

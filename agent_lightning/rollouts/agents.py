@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib
 import importlib.util
 import inspect
 import json
@@ -32,7 +31,6 @@ import shutil
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -111,26 +109,24 @@ async def run_agent(
     Raises what the agent raises, and AgentProcessError if its process fails or ends without a result. Cancelling this
     call stops the agent: when it returns, a process and all its descendants are gone (`core.processes`).
     """
-    match mode:
-        case "async" | "thread":
-            function = load(agent) if isinstance(agent, str) else agent
-            with inside(rollout):
-                return await call(function, *_arguments(function, dict(task.payload), policy))
-        case "process":
-            job: dict[str, object] = {"payload": dict(task.payload), "policy": dataclasses.asdict(policy)}
-            job["instrumentors"] = list(instrumentors)
-            command = [sys.executable, "-m", "agent_lightning.rollouts.agents", str(agent)]
-            text = await run_child(command, stdin=_to_json(job), env=_environment(policy, rollout))
-            line = next((line for line in reversed(text.splitlines()) if line.startswith(_RESULT)), None)
-            if line is None:
-                raise AgentProcessError("the agent's process ended without a result")
-            return cast(object, json.loads(line.removeprefix(_RESULT)))
-        case "command":
-            payload = _to_json(dict(task.payload))
-            env = _environment(policy, rollout)
-            if len(payload) <= _LONGEST_VARIABLE:
-                env["AGL_TASK"] = payload
-            return last_line(await run_child(shlex.split(str(agent)), stdin=payload, env=env))
+    payload = dict(task.payload)
+    if mode in ("async", "thread"):
+        function = load(agent) if isinstance(agent, str) else agent
+        with inside(rollout):
+            return await call(function, *_arguments(function, payload, policy))
+    env = os.environ | rollout.environment() | {"OPENAI_API_KEY": policy.api_key, "AGL_MODEL": policy.model}
+    env |= {"ANTHROPIC_BASE_URL": policy.anthropic_base_url, "ANTHROPIC_API_KEY": policy.api_key}
+    if mode == "command":
+        text = _to_json(payload)
+        env |= {"AGL_TASK": text} if len(text) <= _LONGEST_VARIABLE else {}
+        return last_line(await run_child(shlex.split(str(agent)), stdin=text, env=env))
+    job = {"payload": payload, "policy": dataclasses.asdict(policy), "instrumentors": list(instrumentors)}
+    command = [sys.executable, "-m", "agent_lightning.rollouts.agents", str(agent)]
+    printed = await run_child(command, stdin=_to_json(job), env=env)
+    line = next((line for line in reversed(printed.splitlines()) if line.startswith(_RESULT)), None)
+    if line is None:
+        raise AgentProcessError("the agent's process ended without a result")
+    return cast(object, json.loads(line.removeprefix(_RESULT)))
 
 
 async def call(function: Agent, *arguments: object) -> object:
@@ -153,16 +149,6 @@ async def call(function: Agent, *arguments: object) -> object:
     return await run_cancellable(run())
 
 
-def _environment(policy: Policy, rollout: Rollout) -> dict[str, str]:
-    own = {
-        "OPENAI_API_KEY": policy.api_key,
-        "ANTHROPIC_BASE_URL": policy.anthropic_base_url,
-        "ANTHROPIC_API_KEY": policy.api_key,
-        "AGL_MODEL": policy.model,
-    }
-    return {**os.environ, **rollout.environment(), **own}
-
-
 def _find(path: str) -> Path:
     folders = (Path.cwd(), _PACKAGE.parent, _PACKAGE)
     for folder in folders:
@@ -172,8 +158,8 @@ def _find(path: str) -> Path:
 
 
 @functools.cache
-def _load_file(path: Path) -> ModuleType:
-    """Import a file under a name made of its path: two agent.py of different folders are two modules."""
+def _load_file(path: Path) -> object:
+    """Import a file as a module under a name made of its path: two agent.py of different folders are two modules."""
     name = re.sub(r"\W", "_", path.stem) + "_" + hashlib.sha256(str(path).encode()).hexdigest()[:8]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -216,20 +202,20 @@ def _to_json(value: object) -> str:
 
 def _main() -> None:
     """Run the child process of mode "process": it reads a job from stdin and prints the result on its last line."""
+
+    async def wait_for(awaitable: Awaitable[object]) -> object:
+        return await awaitable
+
     job = json.loads(sys.stdin.read())
     rollout = current_rollout()
     install(job["instrumentors"])
     function = load(sys.argv[1])
     result = function(*_arguments(function, job["payload"], Policy(**job["policy"])))
     if inspect.isawaitable(result):
-        result = asyncio.run(_wait_for(cast(Awaitable[object], result)))
+        result = asyncio.run(wait_for(result))
     if rollout is not None:
         flush(rollout)
     sys.stdout.write(f"\n{_RESULT}{_to_json(result)}\n")
-
-
-async def _wait_for(result: Awaitable[object]) -> object:
-    return await result
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ spans of any instrumentor in the process. Outside a run nothing is sent, so an a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import inspect
 import json
@@ -24,7 +23,7 @@ import numbers
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from types import TracebackType
@@ -124,25 +123,17 @@ def emit_reward(
         return
     target = about.span_id if isinstance(about, ToolSpan) else about or ""
     for dimension, number in dimensions.items():
-        span = _tracer().start_span("reward")
-        span.set_attributes(
-            {"agl.reward.name": dimension, "agl.reward.value": float(number), "agl.reward.about": target}
-        )
-        span.end()
+        subject = {"agl.reward.name": dimension, "agl.reward.about": target}
+        _tracer().start_span("reward", attributes={**subject, "agl.reward.value": float(number)}).end()
 
 
 class ToolSpan:
     """One use of a tool, as a context manager or a decorator; made by `tool`."""
 
     def __init__(
-        self,
-        name: str,
-        arguments: Mapping[str, Any] | None = None,
-        *,
-        call_id: str = "",
-        timeout_s: float | None = None,
+        self, name: str, arguments: Mapping[str, Any], call_id: str = "", timeout_s: float | None = None
     ) -> None:
-        self._name, self._arguments, self._call_id, self._timeout_s = name, arguments or {}, call_id, timeout_s
+        self._name, self._arguments, self._call_id, self._timeout_s = name, arguments, call_id, timeout_s
         self._stack = ExitStack()
         self.span_id = ""
         """16 hex digits once the block has been entered; "" outside a run."""
@@ -174,7 +165,7 @@ class ToolSpan:
 
     def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
         signature, name = inspect.signature(function), self._name or function.__name__
-        timeout_s = self._timeout_s
+        timeout_s, label = self._timeout_s, f"tool {name}"
 
         def opened(*args: P.args, **kwargs: P.kwargs) -> ToolSpan:
             try:
@@ -189,9 +180,7 @@ class ToolSpan:
             async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:
                 with opened(*args, **kwargs) as span:
                     work = function(*args, **kwargs)
-                    span.result = await (
-                        work if timeout_s is None else await_with_timeout(work, timeout_s, f"tool {name}")
-                    )
+                    span.result = await (work if timeout_s is None else await_with_timeout(work, timeout_s, label))
                     return span.result
 
             return cast(Callable[P, T], run_async)
@@ -200,9 +189,7 @@ class ToolSpan:
         def run(*args: P.args, **kwargs: P.kwargs) -> T:
             with opened(*args, **kwargs) as span:
                 work = functools.partial(function, *args, **kwargs)
-                result = span.result = (
-                    work() if timeout_s is None else call_with_timeout(work, timeout_s, f"tool {name}")
-                )
+                result = span.result = work() if timeout_s is None else call_with_timeout(work, timeout_s, label)
                 return result
 
         return run
@@ -229,8 +216,8 @@ def tool(
     then cancelled; a plain function runs in a thread, which cannot be stopped and is abandoned.
     """
     if isinstance(what, str):
-        return ToolSpan(what, arguments, call_id=call_id, timeout_s=timeout_s)
-    return ToolSpan("")(what)
+        return ToolSpan(what, arguments or {}, call_id, timeout_s)
+    return ToolSpan("", {})(what)
 
 
 # What a rollout worker does -------------------------------------------------------------------------------------------
@@ -285,7 +272,7 @@ async def close(rollout: Rollout) -> None:
     """Send the waiting spans at the end of a rollout; spans that end later are not part of it."""
     spans = _processor()
     try:  # a coroutine's last spans may end a moment after it: the event loop closes its asynchronous generators
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             async with asyncio.timeout(_LAST_SPANS):
                 while spans.has_open(rollout):  # ends with the spans, or the timeout
                     await asyncio.sleep(0.005)
@@ -301,10 +288,8 @@ def _rollout_of_process() -> Rollout | None:
     rollout_id, base_url = os.environ.get("AGL_ROLLOUT_ID"), os.environ.get("OPENAI_BASE_URL")
     if not rollout_id or not base_url:
         return None
-    parent = {
-        name: os.environ[name.upper()] for name in propagate.get_global_textmap().fields if name.upper() in os.environ
-    }
-    if parent:
+    fields = propagate.get_global_textmap().fields
+    if parent := {name: os.environ[name.upper()] for name in fields if name.upper() in os.environ}:
         context.attach(propagate.extract(parent))
     return Rollout(rollout_id=rollout_id, attempt=int(os.environ.get("AGL_ATTEMPT", "0")), base_url=base_url)
 

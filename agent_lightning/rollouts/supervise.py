@@ -1,8 +1,4 @@
-"""Supervision of the rollouts of a run.
-
-Workers   runs rollout workers, checks that they respond, and replaces those that die
-watch     reports the progress of the rollouts, and ends with one line when the run should stop
-"""
+"""Supervision: rollout workers are replaced if they die, progress is reported, and gateways are checked for answers."""
 
 from __future__ import annotations
 
@@ -12,11 +8,13 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Final, Protocol
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, Protocol
+
+import aiohttp
 
 from agent_lightning.buffer.buffer import Stats
-from agent_lightning.core.errors import UserError
+from agent_lightning.core.errors import EngineError, UserError
 from agent_lightning.core.text import error_line, last_line
 
 logger = logging.getLogger(__name__)
@@ -25,6 +23,9 @@ POLL_SECONDS: Final = 0.5
 MOST_DEATHS: Final = 5
 """Deaths of a worker within `DEATHS_WITHIN` seconds after which it is not replaced any more."""
 DEATHS_WITHIN: Final = 300.0
+
+FindGateway = Callable[[float], Coroutine[Any, Any, str]]
+"""Waits until a gateway answers, and returns its root URL. Raises EngineError after the given number of seconds."""
 
 
 class Worker(Protocol):
@@ -99,7 +100,9 @@ class Workers:
                     await asyncio.wait_for(self._buffer.release(name), 5.0)
                 return
             lost = await self._buffer.release(name)
-            reason = _reason(died)
+            reason, cause = error_line(died), last_line(str(died))
+            if re.match(r"[\w.]*(Error|Exception)\b", cause) and not reason.endswith(cause):
+                reason = f"{reason}: {cause}"[:500]  # the error at the end of another process's traceback
             logger.warning("rollout worker %s is replaced, with %d rollouts to run again: %s", name, lost, reason)
             deaths.append(time.monotonic())
             often = len(deaths) == MOST_DEATHS and deaths[-1] - deaths[0] < DEATHS_WITHIN
@@ -115,14 +118,10 @@ class Workers:
 
     async def _until_over(self, worker: Worker) -> BaseException | None:
         """The error that a worker died of; None if it was stopped."""
-        tasks = {
-            "running": asyncio.ensure_future(worker.run()),
-            "watching": asyncio.ensure_future(self._until_unresponsive(worker)),
-            "stopping": asyncio.ensure_future(self._stopping.wait()),
-        }
-        running = tasks["running"]
+        running, watching = asyncio.ensure_future(worker.run()), asyncio.ensure_future(self._until_unresponsive(worker))
+        tasks = running, watching, asyncio.ensure_future(self._stopping.wait())
         try:
-            await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if not running.done() and self._stopping.is_set():
                 with contextlib.suppress(Exception):  # it is dead or dying, and has nothing to return
                     await asyncio.wait_for(worker.stop(), 5.0)
@@ -131,14 +130,14 @@ class Workers:
             if running.done():
                 return None if running.cancelled() else running.exception()
             self._kill(worker)
-            return tasks["watching"].exception() or TimeoutError(
+            return watching.exception() or TimeoutError(
                 f"it did not answer for {self._unresponsive_timeout_s:g} s: an agent blocks its event loop "
                 "(use agent.mode=process), or its node is out of reach"
             )
         finally:
-            for task in tasks.values():
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks.values(), timeout=1.0)
+            await asyncio.wait(tasks, timeout=1.0)
 
     async def _until_unresponsive(self, worker: Worker) -> None:
         """Return when the worker does not answer any more. Raises if it is dead."""
@@ -149,13 +148,6 @@ class Workers:
             except TimeoutError:
                 return
             await asyncio.sleep(self._unresponsive_timeout_s / 10)
-
-
-def _reason(error: BaseException) -> str:
-    """An error as one line. If it holds a traceback of another process, the error at its end is added."""
-    line, cause = error_line(error), last_line(str(error))
-    is_remote = re.match(r"[\w.]*(Error|Exception)\b", cause) and not line.endswith(cause)
-    return f"{line}: {cause}"[:500] if is_remote else line
 
 
 async def watch(
@@ -175,3 +167,23 @@ async def watch(
             return stats.trouble
         report(stats)
         await asyncio.sleep(POLL_SECONDS)
+
+
+async def is_healthy(url: str) -> bool:
+    """Whether the gateway with root `url` answers with 200: a proxy whose gateways are all gone answers otherwise."""
+    try:
+        clock = aiohttp.ClientTimeout(total=3.0)
+        async with aiohttp.ClientSession(timeout=clock) as session, session.get(f"{url}/health") as response:
+            return response.status == 200
+    except (aiohttp.ClientError, TimeoutError):
+        return False
+
+
+async def wait_until_healthy(url: str, timeout: float) -> str:
+    """Poll the gateway until it answers, and return its URL. Raises EngineError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not await is_healthy(url):
+        if time.monotonic() > deadline:
+            raise EngineError(f"the gateway at {url} did not answer within {timeout:.0f} s")
+        await asyncio.sleep(0.1)
+    return url

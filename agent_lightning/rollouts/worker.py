@@ -12,7 +12,6 @@ import logging
 import math
 import numbers
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -33,7 +32,7 @@ from agent_lightning.core.types import (
 )
 from agent_lightning.rollouts.agents import Agent, Mode, call, check, load, run_agent
 from agent_lightning.rollouts.client import Rollout, close, install
-from agent_lightning.rollouts.health import FindGateway, is_healthy, wait_until_healthy
+from agent_lightning.rollouts.supervise import FindGateway, is_healthy, wait_until_healthy
 from agent_lightning.spans.assemble import assemble, emitted_reward
 from agent_lightning.spans.tree import RawSpan
 
@@ -75,11 +74,8 @@ class RolloutBuffer(Protocol):
     """The part of the Buffer that a worker uses."""
 
     async def lease(self, num: int, timeout: float, *, deadline: float, worker: str) -> list[Lease]: ...
-
     async def recorded_calls(self, key: RolloutKey) -> tuple[ModelCall, ...]: ...
-
     async def recorded_spans(self, key: RolloutKey) -> tuple[RawSpan, ...]: ...
-
     async def finish(
         self,
         key: RolloutKey,
@@ -140,13 +136,8 @@ class RolloutWorker:
         check(agent.target, agent.mode)
         target = agent.reward_target
         self._score = load(target) if isinstance(target, str) else target
-        self._buffer = buffer
-        self._agent = agent
-        self._policy_url = policy_url.rstrip("/")
-        self._model = model
-        self._agent_name = agent_name
-        self._worker = worker
-        self._find = find
+        self._buffer, self._agent, self._worker, self._find = buffer, agent, worker, find
+        self._policy_url, self._model, self._agent_name = policy_url.rstrip("/"), model, agent_name
         self._stopping = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
 
@@ -170,15 +161,23 @@ class RolloutWorker:
         return True
 
     async def run_one(self, lease: Lease) -> None:
-        """Run one attempt and report its ending to the buffer."""
+        """Run one attempt; report its ending to the buffer and, if it failed, its last tool if that had no success."""
+        key, failed_tool = lease.key, ""
         try:
-            ending = await self._excuse_without_gateway(await self._attempt(lease))
-            failed_tool = await self._failed_tool(lease.key, ending.outcome)
+            ending = await self._attempt(lease)
+            if ending.outcome is Outcome.AGENT_ERROR and not await self._reach_gateway():  # the agent is not at fault
+                error = f"no gateway answered: {ending.error}"[:300]
+                ending = replace(ending, outcome=Outcome.ENGINE_ERROR, error=error)
+            if ending.outcome is not Outcome.FINISHED:
+                # A worker reads the spans, because there are many workers; the buffer is one process and only stores.
+                with contextlib.suppress(UnknownRollout):  # the attempt has ended already
+                    calls, spans = await self._buffer.recorded_calls(key), await self._buffer.recorded_spans(key)
+                    failed_tool = last_failed_tool((await asyncio.to_thread(assemble, key, calls, spans)).tools)
         except asyncio.CancelledError:
             ending = Ending(outcome=Outcome.CANCELLED, error="the worker was stopped")
-            await self._finish(lease.key, ending, retry=True)  # the rollout did nothing wrong
+            await self._finish(key, ending, retry=True)  # the rollout did nothing wrong
             raise
-        await self._finish(lease.key, ending, failed_tool=failed_tool, retry=False)
+        await self._finish(key, ending, failed_tool=failed_tool, retry=False)
 
     async def _feed(self, group: asyncio.TaskGroup) -> None:
         if self._find is not None:  # a worker that replaces a dead one may have got the URL of a gateway that is gone
@@ -186,9 +185,8 @@ class RolloutWorker:
         while True:  # ends by cancellation, in run()
             free = self._agent.concurrency - len(self._running)
             if free == 0:
-                await asyncio.wait(
-                    self._running, return_when=asyncio.FIRST_COMPLETED
-                )  # ends: every task has a deadline
+                # This wait ends, because every task has a deadline.
+                await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
                 continue
             leases = await self._buffer.lease(free, _LEASE_WAIT, deadline=self._agent.timeout_s, worker=self._worker)
             for lease in leases:
@@ -216,7 +214,8 @@ class RolloutWorker:
                 blame = Outcome.BAD_REWARD
                 reward = to_reward(await self._value(lease, result), agent.reward_range)
         except asyncio.CancelledError as error:
-            if _is_being_cancelled():
+            task = asyncio.current_task()
+            if task is not None and task.cancelling() > 0:  # else the agent raised CancelledError by itself
                 raise
             return Ending(outcome=blame, error=error_line(error, secret=lease.secret), output=output)
         except Exception as error:
@@ -228,19 +227,13 @@ class RolloutWorker:
             return Ending(outcome=Outcome.TIMEOUT, error=f"not done after {agent.timeout_s:g} s", output=output)
         return Ending(outcome=Outcome.FINISHED, reward=reward, output=output)
 
-    async def _excuse_without_gateway(self, ending: Ending) -> Ending:
-        """The ending, with ENGINE_ERROR instead of AGENT_ERROR if no gateway answered: the agent is not at fault."""
-        if ending.outcome is not Outcome.AGENT_ERROR or await self._reach_gateway():
-            return ending
-        return replace(ending, outcome=Outcome.ENGINE_ERROR, error=f"no gateway answered: {ending.error}"[:300])
-
     async def _reach_gateway(self) -> bool:
         """Whether the gateway answers. If not, wait for one, so that retries are not all used up meanwhile."""
         if await is_healthy(self._policy_url):
             return True
         with contextlib.suppress(EngineError):
-            find = self._find or partial(wait_until_healthy, self._policy_url)
-            self._policy_url = await find(_GATEWAY_WAIT)
+            waiting = self._find(_GATEWAY_WAIT) if self._find else wait_until_healthy(self._policy_url, _GATEWAY_WAIT)
+            self._policy_url = await waiting
         return False
 
     async def _value(self, lease: Lease, result: object) -> object:
@@ -272,22 +265,3 @@ class RolloutWorker:
             )
         except UnknownRollout:  # the buffer has ended the attempt: it was cancelled, or its lease expired
             logger.info("rollout %s attempt %d had ended already", key.rollout_id, key.attempt)
-
-    async def _failed_tool(self, key: RolloutKey, outcome: Outcome) -> str:
-        """The last tool of a failed attempt, if it had no success, for the buffer's circuit breaker.
-
-        A worker reads the spans, because there are many workers; the buffer is one process and only stores spans.
-        """
-        if outcome is Outcome.FINISHED:
-            return ""
-        try:
-            calls, spans = await self._buffer.recorded_calls(key), await self._buffer.recorded_spans(key)
-        except UnknownRollout:
-            return ""  # the attempt has ended already
-        return last_failed_tool((await asyncio.to_thread(assemble, key, calls, spans)).tools)
-
-
-def _is_being_cancelled() -> bool:
-    """Whether the current task is being cancelled; if not, the agent raised CancelledError by itself."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -23,7 +23,7 @@ from agent_lightning.core.errors import EngineError, UserError
 from agent_lightning.core.text import error_line
 from agent_lightning.core.threads import start_thread
 from agent_lightning.core.types import OnWeightUpdate
-from agent_lightning.rollouts.health import is_healthy
+from agent_lightning.rollouts.supervise import is_healthy
 from agent_lightning.serving.engine import Completion, Part, Refusal
 from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig, Recorder
 from agent_lightning.serving.policy import PolicyBoard
