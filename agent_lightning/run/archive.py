@@ -1,7 +1,4 @@
-"""The rollouts of a run on disk, as Parquet: a row is a rollout with all its spans.
-
-pyarrow is imported when it is used, so importing this module costs nothing.
-"""
+"""The rollouts of a run on disk, as Parquet: a row is a rollout with all its spans."""
 
 from __future__ import annotations
 
@@ -21,6 +18,8 @@ from agent_lightning.core.text import replace_surrogates
 if TYPE_CHECKING:
     import pyarrow
 
+_Span = types.ModelCall | types.ToolCall | types.Reward | types.AgentSpan
+
 
 class RolloutWriter:
     """Writes the rollouts of a run: each `write` makes the next Parquet file, after the files that exist already.
@@ -39,7 +38,12 @@ class RolloutWriter:
         import pyarrow.parquet as pq
 
         rows = [
-            _rollout_row(step, policy_version, group, rollout) for group in groups for rollout in group.trajectories
+            {"rollout_id": rollout.key.rollout_id, "group_id": group.group_id, "split": rollout.key.split}
+            | {"attempt": rollout.key.attempt, "step": step, "policy_version": policy_version}
+            | {"task": json.dumps(dict(group.task.payload), default=str), "num_calls": len(rollout.calls)}
+            | _row(rollout)
+            for group in groups
+            for rollout in group.trajectories
         ]
         if not rows:
             return None
@@ -101,30 +105,23 @@ def read_trajectories(path: Path) -> Iterator[types.Trajectory]:
 
 def _trajectory(row: Mapping[str, Any]) -> types.Trajectory:
     key = types.RolloutKey.parse(row["rollout_id"], row["attempt"])
+    columns = [column for column, _ in _ARRAYS.values()]
+    calls = [
+        {name: value for name, value in call.items() if name not in columns}
+        | {name: np.array(call[column], kind) for name, (column, kind) in _ARRAYS.items()}
+        for call in row["calls"]
+    ]
+    tools = [tool | {"status": types.ToolStatus(tool["status"])} for tool in row["tools"]]
     return types.Trajectory(
         key=key,
-        task_id=row["task_id"],
-        calls=tuple(_model_call(key, call) for call in row["calls"]),
-        reward=row["reward"],
+        **{name: row[name] for name in ("task_id", "reward", "error", "output", "started_at", "ended_at")},
         outcome=types.Outcome(row["outcome"]),
-        error=row["error"],
-        output=row["output"],
-        started_at=row["started_at"],
-        ended_at=row["ended_at"],
-        tools=tuple(
-            types.ToolCall(key=key, **{**tool, "status": types.ToolStatus(tool["status"])}) for tool in row["tools"]
-        ),
+        calls=tuple(types.ModelCall(key=key, **call) for call in calls),
+        tools=tuple(types.ToolCall(key=key, **tool) for tool in tools),
         rewards=tuple(types.Reward(key=key, **reward) for reward in row["rewards"]),
         agents=tuple(types.AgentSpan(key=key, **agent) for agent in row["agents"]),
         refused_spans=dict(row["refused_spans"]),
     )
-
-
-def _model_call(key: types.RolloutKey, row: Mapping[str, Any]) -> types.ModelCall:
-    columns = [column for column, _ in _ARRAYS.values()]
-    values: dict[str, Any] = {name: value for name, value in row.items() if name not in columns}
-    values |= {name: np.array(row[column], kind) for name, (column, kind) in _ARRAYS.items()}
-    return types.ModelCall(key=key, **values)
 
 
 _ARRAYS: Mapping[str, tuple[str, type[np.generic]]] = {
@@ -142,7 +139,7 @@ def _rollout_schema() -> pyarrow.Schema:
     arrow_types = {"str": text, "ToolStatus": text, "Source": text, "float": real, "int": integer}
     arrow_types |= {"int | None": integer, "Ints": pa.list_(integer), "Floats": pa.list_(pa.float32())}
 
-    def list_of(kind: type[types.ModelCall | types.ToolCall | types.Reward | types.AgentSpan]) -> pyarrow.DataType:
+    def list_of(kind: type[_Span]) -> pyarrow.DataType:
         columns = [(_column(field.name), arrow_types[str(field.type)]) for field in fields(kind) if field.name != "key"]
         return pa.list_(pa.struct(columns))
 
@@ -154,24 +151,20 @@ def _rollout_schema() -> pyarrow.Schema:
     return pa.schema(list(row.items()))
 
 
-def _rollout_row(step: int, policy_version: int, group: types.Group, rollout: types.Trajectory) -> dict[str, Any]:
-    row: dict[str, Any] = {"rollout_id": rollout.key.rollout_id, "group_id": group.group_id, "split": rollout.key.split}
-    row |= {"attempt": rollout.key.attempt, "task_id": rollout.task_id, "step": step, "policy_version": policy_version}
-    row |= {"task": json.dumps(dict(group.task.payload), default=str), "reward": rollout.reward}
-    row |= {"error": replace_surrogates(rollout.error), "output": replace_surrogates(rollout.output)}
-    row |= {"outcome": rollout.outcome.value, "started_at": rollout.started_at, "ended_at": rollout.ended_at}
-    row |= {"num_calls": len(rollout.calls), "calls": list(map(_row, rollout.calls))}
-    row |= {"tools": list(map(_row, rollout.tools)), "rewards": list(map(_row, rollout.rewards))}
-    row |= {"agents": list(map(_row, rollout.agents)), "refused_spans": list(rollout.refused_spans.items())}
-    return row
+def _row(record: types.Trajectory | _Span) -> dict[str, Any]:
+    """The columns of a rollout or a span, without its key, which the rollout's row has."""
+    return {_column(item.name): _cell(getattr(record, item.name)) for item in fields(record) if item.name != "key"}
 
 
-def _row(span: types.ModelCall | types.ToolCall | types.Reward | types.AgentSpan) -> dict[str, Any]:
-    """The columns of a span, without its key, which the rollout's row has."""
-    values = {field.name: getattr(span, field.name) for field in fields(span) if field.name != "key"}
-    return {
-        _column(name): replace_surrogates(value) if isinstance(value, str) else value for name, value in values.items()
-    }
+def _cell(value: Any) -> Any:
+    match value:
+        case str():
+            return replace_surrogates(value)
+        case tuple():
+            return list(map(_row, value))
+        case Mapping():
+            return list(value.items())
+    return value
 
 
 def _column(name: str) -> str:

@@ -34,16 +34,7 @@ class RunObserver:
         if tracking.tensorboard:
             sinks.append(TensorBoardSink(run.logs / "tensorboard", resumed_step=resumed_step))
         if tracking.wandb != "disabled":
-            sinks.append(
-                WandbSink(
-                    run,
-                    project=tracking.project,
-                    group=tracking.group,
-                    tags=tracking.tags,
-                    config=to_mapping(config),
-                    mode=tracking.wandb,
-                )
-            )
+            sinks.append(WandbSink(run, tracking, to_mapping(config)))
         self._tracker = Tracker(sinks)
         self.val_reward_by: Mapping[str, float] = {}
         """The held-out reward of the newest evaluation, by the values of the field `data.val_group_by`."""

@@ -1,9 +1,4 @@
-"""Reads metrics.jsonl, and draws the learning curve of a run.
-
-Example:
-
-    plot_learning_curve(run.metrics, run.curve, title="calc_x, seed 0")
-"""
+"""Reads metrics.jsonl, and draws the learning curve of a run."""
 
 from __future__ import annotations
 
@@ -60,16 +55,31 @@ def plot_learning_curve(metrics: Path, out: Path, title: str) -> None:
 
     Above: the rewards of training and of the held-out tasks. Below: the log-probability gap, and the time of a step by
     phase. Series that were never logged are left out. Raises DataError if there is no metrics file.
+
+    Example: plot_learning_curve(run.metrics, run.curve, title="calc_x, seed 0")
     """
     rows = read_metrics(metrics)
     figure = new_figure(title)
     grid = figure.add_gridspec(2, 2, height_ratios=(2.3, 1))
-    reward, gap, seconds = (figure.add_subplot(cell) for cell in (grid[0, :], grid[1, 0], grid[1, 1]))
-    for axes, margin in ((reward, 0.08), (gap, 0.02), (seconds, 0.02)):
+    for cell, margin, draw, unit, panel_title in (
+        (grid[0, :], 0.08, _draw_reward, "reward", ""),
+        (grid[1, 0], 0.02, _draw_gap, "nats", "log-probability gap, engine to trainer"),
+        (grid[1, 1], 0.02, _draw_seconds, "seconds", "time of a step"),
+    ):
+        axes = figure.add_subplot(cell)
         plain_axes(axes, max((row["step"] for row in rows), default=0.0), margin)
-    _draw_reward(reward, rows)
-    _draw_gap(gap, rows)
-    _draw_seconds(seconds, rows)
+        draw(axes, rows)
+        axes.set_title(panel_title, fontsize=11, loc="left")
+        axes.set_ylabel(unit)
+        axes.set_xlabel("step")
+        labels = axes.get_legend_handles_labels()[1]
+        if not labels:
+            axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", va="center", color=GREY)
+        elif panel_title:  # the panel is small: its legend is a row above
+            spacing = {"handlelength": 1.2, "columnspacing": 1.2, "borderpad": 0.1, "ncols": len(labels)}
+            axes.legend(frameon=False, fontsize=10, loc="lower right", bbox_to_anchor=(1.01, 0.98), **spacing)
+        else:
+            axes.legend(frameon=False, fontsize=10, loc="best")
     save(figure, out)
 
 
@@ -96,15 +106,9 @@ def smooth(value_N: Series, window: int) -> Series:
 
     Example: smooth([1, 3, nan, 5], 2) -> [1, 2, 3, 5]
     """
-    known_N = np.isfinite(value_N)
-    total_N = np.concatenate([[0.0], np.cumsum(np.where(known_N, value_N, 0.0))])
-    count_N = np.concatenate([[0], np.cumsum(known_N)])
-    end_N = np.arange(1, len(value_N) + 1)
-    start_N = np.maximum(end_N - window, 0)
-    number_N = count_N[end_N] - count_N[start_N]
-    mean_N: Series = np.full(len(value_N), math.nan)
-    np.divide(total_N[end_N] - total_N[start_N], number_N, out=mean_N, where=number_N > 0)
-    return mean_N
+    parts = (value_N[max(0, end - window) : end] for end in range(1, len(value_N) + 1))
+    known = (part[np.isfinite(part)] for part in parts)
+    return np.array([part.mean() if part.size else math.nan for part in known], np.float64)
 
 
 def _series(rows: list[dict[str, float]], name: str) -> tuple[Series, Series]:
@@ -126,20 +130,12 @@ def _draw_reward(axes: Axes, rows: list[dict[str, float]]) -> None:
     if len(val_N):
         style: dict[str, Any] = {"markersize": 7.0, "markeredgecolor": "white", "linewidth": 1.6}
         axes.plot(step_N, val_N, color=RED, marker="o", zorder=4, label="held-out tasks", **style)
-        _number(axes, step_N[-1], val_N[-1], side=1)
-        if len(val_N) > 1:
-            _number(axes, step_N[0], val_N[0], side=-1)
-    axes.set_ylabel("reward")
-    axes.set_xlabel("step")
+    # The last value is written on the right of its point and the first on the left, away from the curve.
+    text: dict[str, Any] = {"va": "center", "fontsize": 13, "fontweight": "bold", "color": RED}
+    for index, offset, align in ((-1, 9, "left"), (0, -9, "right"))[: len(val_N)]:
+        point = (step_N[index], val_N[index])
+        axes.annotate(f"{point[1]:.3f}", point, (offset, 0), textcoords="offset points", ha=align, **text)
     axes.margins(y=0.12)
-    _legend_or_note(axes)
-
-
-def _number(axes: Axes, step: float, value: float, side: int) -> None:
-    """Write a value beside its point, on the left (`side` -1) or on the right (1), away from the curve."""
-    style: dict[str, Any] = {"va": "center", "fontsize": 13, "fontweight": "bold", "color": RED}
-    offset, side_of_text = (9 * side, 0), "left" if side > 0 else "right"
-    axes.annotate(f"{value:.3f}", (step, value), offset, textcoords="offset points", ha=side_of_text, **style)
 
 
 def _draw_gap(axes: Axes, rows: list[dict[str, float]]) -> None:
@@ -151,30 +147,22 @@ def _draw_gap(axes: Axes, rows: list[dict[str, float]]) -> None:
             axes.plot(step_N[above_N], gap_N[above_N], color=color, linewidth=1.3, marker=dots, label=kind)
     if axes.lines:
         axes.set_yscale("log")
-    axes.set_title("log-probability gap, engine to trainer", fontsize=11, loc="left")
-    axes.set_ylabel("nats")
-    axes.set_xlabel("step")
-    _legend_or_note(axes, above=True)
 
 
 def _draw_seconds(axes: Axes, rows: list[dict[str, float]]) -> None:
     timed = [row for row in rows if any(math.isfinite(row.get(f"time/{name}", math.nan)) for name in PHASES)]
-    if timed:
-        # Bars thinner than a pixel are invisible: in a long run a bar is the mean of several steps.
-        bars = np.array_split(np.arange(len(timed)), min(len(timed), MAX_BARS))
-        first_step_B = [timed[bar[0]]["step"] for bar in bars]
-        edge_B = np.array([*first_step_B, timed[-1]["step"] + 1]) - 0.5
-        below_B = np.zeros(len(bars))
-        for name, color in PHASES.items():
-            seconds_N = np.nan_to_num(np.array([row.get(f"time/{name}", 0.0) for row in timed]))
-            top_B = below_B + np.array([seconds_N[bar].mean() for bar in bars])
-            axes.stairs(top_B, edge_B, baseline=below_B, fill=True, color=color, label=name)
-            below_B = top_B
-        axes.set_ylim(bottom=0)
-    axes.set_title("time of a step", fontsize=11, loc="left")
-    axes.set_ylabel("seconds")
-    axes.set_xlabel("step")
-    _legend_or_note(axes, above=True)
+    if not timed:
+        return
+    # Bars thinner than a pixel are invisible: in a long run a bar is the mean of several steps.
+    bars = np.array_split(np.arange(len(timed)), min(len(timed), MAX_BARS))
+    edge_B = np.array([*(timed[bar[0]]["step"] for bar in bars), timed[-1]["step"] + 1]) - 0.5
+    below_B = np.zeros(len(bars))
+    for name, color in PHASES.items():
+        seconds_N = np.nan_to_num(np.array([row.get(f"time/{name}", 0.0) for row in timed]))
+        top_B = below_B + np.array([seconds_N[bar].mean() for bar in bars])
+        axes.stairs(top_B, edge_B, baseline=below_B, fill=True, color=color, label=name)
+        below_B = top_B
+    axes.set_ylim(bottom=0)
 
 
 def plain_axes(axes: Axes, last_step: float, margin: float) -> None:
@@ -189,16 +177,3 @@ def plain_axes(axes: Axes, last_step: float, margin: float) -> None:
     last_step = max(last_step, 1.0)
     axes.set_xlim(-margin * last_step - 0.5, last_step * (1 + margin) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _legend_or_note(axes: Axes, above: bool = False) -> None:
-    """Add a legend, inside or in a row `above` the panel; an empty panel gets a note instead."""
-    labels = axes.get_legend_handles_labels()[1]
-    if not labels:
-        axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", va="center", color=GREY)
-    elif above:
-        spacing = {"handlelength": 1.2, "columnspacing": 1.2, "borderpad": 0.1}
-        corner = (1.01, 0.98)
-        axes.legend(frameon=False, fontsize=10, loc="lower right", bbox_to_anchor=corner, ncols=len(labels), **spacing)
-    else:
-        axes.legend(frameon=False, fontsize=10, loc="best")

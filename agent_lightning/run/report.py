@@ -1,19 +1,11 @@
-"""What a run shows in the terminal: progress while it trains, and a short report when it ends; and its `Summary`.
-
-Example:
-
-    progress = Progress("calc_x", steps=100)
-    progress.start()
-    progress.waiting_for("generate: 41/64 rollouts")
-    progress.show_step(1, {"train/reward": 0.25, "tokens/sampled": 9000.0, "time/step": 12.0})
-    progress.stop()
-"""
+"""What a run shows in the terminal: progress while it trains, and a short report when it ends; and its `Summary`."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -94,10 +86,9 @@ class Summary:
     def read(cls, path: Path) -> Summary:
         """Read what `write` wrote. Raises UserError if the file is not a summary."""
         try:
-            loaded = json.loads(path.read_text(encoding="utf-8"))
-            rollouts = RolloutCounts(**loaded.pop("rollouts"))
-            step_s = StepSeconds(**_replace_null(loaded.pop("step_s")))
-            return cls(rollouts=rollouts, step_s=step_s, **_replace_null(loaded))
+            values = json.loads(path.read_text(encoding="utf-8"), object_hook=_replace_null)
+            rollouts, step_s = RolloutCounts(**values["rollouts"]), StepSeconds(**values["step_s"])
+            return cls(**values | {"rollouts": rollouts, "step_s": step_s})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no summary of a run: {one_line(error)}") from error
 
@@ -108,7 +99,7 @@ def _replace_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _replace_null(values: Mapping[str, Any]) -> dict[str, Any]:
+def _replace_null(values: dict[str, Any]) -> dict[str, Any]:
     return {name: math.nan if value is None else value for name, value in values.items()}
 
 
@@ -125,9 +116,8 @@ def report(summary: Summary, run: RunDirectory) -> RenderableType:
     if any(counts.dropped.values()):
         rollouts += f": {_format_counts(counts.dropped)}"
     phases = ", ".join(f"{name} {number(value, 1)}" for name, value in asdict(seconds).items() if name != "total")
-    steps = f"{summary.steps:,} in {duration(summary.wall_s)}; service ready after {duration(summary.start_s)}"
     rows = {
-        "steps": steps,
+        "steps": f"{summary.steps:,} in {duration(summary.wall_s)}; service ready after {duration(summary.start_s)}",
         "rollouts": rollouts,
         "failed": _format_counts(counts.failed) or "none",
         "tokens": f"{summary.sampled_tokens:,} sampled, {summary.trained_tokens:,} trained",
@@ -142,24 +132,14 @@ def report(summary: Summary, run: RunDirectory) -> RenderableType:
     table = Table.grid(Column(style="cyan", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for name, value in rows.items():
         table.add_row(f" {name}", Text(value))
-    for path, description in _files(run):
-        table.add_row("", f"{path.name:<13} {description}")
+    descriptions = {run.config: "what was run", run.summary: "these numbers", run.metrics: "every step"}
+    descriptions |= {run.curve: "learning curve", run.rollouts: "every rollout (Parquet)"}
+    descriptions |= {run.checkpoints: "to resume from", run.logs: "logs"}
+    for path, description in descriptions.items():
+        if path.is_file() or any(path.glob("*")):
+            table.add_row("", f"{path.name:<13} {description}")
     title = Text(f" {summary.experiment}, seed {summary.seed}", style="bold")
     return Group(title, Text(), headline, Text(), table)
-
-
-def _files(run: RunDirectory) -> list[tuple[Path, str]]:
-    """The files that the run wrote, each with a short description."""
-    descriptions = {
-        run.config: "what was run",
-        run.summary: "these numbers",
-        run.metrics: "every step",
-        run.curve: "learning curve",
-        run.rollouts: "every rollout (Parquet)",
-        run.checkpoints: "to resume from",
-        run.logs: "logs",
-    }
-    return [(path, text) for path, text in descriptions.items() if path.is_file() or any(path.glob("*"))]
 
 
 def _format_counts(counts: Mapping[str, int]) -> str:
@@ -196,24 +176,18 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(LEVELS[round(top * (mean - low) / span) if span else top // 2] for mean in means)
 
 
-class Progress:
-    """Progress while training: a block that redraws itself, or plain lines if the output is not a terminal."""
+class LiveBlock(ABC):
+    """A block of text that redraws itself; if the output is not a terminal, only its messages are printed."""
 
-    def __init__(
-        self, experiment: str, steps: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.console = console or Console()
-        self._experiment, self._steps, self._clock = experiment, steps, clock
-        self._started_at = self._waiting_since = self._stepped_at = clock()
-        self._step, self._steps_here, self._waiting = 0, 0, ""
-        self._record: Mapping[str, float] = {}
-        self._train: list[float] = []
-        self._val: list[tuple[int, float, int]] = []
-        self._failed: Counter[str] = Counter()
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self._live: Live | None = None
 
+    @abstractmethod
+    def render(self) -> RenderableType:
+        """Render the block with the current values."""
+
     def start(self) -> None:
-        self._started_at = self._waiting_since = self._stepped_at = self._clock()
         # FORCE_COLOR makes a console interactive even on a pipe, which has no cursor to move: the file decides.
         if self.console.is_interactive and self.console.file.isatty():
             self._live = Live(get_renderable=self.render, console=self.console, refresh_per_second=4)
@@ -221,16 +195,49 @@ class Progress:
 
     def stop(self) -> None:
         """Stop redrawing; the last state of the block stays on the screen. May be called twice."""
-        self._waiting = ""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
-    def waiting_for(self, text: str) -> None:
-        """Show what the run waits for. The first word is the phase; its seconds count from the phase's first call.
+    def message(self, text: str) -> None:
+        """Print a line above the block."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-        Example: waiting_for("generate: 41/64 rollouts")
-        """
+
+class Progress(LiveBlock):
+    """Progress while training: a block that redraws itself, or plain lines if the output is not a terminal.
+
+    Example:
+
+        progress = Progress("calc_x", steps=100)
+        progress.start()
+        progress.waiting_for("generate: 41/64 rollouts")
+        progress.show_step(1, {"train/reward": 0.25, "tokens/sampled": 9000.0, "time/step": 12.0})
+        progress.stop()
+    """
+
+    def __init__(
+        self, experiment: str, steps: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(console or Console())
+        self._experiment, self._steps, self._clock = experiment, steps, clock
+        self._started_at = self._waiting_since = self._stepped_at = clock()
+        self._step, self._steps_here, self._waiting = 0, 0, ""
+        self._record: Mapping[str, float] = {}
+        self._train: list[float] = []
+        self._val: list[tuple[int, float, int]] = []
+        self._failed: Counter[str] = Counter()
+
+    def start(self) -> None:
+        self._started_at = self._waiting_since = self._stepped_at = self._clock()
+        super().start()
+
+    def stop(self) -> None:
+        self._waiting = ""
+        super().stop()
+
+    def waiting_for(self, text: str) -> None:
+        """Show what the run waits for. The first word is the phase; its seconds count from the phase's first call."""
         if text.split(" ")[:1] != self._waiting.split(" ")[:1]:
             self._waiting_since = self._clock()
         self._waiting = text
@@ -243,9 +250,8 @@ class Progress:
         failed = {name.removeprefix(FAILED): int(n) for name, n in record.items() if name.startswith(FAILED) and n > 0}
         self._failed.update(failed)
         if self._live is None:
-            seconds = record.get("time/step", math.nan)
-            parts = [f"step {step}/{self._steps}", f"train {number(self._train[-1])}", f"{number(seconds, 1)} s"]
-            parts += [f"{number(self._tokens_per_s(), 0)} tokens/s"]
+            parts = [f"step {step}/{self._steps}", f"train {number(self._train[-1])}"]
+            parts += [f"{number(record.get('time/step', math.nan), 1)} s", self._speed()]
             parts += [f"gap {number(record.get('logprob_gap/mean_abs', math.nan), 5)}"]
             parts += [f"failed: {_format_counts(failed)}"] if failed else []
             self.message("  ".join([*parts, f"left {duration(self._left_s())}"]))
@@ -256,44 +262,35 @@ class Progress:
         if self._live is None:
             self.message(f"step {step}/{self._steps}  held-out {number(reward)} on {rows:,} rows")
 
-    def message(self, text: str) -> None:
-        """Print a line above the block."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     def render(self) -> RenderableType:
-        """Render the block with the current values."""
-        line = Table.grid(Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True), padding=(0, 1), expand=True)
         now = self._clock()
-        left = f", {duration(self._left_s())} left" if self._steps_here else ""
-        times = duration(now - self._started_at) + left
+        times = duration(now - self._started_at) + (f", {duration(self._left_s())} left" if self._steps_here else "")
+        line = Table.grid(Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True), padding=(0, 1), expand=True)
         line.add_row(f"{self._step}/{self._steps}", ProgressBar(total=self._steps, completed=self._step), times)
+        spark = "" if self.console.options.ascii_only else sparkline(self._train, 24)
+        held_out = "-"
+        if self._val:
+            (_, first, rows), (step, last, _) = self._val[0], self._val[-1]
+            gain = f"{last - first:+.3f} " if math.isfinite(last - first) else ""
+            held_out = f"{number(first)} -> {number(last)}  {gain}at step {step}"
+            if len(self._val) == 1:
+                held_out = f"{number(first)}  {rows:,} rows"
         value = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         table = Table.grid(Column(style="cyan", no_wrap=True), value, padding=(0, 2), expand=True)
         table.add_row("step", line)
-        table.add_row("train reward", f"{number(self._train[-1] if self._train else math.nan)}  {self._spark()}")
-        table.add_row("val reward", self._held_out())
-        table.add_row("sampled", f"{number(self._tokens_per_s(), 0)} tokens/s")
+        table.add_row("train reward", f"{number(self._train[-1] if self._train else math.nan)}  {spark}")
+        table.add_row("val reward", held_out)
+        table.add_row("sampled", self._speed())
         waited = f"  {duration(now - self._waiting_since)}" if self._waiting else ""
         table.add_row("now", Text(f"{self._waiting or '-'}{waited}"))
         table.add_row("failed", Text(_format_counts(self._failed) or "none", style="yellow" if self._failed else ""))
         width = min(self.console.width, 88)
         return Panel(table, title=Text(self._experiment, style="bold"), title_align="left", width=width, style="none")
 
-    def _spark(self) -> str:
-        return "" if self.console.options.ascii_only else sparkline(self._train, 24)
-
-    def _held_out(self) -> str:
-        if not self._val:
-            return "-"
-        (_, first, rows), (step, last, _) = self._val[0], self._val[-1]
-        if len(self._val) == 1:
-            return f"{number(first)}  {rows:,} rows"
-        gain = f"{last - first:+.3f} " if math.isfinite(last - first) else ""
-        return f"{number(first)} -> {number(last)}  {gain}at step {step}"
-
-    def _tokens_per_s(self) -> float:
+    def _speed(self) -> str:
         seconds = self._record.get("time/step", math.nan)
-        return self._record.get("tokens/sampled", math.nan) / seconds if seconds > 0 else math.nan
+        tokens_per_s = self._record.get("tokens/sampled", math.nan) / seconds if seconds > 0 else math.nan
+        return f"{number(tokens_per_s, 0)} tokens/s"
 
     def _left_s(self) -> float:
         """Seconds for the remaining steps at the mean pace of the steps that this process has done."""

@@ -1,12 +1,8 @@
 """The folder of a run, and the sinks that its metrics go to: JSON lines, TensorBoard, Weights & Biases.
 
-Example:
-
-    run = RunDirectory.create(Path("runs"), experiment="calc_x", seed=0)   # runs/calc_x-s0-20250131-093000
-    tracker = Tracker([JsonLines(run.metrics), TensorBoardSink(run.logs / "tensorboard")])
-    tracker.log(1, {"train/reward": 0.25})
-
-Each sink imports its library when it is made, so importing this module costs nothing.
+run = RunDirectory.create(Path("runs"), experiment="calc_x", seed=0)   # runs/calc_x-s0-20250131-093000
+tracker = Tracker([JsonLines(run.metrics), TensorBoardSink(run.logs / "tensorboard")])
+tracker.log(1, {"train/reward": 0.25})
 """
 
 # Why not verl.utils.tracking.Tracking: it cannot continue a run. It gives wandb.init no id, group, tags, folder or mode
@@ -25,8 +21,9 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Protocol
 
+from agent_lightning.config.running import TrackingConfig
 from agent_lightning.core import files
 from agent_lightning.core.errors import UserError
 from agent_lightning.core.text import one_line
@@ -58,25 +55,14 @@ class RunDirectory:
         *,
         is_taken: Callable[[str], bool] = lambda name: False,
     ) -> RunDirectory:
-        """Make a new folder in `root`. If the folder exists or its name `is_taken`, -2, -3, … is appended.
-
-        Example: ("runs", "calc_x", 0, None) -> runs/calc_x-s0-20250131-093000; with name "first" -> runs/first
+        """Make a new folder in `root`, as `new_folder` does: runs/calc_x-s0-20250131-093000; with a name, runs/name.
 
         Raises UserError if `name` is not a plain folder name or `root` cannot be written.
         """
         if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"run name {name!r}: use letters, digits, '.', '_' and '-' only")
         stem = name or f"{re.sub('[^0-9A-Za-z_.-]+', '-', experiment)}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):  # ends at the first free name
-            if is_taken(stem + suffix):
-                continue
-            run = cls(root / (stem + suffix))
-            try:
-                run.path.mkdir(parents=True)
-                break
-            except OSError as error:
-                if not run.path.exists():
-                    raise UserError(f"cannot make a run folder in {root}: {error.strerror}") from error
+        run = cls(new_folder(root, stem, is_taken))
         for folder in (run.rollouts, run.checkpoints, run.logs):
             folder.mkdir()
         return run
@@ -88,6 +74,19 @@ class RunDirectory:
         if not run.config.is_file():
             raise UserError(f"{path} is no run: it has no {run.config.name}")
         return run
+
+
+def new_folder(root: Path, stem: str, is_taken: Callable[[str], bool] = lambda name: False) -> Path:
+    """Make a folder in `root`: `stem`, or `stem`-2, -3, … if it exists or its name `is_taken`. Raises UserError."""
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    while True:
+        folder = root / next(name for name in names if not is_taken(name))
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except OSError as error:
+            if not folder.exists():
+                raise UserError(f"cannot make a run folder in {root}: {error.strerror}") from error
 
 
 class Sink(Protocol):
@@ -167,16 +166,7 @@ class WandbSink:
     Biases cannot start.
     """
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        *,
-        project: str = "agent-lightning",
-        group: str | None = None,
-        tags: Sequence[str] = (),
-        config: Mapping[str, Any] | None = None,
-        mode: Literal["offline", "online", "disabled"] = "offline",
-    ) -> None:
+    def __init__(self, run: RunDirectory, tracking: TrackingConfig, config: Mapping[str, Any]) -> None:
         import wandb
 
         settings = wandb.Settings(silent=True, console="off")
@@ -185,18 +175,18 @@ class WandbSink:
             id_file.write_text(uuid.uuid4().hex[:12])
         try:
             wandb.setup(settings=settings)
-            if mode == "online" and not wandb.login(prompt=False, verify=False):
+            if tracking.wandb == "online" and not wandb.login(prompt=False, verify=False):
                 raise UserError("wandb online needs a login: run `wandb login` or set WANDB_API_KEY")
             self._run = wandb.init(
-                project=project,
-                group=group,
-                tags=tags,
-                config=dict(config or {}),
-                mode=mode,
+                project=tracking.project,
+                group=tracking.group,
+                tags=tracking.tags,
+                config=dict(config),
+                mode=tracking.wandb,
                 dir=run.logs,
                 name=run.path.name,
                 id=id_file.read_text(),
-                resume="allow" if mode == "online" else None,
+                resume="allow" if tracking.wandb == "online" else None,
                 settings=settings,
             )
         except wandb.errors.Error as error:
@@ -220,17 +210,16 @@ class Tracker:
         self._sinks = list(sinks)
 
     def log(self, step: int, record: Mapping[str, float]) -> None:
-        for sink in list(self._sinks):
-            try:
-                sink.log(step, record)
-            except Exception as error:
-                logger.warning("%s stopped at step %d: %r", type(sink).__name__, step, error)
-                self._sinks.remove(sink)
+        self._for_each_sink(lambda sink: sink.log(step, record), f"stopped at step {step}")
 
     def close(self) -> None:
-        for sink in self._sinks:
-            try:
-                sink.close()
-            except Exception as error:
-                logger.warning("%s did not close: %r", type(sink).__name__, error)
+        self._for_each_sink(lambda sink: sink.close(), "did not close")
         self._sinks.clear()
+
+    def _for_each_sink(self, action: Callable[[Sink], None], problem: str) -> None:
+        for sink in list(self._sinks):
+            try:
+                action(sink)
+            except Exception as error:  # each service has errors of its own
+                logger.warning("%s %s: %r", type(sink).__name__, problem, error)
+                self._sinks.remove(sink)

@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from agent_lightning.config.load import load
+from agent_lightning.config.running import TrackingConfig
 from agent_lightning.core.errors import DataError, UserError
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 from agent_lightning.run.archive import RolloutWriter, read_rollouts
@@ -105,7 +106,7 @@ def test_json_lines_are_valid_json_and_flushed(tmp_path: Path) -> None:
     assert line["train/reward"] == 0.5
     assert line["val/reward"] is None
     assert line["gap"] is None
-    assert 0 <= line["wall_s"] < 5
+    assert line["wall_s"] >= 0
 
 
 def test_a_resumed_run_removes_the_lines_of_steps_that_run_again(tmp_path: Path) -> None:
@@ -197,7 +198,8 @@ def test_wandb_offline_is_silent_and_a_resumed_run_continues_it(
 ) -> None:
     run = RunDirectory.create(tmp_path, "calc_x", 0)
     for step in (1, 2):
-        sink = WandbSink(run, project="p", group="calc_x", tags=["cpu"], config={"seed": 0, "loop": {"steps": 2}})
+        tracking = TrackingConfig(project="p", group="calc_x", tags=("cpu",))
+        sink = WandbSink(run, tracking, {"seed": 0, "loop": {"steps": 2}})
         sink.log(step, {"train/reward": math.nan})
         sink.close()
     assert capfd.readouterr() == ("", "")
@@ -209,7 +211,7 @@ def test_wandb_offline_is_silent_and_a_resumed_run_continues_it(
 
 def test_wandb_disabled_writes_nothing(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "calc_x", 0)
-    sink = WandbSink(run, mode="disabled")
+    sink = WandbSink(run, TrackingConfig(wandb="disabled"), {})
     sink.log(1, {"train/reward": 1.0})
     sink.close()
     assert not (run.logs / "wandb").exists()
