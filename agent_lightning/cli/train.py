@@ -86,7 +86,7 @@ class _Training:
     @staticmethod
     def new(config: Config) -> _Training:
         """A run from the beginning, in a new folder. Raises UserError before it makes the folder, or if it cannot."""
-        tasks = checks.require(config, ("train", "val"))
+        tasks = checks.require(config, "train", "val").tasks
         place = config.runs_dir
         run = RunDirectory.create(
             storage.local_root(place),
@@ -109,7 +109,7 @@ class _Training:
         state = read_state(newest_checkpoint(run.checkpoints))
         if state.step >= config.steps:
             raise UserError(f"{path} has done its {state.step} steps: give steps=N with N above {state.step} to go on")
-        tasks = checks.require(config, ("train", "val"))
+        tasks = checks.require(config, "train", "val").tasks
         return _Training(config=config, run=run, state=state, resumed=True, tasks=tasks)
 
     async def attempt(self) -> int:
@@ -223,7 +223,7 @@ def sweep(words: Sequence[str], *, resume: Path | None) -> int:
         raise UserError(f"{words[0]}: a resumed sweep keeps what it was asked for; leave it out")
     folder = SweepFolder.open(resume) if resume is not None else None
     plan, config = plan_sweep(folder.command() if folder is not None else words)
-    checks.require(config, ("train", "val"))
+    checks.require(config, "train", "val")
     folder = folder or SweepFolder.create(Path(config.runs_dir), plan)
     plan = replace(plan, fixed=(*plan.fixed, *trial_words(plan, folder.path.name)))
     # These imports take seconds, so they come after the checks that refuse a config at once.
@@ -302,7 +302,7 @@ async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) 
     Returns the exit code. Raises UserError, EngineError, StepFailed, PartDied.
     """
     config = load(overrides)
-    tasks = checks.require(config, (split,))[split]
+    tasks = checks.require(config, split).tasks[split]
     async with launch.system(config, train=False, workers=config.rollout.workers) as system:
         started = time.monotonic()
         for task in tasks:

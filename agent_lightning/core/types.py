@@ -71,7 +71,7 @@ class ToolStatus(StrEnum):
     INVALID_ARGUMENTS = "invalid_arguments"
     """The arguments are not a JSON object, or the tool rejected them."""
     TIMEOUT = "timeout"
-    """The result says that the tool ran out of time."""
+    """The result reports that the tool ran out of time."""
     EMPTY = "empty"
     """The tool returned nothing."""
     UNANSWERED = "unanswered"

@@ -1,7 +1,7 @@
 """What must hold before a run starts: one table of checks, for a start and for a dry run.
 
-tasks = require(config, ("train", "val"))  # a start raises the error of the first check that fails
-inspect(config).missing                    # a dry run lists all: ["port: serving.port=8000 cannot be ...", ...]
+tasks = require(config, "train", "val").tasks  # a start raises the error of the first check that fails
+inspect(config).missing                        # a dry run lists all: ["port: serving.port=8000 cannot be ...", ...]
 """
 
 from __future__ import annotations
@@ -52,20 +52,15 @@ class Inspection:
     """A line for each check that failed."""
 
 
-def require(config: Config, splits: Sequence[Split]) -> dict[Split, list[Task]]:
-    """Make all checks of a run, and return the tasks of its splits. Raises the UserError of the first that fails."""
+def require(config: Config, *splits: Split) -> Inspection:
+    """Make all checks of a run with tasks of these splits, or without splits those of its engine.
+
+    Raises the UserError of the first check that fails.
+    """
     inspection = Inspection(config=config, splits=splits)
-    for _, check in CHECKS:
+    for _, check in CHECKS if splits else ENGINE_CHECKS:
         check(inspection)
-    return inspection.tasks
-
-
-def require_engine(config: Config) -> str:
-    """Make the checks of model, memory and port, and return the model's folder. Raises UserError."""
-    inspection = Inspection(config=config, splits=())
-    for _, check in ENGINE_CHECKS:
-        check(inspection)
-    return inspection.model
+    return inspection
 
 
 def inspect(config: Config, assumed: Sequence[placement.Resources] = ()) -> Inspection:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from agent_lightning.config.load import resolve_path
 from agent_lightning.core.errors import UserError
+from agent_lightning.core.text import error_line
 
 T = TypeVar("T")
 
@@ -30,9 +31,8 @@ def find_model(path: str) -> str:
     try:
         return str(snapshot_download(path, allow_patterns=_MODEL_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"model.path={path}: neither a local folder nor reachable on the hub ({type(error).__name__}: {first})"
+            f"model.path={path}: neither a local folder nor reachable on the hub ({error_line(error)})"
         ) from error
 
 

@@ -63,7 +63,7 @@ async def system(
         journal: the folder of the buffer's journal; None: the buffer keeps its rollouts in memory only.
         resumed: the state of the checkpoint from which the run continues.
     """
-    model = checks.require_engine(config)
+    model = checks.require(config).model
     ray_private.prepare_environment()
     # These imports take seconds, so they come after the checks that refuse a config at once.
     from agent_lightning.core import actors

@@ -1,6 +1,6 @@
 """The toy model on Ray: a replica for Ray Serve, and a learner that publishes through the object store.
 
-`agl train experiment=toy` runs the whole system without vLLM and veRL, in seconds; see conf/model/toy.yaml.
+`agl train experiment=toy` runs the complete system without vLLM and veRL, in seconds; see conf/model/toy.yaml.
 """
 
 from __future__ import annotations

@@ -201,14 +201,13 @@ class ToyWorld:
         """Stop the running step: `train` writes a checkpoint and returns."""
         self.loop.stop.set()
 
-    def _link(self, part: T, name: str) -> T:
-        rates = self.rates.get(name, Rates())
-        return part if self.faults is None else self.faults.between(part, name, rates)
+    def _link(self, part: T, name: str, method: str = "") -> T:
+        """`part` behind a link of this name, if the world has faults; `method`: only its calls have faults."""
+        rates, methods = self.rates.get(method or name, Rates()), {method} if method else None
+        return part if self.faults is None else self.faults.between(part, name, rates, methods=methods)
 
     def _worker(self, name: str) -> RolloutWorker:
-        buffer = self.buffer
-        if self.faults is not None:
-            buffer = self.faults.between(buffer, name, self.rates.get("finish", Rates()), methods={"finish"})
+        buffer = self._link(self.buffer, name, "finish")
         agent = self.agent
         if not isinstance(agent, AgentSpec):
             agent = AgentSpec(target=agent, mode="async", timeout_s=10.0, concurrency=32)

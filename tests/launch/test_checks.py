@@ -14,7 +14,7 @@ from agent_lightning.cli.dry_run import assumed, show
 from agent_lightning.cli.main import USER_ERROR, main
 from agent_lightning.config.load import load, project_folder
 from agent_lightning.core.errors import ConfigError, UserError
-from agent_lightning.launch.checks import inspect, require, require_engine
+from agent_lightning.launch.checks import inspect, require
 
 EXPERIMENTS = sorted(file.stem for file in (project_folder("conf") / "experiment").glob("*.yaml"))
 WITHOUT_GPUS = pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="this machine has GPUs")
@@ -75,7 +75,7 @@ def test_a_start_raises_what_a_dry_run_shows(what: str, words: list[str], tmp_pa
     experiment = [] if words[0].startswith("experiment=") else ["experiment=toy"]
     config = load([*experiment, *([] if what == "runs" else [f"runs_dir={tmp_path}"]), *words])
     with pytest.raises(UserError) as refused:
-        require(config, ("train", "val"))
+        require(config, "train", "val")
     assert inspect(config).missing == [f"{what}: {refused.value}"]
 
 
@@ -87,9 +87,9 @@ def test_a_dry_run_shows_all_that_a_start_would_refuse_one_by_one(used_port: int
 
 def test_what_only_serves_needs_no_agent(used_port: int) -> None:
     words = ["experiment=toy", "agent.reward=json:nothing", "runs_dir=/proc/nothing"]
-    assert require_engine(load(words)) == "toy"
+    assert require(load(words)).model == "toy"
     with pytest.raises(UserError, match="cannot be used"):
-        require_engine(load([*words, f"serving.port={used_port}"]))
+        require(load([*words, f"serving.port={used_port}"]))
 
 
 def test_a_cluster_that_is_too_small() -> None:
@@ -103,7 +103,7 @@ def test_a_cluster_that_is_too_small() -> None:
 @WITHOUT_GPUS
 def test_a_machine_that_is_too_small() -> None:
     with pytest.raises(UserError, match="this machine is too small: needs 8 GPUs, has 0"):
-        require(load(["experiment=calc_tiny", "hardware=gpu8"]), ("train", "val"))
+        require(load(["experiment=calc_tiny", "hardware=gpu8"]), "train", "val")
 
 
 @pytest.mark.parametrize("words", [["sampling.seeded=true"], ["serving.gateways=1"], ["serving.gateways=2"]])

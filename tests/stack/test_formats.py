@@ -49,7 +49,7 @@ class Stack:
 
 async def test_formats_streams_and_cancelling_on_the_real_stack() -> None:
     config = load(["experiment=calc_tiny", "model.max_len=512", "sampling.val.max_tokens=200", "agent.max_calls=100"])
-    questions = [str(task.payload["question"]) for task in checks.require(config, ("val",))["val"][:6]]
+    questions = [str(task.payload["question"]) for task in checks.require(config, "val").tasks["val"][:6]]
     async with launch.system(config, train=False, workers=0) as system:
         stack = Stack(system, questions)
         await the_same_spans(stack, tools=True)
