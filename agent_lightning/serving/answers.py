@@ -46,14 +46,9 @@ class Answer:
         """Whether something was sent that cannot be taken back."""
         return self._head.done()
 
-    @property
-    def done(self) -> bool:
-        """Whether the work has ended."""
-        return self._task.done()
-
     def age(self) -> float:
-        """Seconds since the work ended; 0 while it runs."""
-        return asyncio.get_running_loop().time() - self._ended_at if self.done else 0.0
+        """Seconds since the work ended; negative while it runs."""
+        return asyncio.get_running_loop().time() - self._ended_at
 
     def respond(self, response: Response) -> None:
         """Answer in one piece."""
@@ -79,8 +74,7 @@ class Answer:
             self._timer.cancel()
         either: list[asyncio.Future[Any]] = [gone, self._head]
         try:
-            # Ends with the work, at the latest.
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)  # ends with the work, at the latest
         finally:
             gone.cancel()
             self._readers -= 1
@@ -88,8 +82,9 @@ class Answer:
                 self._timer = asyncio.get_running_loop().call_later(self._grace, self._cancel_if_unread)
         if not self._head.done() or self._head.cancelled():
             return Response(status_code=499)
+        unbuffered = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         head = self._head.result()
-        return head or StreamingResponse(self._read(), media_type="text/event-stream", headers=_UNBUFFERED)
+        return head or StreamingResponse(self._read(), media_type="text/event-stream", headers=unbuffered)
 
     async def _read(self) -> AsyncIterator[str]:
         """All events from the first on, as they come."""
@@ -101,7 +96,7 @@ class Answer:
                 while position < len(self._events):
                     position += 1
                     yield self._events[position - 1]
-                if self.done:
+                if self._task.done():
                     return
                 await news.wait()  # ends with the next event, or with the work
         finally:
@@ -121,9 +116,6 @@ class Answer:
     def _wake_readers(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
-
-
-_UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 async def _wait_for_disconnect(request: Request) -> None:

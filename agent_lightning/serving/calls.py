@@ -23,8 +23,10 @@ from agent_lightning.serving.engine import Refusal
 
 @dataclass(slots=True)
 class Attempt:
-    """What the gateway remembers of an attempt that it has heard of."""
+    """What the gateway remembers of an attempt, from its first request on."""
 
+    key: RolloutKey
+    secret: str = field(repr=False)
     calls_left: int = sys.maxsize
     """The smallest number of remaining calls that the buffer has reported: its replies may arrive out of order."""
     calls_in_flight: int = 0
@@ -40,15 +42,13 @@ class Attempt:
 class Call:
     """One request for a reply of the policy."""
 
-    key: RolloutKey
-    secret: str = field(repr=False)
+    attempt: Attempt
     agent: str
     parent_id: str
     """Id of the span that sent the request; "" if its headers name none."""
     dialect: Dialect
     context: RequestContext
     stream: Stream
-    attempt: Attempt
     is_token_count: bool
     """Whether the agent wants only the number of tokens of its prompt."""
 
@@ -63,7 +63,7 @@ class Call:
         """
         digest = zlib.crc32(compact(self.context.engine).encode(), zlib.crc32(self.agent.encode()))
         self.attempt.repeats[digest] += 1
-        text = f"{run_seed}/{self.key.rollout_id}/{digest}/{self.attempt.repeats[digest]}"
+        text = f"{run_seed}/{self.attempt.key.rollout_id}/{digest}/{self.attempt.repeats[digest]}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 

@@ -96,6 +96,11 @@ class Refusal:
         return {"error": {"message": self.message, "type": self.type, "param": None, "code": self.code}}
 
 
+def engine_error(message: str, status: int = 500) -> Refusal:
+    """A failure that is not the agent's."""
+    return Refusal(status=status, message=message, code="engine_error", type="server_error")
+
+
 def engine_request(
     body: Mapping[str, Any], *, model: str, split: Split, sampling: Mapping[str, float | int], stream: bool = False
 ) -> dict[str, Any]:
@@ -110,10 +115,8 @@ def engine_request(
     request = {name: value for name, value in body.items() if name not in left_out}
     for name, value in sampling.items():
         if name in MAX_TOKENS:
-            limits = [int(body[key]) for key in MAX_TOKENS if body.get(key) is not None]
-            for key in MAX_TOKENS:
-                request.pop(key, None)
-            request["max_tokens"] = min([*limits, int(value)])
+            limits = [limit for key in MAX_TOKENS if (limit := request.pop(key, None)) is not None]
+            request["max_tokens"] = int(min([*limits, value]))
         elif request.get(name) is None:
             request[name] = value
     request |= {"model": model, "stream": stream, "return_token_ids": True}
@@ -135,10 +138,8 @@ def parse_reply(raw: Mapping[str, Any], *, policy_version: int, last_version: in
     for choice in raw["choices"]:
         prompt = raw.get("prompt_token_ids", choice.get("prompt_token_ids"))
         tokens, logprobs = choice.get("token_ids"), choice.get("logprobs") or {}
-        if prompt is None:
-            raise ValueError("the engine's reply has no token ids of the prompt")
-        if tokens is None:
-            raise ValueError("the engine's reply has no token ids")
+        if prompt is None or tokens is None:
+            raise ValueError(f"the engine's reply has no token ids{' of the prompt' if prompt is None else ''}")
         if any(not 0 <= token < 2**31 for token in (*prompt, *tokens)):
             raise ValueError("the engine's reply has token ids out of any vocabulary")
         values = [entry["logprob"] for entry in logprobs.get("content") or ()] or logprobs.get("token_logprobs") or []
@@ -169,10 +170,9 @@ def check_vocabulary(answer: Completion | Refusal, vocab_size: int) -> Completio
     """The answer itself, or a Refusal if it holds a token id that is not below `vocab_size`."""
     if isinstance(answer, Refusal):
         return answer
-    for choice in answer.choices:
-        if any(tokens_T.size and tokens_T.max() >= vocab_size for tokens_T in (choice.prompt_T, choice.response_T)):
-            message = f"the engine's reply has token ids out of the model's vocabulary of {vocab_size}"
-            return Refusal(status=500, message=message, code="engine_error", type="server_error")
+    arrays = (tokens_T for choice in answer.choices for tokens_T in (choice.prompt_T, choice.response_T))
+    if any(tokens_T.max(initial=0) >= vocab_size for tokens_T in arrays):
+        return engine_error(f"the engine's reply has token ids out of the model's vocabulary of {vocab_size}")
     return answer
 
 
@@ -189,4 +189,4 @@ def parse_error(message: str, status: int, kind: str) -> Refusal:
         return Refusal(status=400, message=message, code="context_length_exceeded")
     if 400 <= status < 500:
         return Refusal(status=status, message=message, code="invalid_request", type=kind)
-    return Refusal(status=500, message=message, code="engine_error", type="server_error")
+    return engine_error(message)

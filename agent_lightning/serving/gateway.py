@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -33,8 +34,9 @@ from agent_lightning.serving.dialects.base import BadRequest, Dialect
 from agent_lightning.serving.dialects.chat import ChatCompletions, Completions
 from agent_lightning.serving.dialects.messages import Messages
 from agent_lightning.serving.dialects.responses import Responses
-from agent_lightning.serving.engine import Completion, Part, Refusal
-from agent_lightning.serving.tracing import SpanRecorder, agent_of, parent_of, take_traces
+from agent_lightning.serving.engine import Completion, Part, Refusal, engine_error
+from agent_lightning.serving.tracing import agent_of, parent_of, take_traces
+from agent_lightning.spans.tree import RawSpan
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,12 @@ _MAX_ATTEMPTS = 16_384
 """Number of attempts that a gateway remembers, the most recent ones: many times those that run at once."""
 _MAX_ANSWERS = 4_096
 """Number of answers that a gateway keeps for retries."""
+_OUTCOMES = {
+    "context_length_exceeded": Outcome.OVERLONG_PROMPT,
+    "engine_error": Outcome.ENGINE_ERROR,
+    "too_many_calls": Outcome.TOO_MANY_CALLS,
+}
+"""How the attempt ends if the agent fails after a call was refused with this code."""
 _COUNT_TOKENS = "v1/messages/count_tokens"
 _TRACES = "v1/traces"
 
@@ -60,23 +68,22 @@ class Engine(Protocol):
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
         """Answer a request of `engine.engine_request` in one piece."""
-        ...
 
     def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
         """Answer a request in parts, as they are sampled; a refusal is the last part."""
-        ...
 
 
-class Recorder(SpanRecorder, Protocol):
-    """The buffer as the gateway calls it. Both methods raise UnknownRollout if the attempt has ended."""
+class Recorder(Protocol):
+    """The buffer as the gateway calls it. All methods raise UnknownRollout if the attempt has ended."""
 
     async def record(self, call: ModelCall) -> int:
         """Record a call; returns how many more calls the attempt may make."""
-        ...
+
+    async def record_spans(self, key: RolloutKey, spans: tuple[RawSpan, ...], faults: Mapping[str, int]) -> int:
+        """Record spans, and count faults by their reason; returns how many spans were rejected."""
 
     async def note_failure(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
         """Note why a call of the attempt failed."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +132,8 @@ class Gateway:
         dialect = DIALECTS["v1/messages" if "anthropic-version" in request.headers else "v1/chat/completions"]
         try:
             start = parts.index("rollout")
-            _, rollout_id, _, attempt, secret, agent, *rest = parts[start:]
-            key = RolloutKey.parse(rollout_id, int(attempt))
+            _, rollout_id, _, number, secret, agent, *rest = parts[start:]
+            key = RolloutKey.parse(rollout_id, int(number))
         except ValueError:
             return _refuse(dialect, Refusal(status=404, message=f"no such path: {request.url.path}", code="not_found"))
         if not verify_secret(self._config.run_secret, key, secret):
@@ -136,28 +143,20 @@ class Gateway:
             return JSONResponse(self._models(rest[2:]))
         if endpoint not in (*DIALECTS, _COUNT_TOKENS, _TRACES) or request.method != "POST":
             return _refuse(dialect, Refusal(status=404, message=f"no such endpoint: /{endpoint}", code="not_found"))
-        config = self._config
-        limits = {"max_bytes": config.max_body_bytes, "max_bytes_in_flight": config.max_bytes_in_flight}
-        async with reading(request, self._attempt(key), **limits) as raw:
-            if isinstance(raw, Refusal):
-                return _refuse(dialect, raw)
-            if endpoint == _TRACES:
-                return await take_traces(
-                    self._recorder, key, raw, request.headers, max_bytes=config.max_body_bytes, secret=secret
-                )
-            return await self._call(key, secret, agent, endpoint, raw, request)
-
-    def _attempt(self, key: RolloutKey) -> Attempt:
-        """The memory of an attempt whose secret was right."""
-        attempt = self._attempts.setdefault(key, Attempt())
+        attempt = self._attempts.setdefault(key, Attempt(key, secret))
         self._attempts.move_to_end(key)
         while len(self._attempts) > _MAX_ATTEMPTS:
             self._attempts.popitem(last=False)
-        return attempt
+        max_bytes, max_in_flight = self._config.max_body_bytes, self._config.max_bytes_in_flight
+        async with reading(request, attempt, max_bytes=max_bytes, max_bytes_in_flight=max_in_flight) as raw:
+            if isinstance(raw, Refusal):
+                return _refuse(dialect, raw)
+            if endpoint == _TRACES:
+                record = partial(self._recorder.record_spans, key)
+                return await take_traces(record, raw, request.headers, max_bytes=max_bytes, secret=secret)
+            return await self._call(attempt, agent, endpoint, raw, request)
 
-    async def _call(
-        self, key: RolloutKey, secret: str, agent: str, endpoint: str, raw: bytes, request: Request
-    ) -> Response:
+    async def _call(self, attempt: Attempt, agent: str, endpoint: str, raw: bytes, request: Request) -> Response:
         """The response to a model call or token count. A client library's retry gets the first answer, so that it makes
         no second span: only a request that says it is a retry, since an agent may repeat a request on purpose."""
         config, dialect = self._config, DIALECTS[endpoint.removesuffix("/count_tokens")]
@@ -168,18 +167,16 @@ class Gateway:
         except BadRequest as error:
             return _refuse(dialect, Refusal(status=400, message=str(error), code=error.code))
         call = Call(
-            key=key,
-            secret=secret,
+            attempt=attempt,
             agent=agent_of(request.headers, agent),
             parent_id=parent_of(request.headers),
             dialect=dialect,
             context=context,
             stream=dialect.stream(context),
-            attempt=self._attempt(key),
             is_token_count=endpoint == _COUNT_TOKENS,
         )
         retries = request.headers.get(RETRY_HEADER)
-        digest = (key, call.agent, endpoint, hashlib.sha256(raw).digest())
+        digest = (attempt.key, call.agent, endpoint, hashlib.sha256(raw).digest())
         answer = self._answers.get(digest) if retries not in (None, "0") else None
         if answer is None or answer.failed:
             grace = 0.0 if retries is None else config.retry_grace_s
@@ -191,15 +188,17 @@ class Gateway:
 
     async def _answer(self, call: Call, answer: Answer) -> None:
         """Complete the answer to a call, whatever happens."""
+        attempt = call.attempt
         try:
-            refusal = await self._admit(call, answer)
+            refusal = await self._complete(call, answer)
+            if refusal is not None and refusal.code in _OUTCOMES:
+                await self._recorder.note_failure(attempt.key, _OUTCOMES[refusal.code], refusal.message)
         except UnknownRollout as error:
-            call.attempt.ended = str(error)
-            refusal = Refusal(status=409, message=call.attempt.ended, code="rollout_ended")
+            attempt.ended = str(error)
+            refusal = Refusal(status=409, message=attempt.ended, code="rollout_ended")
         except Exception as error:  # whatever fails behind the gateway, the agent gets an error of its protocol
-            logger.exception("a call of rollout %s could not be answered", call.key.rollout_id)
-            message = f"the gateway failed: {type(error).__name__}"
-            refusal = Refusal(status=500, message=message, code="engine_error", type="server_error")
+            logger.exception("a call of rollout %s could not be answered", attempt.key.rollout_id)
+            refusal = engine_error(f"the gateway failed: {type(error).__name__}")
         if refusal is None:
             return
         if answer.started:
@@ -208,51 +207,44 @@ class Gateway:
         else:
             answer.respond(_refuse(call.dialect, refusal))
 
-    async def _admit(self, call: Call, answer: Answer) -> Refusal | None:
-        """Answer a call if its attempt may make one more, else return why not. Raises UnknownRollout."""
-        attempt = call.attempt
+    async def _complete(self, call: Call, answer: Answer) -> Refusal | None:
+        """Call the engine, record the call, and only then end the answer; returns why the call is refused, if it is.
+
+        Raises UnknownRollout if the attempt has ended.
+        """
+        attempt, started_at = call.attempt, time.time()
         if attempt.ended:
-            return Refusal(status=409, message=attempt.ended, code="rollout_ended")
-        spent = attempt.calls_left <= attempt.calls_in_flight
-        if spent or attempt.calls_in_flight >= self._config.max_concurrent_calls:
-            error = "this rollout has made all the model calls that it may make"
-            if not spent:
-                error = f"this rollout has {attempt.calls_in_flight} model calls in flight, and may have no more"
-            await self._recorder.note_failure(call.key, Outcome.TOO_MANY_CALLS, error)
-            # 400, not 429: client libraries would retry a 429, in vain.
-            return Refusal(status=400, message=error, code="too_many_calls")
+            raise UnknownRollout(attempt.ended)
+        # 400, not 429: client libraries would retry a 429, in vain.
+        if attempt.calls_left <= attempt.calls_in_flight:
+            message = "this rollout has made all the model calls that it may make"
+            return Refusal(status=400, message=message, code="too_many_calls")
+        if attempt.calls_in_flight >= self._config.max_concurrent_calls:
+            message = f"this rollout has {attempt.calls_in_flight} model calls in flight, and may have no more"
+            return Refusal(status=400, message=message, code="too_many_calls")
         attempt.calls_in_flight += 1
         try:
-            return await self._complete(call, answer)
+            completion = await self._ask_engine(call, answer, started_at)
+            if isinstance(completion, Refusal):
+                return completion
+            if call.is_token_count:
+                answer.respond(JSONResponse({"input_tokens": completion.choices[0].prompt_T.size}))
+                return None
+            # Shielded: a call that was sampled to its end is recorded, even if the agent goes away at this moment.
+            await asyncio.shield(self._record(call, completion, started_at))
+            if not call.wants_stream:
+                answer.respond(JSONResponse(call.dialect.reply(call.context, completion)))
+                return None
+            if not answer.started:
+                answer.start_stream(call.stream.begin())
+            answer.send(call.stream.end(completion))
+            return None
         finally:
             attempt.calls_in_flight -= 1
 
-    async def _complete(self, call: Call, answer: Answer) -> Refusal | None:
-        """Call the engine, record the call, and only then end the answer. Raises UnknownRollout."""
-        started_at = time.time()
-        completion = await self._ask_engine(call, answer, started_at)
-        if isinstance(completion, Refusal):
-            if completion.code in ("context_length_exceeded", "engine_error"):
-                too_long = completion.code == "context_length_exceeded"
-                outcome = Outcome.OVERLONG_PROMPT if too_long else Outcome.ENGINE_ERROR
-                await self._recorder.note_failure(call.key, outcome, completion.message)
-            return completion
-        if call.is_token_count:
-            answer.respond(JSONResponse({"input_tokens": completion.choices[0].prompt_T.size}))
-            return None
-        # Shielded: a call that was sampled to its end is recorded, even if the agent goes away at this moment.
-        await asyncio.shield(self._record(call, completion, started_at))
-        if not call.wants_stream:
-            answer.respond(JSONResponse(call.dialect.reply(call.context, completion)))
-            return None
-        if not answer.started:
-            answer.start_stream(call.stream.begin())
-        answer.send(call.stream.end(completion))
-        return None
-
     async def _ask_engine(self, call: Call, answer: Answer, started_at: float) -> Completion | Refusal:
         """The engine's answer, or why there is none; a stream's deltas are sent on as they come."""
-        config, split = self._config, call.key.split
+        config, split = self._config, call.attempt.key.split
         # With tools, the engine's answer is not streamed: vLLM's parsers of a stream read half a tool call, or a call's
         # arguments, in another way than its parsers of a complete answer.
         streamed = call.wants_stream and not call.context.engine.get("tools")
@@ -273,8 +265,7 @@ class Gateway:
                     return await self._follow_stream(call, answer, request, started_at)
                 return engine.check_vocabulary(await self._engine.generate(request), config.vocab_size)
         except TimeoutError:
-            message = f"the engine did not answer within {config.call_timeout_s:g} s"
-            return Refusal(status=504, message=message, code="engine_error", type="server_error")
+            return engine_error(f"the engine did not answer within {config.call_timeout_s:g} s", status=504)
 
     async def _follow_stream(
         self, call: Call, answer: Answer, request: Mapping[str, Any], started_at: float
@@ -309,7 +300,7 @@ class Gateway:
                 continue
             reply = engine.assistant_message(completion.reply["choices"][index])
             span = ModelCall(
-                key=call.key,
+                key=call.attempt.key,
                 call_id=context.reply_id if index == 0 else f"{context.reply_id}#{index}",
                 agent=call.agent,
                 parent_id=call.parent_id,
@@ -321,8 +312,8 @@ class Gateway:
                 finish_reason=choice.finish_reason,
                 started_at=started_at,
                 ended_at=ended_at,
-                request=hide_secret(compact(messages), call.secret),
-                reply=hide_secret(compact(reply), call.secret),
+                request=hide_secret(compact(messages), call.attempt.secret),
+                reply=hide_secret(compact(reply), call.attempt.secret),
             )
             calls_left = await self._recorder.record(span)
             call.attempt.calls_left = min(call.attempt.calls_left, calls_left)

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -70,10 +70,9 @@ class PolicyServer:
     async def _generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
         version = self._version
         try:
-            replies = [reply async for reply in await ray_private.ask_llm(self._server, request)]
+            *_, reply = [reply async for reply in await ray_private.ask_llm(self._server, request)]
         except _INVALID as error:
             return _invalid(error)
-        reply = replies[-1]
         error_fields = ray_private.llm_error(reply)
         if error_fields is not None:
             return parse_error(*error_fields)
@@ -83,12 +82,20 @@ class PolicyServer:
         version = self._version
         try:
             async for batch in await ray_private.ask_llm(self._server, request):
-                for part in _parse_events(batch, version, self._newer(version)):
-                    yield part
-                    if isinstance(part, Refusal):
+                for text in batch:
+                    error_fields = ray_private.llm_error(text)
+                    if error_fields is not None:
+                        yield parse_error(*error_fields)
                         return
-        except _INVALID as error:
-            yield _invalid(error)
+                    data = text.removeprefix("data: ").strip()
+                    chunk = {} if data == "[DONE]" else json.loads(data)
+                    if error := chunk.get("error"):
+                        yield parse_error(error["message"], int(error.get("code") or 500), error["type"])
+                        return
+                    if chunk:
+                        yield Part(chunk=chunk, policy_version=version, last_version=self._newer(version))
+        except _INVALID as invalid:
+            yield _invalid(invalid)
 
     def _newer(self, version: int) -> int | None:
         """The current version, if it is above `version`; else None."""
@@ -134,24 +141,6 @@ def _end_with_engine() -> Iterator[None]:
 def _end_process(why: str) -> None:
     logger.error("this policy replica ends: %s", why)
     os._exit(1)
-
-
-def _parse_events(batch: Iterable[Any], version: int, last_version: int | None) -> Iterator[Part | Refusal]:
-    """The parts in a batch of vLLM's server-sent events, up to the first error."""
-    for text in batch:
-        error_fields = ray_private.llm_error(text)
-        if error_fields is not None:
-            yield parse_error(*error_fields)
-            return
-        data = text.removeprefix("data: ").strip()
-        if data == "[DONE]":
-            continue
-        chunk = json.loads(data)
-        if "error" in chunk:
-            error = chunk["error"]
-            yield parse_error(error["message"], int(error.get("code") or 500), error["type"])
-            return
-        yield Part(chunk=chunk, policy_version=version, last_version=last_version)
 
 
 def _invalid(error: Exception) -> Refusal:

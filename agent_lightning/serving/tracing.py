@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.responses import JSONResponse, Response
 
 from agent_lightning.core.errors import DataError, UnknownRollout
-from agent_lightning.core.types import RolloutKey
 from agent_lightning.spans.otlp import PROTOBUF, acknowledge, decode
 from agent_lightning.spans.tree import RawSpan
 
-MAX_SPANS = 10_000
+_MAX_SPANS = 10_000
 """Spans of a body that are read; the others are counted as rejected."""
 AGENT_HEADER = "x-agl-agent"
 """Name of the agent that sends a request; overrides the name in the URL."""
@@ -34,22 +32,19 @@ def parent_of(headers: Mapping[str, str]) -> str:
     return match[1] if match else ""
 
 
-class SpanRecorder(Protocol):
-    """The buffer as `take_traces` calls it."""
-
-    async def record_spans(self, key: RolloutKey, spans: tuple[RawSpan, ...], faults: Mapping[str, int]) -> int:
-        """Record spans, and count faults by their reason; returns how many spans were rejected. Raises UnknownRollout
-        if the attempt has ended."""
-        ...
-
-
 async def take_traces(
-    recorder: SpanRecorder, key: RolloutKey, raw: bytes, headers: Mapping[str, str], *, max_bytes: int, secret: str
+    record: Callable[[tuple[RawSpan, ...], Mapping[str, int]], Awaitable[int]],
+    raw: bytes,
+    headers: Mapping[str, str],
+    *,
+    max_bytes: int,
+    secret: str,
 ) -> Response:
     """Record the spans of an ExportTraceServiceRequest, protobuf or JSON, and answer as OTLP's specification says.
 
-    Rejected spans are counted in the answer's `partial_success` and in the buffer. The status is 400 if the body cannot
-    be read, and 409 if the rollout has ended: exporters repeat neither.
+    `record` gets the spans and the faults by their reason, and returns how many spans it rejects; they are counted in
+    the answer's `partial_success`. The status is 400 if the body cannot be read, and 409 if the rollout has ended:
+    exporters repeat neither.
     """
     content_type = headers.get("content-type", PROTOBUF)
     try:
@@ -58,12 +53,12 @@ async def take_traces(
             content_type=content_type,
             content_encoding=headers.get("content-encoding", ""),
             max_bytes=max_bytes,
-            max_spans=MAX_SPANS,
+            max_spans=_MAX_SPANS,
             secret=secret,
         )
         spans = tuple(span for trace in traces.values() for span in trace)
         lost = sum(count for reason, count in faults.items() if not reason.startswith("repaired"))
-        rejected = lost + await recorder.record_spans(key, spans, faults)
+        rejected = lost + await record(spans, faults)
     except DataError as error:
         return JSONResponse({"code": 3, "message": str(error)}, status_code=400)
     except UnknownRollout as error:

@@ -10,10 +10,12 @@ the object store.
 from __future__ import annotations
 
 import asyncio
+import math
 import mmap
-from collections.abc import AsyncGenerator, Awaitable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -23,7 +25,6 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 BACKEND = "ray_object_store"
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 async def in_shared_memory(arrays: Iterable[Awaitable[Any]]) -> AsyncGenerator[str, None]:
@@ -32,11 +33,9 @@ async def in_shared_memory(arrays: Iterable[Awaitable[Any]]) -> AsyncGenerator[s
     The file holds them until the next path is requested; meanwhile the next array is written to another file. Two files
     are used in turns, because fresh memory from the kernel costs more than the copy. Raises what an array raises.
     """
-    folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-    with (
-        NamedTemporaryFile(prefix="agl-weights-", dir=folder) as file,
-        NamedTemporaryFile(prefix="agl-weights-", dir=folder) as other,
-    ):
+    folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    create = partial(NamedTemporaryFile, prefix="agl-weights-", dir=folder)
+    with create() as file, create() as other:
         tasks: list[asyncio.Task[str]] = []
         try:
             for array in arrays:
@@ -69,11 +68,6 @@ def register() -> None:
 
 
 @dataclass
-class InitInfo(WeightTransferInitInfo):
-    """What both sides agree on beforehand: nothing."""
-
-
-@dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
     """A bucket of weights: some parameters, one after the other in a file."""
 
@@ -83,13 +77,13 @@ class UpdateInfo(WeightTransferUpdateInfo):
     """{"name", "dtype", "shape", "offset"} of each parameter in the file."""
 
 
-class ObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+class ObjectStoreEngine(WeightTransferEngine[WeightTransferInitInfo, UpdateInfo]):
     """The receiving side, in each of vLLM's worker processes."""
 
-    init_info_cls = InitInfo
+    init_info_cls = WeightTransferInitInfo
     update_info_cls = UpdateInfo
 
-    def init_transfer_engine(self, init_info: InitInfo) -> None:
+    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
         return None
 
     def start_weight_update(self) -> None:
@@ -101,42 +95,29 @@ class ObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         with open(update_info.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as raw:
-            self.model.load_weights(list(_tensors(raw, update_info.parameters, self.device)))
+            # Copies: the mapping ends with the block, and a layer may keep tensors until all its parameters are loaded.
+            self.model.load_weights(
+                [(p["name"], _view(raw, p).to(self.device, copy=True)) for p in update_info.parameters]
+            )
 
     def finish_weight_update(self) -> None:
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
-        _repack_tied_heads(self.model)
+        # The bracket repacks only the embedding, at which a tied weight arrives. On a CPU the output head has a packed
+        # copy of its own, which would answer with the old weights.
+        modules = list(self.model.modules())
+        embeddings = [m for m in modules if isinstance(m, VocabParallelEmbedding) and not isinstance(m, ParallelLMHead)]
+        for head in (m for m in modules if isinstance(m, ParallelLMHead)):
+            for embedding in embeddings:
+                if head.weight.data_ptr() == embedding.weight.data_ptr() or head.weight is embedding.weight:
+                    head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
         return None
 
 
-def _tensors(
-    raw: mmap.mmap, parameters: list[dict[str, Any]], device: torch.device
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for entry in parameters:
-        dtype = vars(torch)[entry["dtype"]]
-        count = 1
-        for size in entry["shape"]:
-            count *= size
-        view = torch.frombuffer(raw, dtype=dtype, count=count, offset=entry["offset"]).reshape(entry["shape"])
-        # A copy: the mapping ends with the block, and a layer may keep a tensor until all its parameters are loaded.
-        yield entry["name"], view.to(device, copy=True)
-
-
-def _repack_tied_heads(model: torch.nn.Module) -> None:
-    """Repack the output head if it shares the embedding's weight.
-
-    The reload bracket repacks only the embedding, at which the weight arrives. On a CPU the head has a packed copy of
-    its own, which would answer with the old weights.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-
-    modules = list(model.modules())
-    embeddings = [m for m in modules if isinstance(m, VocabParallelEmbedding) and not isinstance(m, ParallelLMHead)]
-    for head in (m for m in modules if isinstance(m, ParallelLMHead)):
-        for embedding in embeddings:
-            if head.weight.data_ptr() == embedding.weight.data_ptr() or head.weight is embedding.weight:
-                head.quant_method.process_weights_after_loading(head)
+def _view(raw: mmap.mmap, parameter: Mapping[str, Any]) -> torch.Tensor:
+    shape, dtype = parameter["shape"], vars(torch)[parameter["dtype"]]
+    return torch.frombuffer(raw, dtype=dtype, count=math.prod(shape), offset=parameter["offset"]).reshape(shape)
