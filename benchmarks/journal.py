@@ -28,7 +28,7 @@ import numpy as np
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.journal import FSYNC, JournalConfig
-from agent_lightning.core.types import ModelCall, Outcome, Policy, RolloutKey, Task
+from agent_lightning.core.types import Ending, ModelCall, Outcome, Policy, RolloutKey, Task
 from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.toy.world import ToyWorld
 
@@ -117,7 +117,7 @@ async def replay(folder: Path, size: int, tokens: int) -> dict[str, Any]:
             for number in range(5):
                 await buffer.record(make_call(lease.key, number, tokens))
                 calls += 1
-            await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=1.0)
+            await buffer.finish(lease.key, Ending(outcome=Outcome.FINISHED, reward=1.0))
         groups += 1
     await buffer.close()
     started = time.perf_counter()

@@ -114,8 +114,8 @@ class Buffer:
         await buffer.admit(task, split="train", num_rollouts=2)  # "train-0"
         first, second = await buffer.lease(8, timeout=1.0)
         await buffer.record(call)                                # 99: calls that remain
-        await buffer.finish(first.key, reward=1.0, outcome=Outcome.FINISHED)
-        await buffer.finish(second.key, reward=None, outcome=Outcome.TIMEOUT)
+        await buffer.finish(first.key, Ending(outcome=Outcome.FINISHED, reward=1.0))
+        await buffer.finish(second.key, Ending(outcome=Outcome.TIMEOUT))
         (group,) = await buffer.take(1, split="train")           # group.assemble() gives its trajectories
     """
 
@@ -234,24 +234,13 @@ class Buffer:
         self._store.note(events.CallFailed(key=key, cause=Ending(outcome=outcome, error=error, at=time.time())))
         await self._store.durable()
 
-    async def finish(
-        self,
-        key: RolloutKey,
-        *,
-        outcome: Outcome,
-        reward: float | None,
-        error: str = "",
-        output: str = "",
-        failed_tool: str = "",
-        retry: bool = False,
-    ) -> None:
+    async def finish(self, key: RolloutKey, ending: Ending, *, failed_tool: str = "", retry: bool = False) -> None:
         """End a running attempt. The next attempt is queued if attempts remain, and if `retry` is set or the outcome is
         retried. `failed_tool` is what `breaker.last_failed_tool` returns for a failed attempt."""
-        if outcome is Outcome.FINISHED and reward is None:
+        if ending.outcome is Outcome.FINISHED and ending.reward is None:
             raise ValueError(f"rollout {key.rollout_id}: FINISHED needs a reward")
         async with self._changed:
             rollout = self._running(key, refused="refused_finishes")
-            ending = Ending(outcome=outcome, error=error, reward=reward, output=output, at=time.time())
             self._end(rollout, explain(rollout, ending), failed_tool=failed_tool, retry=retry)
             self._changed.notify_all()
         await self._store.durable()
@@ -378,7 +367,7 @@ class Buffer:
             running = (rollout for rollout in self._ledger.open_rollouts() if rollout.phase == "running")
             lost = [rollout for rollout in running if is_lost(rollout)]
             for rollout in lost:
-                self._end(rollout, Ending(outcome=Outcome.WORKER_LOST, error=error, at=time.time()), retry=False)
+                self._end(rollout, Ending(outcome=Outcome.WORKER_LOST, error=error), retry=False)
             self._changed.notify_all()
         await self._store.durable()
         return len(lost)
@@ -389,8 +378,9 @@ class Buffer:
             self._breaker.note(cause_of(ending.outcome, ending.error, failed_tool))
         again = (retry or self._retries.wanted(ending.outcome, calls)) and self._may_retry(rollout)
         pause = self._retries.delay(rollout.key.attempt - rollout.voided, random.random()) if again else 0.0
-        ready_at = time.time() + pause if pause else 0.0
-        self._store.note(events.Ended(key=rollout.key, ending=ending, again=again, ready_at=ready_at))
+        now = time.time()
+        ready_at = now + pause if pause else 0.0
+        self._store.note(events.Ended(key=rollout.key, ending=replace(ending, at=now), again=again, ready_at=ready_at))
 
     def _may_retry(self, rollout: StoredRollout) -> bool:
         """Whether the limits on attempts allow another one. Attempts that ended with an older run do not count."""

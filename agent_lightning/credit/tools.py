@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections import deque
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 from agent_lightning.core.json_values import as_mapping, parse_json
@@ -122,14 +121,15 @@ class ToolCallIndex:
     """
 
     def __init__(self, calls: Sequence[ModelCall]) -> None:
-        self._position = {call.call_id: index for index, call in enumerate(calls)}
-        self._by_key: dict[tuple[str, ...], deque[ToolCall]] = {}
-        self._matched: set[str] = set()
-        self._all = tool_calls(calls)
-        for tool in self._all:
-            keys = ("id", tool.tool_call_id), ("name", tool.name), (tool.name, canonical_arguments(tool.arguments))
-            for key in keys:
-                self._by_key.setdefault(key, deque()).append(tool)
+        position = {call.call_id: index for index, call in enumerate(calls)}
+        self._tools = tool_calls(calls)
+        self._positions = [position[tool.call_id] for tool in self._tools]
+        """Index of each tool's model call in `calls`."""
+        self._waiting: dict[tuple[str, ...], list[int]] = {}
+        """What a span may say of its tool -> indices in `_tools` of the tool calls that no span has matched."""
+        for index, tool in enumerate(self._tools):
+            for key in _index_keys(tool):
+                self._waiting.setdefault(key, []).append(index)
 
     def take(self, identity: str, name: str, arguments: str, before: int, cause: str) -> ToolCall | None:
         """Find the tool call of a span, and match it with no other span from now on.
@@ -137,27 +137,38 @@ class ToolCallIndex:
         It is the newest tool call with the id `identity`, or else the oldest with the same name and arguments, or else
         the only one with the name. Only the first `before` calls are searched, or only the call `cause` if it is given.
         """
-        same_id = list(self._find(("id", identity), before, cause)) if identity else []
-        same_use = islice(self._find((name, canonical_arguments(arguments)), before, cause), 1)
-        same_name = list(islice(self._find(("name", name), before, cause), 2))
-        match = same_id[-1] if same_id else next(same_use, same_name[0] if len(same_name) == 1 else None)
-        if match is not None:
-            self._matched.add(match.span_id)
-        return match
+        end = len(self._tools) if cause else bisect_left(self._positions, before)
+
+        def waiting(*key: str) -> tuple[list[int], int]:
+            """Indices of tool calls with this key, and how many of them may be taken."""
+            indices = self._waiting.get((*key, cause), [])
+            return indices, bisect_left(indices, end)
+
+        same_id, num_same_id = waiting("id", identity)
+        same_use, num_same_use = waiting("use", name, canonical_arguments(arguments))
+        same_name, num_same_name = waiting("name", name)
+        if identity and num_same_id:
+            match = same_id[num_same_id - 1]
+        elif num_same_use:
+            match = same_use[0]
+        elif num_same_name == 1:
+            match = same_name[0]
+        else:
+            return None
+        for key in _index_keys(self._tools[match]):
+            del self._waiting[key][bisect_left(self._waiting[key], match)]
+        return self._tools[match]
 
     def unmatched(self) -> tuple[ToolCall, ...]:
         """The tool calls that no span has matched."""
-        return tuple(tool for tool in self._all if tool.span_id not in self._matched)
+        return tuple(self._tools[index] for index in self._waiting.get(("any", ""), ()))
 
-    def _find(self, key: tuple[str, ...], before: int, cause: str) -> Iterator[ToolCall]:
-        waiting = self._by_key.get(key, deque())
-        while waiting and waiting[0].span_id in self._matched:
-            waiting.popleft()
-        for tool in waiting:
-            if self._position[tool.call_id] >= before and not cause:
-                return
-            if tool.span_id not in self._matched and cause in ("", tool.call_id):
-                yield tool
+
+def _index_keys(tool: ToolCall) -> list[tuple[str, ...]]:
+    """What spans may say of a tool call, each with and without the model call that requested it."""
+    use = "use", tool.name, canonical_arguments(tool.arguments)
+    keys = (("any",), ("id", tool.tool_call_id), ("name", tool.name), use)
+    return [(*key, cause) for key in keys for cause in {"", tool.call_id}]
 
 
 def looks_like_tool_call(call: ModelCall) -> bool:

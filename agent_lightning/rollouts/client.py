@@ -18,7 +18,6 @@ import functools
 import inspect
 import json
 import logging
-import math
 import numbers
 import os
 import threading
@@ -35,6 +34,7 @@ from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerPro
 from agent_lightning.core.errors import ConfigError, RewardError
 from agent_lightning.core.text import hide_attempt_secrets
 from agent_lightning.core.threads import await_with_timeout, call_with_timeout
+from agent_lightning.core.types import LARGEST_REWARD, is_reward
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def emit_reward(
     `about` is a tool's span, the id of such a span, or the id of a model's reply; the reward is credited to the model
     call that caused the event. With None the reward is about the rollout: if the agent returns None, it is the final
     reward (`spans.assemble.emitted_reward`). A mapping gives several named rewards at once. Raises RewardError for a
-    value that is not a finite number.
+    value that is not a finite number up to LARGEST_REWARD.
 
     Example:
 
@@ -117,8 +117,8 @@ def emit_reward(
     """
     dimensions = value if isinstance(value, Mapping) else {name: value}
     for dimension, number in dimensions.items():
-        if not isinstance(number, numbers.Real) or not math.isfinite(number):
-            raise RewardError(f"the reward {dimension!r} is {number!r}, not a finite number")
+        if not isinstance(number, numbers.Real) or not is_reward(number):
+            raise RewardError(f"the reward {dimension!r} is {number!r}, not a finite number up to {LARGEST_REWARD:g}")
     if current_rollout() is None:
         return
     target = about.span_id if isinstance(about, ToolSpan) else about or ""

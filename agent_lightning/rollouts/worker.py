@@ -76,17 +76,7 @@ class RolloutBuffer(Protocol):
     async def lease(self, num: int, timeout: float, *, deadline: float, worker: str) -> list[Lease]: ...
     async def recorded_calls(self, key: RolloutKey) -> tuple[ModelCall, ...]: ...
     async def recorded_spans(self, key: RolloutKey) -> tuple[RawSpan, ...]: ...
-    async def finish(
-        self,
-        key: RolloutKey,
-        *,
-        reward: float | None,
-        outcome: Outcome,
-        error: str,
-        output: str,
-        failed_tool: str,
-        retry: bool,
-    ) -> None: ...
+    async def finish(self, key: RolloutKey, ending: Ending, *, failed_tool: str, retry: bool) -> None: ...
 
 
 def to_reward(value: object, reward_range: tuple[float, float]) -> float:
@@ -254,14 +244,6 @@ class RolloutWorker:
         if ending.outcome is not Outcome.FINISHED:
             logger.info("rollout %s attempt %d: %s: %s", key.rollout_id, key.attempt, ending.outcome, ending.error)
         try:
-            await self._buffer.finish(
-                key,
-                reward=ending.reward,
-                outcome=ending.outcome,
-                error=ending.error,
-                output=ending.output,
-                failed_tool=failed_tool,
-                retry=retry,
-            )
+            await self._buffer.finish(key, ending, failed_tool=failed_tool, retry=retry)
         except UnknownRollout:  # the buffer has ended the attempt: it was cancelled, or its lease expired
             logger.info("rollout %s attempt %d had ended already", key.rollout_id, key.attempt)

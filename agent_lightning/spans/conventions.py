@@ -232,9 +232,8 @@ def _rewards(tree: SpanTree, key: RolloutKey, refused: Counter[str]) -> tuple[Re
     for span in tree.of(Kind.REWARD):
         about = str(first(span.attributes, "what a reward is about") or "")
         for index, (name, value) in enumerate(_dimensions(span)):
-            if not is_reward(number(value)):
-                finite = math.isfinite(number(value))
-                refused["a reward beyond 1e15" if finite else "a reward that is not a finite number"] += 1
+            if refusal := reward_refusal(number(value)):
+                refused[refusal] += 1
                 continue
             rewards.append(
                 Reward(
@@ -247,6 +246,13 @@ def _rewards(tree: SpanTree, key: RolloutKey, refused: Counter[str]) -> tuple[Re
                 )
             )
     return tuple(rewards)
+
+
+def reward_refusal(value: float) -> str:
+    """The reason (see REASONS) for which a number cannot be a reward; "" if it can."""
+    if is_reward(value):
+        return ""
+    return "a reward beyond 1e15" if math.isfinite(value) else "a reward that is not a finite number"
 
 
 def _dimensions(span: RawSpan) -> list[tuple[str, Any]]:

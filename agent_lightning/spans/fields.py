@@ -94,7 +94,9 @@ def _listed(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if value and all(name.isdecimal() for name in value):
-        return [_listed(value[name]) for name in sorted(value, key=int)]
+        # By number, without int(), which refuses more than 4,300 digits.
+        by_number = sorted(value, key=lambda name: (len(name.lstrip("0")), name.lstrip("0")))
+        return [_listed(value[name]) for name in by_number]
     if len(value) == 1 and next(iter(value)) in _SHELLS and isinstance(inner := next(iter(value.values())), dict):
         return _listed(inner)
     return {name: _listed(part) for name, part in value.items()}

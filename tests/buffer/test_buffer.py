@@ -19,7 +19,7 @@ from agent_lightning.buffer.taken import take_groups
 from agent_lightning.config.learning import FailuresConfig
 from agent_lightning.config.running import RetryConfig
 from agent_lightning.core.errors import UnknownRollout
-from agent_lightning.core.types import Group, Outcome, RolloutKey
+from agent_lightning.core.types import Ending, Group, Outcome, RolloutKey
 from agent_lightning.credit.failures import Retries
 
 
@@ -87,7 +87,7 @@ async def test_a_trajectory_has_each_call_once_in_the_order_of_start() -> None:
     assert await buffer.record(late) == 2
     assert await buffer.record(early) == 1
     assert await buffer.record(early) == 1
-    await buffer.finish(lease.key, reward=0.5, outcome=Outcome.FINISHED, output="42")
+    await buffer.finish(lease.key, Ending(outcome=Outcome.FINISHED, reward=0.5, output="42"))
     (group,) = await take_groups(buffer, 1, split="train")
     (trajectory,) = group.trajectories
     assert [call.call_id for call in trajectory.calls] == ["early", "late"]
@@ -115,18 +115,18 @@ async def test_only_the_running_attempt_may_record_note_a_failure_or_finish() ->
         with pytest.raises(UnknownRollout):
             await buffer.note_failure(key, Outcome.ENGINE_ERROR, "x")
         with pytest.raises(UnknownRollout):
-            await buffer.finish(key, reward=1.0, outcome=Outcome.FINISHED)
+            await buffer.finish(key, Ending(outcome=Outcome.FINISHED, reward=1.0))
 
     await is_refused(key)  # waiting
     await is_refused(never)
     await buffer.lease(1, 1.0)
-    await buffer.finish(key, reward=None, outcome=Outcome.ENGINE_ERROR)
+    await buffer.finish(key, Ending(outcome=Outcome.ENGINE_ERROR))
     await is_refused(key)  # an older attempt
     (again,) = await buffer.lease(1, 1.0)
     assert again.key.attempt == 1
     await is_refused(key)
     await buffer.record(make_call(again.key, "x"))
-    await buffer.finish(again.key, reward=1.0, outcome=Outcome.FINISHED)
+    await buffer.finish(again.key, Ending(outcome=Outcome.FINISHED, reward=1.0))
     await is_refused(again.key)  # ended
     (group,) = await take_groups(buffer, 1, split="train")
     assert group.trajectories[0].key.attempt == 1
@@ -139,7 +139,7 @@ async def test_a_finished_rollout_needs_a_reward() -> None:
     buffer = make_buffer()
     (lease,) = await started(buffer)
     with pytest.raises(ValueError, match="needs a reward"):
-        await buffer.finish(lease.key, reward=None, outcome=Outcome.FINISHED)
+        await buffer.finish(lease.key, Ending(outcome=Outcome.FINISHED))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ async def test_a_refusal_of_the_gateway_explains_the_outcome_that_the_worker_rep
         await buffer.note_failure(lease.key, refusal, "the cause")
     for number in range(calls_after):
         await buffer.record(make_call(lease.key, f"{number}", started_at=time.time() + 1.0))
-    await buffer.finish(lease.key, reward=1.0, outcome=reported, error="seen")
+    await buffer.finish(lease.key, Ending(outcome=reported, error="seen", reward=1.0))
     (group,) = await take_groups(buffer, 1, split="train")
     assert group.trajectories[0].outcome is expected
     assert (group.trajectories[0].reward is None) == (expected is not Outcome.FINISHED)
@@ -179,10 +179,10 @@ async def test_attempts_are_limited_and_a_retry_is_leased_first() -> None:
     first, _ = await started(buffer, 2)
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     await buffer.record(make_call(first.key, "lost"))
-    await buffer.finish(first.key, reward=None, outcome=Outcome.CANCELLED, retry=True)
+    await buffer.finish(first.key, Ending(outcome=Outcome.CANCELLED), retry=True)
     (again,) = await buffer.lease(1, 1.0)
     assert (again.key.rollout_id, again.key.attempt) == ("train-0-0", 1)
-    await buffer.finish(again.key, reward=None, outcome=Outcome.CANCELLED, retry=True)
+    await buffer.finish(again.key, Ending(outcome=Outcome.CANCELLED), retry=True)
     stats = await buffer.stats()
     assert (stats.complete, stats.retried, stats.failed) == (1, 1, {Outcome.CANCELLED: 1})
 
@@ -192,8 +192,8 @@ async def test_the_outcomes_that_are_retried_are_configurable() -> None:
         retries=Retries(max_attempts=2, failures=FailuresConfig(timeout="resample", engine_error=None))
     )
     engine, slow = await started(buffer, 2)
-    await buffer.finish(engine.key, reward=None, outcome=Outcome.ENGINE_ERROR)
-    await buffer.finish(slow.key, reward=None, outcome=Outcome.TIMEOUT)
+    await buffer.finish(engine.key, Ending(outcome=Outcome.ENGINE_ERROR))
+    await buffer.finish(slow.key, Ending(outcome=Outcome.TIMEOUT))
     stats = await buffer.stats()
     assert (stats.complete, stats.waiting) == (1, 1)
 
@@ -218,9 +218,9 @@ async def test_a_failed_or_truncated_rollout_of_a_group_is_run_again() -> None:
         retries=Retries(max_attempts=2, failures=FailuresConfig(timeout="resample", truncated="resample"))
     )
     slow, cut, good = await started(buffer, 3)
-    await buffer.finish(slow.key, reward=None, outcome=Outcome.TIMEOUT)
+    await buffer.finish(slow.key, Ending(outcome=Outcome.TIMEOUT))
     await buffer.record(replace(make_call(cut.key, "cut"), finish_reason="length"))
-    await buffer.finish(cut.key, reward=1.0, outcome=Outcome.FINISHED)
+    await buffer.finish(cut.key, Ending(outcome=Outcome.FINISHED, reward=1.0))
     await end(buffer, good)
     for lease in await buffer.lease(9, 1.0):
         await end(buffer, lease)
@@ -231,16 +231,16 @@ async def test_a_failed_or_truncated_rollout_of_a_group_is_run_again() -> None:
 async def test_retries_are_limited_to_a_share_of_the_open_rollouts() -> None:
     buffer = make_buffer(retries=Retries(max_attempts=9, limits=RetryConfig(budget=0.5, backoff_s=0)))
     for lease in await started(buffer, 8):
-        await buffer.finish(lease.key, reward=None, outcome=Outcome.ENGINE_ERROR)
+        await buffer.finish(lease.key, Ending(outcome=Outcome.ENGINE_ERROR))
     stats = await buffer.stats()
     assert (stats.retried, stats.complete) == (4, 4)
     for _ in range(2):  # they have used up what there was
         for lease in await buffer.lease(9, 0.0):
-            await buffer.finish(lease.key, reward=None, outcome=Outcome.ENGINE_ERROR)
+            await buffer.finish(lease.key, Ending(outcome=Outcome.ENGINE_ERROR))
     assert (await buffer.stats()).retried == 4
     await take_groups(buffer, 1, split="train")
     (fresh, *_) = await started(buffer, 2)  # a later step has a budget of its own
-    await buffer.finish(fresh.key, reward=None, outcome=Outcome.ENGINE_ERROR)
+    await buffer.finish(fresh.key, Ending(outcome=Outcome.ENGINE_ERROR))
     assert (await buffer.stats()).retried == 5
 
 
@@ -248,7 +248,7 @@ async def test_a_retry_waits_for_its_pause_and_other_rollouts_are_leased_meanwhi
     buffer = make_buffer(retries=Retries(max_attempts=2, limits=RetryConfig(backoff_s=0.4)))
     (lease,) = await started(buffer)
     random.seed(2)  # draws 0.96
-    await buffer.finish(lease.key, reward=None, outcome=Outcome.ENGINE_ERROR)
+    await buffer.finish(lease.key, Ending(outcome=Outcome.ENGINE_ERROR))
     assert await buffer.lease(1, 0.0) == []
     await buffer.admit(make_task(1), split="train", num_rollouts=1)
     (other,) = await buffer.lease(9, 0.0)
@@ -261,7 +261,7 @@ async def test_a_retry_waits_for_its_pause_and_other_rollouts_are_leased_meanwhi
 
 async def end(buffer: Buffer, lease: Lease) -> None:
     await buffer.record(make_call(lease.key, lease.key.rollout_id))
-    await buffer.finish(lease.key, reward=1.0, outcome=Outcome.FINISHED)
+    await buffer.finish(lease.key, Ending(outcome=Outcome.FINISHED, reward=1.0))
 
 
 async def test_take_waits_for_complete_groups_and_returns_the_first() -> None:
@@ -316,7 +316,7 @@ async def test_cancel_ends_every_rollout_and_every_waiting_call() -> None:
     assert groups[0].trajectories[0].error == "the run stopped"
     assert await take_groups(buffer, 9, split="train") == []
     with pytest.raises(UnknownRollout):
-        await buffer.finish(leases[0].key, reward=1.0, outcome=Outcome.FINISHED)
+        await buffer.finish(leases[0].key, Ending(outcome=Outcome.FINISHED, reward=1.0))
     before = time.monotonic()
     assert await buffer.lease(1, 0.05) == []  # waits again: workers do not spin
     assert time.monotonic() - before > 0.04
@@ -381,7 +381,7 @@ class Scenario:
                 await self.expect(buffer.record(make_call(choice.choice(self.leases).key, f"{self.num_calls}")))
             case "finish" if self.leases:
                 key, outcome = choice.choice(self.leases).key, choice.choice(list(Outcome))
-                finish = buffer.finish(key, reward=1.0, outcome=outcome, retry=choice.random() < 0.2)
+                finish = buffer.finish(key, Ending(outcome=outcome, reward=1.0), retry=choice.random() < 0.2)
                 await self.expect(finish)
             case "expire":
                 await buffer.expire(time.time() + 10.0)

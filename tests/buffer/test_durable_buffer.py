@@ -24,7 +24,7 @@ from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.buffer.taken import TakenGroup, take_groups
 from agent_lightning.cli.main import main
 from agent_lightning.core.errors import DataError, JournalError, JournalFull, UnknownRollout
-from agent_lightning.core.types import Outcome, RolloutKey, Task
+from agent_lightning.core.types import Ending, Outcome, RolloutKey, Task
 from agent_lightning.credit.failures import Retries
 from agent_lightning.spans.tree import RawSpan
 
@@ -92,7 +92,9 @@ async def play(buffer: Buffer, source: random.Random, num: int) -> None:
                     await buffer.note_failure(key, Outcome.ENGINE_ERROR, "the engine is broken")
                 case "f":
                     outcome = source.choice([Outcome.FINISHED, Outcome.FINISHED, Outcome.ENGINE_ERROR, Outcome.TIMEOUT])
-                    await buffer.finish(key, outcome=outcome, reward=1.0 if outcome is Outcome.FINISHED else None)
+                    await buffer.finish(
+                        key, Ending(outcome=outcome, reward=1.0 if outcome is Outcome.FINISHED else None)
+                    )
                 case "t" | "v" as which:
                     split = "train" if which == "t" else "val"
                     if ledger.complete[split]:
@@ -173,7 +175,7 @@ async def run_rollouts(buffer: Buffer, num: int, *, calls: int = 1) -> None:
     for lease in await buffer.lease(num, 0.0):
         for number in range(calls):
             await buffer.record(make_call(lease.key, f"{lease.key.rollout_id}-{number}", num_tokens=50))
-        await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=1.0, output=lease.key.rollout_id)
+        await buffer.finish(lease.key, Ending(outcome=Outcome.FINISHED, reward=1.0, output=lease.key.rollout_id))
 
 
 async def test_running_rollouts_continue_after_a_restart_and_a_repeated_call_is_recorded_once(tmp_path: Path) -> None:
@@ -185,7 +187,7 @@ async def test_running_rollouts_continue_after_a_restart_and_a_repeated_call_is_
     buffer = await again(buffer, tmp_path)
     assert await buffer.record(call) == 99
     assert await buffer.record(make_call(lease.key, "second")) == 98
-    await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=0.5)
+    await buffer.finish(lease.key, Ending(outcome=Outcome.FINISHED, reward=0.5))
     buffer = await again(buffer, tmp_path)
     with pytest.raises(UnknownRollout):
         await buffer.record(make_call(lease.key, "late"))
@@ -203,7 +205,7 @@ async def test_a_repeated_request_gets_the_first_answer(tmp_path: Path) -> None:
         assert [lease.key.rollout_id for lease in leases] == ["train-0-0", "train-0-1"]
         buffer = await again(buffer, tmp_path)
     for lease in leases:
-        await buffer.finish(lease.key, outcome=Outcome.TIMEOUT, reward=None)
+        await buffer.finish(lease.key, Ending(outcome=Outcome.TIMEOUT))
     taken: list[TakenGroup] = []
     for _ in range(2):
         taken += await buffer.take(1, split="train", request="c")
@@ -265,7 +267,7 @@ async def test_a_full_journal_refuses_new_work_and_lets_running_rollouts_end(tmp
         await asyncio.gather(*map(buffer.record, calls))
     with pytest.raises(JournalFull):
         await buffer.admit(Task(task_id="big", payload={"text": "x" * 1000}), split="train", num_rollouts=1)
-    await buffer.finish(lease.key, outcome=Outcome.AGENT_ERROR, reward=None, error="the journal is full")
+    await buffer.finish(lease.key, Ending(outcome=Outcome.AGENT_ERROR, error="the journal is full"))
     (group,) = await take_groups(buffer, 1, split="train")
     await buffer.advance(trained=1, dropped={})
     assert len(group.trajectories[0].calls) > 10
@@ -309,7 +311,7 @@ async def a_step(buffer: Buffer, *, ends: int) -> None:
     leases = await buffer.lease(4, 0.0)
     for lease in leases[:ends]:
         await buffer.record(make_call(lease.key, lease.key.rollout_id))
-        await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=1.0)
+        await buffer.finish(lease.key, Ending(outcome=Outcome.FINISHED, reward=1.0))
 
 
 async def train(buffer: Buffer, groups: int) -> None:
@@ -341,7 +343,7 @@ async def test_a_resumed_run_reuses_the_rollouts_that_ended_since_its_checkpoint
         await buffer.admit(make_task(number), split="train", num_rollouts=2)
     (lease,) = await buffer.lease(9, 0.0)  # the rollout that had not ended, as another attempt
     assert (lease.key.rollout_id, lease.key.attempt) == ("train-5-1", 1)
-    await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=None or 0.0)
+    await buffer.finish(lease.key, Ending(outcome=Outcome.FINISHED, reward=0.0))
     await train(buffer, 2)
     stats = await buffer.stats()
     assert (stats.admitted, stats.trained, stats.ended) == (12, 12, 12)
@@ -358,9 +360,9 @@ async def test_an_attempt_that_ended_with_its_run_does_not_count_as_a_retry(tmp_
             await buffer.admit(make_task(number), split="train", num_rollouts=2)
         leases = await buffer.lease(4, 0.0)
     assert [lease.key.attempt for lease in leases] == [3] * 4
-    await buffer.finish(leases[0].key, outcome=Outcome.ENGINE_ERROR, reward=None)
+    await buffer.finish(leases[0].key, Ending(outcome=Outcome.ENGINE_ERROR))
     (second,) = await buffer.lease(4, 0.0)
-    await buffer.finish(second.key, outcome=Outcome.ENGINE_ERROR, reward=None)
+    await buffer.finish(second.key, Ending(outcome=Outcome.ENGINE_ERROR))
     assert await buffer.lease(4, 0.0) == []
 
 

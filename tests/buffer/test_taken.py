@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,7 +43,7 @@ async def taken(spans: Sequence[RawSpan]) -> Group:
         await buffer.record(make_call(lease.key, f"call-{lease.key.index}", started_at=1.0))
         if lease.key.index == 0:
             await buffer.record_spans(lease.key, spans, {})
-        await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=1.0)
+        await buffer.finish(lease.key, Ending(outcome=Outcome.FINISHED, reward=1.0))
     (group,) = await take_groups(buffer, 1, split="train")
     return group
 
@@ -119,9 +120,25 @@ async def test_a_trace_that_cannot_be_assembled_is_lost_and_counted(broken: RawS
         emitted_reward(KEY, [broken])
 
 
-async def test_an_index_of_five_thousand_digits_costs_at_most_the_trace() -> None:
-    group = await taken([raw_span(**{f"agentlightning.reward.{'9' * 5000}.value": 1.0})])
+async def test_attributes_are_listed_by_number_also_if_an_index_has_five_thousand_digits() -> None:
+    values = {"10": 4.0, "9" * 5000: 5.0, "02": 2.0, "0": 1.0, "3": 3.0}
+    group = await taken(
+        [raw_span(**{f"agentlightning.reward.{index}.value": value for index, value in values.items()})]
+    )
     check(group)
+    assert [reward.value for reward in group.trajectories[0].rewards] == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize("identity", ["same", ""], ids=["same id", "same name and arguments"])
+def test_thousands_of_tool_calls_that_look_alike_are_matched_in_linear_time(identity: str) -> None:
+    def lines(number: int) -> int:
+        requests = [{"id": identity, "function": {"name": "search", "arguments": "{}"}} for _ in range(number)]
+        about = {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": "search"}
+        about |= {"gen_ai.tool.call.arguments": "{}", "gen_ai.tool.call.id": identity}
+        spans = [raw_span(f"span-{n}", at=1e10 + n, **about) for n in range(number)]
+        return lines_run(spans, reply=json.dumps({"role": "assistant", "tool_calls": requests}))
+
+    assert lines(1200) < 2.2 * lines(600)
 
 
 @pytest.mark.parametrize("value", [1e39, -1e39, 1e300, "1e39", float("inf")])
@@ -171,9 +188,11 @@ def chain(kinds: Sequence[str], length: int) -> list[RawSpan]:
     ]
 
 
-def lines_run(spans: Sequence[RawSpan]) -> int:
-    """Lines of Python that assembling these spans executes, with ten calls of the gateway below the last span."""
+def lines_run(spans: Sequence[RawSpan], reply: str = "") -> int:
+    """Lines of Python that assembling these spans executes, with ten calls of the gateway below the last span, of which
+    the first has this reply."""
     own = [replace(make_call(KEY, f"c{n}", started_at=1e9), parent_id=spans[-1].span_id) for n in range(10)]
+    own[0] = replace(own[0], reply=reply)
     count = 0
 
     def tracer(frame: FrameType, event: str, argument: object) -> Any:

@@ -24,7 +24,7 @@ from starlette.applications import Starlette
 
 from agent_lightning.buffer.buffer import Buffer, attempt_secret
 from agent_lightning.buffer.taken import take_groups
-from agent_lightning.core.types import Outcome, RolloutKey, Task
+from agent_lightning.core.types import Ending, Outcome, RolloutKey, Task
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.spans.otlp import encode, encode_json
 from agent_lightning.spans.tree import RawSpan
@@ -243,7 +243,7 @@ async def attack(number: int, seed: int, concurrency: int = 16) -> dict[str, Any
             async with asyncio.TaskGroup() as group:
                 for _ in range(concurrency):
                     group.create_task(attempt(next(coming)))
-        await buffer.finish(key, outcome=Outcome.AGENT_ERROR, reward=None)
+        await buffer.finish(key, Ending(outcome=Outcome.AGENT_ERROR))
         await take_groups(buffer, 1, split="train")
         await buffer.advance(trained=0, dropped={"fuzzed": 1})
         if begin % 5000 == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +212,15 @@ def test_no_export_shows_the_secret_of_a_rollout(form: Format, tmp_path: Path) -
 def test_a_row_that_is_no_rollout_is_refused(row: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="no exported rollout"):
         from_row(row)
+
+
+@pytest.mark.parametrize("value", [1e16, -1e300, math.inf, math.nan])
+def test_a_row_with_a_reward_that_no_step_can_use_is_refused(value: float) -> None:
+    row = plain(a_rollout())
+    emitted = {"span_id": "r", "value": value, "at": 0.0}
+    for refused in ({**row, "reward": value}, {**row, "rewards": [emitted]}):
+        with pytest.raises(DataError, match=r"no exported rollout: a reward is not a finite number up to 1e\+15"):
+            from_row(refused)
 
 
 def test_token_ids_that_no_vocabulary_has_are_refused() -> None:

@@ -23,7 +23,7 @@ from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.buffer.taken import take_groups
 from agent_lightning.core.actors import init_ray, kill, spawn
 from agent_lightning.core.errors import UnknownRollout
-from agent_lightning.core.types import Outcome, RolloutKey
+from agent_lightning.core.types import Ending, Outcome, RolloutKey
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker
 
@@ -101,8 +101,8 @@ async def test_a_buffer_from_admission_to_training(make: Make) -> None:
     first, second = await buffer.lease(8, timeout=1.0)
     assert await buffer.record(make_call(first.key, "a")) == 99
     taking = asyncio.create_task(take_groups(buffer, 1, split="train"))
-    await buffer.finish(first.key, reward=1.0, outcome=Outcome.FINISHED)
-    await buffer.finish(second.key, reward=None, outcome=Outcome.TIMEOUT)
+    await buffer.finish(first.key, Ending(outcome=Outcome.FINISHED, reward=1.0))
+    await buffer.finish(second.key, Ending(outcome=Outcome.TIMEOUT))
     (group,) = await taking
     assert [t.outcome for t in group.trajectories] == [Outcome.FINISHED, Outcome.TIMEOUT]
     assert not group.trajectories[0].calls[0].response_T.flags.writeable
@@ -141,7 +141,7 @@ async def test_a_cancelled_take_loses_nothing(make: Make) -> None:
         await taking
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     (lease,) = await buffer.lease(1, timeout=1.0)
-    await buffer.finish(lease.key, reward=None, outcome=Outcome.AGENT_ERROR)
+    await buffer.finish(lease.key, Ending(outcome=Outcome.AGENT_ERROR))
     assert len(await asyncio.wait_for(take_groups(buffer, 1, split="train"), 10)) == 1
 
 
@@ -265,7 +265,7 @@ async def test_a_killed_buffer_is_restarted_without_its_clients_noticing(tmp_pat
         os.kill(await buffer.pid(), signal.SIGKILL)
         await recording
         for lease in leases:
-            await buffer.finish(lease.key, reward=1.0, outcome=Outcome.FINISHED)
+            await buffer.finish(lease.key, Ending(outcome=Outcome.FINISHED, reward=1.0))
         taken = await taking
     assert sorted(len(rollout.calls) for group in taken for rollout in group.trajectories) == [5] * 6
     stats = await buffer.stats()

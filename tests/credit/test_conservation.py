@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.config.learning import CreditConfig, Method
 from agent_lightning.core.errors import UnknownRollout
-from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Task
+from agent_lightning.core.types import Ending, Group, ModelCall, Outcome, RolloutKey, Task
 from agent_lightning.credit.assign import Credit, CreditRules, assign
 from agent_lightning.credit.failures import Retries, learned_reward
 from agent_lightning.toy.world import model_call
@@ -66,13 +66,15 @@ async def play(story: Story, arrival: random.Random) -> tuple[Group, Counter[str
         for lease in await buffer.lease(99, 0.0):
             rollout = story.rollouts[lease.key.index]
             if lease.key.attempt >= len(rollout):  # an engine error leads to one attempt more than the story has
-                await buffer.finish(lease.key, reward=None, outcome=Outcome.AGENT_ERROR)
+                await buffer.finish(lease.key, Ending(outcome=Outcome.AGENT_ERROR))
                 continue
             calls, outcome, reward = rollout[lease.key.attempt]
             shuffled = arrival.sample(calls, len(calls))
             for call in [*shuffled, *arrival.sample(calls, len(calls) // 2)]:  # some of them twice
                 await record(call)
-            await buffer.finish(lease.key, reward=reward, outcome=outcome, retry=lease.key.attempt + 1 < len(rollout))
+            await buffer.finish(
+                lease.key, Ending(outcome=outcome, reward=reward), retry=lease.key.attempt + 1 < len(rollout)
+            )
             for call in shuffled[:1]:
                 await record(call)
     with contextlib.suppress(TimeoutError):

@@ -210,8 +210,8 @@ async def test_what_cannot_be_sent_is_given_up_without_showing_the_secret(caplog
     assert secret not in caplog.text
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None, {"a": "b"}])
-def test_a_reward_that_is_no_number_is_refused(value: object) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e16, -1e300, 10**400, "1", None, {"a": "b"}])
+def test_a_reward_that_is_no_number_or_too_large_is_refused(value: object) -> None:
     with pytest.raises(RewardError, match="not a finite number"):
         emit_reward(value)  # type: ignore[arg-type]
 

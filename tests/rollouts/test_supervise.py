@@ -21,7 +21,7 @@ from agents_for_tests import RUN_SECRET, is_alive, make_task, small_gateway
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.taken import take_groups
 from agent_lightning.core import actors as cluster
-from agent_lightning.core.types import Outcome
+from agent_lightning.core.types import Ending, Outcome
 from agent_lightning.credit.failures import Retries
 from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.rollouts.supervise import MOST_DEATHS, Workers, watch
@@ -60,7 +60,7 @@ class Frail:
                 if Frail.deaths > 0:
                     Frail.deaths -= 1
                     raise ConnectionError("its process is gone\nand more\nValueError: it was too small")
-                await self._buffer.finish(lease.key, reward=None, outcome=Outcome.AGENT_ERROR, error=self._name)
+                await self._buffer.finish(lease.key, Ending(outcome=Outcome.AGENT_ERROR, error=self._name))
 
     async def stop(self) -> None:
         self._stopping.set()

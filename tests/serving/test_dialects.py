@@ -17,7 +17,7 @@ from formats import FORMATS, Clients, converse
 from test_gateway import Rig, open_rig, url_of
 
 from agent_lightning.buffer.taken import take_groups
-from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Task
+from agent_lightning.core.types import Ending, ModelCall, Outcome, RolloutKey, Task
 from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.serving.engine import Part, Refusal
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
@@ -276,7 +276,7 @@ async def test_500_agents_of_mixed_formats_at_once() -> None:
             name, stream = WAYS[number % len(WAYS)]
             own = clients.of(root + url_of(key)[: -len("/v1")])
             turns = await converse(own, name, f"question {number}", tools=number % 2 == 0, stream=stream)
-            await rig.buffer.finish(key, outcome=Outcome.FINISHED, reward=0.0)
+            await rig.buffer.finish(key, Ending(outcome=Outcome.FINISHED, reward=0.0))
             return [turn.reply_id for turn in turns]
 
         reply_ids = await asyncio.gather(*(agent(number, lease.key) for number, lease in enumerate(leases)))

@@ -17,7 +17,7 @@ import pytest
 
 from agent_lightning.buffer.buffer import Buffer, attempt_secret
 from agent_lightning.buffer.taken import take_groups
-from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
+from agent_lightning.core.types import Ending, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 from agent_lightning.launch import launch
 from agent_lightning.serving.engine import Completion, Refusal
 from agent_lightning.serving.gateway import RETRY_HEADER, Gateway, GatewayConfig
@@ -51,7 +51,7 @@ class Rig:
 
     async def end(self, outcome: Outcome = Outcome.FINISHED) -> Trajectory:
         reward = 1.0 if outcome is Outcome.FINISHED else None
-        await self.buffer.finish(self.key, outcome=outcome, reward=reward)
+        await self.buffer.finish(self.key, Ending(outcome=outcome, reward=reward))
         (group,) = await take_groups(self.buffer, 1, split=self.key.split)
         return group.trajectories[0]
 

@@ -11,7 +11,7 @@ import pytest
 
 from agent_lightning.buffer.buffer import Buffer, Lease
 from agent_lightning.buffer.taken import take_groups
-from agent_lightning.core.types import Outcome, Task, Trajectory
+from agent_lightning.core.types import Ending, Outcome, Task, Trajectory
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.serving.tracing import agent_of, parent_of
 from agent_lightning.spans.otlp import PROTOBUF, encode, encode_json
@@ -36,7 +36,7 @@ class Door:
         )
 
     async def trajectory(self) -> Trajectory:
-        await self.buffer.finish(self.lease.key, outcome=Outcome.FINISHED, reward=1.0)
+        await self.buffer.finish(self.lease.key, Ending(outcome=Outcome.FINISHED, reward=1.0))
         (group,) = await take_groups(self.buffer, 1, split="train")
         return group.trajectories[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -416,6 +417,30 @@ def test_what_a_file_holds_decides_how_it_is_read(tmp_path: Path) -> None:
         "a score that is no number": 1,
         "a trace without model calls": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (1e16, "a reward beyond 1e15"),
+        (-1e300, "a reward beyond 1e15"),
+        (math.inf, "a reward that is not a finite number"),
+        ("0.5", "a reward that is not a finite number"),
+        (10**400, "a reward that is not a finite number"),
+    ],
+)
+def test_a_reward_in_a_file_that_no_step_can_use_is_refused(tmp_path: Path, value: object, reason: str) -> None:
+    request = {"request": {"messages": []}, "response": {"id": "c", "choices": [{"message": {"content": "4"}}]}}
+    events = [
+        {"event_type": "model_request", "timestamp": 3.0, "data": request},
+        {"event_type": "reward", "timestamp": 4.0, "data": {"value": value}},
+    ]
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text(json.dumps({"rollout": {"rollout_id": "r", "status": "succeeded"}, "events": events}))
+    (report,) = read_files([path])
+    (rollout,) = report.rollouts
+    assert rollout.trajectory.reward is None
+    assert report.refused[reason] == 1
 
 
 def test_a_stream_with_tool_calls_and_log_probabilities_is_put_together(tmp_path: Path) -> None:

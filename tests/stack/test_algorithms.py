@@ -24,7 +24,7 @@ from agent_lightning.config.load import load as load_config
 from agent_lightning.core import actors as cluster
 from agent_lightning.core.errors import UserError
 from agent_lightning.core.metrics import values
-from agent_lightning.core.types import Outcome, Split, Task
+from agent_lightning.core.types import Ending, Outcome, Split, Task
 from agent_lightning.launch.launch import training
 from agent_lightning.learners.base import Weights
 from agent_lightning.learners.verl import VerlLearner
@@ -90,7 +90,7 @@ class Sampler(Buffer):
             known = [math.nan] * TOKENS if lost else logprobs
             await self.record(model_call(lease.key, prompt, reply, logprobs=known, started_at=at))
         reward = sum(token % 4 == 0 for token in tokens) / len(tokens)
-        await self.finish(lease.key, outcome=Outcome.FINISHED, reward=reward)
+        await self.finish(lease.key, Ending(outcome=Outcome.FINISHED, reward=reward))
 
     def _sample(self, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
         rows, logprobs = torch.tensor(prompts), []

@@ -18,7 +18,7 @@ from ray import serve
 
 from agent_lightning.buffer.taken import take_groups
 from agent_lightning.config.load import load
-from agent_lightning.core.types import ModelCall, Outcome, Task
+from agent_lightning.core.types import Ending, ModelCall, Outcome, Task
 from agent_lightning.launch import checks, launch
 from agent_lightning.serving.engine import engine_request, join_parts
 
@@ -42,7 +42,7 @@ class Stack:
         (lease,) = await self.system.buffer.lease(1, 10.0)
         key = lease.key
         yield f"{self.system.service.url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{lease.secret}/agent"
-        await self.system.buffer.finish(key, outcome=Outcome.CANCELLED, reward=None)
+        await self.system.buffer.finish(key, Ending(outcome=Outcome.CANCELLED))
         (group,) = await take_groups(self.system.buffer, 1, split="val")
         calls.extend(group.trajectories[0].calls)
 

@@ -14,7 +14,7 @@ from models import as_weights, random_model, reference_logprobs, serving
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.taken import take_groups
-from agent_lightning.core.types import ModelCall, OnWeightUpdate, Outcome, Task
+from agent_lightning.core.types import Ending, ModelCall, OnWeightUpdate, Outcome, Task
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(420)]
 SECRET = b"0123456789abcdef"
@@ -70,7 +70,7 @@ async def calls_around(buffer: Buffer, url: str, publish: Any) -> list[ModelCall
         await started.wait()
         await publish
     for lease in leases:
-        await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=0.0)
+        await buffer.finish(lease.key, Ending(outcome=Outcome.FINISHED, reward=0.0))
     (ended,) = await take_groups(buffer, 1, split="train")
     by_index = sorted(ended.trajectories, key=lambda trajectory: trajectory.key.index)
     return [call for trajectory in by_index for call in trajectory.calls]

@@ -17,7 +17,7 @@ from models import as_weights, random_model, reference_logprobs, serving
 
 from agent_lightning.buffer.buffer import Buffer, Lease
 from agent_lightning.buffer.taken import take_groups
-from agent_lightning.core.types import Group, Outcome, Task
+from agent_lightning.core.types import Ending, Group, Outcome, Task
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 SECRET = b"0123456789abcdef"
@@ -40,7 +40,7 @@ async def one_group(buffer: Buffer, url: str) -> Group:
     async with aiohttp.ClientSession() as session:
         await asyncio.gather(*(ask(session, url, lease, f"What is {i} + 4?") for i, lease in enumerate(leases)))
     for lease in leases:
-        await buffer.finish(lease.key, outcome=Outcome.FINISHED, reward=0.0)
+        await buffer.finish(lease.key, Ending(outcome=Outcome.FINISHED, reward=0.0))
     (group,) = await take_groups(buffer, 1, split="train")
     return group
 

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_lightning.core import types
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.files import replacing
 from agent_lightning.core.text import hide_attempt_secrets, one_line
@@ -68,7 +69,10 @@ def from_row(row: Mapping[str, Any]) -> Trajectory:
     try:
         key = msgspec.to_builtins(RolloutKey.parse(row["rollout_id"], int(row["attempt"])))
         spans = {kind: [{**span, "key": key} for span in row.get(kind, ())] for kind in _SPANS}
-        return msgspec.convert({**row, **spans, "key": key}, Trajectory, dec_hook=_to_array)
+        trajectory = msgspec.convert({**row, **spans, "key": key}, Trajectory, dec_hook=_to_array)
+        if not all(map(types.is_reward, [trajectory.reward or 0.0, *(reward.value for reward in trajectory.rewards)])):
+            raise ValueError(f"a reward is not a finite number up to {types.LARGEST_REWARD:g}")
+        return trajectory
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, msgspec.MsgspecError) as error:
         raise DataError(f"no exported rollout: {one_line(error)}") from None
 

@@ -17,8 +17,10 @@ from typing import Any
 
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.json_values import join_chunks, parse_json
-from agent_lightning.core.types import Outcome, RolloutKey, Trajectory
+from agent_lightning.core.types import Outcome, RolloutKey, Trajectory, is_reward
 from agent_lightning.spans import otlp
+from agent_lightning.spans.conventions import reward_refusal
+from agent_lightning.spans.fields import number
 from agent_lightning.spans.traces.export import from_row
 from agent_lightning.spans.tree import RawSpan
 
@@ -29,6 +31,7 @@ REASONS = {
     "an event of another attempt": "of an Agent Lightning rollout; the attempt that succeeded counts",
     "a score that is no number": "a Langfuse score of a category or a text",
     "a reward that is not a finite number": "of an Agent Lightning rollout",
+    "a reward beyond 1e15": "of an Agent Lightning rollout",
 }
 """Every reason for which this module refuses something, and its meaning."""
 _MAX_BYTES, _MAX_SPANS = 2**31, 10**7
@@ -145,7 +148,7 @@ def _otlp_trace(name: str, spans: tuple[RawSpan, ...]) -> FileTrace:
         outcome=outcome,
         error=root.error,
         task_id=str(about.get("task_id") or ""),
-        reward=_finite(about.get("reward")),
+        reward=reward if is_reward(reward := _number(about.get("reward"))) else None,
         output=str(about.get("output") or ""),
     )
 
@@ -160,14 +163,14 @@ def _langfuse(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
     assert isinstance(trace, Mapping)
     name = str(trace.get("id") or "")
     spans = [_observation(observation) for observation in record.get("observations") or ()]
-    for number, score in enumerate(trace.get("scores") or ()):
-        if _finite(score.get("value")) is None or score.get("dataType") not in (None, "NUMERIC", "BOOLEAN"):
+    for index, score in enumerate(trace.get("scores") or ()):
+        if math.isnan(_number(score.get("value"))) or score.get("dataType") not in (None, "NUMERIC", "BOOLEAN"):
             refused["a score that is no number"] += 1
             continue
         at = _time(score.get("timestamp") or trace.get("timestamp"))
         about = {"name": score.get("name"), "value": score["value"], "about": score.get("observationId") or ""}
         attributes = {f"agl.reward.{part}": value for part, value in about.items()}
-        identity = str(score.get("id") or f"{name}/score/{number}")
+        identity = str(score.get("id") or f"{name}/score/{index}")
         spans.append(RawSpan(span_id=identity, name="score", started_at=at, ended_at=at, attributes=attributes))
     return FileTrace(name=name, spans=tuple(spans))
 
@@ -245,19 +248,22 @@ def _run(identity: str, run: Mapping[str, Any]) -> RawSpan:
 
 def _agent_lightning(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
     rollout, spans = record["rollout"], []
-    name, reward, output = str(rollout["rollout_id"]), None, ""
+    name, output = str(rollout["rollout_id"]), ""
+    reward: float | None = None
     chosen = rollout.get("succeeded_attempt_id")
-    for number, event in enumerate(record["events"]):
+    for index, event in enumerate(record["events"]):
         data, kind = event["data"], event["event_type"]
         if chosen and event.get("attempt_id") not in (None, chosen):
             refused["an event of another attempt"] += 1
         elif kind == "model_request":
-            spans.append(_request(f"{name}/{number}", data["request"], data.get("response"), event["timestamp"]))
+            spans.append(_request(f"{name}/{index}", data["request"], data.get("response"), event["timestamp"]))
         elif kind == "agent_output":
             output = _as_text(data)[:2000]
         elif kind == "reward":
-            reward = _finite(data.get("value"))
-            refused["a reward that is not a finite number"] += reward is None
+            reward = _number(data.get("value"))
+            if refusal := reward_refusal(reward):
+                reward = None
+                refused[refusal] += 1
     ended = {"succeeded": Outcome.FINISHED, "cancelled": Outcome.CANCELLED}
     return FileTrace(
         name=name,
@@ -327,9 +333,9 @@ def _time(value: Any) -> float:
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
 
-def _finite(value: Any) -> float | None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if number else None
+def _number(value: Any) -> float:
+    """A number as a float; NaN for any other value, also for text that `number` would read."""
+    return number(value) if isinstance(value, int | float) else math.nan
 
 
 def _as_text(value: Any) -> Any:
