@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agent_lightning.config.load import Config
+from agent_lightning.cli import USER_ERROR
+from agent_lightning.config.load import load
 from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.types import Split
-from agent_lightning.launch import backend, placement
-from agent_lightning.launch.checks import Inspection, cluster_is_own
+from agent_lightning.launch import backend, checks, placement
+
+
+def dry_run(overrides: Sequence[str], assume: str | None) -> int:
+    """Print the plan of a run and what it misses; `assume` is a cluster, such as "2x8". Returns the exit code.
+
+    Raises ConfigError.
+    """
+    inspection = checks.inspect(load(overrides), assumed(assume) if assume else ())
+    show(inspection, Console())
+    return USER_ERROR if inspection.missing else 0
 
 
 def assumed(text: str) -> list[placement.Resources]:
@@ -21,7 +33,7 @@ def assumed(text: str) -> list[placement.Resources]:
     return [{"CPU": 1024.0, "GPU": float(gpus)}] * int(nodes)
 
 
-def show(inspection: Inspection, console: Console) -> None:
+def show(inspection: checks.Inspection, console: Console) -> None:
     """Print the plan, and what is missing."""
     config = inspection.config
     table = Table.grid(padding=(0, 2))
@@ -35,60 +47,48 @@ def show(inspection: Inspection, console: Console) -> None:
         console.print("[green]ready[/green]    nothing is missing")
 
 
-def _plan(inspection: Inspection) -> list[tuple[str, str]]:
+def _plan(inspection: checks.Inspection) -> Iterator[tuple[str, str]]:
     config, nodes = inspection.config, inspection.nodes
-    serving, rollout = config.serving, config.rollout
+    algorithm, rollout, serving, processes = config.algorithm, config.rollout, config.serving, config.learner.processes
+    yield "model", inspection.model or config.model.path
+    for split in inspection.splits:
+        yield "data", f"{split}: {_tasks(inspection, split)}"
+    yield "agent", f"{config.agent.target} ({config.agent.mode})"
+    yield "actors", f"{rollout.workers} rollout workers x {rollout.concurrency} rollouts, buffer, policy board"
     gateways = "one a node" if serving.gateways is None else str(serving.gateways)
-    lines = [("model", inspection.model or config.model.path)]
-    lines += [("data", f"{split}: {_tasks(inspection, split)}") for split in inspection.splits]
-    lines += [
-        ("agent", f"{config.agent.target} ({config.agent.mode})"),
-        ("actors", f"{rollout.workers} rollout workers x {rollout.concurrency} rollouts, buffer, policy board"),
-        ("", f"{serving.replicas} policy replicas, gateways: {gateways}, learner of {config.learner.processes}"),
-    ]
+    yield "", f"{serving.replicas} policy replicas, gateways: {gateways}, learner of {processes}"
     for group in backend.choose(config).groups():
         bundle = " ".join(f"{number:g} {kind}" for kind, number in group.bundles[0].items())
         where = ", each on one node" if group.one_node else ""
-        lines.append(("placement", f"{group.number} x {group.what}: {len(group.bundles)} x [{bundle}]{where}"))
-    lines += _arithmetic(config)
+        yield "placement", f"{group.number} x {group.what}: {len(group.bundles)} x [{bundle}]{where}"
+    rollouts = algorithm.tasks_per_step * algorithm.rollouts_per_task
+    yield (
+        "batch",
+        f"{algorithm.tasks_per_step} tasks x {algorithm.rollouts_per_task} rollouts = {rollouts} rollouts a step",
+    )
+    batches, updates = algorithm.batches_per_step, algorithm.batches_per_step * algorithm.epochs
+    yield "", f"{batches} batches x {algorithm.epochs} epochs = {updates} optimiser steps a step"
+    at_a_time = min(rollout.workers * rollout.concurrency, rollouts)
+    yield "", f"{config.steps} steps: {config.steps * rollouts:,} rollouts; {at_a_time} at a time"
     if inspection.size is not None:
-        lines += _memory(config, inspection.size)
+        memory = placement.memory(config, inspection.size)
+        per_gib = 1 / memory.kv_per_token
+        yield "memory", f"model: {inspection.size.parameters / 1e6:,.1f}M parameters (estimated, as all of these)"
+        yield "", f"learner: {memory.learner:.2f} GiB in each of {processes} processes, activations on top"
+        yield "", f"engine: {memory.engine_weights:.2f} GiB of weights, KV cache {per_gib:,.0f} tokens a GiB"
+        yield "", f"{serving.max_num_seqs} conversations of {config.model.max_len}: {memory.kv_wanted:.2f} GiB"
+        if config.hardware.device == "cpu":
+            yield "", f"serving.kv_cache_gib={serving.kv_cache_gib} holds {serving.kv_cache_gib * per_gib:,.0f} tokens"
     total = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
-    where = "one started here" if cluster_is_own(config) else (config.hardware.address or "RAY_ADDRESS")
-    lines.append(("cluster", f"{where}: {len(nodes)} nodes, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs"))
-    lines.append(("runs", config.runs_dir))
-    return lines
+    where = "one started here" if checks.cluster_is_own(config) else (config.hardware.address or "RAY_ADDRESS")
+    yield "cluster", f"{where}: {len(nodes)} nodes, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs"
+    yield "runs", config.runs_dir
 
 
-def _tasks(inspection: Inspection, split: Split) -> str:
+def _tasks(inspection: checks.Inspection, split: Split) -> str:
     if split in inspection.tasks:
         return f"{len(inspection.tasks[split]):,} tasks"
     if any(line.startswith(f"data.{split}:") for line in inspection.missing):
         return "not found"
     source = inspection.config.data.train if split == "train" else inspection.config.data.val
     return f"{source.path}, split {source.split}, from the hub"
-
-
-def _arithmetic(config: Config) -> list[tuple[str, str]]:
-    algorithm = config.algorithm
-    rollouts, batches = algorithm.rollouts_per_step, algorithm.batches_per_step
-    step = f"{algorithm.tasks_per_step} tasks x {algorithm.rollouts_per_task} rollouts = {rollouts} rollouts a step"
-    updates = f"{batches} batches x {algorithm.epochs} epochs = {batches * algorithm.epochs} optimiser steps a step"
-    places = config.rollout.workers * config.rollout.concurrency
-    total = f"{config.steps} steps: {config.steps * rollouts:,} rollouts; {min(places, rollouts)} at a time"
-    return [("batch", step), ("", updates), ("", total)]
-
-
-def _memory(config: Config, size: placement.ModelSize) -> list[tuple[str, str]]:
-    memory = placement.memory(config, size)
-    per_gib = 1 / memory.kv_per_token
-    lines = [
-        ("memory", f"model: {size.parameters / 1e6:,.1f}M parameters (estimated, as all of these)"),
-        ("", f"learner: {memory.learner:.2f} GiB in each of {config.learner.processes} processes, activations on top"),
-        ("", f"engine: {memory.engine_weights:.2f} GiB of weights, KV cache {per_gib:,.0f} tokens a GiB"),
-        ("", f"{config.serving.max_num_seqs} conversations of {config.model.max_len}: {memory.kv_wanted:.2f} GiB"),
-    ]
-    if config.hardware.device == "cpu":
-        held = config.serving.kv_cache_gib * per_gib
-        lines.append(("", f"serving.kv_cache_gib={config.serving.kv_cache_gib} holds {held:,.0f} tokens"))
-    return lines

@@ -6,7 +6,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +32,34 @@ TEXT_WIDTH = 100
 """Characters that are shown of a reply, a tool's result or an error."""
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """The rollouts that `agl runs RUN` lists."""
+def show_runs(path: Path, split: str, outcome: str | None, rewards: tuple[float, float], limit: int) -> int:
+    """`agl runs`: the runs in a folder, or at most `limit` rollouts of a run. Raises UserError.
 
-    split: str = "train"
-    outcome: str | None = None
-    min_reward: float = -math.inf
-    max_reward: float = math.inf
+    A rollout is listed if its split, outcome (None: any) and reward (lowest, highest) fit; a rollout without a reward
+    is listed if no bound is given.
+    """
+    if not (path / "config.yaml").is_file():
+        Console().print(list_runs(path))
+        return 0
+    columns = ["rollout_id", "split", "step", "outcome", "reward", "num_calls", "error", "output"]
+    rows = read_rollouts(path).select(columns).to_pylist()
+    lowest, highest = rewards
 
-    def has(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row of the archive is listed. A rollout without a reward is, if no bound is given."""
-        if row["split"] != self.split or self.outcome not in (None, row["outcome"]):
+    def fits(row: Mapping[str, Any]) -> bool:
+        if row["split"] != split or outcome not in (None, row["outcome"]):
             return False
-        if row["reward"] is None:
-            return self.min_reward == -math.inf and self.max_reward == math.inf
-        return self.min_reward <= float(row["reward"]) <= self.max_reward
+        return rewards == (-math.inf, math.inf) if row["reward"] is None else lowest <= row["reward"] <= highest
 
-
-def show_runs(path: Path, wanted: Wanted, limit: int) -> int:
-    """`agl runs`: the runs in a folder, or at most `limit` rollouts of a run. Raises UserError."""
-    is_run = (path / "config.yaml").is_file()
-    Console().print(list_rollouts(path, wanted, limit) if is_run else list_runs(path))
+    listed = [row for row in rows if fits(row)]
+    table = _table("rollout", "step", "outcome", "reward", "calls", "reply", right=("step", "reward", "calls"))
+    for row in listed[:limit]:
+        reward = number(math.nan if row["reward"] is None else row["reward"])
+        text = Text(_cut(row["error"] or row["output"]))
+        table.add_row(row["rollout_id"], str(row["step"]), row["outcome"], reward, str(row["num_calls"]), text)
+    outcomes = Counter(row["outcome"] for row in listed).most_common()
+    counts = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes)
+    total = f"{len(listed):,} of {len(rows):,} rollouts{': ' if listed else ''}{counts}"
+    Console().print(Lines(table, Text(total, style="dim")))
     return 0
 
 
@@ -77,35 +82,17 @@ def list_runs(root: Path) -> Table:
     configs = sorted(root.glob("*/config.yaml"), key=lambda config: config.stat().st_mtime)
     if not configs:
         raise DataError(f"no runs in {root}; give the folder that runs_dir= named, or a run")
-    table = _table(
-        "run", "experiment", "seed", "steps", "held out", "time", right=("seed", "steps", "held out", "time")
-    )
+    right = ("seed", "steps", "held out", "time")
+    table = _table("run", "experiment", *right, right=right)
     for config in configs:
         run = RunDirectory(config.parent)
-        if not run.summary.exists():
-            table.add_row(run.path.name, "", "", "", "not finished", "")
-            continue
-        summary = Summary.read(run.summary)
-        rewards = f"{number(summary.val_reward_first)} -> {number(summary.val_reward_last)}"
-        size = (summary.experiment, str(summary.seed), str(summary.steps))
-        table.add_row(run.path.name, *size, rewards, duration(summary.wall_s))
+        cells = ["", "", "", "not finished", ""]
+        if run.summary.exists():
+            summary = Summary.read(run.summary)
+            rewards = f"{number(summary.val_reward_first)} -> {number(summary.val_reward_last)}"
+            cells = [summary.experiment, str(summary.seed), str(summary.steps), rewards, duration(summary.wall_s)]
+        table.add_row(run.path.name, *cells)
     return table
-
-
-def list_rollouts(run: Path, wanted: Wanted, limit: int) -> RenderableType:
-    """The wanted rollouts of a run, in the order in which they were written. Raises DataError if the run has none."""
-    columns = ["rollout_id", "split", "step", "outcome", "reward", "num_calls", "error", "output"]
-    rows = read_rollouts(run).select(columns).to_pylist()
-    listed = [row for row in rows if wanted.has(row)]
-    table = _table("rollout", "step", "outcome", "reward", "calls", "what it said", right=("step", "reward", "calls"))
-    for row in listed[:limit]:
-        reward = number(math.nan if row["reward"] is None else row["reward"])
-        text = Text(_cut(row["error"] or row["output"]))
-        table.add_row(row["rollout_id"], str(row["step"]), row["outcome"], reward, str(row["num_calls"]), text)
-    outcomes = Counter(row["outcome"] for row in listed).most_common()
-    counts = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes)
-    total = f"{len(listed):,} of {len(rows):,} rollouts{': ' if listed else ''}{counts}"
-    return Lines(table, Text(total, style="dim"))
 
 
 def explain(rollout: Trajectory, task: Task, credits: Sequence[CallCredit] | None) -> RenderableType:
@@ -129,63 +116,44 @@ def explain(rollout: Trajectory, task: Task, credits: Sequence[CallCredit] | Non
     return Lines(*parts)
 
 
-@dataclass(frozen=True, slots=True)
-class _Bar:
-    """A row of the waterfall."""
-
-    started_at: float
-    ended_at: float
-    depth: int
-    """How many spans this one is inside of."""
-    name: str
-    style: str
-    text: Text
-
-
 def _waterfall(rollout: Trajectory) -> Table:
     """Every span with its place in time, under the span that it is a part of."""
-    table = _table("at", "", "seconds", "span", "said", right=("at", "seconds"))
+    above = {agent.span_id: agent.parent_id for agent in rollout.agents}
+    above |= {tool.span_id: tool.parent_id for tool in rollout.tools}
+    above |= {key: call.parent_id for call in rollout.calls for key in (call.call_id, call.span_id) if key}
+    table = _table("at", "", "seconds", "span", "reply", right=("at", "seconds"))
     for column in table.columns:
         column.no_wrap, column.overflow = column.header == "span", "fold"
     total = max(rollout.ended_at - rollout.started_at, 1e-9)
-    for row in sorted(_bars(rollout), key=lambda row: row.started_at):
-        at, spent = row.started_at - rollout.started_at, row.ended_at - row.started_at
-        start = min(BAR_WIDTH - 1, max(0, round(BAR_WIDTH * at / total)))
-        bar = " " * start + "━" * max(1, min(BAR_WIDTH - start, round(BAR_WIDTH * spent / total)))
-        name = Text("  " * row.depth + row.name, style=row.style)
-        table.add_row(f"{at:.2f}", Text(bar, style=row.style), f"{spent:.2f}", name, row.text)
-    return table
-
-
-def _bars(rollout: Trajectory) -> Iterator[_Bar]:
-    above = {agent.span_id: agent.parent_id for agent in rollout.agents}
-    above |= {tool.span_id: tool.parent_id for tool in rollout.tools}
-    above |= {call.call_id: call.parent_id for call in rollout.calls}
-    above |= {call.span_id: call.parent_id for call in rollout.calls if call.span_id}
-
-    def depth(parent_id: str) -> int:
+    for started_at, ended_at, parent_id, name, style, text in sorted(_spans(rollout), key=lambda span: span[0]):
         ancestors: set[str] = set()
         while parent_id in above and parent_id not in ancestors:
             ancestors.add(parent_id)
             parent_id = above[parent_id]
-        return len(ancestors)
+        at, spent = started_at - rollout.started_at, ended_at - started_at
+        start = min(BAR_WIDTH - 1, max(0, round(BAR_WIDTH * at / total)))
+        bar = " " * start + "━" * max(1, min(BAR_WIDTH - start, round(BAR_WIDTH * spent / total)))
+        name = "  " * len(ancestors) + name
+        table.add_row(f"{at:.2f}", Text(bar, style=style), f"{spent:.2f}", Text(name, style=style), text)
+    return table
 
+
+def _spans(rollout: Trajectory) -> Iterator[tuple[float, float, str, str, str, Text]]:
+    """The rows of the waterfall: start, end, id of the span above, name, style, and text."""
     for agent in rollout.agents:
-        name = f"agent  {agent.name}"
-        yield _Bar(agent.started_at, agent.ended_at, depth(agent.parent_id), name, "bold", Text())
+        yield agent.started_at, agent.ended_at, agent.parent_id, f"agent  {agent.name}", "bold", Text()
     for call in rollout.calls:
         until = "" if call.last_version is None else f"-{call.last_version}"
         version = f"v{call.policy_version}{until}" if call.source == "gateway" else call.model
         name = f"model  {call.agent}  {version}"
-        yield _Bar(call.started_at, call.ended_at, depth(call.parent_id), name, "cyan", _reply(call))
+        yield call.started_at, call.ended_at, call.parent_id, name, "cyan", _reply(call)
     for tool in rollout.tools:
         style = "green" if tool.status == "ok" else "yellow"
-        text = Text(_cut(f"{tool.arguments} -> {tool.result}"))
-        name = f"tool  {tool.name}  {tool.status.value}"
-        yield _Bar(tool.started_at, tool.ended_at, depth(tool.parent_id), name, style, text)
+        name, text = f"tool  {tool.name}  {tool.status.value}", Text(_cut(f"{tool.arguments} -> {tool.result}"))
+        yield tool.started_at, tool.ended_at, tool.parent_id, name, style, text
     for reward in rollout.rewards:
         name = f"reward  {reward.name} {reward.value:+g}"
-        yield _Bar(reward.at, reward.at, 0, name, "magenta", Text(f"about {reward.about or 'the rollout'}"))
+        yield reward.at, reward.at, "", name, "magenta", Text(f"about {reward.about or 'the rollout'}")
 
 
 def _credits(rollout: Trajectory, credits: Sequence[CallCredit]) -> Table:

@@ -17,7 +17,6 @@ import sys
 import tarfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +24,7 @@ import yaml
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from agent_lightning.cli import FAILED, STOPPED
 from agent_lightning.config.load import load, project_folder
 from agent_lightning.core.actors import check_answers
 from agent_lightning.core.errors import UserError
@@ -35,48 +35,45 @@ RUNTIME_ENV = "runtime_env.yaml"
 PROBE_SECONDS = 300.0
 READY_SECONDS = 120.0
 POLL_SECONDS = 1.0
-STOPPED, FAILED = 130, 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submission:
-    """The options of `agl submit`."""
+async def submit(
+    overrides: Sequence[str], *, address: str | None, runtime_env: Path | None, wait: bool, follow: bool, out: Path
+) -> int:
+    """Submit the job, and wait for its end if the options want that. Returns the run's exit code, or 0 once submitted.
 
-    address: str | None
-    """The cluster's dashboard, http://HOST:8265; None: RAY_API_SERVER_ADDRESS, or the cluster of this machine."""
-    runtime_env: Path | None
-    """The file of Ray's runtime environment; None: runtime_env.yaml, here or in the project."""
-    wait: bool
-    """Whether to wait for the end of the job."""
-    follow: bool
-    """Whether to show its log, and wait."""
-    out: Path
-    """The folder to which the run's folder is copied at the end."""
-
-
-async def submit(overrides: Sequence[str], how: Submission) -> int:
-    """Submit the job, and wait for its end if the options say so. Returns the run's exit code, or 0 once submitted.
-
-    Raises UserError.
+    `address` is the cluster's dashboard, http://HOST:8265; None means RAY_API_SERVER_ADDRESS, or the cluster of this
+    machine. `runtime_env` is a file of Ray's runtime environment; None means runtime_env.yaml, here or in the project.
+    `follow` shows the log, and waits too. At the end the run's folder is copied to `out`. Raises UserError.
     """
     logging.getLogger("ray").setLevel(logging.WARNING)  # Ray would list every file that git ignores
     config = load(overrides)  # a mistake is refused here, not on the cluster
-    client = _connect(how.address)
-    environment = _runtime_env(how.runtime_env)
+    if address is not None:
+        check_answers(address, "--address")
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise UserError(
+            f"--address {address or '(none given)'}: no Ray cluster with a dashboard answers "
+            f"({one_line(error)[:200]}); `ray start --head` prints its address"
+        ) from error
+    environment = _runtime_env(runtime_env)
     name = f"agl-{re.sub('[^0-9A-Za-z_-]+', '-', config.experiment)}-{secrets.token_hex(3)}"
     await _probe(client, environment, f"{name}-probe")
-    has_place = any(override.startswith("runs_dir=") for override in overrides)
-    place = [] if has_place else [f"runs_dir=/tmp/agl-runs/{name}"]
-    await _start(client, shlex.join(["agl", "train", *overrides, *place]), name, environment)
-    address = client.get_address()
-    _say(
-        f"submitted {name}; log: ray job logs {name} --address {address}; stop: ray job stop {name} --address {address}"
-    )
-    if not (how.wait or how.follow):
+    # An override of the same key that comes later counts.
+    words = ["agl", "train", f"runs_dir=/tmp/agl-runs/{name}", *overrides]
+    await _start(client, shlex.join(words), name, environment)
+    at = f"{name} --address {client.get_address()}"
+    _say(f"submitted {name}; log: ray job logs {at}; stop: ray job stop {at}")
+    if not (wait or follow):
         return 0
-    log = await _follow(client, name) if how.follow else await _wait(client, name)
+    if follow:
+        async for lines in client.tail_job_logs(name):  # ends with the job
+            sys.stdout.write(lines)
+            sys.stdout.flush()
+    log = await _wait(client, name)
     info = client.get_job_info(name)
-    await _bring_back(client, log, how.out)
+    await _bring_back(client, log, out)
     if info.status == JobStatus.STOPPED:
         _say(f"{name} was stopped")
         return STOPPED
@@ -84,19 +81,6 @@ async def submit(overrides: Sequence[str], how: Submission) -> int:
         _say(f"{name} failed: {one_line(info.message or '')[:300]}")
         return FAILED
     return int(info.driver_exit_code)
-
-
-def _connect(address: str | None) -> JobSubmissionClient:
-    if address is not None:
-        check_answers(address, "--address")
-    try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        reason = one_line(error)[:200]
-        raise UserError(
-            f"--address {address or '(none given)'}: no Ray cluster with a dashboard answers ({reason}); "
-            "`ray start --head` prints its address"
-        ) from error
 
 
 def _runtime_env(file: Path | None) -> dict[str, Any]:
@@ -149,17 +133,10 @@ async def _start(client: JobSubmissionClient, command: str, name: str, environme
 
 
 async def _wait(client: JobSubmissionClient, name: str) -> str:
-    while not client.get_job_status(name).is_terminal():  # ends with the job
+    """The log of a job, once it has ended."""
+    while not client.get_job_status(name).is_terminal():
         await asyncio.sleep(POLL_SECONDS)
     return cast(str, client.get_job_logs(name))
-
-
-async def _follow(client: JobSubmissionClient, name: str) -> str:
-    """Copy the log to standard output while the job runs. Returns all of it at the end."""
-    async for lines in client.tail_job_logs(name):
-        sys.stdout.write(lines)
-        sys.stdout.flush()
-    return await _wait(client, name)
 
 
 async def _bring_back(client: JobSubmissionClient, log: str, out: Path) -> None:

@@ -17,13 +17,13 @@ from typing import Any, TypeVar, cast
 
 from rich.console import Console
 
-from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.segments import list_segments
 from agent_lightning.buffer.taken import take_groups
+from agent_lightning.cli import FAILED, STOPPED
 from agent_lightning.config.load import Config, load, reload, to_yaml
 from agent_lightning.core import ray_private
 from agent_lightning.core.errors import PartDied, StepFailed, UserError
-from agent_lightning.core.types import Group, Split, Task
+from agent_lightning.core.types import Split, Task
 from agent_lightning.credit.air import Air, Signal
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.launch import backend, checks, launch, placement
@@ -37,14 +37,11 @@ from agent_lightning.run.report import Progress, report
 from agent_lightning.run.state import Plan, State, complete_checkpoints, newest_checkpoint, read_state
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.run.tracking import RunDirectory
-from agent_lightning.sweeps.plan import SweepFolder, plan_sweep, trial_words
+from agent_lightning.sweeps.plan import SweepFolder, hydra_words, plan_sweep, trial_words
 from agent_lightning.sweeps.view import SweepView, finish_sweep, sweep_report
 
 T = TypeVar("T")
-
-FAILED = 1
-STOPPED = 130
-"""The exit code of a run that a signal has stopped, after its checkpoint."""
+U = TypeVar("U")
 
 
 async def train(overrides: Sequence[str], *, resume: str | None) -> int:
@@ -56,7 +53,9 @@ async def train(overrides: Sequence[str], *, resume: str | None) -> int:
     """
     training = _Training.resume(resume, overrides) if resume is not None else _Training.new(load(overrides))
     run, console = training.run, training.console
-    console.print(f"run folder: {_location(training.config, run)}", soft_wrap=True, highlight=False)
+    place = training.config.runs_dir
+    location = f"{place.rstrip('/')}/{run.path.name}" if storage.is_remote(place) else run.path.resolve()
+    console.print(f"run folder: {location}", soft_wrap=True, highlight=False)
     for restarts_left in range(training.config.restarts, -1, -1):
         try:
             return await training.attempt()
@@ -131,8 +130,8 @@ class _Training:
                     starting = launch.system(
                         config, train=True, workers=config.rollout.workers, journal=journal, resumed=resumed
                     )
-                    system = await _unless(stop, stack.enter_async_context(starting))
-                    if system is None:
+                    system = await _first(stack.enter_async_context(starting), stop.wait())
+                    if isinstance(system, bool):
                         progress.stop()
                         self.console.print("stopped before it had started; nothing is changed")
                         return STOPPED
@@ -182,12 +181,6 @@ class _Training:
         return folder
 
 
-def _location(config: Config, run: RunDirectory) -> str:
-    if storage.is_remote(config.runs_dir):
-        return f"{config.runs_dir.rstrip('/')}/{run.path.name}"
-    return str(run.path.resolve())
-
-
 def make_plan(config: Config) -> Plan:
     """The plan of the loop, as the config says. Raises ConfigError."""
     return Plan(
@@ -213,16 +206,17 @@ def credit_rules(config: Config) -> CreditRules:
     )
 
 
-def sweep(words: Sequence[str], *, resume: Path | None) -> int:
+def sweep(words: Sequence[str], *, resume: str | None, multirun: bool) -> int:
     """`agl sweep`: run all trials, then write the best as an experiment file, and two pictures.
 
-    Returns the exit code. Raises UserError.
+    `multirun` reads KEY=A,B as Hydra does. Returns the exit code. Raises UserError.
     """
     console = Console()
     if resume is not None and words:
         raise UserError(f"{words[0]}: a resumed sweep keeps what it was asked for; leave it out")
-    folder = SweepFolder.open(resume) if resume is not None else None
-    plan, config = plan_sweep(folder.command() if folder is not None else words)
+    folder = SweepFolder.open(Path(resume)) if resume is not None else None
+    command = folder.command() if folder is not None else hydra_words(words) if multirun else words
+    plan, config = plan_sweep(command)
     checks.require(config, "train", "val")
     folder = folder or SweepFolder.create(Path(config.runs_dir), plan)
     plan = replace(plan, fixed=(*plan.fixed, *trial_words(plan, folder.path.name)))
@@ -254,18 +248,16 @@ def sweep(words: Sequence[str], *, resume: Path | None) -> int:
     return 0 if best is not None else FAILED
 
 
-async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`; None if `stop` is set before, and the work is cancelled."""
-    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+async def _first(work: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -> T | U:
+    """The result of whichever ends first, of `work` if both have; the other is cancelled."""
+    working, ending = asyncio.ensure_future(work), asyncio.ensure_future(other)
     try:
-        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        return None
+        await asyncio.wait((working, ending), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else ending.result()
     finally:
-        stopping.cancel()
         working.cancel()
-        await asyncio.wait((working,))
+        ending.cancel()
+        await asyncio.wait((working, ending))
 
 
 @contextmanager
@@ -308,7 +300,10 @@ async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) 
         for task in tasks:
             # The split "val": sampled as the held-out tasks of a run are, and never trained.
             await system.buffer.admit(task, split="val", num_rollouts=1)
-        groups = await _take(system.buffer, len(tasks))
+        taking = take_groups(system.buffer, len(tasks), split="val")
+        groups = await _first(taking, watch(system.buffer, lambda stats: None))
+        if isinstance(groups, str):  # why the rollouts cannot go on
+            raise StepFailed(groups)
         seconds = time.monotonic() - started
     rollouts = [trajectory for group in groups for trajectory in group.trajectories]
     rewards, group_by = [rollout.reward or 0.0 for rollout in rollouts], config.data.val_group_by
@@ -328,20 +323,6 @@ async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) 
         out.write_text(text + "\n")
     Console().print_json(text)
     return 0
-
-
-async def _take(buffer: Buffer, num_groups: int) -> list[Group]:
-    """The groups of an evaluation. Raises StepFailed if its rollouts cannot go on."""
-    taking = asyncio.ensure_future(take_groups(buffer, num_groups, split="val"))
-    watching = asyncio.ensure_future(watch(buffer, lambda stats: None))
-    try:
-        await asyncio.wait((taking, watching), return_when=asyncio.FIRST_COMPLETED)
-        if taking.done():
-            return taking.result()
-        raise StepFailed(watching.result())
-    finally:
-        taking.cancel()
-        watching.cancel()
 
 
 async def serve(overrides: Sequence[str]) -> int:

@@ -1,0 +1,93 @@
+"""`agl import`, `agl export` and `agl journal check`: rollouts as files of other tools, and the journal of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from agent_lightning.buffer import segments
+from agent_lightning.buffer.codec import kind_of
+from agent_lightning.buffer.ledger import Ledger
+from agent_lightning.buffer.store import apply_record
+from agent_lightning.core.errors import DataError, JournalError, UserError
+from agent_lightning.run.archive import read_trajectories
+from agent_lightning.spans.traces import export, imports
+
+
+def import_traces(files: Sequence[Path], out: Path) -> int:
+    """`agl import`: write rollouts.jsonl and sft.jsonl to `out`, and print what was read. Raises DataError."""
+    reports = imports.read_files(files)
+    if not any(report.rollouts for report in reports):
+        reasons = sum((Counter(report.refused) for report in reports), Counter[str]())
+        raise DataError(f"no rollouts in {', '.join(map(str, files))}: {_counted(reasons) or 'there is nothing in it'}")
+    num_rollouts, num_chats = imports.write(reports, out)
+    table = Table("file", "format", box=box.SIMPLE)
+    for name in ("rollouts", "model calls", "tool calls", "rewards", "tokens"):
+        table.add_column(name, justify="right")
+    table.add_column("refused or repaired")
+    for report in reports:
+        trajectories = [rollout.trajectory for rollout in report.rollouts]
+        numbers = [
+            len(trajectories),
+            sum(len(trajectory.calls) for trajectory in trajectories),
+            sum(len(trajectory.tools) for trajectory in trajectories),
+            sum(len(trajectory.rewards) + (trajectory.reward is not None) for trajectory in trajectories),
+            sum(rollout.num_tokens for rollout in report.rollouts),
+        ]
+        table.add_row(report.path.name, ", ".join(report.formats) or "?", *map(str, numbers), _counted(report.refused))
+    console = Console()
+    console.print(table)
+    console.print(f"{out / 'rollouts.jsonl'}: {num_rollouts} rollouts; {out / 'sft.jsonl'}: {num_chats} conversations")
+    return 0
+
+
+def export_run(run: Path, out: Path, form: export.Format) -> int:
+    """`agl export`: write the rollouts of a run as a file for other tools. Raises DataError."""
+    path, count = export.write(read_trajectories(run), out, form)
+    Console().print(f"{path}: {count} rollouts")
+    return 0
+
+
+def check_journal(path: Path) -> int:
+    """`agl journal check`: read a journal and print what it holds. A torn end, which a crash leaves, is no damage.
+
+    Raises UserError if it is damaged, made by a newer version, or no journal; the message names file and byte.
+    """
+    folder = path / "journal" if (path / "journal").is_dir() else path
+    journal = segments.list_segments(folder) if folder.is_dir() else []
+    if not journal:
+        raise UserError(f"{path} holds no journal: give a run's folder, or a folder of segments")
+    kinds, last, error = Counter[str](), None, None
+    ledger = Ledger(keeps_taken=True, memory_bytes=0)
+    try:
+        for last in segments.segment_readers(folder):
+            for location, payload in last.records():
+                apply_record(ledger, payload, location, folder)
+                kinds[kind_of(payload)] += 1
+    except JournalError as damage:
+        error = damage
+    console = Console(soft_wrap=True, highlight=False)
+    size = sum(segment.path.stat().st_size for segment in journal)
+    console.print(f"{folder}: {len(journal)} segments, {size} bytes, {kinds.total()} records")
+    for kind, number in sorted(kinds.items()):
+        console.print(f"  {kind:14} {number}")
+    for stage in ("open", "taken", "trained", "orphaned"):
+        groups = [group for group in ledger.groups.values() if group.stage == stage]
+        phases = _counted(Counter(rollout.phase for group in groups for rollout in group.rollouts))
+        console.print(f"{stage:8} {len(groups)} groups{': rollouts ' + phases if phases else ''}")
+    if error is not None:
+        raise UserError(str(error)) from error
+    if last is not None and last.torn:
+        console.print(f"{last.segment.path} has a torn end of {last.torn} bytes at byte {last.end}: it will be cut")
+    console.print("ok")
+    return 0
+
+
+def _counted(numbers: Mapping[str, int]) -> str:
+    """Example: "2 finished, 1 open"."""
+    return ", ".join(f"{number} {name}" for name, number in sorted(numbers.items()))
