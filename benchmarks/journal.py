@@ -35,7 +35,7 @@ from agent_lightning.toy.world import ToyWorld
 WORDS = tuple("0123456789")
 
 
-class Asks:
+class TwoCalls:
     """Two calls, and a reward for the second answer."""
 
     def __init__(self, client: aiohttp.ClientSession) -> None:
@@ -55,7 +55,7 @@ async def rollouts(concurrent: int, journal: JournalConfig | None) -> tuple[floa
     tasks = [Task(task_id=f"{n}", payload={"question": f"{n}?", "answer": str(n % 10)}) for n in range(concurrent // 8)]
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as client:
-        spec = AgentSpec(target=Asks(client), mode="async", timeout_s=300.0, concurrency=concurrent)
+        spec = AgentSpec(target=TwoCalls(client), mode="async", timeout_s=300.0, concurrency=concurrent)
         async with ToyWorld(agent=spec, tasks=tasks, words=WORDS, journal=journal) as world:
             started, working = time.perf_counter(), time.process_time()
             groups = await world.loop.generate(tasks, split="train", num_rollouts=12)
@@ -148,7 +148,7 @@ def main() -> None:
         measured: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
         for number in range(options.rounds):
             for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
-                gc.collect()  # what the one before has left is not this one's price
+                gc.collect()  # garbage of the round before is not part of this round's time
                 config = None
                 if kind != "none":
                     config = JournalConfig(path=root / f"{number}-{kind}", fsync=kind)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Retrieval of the MuSiQue example, as JSON lines: what BM25 finds and how fast, and what 21 million vectors cost.
 
-    python benchmarks/retrieval.py --data ../shared/data/musique --plot docs/retrieval.png > retrieval.jsonl
+    python benchmarks/retrieval.py --data DATA/musique --plot docs/retrieval.png > retrieval.jsonl
 
 BM25: MuSiQue's 7,697 passages, the development questions that come with paragraphs; recall@k is the share of a
 question's supporting paragraphs among the first k, in one shard and in eight. Dense: synthetic unit vectors of 768
@@ -39,14 +39,14 @@ CUTOFFS = (2, 5, 10, 20)
 
 
 def timed(search: Callable[[Any], Any], queries: Sequence[Any]) -> tuple[list[Any], dict[str, float]]:
-    """One query after the other: what was found, and the latency."""
-    found, seconds = [], []
+    """One query after the other: its answer, and the latency."""
+    answers, seconds = [], []
     for query in queries:
         started = time.perf_counter()
-        found.append(search(query))
+        answers.append(search(query))
         seconds.append(time.perf_counter() - started)
     p50, p95 = np.percentile(seconds, [50, 95])
-    return found, {"p50_ms": p50 * 1e3, "p95_ms": p95 * 1e3, "queries_per_s": len(queries) / sum(seconds)}
+    return answers, {"p50_ms": p50 * 1e3, "p95_ms": p95 * 1e3, "queries_per_s": len(queries) / sum(seconds)}
 
 
 def bm25(data: Path, shards: int) -> dict[str, Any]:
@@ -63,9 +63,9 @@ def bm25(data: Path, shards: int) -> dict[str, Any]:
         sparse.build_shard(folder)
     build_s = time.perf_counter() - started
     index, texts = sparse.Bm25Index(folders), [Shard(folder) for folder in folders]
-    found, speed = timed(lambda row: index.search([row["question"]], max(CUTOFFS))[0], rows)
+    answers, speed = timed(lambda row: index.search([row["question"]], max(CUTOFFS))[0], rows)
     recall = dict.fromkeys(CUTOFFS, 0.0)
-    for row, hits in zip(rows, found, strict=True):
+    for row, hits in zip(rows, answers, strict=True):
         gold = {(p["title"], p["paragraph_text"]) for p in row["paragraphs"] if p["is_supporting"]}
         titles = [(texts[shard][number].title, texts[shard][number].text) for shard, number, _ in hits]
         for k in CUTOFFS:
@@ -219,13 +219,15 @@ def plot(rows: Sequence[dict[str, Any]], end: dict[str, Any], file: Path) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/musique"))
+    parser.add_argument("--data", type=Path, help="the folder of MuSiQue; without it BM25 is not measured")
     parser.add_argument("--sizes", type=int, nargs="+", default=[20_000, 60_000, 200_000, 500_000])
     parser.add_argument("--plot", type=Path, help="also draw the curve here")
     args = parser.parse_args()
     # One core: beside other work FAISS's threads wait for each other, and figures of one core add up.
     faiss.omp_set_num_threads(1)
-    if args.data.is_dir():
+    if args.data is None:
+        sys.stderr.write("BM25 is not measured: give --data, the folder of MuSiQue\n")
+    else:
         for shards in (1, 8):
             say(bm25(args.data, shards))
     rows = [say(vectors(size)) for size in args.sizes]

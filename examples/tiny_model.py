@@ -23,9 +23,9 @@ Row = tuple[list[int], Sequence[float]]
 
 
 def build_tokenizer(
-    texts: Sequence[str], vocab_size: int, *, roles: Sequence[str], alone: str, template: str, whole: Sequence[str] = ()
+    texts: Sequence[str], vocab_size: int, *, roles: Sequence[str], alone: str, template: str, units: Sequence[str] = ()
 ) -> Any:
-    """Byte-level BPE in which the opening of each role's turn is one token, and so is each text of `whole`.
+    """Byte-level BPE in which the opening of each role's turn is one token, and so is each text of `units`.
 
     `alone`: a regular expression of what is a token by itself, such as a digit.
     """
@@ -39,14 +39,14 @@ def build_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     openings = [f"<|im_start|>{role}\n" for role in roles]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(openings) - len(whole),
+        vocab_size=vocab_size - len(openings) - len(units),
         special_tokens=[PAD, END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in openings])
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in units])
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
     wrapped.chat_template = template
     return wrapped

@@ -191,9 +191,9 @@ def most_named(package: Count) -> str:
 def main() -> int:
     package = count(sorted((ROOT / "agent_lightning").rglob("*.py")))
     tests = "".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.py")))
-    found = figures(package, tests)
-    missed = [name for name, value in found.items() if value > TARGETS[name]]
-    for name, value in found.items():
+    measured = figures(package, tests)
+    missed = [name for name, value in measured.items() if value > TARGETS[name]]
+    for name, value in measured.items():
         mark = "  missed" if name in missed else ""
         sys.stdout.write(f"{name:30} {value:>8g}   at most {TARGETS[name]:g}{mark}\n")
     for what, sizes in (("file", package.lines), ("function", package.functions)):

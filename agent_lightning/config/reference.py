@@ -31,15 +31,14 @@ _WIDEST: Final = 100_000
 
 
 def show(words: Sequence[str], *, changed: bool = False, as_yaml: bool = False) -> str:
-    """The answer of `agl config`: what the named keys mean; without names a table of all values, or YAML.
+    """The answer of `agl config`: what the named keys mean, or all keys if no word is given.
 
-    `changed` leaves out keys that have their default. Raises ConfigError.
+    With overrides a table of all values, or YAML; `changed` leaves out the defaults. Raises ConfigError.
     """
     names = [word for word in words if "=" not in word and word[:1] not in "+~"]
-    overrides = [word for word in words if word not in names]
-    if names:
-        return "\n".join(describe(name) for name in names)
-    config, values = sources(overrides)
+    if names or not (words or changed or as_yaml):
+        return "\n".join(describe(name) for name in names or Config.model_fields)
+    config, values = sources(words)
     if as_yaml:
         return to_yaml(config)
     table = Table("key", "value", "from")

@@ -67,4 +67,4 @@ def unknown(path: str) -> str:
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
     last_parts = {key.rpartition(".")[2]: key for key in reversed(known)}
     close += [last_parts[name] for name in difflib.get_close_matches(path.rpartition(".")[2], last_parts, n=1)]
-    return f"{path}: no such key; " + (f"did you mean {close[0]}?" if close else "docs/config.md lists all keys")
+    return f"{path}: no such key; " + (f"did you mean {close[0]}?" if close else "`agl config` lists all keys")

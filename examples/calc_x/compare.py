@@ -23,7 +23,7 @@ from itertools import product
 
 from calculator import evaluate
 
-WHOLE = Fraction(1, 10**6)
+FOR_INTEGERS = Fraction(1, 10**6)
 RELATIVE = Fraction(1, 10**4)
 CENTS = Fraction(5, 1000)
 LONGEST = 200
@@ -144,4 +144,4 @@ def _repeats(result: str, output: str) -> bool:
 def _equal(answer: Fraction, expected: Fraction) -> bool:
     # An expression's value may have been worked out in floats.
     is_integer = abs(expected - round(expected)) < 1e-9
-    return abs(answer - expected) <= (WHOLE if is_integer else min(RELATIVE * abs(expected), CENTS))
+    return abs(answer - expected) <= (FOR_INTEGERS if is_integer else min(RELATIVE * abs(expected), CENTS))

@@ -149,7 +149,7 @@ def train(args: argparse.Namespace) -> None:
         # "124" is "12" and "4": most numbers are then copied in one step, which a small model learns sooner.
         alone=r"\d{1,2}",
         template=TEMPLATE,
-        whole=(CALL_OPEN, CALL_CLOSE),
+        units=(CALL_OPEN, CALL_CLOSE),
     )
 
     def measure(model: Any) -> dict[str, float]:

@@ -129,8 +129,8 @@ def mean_reward(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], open
     for row, messages, text, (query, tag, _) in zip(rows, chats, first, searched, strict=True):
         messages.append({"role": "assistant", "content": text})
         if tag:
-            found = render(search_paragraphs(row["paragraphs"], query.strip(), 1), SHORT_WORDS)
-            messages.append({"role": "user", "content": found})
+            passage = render(search_paragraphs(row["paragraphs"], query.strip(), 1), SHORT_WORDS)
+            messages.append({"role": "user", "content": passage})
     went_on = [messages for messages in chats if messages[-1]["role"] == "user"]
     for messages, text in zip(went_on, _continue(model, tokenizer, went_on, [""] * len(went_on)), strict=True):
         messages.append({"role": "assistant", "content": text})
@@ -144,8 +144,8 @@ def _continue(model: Any, tokenizer: Any, chats: Sequence[Chat], begun: Sequence
         tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + start
         for messages, start in zip(chats, begun, strict=True)
     ]
-    said = replies(model, tokenizer, texts, max_tokens=40)
-    return [start + text.partition(END)[0] for start, text in zip(begun, said, strict=True)]
+    continued = replies(model, tokenizer, texts, max_tokens=40)
+    return [start + text.partition(END)[0] for start, text in zip(begun, continued, strict=True)]
 
 
 def share_shown(rows: Sequence[dict[str, Any]]) -> float:
@@ -170,7 +170,7 @@ def train(args: argparse.Namespace) -> None:
         roles=ROLES,
         alone=r"\d{1,2}",
         template=TEMPLATE,
-        whole=TAGS,
+        units=TAGS,
     )
 
     def measure(model: Any) -> dict[str, float]:

@@ -49,7 +49,7 @@ OWN = 0.5
 TALK, TALK_FROM = 0.75, 0.75
 """Share of talkative queries, from which share of the steps on."""
 FAILS, NOTHING, RIGHT = "The query fails.", "It finds nothing.", "CORRECT"
-WHOLE = (WRITER, CHECKER, REWRITER, FAILS, NOTHING, RIGHT, "\nQuestion: ", "\nQuery: ", "\nResult: ", "\nVerdict: ")
+UNITS = (WRITER, CHECKER, REWRITER, FAILS, NOTHING, RIGHT, "\nQuestion: ", "\nQuery: ", "\nResult: ", "\nVerdict: ")
 """Texts that are one token each."""
 
 Example = tuple[str, list[str], Source]
@@ -146,7 +146,7 @@ def new_tokenizer(patterns: Sequence[Example], vocab_size: int) -> Any:
     texts = [text for question, tokens, _ in patterns for text in (question, " ".join(tokens))]
     schemas = {table.name + str(table.database): table.schema for *_, table in patterns}
     return tiny_model.build_tokenizer(
-        [*texts, *schemas.values()], vocab_size, roles=ROLES, alone=ALONE, template=TEMPLATE, whole=WHOLE
+        [*texts, *schemas.values()], vocab_size, roles=ROLES, alone=ALONE, template=TEMPLATE, units=UNITS
     )
 
 

@@ -92,39 +92,39 @@ def redraw(question: str, tokens: Sequence[str], table: Source, other: Source, r
         return None
     renamed = {table.name: other.name} | chosen
     if other is not table:
-        asked = _rename(question, renamed)
-        if asked is None:
+        reworded = _rename(question, renamed)
+        if reworded is None:
             return None
-        question = asked
+        question = reworded
     column, written = used[0] if used else "", []
     for i, token in enumerate(tokens):
         column = token if token in table.columns else column
         literal = token[0] == "'" or (token[0].isdigit() and tokens[i - 1] in ("=", "<", ">", "<=", ">=", "!="))
         if literal and column in chosen and "count" not in tokens[max(0, i - 5) : i]:
             value = _value(token, chosen[column], other, rng)
-            said = token.strip("'").strip("%")
-            asked = re.sub(rf"(?<!\w){re.escape(said)}(?!\w)", (value or "").replace("\\", ""), question, count=1)
-            if value is None or not said or (asked == question and said != value):
+            old = token.strip("'").strip("%")
+            reworded = re.sub(rf"(?<!\w){re.escape(old)}(?!\w)", (value or "").replace("\\", ""), question, count=1)
+            if value is None or not old or (reworded == question and old != value):
                 return None
-            question = asked
-            token = token.replace(said, value)
+            question = reworded
+            token = token.replace(old, value)
         written.append(renamed.get(token, token))
     return question, written
 
 
 def _rename(question: str, renamed: Mapping[str, str]) -> str | None:
-    """The question with other names, in the plural where they were; None where it does not say each of them."""
+    """The question with other names, in the plural where they were; None if a name does not occur in it."""
     spoken = {words(old).removesuffix("s"): words(new) for old, new in renamed.items()}
     longest_first = sorted(map(re.escape, spoken), key=len, reverse=True)
-    said: set[str] = set()
+    replaced: set[str] = set()
 
     def other(match: re.Match[str]) -> str:
-        said.add(match[1].lower())
+        replaced.add(match[1].lower())
         new = spoken[match[1].lower()]
         return new if match[2] is None or new.endswith("s") else f"{new}s"
 
     question = re.sub(rf"\b({'|'.join(longest_first)})(e?s)?\b", other, question, flags=re.IGNORECASE)
-    return question if len(said) == len(renamed) and max(map(len, spoken.values())) <= 30 else None
+    return question if len(replaced) == len(renamed) and max(map(len, spoken.values())) <= 30 else None
 
 
 def _columns(used: Sequence[str], table: Source, other: Source, rng: random.Random) -> dict[str, str] | None:
@@ -134,11 +134,11 @@ def _columns(used: Sequence[str], table: Source, other: Source, rng: random.Rand
     left = rng.sample(other.columns, len(other.columns))
     chosen: dict[str, str] = {}
     for name in used:
-        found = next((one for one in left if other.is_number(one) is table.is_number(name)), None)
-        if found is None:
+        match = next((column for column in left if other.is_number(column) is table.is_number(name)), None)
+        if match is None:
             return None
-        left.remove(found)
-        chosen[name] = found
+        left.remove(match)
+        chosen[name] = match
     return chosen
 
 

@@ -34,15 +34,15 @@ from agent_lightning.spans.traces.imports import conversations, read_files
 from agent_lightning.toy.world import group, model_call, trajectory
 
 KEY = RolloutKey(split="train", group=3, index=1, attempt=2)
-ASKED = {"id": "c0", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
+TOOL_CALL = {"id": "c0", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
 REQUEST: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
-REPLY: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [ASKED]}
+REPLY: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]}
 ANSWERED = [*REQUEST, REPLY, {"role": "tool", "content": "2", "tool_call_id": "c0"}]
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=6)
 floats = st.floats(-1e3, 0, width=32)
 times = st.integers(1_700_000_000_000, 1_800_000_000_000).map(lambda milliseconds: milliseconds / 1000)
 contents = texts | st.none() | st.lists(st.builds(lambda text: {"type": "text", "text": text}, texts), max_size=2)
-said = st.builds(
+prompts = st.builds(
     lambda role, content: {"role": role, "content": content}, st.sampled_from(["user", "system"]), contents
 )
 replies = st.builds(lambda content: {"role": "assistant", "content": content}, contents) | st.just(REPLY)
@@ -73,7 +73,7 @@ def rollouts(draw: st.DrawFn) -> Trajectory:
                 # Two that start at the same time have no order that a trace could keep.
                 started_at=(start := draw(times.filter(lambda time: all(time != call.started_at for call in calls)))),
                 ended_at=start + draw(st.floats(0, 100)),
-                request=draw(st.just("") | st.lists(said, min_size=1, max_size=3).map(compact) | st.just("no JSON")),
+                request=draw(st.just("") | st.lists(prompts, min_size=1, max_size=3).map(compact) | st.just("no JSON")),
                 reply=draw(st.just("") | replies.map(compact)),
                 parent_id=parent,
                 model=draw(texts),

@@ -19,7 +19,7 @@ from agent_lightning.run.archive import RolloutWriter, read_group
 from agent_lightning.run.tracking import RunDirectory
 
 TOKENIZER = Path(__file__).parents[2] / "examples/calc_x/tiny_policy/tokenizer.json"
-ASKED = [{"id": "t", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "1/0"}'}}]
+TOOL_CALLS = [{"id": "t", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "1/0"}'}}]
 
 
 def call(key: RolloutKey, n: int, *, agent: str, request: object, reply: object) -> ModelCall:
@@ -43,7 +43,7 @@ def trajectory(index: int, reward: float | None) -> Trajectory:
     key = RolloutKey(split="train", group=4, index=index)
     result = {"role": "tool", "tool_call_id": "t", "content": "error: division by zero"}
     calls = (
-        call(key, 0, agent="solver", request=[], reply={"content": None, "tool_calls": ASKED}),
+        call(key, 0, agent="solver", request=[], reply={"content": None, "tool_calls": TOOL_CALLS}),
         call(key, 1, agent="judge", request=[], reply={"content": "fine"}),
         call(key, 2, agent="solver", request=[result], reply={"content": "The answer is 0."}),
     )

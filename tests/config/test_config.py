@@ -61,8 +61,8 @@ PAIRED = [
 
 
 def test_every_pair_is_in_a_row() -> None:
-    asked = {*product(REAL, MODELS)} | {*product(REAL, HARDWARE)} | {*product(MODELS, HARDWARE)}
-    assert asked == {pair for row in PAIRED for pair in combinations(row, 2)}
+    wanted = {*product(REAL, MODELS)} | {*product(REAL, HARDWARE)} | {*product(MODELS, HARDWARE)}
+    assert wanted == {pair for row in PAIRED for pair in combinations(row, 2)}
 
 
 @pytest.mark.parametrize(("experiment", "model", "hardware"), PAIRED)
@@ -123,11 +123,11 @@ def test_the_full_experiments_have_the_papers_settings(experiment: str) -> None:
     ],
 )
 def test_a_key_that_no_file_names_can_be_set(override: str, value: object) -> None:
-    found: object = to_mapping(load(["experiment=calc_tiny", override]))
+    setting: object = to_mapping(load(["experiment=calc_tiny", override]))
     for part in override.partition("=")[0].split("."):
-        assert isinstance(found, dict)
-        found = found[part]
-    assert found == value
+        assert isinstance(setting, dict)
+        setting = setting[part]
+    assert setting == value
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,8 @@ def test_a_value_out_of_range_names_the_key(override: str, message: str) -> None
 
 def test_an_outcome_that_is_no_failure_is_refused() -> None:
     for name in ("timout", "finished"):
-        said = refusal(f"algorithm.failures.{name}=0")
-        assert said.startswith(f"algorithm.failures.{name}: not a failure; use one of agent_error, ")
+        message = refusal(f"algorithm.failures.{name}=0")
+        assert message.startswith(f"algorithm.failures.{name}: not a failure; use one of agent_error, ")
 
 
 @pytest.mark.parametrize(

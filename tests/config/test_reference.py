@@ -49,12 +49,22 @@ def test_a_key_is_explained_with_its_values_and_its_default(path: str, text: str
     assert reference.show([path]).startswith(text)
 
 
+def test_without_a_word_every_key_is_explained_and_no_experiment_is_needed() -> None:
+    text = reference.show([])
+    titles = [line for line in text.splitlines() if "; default " in line or "; must be given" in line]
+    assert [title.partition(":")[0] for title in titles] == [key.path for key in keys(Config)]
+    assert all(f"\n  {key.sentence}\n" in text for key in keys(Config))
+    for options in ({"changed": True}, {"as_yaml": True}):
+        with pytest.raises(ConfigError, match=r"^experiment: missing; give experiment=NAME"):
+            reference.show([], **options)
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
         ("lr", "lr: no such key; did you mean algorithm.lr?"),
         ("data.strata", "data.strata: is now data.val_group_by"),
-        ("quux", "quux: no such key; docs/config.md lists all keys"),
+        ("quux", "quux: no such key; `agl config` lists all keys"),
     ],
 )
 def test_a_key_that_does_not_exist_is_refused(path: str, message: str) -> None:

@@ -438,8 +438,8 @@ def test_problems_must_be_read():
         for row in rows
         if row["kind"] != "average"
     ]
-    assert 0.2 < sum(said != used for said, used in orders) / len(orders) < 0.7
-    assert 0.05 < sum(len(said) > len(used) for said, used in orders) / len(orders) < 0.3
+    assert 0.2 < sum(stated != used for stated, used in orders) / len(orders) < 0.7
+    assert 0.05 < sum(len(stated) > len(used) for stated, used in orders) / len(orders) < 0.3
 
 
 def test_problems_are_the_same_everywhere_and_splits_are_apart():

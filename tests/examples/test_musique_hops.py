@@ -53,7 +53,7 @@ def root(tmp_path: Path) -> str:
     }
     for name, rows in files.items():
         with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
-            file.writelines(json.dumps(one) + "\n" for one in rows)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
     return str(tmp_path)
 
 
@@ -68,7 +68,7 @@ def test_a_hop_is_a_question_of_its_own_with_earlier_answers_put_in(root: str) -
 
 def test_what_is_held_out_shares_no_question_and_no_answering_paragraph_with_training(root: str) -> None:
     held_out = relations(root=root, split="held_out", num=10, seed=0)
-    assert [one["question"] for one in held_out] == ["Oslo >> country", "Norway >> capital"]
+    assert [row["question"] for row in held_out] == ["Oslo >> country", "Norway >> capital"]
     assert held_out[1]["answer_aliases"] == ["alias"]
 
 

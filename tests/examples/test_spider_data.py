@@ -84,8 +84,8 @@ def test_what_cannot_be_scored_is_left_out_and_counted(root, caplog):
         (False, "SELECT name FROM singer UNION SELECT name FROM stage"),
     ],
 )
-def test_the_single_table_slice(one, query):
-    assert data.reads_one_table(query) is one
+def test_the_single_table_slice(reads_one, query):
+    assert data.reads_one_table(query) is reads_one
 
 
 @pytest.mark.parametrize(

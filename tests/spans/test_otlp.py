@@ -90,13 +90,13 @@ def _decode_or_refuse(body: bytes, content_type: str, encoding: str) -> None:
     assert "\n" not in complaint
 
 
-ONE = RawSpan(span_id="00000000000000ab", name="x", started_at=1.0, ended_at=2.0, attributes={})
+SPAN = RawSpan(span_id="00000000000000ab", name="x", started_at=1.0, ended_at=2.0, attributes={})
 
 
 @pytest.mark.parametrize(
     ("body", "content_type", "encoding", "words"),
     [
-        (encode([ONE], trace_id="t", resource={})[:-3], PROTOBUF, "", "truncated or not protobuf"),
+        (encode([SPAN], trace_id="t", resource={})[:-3], PROTOBUF, "", "truncated or not protobuf"),
         (b'{"resourceSpans": [', JSON, "", "truncated or not JSON"),
         (b'{"a": 1}', JSON, "", "no resourceSpans"),
         (b"[" * 100_000, JSON, "", "not JSON"),
@@ -105,7 +105,7 @@ ONE = RawSpan(span_id="00000000000000ab", name="x", started_at=1.0, ended_at=2.0
         (gzip.compress(b"0" * 9_000)[:-9], PROTOBUF, "gzip", "truncated"),
         (b"{}", JSON, "br", "gzip, deflate"),
         (b"{}", "text/html; charset=utf-8", "", "'text/html'"),
-        (encode([ONE] * 101, trace_id="t", resource={}), PROTOBUF, "", "more than 100 spans"),
+        (encode([SPAN] * 101, trace_id="t", resource={}), PROTOBUF, "", "more than 100 spans"),
     ],
 )
 def test_a_body_that_is_no_otlp_is_refused(body: bytes, content_type: str, encoding: str, words: str) -> None:
@@ -159,8 +159,8 @@ def test_the_error_of_a_span_is_its_exception_else_its_status() -> None:
 
 
 def test_two_traces_of_a_body_stay_apart() -> None:
-    body = ExportTraceServiceRequest.FromString(encode([ONE], trace_id="1" * 32, resource={}))
-    body.MergeFrom(ExportTraceServiceRequest.FromString(encode([ONE], trace_id="2" * 32, resource={})))
+    body = ExportTraceServiceRequest.FromString(encode([SPAN], trace_id="1" * 32, resource={}))
+    body.MergeFrom(ExportTraceServiceRequest.FromString(encode([SPAN], trace_id="2" * 32, resource={})))
     by_trace, refused = otlp.decode(body.SerializeToString(), content_type=PROTOBUF, **LIMITS)
-    assert by_trace == {"1" * 32: (ONE,), "2" * 32: (ONE,)}
+    assert by_trace == {"1" * 32: (SPAN,), "2" * 32: (SPAN,)}
     assert not refused

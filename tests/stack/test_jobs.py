@@ -84,9 +84,9 @@ def test_two_runs_at_once_do_not_meet_and_say_what_a_local_one_says(dashboard: s
     submitted = [
         agl("submit", *TOY, "--address", dashboard, "--follow", "--out", str(tmp_path / name)) for name in ("a", "b")
     ]
-    for one in submitted:
-        out, err = one.communicate(timeout=600)
-        assert one.returncode == 0, out + err
+    for job in submitted:
+        out, err = job.communicate(timeout=600)
+        assert job.returncode == 0, out + err
         assert "step 3/3" in out
     local = agl("train", *TOY, f"runs_dir={tmp_path}", "name=local")
     out, err = local.communicate(timeout=300)

@@ -123,7 +123,7 @@ def test_kill_9_of_rays_head_ends_the_run_which_is_resumed(part: str, tmp_path: 
         output, _ = process.communicate(timeout=240)
         assert process.returncode not in (0, None), output
         _, alive = psutil.wait_procs(started, timeout=150)
-        assert [" ".join(one.cmdline()) for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
+        assert [" ".join(child.cmdline()) for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
     done = max(steps_of(run))
     subprocess.run(agl("train", f"resume={run}", f"steps={done + 3}"), cwd=ROOT, check=True, timeout=300)
     assert summary_of(run)["steps"] == done + 3
@@ -163,4 +163,4 @@ def test_ctrl_c_while_a_run_starts_ends_it_at_once_with_one_line(begun: str, tmp
         assert process.returncode == 130, output
         assert output.splitlines()[1:] == ["stopped before it had started; nothing is changed"]
         _, alive = psutil.wait_procs(started, timeout=150)
-        assert [" ".join(one.cmdline()) for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
+        assert [" ".join(child.cmdline()) for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []

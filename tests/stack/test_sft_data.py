@@ -16,11 +16,11 @@ TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": {"properties": {argument: {"type": "string"}}}}}
     for name, argument in (("add", "sum"), ("look_up", "word"))
 ]
-ASKED = {"role": "user", "content": "1 + 1?"}
+QUESTION = {"role": "user", "content": "1 + 1?"}
 CALL = {"id": "a", "type": "function", "function": {"name": "add", "arguments": {"sum": "1 + 1"}}}
 CHATS = [
-    {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}], "tools": TOOLS, "reward": 1.0},
-    {"messages": [ASKED, {"role": "assistant", "content": "2"}]},
+    {"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}], "tools": TOOLS, "reward": 1.0},
+    {"messages": [QUESTION, {"role": "assistant", "content": "2"}]},
 ]
 
 

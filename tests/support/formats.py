@@ -28,7 +28,7 @@ class Turn:
     """Name and arguments of each tool call."""
     reason: str
     history: list[Any]
-    """What the agent sends back in its next request."""
+    """What the agent sends back in its next body."""
     ids: list[str] = field(default_factory=list)
     """Of the tool calls."""
     pieces: int = 0
@@ -69,22 +69,22 @@ async def chat(
     clients: Clients, history: Sequence[Any], *, tools: bool, stream: bool, system: str = "", **extra: Any
 ) -> Turn:
     told = [{"role": "system", "content": system}] if system else []
-    asked = {"model": "policy", "messages": [*told, *history], **extra}
+    body = {"model": "policy", "messages": [*told, *history], **extra}
     if tools:
-        asked["tools"] = [{"type": "function", "function": FUNCTION}]
+        body["tools"] = [{"type": "function", "function": FUNCTION}]
     pieces = 0
     if stream:
-        async with clients.openai.chat.completions.stream(**asked) as events:
+        async with clients.openai.chat.completions.stream(**body) as events:
             async for event in events:
                 pieces += event.type == "content.delta"
             reply: Any = await events.get_final_completion()
     else:
-        reply = await clients.openai.chat.completions.create(**asked)
+        reply = await clients.openai.chat.completions.create(**body)
     (choice,) = reply.choices
     called = choice.message.tool_calls or []
-    said = {"role": "assistant", "content": choice.message.content}
+    message = {"role": "assistant", "content": choice.message.content}
     if called:
-        said["tool_calls"] = [
+        message["tool_calls"] = [
             {"id": c.id, "type": "function", "function": {"name": c.function.name, "arguments": c.function.arguments}}
             for c in called
         ]
@@ -93,7 +93,7 @@ async def chat(
         text=choice.message.content or "",
         calls=[(c.function.name, json.loads(c.function.arguments)) for c in called],
         reason=choice.finish_reason,
-        history=[*history, said],
+        history=[*history, message],
         ids=[c.id for c in called],
         pieces=pieces,
     )
@@ -102,17 +102,17 @@ async def chat(
 async def responses(
     clients: Clients, history: Sequence[Any], *, tools: bool, stream: bool, system: str = "", **extra: Any
 ) -> Turn:
-    asked = {"model": "policy", "input": list(history), "instructions": system or None, **extra}
+    body = {"model": "policy", "input": list(history), "instructions": system or None, **extra}
     if tools:
-        asked["tools"] = [{"type": "function", **FUNCTION}]
+        body["tools"] = [{"type": "function", **FUNCTION}]
     pieces = 0
     if stream:
-        async with clients.openai.responses.stream(**asked) as events:
+        async with clients.openai.responses.stream(**body) as events:
             async for event in events:
                 pieces += event.type == "response.output_text.delta"
             reply: Any = await events.get_final_response()
     else:
-        reply = await clients.openai.responses.create(**asked)
+        reply = await clients.openai.responses.create(**body)
     called = [item for item in reply.output if item.type == "function_call"]
     reason = "tool_calls" if called else {"completed": "stop", "incomplete": "length"}[reply.status]
     return Turn(
@@ -129,28 +129,28 @@ async def responses(
 async def messages(
     clients: Clients, history: Sequence[Any], *, tools: bool, stream: bool, system: str = "", **extra: Any
 ) -> Turn:
-    asked = {"model": "policy", "max_tokens": 256, "messages": list(history), "extra_body": extra}
+    body = {"model": "policy", "max_tokens": 256, "messages": list(history), "extra_body": extra}
     if system:
-        asked["system"] = system
+        body["system"] = system
     if tools:
-        asked["tools"] = [{"name": FUNCTION["name"], "description": FUNCTION["description"], "input_schema": ARGUMENTS}]
+        body["tools"] = [{"name": FUNCTION["name"], "description": FUNCTION["description"], "input_schema": ARGUMENTS}]
     pieces = 0
     if stream:
-        async with clients.anthropic.messages.stream(**asked) as events:
+        async with clients.anthropic.messages.stream(**body) as events:
             async for _ in events.text_stream:
                 pieces += 1
             reply: Any = await events.get_final_message()
     else:
-        reply = await clients.anthropic.messages.create(**asked)
+        reply = await clients.anthropic.messages.create(**body)
     called = [block for block in reply.content if block.type == "tool_use"]
     reasons = {"end_turn": "stop", "tool_use": "tool_calls", "max_tokens": "length", "stop_sequence": "stop"}
-    said = {"role": "assistant", "content": [block.model_dump(exclude_none=True) for block in reply.content]}
+    message = {"role": "assistant", "content": [block.model_dump(exclude_none=True) for block in reply.content]}
     return Turn(
         reply_id=reply.id,
         text="".join(block.text for block in reply.content if block.type == "text"),
         calls=[(c.name, dict(c.input)) for c in called],
         reason=reasons[reply.stop_reason],
-        history=[*history, said],
+        history=[*history, message],
         ids=[c.id for c in called],
         pieces=pieces,
     )
@@ -178,11 +178,11 @@ async def converse(
     clients: Clients, name: str, question: str, *, tools: bool, stream: bool, turns: int = 3, **extra: Any
 ) -> list[Turn]:
     """Ask, run the tools, and ask again, as an agent does."""
-    said: list[Turn] = []
+    turns_taken: list[Turn] = []
     history: list[Any] = [{"role": "user", "content": question}]
     for _ in range(turns):
-        said.append(await FORMATS[name](clients, history, tools=tools, stream=stream, **extra))
-        if not said[-1].calls:
+        turns_taken.append(await FORMATS[name](clients, history, tools=tools, stream=stream, **extra))
+        if not turns_taken[-1].calls:
             break
-        history = results_of(name, said[-1], ["5" for _ in said[-1].calls])
-    return said
+        history = results_of(name, turns_taken[-1], ["5" for _ in turns_taken[-1].calls])
+    return turns_taken

@@ -49,15 +49,15 @@ def best(index: Any, queries: Sequence[str], k: int) -> list[list[tuple[int, flo
     tokens = bm25s.tokenize(
         list(queries), stopwords="en", stemmer=_stemmer(), show_progress=False, return_ids=False, allow_empty=True
     )
-    found = []
+    best_per_query = []
     for words in tokens:
         known = [word for word in words if word in index.vocab_dict]
         scores = index.get_scores(known) if known else np.zeros(index.scores["num_docs"], np.float32)
         top = np.argpartition(-scores, k - 1)[:k] if k < len(scores) else np.arange(len(scores))
         # Ties by number, so that an answer does not depend on the partition.
         top = top[np.lexsort((top, -scores[top]))]
-        found.append([(int(number), float(scores[number])) for number in top if scores[number] > 0])
-    return found
+        best_per_query.append([(int(number), float(scores[number])) for number in top if scores[number] > 0])
+    return best_per_query
 
 
 class Bm25Index:
@@ -70,8 +70,8 @@ class Bm25Index:
         """For each query at most k (shard, number, score), best first."""
         merged: list[list[tuple[int, int, float]]] = [[] for _ in queries]
         for shard, index in enumerate(self._indexes):
-            for hits, found in zip(merged, best(index, queries, k), strict=True):
-                hits.extend((shard, number, score) for number, score in found)
+            for hits, matches in zip(merged, best(index, queries, k), strict=True):
+                hits.extend((shard, number, score) for number, score in matches)
         return [sorted(hits, key=lambda hit: (-hit[2], hit[:2]))[:k] for hits in merged]
 
 
