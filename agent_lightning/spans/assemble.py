@@ -11,7 +11,7 @@ import logging
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from agent_lightning.core.errors import RewardError
@@ -85,12 +85,25 @@ def _merge(key: RolloutKey, own: Sequence[ModelCall], raw: Sequence[RawSpan]) ->
     renamed = {match.call_id: call_id for call_id, match in matches.items()}
     agents = [replace(agent, parent_id=renamed.get(agent.parent_id, agent.parent_id)) for agent in traced.agents]
     traced_tools = [replace(tool, parent_id=renamed.get(tool.parent_id, tool.parent_id)) for tool in traced.tools]
-    places = _Places(agents, traced_tools, parents)
+    agent_names = {agent.span_id: agent.name for agent in agents}
+    kept_ids = {*agent_names, *(tool.span_id for tool in traced_tools)}
+    agents_passed: dict[str, str] = {}
+    ids_passed: dict[str, str] = {}
+
+    def in_trace(call: ModelCall) -> ModelCall:
+        """The call with its span and parent in the trace; the agent span above names its agent if the URL does not."""
+        match = matches.get(call.call_id)
+        above = match.parent_id if match is not None else call.parent_id
+        agent = agent_names.get(nearest(above, parents, agent_names, agents_passed), "")
+        return replace(
+            call,
+            agent=agent if agent and call.agent == DEFAULT_AGENT else call.agent,
+            span_id=match.span_id if match is not None else "",
+            parent_id=nearest(above, parents, kept_ids, ids_passed),
+        )
+
     others = [call for call in traced.calls if call.call_id not in renamed]
-    all_calls = sorted(
-        [*(places.of(call, matches.get(call.call_id)) for call in own), *others],
-        key=lambda call: (call.started_at, call.call_id),
-    )
+    all_calls = sorted([*map(in_trace, own), *others], key=lambda call: (call.started_at, call.call_id))
     tools, moved = _merge_tools(all_calls, traced_tools)
     # A reward may name its subject by any id that the agent's process knows.
     known = renamed | moved
@@ -124,7 +137,8 @@ def _match_calls(
         match(call, by_span.get(nearest(call.parent_id, parents, by_span, passed)))
     replies = {call.call_id: reply_identity(call) for call in (*own, *traced)}
     for call in own:
-        near = [candidate for candidate in unmatched.values() if _overlap(call, candidate)]
+        start, end = call.started_at + SKEW, call.ended_at - SKEW
+        near = [traced for traced in unmatched.values() if traced.started_at <= start and end <= traced.ended_at]
         alike = [candidate for candidate in near if replies[candidate.call_id] == replies[call.call_id]]
         # A trace may be configured to leave out the messages: then only the time tells which call a span is.
         silent = [candidate for candidate in near if replies[candidate.call_id] is None and not candidate.error]
@@ -133,75 +147,35 @@ def _match_calls(
     return matches
 
 
-def _overlap(call: ModelCall, traced: ModelCall) -> bool:
-    return traced.started_at - SKEW <= call.started_at and call.ended_at <= traced.ended_at + SKEW
-
-
-class _Places:
-    """Where the gateway's calls belong in the trace: below which agent, and below which span that is kept."""
-
-    def __init__(self, agents: Sequence[AgentSpan], tools: Sequence[ToolCall], parents: Mapping[str, str]) -> None:
-        self._parents = parents
-        self._agents = {agent.span_id: agent.name for agent in agents}
-        self._kept: Container[str] = {*self._agents, *(tool.span_id for tool in tools)}
-        self._nearest_agent: dict[str, str] = {}
-        self._nearest_kept: dict[str, str] = {}
-
-    def of(self, call: ModelCall, match: ModelCall | None) -> ModelCall:
-        """The call with its own span and its parent; the agent span above names its agent if the URL does not."""
-        above = match.parent_id if match is not None else call.parent_id
-        agent = self._agents.get(nearest(above, self._parents, self._agents, self._nearest_agent), "")
-        return replace(
-            call,
-            agent=agent if agent and call.agent == DEFAULT_AGENT else call.agent,
-            span_id=match.span_id if match is not None else "",
-            parent_id=nearest(above, self._parents, self._kept, self._nearest_kept),
-        )
-
-
 def _merge_tools(calls: Sequence[ModelCall], traced: Sequence[ToolCall]) -> tuple[list[ToolCall], dict[str, str]]:
     """The tool calls of requests and of the trace as one list, in the order of start; and, for each tool call of a
     request that the trace has too, its span id in the request -> its span id in the trace."""
-    requested, starts, causes = ToolCallIndex(calls), [call.started_at for call in calls], _Causes(calls)
+    requested, starts = ToolCallIndex(calls), [call.started_at for call in calls]
+    latest_first = list(reversed(calls))
+    by_id = {span_id: call.call_id for call in latest_first for span_id in (call.span_id, call.call_id) if span_id}
+    by_end = sorted(latest_first, key=lambda call: call.ended_at)  # of calls with the same end the first is last
+    ends = [call.ended_at for call in by_end]
     moved, tools = dict[str, str](), list[ToolCall]()
     for tool in traced:
         use = tool.tool_call_id, tool.name, tool.arguments
         # If the agent's clock is behind, a tool seems to run before the reply that requests it.
         match = requested.take(*use, bisect_right(starts, tool.started_at), "") or requested.take(*use, len(calls), "")
-        if match is None:
-            tools.append(replace(tool, call_id=causes.of(tool)))
-        else:
-            moved[match.span_id] = tool.span_id
-            tools.append(_richer(match, tool))
+        if match is None:  # its cause is the call above it, or else the last call that ended before it
+            before = bisect_right(ends, tool.started_at + 1e-3)
+            last = by_end[before - 1].call_id if before else ""
+            tools.append(replace(tool, call_id=by_id.get(tool.parent_id, last)))
+            continue
+        moved[match.span_id] = tool.span_id
+        no_result = not tool.result and tool.status in (ToolStatus.EMPTY, ToolStatus.UNANSWERED, ToolStatus.OK)
+        tools.append(
+            replace(
+                tool,
+                call_id=match.call_id,
+                tool_call_id=match.tool_call_id or tool.tool_call_id,
+                name=match.name,
+                arguments=match.arguments,
+                result=tool.result or match.result,
+                status=match.status if no_result and match.status is not ToolStatus.UNANSWERED else tool.status,
+            )
+        )
     return sorted([*tools, *requested.unmatched()], key=lambda tool: (tool.started_at, tool.span_id)), moved
-
-
-def _richer(requested: ToolCall, traced: ToolCall) -> ToolCall:
-    """One tool call, of what a reply requests and what the trace shows of its execution."""
-    no_result = not traced.result and traced.status in (ToolStatus.EMPTY, ToolStatus.UNANSWERED, ToolStatus.OK)
-    return replace(
-        traced,
-        call_id=requested.call_id,
-        tool_call_id=requested.tool_call_id or traced.tool_call_id,
-        name=requested.name,
-        arguments=requested.arguments,
-        result=traced.result or requested.result,
-        status=requested.status if no_result and requested.status is not ToolStatus.UNANSWERED else traced.status,
-    )
-
-
-class _Causes:
-    """Which model call caused a tool call that no reply requests."""
-
-    def __init__(self, calls: Sequence[ModelCall]) -> None:
-        latest_first = list(reversed(calls))
-        self._by_id = {span_id: call.call_id for call in latest_first for span_id in (call.span_id, call.call_id)}
-        by_end = sorted(latest_first, key=lambda call: call.ended_at)  # of calls with the same end the first is last
-        self._ends, self._ids = [call.ended_at for call in by_end], [call.call_id for call in by_end]
-
-    def of(self, tool: ToolCall) -> str:
-        """The id of the call above the tool, or else of the last call that ended before it; "" if there is none."""
-        if tool.parent_id in self._by_id and tool.parent_id:
-            return self._by_id[tool.parent_id]
-        before = bisect_right(self._ends, tool.started_at + 1e-3)
-        return self._ids[before - 1] if before else ""

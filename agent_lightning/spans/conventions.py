@@ -10,29 +10,13 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from agent_lightning.core.json_values import as_mapping
 from agent_lightning.core.types import AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus, is_reward
 from agent_lightning.credit.tools import ToolCallIndex, tool_status
+from agent_lightning.spans import fields
 from agent_lightning.spans.attributes import FIELDS, Kind
-from agent_lightning.spans.fields import (
-    agent_name_of,
-    dump,
-    finish_reason_of,
-    first,
-    has,
-    integer,
-    langchain_agent,
-    matches,
-    model_of,
-    number,
-    reply_id_of,
-    reply_of,
-    request_of,
-    tokens_of,
-    unflattened,
-)
+from agent_lightning.spans.fields import dump, first, integer, number
 from agent_lightning.spans.message_forms import to_text
 from agent_lightning.spans.messages import read_tool_result
 from agent_lightning.spans.tree import RawSpan, SpanTree, arguments_of
@@ -83,7 +67,16 @@ def read_spans(spans: Sequence[RawSpan], key: RolloutKey) -> TraceContent:
         read_spans([chat], key).calls[0].reply  # '{"role": "assistant", "content": "Hello!"}'
     """
     refused: Counter[str] = Counter()
-    tree = SpanTree(_unique(spans, refused), refused)
+    unique: dict[str, RawSpan] = {}
+    for span in spans:
+        if not (math.isfinite(span.started_at) and math.isfinite(span.ended_at)):
+            refused["a time that is not a number"] += 1
+            continue
+        if span.span_id in unique:
+            refused["a span id for the second time"] += 1
+            span = max(span, unique[span.span_id], key=lambda same: (len(same.attributes), repr(same)))
+        unique[span.span_id] = span
+    tree = SpanTree(list(unique.values()), refused)
     calls, offered, usage = _calls(tree, key, refused)
     return TraceContent(
         calls=calls,
@@ -94,7 +87,7 @@ def read_spans(spans: Sequence[RawSpan], key: RolloutKey) -> TraceContent:
                 key=key,
                 span_id=tree.kept_id[span.span_id],
                 parent_id=tree.parent_of(span),
-                name=agent_name_of(span.name, span.attributes),
+                name=fields.agent_name_of(span.name, span.attributes),
                 started_at=span.started_at,
                 ended_at=max(span.started_at, span.ended_at),
             )
@@ -106,39 +99,28 @@ def read_spans(spans: Sequence[RawSpan], key: RolloutKey) -> TraceContent:
     )
 
 
-def _unique(spans: Sequence[RawSpan], refused: Counter[str]) -> list[RawSpan]:
-    """The spans with finite times, each id once."""
-    unique: dict[str, RawSpan] = {}
-    for span in spans:
-        if not (math.isfinite(span.started_at) and math.isfinite(span.ended_at)):
-            refused["a time that is not a number"] += 1
-            continue
-        if span.span_id in unique:
-            refused["a span id for the second time"] += 1
-            span = max(span, unique[span.span_id], key=lambda same: (len(same.attributes), repr(same)))
-        unique[span.span_id] = span
-    return list(unique.values())
-
-
 def _identified(tree: SpanTree) -> list[RawSpan]:
     """The spans of model calls, with the fields of all spans of the same call. Enters their ids into `tree.kept_id`."""
     by_reply: dict[str, RawSpan] = {}
     for span in tree.of(Kind.CALL):
-        reply_id = next(filter(None, map(reply_id_of, (span.attributes, *tree.wrapper_attributes(span)))), "")
+        same_call = tree.same_event(span)
+        reply_ids = (fields.stated_or_replied(same.attributes, "reply id", "id") for same in same_call)
+        reply_id = next(filter(None, reply_ids), "")
         reply_id = "" if reply_id in tree.by_id else reply_id
         earlier = by_reply.get(reply_id)
         if earlier is not None and span.started_at < earlier.ended_at:
             # Two instrumentors of one library describe the same event.
             tree.kind[span.span_id] = Kind.OTHER
-            tree.wrappers.setdefault(earlier.span_id, []).extend([span, *tree.wrappers.pop(span.span_id, ())])
+            tree.wrappers.setdefault(earlier.span_id, []).extend(same_call)
+            tree.wrappers.pop(span.span_id, None)
         elif earlier is None and reply_id:
             by_reply[reply_id] = span
     # A call whose reply repeats the id of an earlier reply keeps its span's id: some servers never change the id.
     names = {span.span_id: reply_id for reply_id, span in by_reply.items()}
     for span in tree.of(Kind.CALL):
-        for same in (span, *tree.wrappers.get(span.span_id, ())):
+        for same in tree.same_event(span):
             tree.kept_id[same.span_id] = names.get(span.span_id, span.span_id)
-    return [_merge_wrappers(span, tree.wrappers.get(span.span_id, ())) for span in tree.of(Kind.CALL)]
+    return [_join(*tree.same_event(span)) for span in tree.of(Kind.CALL)]
 
 
 def _calls(
@@ -148,27 +130,31 @@ def _calls(
     for span in _identified(tree):
         call_id = tree.kept_id[span.span_id]
         exact = [str(first(span.attributes, name) or "") for name in ("request's own text", "reply's own text")]
-        request, tools = request_of(span.attributes, Counter() if exact[0] else refused)
+        request, tools = fields.request_of(span.attributes, Counter() if exact[0] else refused)
         # If a call failed, a missing reply is no fault of the trace.
-        reply = reply_of(span.attributes, request, Counter() if exact[1] or span.error else refused)
-        prompt_T, response_T, logprob_T = tokens_of(span.attributes, refused)
+        reply = fields.reply_of(span.attributes, request, Counter() if exact[1] or span.error else refused)
+        prompt_T, response_T, logprob_T = fields.tokens_of(span.attributes, refused)
+        names = (span.attributes[name] for name in ("gen_ai.agent.name", "agent.name") if name in span.attributes)
+        agent = str(next(names, "") or fields.langchain_agent(span.attributes))
+        if not agent and (above := tree.agent_above(span)) is not None:
+            agent = fields.agent_name_of(above.name, above.attributes)
         calls.append(
             ModelCall(
                 key=key,
                 call_id=call_id,
-                agent=_agent_of(tree, span),
+                agent=agent,
                 policy_version=-1,
                 prompt_T=prompt_T,
                 response_T=response_T,
                 logprob_T=logprob_T,
-                finish_reason=finish_reason_of(span.attributes),
+                finish_reason=fields.finish_reason_of(span.attributes),
                 started_at=span.started_at,
                 ended_at=max(span.started_at, span.ended_at),
                 request=exact[0] or (dump(request) if request else ""),
                 reply=exact[1] or (dump(reply) if reply else ""),
                 span_id=span.span_id,
                 parent_id=tree.parent_of(span),
-                model=model_of(span.attributes),
+                model=fields.stated_or_replied(span.attributes, "model", "model"),
                 error=span.error,
                 source="trace",
             )
@@ -181,19 +167,11 @@ def _calls(
     return tuple(calls), offered, usage
 
 
-def _agent_of(tree: SpanTree, span: RawSpan) -> str:
-    """The agent that a model call's span names, or else the nearest agent above it; "" if there is none."""
-    own = next((span.attributes[name] for name in ("gen_ai.agent.name", "agent.name") if name in span.attributes), "")
-    own = own or langchain_agent(span.attributes)
-    above = tree.agent_above(span)
-    return str(own) or (agent_name_of(above.name, above.attributes) if above is not None else "")
-
-
 def _tools(tree: SpanTree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
     requested = ToolCallIndex(calls)
     starts = [call.started_at for call in calls]
     tools = []
-    for span in [_merge_wrappers(span, tree.wrappers.get(span.span_id, ())) for span in tree.of(Kind.TOOL)]:
+    for span in [_join(*tree.same_event(span)) for span in tree.of(Kind.TOOL)]:
         given = first(span.attributes, "result")
         if given is None and any(name in span.attributes for name in FIELDS["result"]):
             given = ""
@@ -231,16 +209,22 @@ def _rewards(tree: SpanTree, key: RolloutKey, refused: Counter[str]) -> tuple[Re
     rewards = []
     for span in tree.of(Kind.REWARD):
         about = str(first(span.attributes, "what a reward is about") or "")
-        for index, (name, value) in enumerate(_dimensions(span)):
-            if refusal := reward_refusal(number(value)):
+        if "agl.reward.value" in span.attributes:
+            name = first(span.attributes, "reward's name")
+            parts = [{"name": name, "value": span.attributes["agl.reward.value"]}]
+        else:
+            parts = fields.unflattened(span.attributes, "agentlightning.reward.")
+        for index, part in enumerate(map(as_mapping, parts)):
+            value = number(part.get("value"))
+            if refusal := reward_refusal(value):
                 refused[refusal] += 1
                 continue
             rewards.append(
                 Reward(
                     key=key,
                     span_id=f"{first(span.attributes, 'span id') or span.span_id}{f'/{index}' if index else ''}",
-                    name=name,
-                    value=number(value),
+                    name=str(part.get("name") or "reward"),
+                    value=value,
                     about=tree.kept_id.get(about, about),
                     at=span.started_at,
                 )
@@ -255,19 +239,12 @@ def reward_refusal(value: float) -> str:
     return "a reward beyond 1e15" if math.isfinite(value) else "a reward that is not a finite number"
 
 
-def _dimensions(span: RawSpan) -> list[tuple[str, Any]]:
-    """Names and values of the rewards in a span."""
-    if "agl.reward.value" in span.attributes:
-        return [(str(first(span.attributes, "reward's name") or "reward"), span.attributes["agl.reward.value"])]
-    parts = unflattened(span.attributes, "agentlightning.reward.")
-    return [(str(as_mapping(part).get("name") or "reward"), as_mapping(part).get("value")) for part in parts]
-
-
-def _merge_wrappers(span: RawSpan, wrappers: Sequence[RawSpan]) -> RawSpan:
+def _join(span: RawSpan, *wrappers: RawSpan) -> RawSpan:
     """The span with the fields that it lacks and its wrappers have; each field is taken from a single span."""
     attributes = dict(span.attributes)
     for wrapper in wrappers:
         for names in FIELDS.values():
-            if not any(has(attributes, name) for name in names):
-                attributes |= {n: v for n, v in wrapper.attributes.items() if any(matches(n, name) for name in names)}
+            if not any(fields.has(attributes, name) for name in names):
+                given = wrapper.attributes.items()
+                attributes |= {n: v for n, v in given if any(fields.matches(n, name) for name in names)}
     return replace(span, attributes=attributes)

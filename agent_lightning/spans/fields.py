@@ -21,7 +21,13 @@ from agent_lightning.spans.messages import read_reply, read_request
 def values(attributes: Mapping[str, Any], field: str) -> Iterator[Any]:
     """All values that the attributes have for a field (a key of FIELDS), the best first."""
     for name in FIELDS[field]:
-        value = _value(attributes, name, field)
+        if name == "gen_ai.events":
+            value = _from_events(attributes.get(name), field)
+        elif name == "agentlightning.link.*":
+            links = map(as_mapping, unflattened(attributes, "agentlightning.link."))
+            value = next((link.get("value_match") for link in links if link.get("key_match") == "span_id"), None)
+        else:
+            value = unflattened(attributes, name[:-1]) if name.endswith(".*") else attributes.get(name)
         if value is not None and value != "" and value != []:
             yield value
 
@@ -32,17 +38,6 @@ def first(attributes: Mapping[str, Any], field: str) -> Any:
     Example: first({"gen_ai.request.model": "gpt-4o"}, "model") -> "gpt-4o"
     """
     return next(values(attributes, field), None)
-
-
-def _value(attributes: Mapping[str, Any], name: str, field: str) -> Any:
-    if name == "gen_ai.events":
-        return _from_events(attributes.get(name), field)
-    if name == "agentlightning.link.*":
-        links = map(as_mapping, unflattened(attributes, "agentlightning.link."))
-        return next((link.get("value_match") for link in links if link.get("key_match") == "span_id"), None)
-    if name.endswith(".*"):
-        return unflattened(attributes, name[:-1])
-    return attributes.get(name)
 
 
 _EVENT = re.compile(r"gen_ai\.(system|user|assistant|tool)\.message")
@@ -214,14 +209,9 @@ def _items(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else []
 
 
-def reply_id_of(attributes: Mapping[str, Any]) -> str:
-    """The id that the server gave to the reply; "" if it is unknown."""
-    return str(first(attributes, "reply id") or as_mapping(parse_value(first(attributes, "reply"))).get("id") or "")
-
-
-def model_of(attributes: Mapping[str, Any]) -> str:
-    """The model that replied, or else the requested model; "" if both are unknown."""
-    return str(first(attributes, "model") or as_mapping(parse_value(first(attributes, "reply"))).get("model") or "")
+def stated_or_replied(attributes: Mapping[str, Any], field: str, name: str) -> str:
+    """The text of a field, or else of the key `name` in the server's reply; "" if neither is known."""
+    return str(first(attributes, field) or as_mapping(parse_value(first(attributes, "reply"))).get(name) or "")
 
 
 _AGENT_NAME = re.compile(r"(?:agent_run|invoke_agent)\s+\[?(.+?)\]?|(.+)\.(?:_execute_core|agent|run)")

@@ -7,13 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agent_lightning.core.json_values import as_mapping, is_deeper
+from agent_lightning.core.json_values import as_mapping, is_deeper, parse_json
 
 Message = dict[str, Any]
 """A message in OpenAI's form: role, content, tool_calls, tool_call_id, and reasoning_content if the model reasoned."""
 
 ROLES = {"human": "user", "ai": "assistant", "model": "assistant", "function": "tool", "developer": "system"}
 ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
+_CALL_TYPES = ("tool_call", "tool-call", "tool_use")
 _KEPT_PARTS = ("image_url", "input_audio", "file", "image", "video_url", "audio_url")
 
 
@@ -44,7 +45,11 @@ def to_text(value: Any) -> str:
     """A tool's arguments or result as text: messages and content blocks are unpacked, other values become JSON."""
     content = parse_value(value)
     if isinstance(content, Mapping):
-        content = _unwrap_result(content)
+        fields, block_names = unwrap_langchain(content), {"content", "isError", "meta", "structuredContent"}
+        if fields.get("role") == "tool" and "content" in fields:
+            content = fields["content"]
+        elif content.keys() <= block_names and isinstance(content.get("content"), list):  # MCP's content blocks
+            content = content["content"]
     if isinstance(content, list) and content and all(_is_text(part) for part in content):
         return "".join(str(part.get("text", part.get("content"))) for part in content)
     if isinstance(content, str):
@@ -52,16 +57,6 @@ def to_text(value: Any) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     return json.dumps(content, default=str, ensure_ascii=False)
-
-
-def _unwrap_result(value: Mapping[str, Any]) -> Any:
-    """The result inside a tool's wrapper: the content of a tool message, or MCP's content blocks."""
-    fields = unwrap_langchain(value)
-    if fields.get("role") == "tool" and "content" in fields:
-        return fields["content"]
-    if set(value) <= {"content", "isError", "meta", "structuredContent"} and isinstance(value.get("content"), list):
-        return value["content"]
-    return value
 
 
 def _is_text(part: Any) -> bool:
@@ -73,25 +68,15 @@ def _is_text(part: Any) -> bool:
 
 def arguments_as_json(arguments: Any) -> str:
     """Arguments as JSON text. Text of the model stays as it is, unless it is in Python's notation."""
-    if isinstance(arguments, str):
-        value = parse_value(arguments)
-        if isinstance(value, str) or _is_json(arguments):
-            return arguments
-        arguments = value
-    return json.dumps(arguments or {}, default=str, ensure_ascii=False)
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+    value = parse_value(arguments)
+    if isinstance(arguments, str) and (isinstance(value, str) or parse_json(arguments) is not None):
+        return arguments
+    return json.dumps(value or {}, default=str, ensure_ascii=False)
 
 
 def read_message(item: Mapping[str, Any], tools: list[Any]) -> Message | None:
     """A message in OpenAI's form; None if the item is the definition of a tool, which is added to `tools`."""
-    if "toolName" in item or item.get("type") in ("tool_call", "tool-call", "tool_use", "function"):
+    if "toolName" in item or item.get("type") in (*_CALL_TYPES, "function"):
         return {"role": "assistant", "content": None, "tool_calls": [_tool_call(item)]}
     name, content = item.get("role"), item.get("content", item.get("contents"))
     if not isinstance(name, str) or not name:
@@ -112,11 +97,6 @@ def read_message(item: Mapping[str, Any], tools: list[Any]) -> Message | None:
         message = _of_parts(role, blocks)
     elif content is not None and not isinstance(content, str):
         message["content"] = to_text(content)
-    return _with_tools(message, name, item)
-
-
-def _with_tools(message: Message, name: str, item: Mapping[str, Any]) -> Message:
-    """The message with tool calls and reasoning, or with the id and name of the tool that it answers."""
     if message["role"] == "assistant":
         extra = as_mapping(item.get("additional_kwargs"))
         given = extra.get("tool_calls") or item.get("tool_calls") or ()
@@ -147,8 +127,9 @@ def _of_parts(role: str, parts: Sequence[Any]) -> Message:
             continue
         if not isinstance(part, Mapping):
             raise UnknownFormError
-        kind, call, result = part.get("type"), _call_part(part), _result_part(part)
-        if call is not None:
+        kind, result = part.get("type"), _result_part(part)
+        call = part if kind in _CALL_TYPES else part.get("function_call") or part.get("functionCall")
+        if isinstance(call, Mapping):
             message.setdefault("tool_calls", []).append(_tool_call(call))
         elif result is not None:
             message |= {"role": "tool", **result}
@@ -161,14 +142,6 @@ def _of_parts(role: str, parts: Sequence[Any]) -> Message:
             raise UnknownFormError
     joined: Any = "".join(texts) or None
     return {"content": kept if len(kept) > len(texts) else joined} | message
-
-
-def _call_part(part: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The tool call in a part; None if the part is something else."""
-    if part.get("type") in ("tool_call", "tool-call", "tool_use"):
-        return part
-    call = part.get("function_call") or part.get("functionCall")
-    return call if isinstance(call, Mapping) else None
 
 
 def _result_part(part: Mapping[str, Any]) -> Message | None:

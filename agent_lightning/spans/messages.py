@@ -13,18 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_lightning.core.json_values import as_mapping
-from agent_lightning.spans.message_forms import (
-    NOT_UNDERSTOOD,
-    ROLES,
-    Message,
-    UnknownFormError,
-    join_messages,
-    parse_value,
-    read_message,
-    responses_item,
-    to_text,
-    unwrap_langchain,
-)
+from agent_lightning.spans import message_forms as forms
+from agent_lightning.spans.message_forms import Message, parse_value, read_message
 
 _ROLE = re.compile(r"^(system|user|human|assistant|ai|tool): ", re.MULTILINE)
 
@@ -43,7 +33,7 @@ def read_request(value: Any) -> tuple[list[Message], list[Any]] | None:
     try:
         tools: list[Any] = []
         messages = _ordered(list(_messages(value, tools)))
-    except NOT_UNDERSTOOD:
+    except forms.NOT_UNDERSTOOD:
         return None
     return (_with_call_ids(messages), tools) if messages else None
 
@@ -66,7 +56,7 @@ def read_reply(value: Any, before: Sequence[Message] = ()) -> Message | None:
         value = inner if isinstance(inner, Mapping) else {**value, "role": "assistant"}
     try:
         replies = [message for message in _messages(value, []) if message["role"] == "assistant"]
-    except NOT_UNDERSTOOD:
+    except forms.NOT_UNDERSTOOD:
         return None
     if not replies or not any(replies[0].get(name) for name in ("content", "tool_calls", "reasoning_content")):
         return None
@@ -82,9 +72,9 @@ def read_tool_result(value: Any) -> Message | None:
     if not isinstance(value, Mapping):
         return None
     try:
-        fields = unwrap_langchain(value)
+        fields = forms.unwrap_langchain(value)
         return read_message(fields, []) if fields.get("role") == "tool" and "tool_call_id" in fields else None
-    except NOT_UNDERSTOOD:
+    except forms.NOT_UNDERSTOOD:
         return None
 
 
@@ -93,52 +83,38 @@ def _messages(value: Any, tools: list[Any]) -> Iterator[Message]:
     if isinstance(value, list):
         yield from _of_list(value, tools)
     elif not isinstance(value, Mapping):
-        raise UnknownFormError
+        raise forms.UnknownFormError
     elif "choices" in value:
-        choices = value["choices"] if isinstance(value["choices"], list) else []
-        yield from _of_list(
-            [as_mapping(choice).get("message") or as_mapping(choice).get("delta") for choice in choices[:1]], []
-        )
+        choices = map(as_mapping, value["choices"][:1] if isinstance(value["choices"], list) else ())
+        yield from _of_list([choice.get("message") or choice.get("delta") for choice in choices], [])
     elif "generations" in value:
         first = value["generations"]
         while isinstance(first, list) and first:
             first = first[0]
-        yield from _of_list(
-            [as_mapping(first).get("message") or {"role": "assistant", "content": as_mapping(first)["text"]}], []
-        )
-    elif "contents" in value or "candidates" in value:
-        yield from _gemini(value, tools)
+        first = as_mapping(first)
+        yield from _of_list([first.get("message") or {"role": "assistant", "content": first["text"]}], [])
+    elif "contents" in value or "candidates" in value:  # Gemini
+        config = as_mapping(value.get("config"))
+        for group in map(as_mapping, config.get("tools") or value.get("tools") or ()):
+            tools.extend(group.get("function_declarations") or group.get("functionDeclarations") or [])
+        system = config.get("system_instruction") or value.get("system_instruction")
+        if system:
+            yield {"role": "system", "content": forms.to_text(as_mapping(system).get("parts", system))}
+        candidates = [as_mapping(candidate).get("content") for candidate in value.get("candidates") or ()]
+        yield from _of_list(candidates[:1] or value.get("contents") or [], tools)
     else:
-        yield from _of_mapping(value, tools)
-
-
-def _of_mapping(value: Mapping[str, Any], tools: list[Any]) -> Iterator[Message]:
-    offered = value.get("tools")
-    tools.extend(offered if isinstance(offered, list) else [])
-    system = value.get("system") or value.get("instructions")
-    inner = next((value[name] for name in ("messages", "prompt", "input", "output") if value.get(name)), None)
-    if inner is None or "role" in value:
-        yield from _of_list([value], tools)
-        return
-    if system and isinstance(system, str):
-        yield {"role": "system", "content": system}
-    if isinstance(inner, str):
-        yield {"role": "assistant" if "output" in value and "input" not in value else "user", "content": inner}
-    else:
-        yield from _messages(inner, tools)
-
-
-def _gemini(value: Mapping[str, Any], tools: list[Any]) -> Iterator[Message]:
-    config = as_mapping(value.get("config"))
-    for group in config.get("tools") or value.get("tools") or ():
-        tools.extend(
-            as_mapping(group).get("function_declarations") or as_mapping(group).get("functionDeclarations") or []
-        )
-    system = config.get("system_instruction") or value.get("system_instruction")
-    if system:
-        yield {"role": "system", "content": to_text(as_mapping(system).get("parts", system))}
-    candidates = [as_mapping(candidate).get("content") for candidate in value.get("candidates") or ()]
-    yield from _of_list(candidates[:1] or value.get("contents") or [], tools)
+        offered, system = value.get("tools"), value.get("system") or value.get("instructions")
+        tools.extend(offered if isinstance(offered, list) else [])
+        inner = next((value[name] for name in ("messages", "prompt", "input", "output") if value.get(name)), None)
+        if inner is None or "role" in value:
+            yield from _of_list([value], tools)
+            return
+        if system and isinstance(system, str):
+            yield {"role": "system", "content": system}
+        if isinstance(inner, str):
+            yield {"role": "assistant" if "output" in value and "input" not in value else "user", "content": inner}
+        else:
+            yield from _messages(inner, tools)
 
 
 def _of_list(items: Sequence[Any], tools: list[Any]) -> Iterator[Message]:
@@ -149,15 +125,15 @@ def _of_list(items: Sequence[Any], tools: list[Any]) -> Iterator[Message]:
     for item in items:
         item = parse_value(item)
         if not isinstance(item, Mapping):
-            raise UnknownFormError
-        piece = responses_item(item)
+            raise forms.UnknownFormError
+        piece = forms.responses_item(item)
         if piece is not None and piece["role"] == "assistant":
-            turn = piece if turn is None else join_messages(turn, piece)
+            turn = piece if turn is None else forms.join_messages(turn, piece)
             continue
         if turn is not None:
             yield turn
             turn = None
-        message = piece or read_message(unwrap_langchain(item), tools)
+        message = piece or read_message(forms.unwrap_langchain(item), tools)
         if message:
             yield message
     if turn is not None:
@@ -176,7 +152,7 @@ def _ordered(messages: list[Message]) -> list[Message]:
             last -= 1
         parallel = last < len(result) - 1 and last >= 0 and bool(result[last].get("tool_calls"))
         if parallel and message.get("tool_calls") and not message.get("content"):
-            result[last] = join_messages(result[last], message)
+            result[last] = forms.join_messages(result[last], message)
         else:
             result.append(message)
     return result
@@ -218,4 +194,4 @@ def _split_roles(text: str) -> list[Message]:
         return [{"role": "user", "content": text}]
     ends = [*(start.start() for start in starts[1:]), len(text)]
     pieces = [(start[1], text[start.end() : end].strip()) for start, end in zip(starts, ends, strict=True)]
-    return _with_call_ids([{"role": ROLES[role], "content": content} for role, content in pieces])
+    return _with_call_ids([{"role": forms.ROLES[role], "content": content} for role, content in pieces])

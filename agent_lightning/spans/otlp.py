@@ -18,11 +18,8 @@ from fractions import Fraction
 from typing import Any
 
 from google.protobuf import json_format
-from google.protobuf.message import DecodeError
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-    ExportTraceServiceRequest,
-    ExportTraceServiceResponse,
-)
+from google.protobuf.message import DecodeError, Message
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
@@ -108,7 +105,7 @@ def encode_json(spans: Sequence[RawSpan], *, trace_id: str, resource: Mapping[st
 
 def acknowledge(content_type: str, *, rejected: int, message: str) -> tuple[bytes, str]:
     """The body and the content type of the answer to an OTLP/HTTP request, in the encoding of the request."""
-    answer = ExportTraceServiceResponse()
+    answer = trace_service_pb2.ExportTraceServiceResponse()
     if rejected:
         answer.partial_success.rejected_spans = rejected
         answer.partial_success.error_message = message
@@ -136,7 +133,7 @@ def _inflate(body: bytes, encoding: str, max_bytes: int) -> bytes:
 
 
 def _protobuf_spans(body: bytes) -> Iterator[Span]:
-    request = ExportTraceServiceRequest()
+    request = trace_service_pb2.ExportTraceServiceRequest()
     try:
         request.ParseFromString(body)
     except DecodeError:
@@ -190,6 +187,13 @@ def _raw_span(message: Span, refused: Counter[str]) -> RawSpan | None:
         refused["repaired: a value nested too deep"] += 1
         attributes, events = _shallow(attributes, _DEPTH + 1), [_shallow(event, _DEPTH + 1) for event in events]
     chat = [event for event in events if event["event.name"].startswith("gen_ai.")]
+    error = ""
+    if message.status.code == Status.STATUS_CODE_ERROR:
+        error = message.status.message or "error"
+        for event in events:  # the last exception counts
+            if event["event.name"] == "exception":
+                words = [str(event.get(f"exception.{part}") or "") for part in ("type", "message")]
+                error = ": ".join(filter(None, words)) or "exception"
     return RawSpan(
         span_id=message.span_id.hex(),
         parent_id=message.parent_span_id.hex() if message.parent_span_id.strip(b"\0") else "",
@@ -197,16 +201,8 @@ def _raw_span(message: Span, refused: Counter[str]) -> RawSpan | None:
         started_at=message.start_time_unix_nano / _NANO,
         ended_at=max(message.start_time_unix_nano, message.end_time_unix_nano) / _NANO,
         attributes={**attributes, **({_EVENTS: chat} if chat else {})},
-        error=_error(message.status, events) if message.status.code == Status.STATUS_CODE_ERROR else "",
+        error=error,
     )
-
-
-def _error(status: Status, events: Sequence[Mapping[str, Any]]) -> str:
-    for event in reversed(events):
-        if event["event.name"] == "exception":
-            words = [str(event.get(f"exception.{part}") or "") for part in ("type", "message")]
-            return ": ".join(word for word in words if word) or "exception"
-    return status.message or "error"
 
 
 def _plain_attributes(pairs: Iterable[KeyValue]) -> dict[str, Any]:
@@ -234,20 +230,22 @@ def _shallow(value: Any, depth: int) -> Any:
     return value
 
 
-def _request(spans: Sequence[RawSpan], trace_id: str, resource: Mapping[str, str]) -> ExportTraceServiceRequest:
-    request = ExportTraceServiceRequest()
+def _request(spans: Sequence[RawSpan], trace_id: str, resource: Mapping[str, str]) -> Message:
+    request = trace_service_pb2.ExportTraceServiceRequest()
     holder = request.resource_spans.add()
     holder.resource.attributes.extend(_pair(name, value) for name, value in resource.items())
     scope = holder.scope_spans.add()
     scope.scope.name = "agent-lightning"
     for span in spans:
+        # As a product of floating-point numbers a time would be off by a hundred nanoseconds.
+        start, end = (round(Fraction(seconds) * _NANO) for seconds in (span.started_at, span.ended_at))
         message = scope.spans.add(
             trace_id=_identity(trace_id, 16),
             span_id=_identity(span.span_id, 8),
             parent_span_id=_identity(span.parent_id, 8) if span.parent_id else b"",
             name=replace_surrogates(span.name),
-            start_time_unix_nano=_nanoseconds(span.started_at),
-            end_time_unix_nano=_nanoseconds(span.ended_at),
+            start_time_unix_nano=start,
+            end_time_unix_nano=end,
         )
         message.attributes.extend(_pair(name, value) for name, value in span.attributes.items() if name != _EVENTS)
         for event in span.attributes.get(_EVENTS, ()):
@@ -264,11 +262,6 @@ def _identity(text: str, size: int) -> bytes:
     if re.fullmatch(f"[0-9a-f]{{{2 * size}}}", text):
         return bytes.fromhex(text)
     return hashlib.sha256(replace_surrogates(text).encode()).digest()[:size]
-
-
-def _nanoseconds(seconds: float) -> int:
-    # As a product of floating-point numbers the result would be off by a hundred nanoseconds.
-    return round(Fraction(seconds) * _NANO)
 
 
 def _pair(name: str, value: Any) -> KeyValue:

@@ -77,7 +77,14 @@ class SpanTree:
     def __init__(self, spans: Sequence[RawSpan], refused: Counter[str]) -> None:
         by_id = {span.span_id: span for span in spans}
         self._parent = _parents(by_id, refused)
-        depth = _depths(self._parent)
+        depth = {"": -1}
+        """Span id -> number of its ancestors."""
+        for start in self._parent:
+            path = []
+            while start not in depth:
+                path.append(start)
+                start = self._parent[start]
+            depth.update((span_id, number) for number, span_id in enumerate(reversed(path), depth[start] + 1))
         # By start; of two spans with the same start the parent is first. With clocks that differ, a child may start
         # before its parent, and stays before it.
         self.spans = sorted(spans, key=lambda span: (span.started_at, depth[span.span_id], span.span_id))
@@ -95,17 +102,16 @@ class SpanTree:
         self._agents = {span.span_id for span in self.of(Kind.AGENT)}
         for span in self.spans:
             if self.kind[span.span_id] in (Kind.TOOL, Kind.AGENT):
-                self.kept_id[span.span_id] = str(first(span.attributes, "span id") or span.span_id)
-                for wrapper in self.wrappers.get(span.span_id, ()):
-                    self.kept_id[wrapper.span_id] = self.kept_id[span.span_id]
+                kept = str(first(span.attributes, "span id") or span.span_id)
+                self.kept_id.update((same.span_id, kept) for same in self.same_event(span))
 
     def of(self, kind: Kind) -> list[RawSpan]:
         """The spans of a kind, in the order of start."""
         return [span for span in self.spans if self.kind[span.span_id] is kind]
 
-    def wrapper_attributes(self, span: RawSpan) -> list[Mapping[str, Any]]:
-        """The attributes of the spans around a model call or a tool that describe the same event."""
-        return [wrapper.attributes for wrapper in self.wrappers.get(span.span_id, ())]
+    def same_event(self, span: RawSpan) -> tuple[RawSpan, ...]:
+        """The span of a model call or a tool, and the spans around it that describe the same event."""
+        return (span, *self.wrappers.get(span.span_id, ()))
 
     def agent_above(self, span: RawSpan) -> RawSpan | None:
         """The nearest agent around a span."""
@@ -152,13 +158,18 @@ class SpanTree:
                 self.wrappers.setdefault(innermost[wrapper.span_id], []).append(wrapper)
         for span in self.of(Kind.TOOL):
             around = self._event_above(span.span_id)
-            if around and self.kind[around] is Kind.TOOL and _same_use(self.by_id[around], span):
+            if not around or self.kind[around] is not Kind.TOOL:
+                continue
+            both = self.by_id[around], span
+            names = {str(first(tool.attributes, "tool")) for tool in both}
+            given = {arguments_of(tool) for tool in both if first(tool.attributes, "arguments") is not None}
+            if len(names) == 1 and len(given) < 2:  # the same use; else the outer use has caused the inner one
                 self.kind[around] = Kind.OTHER
                 self.wrappers[span.span_id] = wrappers = self.wrappers.pop(around, [])
                 wrappers.insert(0, self.by_id[around])
 
     def _drop_idle_nodes(self) -> None:
-        """Nodes of a graph that call no model are not agents."""
+        """Nodes of a graph that call no model are not agents, unless an attribute states that they are."""
         busy: set[str] = set()
         for span in self.of(Kind.CALL):
             above = self._parent[span.span_id]
@@ -166,7 +177,8 @@ class SpanTree:
                 busy.add(above)
                 above = self._parent[above]
         for span in self.of(Kind.AGENT):
-            if is_graph_node(span.name, span.attributes) and span.span_id not in busy and _stated(span) is None:
+            stated = any(str(span.attributes.get(name)) in kinds for name, kinds in KINDS)
+            if is_graph_node(span.name, span.attributes) and span.span_id not in busy and not stated:
                 self.kind[span.span_id] = Kind.OTHER
 
 
@@ -186,31 +198,6 @@ def _parents(by_id: Mapping[str, RawSpan], refused: Counter[str]) -> dict[str, s
             refused["repaired: a parent that is its own descendant"] += 1
         settled.update(path)
     return parent
-
-
-def _depths(parent: Mapping[str, str]) -> dict[str, int]:
-    """Span id -> number of its ancestors."""
-    depth = {"": -1}
-    for start in parent:
-        path = []
-        while start not in depth:
-            path.append(start)
-            start = parent[start]
-        for number, span_id in enumerate(reversed(path), depth[start] + 1):
-            depth[span_id] = number
-    return depth
-
-
-def _stated(span: RawSpan) -> Kind | None:
-    """The kind that an attribute states, as opposed to a kind that is concluded from other attributes."""
-    return next((kinds[v] for name, kinds in KINDS if (v := str(span.attributes.get(name))) in kinds), None)
-
-
-def _same_use(around: RawSpan, span: RawSpan) -> bool:
-    """Whether two nested spans of a tool describe the same use of it; else the outer use has caused the inner one."""
-    names = {str(first(tool.attributes, "tool")) for tool in (around, span)}
-    arguments = {arguments_of(tool) for tool in (around, span) if first(tool.attributes, "arguments") is not None}
-    return len(names) == 1 and len(arguments) < 2
 
 
 def arguments_of(span: RawSpan) -> str:

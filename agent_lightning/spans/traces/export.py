@@ -19,7 +19,7 @@ from agent_lightning.core import types
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.files import replacing
 from agent_lightning.core.text import hide_attempt_secrets, one_line
-from agent_lightning.core.types import AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus, Trajectory
+from agent_lightning.core.types import AgentSpan, ModelCall, RolloutKey, ToolCall, ToolStatus, Trajectory
 from agent_lightning.spans import otlp
 from agent_lightning.spans.message_forms import Message, parse_value
 from agent_lightning.spans.messages import read_reply, read_request
@@ -98,39 +98,52 @@ def to_spans(trajectory: Trajectory) -> tuple[RawSpan, ...]:
     about = {"id": key.rollout_id, "attempt": key.attempt, "task_id": trajectory.task_id, "output": trajectory.output}
     about |= {"outcome": trajectory.outcome.value}
     about |= {"reward": trajectory.reward} if trajectory.reward is not None else {}
-    rollout = RawSpan(
-        span_id=root,
-        name="rollout",
-        started_at=trajectory.started_at,
-        ended_at=trajectory.ended_at,
-        attributes={f"agl.rollout.{name}": value for name, value in about.items()},
-        error=trajectory.error,
-    )
-    return (
-        rollout,
-        *(_agent_span(agent, root) for agent in trajectory.agents),
-        *(_call_span(call, root) for call in trajectory.calls),
-        *(_tool_span(tool, root) for tool in trajectory.tools),
-        *(_reward_span(reward, root) for reward in trajectory.rewards),
-    )
+    rollout = {f"agl.rollout.{name}": value for name, value in about.items()}
+    spans = [_span(trajectory, root, "", "rollout", rollout, trajectory.error)]
+    for agent in trajectory.agents:
+        attributes = {"gen_ai.operation.name": "invoke_agent", "gen_ai.agent.name": agent.name}
+        attributes |= {"agl.span_id": agent.span_id}
+        spans.append(_span(agent, agent.span_id, agent.parent_id or root, f"invoke_agent {agent.name}", attributes))
+    for call in trajectory.calls:
+        name, parent_id = f"chat {call.model}".strip(), call.parent_id or root
+        spans.append(_span(call, call.call_id, parent_id, name, _call_attributes(call), call.error))
+    for tool in trajectory.tools:
+        attributes = {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": tool.name}
+        attributes |= {"gen_ai.tool.call.arguments": tool.arguments, "agl.tool.status": tool.status.value}
+        attributes |= {"gen_ai.tool.call.id": tool.tool_call_id, "gen_ai.tool.call.result": tool.result}
+        attributes |= {"agl.span_id": tool.span_id, "agl.call_id": tool.call_id}
+        attributes = {name: value for name, value in attributes.items() if value}
+        error = tool.result or tool.status.value if tool.status in _FAILED else ""
+        spans.append(_span(tool, tool.span_id, tool.parent_id or root, f"execute_tool {tool.name}", attributes, error))
+    for reward in trajectory.rewards:
+        parts = {"reward.name": reward.name, "reward.value": reward.value, "reward.about": reward.about}
+        spans.append(
+            RawSpan(
+                span_id=reward.span_id,
+                parent_id=root,
+                name="reward",
+                started_at=reward.at,
+                ended_at=reward.at,
+                attributes={f"agl.{part}": value for part, value in (parts | {"span_id": reward.span_id}).items()},
+            )
+        )
+    return tuple(spans)
 
 
-def _agent_span(agent: AgentSpan, root: str) -> RawSpan:
-    return RawSpan(
-        span_id=agent.span_id,
-        parent_id=agent.parent_id or root,
-        name=f"invoke_agent {agent.name}",
-        started_at=agent.started_at,
-        ended_at=agent.ended_at,
-        attributes={
-            "gen_ai.operation.name": "invoke_agent",
-            "gen_ai.agent.name": agent.name,
-            "agl.span_id": agent.span_id,
-        },
-    )
+def _span(
+    event: Trajectory | AgentSpan | ModelCall | ToolCall,
+    span_id: str,
+    parent_id: str,
+    name: str,
+    attributes: Mapping[str, Any],
+    error: str = "",
+) -> RawSpan:
+    """The span of an event, with the event's times."""
+    times = {"started_at": event.started_at, "ended_at": event.ended_at}
+    return RawSpan(span_id=span_id, parent_id=parent_id, name=name, attributes=attributes, error=error, **times)
 
 
-def _call_span(call: ModelCall, root: str) -> RawSpan:
+def _call_attributes(call: ModelCall) -> dict[str, Any]:
     attributes: dict[str, Any] = {"gen_ai.operation.name": "chat", "gen_ai.response.id": call.call_id}
     attributes |= {"gen_ai.agent.name": call.agent, "gen_ai.request.model": call.model}
     attributes |= {"gen_ai.response.finish_reasons": [call.finish_reason] if call.finish_reason else []}
@@ -142,15 +155,7 @@ def _call_span(call: ModelCall, root: str) -> RawSpan:
         attributes |= {"agl.prompt_token_ids": json.dumps(call.prompt_T.tolist())}
         attributes |= {"agl.response_token_ids": json.dumps(call.response_T.tolist())}
         attributes |= {"agl.logprobs": json.dumps(_from_array(call.logprob_T))}
-    return RawSpan(
-        span_id=call.call_id,
-        parent_id=call.parent_id or root,
-        name=f"chat {call.model}".strip(),
-        started_at=call.started_at,
-        ended_at=call.ended_at,
-        attributes={name: value for name, value in attributes.items() if value not in ("", [])},
-        error=call.error,
-    )
+    return {name: value for name, value in attributes.items() if value not in ("", [])}
 
 
 def _messages(call: ModelCall) -> dict[str, str]:
@@ -183,34 +188,6 @@ def _with_parts(message: Mapping[str, Any]) -> Message:
     parts = [{"type": "reasoning", "content": thought}, *parts] if thought else parts
     parts += [{"type": "tool_call", "id": call.get("id"), **(call.get("function") or {})} for call in calls]
     return {"role": message.get("role", "assistant"), "parts": parts}
-
-
-def _tool_span(tool: ToolCall, root: str) -> RawSpan:
-    attributes = {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": tool.name}
-    attributes |= {"gen_ai.tool.call.arguments": tool.arguments, "agl.tool.status": tool.status.value}
-    attributes |= {"gen_ai.tool.call.id": tool.tool_call_id, "gen_ai.tool.call.result": tool.result}
-    attributes |= {"agl.span_id": tool.span_id, "agl.call_id": tool.call_id}
-    return RawSpan(
-        span_id=tool.span_id,
-        parent_id=tool.parent_id or root,
-        name=f"execute_tool {tool.name}",
-        started_at=tool.started_at,
-        ended_at=tool.ended_at,
-        attributes={name: value for name, value in attributes.items() if value},
-        error=tool.result or tool.status.value if tool.status in _FAILED else "",
-    )
-
-
-def _reward_span(reward: Reward, root: str) -> RawSpan:
-    attributes = {"agl.reward.name": reward.name, "agl.reward.value": reward.value, "agl.reward.about": reward.about}
-    return RawSpan(
-        span_id=reward.span_id,
-        parent_id=root,
-        name="reward",
-        started_at=reward.at,
-        ended_at=reward.at,
-        attributes={**attributes, "agl.span_id": reward.span_id},
-    )
 
 
 def _from_array(array: Any) -> list[Any]:

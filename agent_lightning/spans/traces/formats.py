@@ -10,13 +10,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from agent_lightning.core.errors import DataError
-from agent_lightning.core.json_values import join_chunks, parse_json
+from agent_lightning.core.json_values import as_mapping, join_chunks, parse_json
 from agent_lightning.core.types import Outcome, RolloutKey, Trajectory, is_reward
 from agent_lightning.spans import otlp
 from agent_lightning.spans.conventions import reward_refusal
@@ -78,9 +79,7 @@ def read_traces(body: bytes) -> tuple[tuple[str, ...], list[FileTrace], Counter[
             return (), [], refused
     by_format: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
-        name = next(
-            (name for name, needed, _ in FORMATS if isinstance(record, Mapping) and needed <= record.keys()), ""
-        )
+        name = next((name for name, needed, _ in FORMATS if needed <= as_mapping(record).keys()), "")
         if name:
             by_format.setdefault(name, []).append(record)
         else:
@@ -127,30 +126,24 @@ def _otlp_records(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -
 def _otlp(body: bytes, content_type: str, refused: Counter[str]) -> list[FileTrace]:
     traces, counted = otlp.decode(body, content_type=content_type, max_bytes=_MAX_BYTES, max_spans=_MAX_SPANS)
     refused.update(counted)
-    return [_otlp_trace(name, spans) for name, spans in traces.items()]
-
-
-def _otlp_trace(name: str, spans: tuple[RawSpan, ...]) -> FileTrace:
-    """The source of a trace, with the rollout's own data if the trace is our own export."""
-    root = next((span for span in spans if "agl.rollout.id" in span.attributes), None)
-    if root is None:
-        return FileTrace(name=name, spans=spans)
-    about = {key.removeprefix("agl.rollout."): value for key, value in root.attributes.items()}
-    try:
-        key = RolloutKey.parse(str(about["id"]), int(about["attempt"]))
-        outcome = Outcome(about["outcome"])
-    except (LookupError, ValueError, TypeError):
-        return FileTrace(name=name, spans=spans)
-    return FileTrace(
-        name=name,
-        spans=spans,
-        key=key,
-        outcome=outcome,
-        error=root.error,
-        task_id=str(about.get("task_id") or ""),
-        reward=reward if is_reward(reward := _number(about.get("reward"))) else None,
-        output=str(about.get("output") or ""),
-    )
+    sources = []
+    for name, spans in traces.items():
+        source = FileTrace(name=name, spans=spans)
+        root = next((span for span in spans if "agl.rollout.id" in span.attributes), None)
+        if root is not None:  # our own export, which has the rollout's data
+            about = {key.removeprefix("agl.rollout."): value for key, value in root.attributes.items()}
+            with suppress(LookupError, ValueError, TypeError):
+                source = replace(
+                    source,
+                    key=RolloutKey.parse(str(about["id"]), int(about["attempt"])),
+                    outcome=Outcome(about["outcome"]),
+                    error=root.error,
+                    task_id=str(about.get("task_id") or ""),
+                    reward=reward if is_reward(reward := _number(about.get("reward"))) else None,
+                    output=str(about.get("output") or ""),
+                )
+        sources.append(source)
+    return sources
 
 
 def _own_export(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
@@ -159,8 +152,7 @@ def _own_export(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
 
 
 def _langfuse(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
-    trace = record.get("trace") if isinstance(record.get("trace"), Mapping) else record
-    assert isinstance(trace, Mapping)
+    trace = as_mapping(record.get("trace")) or record
     name = str(trace.get("id") or "")
     spans = [_observation(observation) for observation in record.get("observations") or ()]
     for index, score in enumerate(trace.get("scores") or ()):
@@ -179,7 +171,7 @@ def _observation(record: Mapping[str, Any]) -> RawSpan:
     """The span of a Langfuse observation."""
     metadata = record.get("metadata")
     metadata = json.loads(metadata) if isinstance(metadata, str) and metadata.startswith("{") else metadata
-    metadata = metadata if isinstance(metadata, Mapping) else {}
+    metadata = as_mapping(metadata)
     attributes = dict(metadata.get("attributes") or {})
     own = {"type": str(record.get("type") or "").lower(), "input": record.get("input"), "output": record.get("output")}
     own |= {"model.name": record.get("model"), "metadata.tools": metadata.get("tools")}
@@ -187,17 +179,9 @@ def _observation(record: Mapping[str, Any]) -> RawSpan:
     usage = record.get("usageDetails") or {}
     own |= {f"usage_details.{side}": usage.get(side) for side in ("input", "output")}
     attributes |= {f"langfuse.observation.{name}": _as_text(value) for name, value in own.items() if value is not None}
-    started = _time(record.get("startTime"))
-    failed = record.get("level") == "ERROR"
-    return RawSpan(
-        span_id=str(record["id"]),
-        parent_id=str(record.get("parentObservationId") or ""),
-        name=str(record.get("name") or ""),
-        started_at=started,
-        ended_at=_time(record["endTime"]) if record.get("endTime") else started,
-        attributes=attributes,
-        error=str(record.get("statusMessage") or "error") if failed else "",
-    )
+    error = (record.get("statusMessage") or "error") if record.get("level") == "ERROR" else ""
+    times = record.get("startTime"), record.get("endTime")
+    return _span(record["id"], record.get("parentObservationId"), record.get("name"), times, attributes, error)
 
 
 def _langsmith(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[FileTrace]:
@@ -234,15 +218,24 @@ def _run(identity: str, run: Mapping[str, Any]) -> RawSpan:
         attributes |= {f"gen_ai.usage.{side}_tokens": usage.get(f"{side}_tokens") for side in ("input", "output")}
     texts = {"input.value": inputs, "output.value": outputs}
     attributes |= {name: _as_text(value) for name, value in texts.items() if value != {}}
-    started = _time(run["start_time"])
+    attributes = {name: value for name, value in attributes.items() if value is not None}
+    times = run["start_time"], run.get("end_time")
+    return _span(identity, run.get("parent_run_id"), run.get("name"), times, attributes, run.get("error"))
+
+
+def _span(
+    identity: Any, parent_id: Any, name: Any, times: tuple[Any, Any], attributes: Mapping[str, Any], error: Any
+) -> RawSpan:
+    """The span of an observation or a run; it ends when it starts if the record has no end."""
+    started = _time(times[0])
     return RawSpan(
-        span_id=identity,
-        parent_id=str(run.get("parent_run_id") or ""),
-        name=str(run.get("name") or ""),
+        span_id=str(identity),
+        parent_id=str(parent_id or ""),
+        name=str(name or ""),
         started_at=started,
-        ended_at=_time(run["end_time"]) if run.get("end_time") else started,
-        attributes={name: value for name, value in attributes.items() if value is not None},
-        error=str(run.get("error") or ""),
+        ended_at=_time(times[1]) if times[1] else started,
+        attributes=attributes,
+        error=str(error or ""),
     )
 
 
