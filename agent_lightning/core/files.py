@@ -14,8 +14,6 @@ def replacing(path: Path) -> Iterator[Path]:
     If the block raises, `path` stays as it was and the temporary file is removed. Temporary names begin with a dot and
     end with `.tmp`, so that no reader of the folder takes one for a finished file.
 
-    Example:
-
         with replacing(folder / "summary.json") as unfinished:
             unfinished.write_text(text)
     """

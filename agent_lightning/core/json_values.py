@@ -32,10 +32,7 @@ def is_deeper(value: Any, limit: int) -> bool:
 
     Goes level by level instead of calling itself, so that a value made to exhaust a stack cannot exhaust this one.
 
-    Example:
-
-        is_deeper({"messages": [{}]}, 3)  # False
-        is_deeper({"messages": [{}]}, 2)  # True
+    Example: {"messages": [{}]} is deeper than 2, and not deeper than 3.
     """
     level = [value]
     for _ in range(limit + 1):
@@ -57,10 +54,7 @@ def clean_logprobs(values: Sequence[float | None], size: int) -> Floats:
     All are NaN if there are not exactly `size` values, because nobody could assign them to tokens. Values that exceed 0
     by rounding become 0.
 
-    Example:
-
-        clean_logprobs([-0.5, None, 1e-6], 3)  # [-0.5, NaN, 0.0]
-        clean_logprobs([-0.5], 3)              # [NaN, NaN, NaN]
+    Example: clean_logprobs([-0.5, None, 1e-6], 3) -> [-0.5, NaN, 0.0]; clean_logprobs([-0.5], 3) -> three NaN
     """
     if len(values) != size:
         return np.full(size, np.nan, np.float32)
@@ -74,8 +68,6 @@ def join_chunks(chunks: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
     Joins chat and text completions, tool calls, and vLLM's token ids and log-probabilities. A choice whose last chunk
     never came has no `finish_reason`.
-
-    Example:
 
         {"choices": [{"index": 0, "delta": {"content": "4"}, "token_ids": [7]}]}
         {"choices": [{"index": 0, "delta": {"content": "2"}, "token_ids": [5], "finish_reason": "stop"}]}
@@ -99,27 +91,22 @@ def _extend_choice(choice: dict[str, Any], piece: Mapping[str, Any]) -> None:
     """Add a chunk's piece of a choice to the pieces before it; tool calls are a dict by their index until the end."""
     for name, value in piece.items():
         if name == "delta":
-            _extend_message(choice.setdefault("message", {"role": "assistant", "content": ""}), value or {})
+            message, delta = choice.setdefault("message", {"role": "assistant", "content": ""}), value or {}
+            message |= {key: message.get(key, "") + delta[key] for key in ("content", "reasoning") if delta.get(key)}
+            for part in delta.get("tool_calls") or ():
+                calls = message.setdefault("tool_calls", {})
+                call = calls.setdefault(part.get("index", 0), {"id": "", "function": {"name": "", "arguments": ""}})
+                call["id"] = part.get("id") or call["id"]
+                for key in ("name", "arguments"):
+                    call["function"][key] += (part.get("function") or {}).get(key) or ""
         elif name == "text":
             choice["text"] = choice.get("text", "") + (value or "")
         elif name == "token_ids":
-            choice.setdefault("token_ids", []).extend(value or ())
+            choice["token_ids"] = choice.get("token_ids", []) + (value or [])
         elif name == "logprobs":
             logprobs = choice.setdefault("logprobs", {})
             for key, entries in (value or {}).items():
                 if isinstance(entries, list):
-                    logprobs.setdefault(key, []).extend(entries)
+                    logprobs[key] = logprobs.get(key, []) + entries
         elif value is not None:
             choice[name] = value
-
-
-def _extend_message(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
-    for key in ("content", "reasoning"):
-        if delta.get(key):
-            message[key] = message.get(key, "") + delta[key]
-    for piece in delta.get("tool_calls") or ():
-        calls = message.setdefault("tool_calls", {})
-        call = calls.setdefault(piece.get("index", 0), {"id": "", "function": {"name": "", "arguments": ""}})
-        call["id"] = piece.get("id") or call["id"]
-        for key in ("name", "arguments"):
-            call["function"][key] += (piece.get("function") or {}).get(key) or ""

@@ -1,8 +1,6 @@
 """Metric values that can be merged: functions return them, and the loop logs one merged record for each step.
 
-Example:
-
-    merge({"reward": Mean.of([1.0, 0.0])}, {"reward": Mean.of([1.0])})["reward"].value  # 0.6666…
+merge({"reward": Mean.of([1.0, 0.0])}, {"reward": Mean.of([1.0])})["reward"].value  # 0.6666…
 """
 
 from __future__ import annotations

@@ -18,9 +18,7 @@ def error_line(error: BaseException, *, secret: str = "") -> str:
 
     A group of errors is shown as its first member. Only `\\n` ends a line: other separators may be a user's text.
 
-    Example:
-
-        error_line(ValueError("no\\nway"))  # "ValueError: no"
+    Example: error_line(ValueError("no\\nway")) -> "ValueError: no"
     """
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
@@ -49,9 +47,7 @@ def hide_secret(text: AnyStr, secret: str) -> AnyStr:
 def hide_attempt_secrets(text: str) -> str:
     """The text with the secret of every attempt's URL hidden, where the secrets themselves are not known.
 
-    Example:
-
-        hide_attempt_secrets(".../attempt/1/0123456789abcdef0123456789abcdef/v1")  # ".../attempt/1/***/v1"
+    Example: ".../attempt/1/0123456789abcdef0123456789abcdef/v1" -> ".../attempt/1/***/v1"
     """
     return _ATTEMPT_URL.sub(r"\1***", text)
 

@@ -92,11 +92,9 @@ class Task:
 class RolloutKey:
     """The name of one attempt at one rollout.
 
-    Example:
-
-        key = RolloutKey(split="train", group=12, index=3, attempt=0)
-        key.group_id    # "train-12"
-        key.rollout_id  # "train-12-3"
+    key = RolloutKey(split="train", group=12, index=3, attempt=0)
+    key.group_id    # "train-12"
+    key.rollout_id  # "train-12-3"
     """
 
     split: Split

@@ -29,13 +29,11 @@ async def find_local_gateway(app: str, timeout: float) -> str:
 class Nodes:
     """The rollout workers of each node, which call the gateway of their node.
 
-    Example:
-
-        nodes = Nodes(partial(find_local_gateway, service.app), make_workers, service.scale_gateways)
-        await nodes.start(4)                # on 3 nodes: 2 workers on this driver's node, 1 on each other node
-        asyncio.create_task(nodes.follow())
-        ...
-        await nodes.stop()
+    nodes = Nodes(partial(find_local_gateway, service.app), make_workers, service.scale_gateways)
+    await nodes.start(4)                # on 3 nodes: 2 workers on this driver's node, 1 on each other node
+    asyncio.create_task(nodes.follow())
+    ...
+    await nodes.stop()
     """
 
     def __init__(

@@ -112,11 +112,8 @@ class ToyEngine:
     ) -> None:
         """
         Samples depend on the seed, the policy version, the prompt, and how often the version has sampled the prompt
-        before, so a run whose rollouts come in another order samples the same.
-
-        Args:
-            max_len: the most tokens of prompt and response together.
-            delay_s: the seconds that each answer takes; the attribute may be changed.
+        before, so a run whose rollouts come in another order samples the same. `max_len` is the most tokens of prompt
+        and response together, `delay_s` the seconds that each answer takes; the attribute may be changed.
         """
         self.delay_s = delay_s
         self.version = 0
@@ -142,9 +139,15 @@ class ToyEngine:
             return query
         async with self._counted():
             completion = await self._gate.complete(lambda: self._answer(query, request))
-        if request.get("tools"):
-            for choice in completion.reply["choices"]:
-                _call_tool(choice, request["tools"][0]["function"]["name"])
+        tools = request.get("tools") or []
+        for choice in completion.reply["choices"] if tools else ():
+            word = choice["message"]["content"]
+            if word.startswith(CALL):
+                name, expressions = tools[0]["function"]["name"], word.removeprefix(CALL).split(";")
+                functions = [{"name": name, "arguments": json.dumps({"expression": text})} for text in expressions]
+                calls = [{"id": f"call-{uuid.uuid4().hex[:8]}", "type": "function", "function": f} for f in functions]
+                choice["finish_reason"] = "tool_calls"
+                choice["message"] = {"role": "assistant", "content": None, "tool_calls": calls}
         return completion
 
     async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
@@ -280,19 +283,6 @@ class ToyEngine:
 
 async def _check_alive() -> None:
     """Does nothing: a table cannot die."""
-
-
-def _call_tool(choice: dict[str, Any], name: str) -> None:
-    """Replace a word with the prefix `CALL` by tool calls."""
-    word = choice["message"]["content"]
-    if not word.startswith(CALL):
-        return
-    choice["finish_reason"] = "tool_calls"
-    choice["message"] = {"role": "assistant", "content": None, "tool_calls": []}
-    for expression in word.removeprefix(CALL).split(";"):
-        function = {"name": name, "arguments": json.dumps({"expression": expression})}
-        call = {"id": f"call-{uuid.uuid4().hex[:8]}", "type": "function", "function": function}
-        choice["message"]["tool_calls"].append(call)
 
 
 class ToyLearner:
