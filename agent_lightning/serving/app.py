@@ -24,12 +24,15 @@ from agent_lightning.core.text import error_line
 from agent_lightning.core.threads import start_thread
 from agent_lightning.core.types import OnWeightUpdate
 from agent_lightning.rollouts.supervise import is_healthy
-from agent_lightning.serving.engine import Completion, Part, Refusal
+from agent_lightning.serving.engine import Completion, Part, Refusal, engine_error
 from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig, Recorder
 from agent_lightning.serving.policy import PolicyBoard
 
 MODEL_NAME: Final = "policy"
 """The name under which agents and engines know the model."""
+_REPLICAS_TRIED: Final = 3
+_RETRY_DELAY_S: Final = 0.5
+"""Seconds after which Serve is likely to know that a replica is dead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +52,8 @@ class Deployment:
 
 
 class HandleEngine:
-    """The gateway's engine: Serve's handle of the policy replicas.
-
-    If a replica dies, its call is sent to another replica, unless the agent has seen a part of the answer.
-    """
+    """The gateway's engine: Serve's handle of the policy replicas. If a replica dies, its call is sent to another
+    replica, unless the agent has seen a part of the answer."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle.options(**ray_private.OVER_GRPC)
@@ -68,7 +69,7 @@ class HandleEngine:
                 raise
             except Exception as error:  # any failure of a replica reaches the agent as an error of its protocol
                 if not tries_left or not isinstance(error, ray.exceptions.RayActorError):
-                    return _failure(error)
+                    return engine_error(error_line(error))
             await asyncio.sleep(_RETRY_DELAY_S)
         raise AssertionError("unreachable: the last try returns")
 
@@ -83,20 +84,11 @@ class HandleEngine:
                 return
             except Exception as error:  # as above
                 if seen or not tries_left or not isinstance(error, ray.exceptions.RayActorError):
-                    yield _failure(error)
+                    yield engine_error(error_line(error))
                     return
             finally:
                 parts.cancel()
             await asyncio.sleep(_RETRY_DELAY_S)
-
-
-_REPLICAS_TRIED = 3
-_RETRY_DELAY_S = 0.5
-"""Seconds after which Serve is likely to know that a replica is dead."""
-
-
-def _failure(error: Exception) -> Refusal:
-    return Refusal(status=500, message=error_line(error), code="engine_error", type="server_error")
 
 
 class PolicyReplica(Engine, Protocol):
@@ -104,11 +96,9 @@ class PolicyReplica(Engine, Protocol):
 
     async def start(self) -> None:
         """Install the current weights, and follow the board from then on."""
-        ...
 
     async def check_health(self) -> None:
         """Raises if the engine is dead; Serve then replaces the replica."""
-        ...
 
 
 MakeReplica = Callable[[PolicyBoard], PolicyReplica]
@@ -185,24 +175,30 @@ def start(
     Raises UserError if the port cannot be used, EngineError if a replica does not start.
     """
     make = replica or partial(_vllm, _llm_settings(config), config.serving.on_weight_update)
-    policy = serve.deployment(PolicyDeployment).options(**_policy_options(config)).bind(make, board)
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    app = (
-        serve.deployment(GatewayDeployment)
-        .options(
-            name=f"{name}-gateway",
-            num_replicas=config.serving.gateways or nodes,
-            **({"max_replicas_per_node": 1} if config.serving.gateways is None else {}),
-            max_ongoing_requests=10_000,
-            ray_actor_options={"num_cpus": 0},
-        )
-        .bind(policy, recorder, gateway)
+    policy = serve.deployment(PolicyDeployment).options(
+        name=f"policy-{MODEL_NAME}",
+        num_replicas=config.serving.replicas,
+        max_ongoing_requests=10_000,
+        health_check_period_s=10,
+        placement_group_bundles=[dict(bundle) for bundle in config.bundles],
+        placement_group_strategy="PACK",
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _environment(config)}},
     )
+    number = config.serving.gateways
+    gateways = serve.deployment(GatewayDeployment).options(
+        name=f"{name}-gateway",
+        num_replicas=number or sum(node["Alive"] for node in ray.nodes()),
+        **({"max_replicas_per_node": 1} if number is None else {}),
+        max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 0},
+    )
+    app = gateways.bind(policy.bind(make, board), recorder, gateway)
+    quiet = {"enable_access_log": False}  # an access log would repeat what the spans say, in two places
     proxy = start_thread(partial(_start_proxy, config.serving.host, config.serving.port), "proxy")
     try:
         _wait_for_controller(proxy)
         # The replicas start while the proxy does: Serve's own `start` would have them wait for it.
-        serve.run(app, name=name, route_prefix=f"/{name}", external_scaler_enabled=True, logging_config=_QUIET)
+        serve.run(app, name=name, route_prefix=f"/{name}", external_scaler_enabled=True, logging_config=quiet)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
         if proxy.done():
             proxy.result()  # the first to fail says why
@@ -211,10 +207,6 @@ def start(
         wait((proxy,))
     proxy.result()
     return Service(url=_root(name), app=name, gateway=f"{name}-gateway")
-
-
-_QUIET = {"enable_access_log": False}
-"""An access log would repeat what the spans say, in two places."""
 
 
 def _root(app: str) -> str:
@@ -229,10 +221,7 @@ def _root(app: str) -> str:
 
 
 async def find_local_gateway(app: str, timeout: float) -> str:
-    """Root URL of a gateway on this node that answers; agents call it directly, without the proxy.
-
-    Raises EngineError after `timeout` seconds.
-    """
+    """Root URL of a gateway on this node that answers: agents need no proxy. Raises EngineError after `timeout` s."""
     deadline = time.monotonic() + timeout
     while True:
         for url in await asyncio.to_thread(_local_gateways, app):
@@ -299,10 +288,8 @@ def _llm_settings(config: Deployment) -> dict[str, Any]:
     }
     if config.model.tool_parser:
         engine |= {"enable_auto_tool_choice": True, "tool_call_parser": config.model.tool_parser}
-    if on_cpu:
-        engine |= {"enforce_eager": True}
-    else:
-        engine |= {"gpu_memory_utilization": config.serving.gpu_memory_utilization}
+    memory = {"gpu_memory_utilization": config.serving.gpu_memory_utilization}
+    engine |= {"enforce_eager": True} if on_cpu else memory
     return {
         "model_loading_config": {"model_id": MODEL_NAME, "model_source": config.model.path},
         "accelerator_config": {"kind": "cpu" if on_cpu else "gpu"},
@@ -324,23 +311,10 @@ def _environment(config: Deployment) -> dict[str, str]:
     return environment
 
 
-def _policy_options(config: Deployment) -> dict[str, Any]:
-    return {
-        "name": f"policy-{MODEL_NAME}",
-        "num_replicas": config.serving.replicas,
-        "max_ongoing_requests": 10_000,
-        "health_check_period_s": 10,
-        "placement_group_bundles": [dict(bundle) for bundle in config.bundles],
-        "placement_group_strategy": "PACK",
-        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": _environment(config)}},
-    }
-
-
 def _cause(name: str, error: Exception) -> str:
     """The engine's last error if Serve has kept it: Serve's own message only names the deployment that failed."""
     application = serve.status().applications.get(name)
     deployments = application.deployments.values() if application else ()
-    lines: list[str] = [
-        line.strip() for status in deployments for line in status.message.splitlines() if "Error" in line
-    ]
+    messages = "\n".join(status.message for status in deployments)
+    lines = [line.strip() for line in messages.splitlines() if "Error" in line]
     return (lines or [str(error).splitlines()[0]])[-1][:500]

@@ -29,13 +29,12 @@ from agent_lightning.core.text import hide_secret
 from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Split
 from agent_lightning.serving import engine
 from agent_lightning.serving.answers import Answer
-from agent_lightning.serving.calls import Attempt, Call, parse_request, reading
+from agent_lightning.serving.calls import Attempt, Call, agent_of, parent_of, parse_request, reading, take_traces
 from agent_lightning.serving.dialects.base import BadRequest, Dialect
 from agent_lightning.serving.dialects.chat import ChatCompletions, Completions
 from agent_lightning.serving.dialects.messages import Messages
 from agent_lightning.serving.dialects.responses import Responses
 from agent_lightning.serving.engine import Completion, Part, Refusal, engine_error
-from agent_lightning.serving.tracing import agent_of, parent_of, take_traces
 from agent_lightning.spans.tree import RawSpan
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """PolicyBoard: which weights are current, and which replicas of the policy have them. Follower: a replica's side of it.
 
-Both are plain async classes; in a run the board is an actor. Replicas pull weights from the board, so that a replica
-that joins late gets the current weights before it answers a call, and nobody keeps a list of replicas to push to.
+In a run the board is an actor. Replicas pull weights from it, so that a replica that joins late gets the current
+weights before it answers a call, and nobody keeps a list of replicas to push to.
 
 A replica belongs to the policy as long as its heartbeats arrive. The board drops it after `heartbeat_timeout` seconds
 without one. The replica counts from before it sent the last one, so it has stopped answering by then: the board never
@@ -60,7 +60,6 @@ class PolicyBoard:
         return replica in self._last_heartbeat
 
     async def heartbeat_timeout(self) -> float:
-        """Seconds for which a replica belongs to the policy after a heartbeat."""
         return self._heartbeat_timeout
 
     async def leave(self, replica: str) -> None:
@@ -71,17 +70,13 @@ class PolicyBoard:
 
     async def wait_for_newer(self, version: int, timeout: float) -> Weights | None:
         """The current weights as soon as their version is above `version`; None after `timeout` seconds."""
-
-        def is_newer() -> bool:
-            return self._weights is not None and self._weights.version > version
-
         async with self._changed:
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
-                    await self._changed.wait_for(is_newer)
-            except TimeoutError:
-                return None
-            return self._weights
+                    while self._weights is None or self._weights.version <= version:
+                        await self._changed.wait()
+                    return self._weights
+        return None
 
     async def note_installed(self, replica: str, version: int) -> None:
         """Note that the replica answers with this version from now on."""
@@ -107,7 +102,11 @@ class PolicyBoard:
             self._changed.notify_all()
 
             end = time.monotonic() + timeout
-            while not self._failures and (late := self._outdated(weights.version)):  # ends with the last, or at `end`
+            while not self._failures:  # ends with the last replica, with a failure, or at `end`
+                self._drop_silent_replicas()
+                late = sorted(name for name, version in self._installed.items() if version < weights.version)
+                if not late:
+                    return len(self._installed)
                 if time.monotonic() >= end:
                     raise EngineError(f"policy version {weights.version} not installed after {timeout:.0f} s by {late}")
                 # Until something changes, the time is up, or the next replica has missed its heartbeats.
@@ -115,18 +114,11 @@ class PolicyBoard:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(end, drop_at) - time.monotonic()):
                         await self._changed.wait()
-            if self._failures:
-                raise EngineError(f"policy version {weights.version} could not be installed: {self._failures}")
-            return len(self._installed)
+            raise EngineError(f"policy version {weights.version} could not be installed: {self._failures}")
 
     async def versions(self) -> dict[str, int]:
         """The version that each replica answers with."""
         return dict(self._installed)
-
-    def _outdated(self, version: int) -> list[str]:
-        """The live replicas that have not installed this version."""
-        self._drop_silent_replicas()
-        return sorted(name for name, installed in self._installed.items() if installed < version)
 
     def _drop_silent_replicas(self) -> None:
         now, timeout = time.monotonic(), self._heartbeat_timeout
@@ -182,14 +174,11 @@ class Follower:
     async def run(self) -> None:
         """Follow the board until cancelled. Raises, as a group, what `check_alive` and `install` raise."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._install_newer())
             group.create_task(self._send_heartbeats())
-
-    async def _install_newer(self) -> None:
-        while True:  # ends by cancellation
-            weights = await self._board.wait_for_newer(self.version, timeout=60.0)
-            if weights is not None:
-                await self._install(weights)
+            while True:  # ends by cancellation
+                weights = await self._board.wait_for_newer(self.version, timeout=60.0)
+                if weights is not None:
+                    await self._install(weights)
 
     async def _send_heartbeats(self) -> None:
         while True:  # ends by cancellation

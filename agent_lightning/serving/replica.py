@@ -33,7 +33,8 @@ _INVALID = (VLLMClientError, ValidationError, ValueError, TypeError, KeyError, R
 
 
 class PolicyServer:
-    """Ray's LLM server, which also notes in each reply the version that sampled it, and installs new weights."""
+    """A `PolicyReplica`: Ray's LLM server, which notes in each reply the version that sampled it, and installs new
+    weights."""
 
     def __init__(self, settings: Mapping[str, Any], on_weight_update: OnWeightUpdate, board: PolicyBoard) -> None:
         """`settings`: the fields of Ray's LLMConfig. `on_weight_update`: the rule of the Gate."""
@@ -44,24 +45,20 @@ class PolicyServer:
         self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Load the model, install the current weights, and follow the board from then on."""
         await self._server.start()
         await self._server.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
         await self._follower.join()
         self._following = asyncio.create_task(self._follow())
 
     async def check_health(self) -> None:
-        """Raises if the engine is dead; Serve then replaces the replica."""
         await self._server.check_health()
 
     async def generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
-        """Answer a request that `engine.engine_request` has made, in one piece."""
         with _end_with_engine():
             await self._follower.wait_until_joined()
             return await self._gate.complete(lambda: self._generate(request))
 
     async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
-        """Answer a request in parts, as they are sampled."""
         with _end_with_engine():
             await self._follower.wait_until_joined()
             async for part in self._gate.stream(lambda: self._stream(request)):

@@ -12,8 +12,8 @@ import pytest
 from agent_lightning.buffer.buffer import Buffer, Lease
 from agent_lightning.buffer.taken import take_groups
 from agent_lightning.core.types import Ending, Outcome, Task, Trajectory
+from agent_lightning.serving.calls import agent_of, parent_of
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
-from agent_lightning.serving.tracing import agent_of, parent_of
 from agent_lightning.spans.otlp import PROTOBUF, encode, encode_json
 from agent_lightning.spans.tree import RawSpan
 from agent_lightning.toy.model import ToyEngine, ToyLanguage
