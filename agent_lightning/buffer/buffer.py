@@ -13,20 +13,22 @@ and, if there is one, the journal receive; a method returns when the journal has
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import hmac
+import itertools
 import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from agent_lightning.buffer import events
 from agent_lightning.buffer.breaker import Breaker, cause_of
+from agent_lightning.buffer.events import Event
 from agent_lightning.buffer.journal import JournalConfig
-from agent_lightning.buffer.state import StoredRollout
+from agent_lightning.buffer.ledger import StoredRollout
 from agent_lightning.buffer.store import Store
 from agent_lightning.buffer.taken import TakenGroup
 from agent_lightning.config.running import BreakerConfig
@@ -95,15 +97,6 @@ class Stats:
     """One line that says why the run should stop: the circuit breaker has tripped, or `alarm` was called."""
 
 
-def explain(rollout: StoredRollout, ending: Ending) -> Ending:
-    """The ending that a worker reports, with the reason that the gateway has noted: an agent often raises an error of
-    its own after the gateway has refused a call."""
-    no_call = ending.outcome is Outcome.FINISHED and not rollout.num_calls
-    if rollout.cause is not None and (no_call or ending.outcome is Outcome.AGENT_ERROR):
-        return rollout.cause
-    return replace(ending, outcome=Outcome.NO_MODEL_CALL, error="no call was recorded") if no_call else ending
-
-
 class Buffer:
     """Holds all rollouts of a run; one process, which all others call. A method that is called for an attempt that is
     not running raises UnknownRollout.
@@ -155,11 +148,18 @@ class Buffer:
         group, its rollouts that have ended are not run again. Raises JournalFull."""
         if num_rollouts < 1:
             raise ValueError(f"a group has at least one rollout, not {num_rollouts}")
-        async with self._changed:
-            (group_id,) = self._ledger.answer(request) or (self._admit(task, split, num_rollouts, request),)
-            self._changed.notify_all()
-        await self._store.durable()
-        return group_id
+        async with self._change():
+            answer = self._ledger.answers.get(request)
+            if answer is None:
+                group = self._ledger.counts.next_group[split]
+                answer = (RolloutKey(split=split, group=group, index=0).group_id,)
+                left = self._ledger.groups.get(answer[0])
+                adopts = left is not None and (left.task.task_id, len(left.rollouts)) == (task.task_id, num_rollouts)
+                event = events.Admitted(
+                    split=split, group=group, num_rollouts=num_rollouts, task=task, adopts=adopts, request=request
+                )
+                self._store.note(event, grows=True)
+        return answer[0]
 
     async def lease(
         self, num: int, timeout: float, *, deadline: float = math.inf, worker: str = "", request: str = ""
@@ -175,7 +175,7 @@ class Buffer:
                 ready, remaining = ledger.ready(time.time(), num), end - time.monotonic()
                 if keys or ready or self._cancels > cancels or remaining <= 0:
                     break
-                with contextlib.suppress(TimeoutError):
+                with suppress(TimeoutError):
                     async with asyncio.timeout(min(remaining, ledger.ready_at() - time.time())):
                         await self._changed.wait()
             if not keys and ready:
@@ -183,7 +183,8 @@ class Buffer:
                 event = events.Leased(keys=tuple(keys), at=at, expires_at=at + deadline, worker=worker, request=request)
                 self._store.note(event)
             leases = [
-                Lease(key=key, task=ledger.task_of(key), secret=attempt_secret(self._run_secret, key)) for key in keys
+                Lease(key=key, task=ledger.groups[key.group_id].task, secret=attempt_secret(self._run_secret, key))
+                for key in keys
             ]
         await self._store.durable()
         return leases
@@ -211,7 +212,7 @@ class Buffer:
                 known.add(span.span_id)
                 accepted.append(span)
         excess = len(spans) - len(accepted)
-        if self._ledger.answer(request) is None:
+        if request not in self._ledger.answers:
             refused = {**faults, **({f"over {self._max_spans} in one attempt": excess} if excess else {})}
             event = events.Traced(key=key, spans=tuple(accepted), refused=refused, request=request)
             self._store.note(event, grows=True)
@@ -231,19 +232,23 @@ class Buffer:
     async def note_failure(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
         """Note why the gateway refused a call: it explains the exception that the agent may raise next."""
         self._running(key, refused="refused_spans")
-        self._store.note(events.CallFailed(key=key, cause=Ending(outcome=outcome, error=error, at=time.time())))
-        await self._store.durable()
+        await self._note(events.CallFailed(key=key, cause=Ending(outcome=outcome, error=error, at=time.time())))
 
     async def finish(self, key: RolloutKey, ending: Ending, *, failed_tool: str = "", retry: bool = False) -> None:
         """End a running attempt. The next attempt is queued if attempts remain, and if `retry` is set or the outcome is
-        retried. `failed_tool` is what `breaker.last_failed_tool` returns for a failed attempt."""
+        retried. `failed_tool` is what `breaker.last_failed_tool` returns for a failed attempt.
+
+        A refusal that the gateway has noted explains the ending: an agent often raises an error of its own after it."""
         if ending.outcome is Outcome.FINISHED and ending.reward is None:
             raise ValueError(f"rollout {key.rollout_id}: FINISHED needs a reward")
-        async with self._changed:
+        async with self._change():
             rollout = self._running(key, refused="refused_finishes")
-            self._end(rollout, explain(rollout, ending), failed_tool=failed_tool, retry=retry)
-            self._changed.notify_all()
-        await self._store.durable()
+            no_call = ending.outcome is Outcome.FINISHED and not rollout.num_calls
+            if rollout.cause is not None and (no_call or ending.outcome is Outcome.AGENT_ERROR):
+                ending = rollout.cause
+            elif no_call:
+                ending = replace(ending, outcome=Outcome.NO_MODEL_CALL, error="no call was recorded")
+            self._end(rollout, ending, failed_tool=failed_tool, retry=retry)
 
     async def take(self, num_groups: int, *, split: Split, request: str = "") -> list[TakenGroup]:
         """The first `num_groups` groups that became complete, ordered by group number; waits for them. After `cancel`,
@@ -251,13 +256,13 @@ class Buffer:
         ledger, cancels = self._ledger, self._cancels
 
         def ready() -> bool:
-            enough = len(ledger.complete_groups(split, num_groups)) >= num_groups
-            return enough or ledger.answer(request) is not None or ledger.cancelled or self._cancels > cancels
+            enough = len(ledger.complete[split]) >= num_groups
+            return enough or request in ledger.answers or ledger.cancelled or self._cancels > cancels
 
         async with self._changed:
             await self._changed.wait_for(ready)  # ends with finish, expire or cancel
-            answer = ledger.answer(request)
-            ids = ledger.complete_groups(split, num_groups) if answer is None else answer
+            answer = ledger.answers.get(request)
+            ids = tuple(itertools.islice(ledger.complete[split], num_groups)) if answer is None else answer
             groups = [self._store.group(group_id) for group_id in ids]
             if answer is None:
                 self._store.note(events.Taken(groups=ids, request=request))
@@ -266,8 +271,8 @@ class Buffer:
 
     async def advance(self, *, trained: int, dropped: Mapping[str, int], request: str = "") -> None:
         """Count taken rollouts as trained, or as dropped for a reason. Raises ValueError for more than are taken."""
-        if self._ledger.answer(request) is None:
-            total, taken = trained + sum(dropped.values()), self._ledger.num_taken
+        if request not in self._ledger.answers:
+            total, taken = trained + sum(dropped.values()), self._ledger.counts.count.get("taken", 0)
             if min(trained, *dropped.values(), 0) < 0 or total > taken:
                 raise ValueError(f"{trained} trained, {dict(dropped)} dropped, but {taken} taken")
             self._store.note(events.Advanced(trained=trained, dropped=dict(dropped), request=request))
@@ -276,15 +281,13 @@ class Buffer:
     async def cancel(self, reason: str) -> int:
         """End every open rollout as CANCELLED, and let all waiting calls of `lease` and `take` return; the number of
         rollouts that were open."""
-        async with self._changed:
+        async with self._change():
             opened = [rollout for rollout in self._ledger.open_rollouts() if rollout.phase != "complete"]
             for rollout in opened:
                 ending = Ending(outcome=Outcome.CANCELLED, error=reason, at=time.time())
                 self._store.note(events.Ended(key=rollout.key, ending=ending, again=False))
             self._store.note(events.Cancelled(reason=reason))
             self._cancels += 1
-            self._changed.notify_all()
-        await self._store.durable()
         return len(opened)
 
     async def expire(self, now: float) -> int:
@@ -306,21 +309,17 @@ class Buffer:
     async def milestone(self, step: int) -> None:
         """Note that a checkpoint of this step is about to be written, to which `resume` can return. From the first
         milestone on, the journal keeps trained groups until `forget_before`."""
-        self._store.note(events.Checkpointed(step=step))
-        await self._store.durable()
+        await self._note(events.Checkpointed(step=step))
 
     async def forget_before(self, step: int) -> None:
         """Forget what was trained before the checkpoint of this step, which is complete."""
-        self._store.note(events.Released(step=step))
-        await self._store.durable()
+        await self._note(events.Released(step=step))
 
     async def resume(self, step: int, next_group: Mapping[Split, int]) -> int:
         """Start a new run from the checkpoint of this step, when the next groups had the numbers `next_group`. Attempts
         of the old run are over. Returns the number of rollouts that have ended and need not be run again."""
-        async with self._changed:
+        async with self._change():
             self._store.note(events.Resumed(step=step, next_group=dict(next_group)))
-            self._changed.notify_all()
-        await self._store.durable()
         return self._ledger.num_reusable
 
     async def stats(self) -> Stats:
@@ -338,19 +337,17 @@ class Buffer:
         """Release the journal."""
         self._store.close()
 
-    def _admit(self, task: Task, split: Split, num_rollouts: int, request: str) -> str:
-        number = self._ledger.counts.next_group[split]
-        group_id = RolloutKey(split=split, group=number, index=0).group_id
-        event = events.Admitted(
-            split=split,
-            group=number,
-            num_rollouts=num_rollouts,
-            task=task,
-            adopts=self._ledger.has_orphan(group_id, task, num_rollouts),
-            request=request,
-        )
-        self._store.note(event, grows=True)
-        return group_id
+    @asynccontextmanager
+    async def _change(self) -> AsyncIterator[None]:
+        """A change for which others may wait: they are woken at its end, and the journal has it."""
+        async with self._changed:
+            yield
+            self._changed.notify_all()
+        await self._store.durable()
+
+    async def _note(self, event: Event, *, grows: bool = False) -> None:
+        self._store.note(event, grows=grows)
+        await self._store.durable()
 
     def _running(self, key: RolloutKey, *, refused: str = "") -> StoredRollout:
         """The rollout of a running attempt. Raises UnknownRollout for any other key, counted in the field `refused` of
@@ -363,27 +360,21 @@ class Buffer:
         return rollout
 
     async def _lose(self, is_lost: Callable[[StoredRollout], bool], error: str) -> int:
-        async with self._changed:
+        async with self._change():
             running = (rollout for rollout in self._ledger.open_rollouts() if rollout.phase == "running")
             lost = [rollout for rollout in running if is_lost(rollout)]
             for rollout in lost:
                 self._end(rollout, Ending(outcome=Outcome.WORKER_LOST, error=error), retry=False)
-            self._changed.notify_all()
-        await self._store.durable()
         return len(lost)
 
     def _end(self, rollout: StoredRollout, ending: Ending, *, failed_tool: str = "", retry: bool) -> None:
-        calls = self._ledger.spans(rollout.key).calls.values()
         if ending.outcome not in (Outcome.CANCELLED, Outcome.WORKER_LOST):  # one death ends many rollouts at once
             self._breaker.note(cause_of(ending.outcome, ending.error, failed_tool))
-        again = (retry or self._retries.wanted(ending.outcome, calls)) and self._may_retry(rollout)
-        pause = self._retries.delay(rollout.key.attempt - rollout.voided, random.random()) if again else 0.0
-        now = time.time()
-        ready_at = now + pause if pause else 0.0
+        again = retry or self._retries.wanted(ending.outcome, self._ledger.spans(rollout.key).calls.values())
+        now, ready_at = time.time(), 0.0
+        if again:
+            same_split = [r for r in self._ledger.open_rollouts() if r.key.split == rollout.key.split]
+            again = self._retries.allowed(rollout.retries, sum(r.retries for r in same_split), len(same_split))
+        if again and (pause := self._retries.delay(rollout.retries, random.random())):
+            ready_at = now + pause
         self._store.note(events.Ended(key=rollout.key, ending=replace(ending, at=now), again=again, ready_at=ready_at))
-
-    def _may_retry(self, rollout: StoredRollout) -> bool:
-        """Whether the limits on attempts allow another one. Attempts that ended with an older run do not count."""
-        open_rollouts = [r for r in self._ledger.open_rollouts() if r.key.split == rollout.key.split]
-        retried = sum(r.key.attempt - r.voided for r in open_rollouts)
-        return self._retries.allowed(rollout.key.attempt - rollout.voided, retried, len(open_rollouts))

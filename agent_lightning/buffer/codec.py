@@ -46,7 +46,12 @@ def decode(payload: bytes | memoryview) -> Event:
         except msgspec.ValidationError:
             if kind is not Base:
                 raise
-            return _base_of_format_1(content)
+            base = msgspec.msgpack.decode(content, ext_hook=_from_extension)
+            for part in (base, *base["groups"], *base["milestones"]):
+                part |= {name: part.pop(old) for name, old in _NAMES_IN_FORMAT_1.items() if old in part}
+                if part.get("stage") == "left":
+                    part["stage"] = "orphaned"
+            event = msgspec.convert(base, Base, dec_hook=_to_array)
     except (msgspec.MsgspecError, TypeError, LookupError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"it is no {kind.__name__}: {error}") from None
     return event
@@ -55,15 +60,6 @@ def decode(payload: bytes | memoryview) -> Event:
 def kind_of(payload: bytes | memoryview) -> str:
     """The name of the event in a payload, without decoding it."""
     return KINDS[payload[0]].__name__ if len(payload) and payload[0] in KINDS else "unknown"
-
-
-def _base_of_format_1(content: bytes | memoryview) -> Base:
-    base = msgspec.msgpack.decode(content, ext_hook=_from_extension)
-    for part in (base, *base["groups"], *base["milestones"]):
-        part |= {name: part.pop(old) for name, old in _NAMES_IN_FORMAT_1.items() if old in part}
-        if part.get("stage") == "left":
-            part["stage"] = "orphaned"
-    return msgspec.convert(base, Base, dec_hook=_to_array)
 
 
 def _to_extension(value: object) -> object:

@@ -13,16 +13,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, TypeVar, dataclass_transform
+from typing import Final, Self, TypeVar, dataclass_transform
 
-from agent_lightning.buffer.state import Counts, Milestone, StoredGroup, StoredRollout, add_counts
+from agent_lightning.buffer.ledger import Counts, Ledger, Milestone, StoredGroup, StoredRollout, add_counts
+from agent_lightning.buffer.segments import RecordLocation
 from agent_lightning.core.types import Ending, ModelCall, RolloutKey, Split, Task
 from agent_lightning.spans.tree import RawSpan
-
-if TYPE_CHECKING:
-    from agent_lightning.buffer.ledger import Ledger
-    from agent_lightning.buffer.segments import RecordLocation
 
 
 class Event(ABC):
@@ -75,6 +73,23 @@ class Base(Event):
     answers: tuple[tuple[str, tuple[str, ...]], ...]
     cancelled: bool
 
+    @classmethod
+    def of(cls, ledger: Ledger) -> Self:
+        """The content of a ledger."""
+        return cls(
+            spans=sum(len(spans.locations) for spans in ledger.recorded()),
+            counts=ledger.counts,
+            groups=tuple(ledger.groups.values()),
+            waiting=tuple(ledger.waiting),
+            complete={split: tuple(ids) for split, ids in ledger.complete.items()},
+            taken=tuple(ledger.taken),
+            partly_advanced=ledger.partly_advanced,
+            checkpoint_epoch=ledger.checkpoint_epoch,
+            milestones=tuple(ledger.milestones),
+            answers=tuple(ledger.answers.items()),
+            cancelled=ledger.cancelled,
+        )
+
     def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
         ledger.counts, ledger.cancelled = self.counts, self.cancelled
         ledger.groups = {group.group_id: group for group in self.groups}
@@ -111,7 +126,7 @@ class Admitted(Event):
             rollouts = [StoredRollout(key=key) for key in keys]
             ledger.groups[group_id] = StoredGroup(group_id=group_id, task=self.task, rollouts=rollouts)
             ledger.waiting.extend(keys)
-        ledger.counts.add("admitted", self.num_rollouts if self.split == "train" else 0)
+        ledger.counts.add(admitted=self.num_rollouts if self.split == "train" else 0)
         ledger.cancelled = False
         ledger.remember(self.request, (group_id,))
 
@@ -150,8 +165,7 @@ class Called(Event):
             return
         rollout.num_calls += 1
         rollout.sampled_tokens += len(call.response_T)
-        ledger.counts.add("calls", 1)
-        ledger.counts.add("sampled_tokens", len(call.response_T))
+        ledger.counts.add(calls=1, sampled_tokens=len(call.response_T))
         if rollout.cause is not None and call.started_at > rollout.cause.at:
             rollout.cause = None  # the agent recovered from that refusal, so it does not explain a later error
 
@@ -202,7 +216,7 @@ class Ended(Event):
             key = replace(self.key, attempt=self.key.attempt + 1)
             group.rollouts[key.index] = StoredRollout(key=key, voided=rollout.voided, ready_at=self.ready_at)
             ledger.waiting.appendleft(key)  # it goes first: the rest of its group waits for it
-            ledger.counts.add("retried", 1)
+            ledger.counts.add(retried=1)
             return
         if rollout.phase == "waiting":
             ledger.waiting.remove(self.key)
@@ -237,7 +251,7 @@ class Taken(Event):
         for group_id in self.groups:
             group = ledger.groups[group_id]
             ledger.complete[group.split].remove(group_id)
-            ledger.counts.add("taken" if group.split == "train" else "evaluated", len(group.rollouts))
+            ledger.counts.add(**{"taken" if group.split == "train" else "evaluated": len(group.rollouts)})
             if not ledger.keeps_taken:
                 ledger.drop(group_id)
                 continue
@@ -260,8 +274,7 @@ class Advanced(Event):
 
     def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
         total = self.trained + sum(self.dropped.values())
-        ledger.counts.add("taken", -total)
-        ledger.counts.add("trained", self.trained)
+        ledger.counts.add(taken=-total, trained=self.trained)
         add_counts(ledger.counts.dropped, self.dropped)
         ledger.partly_advanced += total if ledger.keeps_taken else 0
         while ledger.taken and ledger.partly_advanced >= len(ledger.groups[ledger.taken[0]].rollouts):
@@ -279,8 +292,8 @@ class Checkpointed(Event):
 
     def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
         ledger.checkpoint_epoch += 1
-        epoch = ledger.checkpoint_epoch
-        ledger.milestones.append(Milestone(step=self.step, checkpoint_epoch=epoch, counts=ledger.counts.copy()))
+        epoch, counts = ledger.checkpoint_epoch, deepcopy(ledger.counts)
+        ledger.milestones.append(Milestone(step=self.step, checkpoint_epoch=epoch, counts=counts))
 
 
 @_kind(12)
@@ -311,14 +324,18 @@ class Resumed(Event):
     next_group: Mapping[Split, int]
 
     def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
-        milestone = self._milestone(ledger)
+        # There are two milestones of a step if the step after the first was abandoned; the numbers of the next groups
+        # tell which of them was saved.
+        of_step = [milestone for milestone in ledger.milestones if milestone.step == self.step]
+        exact = [milestone for milestone in of_step if milestone.counts.next_group == dict(self.next_group)]
+        milestone = next(reversed(exact or of_step), None)
         if milestone is None:
             for group_id in list(ledger.groups):
                 ledger.drop(group_id)
             counts = Counts(next_group=dict(self.next_group))
             ledger.milestones = []
         else:
-            counts = milestone.counts.copy()
+            counts = deepcopy(milestone.counts)
             ledger.milestones = ledger.milestones[: ledger.milestones.index(milestone) + 1]
         counts.count["taken"] = 0  # the run that had taken them is over
         ledger.counts, ledger.cancelled, ledger.answers, ledger.partly_advanced = counts, False, {}, 0
@@ -334,10 +351,3 @@ class Resumed(Event):
             if group.number < counts.next_group[group.split]:
                 group.stage = "open"
                 ledger.queue(group)
-
-    def _milestone(self, ledger: Ledger) -> Milestone | None:
-        """The checkpoint of the step. There are two if the step after the first one was abandoned; the numbers of the
-        next groups tell which of them was saved."""
-        of_step = [m for m in ledger.milestones if m.step == self.step]
-        exact = [m for m in of_step if m.counts.next_group == dict(self.next_group)]
-        return next(reversed(exact or of_step), None)

@@ -39,10 +39,6 @@ FSYNC: Final[Mapping[str, str]] = {
 }
 _RESERVE: Final = 1.1
 """Events that end rollouts may be written up to 1.1 x `max_bytes`, so that a run with a full journal can finish."""
-_RETRY_S: Final = 0.2
-"""Seconds between two tries to write to a full disk."""
-_MAX_READERS: Final = 64
-"""Segments that are open for reading at a time."""
 _MODE: Final = 0o600
 """Permissions of the journal's files, which hold messages of agents and users."""
 
@@ -91,10 +87,8 @@ class Journal:
         self._lock = _lock_folder(config.path, config.takeover_s)
         self._open: list[_Open] = []
         """Segments that may have bytes to write or to bring to the disk; records are appended to the last."""
-        self._numbers: list[int] = []
-        """Numbers of all segments in the folder."""
-        self.size = 0
-        """Size of all segments in bytes, pending bytes included."""
+        self._numbers: list[int] = []  # of all segments in the folder
+        self.size = 0  # of all segments in bytes, pending bytes included
         self._readers: dict[int, int] = {}
         """Segment number -> descriptor for reading."""
         self._written: asyncio.Future[None] | None = None
@@ -110,14 +104,15 @@ class Journal:
         """All records in order; afterwards the journal can be written. A payload is valid until the next iteration.
 
         Raises JournalDamaged, JournalError."""
-        for unfinished in (*self.config.path.glob(".*.tmp"), *self.config.path.glob("*.half")):
+        folder = self.config.path
+        for unfinished in (*folder.glob(".*.tmp"), *folder.glob("*.half")):
             unfinished.unlink()  # a crash came during a compaction, of this version or of 0.1.0
         reader = None
-        for reader in segments.segment_readers(self.config.path):
+        for reader in segments.segment_readers(folder):
             yield from reader.records()
             self._numbers.append(reader.segment.number)
             self.size += reader.end
-        for segment in segments.list_segments(self.config.path):
+        for segment in segments.list_segments(folder):
             if segment.number not in self._numbers:  # a crash came before a compaction had removed it
                 segment.path.unlink()
         if reader is None:
@@ -143,10 +138,8 @@ class Journal:
         if size > MAX_PAYLOAD:
             raise JournalError(f"a record of {size} bytes is more than a journal takes")
         if self.size + size > limit:
-            raise JournalFull(
-                f"the journal {self.config.path} has reached its limit of {self.config.max_bytes / 2**30:.2f} GiB: "
-                f"raise buffer.max_disk_gib, or checkpoint more often"
-            )
+            reached = f"the journal {self.config.path} has reached its limit of {self.config.max_bytes / 2**30:.2f} GiB"
+            raise JournalFull(f"{reached}: raise buffer.max_disk_gib, or checkpoint more often")
         current = self._open[-1]
         if current.size + size > self.config.segment_bytes and current.size > HEADER_BYTES:
             current = self._begin(current.number + 1, current.size)
@@ -155,8 +148,8 @@ class Journal:
         current.size += size
         self.size += size
         if not self._scheduled:
-            self._scheduled = True
             asyncio.get_running_loop().call_soon(self._write_pending)
+        self._scheduled = True
         return location
 
     async def durable(self) -> None:
@@ -174,7 +167,7 @@ class Journal:
             if segment.number == location.segment and location.offset + FRAME_BYTES + location.length > segment.written:
                 return segments.unframe(b"".join(segment.pending)[location.offset - segment.written :], location, path)
         if location.segment not in self._readers:
-            while len(self._readers) >= _MAX_READERS:
+            while len(self._readers) >= 64:  # files are open at a time
                 os.close(self._readers.pop(next(iter(self._readers))))
             self._readers[location.segment] = os.open(path, os.O_RDONLY)
         data = os.pread(self._readers[location.segment], FRAME_BYTES + location.length, location.offset)
@@ -238,32 +231,28 @@ class Journal:
         return segment
 
     def _write_pending(self) -> None:
-        """Write all records that were appended in one turn of the event loop."""
+        """Write all records that were appended in one turn of the event loop. If the disk is full, write again later;
+        after `patience_s`, or after another error, the journal fails."""
         self._scheduled = False
         try:
             self.flush()
         except OSError as error:
-            self._wait_for_space(error)
+            now, full = time.monotonic(), error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full and not self._full_since:
+                logger.warning("the journal waits: no space left at %s", self.config.path)
+                self._full_since = now
+            if full and now - self._full_since < self.config.patience_s:
+                self._scheduled = True
+                asyncio.get_running_loop().call_later(0.2, self._write_pending)
+                return
+            after = f" for {self.config.patience_s:g} s: free some space" if full else ""
+            self._fail(f"the journal {self.config.path} cannot be written ({error.strerror}){after}")
             return
         self._full_since = 0.0
         if self.config.fsync != "always":
             self._wake(None)
         if self._syncing is None and (self.config.fsync != "never" or len(self._open) > 1):
             self._syncing = asyncio.get_running_loop().create_task(self._sync())
-
-    def _wait_for_space(self, error: OSError) -> None:
-        """Write again later if the disk is full; after `patience_s`, or after another error, the journal fails."""
-        now = time.monotonic()
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full and not self._full_since:
-            logger.warning("the journal waits: no space left at %s", self.config.path)
-            self._full_since = now
-        if full and now - self._full_since < self.config.patience_s:
-            self._scheduled = True
-            asyncio.get_running_loop().call_later(_RETRY_S, self._write_pending)
-            return
-        after = f" for {self.config.patience_s:g} s: free some space" if full else ""
-        self._fail(f"the journal {self.config.path} cannot be written ({error.strerror}){after}")
 
     def _write(self, segment: _Open) -> None:
         """Write the pending bytes of a segment. Raises OSError; then its file is as it was before."""

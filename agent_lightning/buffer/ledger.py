@@ -1,4 +1,4 @@
-"""The ledger: all that a Buffer knows. Events, and nothing else, change it (`events.Event.apply`).
+"""The ledger: all that a Buffer knows, in values that a journal can hold. Events, and nothing else, change it.
 
 open: waiting -> running -> complete    taken    trained (kept until a checkpoint covers it)    orphaned
 """
@@ -9,29 +9,129 @@ import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal
 
-from agent_lightning.buffer.events import Base
 from agent_lightning.buffer.segments import RecordLocation
-from agent_lightning.buffer.state import Counts, Milestone, RecordedSpans, StoredGroup, StoredRollout, add_counts
-from agent_lightning.core.types import Outcome, RolloutKey, Split, Task
+from agent_lightning.core.types import Ending, ModelCall, Outcome, RolloutKey, Split, Task
+from agent_lightning.spans.tree import RawSpan
 
 _REMEMBERED_ANSWERS: Final = 4096
 """Number of client calls whose answers are remembered: many more than are in flight when a process dies."""
+Phase = Literal["waiting", "running", "complete"]
+Stage = Literal["open", "taken", "trained", "orphaned"]
+"""How far a group is. An orphaned group was left unfinished by an interrupted run; it becomes open again when the
+resumed run admits it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class StoredRollout:
+    """The latest attempt of a rollout, without its spans. All times are Unix seconds: they outlive a process."""
+
+    key: RolloutKey
+    phase: Phase = "waiting"
+    ready_at: float = 0.0
+    """When a waiting attempt may start."""
+    started_at: float = 0.0
+    expires_at: float = math.inf
+    """When the lease of a running attempt ends."""
+    worker: str = ""
+    """Name of the worker that has the lease."""
+    refused: dict[str, int] = field(default_factory=dict)
+    """Reason -> number of spans that were refused when they arrived."""
+    cause: Ending | None = None
+    """Why the gateway refused the latest call, if it did: it explains an error of the agent that follows."""
+    ending: Ending | None = None
+    """How a complete attempt ended."""
+    num_calls: int = 0
+    sampled_tokens: int = 0
+    voided: int = 0
+    """Number of attempts that ended because their run did: they do not count against the rollout."""
+
+    @property
+    def retries(self) -> int:
+        """Number of attempts before this one that count against the rollout."""
+        return self.key.attempt - self.voided
+
+
+@dataclass(slots=True, kw_only=True)
+class StoredGroup:
+    """The rollouts of one task."""
+
+    group_id: str
+    task: Task
+    stage: Stage = "open"
+    checkpoint_epoch: int = 0
+    """The epoch, counted in checkpoints of the run, in which the group was taken or trained."""
+    rollouts: list[StoredRollout]
+
+    @property
+    def complete(self) -> bool:
+        return all(rollout.phase == "complete" for rollout in self.rollouts)
+
+    @property
+    def split(self) -> Split:
+        return self.rollouts[0].key.split
+
+    @property
+    def number(self) -> int:
+        return self.rollouts[0].key.group
+
+
+@dataclass(slots=True, kw_only=True)
+class Counts:
+    """Totals of the run, and the numbers of the next groups."""
+
+    count: dict[str, int] = field(default_factory=dict)
+    """Name of a field of `Stats` -> its value."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, int] = field(default_factory=dict)
+    next_group: dict[Split, int] = field(default_factory=lambda: {"train": 0, "val": 0})
+
+    def add(self, **numbers: int) -> None:
+        """Add to the fields of `Stats` with these names."""
+        add_counts(self.count, numbers)
+
+
+@dataclass(slots=True, kw_only=True)
+class Milestone:
+    """A checkpoint of the run, to which a resumed run returns."""
+
+    step: int
+    checkpoint_epoch: int
+    counts: Counts
+    """The totals when the checkpoint was written."""
+
+
+@dataclass(slots=True)
+class RecordedSpans:
+    """The spans of an attempt: in memory or, if `spilled`, only in the journal."""
+
+    calls: dict[str, ModelCall] = field(default_factory=dict)
+    """The gateway's calls by their id, in the order of their arrival."""
+    raw: dict[str, RawSpan] = field(default_factory=dict)
+    """The spans that the agent's process sent, by their id."""
+    locations: list[RecordLocation] = field(default_factory=list)
+    """Where the journal has the events that brought these spans."""
+    spilled: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Size of the spans in the journal."""
+        return sum(location.length for location in self.locations)
 
 
 class Ledger:
     """The state of every rollout.
 
     With `keeps_taken`, which needs a journal, a taken group stays until it is trained and a newer checkpoint is
-    complete, so that a resumed run can take it again. Without it, a group is forgotten when it is taken.
+    complete, so that a resumed run can take it again. Without it, a group is forgotten when it is taken. Spans of
+    complete rollouts beyond `memory_bytes` are kept in the journal only.
     """
 
     def __init__(
         self, *, next_group: Mapping[Split, int] | None = None, keeps_taken: bool = False, memory_bytes: int = 2**62
     ) -> None:
-        """`memory_bytes`: spans of complete rollouts beyond this size are kept in the journal only."""
         self.keeps_taken = keeps_taken
         self._memory_bytes = memory_bytes
         self._held_bytes = 0
@@ -70,7 +170,6 @@ class Ledger:
         return rollout
 
     def spans(self, key: RolloutKey) -> RecordedSpans:
-        """The spans of an attempt; empty if none were recorded."""
         return self._spans.get(key) or RecordedSpans()
 
     def open_rollouts(self) -> Iterator[StoredRollout]:
@@ -85,32 +184,11 @@ class Ledger:
         """Unix time at which the first waiting rollout may start; infinity if none waits."""
         return min((self.attempt(key).ready_at for key in self.waiting), default=math.inf)
 
-    def task_of(self, key: RolloutKey) -> Task:
-        return self.groups[key.group_id].task
-
-    def answer(self, request: str) -> tuple[str, ...] | None:
-        """The ids with which this request was answered; None for a new request."""
-        return self.answers.get(request)
-
     def leased_for(self, request: str) -> list[RolloutKey]:
         """Attempts that were leased for this request and still run."""
         ids = (attempt_id.partition("/") for attempt_id in self.answers.get(request, ()))
         keys = [RolloutKey.parse(rollout_id, int(attempt)) for rollout_id, _, attempt in ids]
         return [key for key in keys if self.running(key)]
-
-    def complete_groups(self, split: Split, num: int) -> tuple[str, ...]:
-        """Ids of the first `num` complete groups of a split."""
-        return tuple(itertools.islice(self.complete[split], num))
-
-    def has_orphan(self, group_id: str, task: Task, num_rollouts: int) -> bool:
-        """Whether an interrupted run has left this group, with the same task and number of rollouts."""
-        group = self.groups.get(group_id)
-        return group is not None and group.task.task_id == task.task_id and len(group.rollouts) == num_rollouts
-
-    @property
-    def num_taken(self) -> int:
-        """Number of rollouts that are taken and neither trained nor dropped."""
-        return self.counts.count.get("taken", 0)
 
     @property
     def num_reusable(self) -> int:
@@ -131,22 +209,6 @@ class Ledger:
     def recorded(self) -> list[RecordedSpans]:
         """The spans of every attempt that the journal has spans of."""
         return [spans for spans in self._spans.values() if spans.locations]
-
-    def base(self) -> Base:
-        """The ledger without its spans, as the first event of a compacted journal."""
-        return Base(
-            spans=sum(len(spans.locations) for spans in self.recorded()),
-            counts=self.counts,
-            groups=tuple(self.groups.values()),
-            waiting=tuple(self.waiting),
-            complete={split: tuple(ids) for split, ids in self.complete.items()},
-            taken=tuple(self.taken),
-            partly_advanced=self.partly_advanced,
-            checkpoint_epoch=self.checkpoint_epoch,
-            milestones=tuple(self.milestones),
-            answers=tuple(self.answers.items()),
-            cancelled=self.cancelled,
-        )
 
     # Changes that several events share.
 
@@ -200,7 +262,7 @@ class Ledger:
     def count_ending(self, rollout: StoredRollout) -> None:
         """Count a rollout that has ended, if it has."""
         if rollout.ending is not None:
-            self.counts.add("ended", 1)
+            self.counts.add(ended=1)
             if rollout.ending.outcome is not Outcome.FINISHED and rollout.key.split == "train":
                 add_counts(self.counts.failed, {rollout.ending.outcome: 1})
 
@@ -225,6 +287,11 @@ class Ledger:
         group.stage = "open"
         self.queue(group)
         for rollout in group.rollouts:
-            self.counts.add("calls", rollout.num_calls)
-            self.counts.add("sampled_tokens", rollout.sampled_tokens)
+            self.counts.add(calls=rollout.num_calls, sampled_tokens=rollout.sampled_tokens)
             self.count_ending(rollout)
+
+
+def add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
+    """Add each of `more` to the count of the same name."""
+    for name, number in more.items():
+        counts[name] = counts.get(name, 0) + number

@@ -47,8 +47,7 @@ class RecordLocation(NamedTuple):
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A file of the journal."""
 
     path: Path
@@ -71,10 +70,8 @@ def list_segments(folder: Path) -> list[Segment]:
 def is_base(segment: Segment) -> bool:
     """Whether the segment begins with a Base event; False also if its header is broken."""
     with segment.path.open("rb") as file:
-        start = file.read(HEADER_BYTES)
-    if len(start) < HEADER_BYTES or _CRC.unpack_from(start, _HEADER.size)[0] != zlib.crc32(start[: _HEADER.size]):
-        return False
-    return bool(_HEADER.unpack_from(start)[2] & BASE)
+        fields = _read_header(file.read(HEADER_BYTES))
+    return fields is not None and bool(fields[1] & BASE)
 
 
 def header(number: int, before: int, *, base: bool) -> bytes:
@@ -116,37 +113,35 @@ class SegmentReader:
 
     def records(self) -> Iterator[tuple[RecordLocation, memoryview]]:
         """Locations and payloads; a payload is valid until the next iteration."""
-        with self.segment.path.open("rb") as file:
+        path, number = self.segment.path, self.segment.number
+        with path.open("rb") as file:
             size = file.seek(0, 2)
             if size < HEADER_BYTES:
                 self._accept_torn(size, "its header is cut")
                 return
             with mmap(file.fileno(), 0, access=ACCESS_READ) as data, memoryview(data) as view:
-                self._read_header(bytes(view[:HEADER_BYTES]))
+                fields = _read_header(bytes(view[:HEADER_BYTES]))
+                if fields is None:
+                    raise JournalDamaged(path, 0, "its header is not one of a journal")
+                form, _, own_number, before = fields
+                if form > FORMAT:
+                    remedy = "use the agent-lightning that wrote it"
+                    raise JournalError(f"{path} has format {form}, this version reads up to {FORMAT}: {remedy}")
+                if own_number != number:
+                    raise JournalDamaged(path, 0, f"its name says another number than its header, {own_number}")
+                if self.before is not None and before != self.before:
+                    why = f"the segment before it should have {before} bytes and has {self.before}"
+                    raise JournalDamaged(path, 0, why)
+                self.end = HEADER_BYTES
                 while self.end < size:
-                    payload = _payload_at(view, self.end, self.segment.number, self.end)
+                    payload = _payload_at(view, self.end, number, self.end)
                     if payload is None:
                         self._check_tail(data, view)
                         return
-                    location = RecordLocation(self.segment.number, self.end, len(payload))
+                    location = RecordLocation(number, self.end, len(payload))
                     self.end += FRAME_BYTES + len(payload)
                     with payload:
                         yield location, payload
-
-    def _read_header(self, start: bytes) -> None:
-        path = self.segment.path
-        magic, form, _, number, before = _HEADER.unpack_from(start)
-        if magic != _MAGIC or _CRC.unpack_from(start, _HEADER.size)[0] != zlib.crc32(start[: _HEADER.size]):
-            raise JournalDamaged(path, 0, "its header is not one of a journal")
-        if form > FORMAT:
-            raise JournalError(
-                f"{path} has format {form}, this version reads up to {FORMAT}: use the agent-lightning that wrote it"
-            )
-        if number != self.segment.number:
-            raise JournalDamaged(path, 0, f"its name says another number than its header, {number}")
-        if self.before is not None and before != self.before:
-            raise JournalDamaged(path, 0, f"the segment before it should have {before} bytes and has {self.before}")
-        self.end = HEADER_BYTES
 
     def _check_tail(self, data: mmap, view: memoryview) -> None:
         """Judge the broken record at `end`: with a valid record behind it, it is damage; else a torn tail."""
@@ -181,6 +176,14 @@ def segment_readers(folder: Path) -> Iterator[SegmentReader]:
         before = None if reader is None else reader.end
         reader = SegmentReader(segment, last=index == len(segments) - 1, before=before)
         yield reader
+
+
+def _read_header(start: bytes) -> tuple[int, int, int, int] | None:
+    """Format, flags, number and `before` of a segment's first bytes; None if they are no header of a journal."""
+    if len(start) < HEADER_BYTES or _CRC.unpack_from(start, _HEADER.size)[0] != zlib.crc32(start[: _HEADER.size]):
+        return None
+    magic, form, flags, number, before = _HEADER.unpack_from(start)
+    return (form, flags, number, before) if magic == _MAGIC else None
 
 
 def _payload_at(data: memoryview | bytes, start: int, number: int, offset: int) -> memoryview | None:

@@ -58,7 +58,7 @@ def plain(value: object) -> object:
 
 
 def base_of(buffer: Buffer) -> Base:
-    return decode(encode(buffer._store.ledger.base()))  # type: ignore[return-value]
+    return decode(encode(Base.of(buffer._store.ledger)))  # type: ignore[return-value]
 
 
 def complete_groups(buffer: Buffer) -> list[TakenGroup]:
@@ -100,7 +100,7 @@ async def play(buffer: Buffer, source: random.Random, num: int) -> None:
                     if ledger.complete[split]:
                         await buffer.take(1, split=split, request=request)
                 case "d":
-                    taken = ledger.num_taken
+                    taken = ledger.counts.count.get("taken", 0)
                     await buffer.advance(trained=taken // 2, dropped={"x": taken - taken // 2}, request=request)
                 case "x":
                     await buffer.cancel("stop") if source.random() < 0.1 else await buffer.milestone(
