@@ -29,11 +29,10 @@ from agent_lightning.config.refusals import explain
 from agent_lightning.config.section import AtLeast1, Section
 from agent_lightning.core import files
 from agent_lightning.core.errors import ConfigError, UserError
+from agent_lightning.run.tracking import new_folder
 from agent_lightning.sweeps.space import Choice, Distribution, parse_words, sampled_words
 
 MAX_GRID = 256
-OWN_KEYS = ("name", "runs_dir")
-"""Keys of the trials that the sweep itself sets."""
 
 
 class SweepConfig(Section):
@@ -136,21 +135,17 @@ def plan_sweep(words: Sequence[str]) -> tuple[SweepPlan, Config]:
     The config is composed with both bounds, or every choice, of each searched key, so that unknown keys, wrong types
     and values out of bounds are refused with the messages of `agl train`, before anything starts.
     """
-    fixed, space = parse_words(words)
-    settings = _settings([word for word in fixed if _is_setting(word)])
-    fixed = tuple(word for word in fixed if not _is_setting(word))
-    for key in OWN_KEYS:
-        if key in space or any(word.startswith(f"{key}=") for word in fixed if key == "name"):
+    parsed, space = parse_words(words)
+    own = [word for word in parsed if word.partition("=")[0].partition(".")[0] == "sweep"]
+    settings, fixed = _settings(own), tuple(word for word in parsed if word not in own)
+    for key in ("name", "runs_dir"):
+        if key in space or (key == "name" and any(word.startswith("name=") for word in fixed)):
             raise ConfigError(f"{key}: a sweep names and places its trials itself; leave it out")
     if not space:
         raise ConfigError("a sweep needs something to search, such as 'algorithm.lr=loguniform(1e-4,3e-3)'")
-    if settings.search == "grid":
-        _check_grid(settings, space)
-    values = {key: distribution.check_values()[0] for key, distribution in space.items()}
-    config = _compose(fixed, values)
-    for key, distribution in space.items():
-        for value in distribution.check_values()[1:]:
-            _compose(fixed, values | {key: value})
+    first = {key: distribution.check_values()[0] for key, distribution in space.items()}
+    others = [first | {key: value} for key, distribution in space.items() for value in distribution.check_values()[1:]]
+    config, *_ = [load([*fixed, *(f"{key}={value}" for key, value in values.items())]) for values in (first, *others)]
     plan = SweepPlan(
         experiment=config.experiment,
         command=tuple(words),
@@ -164,23 +159,14 @@ def plan_sweep(words: Sequence[str]) -> tuple[SweepPlan, Config]:
     return plan, config
 
 
-def _is_setting(word: str) -> bool:
-    """Whether a word is `sweep=NAME` or `sweep.KEY=VALUE`."""
-    return word.partition("=")[0].partition(".")[0] == "sweep"
-
-
-def _compose(fixed: Sequence[str], values: Mapping[str, str]) -> Config:
-    return load([*fixed, *(f"{key}={value}" for key, value in values.items())])
-
-
 def _settings(words: Sequence[str]) -> SweepConfig:
     """Load conf/sweep/NAME.yaml and apply `sweep.KEY=VALUE`. Raises ConfigError."""
     folder = project_folder("conf") / "sweep"
-    chosen = [word.removeprefix("sweep=") for word in words if word.startswith("sweep=")] or ["random"]
-    file = folder / f"{chosen[-1]}.yaml"
+    *_, chosen = ["random", *(word.removeprefix("sweep=") for word in words if word.startswith("sweep="))]
+    file = folder / f"{chosen}.yaml"
     if not file.is_file():
         names = ", ".join(sorted(preset.stem for preset in folder.glob("*.yaml")))
-        raise ConfigError(f"sweep={chosen[-1]}: unknown; choose one of {names}")
+        raise ConfigError(f"sweep={chosen}: unknown; choose one of {names}")
     dotted = [word.removeprefix("sweep.") for word in words if word.startswith("sweep.")]
     known = list(SweepConfig.model_fields)
     if unknown := [key for word in dotted if (key := word.partition("=")[0]) not in known]:
@@ -194,20 +180,16 @@ def _settings(words: Sequence[str]) -> SweepConfig:
         raise ConfigError(f"sweep.{explain(error, SweepConfig)}") from error
 
 
-def _check_grid(settings: SweepConfig, space: Mapping[str, Distribution]) -> None:
-    """Check that all combinations of the space can be tried. Raises ConfigError."""
-    if settings.trials is not None:
-        raise ConfigError("sweep.trials: a grid has as many trials as it has combinations; leave it out")
-    values = {key: choice.values for key, choice in space.items() if isinstance(choice, Choice)}
-    if endless := [key for key in space if key not in values]:
-        raise ConfigError(f"{endless[0]}: a grid needs choice(…) or range(…); or choose another sweep")
-    if (combinations := math.prod(map(len, values.values()))) > MAX_GRID:
-        raise ConfigError(f"the grid has {combinations} combinations, more than {MAX_GRID}: use sweep=random")
-
-
 def _check_settings(plan: SweepPlan) -> None:
     """Refuse settings that are impossible, contradict each other, or that nothing reads. Raises ConfigError."""
     settings = plan.settings
+    if settings.search == "grid":
+        if settings.trials is not None:
+            raise ConfigError("sweep.trials: a grid has as many trials as it has combinations; leave it out")
+        if endless := [key for key, distribution in plan.space.items() if not isinstance(distribution, Choice)]:
+            raise ConfigError(f"{endless[0]}: a grid needs choice(…) or range(…); or choose another sweep")
+        if plan.num_trials > MAX_GRID:
+            raise ConfigError(f"the grid has {plan.num_trials} combinations, more than {MAX_GRID}: use sweep=random")
     changed = settings.model_dump(exclude_defaults=True)
     for key, scheduler in (("grace_steps", "asha"), ("reduction", "asha"), ("interval_steps", "pbt")):
         if key in changed and settings.scheduler != scheduler:
@@ -249,15 +231,8 @@ class SweepFolder:
     @classmethod
     def create(cls, root: Path, plan: SweepPlan) -> SweepFolder:
         """Make a new folder in `root`, with the command line in it. Raises UserError if `root` cannot be written."""
-        stem = f"sweep-{plan.experiment}-{time.strftime('%Y%m%d-%H%M%S')}"
-        number = 1
-        while (path := root / (stem if number == 1 else f"{stem}-{number}")).exists():
-            number += 1
-        try:
-            (path / "logs").mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"cannot make a folder in {root}: {error.strerror}") from error
-        folder = cls(path)
+        folder = cls(new_folder(root, f"sweep-{plan.experiment}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        (folder.path / "logs").mkdir()
         folder.command_file.write_text(yaml.safe_dump({"command": list(plan.command)}, allow_unicode=True))
         return folder
 
@@ -274,7 +249,6 @@ class SweepFolder:
         return rename_keys(str(word) for word in yaml.safe_load(self.command_file.read_text())["command"])
 
     def write(self, records: Sequence[TrialRecord]) -> None:
-        """Write trials.jsonl."""
         files.write_text(self.trials, "".join(json.dumps(asdict(record)) + "\n" for record in records))
 
     def read(self) -> list[TrialRecord]:
@@ -282,12 +256,9 @@ class SweepFolder:
         if not self.trials.is_file():
             return []
         rows = [json.loads(line) for line in self.trials.read_text().splitlines()]
-        return [
-            TrialRecord(
-                **row | {"words": tuple(rename_keys(row["words"])), "rewards": tuple((s, r) for s, r in row["rewards"])}
-            )
-            for row in rows
-        ]
+        for row in rows:
+            row |= {"words": tuple(rename_keys(row["words"])), "rewards": tuple(map(tuple, row["rewards"]))}
+        return [TrialRecord(**row) for row in rows]
 
 
 def best_of(records: Sequence[TrialRecord]) -> TrialRecord | None:
@@ -310,19 +281,14 @@ def best_experiment(plan: SweepPlan, best: TrialRecord) -> str:
     conf = project_folder("conf")
     pairs = [word.partition("=")[::2] for word in (*plan.fixed, *best.words)]
     groups = {key: value for key, value in pairs if (conf / key).is_dir() and key != "experiment"}
-    values = [f"{key}={value}" for key, value in pairs if not (conf / key).is_dir() and key not in _NOT_IN_BEST]
+    of_the_sweep = ("runs_dir", "tracking.group", "checkpoint_every", "experiment")
+    values = [f"{key}={value}" for key, value in pairs if not (conf / key).is_dir() and key not in of_the_sweep]
     defaults: list[Any] = [Path(dict(pairs)["experiment"]).stem]
     defaults += [{f"override /{key}": value} for key, value in groups.items()]
-    body = {"defaults": [*defaults, "_self_"]}
-    yaml_text = OmegaConf.to_yaml(
-        OmegaConf.merge(body, {"experiment": f"{plan.experiment}_best"}, OmegaConf.from_dotlist(values))
-    )
+    body = {"defaults": [*defaults, "_self_"], "experiment": f"{plan.experiment}_best"}
+    yaml_text = OmegaConf.to_yaml(OmegaConf.merge(body, OmegaConf.from_dotlist(values)))
     return (
         "# @package _global_\n"
         f"# The best of {plan.num_trials} trials: held-out reward {best.last:.3f} at step {best.step} ({best.run}).\n"
         f"# agl sweep {shlex.join(plan.command)}\n{yaml_text}"
     )
-
-
-_NOT_IN_BEST = ("runs_dir", "tracking.group", "checkpoint_every", "experiment")
-"""Keys that belong to the sweep and not to the best trial's experiment."""

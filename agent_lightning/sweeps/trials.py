@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -49,30 +49,28 @@ class Result:
     """The run has done all of its steps and has ended."""
 
 
+@dataclass(slots=True, kw_only=True)
 class Trial:
     """Runs a trial, from its newest checkpoint if it has any; the process starts with the first `next_result`."""
 
-    def __init__(
-        self,
-        *,
-        sweep: Path,
-        name: str,
-        words: Sequence[str],
-        environment: Mapping[str, str] | None = None,
-        folder: Path | None = None,
-        program: Sequence[str] = PROGRAM,
-    ) -> None:
-        """`words`: the overrides of `agl train`. `environment`: variables added to those of this process. `folder`: the
-        working directory; None: that of this process. `program`: the command that stands for `agl`."""
-        self._sweep, self._name = sweep, name
-        self._words = (*words, f"runs_dir={sweep}")
-        self._environment = dict(environment or {})
-        self._folder = folder
-        self._program = program
-        self._process: subprocess.Popen[bytes] | None = None
-        self._last_step = -1
-        """The step of the newest evaluation that `next_result` returned."""
-        self.run = newest_run(sweep, name)
+    sweep: Path
+    name: str
+    words: Sequence[str]
+    """The overrides of `agl train`."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that are added to those of this process."""
+    folder: Path | None = None
+    """The working directory; None: that of this process."""
+    program: Sequence[str] = PROGRAM
+    """The command that stands for `agl`."""
+    run: Path = field(init=False)
+    last_step: int = field(init=False, default=-1)
+    """The step of the newest evaluation that `next_result` returned."""
+    _process: subprocess.Popen[bytes] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.run = newest_run(self.sweep, self.name)
+        self.words = (*self.words, f"runs_dir={self.sweep}")
 
     def next_result(self) -> Result:
         """Wait for the run's next evaluation. Raises TrialFailed if the run ends without one."""
@@ -82,35 +80,30 @@ class Trial:
             ended = self._exit_code() is not None
             for step, reward in evaluations(self.run / "metrics.jsonl"):
                 # The last evaluation counts once the run has ended, since its checkpoint is written after it.
-                if step > self._last_step and (ended or step < steps_of(self.run)):
-                    self._last_step = step
+                if step > self.last_step and (ended or step < steps_of(self.run)):
+                    self.last_step = step
                     return Result(step, reward, finished=ended and step >= steps_of(self.run))
             if ended:
-                last = last_log_line(self._sweep, self._name)
+                last = last_log_line(self.sweep, self.name)
                 raise TrialFailed(f"{self.run.name} ended with exit code {self._exit_code()}: {last}")
             time.sleep(POLL_SECONDS)
 
-    def position(self) -> tuple[Path, int]:
-        """The run, and the step of its newest evaluation."""
-        return self.run, self._last_step
-
-    def wait_for_checkpoint(self) -> tuple[Path, int]:
-        """Wait until the step of the newest evaluation has a checkpoint; gives `position`. Raises TrialFailed."""
-        state = checkpoint_folder(RunDirectory(self.run).checkpoints, self._last_step) / STATE_FILE
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the run has a checkpoint of `last_step`. Raises TrialFailed."""
+        state = checkpoint_folder(RunDirectory(self.run).checkpoints, self.last_step) / STATE_FILE
         while not state.exists():
             if self._exit_code() is not None and not state.exists():
-                raise TrialFailed(f"{self.run.name} has no checkpoint of step {self._last_step}")
+                raise TrialFailed(f"{self.run.name} has no checkpoint of step {self.last_step}")
             time.sleep(POLL_SECONDS)
-        return self.position()
 
     def adopt(self, source_run: Path, step: int) -> None:
         """Continue from a checkpoint of another trial's run, in a new run with this trial's own values."""
-        self._last_step = step
+        self.last_step = step
         if source_run == self.run:
             return
         source = RunDirectory(source_run)
-        run = RunDirectory.create(self._sweep, self._name, 0, self._name)
-        run.config.write_text(to_yaml(load([*self._words, f"name={run.path.name}"])))
+        run = RunDirectory.create(self.sweep, self.name, 0, self.name)
+        run.config.write_text(to_yaml(load([*self.words, f"name={run.path.name}"])))
         checkpoint = checkpoint_folder(source.checkpoints, step)
         shutil.copytree(checkpoint, run.checkpoints / checkpoint.name)
         shutil.copy(source.metrics, run.metrics)
@@ -134,18 +127,19 @@ class Trial:
         if run.summary.exists() and is_done(self.run):
             command = ["true"]  # the run had ended before the sweep was interrupted
         elif complete_checkpoints(run.checkpoints):
-            command = [*self._program, "train", f"resume={self.run}"]
+            command = [*self.program, "train", f"resume={self.run}"]
         else:
-            self.run = _free_run(self._sweep, self._name)
-            command = [*self._program, "train", *self._words, f"name={self.run.name}"]
-        with log_path(self._sweep, self._name).open("ab") as log:
+            if self.run.exists():  # a run without a checkpoint: the next run gets a folder of its own
+                self.run = self.sweep / f"{self.name}-{_run_number(self.run) + 1}"
+            command = [*self.program, "train", *self.words, f"name={self.run.name}"]
+        with log_path(self.sweep, self.name).open("ab") as log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self._environment},
-                cwd=self._folder,
+                env={**os.environ, **self.environment},
+                cwd=self.folder,
                 start_new_session=True,  # Ctrl-C reaches the sweep only, which then stops its trials
             )
 
@@ -176,17 +170,8 @@ def last_log_line(sweep: Path, name: str) -> str:
 
 def newest_run(sweep: Path, name: str) -> Path:
     """The folder of a trial's newest run: trial-003, or trial-003-2 if it exists."""
-    return max(_runs(sweep, name), key=_run_number, default=sweep / name)
-
-
-def _free_run(sweep: Path, name: str) -> Path:
-    """The folder that `RunDirectory.create` will make for the trial's next run."""
-    numbers = [_run_number(run) for run in _runs(sweep, name)]
-    return sweep / (f"{name}-{max(numbers) + 1}" if numbers else name)
-
-
-def _runs(sweep: Path, name: str) -> list[Path]:
-    return [run for run in (sweep / name, *sweep.glob(f"{name}-*")) if run.is_dir()]
+    runs = [run for run in (sweep / name, *sweep.glob(f"{name}-*")) if run.is_dir()]
+    return max(runs, key=_run_number, default=sweep / name)
 
 
 def _run_number(run: Path) -> int:

@@ -12,6 +12,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +58,14 @@ class TrialActor(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         result = self._trial.next_result()
-        values = {"step": result.step, "reward": result.reward, "finished": result.finished}
-        return values | {"done": True} if result.finished else values
+        return asdict(result) | ({"done": True} if result.finished else {})
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         # Only PBT copies this checkpoint, into another trial. A trial resumes itself from its own run's folder.
-        is_copied = self._plan.settings.scheduler == "pbt"
-        run, step = self._trial.wait_for_checkpoint() if is_copied else self._trial.position()
-        (Path(checkpoint_dir) / POINTER).write_text(json.dumps({"run": str(run), "step": step}))
+        if self._plan.settings.scheduler == "pbt":
+            self._trial.wait_for_checkpoint()
+        pointer = {"run": str(self._trial.run), "step": self._trial.last_step}
+        (Path(checkpoint_dir) / POINTER).write_text(json.dumps(pointer))
 
     def load_checkpoint(self, checkpoint: str) -> None:
         pointer = json.loads((Path(checkpoint) / POINTER).read_text())
@@ -85,20 +87,18 @@ class _RecordTrials(tune.Callback):
         self._plan, self._sweep = plan, sweep
         self._started: dict[str, float] = {}
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_start(self, *, trial: Any, **info: Any) -> None:
         self._started.setdefault(trial.trial_id, time.monotonic())
         self._record(trial, "running")
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
+    def on_trial_result(self, *, trial: Any, **info: Any) -> None:
         self._record(trial, "running")
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, *, trial: Any, **info: Any) -> None:
         run = newest_run(self._sweep, Path(trial.local_path).name)
         self._record(trial, "done" if is_done(run) else "stopped")
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_error(self, *, trial: Any, **info: Any) -> None:
         self._record(trial, "failed")
 
     def _record(self, trial: Any, state: str) -> None:
@@ -146,7 +146,7 @@ def run(
         tune.with_parameters(TrialActor, plan=plan, sweep=sweep, folder=Path.cwd(), program=program),
         tune.PlacementGroupFactory([{"CPU": 1, SEAT: 1} if seats else {"CPU": 1}], strategy="PACK"),
     )
-    tuner = _restore_tuner(plan, sweep, trainable) if resume else _make_tuner(plan, sweep, trainable, concurrent)
+    tuner = _tuner(plan, sweep, trainable, concurrent=concurrent, resume=resume)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's record has its last line
     terminated = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     _LISTENERS[sweep] = update
@@ -157,63 +157,51 @@ def run(
         del _LISTENERS[sweep]
 
 
-def _make_tuner(plan: SweepPlan, sweep: Path, trainable: Any, concurrent: int) -> tune.Tuner:
-    return tune.Tuner(
-        trainable,
-        param_space={} if plan.settings.search == "bayes" else _domains(plan),
-        tune_config=_tune_config(plan, sweep, concurrent),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=str(sweep),
-            callbacks=[_RecordTrials(plan, sweep)],
-            verbose=0,
-            failure_config=tune.FailureConfig(max_failures=0),
-        ),
-    )
-
-
-def _restore_tuner(plan: SweepPlan, sweep: Path, trainable: Any) -> tune.Tuner:
-    folder = sweep / "tune"
-    if not tune.Tuner.can_restore(str(folder)):
-        raise UserError(f"{sweep} was interrupted before its first trial: start it anew")
-    space = {} if plan.settings.search == "bayes" else _domains(plan)
-    return tune.Tuner.restore(str(folder), trainable, resume_unfinished=True, param_space=space)
-
-
-def _tune_config(plan: SweepPlan, sweep: Path, concurrent: int) -> tune.TuneConfig:
-    settings = plan.settings
-    search: Any = None
-    if settings.search == "bayes":
+def _tuner(plan: SweepPlan, sweep: Path, trainable: Any, *, concurrent: int, resume: bool) -> tune.Tuner:
+    settings, folder = plan.settings, sweep / "tune"
+    grid, bayes = settings.search == "grid", settings.search == "bayes"
+    domains = {
+        key: tune.grid_search(list(space.values)) if grid and isinstance(space, Choice) else _domain(space)
+        for key, space in plan.space.items()
+    }
+    param_space = {} if bayes else domains
+    if resume:
+        if not tune.Tuner.can_restore(str(folder)):
+            raise UserError(f"{sweep} was interrupted before its first trial: start it anew")
+        return tune.Tuner.restore(str(folder), trainable, resume_unfinished=True, param_space=param_space)
+    if bayes:
         from ray.tune.search.optuna import OptunaSearch
 
-        search = OptunaSearch(space=_domains(plan), metric="reward", mode="max", seed=settings.seed)
+        search: Any = OptunaSearch(space=domains, metric="reward", mode="max", seed=settings.seed)
     else:
         # In a population the trials take turns, and the seats alone limit how many run at the same time.
         most = 0 if settings.scheduler == "pbt" else concurrent
         search = BasicVariantGenerator(random_state=settings.seed, max_concurrent=most)
-    return tune.TuneConfig(
+    tune_config = tune.TuneConfig(
         metric="reward",
         mode="max",
         search_alg=search,
         scheduler=_scheduler(plan),
-        num_samples=1 if settings.search == "grid" else plan.num_trials,
-        max_concurrent_trials=concurrent if settings.search == "bayes" else None,
+        num_samples=1 if grid else plan.num_trials,
+        max_concurrent_trials=concurrent if bayes else None,
         reuse_actors=True,
-        trial_dirname_creator=_NameTrials(sweep),
+        trial_dirname_creator=partial(_name_trial, sweep),
     )
+    run_config = tune.RunConfig(
+        name=folder.name,
+        storage_path=str(sweep),
+        callbacks=[_RecordTrials(plan, sweep)],
+        verbose=0,
+        failure_config=tune.FailureConfig(max_failures=0),
+    )
+    return tune.Tuner(trainable, param_space=param_space, tune_config=tune_config, run_config=run_config)
 
 
-class _NameTrials:
-    """Names trials trial-000, trial-001, … in the order in which Tune makes them; an existing log marks a used name."""
-
-    def __init__(self, sweep: Path) -> None:
-        self._sweep = sweep
-
-    def __call__(self, trial: Any) -> str:
-        number = len(list((self._sweep / "logs").glob("trial-*.log")))
-        name = f"trial-{number:03d}"
-        log_path(self._sweep, name).touch(exist_ok=False)
-        return name
+def _name_trial(sweep: Path, trial: Any) -> str:
+    """Name trials trial-000, trial-001, … in the order in which Tune makes them; an existing log marks a used name."""
+    name = f"trial-{len(list((sweep / 'logs').glob('trial-*.log'))):03d}"
+    log_path(sweep, name).touch(exist_ok=False)
+    return name
 
 
 def _scheduler(plan: SweepPlan) -> Any:
@@ -233,30 +221,15 @@ def _scheduler(plan: SweepPlan) -> Any:
                 key: list(distribution.values) if isinstance(distribution, Choice) else _domain(distribution)
                 for key, distribution in plan.space.items()
             },
-            custom_explore_fn=_ClampToSpace(plan.space),
+            custom_explore_fn=partial(_move_into_space, plan.space),
         )
     return None
 
 
-class _ClampToSpace:
+def _move_into_space(space: Mapping[str, Distribution], values: dict[str, Any]) -> dict[str, Any]:
     """PBT multiplies values by 0.8 or 1.2; this moves them to the nearest values of the search space."""
-
-    def __init__(self, space: Mapping[str, Distribution]) -> None:
-        self._space = space
-
-    def __call__(self, values: dict[str, Any]) -> dict[str, Any]:
-        for key, distribution in self._space.items():
-            if isinstance(distribution, Numbers):
-                values[key] = distribution.nearest(float(values[key]))
-        return values
-
-
-def _domains(plan: SweepPlan) -> dict[str, Any]:
-    grid = plan.settings.search == "grid"
-    return {
-        key: tune.grid_search(list(space.values)) if grid and isinstance(space, Choice) else _domain(space)
-        for key, space in plan.space.items()
-    }
+    numbers = {key: distribution for key, distribution in space.items() if isinstance(distribution, Numbers)}
+    return values | {key: distribution.nearest(float(values[key])) for key, distribution in numbers.items()}
 
 
 _DISTRIBUTIONS: Mapping[str, Callable[..., Any]] = {

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from agent_lightning.run.plots import GREY, RED, new_figure, plain_axes, save
-from agent_lightning.run.report import duration, number, sparkline
+from agent_lightning.run.report import LiveBlock, duration, number, sparkline
 from agent_lightning.sweeps.plan import SweepFolder, SweepPlan, TrialRecord, best_experiment, best_of
-from agent_lightning.sweeps.space import Choice, Distribution
+from agent_lightning.sweeps.space import Choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,30 +26,19 @@ if TYPE_CHECKING:
 STYLES = {"running": "cyan", "done": "green", "stopped": "dim", "failed": "red"}
 
 
-class SweepView:
+class SweepView(LiveBlock):
     """The progress of a sweep: a table that redraws itself, or a line for each change if there is no terminal."""
 
     def __init__(self, plan: SweepPlan, console: Console, records: Sequence[TrialRecord]) -> None:
         """`records`: the trials of an interrupted sweep that is resumed."""
-        self._plan, self._console = plan, console
+        super().__init__(console)
+        self._plan, self._started = plan, time.monotonic()
         self._records = {record.name: record for record in records}
-        self._started = time.monotonic()
-        self._live: Live | None = None
 
     @property
     def records(self) -> list[TrialRecord]:
         """The newest record of each trial, by name."""
         return [self._records[name] for name in sorted(self._records)]
-
-    def start(self) -> None:
-        if self._console.is_interactive and self._console.file.isatty():
-            self._live = Live(get_renderable=self.render, console=self._console, refresh_per_second=2)
-            self._live.start()
-
-    def stop(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
 
     def update(self, record: TrialRecord) -> None:
         """Take a trial's new record, and print a line if there is no table."""
@@ -59,11 +47,9 @@ class SweepView:
         if self._live is None and (before is None or (before.state, before.rewards) != (record.state, record.rewards)):
             reached = f"step {record.step}/{self._plan.steps}  held-out {number(record.last)}" if record.rewards else ""
             parts = [f"{record.name} {record.state:<8}", reached, " ".join(record.words), record.error]
-            line = "  ".join(part for part in parts if part)
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self.message("  ".join(part for part in parts if part))
 
     def render(self) -> RenderableType:
-        """Render the table with the current records."""
         records = self.records
         ended, passed = sum(record.ended for record in records), duration(time.monotonic() - self._started)
         title = Text(f"{self._plan.experiment}: {ended} of {self._plan.num_trials} trials, {passed}", style="bold")
@@ -76,8 +62,8 @@ def trial_table(records: Sequence[TrialRecord], steps: int) -> Table:
     for column in ("trial", "state", "step", "held-out", "", "minutes", "values"):
         table.add_column(column, justify="right" if column in ("step", "held-out", "minutes") else "left")
     best = best_of(records)
-    for record in sorted(records, key=_table_order):
-        values = record.error or " ".join(record.words)
+    by_reward = sorted(records, key=lambda record: -record.last if math.isfinite(record.last) else math.inf)
+    for record in sorted(by_reward, key=lambda record: record.state != "running"):
         table.add_row(
             record.name,
             Text(record.state, style=STYLES.get(record.state, "")),
@@ -85,7 +71,12 @@ def trial_table(records: Sequence[TrialRecord], steps: int) -> Table:
             Text(number(record.last), style="bold green" if record is best else ""),
             sparkline([reward for _, reward in record.rewards], 8),
             f"{record.seconds / 60:.1f}",
-            Text(values, style="red" if record.error else "", overflow="ellipsis", no_wrap=True),
+            Text(
+                record.error or " ".join(record.words),
+                style="red" if record.error else "",
+                overflow="ellipsis",
+                no_wrap=True,
+            ),
         )
     return table
 
@@ -104,10 +95,6 @@ def sweep_report(
     return Group(trial_table(records, plan.steps), Text(), *(Text(f" {line}", overflow="fold") for line in lines))
 
 
-def _table_order(record: TrialRecord) -> tuple[bool, float]:
-    return record.state != "running", -record.last if math.isfinite(record.last) else math.inf
-
-
 def finish_sweep(plan: SweepPlan, folder: SweepFolder, records: Sequence[TrialRecord]) -> TrialRecord | None:
     """Write the best trial as an experiment file, and draw the two pictures. None if no trial was evaluated."""
     best = best_of(records)
@@ -119,15 +106,14 @@ def finish_sweep(plan: SweepPlan, folder: SweepFolder, records: Sequence[TrialRe
     curves = [Curve(f"{record.name} {record.last:.3f}", record.rewards, record is best) for record in records]
     plot_curves(curves, folder.curves, title)
     values = [dict(word.partition("=")[::2] for word in record.words) for record in records]
-    columns = [_column(key, space, [trial[key] for trial in values]) for key, space in plan.space.items()]
+    columns = [
+        Column(key, [trial[key] for trial in values], space.values)
+        if isinstance(space, Choice)
+        else Column(key, [trial[key] for trial in values], logarithmic=space.logarithmic)
+        for key, space in plan.space.items()
+    ]
     plot_parallel(columns, [record.last for record in records], records.index(best), folder.parallel, title)
     return best
-
-
-def _column(key: str, distribution: Distribution, values: Sequence[str]) -> Column:
-    if isinstance(distribution, Choice):
-        return Column(key, values, distribution.values)
-    return Column(key, values, logarithmic=distribution.logarithmic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,55 +171,42 @@ def plot_parallel(columns: Sequence[Column], rewards: Sequence[float], best: int
     axes = figure.add_subplot()
     known = [reward for reward in rewards if math.isfinite(reward)]
     low, high = min(known, default=0.0), max(known, default=1.0)
-    height_CN = [_heights(column) for column in columns] + [_between(rewards, low, high)]
+    scales = [_scale(column) for column in columns]
+    ticks = [(height, f"{low + height * (high - low):.3f}") for height in (0.0, 0.5, 1.0)]
+    scales.append((_between(rewards, low, high), ticks))
     for trial, reward in enumerate(rewards):
         if math.isfinite(reward):
             width, alpha = (3.2, 1.0) if trial == best else (1.4, 0.75)
-            color = colormaps["viridis"](height_CN[-1][trial] * 0.9)
-            axes.plot([heights[trial] for heights in height_CN], color=color, linewidth=width, alpha=alpha)
-    for index, column in enumerate(columns):
-        _draw_scale(axes, index, _ticks(column))
-    _draw_scale(axes, len(columns), [(height, f"{low + height * (high - low):.3f}") for height in (0.0, 0.5, 1.0)])
-    axes.set_xticks(range(len(height_CN)), [column.key for column in columns] + ["held-out reward"], fontsize=11)
+            color = colormaps["viridis"](scales[-1][0][trial] * 0.9)
+            axes.plot([heights[trial] for heights, _ in scales], color=color, linewidth=width, alpha=alpha)
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
+    style: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "fontsize": 10, "va": "center"}
+    for index, (_, ticks) in enumerate(scales):
+        axes.axvline(index, color=GREY, linewidth=1, zorder=0)
+        for height, text in ticks:
+            axes.annotate(text, (index, height), bbox=box, color="#222", **style)
+    axes.set_xticks(range(len(scales)), [column.key for column in columns] + ["held-out reward"], fontsize=11)
     axes.set_yticks([])
-    axes.set_xlim(-0.25, len(height_CN) - 0.7)
+    axes.set_xlim(-0.25, len(scales) - 0.7)
     axes.set_ylim(-0.05, 1.05)
     axes.spines[:].set_visible(False)
     save(figure, out)
 
 
-def _heights(column: Column) -> list[float]:
-    """The height of each trial's value in the picture, from 0 to 1."""
+def _scale(column: Column) -> tuple[list[float], list[tuple[float, str]]]:
+    """The height of each trial's value in the picture, from 0 to 1, and the labels of the scale with their heights."""
     if column.choices is not None:
-        places = dict(zip(column.choices, _even_heights(len(column.choices)), strict=True))
-        return [places[value] for value in column.values]
+        height_of = dict(
+            zip(column.choices, _between(range(len(column.choices)), 0, len(column.choices) - 1), strict=True)
+        )
+        return [height_of[value] for value in column.values], [(height, choice) for choice, height in height_of.items()]
     numbers = [math.log(float(value)) if column.logarithmic else float(value) for value in column.values]
-    return _between(numbers, min(numbers), max(numbers))
+    low, high = min(numbers), max(numbers)
+    labels = {height: low + height * (high - low) for height in ((0.0, 0.5, 1.0) if high > low else (0.5,))}
+    ticks = [(height, f"{math.exp(value) if column.logarithmic else value:.3g}") for height, value in labels.items()]
+    return _between(numbers, low, high), ticks
 
 
 def _between(values: Sequence[float], low: float, high: float) -> list[float]:
     """`low` -> 0, `high` -> 1; 0.5 for all values if both are equal."""
     return [(value - low) / (high - low) if high > low else 0.5 for value in values]
-
-
-def _even_heights(count: int) -> list[float]:
-    return _between(range(count), 0, count - 1)
-
-
-def _ticks(column: Column) -> list[tuple[float, str]]:
-    """The heights in a column that get a label, and their labels."""
-    if column.choices is not None:
-        return list(zip(_even_heights(len(column.choices)), column.choices, strict=True))
-    numbers = sorted(float(value) for value in column.values)
-    low, high = numbers[0], numbers[-1]
-    middle = math.sqrt(low * high) if column.logarithmic else (low + high) / 2
-    return [(0.0, f"{low:.3g}"), (0.5, f"{middle:.3g}"), (1.0, f"{high:.3g}")] if high > low else [(0.5, f"{low:.3g}")]
-
-
-def _draw_scale(axes: Axes, index: int, ticks: Sequence[tuple[float, str]]) -> None:
-    """Draw a column's vertical line and its labels."""
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
-    style: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "fontsize": 10, "va": "center"}
-    axes.axvline(index, color=GREY, linewidth=1, zorder=0)
-    for height, text in ticks:
-        axes.annotate(text, (index, height), bbox=box, color="#222", **style)
