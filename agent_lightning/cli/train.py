@@ -241,7 +241,7 @@ def sweep(words: Sequence[str], *, resume: str | None, multirun: bool) -> int:
         folder.write(view.records)
         actors.shutdown_ray()
     best = finish_sweep(plan, folder, view.records)
-    console.print(sweep_report(plan, folder, view.records, best))
+    console.print(sweep_report(plan, folder, view.records))
     if sum(record.ended for record in view.records) < plan.num_trials:
         console.print(f" stopped; go on with: agl sweep resume={folder.path}", soft_wrap=True)
         return STOPPED

@@ -22,10 +22,7 @@ _Span = types.ModelCall | types.ToolCall | types.Reward | types.AgentSpan
 
 
 class RolloutWriter:
-    """Writes the rollouts of a run: each `write` makes the next Parquet file, after the files that exist already.
-
-    Example: write(step=3, policy_version=2, groups) -> rollouts/part-00002.parquet
-    """
+    """Writes the rollouts of a run: each `write` makes the next Parquet file, such as rollouts/part-00002.parquet."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -33,7 +30,7 @@ class RolloutWriter:
         self._next_part = max(numbers, default=-1) + 1
 
     def write(self, step: int, policy_version: int, groups: Sequence[types.Group]) -> Path | None:
-        """Write the rollouts of `groups`; None if they have no rollouts. Raises OSError, for example on a full disk."""
+        """Write the rollouts of `groups`; None if they have none. Raises OSError, for example on a full disk."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -55,11 +52,9 @@ class RolloutWriter:
 
 
 def read_rollouts(path: Path) -> pyarrow.Table:
-    """Read all rollouts of a run, in the order in which they were written.
+    """Read all rollouts of a run, in the order in which they were written, as a table with a row for each rollout.
 
     `path` is the folder of a run, its folder rollouts/, or one of the files. Raises DataError if there is no file.
-
-    Example: read_rollouts(run.path).column("reward").to_pylist() -> [1.0, 0.0, None]
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -71,10 +66,7 @@ def read_rollouts(path: Path) -> pyarrow.Table:
 
 
 def read_group(path: Path, rollout_id: str) -> types.Group:
-    """Read the group that a rollout belongs to. Raises DataError if there is no such rollout.
-
-    Example: read_group(run.path, "train-12-3").group_id -> "train-12"
-    """
+    """Read the group of a rollout, such as "train-12" for "train-12-3". Raises DataError if `path` lacks it."""
     import pyarrow.compute as pc
 
     table = read_rollouts(path)
@@ -91,10 +83,7 @@ def read_group(path: Path, rollout_id: str) -> types.Group:
 
 
 def read_trajectories(path: Path) -> Iterator[types.Trajectory]:
-    """Read the rollouts of a run, in the order in which they were written. `path` and errors: see `read_rollouts`.
-
-    Example: [trajectory.reward for trajectory in read_trajectories(run.path)] -> [1.0, 0.0, None]
-    """
+    """Read the rollouts of a run, in the order in which they were written. `path` and errors: see `read_rollouts`."""
     table = read_rollouts(path)
     # A resumed run may have written a rollout of a step again: the later row counts.
     identities = zip(table.column("rollout_id").to_pylist(), table.column("step").to_pylist(), strict=True)

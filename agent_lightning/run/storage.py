@@ -24,7 +24,6 @@ from agent_lightning.run.state import STATE_FILE
 # again), ignores files that fail, takes a file of the same size for the same file, and cannot copy state.json last.
 
 logger = logging.getLogger(__name__)
-LEAST_FREE_MIB = 256
 PUSH_SECONDS = 30.0
 
 
@@ -40,7 +39,7 @@ def local_root(place: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agent-lightning" / "runs"
 
 
-def check_place(place: str, least_free_mib: float = LEAST_FREE_MIB) -> None:
+def check_place(place: str, least_free_mib: float = 256) -> None:
     """Check that runs can be written to a place and that its disk has room. Raises UserError."""
     folder = local_root(place)
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -87,24 +86,22 @@ class Mirror:
         """
         ended = threading.Event()
 
-        def push_regularly() -> None:
-            while not ended.wait(PUSH_SECONDS):
-                self._try_push()
+        def push_until_ended() -> None:
+            is_last = False
+            while not is_last:
+                is_last = ended.wait(PUSH_SECONDS)
+                try:
+                    self.push()
+                except UserError as error:
+                    logger.warning("%s", error)
 
-        thread = threading.Thread(target=push_regularly, daemon=True, name="mirror")
+        thread = threading.Thread(target=push_until_ended, daemon=True, name="mirror")
         thread.start()
         try:
             yield
         finally:
             ended.set()
             thread.join()
-            self._try_push()
-
-    def _try_push(self) -> None:
-        try:
-            self.push()
-        except UserError as error:
-            logger.warning("%s", error)
 
 
 def exists(place: str, name: str) -> bool:

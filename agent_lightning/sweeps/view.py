@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from rich.text import Text
 from agent_lightning.run.plots import GREY, RED, new_figure, plain_axes, save
 from agent_lightning.run.report import LiveBlock, duration, number, sparkline
 from agent_lightning.sweeps.plan import SweepFolder, SweepPlan, TrialRecord, best_experiment, best_of
-from agent_lightning.sweeps.space import Choice
+from agent_lightning.sweeps.space import Choice, Distribution
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,6 +64,7 @@ def trial_table(records: Sequence[TrialRecord], steps: int) -> Table:
     best = best_of(records)
     by_reward = sorted(records, key=lambda record: -record.last if math.isfinite(record.last) else math.inf)
     for record in sorted(by_reward, key=lambda record: record.state != "running"):
+        values = record.error or " ".join(record.words)
         table.add_row(
             record.name,
             Text(record.state, style=STYLES.get(record.state, "")),
@@ -71,20 +72,14 @@ def trial_table(records: Sequence[TrialRecord], steps: int) -> Table:
             Text(number(record.last), style="bold green" if record is best else ""),
             sparkline([reward for _, reward in record.rewards], 8),
             f"{record.seconds / 60:.1f}",
-            Text(
-                record.error or " ".join(record.words),
-                style="red" if record.error else "",
-                overflow="ellipsis",
-                no_wrap=True,
-            ),
+            Text(values, style="red" if record.error else "", overflow="ellipsis", no_wrap=True),
         )
     return table
 
 
-def sweep_report(
-    plan: SweepPlan, folder: SweepFolder, records: Sequence[TrialRecord], best: TrialRecord | None
-) -> RenderableType:
+def sweep_report(plan: SweepPlan, folder: SweepFolder, records: Sequence[TrialRecord]) -> RenderableType:
     """The report at the end: the table of all trials, the best trial, and the paths of the sweep's files."""
+    best = best_of(records)
     failed = sum(record.state == "failed" for record in records)
     lines = [f"{len(records)} trials, {failed} failed; files in {folder.path}"]
     if best is None:
@@ -106,13 +101,8 @@ def finish_sweep(plan: SweepPlan, folder: SweepFolder, records: Sequence[TrialRe
     curves = [Curve(f"{record.name} {record.last:.3f}", record.rewards, record is best) for record in records]
     plot_curves(curves, folder.curves, title)
     values = [dict(word.partition("=")[::2] for word in record.words) for record in records]
-    columns = [
-        Column(key, [trial[key] for trial in values], space.values)
-        if isinstance(space, Choice)
-        else Column(key, [trial[key] for trial in values], logarithmic=space.logarithmic)
-        for key, space in plan.space.items()
-    ]
-    plot_parallel(columns, [record.last for record in records], records.index(best), folder.parallel, title)
+    rewards = [record.last for record in records]
+    plot_parallel(plan.space, values, rewards, records.index(best), folder.parallel, title)
     return best
 
 
@@ -123,18 +113,6 @@ class Curve:
     label: str
     points: Sequence[tuple[int, float]]
     highlight: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A searched key in a picture of parallel coordinates."""
-
-    key: str
-    values: Sequence[str]
-    """The value of each trial, as on its command line."""
-    choices: Sequence[str] | None = None
-    """The values to choose from, from bottom to top; None: the values are numbers."""
-    logarithmic: bool = False
 
 
 def plot_curves(curves: Sequence[Curve], out: Path, title: str) -> None:
@@ -162,7 +140,14 @@ def reward_axes(curves: Sequence[Curve], title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def plot_parallel(columns: Sequence[Column], rewards: Sequence[float], best: int, out: Path, title: str) -> None:
+def plot_parallel(
+    space: Mapping[str, Distribution],
+    trials: Sequence[Mapping[str, str]],
+    rewards: Sequence[float],
+    best: int,
+    out: Path,
+    title: str,
+) -> None:
     """Draw parallel coordinates: a line for each trial through its values to its held-out reward, coloured by the
     reward, and thick for the trial number `best`."""
     from matplotlib import colormaps
@@ -171,21 +156,21 @@ def plot_parallel(columns: Sequence[Column], rewards: Sequence[float], best: int
     axes = figure.add_subplot()
     known = [reward for reward in rewards if math.isfinite(reward)]
     low, high = min(known, default=0.0), max(known, default=1.0)
-    scales = [_scale(column) for column in columns]
+    scales = [_scale(distribution, [trial[key] for trial in trials]) for key, distribution in space.items()]
     ticks = [(height, f"{low + height * (high - low):.3f}") for height in (0.0, 0.5, 1.0)]
     scales.append((_between(rewards, low, high), ticks))
-    for trial, reward in enumerate(rewards):
+    for index, reward in enumerate(rewards):
         if math.isfinite(reward):
-            width, alpha = (3.2, 1.0) if trial == best else (1.4, 0.75)
-            color = colormaps["viridis"](scales[-1][0][trial] * 0.9)
-            axes.plot([heights[trial] for heights, _ in scales], color=color, linewidth=width, alpha=alpha)
+            width, alpha = (3.2, 1.0) if index == best else (1.4, 0.75)
+            color = colormaps["viridis"](scales[-1][0][index] * 0.9)
+            axes.plot([heights[index] for heights, _ in scales], color=color, linewidth=width, alpha=alpha)
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
     style: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "fontsize": 10, "va": "center"}
     for index, (_, ticks) in enumerate(scales):
         axes.axvline(index, color=GREY, linewidth=1, zorder=0)
         for height, text in ticks:
             axes.annotate(text, (index, height), bbox=box, color="#222", **style)
-    axes.set_xticks(range(len(scales)), [column.key for column in columns] + ["held-out reward"], fontsize=11)
+    axes.set_xticks(range(len(scales)), [*space, "held-out reward"], fontsize=11)
     axes.set_yticks([])
     axes.set_xlim(-0.25, len(scales) - 0.7)
     axes.set_ylim(-0.05, 1.05)
@@ -193,18 +178,17 @@ def plot_parallel(columns: Sequence[Column], rewards: Sequence[float], best: int
     save(figure, out)
 
 
-def _scale(column: Column) -> tuple[list[float], list[tuple[float, str]]]:
+def _scale(distribution: Distribution, values: Sequence[str]) -> tuple[list[float], list[tuple[float, str]]]:
     """The height of each trial's value in the picture, from 0 to 1, and the labels of the scale with their heights."""
-    if column.choices is not None:
-        height_of = dict(
-            zip(column.choices, _between(range(len(column.choices)), 0, len(column.choices) - 1), strict=True)
-        )
-        return [height_of[value] for value in column.values], [(height, choice) for choice, height in height_of.items()]
-    numbers = [math.log(float(value)) if column.logarithmic else float(value) for value in column.values]
+    if isinstance(distribution, Choice):
+        last = len(distribution.values) - 1
+        ticks = list(zip(_between(range(last + 1), 0, last), distribution.values, strict=True))
+        return [ticks[distribution.values.index(value)][0] for value in values], ticks
+    transform, inverse = (math.log, math.exp) if distribution.logarithmic else (float, float)
+    numbers = [transform(float(value)) for value in values]
     low, high = min(numbers), max(numbers)
-    labels = {height: low + height * (high - low) for height in ((0.0, 0.5, 1.0) if high > low else (0.5,))}
-    ticks = [(height, f"{math.exp(value) if column.logarithmic else value:.3g}") for height, value in labels.items()]
-    return _between(numbers, low, high), ticks
+    heights = (0.0, 0.5, 1.0) if high > low else (0.5,)
+    return _between(numbers, low, high), [(at, f"{inverse(low + at * (high - low)):.3g}") for at in heights]
 
 
 def _between(values: Sequence[float], low: float, high: float) -> list[float]:

@@ -23,7 +23,7 @@ from agent_lightning.sweeps.plan import (
 )
 from agent_lightning.sweeps.space import Choice, Numbers, parse_words, sampled_words
 from agent_lightning.sweeps.trials import Trial, TrialFailed
-from agent_lightning.sweeps.view import Column, Curve, SweepView, finish_sweep, plot_curves, plot_parallel
+from agent_lightning.sweeps.view import Curve, SweepView, finish_sweep, plot_curves, plot_parallel
 
 PROGRAM = (sys.executable, str(Path(__file__).parents[1] / "support" / "short_run.py"))
 COMMAND = ["experiment=toy", "sweep=asha", "eval_every=2", "algorithm.lr=loguniform(1,9)", "seed=choice(0,1)"]
@@ -169,9 +169,8 @@ def test_a_sweep_writes_its_trials_its_best_experiment_and_two_pictures(tmp_path
 
 def test_pictures_of_few_and_equal_values_are_drawn(tmp_path: Path) -> None:
     plot_curves([Curve("a", []), Curve("b", [(0, 0.5)], highlight=True)], tmp_path / "a.png", "a")
-    plot_parallel(
-        [Column("lr", ["1", "1"]), Column("x", ["a", "a"], ("a",))], [0.5, float("nan")], 0, tmp_path / "b.png", "b"
-    )
+    space = {"lr": Numbers("uniform", (1, 2)), "x": Choice(("a",))}
+    plot_parallel(space, [{"lr": "1", "x": "a"}] * 2, [0.5, float("nan")], 0, tmp_path / "b.png", "b")
     assert (tmp_path / "a.png").stat().st_size > 0 < (tmp_path / "b.png").stat().st_size
 
 
