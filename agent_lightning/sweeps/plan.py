@@ -97,7 +97,7 @@ class TrialRecord:
 
     @property
     def ended(self) -> bool:
-        return self.state in ("done", "stopped", "failed")
+        return self.state != "running"
 
     @property
     def last(self) -> float:

@@ -1,12 +1,4 @@
-"""A trial of a sweep: `agl train …` in a process of its own, watched through the files that the run writes.
-
-    trial = Trial(sweep=Path("runs/sweep-x"), name="trial-000", words=("experiment=calc_tiny", "algorithm.lr=0.001"))
-    while not (result := trial.next_result()).finished:   # {"step": 0, "reward": 0.42}, …
-        ...
-    trial.stop()
-
-A run that ends with an error raises TrialFailed with the last line of its log; the sweep goes on.
-"""
+"""A trial of a sweep: `agl train …` in a process of its own, watched through the files that the run writes."""
 
 from __future__ import annotations
 
@@ -46,7 +38,7 @@ class Result:
     step: int
     reward: float
     finished: bool
-    """The run has done all of its steps and has ended."""
+    """Whether the run has done all of its steps and has ended."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,10 +66,9 @@ class Trial:
 
     def next_result(self) -> Result:
         """Wait for the run's next evaluation. Raises TrialFailed if the run ends without one."""
-        if self._process is None:
-            self._start()
+        process = self._process or self._start()
         while True:
-            ended = self._exit_code() is not None
+            ended = process.poll() is not None
             for step, reward in evaluations(self.run / "metrics.jsonl"):
                 # The last evaluation counts once the run has ended, since its checkpoint is written after it.
                 if step > self.last_step and (ended or step < steps_of(self.run)):
@@ -85,14 +76,14 @@ class Trial:
                     return Result(step, reward, finished=ended and step >= steps_of(self.run))
             if ended:
                 last = last_log_line(self.sweep, self.name)
-                raise TrialFailed(f"{self.run.name} ended with exit code {self._exit_code()}: {last}")
+                raise TrialFailed(f"{self.run.name} ended with exit code {process.returncode}: {last}")
             time.sleep(POLL_SECONDS)
 
     def wait_for_checkpoint(self) -> None:
         """Wait until the run has a checkpoint of `last_step`. Raises TrialFailed."""
         state = checkpoint_folder(RunDirectory(self.run).checkpoints, self.last_step) / STATE_FILE
         while not state.exists():
-            if self._exit_code() is not None and not state.exists():
+            if self._process is not None and self._process.poll() is not None and not state.exists():
                 raise TrialFailed(f"{self.run.name} has no checkpoint of step {self.last_step}")
             time.sleep(POLL_SECONDS)
 
@@ -112,17 +103,16 @@ class Trial:
 
     def stop(self) -> None:
         """Send SIGTERM, on which the run writes a checkpoint and a summary; kill it if it does not end."""
-        process = self._process
-        if process is None or process.poll() is not None:
+        if self._process is None:
             return
-        process.send_signal(signal.SIGTERM)
+        self._process.terminate()  # does nothing if the process has ended
         try:
-            process.wait(STOP_SECONDS)
+            self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen[bytes]:
         run = RunDirectory(self.run)
         if run.summary.exists() and is_done(self.run):
             command = ["true"]  # the run had ended before the sweep was interrupted
@@ -142,9 +132,7 @@ class Trial:
                 cwd=self.folder,
                 start_new_session=True,  # Ctrl-C reaches the sweep only, which then stops its trials
             )
-
-    def _exit_code(self) -> int | None:
-        return self._process.poll() if self._process is not None else None
+        return self._process
 
 
 def steps_of(run: Path) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
+from ray.tune import schedulers
 from ray.tune.search import BasicVariantGenerator
 
 from agent_lightning.core import ray_private
@@ -207,14 +207,14 @@ def _name_trial(sweep: Path, trial: Any) -> str:
 def _scheduler(plan: SweepPlan) -> Any:
     settings = plan.settings
     if settings.scheduler == "asha":
-        return ASHAScheduler(
+        return schedulers.ASHAScheduler(
             time_attr="step",
             max_t=plan.steps,
             grace_period=settings.grace_steps or plan.eval_every,
             reduction_factor=settings.reduction,
         )
     if settings.scheduler == "pbt":
-        return PopulationBasedTraining(
+        return schedulers.PopulationBasedTraining(
             time_attr="step",
             perturbation_interval=settings.interval_steps or plan.eval_every,
             hyperparam_mutations={
