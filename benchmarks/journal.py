@@ -28,8 +28,8 @@ import numpy as np
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.journal import FSYNC, JournalConfig
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Ending, ModelCall, Outcome, Policy, RolloutKey, Task
-from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.toy.world import ToyWorld
 
 WORDS = tuple("0123456789")
@@ -55,8 +55,8 @@ async def rollouts(concurrent: int, journal: JournalConfig | None) -> tuple[floa
     tasks = [Task(task_id=f"{n}", payload={"question": f"{n}?", "answer": str(n % 10)}) for n in range(concurrent // 8)]
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as client:
-        spec = AgentSpec(target=TwoCalls(client), mode="async", timeout_s=300.0, concurrency=concurrent)
-        async with ToyWorld(agent=spec, tasks=tasks, words=WORDS, journal=journal) as world:
+        spec = AgentConfig(target=TwoCalls(client), timeout_s=300.0)
+        async with ToyWorld(agent=spec, concurrency=concurrent, tasks=tasks, words=WORDS, journal=journal) as world:
             started, working = time.perf_counter(), time.process_time()
             groups = await world.loop.generate(tasks, split="train", num_rollouts=12)
             seconds, worked = time.perf_counter() - started, time.process_time() - working

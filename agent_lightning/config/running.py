@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -11,6 +12,7 @@ from agent_lightning.config.section import AtLeast0, AtLeast1, NotNegative, Posi
 from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.types import OnWeightUpdate
 
+Agent = Callable[..., object]
 AgentMode = Literal["async", "thread", "process", "command"]
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
@@ -122,11 +124,12 @@ class BreakerConfig(Section):
 class AgentConfig(Section):
     """The agent: what runs for each task, how it is scored, and its limits."""
 
-    target: str
-    """"path/to/file.py:function", "package.module:function", or a command line."""
+    target: str | Agent
+    """"path/to/file.py:function", "package.module:function", or a command line. In
+    Python also the function itself, as for the reward."""
     mode: AgentMode = "async"
     """How the agent runs: async (a coroutine), thread, process, or command."""
-    reward: str | None = None
+    reward: str | Agent | None = None
     """"path/to/file.py:function", called with (task, output); null: the agent returns its reward."""
     reward_min: float = 0.0
     """Lowest reward that is valid."""

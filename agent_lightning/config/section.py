@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
@@ -122,6 +122,7 @@ def in_words(annotation: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin in (Union, UnionType):
+        arguments = tuple(option for option in arguments if get_origin(option) is not Callable)  # only Python has them
         words = [option for option in arguments if get_origin(option) is Literal]
         plain = " or ".join(in_words(option) for option in arguments if option not in words)
         if all(option is type(None) for option in arguments if option not in words):

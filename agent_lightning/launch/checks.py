@@ -75,7 +75,7 @@ def inspect(config: Config, assumed: Sequence[placement.Resources] = ()) -> Insp
 
 
 def _check_reward(inspection: Inspection) -> None:
-    if inspection.config.agent.reward is not None:
+    if isinstance(inspection.config.agent.reward, str):
         agents.load(inspection.config.agent.reward)
 
 

@@ -26,7 +26,7 @@ from agent_lightning.credit.failures import Retries
 from agent_lightning.launch import backend, checks, placement
 from agent_lightning.learners.base import Learner
 from agent_lightning.rollouts.supervise import Workers, wait_until_healthy
-from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker
+from agent_lightning.rollouts.worker import RolloutWorker
 from agent_lightning.run.state import State
 from agent_lightning.serving.policy import PolicyBoard
 
@@ -227,26 +227,11 @@ def _gateway(config: Config, model: str, run_secret: bytes) -> Any:
     )
 
 
-def agent_spec(config: Config) -> AgentSpec:
-    agent = config.agent
-    return AgentSpec(
-        target=agent.target,
-        mode=agent.mode,
-        reward_target=agent.reward,
-        reward_range=(agent.reward_min, agent.reward_max),
-        timeout_s=agent.timeout_s,
-        concurrency=config.rollout.concurrency,
-        tool_errors=tuple(agent.tool_errors),
-        instrumentors=tuple(agent.instrument),
-    )
-
-
 async def _start_workers(config: Config, buffer: Buffer, service: Service, number: int, stack: AsyncExitStack) -> None:
     """Start the rollout workers of all nodes; in a cluster that is joined, follow its nodes until the stack closes."""
     from agent_lightning.core import actors
     from agent_lightning.launch.nodes import Nodes, find_local_gateway
 
-    spec = agent_spec(config)
     per_node = config.serving.gateways is None and not config.sampling.seeded
     find = partial(find_local_gateway, service.app) if per_node else partial(wait_until_healthy, service.url)
 
@@ -256,7 +241,8 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
                 RolloutWorker,
                 options=actors.on_node(node),
                 buffer=buffer,
-                agent=spec,
+                agent=config.agent,
+                concurrency=config.rollout.concurrency,
                 policy_url=url,
                 find=find,
                 model="policy",

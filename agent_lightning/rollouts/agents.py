@@ -29,9 +29,9 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -42,8 +42,8 @@ from agent_lightning.core.threads import run_cancellable, start_thread
 from agent_lightning.core.types import Policy, Task
 from agent_lightning.rollouts.client import Rollout, current_rollout, flush, inside, install
 
-Mode = Literal["async", "thread", "process", "command"]
-Agent = Callable[..., object]
+if TYPE_CHECKING:  # the process of an agent starts faster without the config
+    from agent_lightning.config.running import Agent, AgentMode
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _RESULT = "AGL_RESULT "
@@ -72,10 +72,10 @@ def load(target: str) -> Agent:
     function = vars(module).get(name)
     if not callable(function):
         raise ConfigError(f"{target!r}: there is no function {name!r} in {where}")
-    return cast(Agent, function)
+    return cast("Agent", function)
 
 
-def check(agent: str | Agent, mode: Mode) -> None:
+def check(agent: str | Agent, mode: AgentMode) -> None:
     """Raise ConfigError if `agent` cannot be run in this mode, as far as this can be known without starting it."""
     if not isinstance(agent, str):
         if mode in ("process", "command"):
@@ -100,7 +100,13 @@ def check(agent: str | Agent, mode: Mode) -> None:
 
 
 async def run_agent(
-    agent: str | Agent, mode: Mode, task: Task, policy: Policy, rollout: Rollout, *, instrumentors: Sequence[str] = ()
+    agent: str | Agent,
+    mode: AgentMode,
+    task: Task,
+    policy: Policy,
+    rollout: Rollout,
+    *,
+    instrumentors: Sequence[str] = (),
 ) -> object:
     """Run the agent on a task and return its result: an object, or in mode command a line of text.
 

@@ -11,13 +11,14 @@ import fnmatch
 import logging
 import math
 import numbers
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from agent_lightning.buffer.breaker import last_failed_tool
 from agent_lightning.buffer.buffer import Lease
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.errors import EngineError, RewardError, UnknownRollout
 from agent_lightning.core.text import error_line, hide_secret
 from agent_lightning.core.types import (
@@ -30,7 +31,7 @@ from agent_lightning.core.types import (
     RolloutKey,
     is_reward,
 )
-from agent_lightning.rollouts.agents import Agent, Mode, call, check, load, run_agent
+from agent_lightning.rollouts.agents import call, check, load, run_agent
 from agent_lightning.rollouts.client import Rollout, close, install
 from agent_lightning.rollouts.supervise import FindGateway, is_healthy, wait_until_healthy
 from agent_lightning.spans.assemble import assemble, emitted_reward
@@ -46,28 +47,6 @@ _LONGEST_OUTPUT = 2000
 """Characters of an agent's result that are kept."""
 _UNKNOWN_VERSION = -1
 """The policy version in a worker: it does not follow the updates, and the gateway notes the version of each call."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentSpec:
-    """Which agent to run for each task, how to score its result, and within which limits."""
-
-    target: str | Agent
-    """A name for `agents.load`, a command line, or the function itself."""
-    mode: Mode
-    """How the agent is run; see `agents`."""
-    reward_target: str | Agent | None = None
-    """`score(payload, output)`, async or plain; None if the agent returns or emits its reward."""
-    reward_range: tuple[float, float] = (0.0, 1.0)
-    """Lowest and highest reward."""
-    timeout_s: float = 600.0
-    """Seconds that the agent and its scoring may take together."""
-    concurrency: int = 8
-    """Rollouts that a worker runs at a time."""
-    tool_errors: tuple[str, ...] = ()
-    """Globs over errors as `core.text.error_line` writes them; an error that matches is a TOOL_ERROR."""
-    instrumentors: tuple[str, ...] = ()
-    """Names of the OpenTelemetry instrumentors (entry points) to turn on."""
 
 
 class RolloutBuffer(Protocol):
@@ -104,7 +83,7 @@ class RolloutWorker:
 
     Example:
 
-        worker = RolloutWorker(buffer=buffer, agent=spec, policy_url="http://127.0.0.1:8000", model="policy")
+        worker = RolloutWorker(buffer=buffer, agent=config.agent, policy_url="http://127.0.0.1:8000", model="policy")
         await worker.run()
 
     Raises ConfigError on construction if the agent or the reward function cannot be loaded.
@@ -114,20 +93,22 @@ class RolloutWorker:
         self,
         *,
         buffer: RolloutBuffer,
-        agent: AgentSpec,
+        agent: AgentConfig,
         policy_url: str,
         model: str,
+        concurrency: int = 64,
         agent_name: str = DEFAULT_AGENT,
         worker: str = "",
         find: FindGateway | None = None,
     ) -> None:
-        """`policy_url` is the gateway's root. `agent_name` names the agent in the URL of its calls. `worker` names this
-        worker in the buffer's leases. `find` locates a gateway when this one is gone; None waits for the same URL."""
+        """`policy_url` is the gateway's root. `concurrency` rollouts run at a time. `agent_name` names the agent in the
+        URL of its calls. `worker` names this worker in the buffer's leases. `find` locates a gateway when this one is
+        gone; None waits for the same URL."""
         check(agent.target, agent.mode)
-        target = agent.reward_target
-        self._score = load(target) if isinstance(target, str) else target
+        self._score = load(agent.reward) if isinstance(agent.reward, str) else agent.reward
         self._buffer, self._agent, self._worker, self._find = buffer, agent, worker, find
         self._policy_url, self._model, self._agent_name = policy_url.rstrip("/"), model, agent_name
+        self._concurrency = concurrency
         self._stopping = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
 
@@ -135,7 +116,7 @@ class RolloutWorker:
         """Lease and run rollouts until `stop`. Raises if the buffer is gone, and ConfigError if an instrumentor is not
         installed."""
         # An agent in a process of its own turns its instrumentors on in that process.
-        install(self._agent.instrumentors if self._agent.mode in ("async", "thread") else ())
+        install(self._agent.instrument if self._agent.mode in ("async", "thread") else ())
         async with asyncio.TaskGroup() as group:
             feeding = group.create_task(self._feed(group))
             await self._stopping.wait()  # ends with stop(), or by cancellation if `feeding` failed
@@ -173,7 +154,7 @@ class RolloutWorker:
         if self._find is not None:  # a worker that replaces a dead one may have got the URL of a gateway that is gone
             await self._reach_gateway()
         while True:  # ends by cancellation, in run()
-            free = self._agent.concurrency - len(self._running)
+            free = self._concurrency - len(self._running)
             if free == 0:
                 # This wait ends, because every task has a deadline.
                 await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
@@ -196,13 +177,13 @@ class RolloutWorker:
             async with clock:
                 try:
                     result = await run_agent(
-                        agent.target, agent.mode, lease.task, policy, rollout, instrumentors=agent.instrumentors
+                        agent.target, agent.mode, lease.task, policy, rollout, instrumentors=agent.instrument
                     )
                 finally:
                     await close(rollout)
                 output = hide_secret(str(result), lease.secret)[:_LONGEST_OUTPUT]
                 blame = Outcome.BAD_REWARD
-                reward = to_reward(await self._value(lease, result), agent.reward_range)
+                reward = to_reward(await self._value(lease, result), (agent.reward_min, agent.reward_max))
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling() > 0:  # else the agent raised CancelledError by itself

@@ -36,13 +36,13 @@ from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.config.learning import AlgorithmConfig
+from agent_lightning.config.running import Agent, AgentConfig
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
 from agent_lightning.credit.tools import tool_calls
-from agent_lightning.rollouts.agents import Agent
 from agent_lightning.rollouts.supervise import Workers
-from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker
+from agent_lightning.rollouts.worker import RolloutWorker
 from agent_lightning.run.loop import Loop
 from agent_lightning.run.state import Plan, State, checkpoint_folder, newest_checkpoint, read_state, write_state
 from agent_lightning.run.tasks import TaskCursor
@@ -104,8 +104,10 @@ class ToyWorld:
     In the block, `loop` is ready to run, `url` is the root URL of the gateway, and the other parts can be inspected.
     """
 
-    agent: AgentSpec | Agent
-    """An async function that returns its reward, or the AgentSpec of any agent."""
+    agent: AgentConfig | Agent
+    """An async function that returns its reward, or the section of any agent."""
+    concurrency: int = 32
+    """Rollouts that a worker runs at a time."""
     tasks: Sequence[Task]
     words: Sequence[str]
     """The policy's answers."""
@@ -208,10 +210,10 @@ class ToyWorld:
 
     def _worker(self, name: str) -> RolloutWorker:
         buffer = self._link(self.buffer, name, "finish")
-        agent = self.agent
-        if not isinstance(agent, AgentSpec):
-            agent = AgentSpec(target=agent, mode="async", timeout_s=10.0, concurrency=32)
-        return RolloutWorker(buffer=buffer, agent=agent, policy_url=self.url, model=MODEL, worker=name)
+        agent = self.agent if isinstance(self.agent, AgentConfig) else AgentConfig(target=self.agent, timeout_s=10.0)
+        return RolloutWorker(
+            buffer=buffer, agent=agent, concurrency=self.concurrency, policy_url=self.url, model=MODEL, worker=name
+        )
 
     def _loop(self, state: State) -> Loop:
         plan = Plan(

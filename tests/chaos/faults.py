@@ -20,10 +20,10 @@ from typing import Any
 
 import aiohttp
 
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Outcome, Policy, Task
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.client import tool
-from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.serving.gateway import RETRY_HEADER
 from agent_lightning.toy.faults import Faults, Rates
 from agent_lightning.toy.world import ToyWorld
@@ -92,7 +92,7 @@ async def run(
     search = faults.between(Search(slow_s), "search", tool_rates)
     agent = Agent(search, deadline_s=2.5 * slow_s)
     tasks = [Task(task_id=str(n), payload={"question": f"q{n}", "answer": WORDS[n % 3]}) for n in range(8)]
-    spec = AgentSpec(target=agent, mode="async", timeout_s=60 * slow_s, concurrency=32)
+    spec = AgentConfig(target=agent, timeout_s=60 * slow_s)
     async with ToyWorld(
         agent=spec,
         tasks=tasks,

@@ -27,10 +27,11 @@ from processes import Peer, end_with, listen
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.config.learning import AlgorithmConfig
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Group, ModelCall, Policy, Task
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
-from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker
+from agent_lightning.rollouts.worker import RolloutWorker
 from agent_lightning.run.loop import Loop
 from agent_lightning.run.state import STATE_FILE, Plan, State, checkpoint_folder, newest_checkpoint, read_state
 from agent_lightning.run.tasks import TaskCursor
@@ -205,13 +206,13 @@ async def _ask(http: aiohttp.ClientSession, policy: Policy, messages: Sequence[M
 
 
 async def _worker(part: str, run: RunProcesses) -> None:
-    spec = AgentSpec(target=solve, mode="async", timeout_s=5.0, concurrency=8)
+    spec = AgentConfig(target=solve, timeout_s=5.0)
     url = f"http://127.0.0.1:{run.port}"
     name = f"{part}.{os.getpid()}"
     if run.at(part).exists():  # the worker before this one is dead: its rollouts have ended
         await run.buffer().release(run.at(part).read_text())
     run.at(part).write_text(name)
-    await RolloutWorker(buffer=run.buffer(), agent=spec, policy_url=url, model=MODEL, worker=name).run()
+    await RolloutWorker(buffer=run.buffer(), agent=spec, policy_url=url, model=MODEL, worker=name, concurrency=8).run()
 
 
 class TakenGroups(QuietObserver):

@@ -23,9 +23,9 @@ import psutil
 from faults import WORDS, Agent, Search
 
 from agent_lightning.buffer.journal import JournalConfig
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Task
 from agent_lightning.credit.failures import Retries
-from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.toy.faults import Faults, Rates
 from agent_lightning.toy.world import ToyWorld
 
@@ -37,7 +37,8 @@ async def soak(minutes: float) -> dict[str, Any]:
     process, started = psutil.Process(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         async with ToyWorld(
-            agent=AgentSpec(target=agent, mode="async", timeout_s=60.0, concurrency=16),
+            agent=AgentConfig(target=agent, timeout_s=60.0),
+            concurrency=16,
             tasks=tasks,
             words=WORDS,
             num_workers=2,

@@ -12,9 +12,9 @@ from faults import Agent, Search
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.config.learning import FailuresConfig
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Task
 from agent_lightning.credit.failures import Retries
-from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.toy.faults import Faults, InjectedError, Link, Rates
 from agent_lightning.toy.world import ToyWorld
 
@@ -132,7 +132,8 @@ async def test_whatever_fails_the_counts_agree_and_no_acknowledged_span_is_lost_
     agent = Agent(Search(0.0), deadline_s=5.0)
     tasks = [Task(task_id=str(n), payload={"question": f"q{n}", "answer": WORDS[n % 3]}) for n in range(6)]
     async with ToyWorld(
-        agent=AgentSpec(target=agent, mode="async", timeout_s=30.0, concurrency=16),
+        agent=AgentConfig(target=agent, timeout_s=30.0),
+        concurrency=16,
         tasks=tasks,
         words=WORDS,
         num_workers=2,

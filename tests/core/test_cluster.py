@@ -21,11 +21,12 @@ from agents_for_tests import RUN_SECRET, make_call, make_task, small_gateway
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.buffer.taken import take_groups
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.actors import init_ray, kill, spawn
 from agent_lightning.core.errors import UnknownRollout
 from agent_lightning.core.types import Ending, Outcome, RolloutKey
 from agent_lightning.credit.failures import Retries
-from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker
+from agent_lightning.rollouts.worker import RolloutWorker
 
 Make = Callable[..., Any]
 
@@ -147,7 +148,7 @@ async def test_a_cancelled_take_loses_nothing(make: Make) -> None:
 
 async def test_workers_run_agents_and_classify_what_they_do(make: Make) -> None:
     buffer = make(Buffer, run_secret=RUN_SECRET)
-    spec = AgentSpec(target=f"{agents.__file__}:does", mode="async", timeout_s=1.0)
+    spec = AgentConfig(target=f"{agents.__file__}:does", timeout_s=1.0)
     ends = {
         "return": Outcome.FINISHED,
         "raise": Outcome.AGENT_ERROR,
@@ -171,7 +172,7 @@ async def test_workers_run_agents_and_classify_what_they_do(make: Make) -> None:
 
 async def test_cancelling_a_worker_ends_its_agents(make: Make) -> None:
     buffer = make(Buffer, run_secret=RUN_SECRET)
-    spec = AgentSpec(target=f"{agents.__file__}:score_hangs", mode="async")
+    spec = AgentConfig(target=f"{agents.__file__}:score_hangs")
     worker = make(RolloutWorker, buffer=buffer, agent=spec, policy_url="http://127.0.0.1:9", model="m")
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     running = asyncio.create_task(worker.run())

@@ -13,8 +13,8 @@ import pytest
 from agents_for_tests import skilled
 
 from agent_lightning.buffer.taken import take_groups
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Task, ToolCall, ToolStatus, Trajectory
-from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.toy.world import ToyWorld
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "calc_x"))
@@ -32,7 +32,7 @@ WORDS = ("call:2+3", "The answer is 5.")
 
 
 async def run(command: str, num: int) -> list[Trajectory]:
-    spec = AgentSpec(target=command, mode="command", timeout_s=240.0, reward_target=score)
+    spec = AgentConfig(target=command, mode="command", timeout_s=240.0, reward=score)
     async with asyncio.timeout(280), ToyWorld(agent=spec, tasks=[TASK], words=WORDS) as world:
         await world.engine.install(skilled(WORDS))
         await world.buffer.admit(TASK, split="train", num_rollouts=num)

@@ -11,8 +11,8 @@ from agents_for_tests import skilled
 from openai import AsyncOpenAI
 
 from agent_lightning.buffer.taken import take_groups
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Policy, Task, ToolStatus, Trajectory
-from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.spans.assemble import assemble
 from agent_lightning.toy.world import ToyWorld
 
@@ -64,7 +64,7 @@ async def with_autogen(payload: dict[str, Any], policy: Policy) -> float:
 )
 async def test_tools_agents_and_calls_of_a_framework_are_one_account(framework: Any, instrumentor: str) -> None:
     pytest.importorskip(f"openinference.instrumentation.{instrumentor}")
-    spec = AgentSpec(target=framework, mode="async", timeout_s=60.0, instrumentors=(instrumentor,))
+    spec = AgentConfig(target=framework, timeout_s=60.0, instrument=(instrumentor,))
     async with asyncio.timeout(120), ToyWorld(agent=spec, tasks=TASKS, words=WORDS, rollouts_per_task=16) as world:
         await world.train(steps=1)
         seen = [t for group in world.observer.groups for t in group.trajectories if len(t.calls) > 1]
@@ -138,8 +138,8 @@ async def test_500_agents_of_mixed_frameworks_at_once_lose_no_span_and_double_no
         pytest.importorskip(name)
     tasks = [Task(task_id=str(n), payload={"question": "What is 2 plus 3?", "number": n}) for n in range(500)]
     instrumentors = ("langchain", "openai_agents", "autogen_agentchat")
-    spec = AgentSpec(target=with_any, mode="async", timeout_s=600.0, concurrency=500, instrumentors=instrumentors)
-    async with ToyWorld(agent=spec, tasks=tasks, words=WORDS) as world:
+    spec = AgentConfig(target=with_any, timeout_s=600.0, instrument=instrumentors)
+    async with ToyWorld(agent=spec, concurrency=500, tasks=tasks, words=WORDS) as world:
         await world.engine.install(skilled(WORDS))
         world.engine.delay_s = 2.0  # so that all of them are at it at once
         for task in tasks:

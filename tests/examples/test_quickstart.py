@@ -12,10 +12,10 @@ import pytest
 from agents_for_tests import skilled
 
 from agent_lightning.buffer.taken import take_groups
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.config.sources import sources
 from agent_lightning.core.types import Task, Trajectory
 from agent_lightning.rollouts.agents import load
-from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.toy.world import ToyWorld
 
 FOLDER = Path(__file__).parents[2] / "examples" / "quickstart"
@@ -27,7 +27,7 @@ reward: Callable[[Any, str], float] = load(f"{AGENT}:reward")
 async def roll_out(*words: str) -> Trajectory:
     """Run the agent once, on a policy that answers with `words`, one word a call."""
     task = Task(task_id="sum", payload={"question": "What is 2 plus 3?", "answer": 5})
-    spec = AgentSpec(target=f"{AGENT}:solve", mode="async", timeout_s=60.0, reward_target=reward)
+    spec = AgentConfig(target=f"{AGENT}:solve", timeout_s=60.0, reward=reward)
     async with asyncio.timeout(60), ToyWorld(agent=spec, tasks=[task], words=words) as world:
         await world.engine.install(skilled(words))
         await world.buffer.admit(task, split="train", num_rollouts=1)

@@ -12,9 +12,9 @@ from aiohttp import web
 from optional import needs
 
 from agent_lightning.config.load import load
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Task
 from agent_lightning.rollouts import agents
-from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.toy.world import ToyWorld
 
 pytestmark = needs("langgraph", "langchain_openai")
@@ -137,13 +137,7 @@ def test_the_experiments_agent_and_reward_can_be_run():
 
 @pytest.mark.slow
 async def test_the_agent_learns_through_the_gateway(task):
-    spec = AgentSpec(
-        target=f"{TARGET}:solve",
-        mode="async",
-        reward_target=f"{EXAMPLE}/reward.py:score",
-        timeout_s=60.0,
-        concurrency=16,
-    )
+    spec = AgentConfig(target=f"{TARGET}:solve", reward=f"{EXAMPLE}/reward.py:score", timeout_s=60.0)
     tasks = [Task(task_id="a", payload=task), Task(task_id="b", payload=task | {"question": "Count the singers."})]
     words = ("CORRECT", "SELECT age FROM singer", COUNT)
     async with ToyWorld(agent=spec, tasks=tasks, words=words, rollouts_per_task=16) as world:

@@ -14,10 +14,10 @@ from collections.abc import Callable
 import pytest
 from openai import AsyncOpenAI
 
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.errors import ConfigError, RewardError, StepFailed
 from agent_lightning.core.types import Outcome, Policy, Task, ToolStatus, Trajectory
 from agent_lightning.rollouts.client import Rollout, close, current_rollout, emit_reward, inside, install, tool
-from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.toy.world import ToyWorld
 
 TASKS = [Task(task_id="sky", payload={"question": "The sky is"})]
@@ -31,7 +31,7 @@ async def ask(policy: Policy, payload: Payload) -> str:
         return (await client.chat.completions.create(model=policy.model, messages=messages)).id  # type: ignore[arg-type]
 
 
-async def trajectory_of(agent: AgentSpec | Callable[..., object]) -> Trajectory:
+async def trajectory_of(agent: AgentConfig | Callable[..., object]) -> Trajectory:
     """What one evaluation of the agent leaves."""
     async with asyncio.timeout(30), ToyWorld(agent=agent, tasks=TASKS, words=("blue",), rollouts_per_task=2) as world:
         await world.train(steps=1)
@@ -161,7 +161,7 @@ async def test_a_rollout_is_known_in_threads_and_processes() -> None:
 
 
 async def test_an_agent_in_a_process_says_it_too() -> None:
-    spec = AgentSpec(target="tests/rollouts/test_client.py:in_a_process", mode="process", timeout_s=20.0)
+    spec = AgentConfig(target="tests/rollouts/test_client.py:in_a_process", mode="process", timeout_s=20.0)
     seen = await trajectory_of(spec)
     assert (seen.outcome, seen.reward, seen.error) == (Outcome.FINISHED, 0.75, "")
     assert [item.name for item in seen.tools] == ["search"]

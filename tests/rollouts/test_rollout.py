@@ -17,12 +17,13 @@ from agents_for_tests import RUN_SECRET, is_alive, make_task, small_gateway
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.taken import take_groups
+from agent_lightning.config.running import AgentConfig, AgentMode
 from agent_lightning.core.errors import AgentProcessError, ConfigError, RewardError
 from agent_lightning.core.types import Outcome, Policy, Task, Trajectory
 from agent_lightning.credit.failures import Retries
-from agent_lightning.rollouts.agents import Mode, check, load, run_agent
+from agent_lightning.rollouts.agents import check, load, run_agent
 from agent_lightning.rollouts.client import Rollout
-from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker, to_reward
+from agent_lightning.rollouts.worker import RolloutWorker, to_reward
 
 HERE = Path(__file__).parents[1] / "support"
 FILE = f"{HERE}/agents_for_tests.py"
@@ -31,15 +32,17 @@ POLICY = Policy(version=1, base_url="http://127.0.0.1:9/v1", model="m", sampling
 ROLLOUT = Rollout(rollout_id="train-0-0", attempt=0, base_url=POLICY.base_url)
 
 
-def make_spec(target: str | Callable[..., object], mode: Mode = "async", **settings: object) -> AgentSpec:
-    return AgentSpec(target=target, mode=mode, **{"timeout_s": 10.0, **settings})  # type: ignore[arg-type]
+def make_spec(target: str | Callable[..., object], mode: AgentMode = "async", **settings: object) -> AgentConfig:
+    return AgentConfig(target=target, mode=mode, **{"timeout_s": 10.0, **settings})  # type: ignore[arg-type]
 
 
-async def run_tasks(agent: AgentSpec, tasks: list[Task], buffer: Buffer | None = None) -> list[Trajectory]:
+async def run_tasks(
+    agent: AgentConfig, tasks: list[Task], buffer: Buffer | None = None, *, concurrency: int = 8
+) -> list[Trajectory]:
     """The trajectories of one worker that runs each task once, behind a gateway."""
     buffer = buffer or Buffer(run_secret=RUN_SECRET)
     async with small_gateway(buffer) as url, asyncio.timeout(20), asyncio.TaskGroup() as group:
-        worker = RolloutWorker(buffer=buffer, agent=agent, policy_url=url, model="m")
+        worker = RolloutWorker(buffer=buffer, agent=agent, policy_url=url, model="m", concurrency=concurrency)
         group.create_task(worker.run())
         for task in tasks:
             await buffer.admit(task, split="train", num_rollouts=1)
@@ -48,7 +51,7 @@ async def run_tasks(agent: AgentSpec, tasks: list[Task], buffer: Buffer | None =
     return [group.trajectories[0] for group in groups]
 
 
-async def run_task(agent: AgentSpec, **payload: object) -> Trajectory:
+async def run_task(agent: AgentConfig, **payload: object) -> Trajectory:
     (trajectory,) = await run_tasks(agent, [make_task(3, **payload)])
     return trajectory
 
@@ -105,7 +108,7 @@ def test_a_file_whose_import_fails_can_be_tried_again(tmp_path: Path) -> None:
         ("no.such.module:f", "async", "imported"),
     ],
 )
-def test_an_agent_that_cannot_run_is_found_before_the_run(agent: str, mode: Mode, message: str) -> None:
+def test_an_agent_that_cannot_run_is_found_before_the_run(agent: str, mode: AgentMode, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(agent, mode)
 
@@ -123,8 +126,8 @@ def test_an_agent_that_cannot_run_is_found_before_the_run(agent: str, mode: Mode
         (f"{FILE}:doubles_from_environment", "process"),
     ],
 )
-async def test_an_agent_that_works_in_each_mode(target: str | Callable[..., object], mode: Mode) -> None:
-    trajectory = await run_task(make_spec(target, mode, reward_target=f"{FILE}:score"))
+async def test_an_agent_that_works_in_each_mode(target: str | Callable[..., object], mode: AgentMode) -> None:
+    trajectory = await run_task(make_spec(target, mode, reward=f"{FILE}:score"))
     assert (trajectory.outcome, trajectory.reward, trajectory.error) == (Outcome.FINISHED, 1.0, "")
     assert trajectory.output == "6"
     assert [call.key for call in trajectory.calls] == [trajectory.key]
@@ -307,10 +310,10 @@ async def test_the_gateways_reason_names_the_outcome(outcome: Outcome) -> None:
 
 
 async def test_threads_that_hang_take_no_slot_from_others() -> None:
-    spec = make_spec(agents.blocks, "thread", timeout_s=0.4, concurrency=2)
+    spec = make_spec(agents.blocks, "thread", timeout_s=0.4)
     before = time.monotonic()
     tasks = [make_task(n, seconds=3.0) for n in range(3)] + [make_task(9, seconds=0.0)]
-    outcomes = [trajectory.outcome for trajectory in await run_tasks(spec, tasks)]
+    outcomes = [trajectory.outcome for trajectory in await run_tasks(spec, tasks, concurrency=2)]
     assert outcomes == [Outcome.TIMEOUT] * 3 + [Outcome.NO_MODEL_CALL]
     assert time.monotonic() - before < 2.5
 
@@ -336,7 +339,7 @@ async def test_a_process_that_hangs_is_a_timeout_and_gone(tmp_path: Path) -> Non
     ],
 )
 async def test_every_way_a_score_can_end(reward_target: Callable[..., object], outcome: Outcome, message: str) -> None:
-    trajectory = await run_task(make_spec(agents.doubles, reward_target=reward_target, timeout_s=0.5))
+    trajectory = await run_task(make_spec(agents.doubles, reward=reward_target, timeout_s=0.5))
     assert (trajectory.outcome, trajectory.error, trajectory.output) == (outcome, message, "6")
 
 
@@ -367,7 +370,7 @@ async def test_a_worker_runs_many_at_a_time_and_no_more_than_it_may() -> None:
         running -= 1
         return 1.0
 
-    trajectories = await run_tasks(make_spec(agent, concurrency=4), [make_task(n) for n in range(20)])
+    trajectories = await run_tasks(make_spec(agent), [make_task(n) for n in range(20)], concurrency=4)
     assert (len(trajectories), most) == (20, 4)
 
 

@@ -20,12 +20,13 @@ from agents_for_tests import RUN_SECRET, is_alive, make_task, small_gateway
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.taken import take_groups
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core import actors as cluster
 from agent_lightning.core.types import Ending, Outcome
 from agent_lightning.credit.failures import Retries
 from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.rollouts.supervise import MOST_DEATHS, Workers, watch
-from agent_lightning.rollouts.worker import AgentSpec, RolloutWorker
+from agent_lightning.rollouts.worker import RolloutWorker
 from agent_lightning.serving.engine import Completion
 from agent_lightning.serving.policy import PolicyBoard
 from agent_lightning.toy.model import ToyEngine, ToyLanguage
@@ -107,7 +108,7 @@ async def test_a_worker_that_keeps_dying_is_reported_in_one_line() -> None:
 # With processes.
 
 
-def workers_on_ray(buffer: Buffer, url: str, spec: AgentSpec, **settings: Any) -> Workers:
+def workers_on_ray(buffer: Buffer, url: str, spec: AgentConfig, **settings: Any) -> Workers:
     def make(name: str) -> RolloutWorker:
         return cluster.spawn(RolloutWorker, buffer=buffer, agent=spec, policy_url=url, model="m", worker=name)
 
@@ -118,7 +119,7 @@ def workers_on_ray(buffer: Buffer, url: str, spec: AgentSpec, **settings: Any) -
 @pytest.mark.usefixtures("ray_here")
 async def test_kill_9_of_a_worker_costs_an_attempt_and_no_rollout(tmp_path: Path) -> None:
     buffer = cluster.spawn(Buffer, run_secret=RUN_SECRET, retries=Retries(max_attempts=2))
-    spec = AgentSpec(target=f"{agents.__file__}:kills_its_worker_once", mode="process", timeout_s=120.0, concurrency=4)
+    spec = AgentConfig(target=f"{agents.__file__}:kills_its_worker_once", mode="process", timeout_s=120.0)
     pids = tmp_path / "pids"
     async with small_gateway(buffer) as url, asyncio.timeout(100), kept(workers_on_ray(buffer, url, spec)):
         await buffer.admit(make_task(pids=str(pids)), split="train", num_rollouts=1)
@@ -133,7 +134,7 @@ async def test_kill_9_of_a_worker_costs_an_attempt_and_no_rollout(tmp_path: Path
 @pytest.mark.usefixtures("ray_here")
 async def test_a_worker_whose_agent_blocks_it_is_replaced() -> None:
     buffer = cluster.spawn(Buffer, run_secret=RUN_SECRET, retries=Retries(max_attempts=1))
-    spec = AgentSpec(target=f"{agents.__file__}:blocks_the_event_loop", mode="async", timeout_s=100.0)
+    spec = AgentConfig(target=f"{agents.__file__}:blocks_the_event_loop", timeout_s=100.0)
     async with (
         asyncio.timeout(100),
         kept(workers_on_ray(buffer, "http://127.0.0.1:9", spec, unresponsive_timeout_s=3.0)),

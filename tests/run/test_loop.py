@@ -14,10 +14,10 @@ import openai
 import pytest
 
 from agent_lightning.buffer.buffer import Buffer, attempt_secret
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.types import ModelCall, Outcome, Policy, RolloutKey, Task
 from agent_lightning.credit.failures import Retries
-from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.run.state import State, newest_checkpoint, read_state
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.toy.model import ToyEngine, ToyLanguage
@@ -114,8 +114,8 @@ async def test_a_second_run_learns_the_same_numbers() -> None:
     runs = []
     for _ in range(2):
         async with openai.AsyncOpenAI(base_url="http://unset.invalid", api_key="any") as client:
-            spec = AgentSpec(target=Asks(client), mode="async", concurrency=1)
-            async with make_world(client, agent=spec, seed=7) as world:
+            spec = AgentConfig(target=Asks(client))
+            async with make_world(client, agent=spec, concurrency=1, seed=7) as world:
                 await world.train(steps=3)
                 runs.append([record["train/reward"] for record in world.observer.records])
     assert runs[0] == runs[1]

@@ -20,9 +20,9 @@ from agent_lightning.buffer import segments
 from agent_lightning.buffer.codec import decode
 from agent_lightning.buffer.events import Ended
 from agent_lightning.buffer.journal import JournalConfig
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.types import Policy, Task
-from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.toy.world import ToyWorld
 
 WORDS = ("0", "1", "2", "3")
@@ -60,9 +60,10 @@ async def agent() -> AsyncIterator[Agent]:
 
 
 def make_world(agent: Any, folder: Path, *, every: int, resume: bool = False) -> ToyWorld:
-    spec = AgentSpec(target=agent, mode="async", timeout_s=20.0, concurrency=5, reward_range=(-1.0, 1.0))
+    spec = AgentConfig(target=agent, timeout_s=20.0, reward_min=-1.0, reward_max=1.0)
     return ToyWorld(
         agent=spec,
+        concurrency=5,
         tasks=TASKS,
         words=WORDS,
         rollouts_per_task=4,

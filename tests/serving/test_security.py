@@ -12,9 +12,9 @@ import pytest
 from test_gateway import HELLO, TOOL, code_of, open_rig, url_of
 
 from agent_lightning.buffer.journal import JournalConfig
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Policy, Task
 from agent_lightning.rollouts.client import current_rollout, tool
-from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.run.archive import RolloutWriter, read_rollouts, read_trajectories
 from agent_lightning.spans.traces import export
 from agent_lightning.toy.world import ToyWorld
@@ -87,7 +87,7 @@ async def gossips(task: dict[str, Any], policy: Policy) -> float:
 async def test_nothing_that_a_run_leaves_tells_a_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     tasks = [Task(task_id=str(number), payload={"number": number}) for number in range(2)]
-    agent = AgentSpec(target=gossips, mode="async", timeout_s=20.0)
+    agent = AgentConfig(target=gossips, timeout_s=20.0)
     journal, words = JournalConfig(path=tmp_path / "journal"), ("call:1", "no")
     async with ToyWorld(agent=agent, tasks=tasks, words=words, rollouts_per_task=2, journal=journal) as world:
         await world.train(steps=1)

@@ -17,13 +17,12 @@ import pytest
 
 from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.config.learning import FailuresConfig
-from agent_lightning.config.running import BreakerConfig, RetryConfig
+from agent_lightning.config.running import AgentConfig, BreakerConfig, RetryConfig
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.types import Outcome, Policy, Task, Trajectory
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.client import current_rollout
-from agent_lightning.rollouts.worker import AgentSpec
 from agent_lightning.run.state import check_conservation, newest_checkpoint, read_state
 from agent_lightning.toy.world import ToyWorld
 
@@ -101,13 +100,13 @@ class Agent:
 
 
 @pytest.fixture
-async def agent() -> AsyncIterator[AgentSpec]:
+async def agent() -> AsyncIterator[AgentConfig]:
     async with openai.AsyncOpenAI(base_url="http://unset.invalid", api_key="any", max_retries=0) as client:
-        yield AgentSpec(target=Agent(client), mode="async", timeout_s=20.0, concurrency=64)
+        yield AgentConfig(target=Agent(client), timeout_s=20.0)
 
 
-def make_world(agent: AgentSpec, tasks: list[Task], **settings: Any) -> ToyWorld:
-    settings = {"rollouts_per_task": 8, "max_calls": MAX_CALLS, "max_len": 1024, **settings}
+def make_world(agent: AgentConfig, tasks: list[Task], **settings: Any) -> ToyWorld:
+    settings = {"concurrency": 64, "rollouts_per_task": 8, "max_calls": MAX_CALLS, "max_len": 1024, **settings}
     return ToyWorld(agent=agent, tasks=tasks, words=WORDS, val_tasks=GOOD, **settings)
 
 
@@ -116,12 +115,12 @@ def trajectories_of(world: ToyWorld, name: str) -> list[Trajectory]:
 
 
 @pytest.mark.parametrize("kind", ["ends badly", "floods"])
-async def test_faulty_agents_are_counted_and_the_others_finish(agent: AgentSpec, kind: str) -> None:
+async def test_faulty_agents_are_counted_and_the_others_finish(agent: AgentConfig, kind: str) -> None:
     floods = [name for name in FAULTS if name.startswith("ask ")]
     names = floods if kind == "floods" else [name for name in FAULTS if name not in floods]
     tasks = [*GOOD, *(Task(task_id=name, payload={"do": name}) for name in names)]
     # Without a hanging agent the time is generous, because all agents share an event loop with the gateway.
-    agent = replace(agent, timeout_s=20.0 if kind == "floods" else 6.0)
+    agent = agent.model_copy(update={"timeout_s": 20.0 if kind == "floods" else 6.0})
     async with asyncio.timeout(25), make_world(agent, tasks, rollouts_per_task=2) as world:
         state = await world.train(steps=1)
         stats = await world.buffer.stats()
@@ -138,7 +137,7 @@ async def test_faulty_agents_are_counted_and_the_others_finish(agent: AgentSpec,
     assert all(t.outcome is Outcome.FINISHED for task in GOOD for t in trajectories_of(world, task.task_id))
 
 
-async def test_other_tasks_are_learned_beside_failing_ones(agent: AgentSpec) -> None:
+async def test_other_tasks_are_learned_beside_failing_ones(agent: AgentConfig) -> None:
     faults = ("raise", "nan", "ask nothing", "ask for ever")
     tasks = [*GOOD, *(Task(task_id=name, payload={"do": name}) for name in faults)]
     async with asyncio.timeout(25), make_world(agent, tasks) as world:
@@ -148,7 +147,7 @@ async def test_other_tasks_are_learned_beside_failing_ones(agent: AgentSpec) -> 
     assert state.failed == {"agent_error": 56, "bad_reward": 56, "no_model_call": 56, "too_many_calls": 56}
 
 
-async def test_a_rollout_gets_no_more_samples_than_its_calls_allow(agent: AgentSpec) -> None:
+async def test_a_rollout_gets_no_more_samples_than_its_calls_allow(agent: AgentConfig) -> None:
     tasks = [Task(task_id=name, payload={"do": name}) for name in ("ask for ever", "ask many at once")]
     async with make_world(agent, [*GOOD, *tasks], rollouts_per_task=2) as world:
         await world.train(steps=1)
@@ -156,7 +155,7 @@ async def test_a_rollout_gets_no_more_samples_than_its_calls_allow(agent: AgentS
         assert {len(t.calls) for t in trajectories_of(world, name)} == {MAX_CALLS}
 
 
-async def test_failures_are_learned_from(agent: AgentSpec) -> None:
+async def test_failures_are_learned_from(agent: AgentConfig) -> None:
     """By default a failure has the reward 0: the policy learns the words with which its agent does not fail."""
     tasks = [Task(task_id="t", payload={"do": "fail if wrong", "answer": "2"})]
     async with make_world(agent, tasks, rollouts_per_task=16) as world:
@@ -167,7 +166,7 @@ async def test_failures_are_learned_from(agent: AgentSpec) -> None:
     assert first["rollout/finished"] < 0.6 < 0.8 < last["rollout/finished"]
 
 
-async def test_failures_that_are_masked_are_not_learned_from(agent: AgentSpec) -> None:
+async def test_failures_that_are_masked_are_not_learned_from(agent: AgentConfig) -> None:
     tasks = [*GOOD, Task(task_id="t", payload={"do": "fail if wrong", "answer": "2"})]
     async with make_world(agent, tasks) as world:
         world.loop.plan = replace(world.loop.plan, rules=CreditRules(failures=FailuresConfig(agent_error=None)))
@@ -175,7 +174,7 @@ async def test_failures_that_are_masked_are_not_learned_from(agent: AgentSpec) -
     assert state.dropped["masked_agent_error"] == state.failed["agent_error"] > 0
 
 
-async def test_engine_failures_are_not_trained(agent: AgentSpec) -> None:
+async def test_engine_failures_are_not_trained(agent: AgentConfig) -> None:
     async with make_world(agent, GOOD) as world:
         await world.loop.evaluate()
         world.engine.fail_next(4)
@@ -185,16 +184,16 @@ async def test_engine_failures_are_not_trained(agent: AgentSpec) -> None:
     assert world.observer.records[0]["rollout/finished"] == 12 / 16
 
 
-async def test_agents_that_hang_together_cost_the_time_of_one_timeout(agent: AgentSpec) -> None:
+async def test_agents_that_hang_together_cost_the_time_of_one_timeout(agent: AgentConfig) -> None:
     tasks = [*GOOD, Task(task_id="hang", payload={"do": "hang"})]
-    async with make_world(replace(agent, timeout_s=4.0), tasks, rollouts_per_task=16) as world:
+    async with make_world(agent.model_copy(update={"timeout_s": 4.0}), tasks, rollouts_per_task=16) as world:
         started = time.monotonic()
         state = await world.train(steps=1)
         assert time.monotonic() - started < 12  # in sequence, 16 timeouts would take 64
     assert state.failed == {"timeout": 16}
 
 
-async def test_a_failure_that_is_resampled_costs_its_group_no_member(agent: AgentSpec) -> None:
+async def test_a_failure_that_is_resampled_costs_its_group_no_member(agent: AgentConfig) -> None:
     failed: set[str] = set()
 
     async def flaky(task: Mapping[str, Any], policy: Policy) -> float:
@@ -206,7 +205,7 @@ async def test_a_failure_that_is_resampled_costs_its_group_no_member(agent: Agen
             raise ConnectionError("the search service is away")
         return float(reward)
 
-    spec = replace(agent, target=flaky, tool_errors=("ConnectionError: *",))
+    spec = agent.model_copy(update={"target": flaky, "tool_errors": ("ConnectionError: *",)})
     retries = Retries(max_attempts=2)
     async with asyncio.timeout(20), make_world(spec, GOOD, retries=retries) as world:
         state = await world.train(steps=1)
@@ -215,7 +214,7 @@ async def test_a_failure_that_is_resampled_costs_its_group_no_member(agent: Agen
     assert all(len(group.trajectories) == 8 for group in world.observer.groups if group.group_id.startswith("train"))
 
 
-async def test_a_tool_that_is_down_ends_the_step_early_and_is_named(agent: AgentSpec, tmp_path: Path) -> None:
+async def test_a_tool_that_is_down_ends_the_step_early_and_is_named(agent: AgentConfig, tmp_path: Path) -> None:
     """Some agents hang; without the breaker the step would wait for their deadline."""
 
     async def down(task: Mapping[str, Any], policy: Policy) -> float:
@@ -224,7 +223,8 @@ async def test_a_tool_that_is_down_ends_the_step_early_and_is_named(agent: Agent
         raise ConnectionError(f"search-{id(task)} refused {policy.base_url}")
 
     tasks = [*GOOD, Task(task_id="hang", payload={"do": "hang"})]
-    spec = replace(agent, target=down, timeout_s=60.0, tool_errors=("ConnectionError*",))
+    tools = {"target": down, "timeout_s": 60.0, "tool_errors": ("ConnectionError*",)}
+    spec = agent.model_copy(update=tools)
     settings: dict[str, Any] = {
         "retries": Retries(max_attempts=9, limits=RetryConfig(backoff_s=0)),
         "breaker": Breaker(BreakerConfig(window=12, share=0.8)),
@@ -244,7 +244,7 @@ async def test_a_tool_that_is_down_ends_the_step_early_and_is_named(agent: Agent
     check_conservation(state)
 
 
-async def test_a_step_without_a_success_stops_the_run_even_if_its_failures_are_resampled(agent: AgentSpec) -> None:
+async def test_a_step_without_a_success_stops_the_run_even_if_its_failures_are_resampled(agent: AgentConfig) -> None:
     tasks = [Task(task_id="t", payload={"do": "raise"})]
     retries = Retries(max_attempts=3, failures=FailuresConfig(agent_error="resample"), limits=RetryConfig(backoff_s=0))
     async with asyncio.timeout(20), make_world(agent, tasks, retries=retries) as world:
