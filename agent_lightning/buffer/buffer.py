@@ -172,16 +172,18 @@ class Buffer:
                 if worker in self._dead:  # the worker is dead but its request was still queued: nobody would run these
                     return []
                 keys = ledger.leased_for(request)
-                ready, remaining = ledger.ready(time.time(), num), end - time.monotonic()
+                now, remaining = time.time(), end - time.monotonic()
+                may_start = (key for key in ledger.waiting if ledger.attempt(key).ready_at <= now)
+                ready = tuple(itertools.islice(may_start, num))
                 if keys or ready or self._cancels > cancels or remaining <= 0:
                     break
+                next_ready = min((ledger.attempt(key).ready_at for key in ledger.waiting), default=math.inf)
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(min(remaining, ledger.ready_at() - time.time())):
+                    async with asyncio.timeout(min(remaining, next_ready - now)):
                         await self._changed.wait()
             if not keys and ready:
-                keys, at = ready, time.time()
-                event = events.Leased(keys=tuple(keys), at=at, expires_at=at + deadline, worker=worker, request=request)
-                self._store.note(event)
+                keys, until = ready, now + deadline
+                self._store.note(events.Leased(keys=keys, at=now, expires_at=until, worker=worker, request=request))
             leases = [
                 Lease(key=key, task=ledger.groups[key.group_id].task, secret=attempt_secret(self._run_secret, key))
                 for key in keys
@@ -320,17 +322,19 @@ class Buffer:
         of the old run are over. Returns the number of rollouts that have ended and need not be run again."""
         async with self._change():
             self._store.note(events.Resumed(step=step, next_group=dict(next_group)))
-        return self._ledger.num_reusable
+        untrained = [group for group in self._ledger.groups.values() if group.stage != "trained"]
+        return sum(rollout.phase == "complete" for group in untrained for rollout in group.rollouts)
 
     async def stats(self) -> Stats:
         """The numbers of rollouts at this moment."""
         counts = self._ledger.counts
+        phases = Counter[str](r.phase for r in self._ledger.open_rollouts() if r.key.split == "train")
         return Stats(
             dropped=dict(counts.dropped),
             failed={Outcome(name): number for name, number in counts.failed.items()},
             next_group=dict(counts.next_group),
             trouble=self._alarm or self._breaker.tripped,
-            **(self._ledger.totals() + self._refused),
+            **(Counter(counts.count) + phases + self._refused),
         )
 
     async def close(self) -> None:

@@ -1,8 +1,7 @@
 """The events of a Buffer: what its journal records, and the only way in which its ledger changes.
 
 An event records a decision, not a request: applied in order, the events of a journal give the same ledger again,
-whatever the clock shows and however the rules have changed since. An event class has a number in the journal, its
-fields, and `apply`, which changes the ledger; adding an event means adding a class.
+whatever the clock shows and however the rules have changed since. A new event is a class and a number in `KINDS`.
 
 The field `request` names the client's call that the event answers: if the call is repeated, because its answer was
 lost, the client gets the first answer again.
@@ -12,14 +11,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Final, Self, TypeVar, dataclass_transform
+from typing import Final, Self
 
 from agent_lightning.buffer.ledger import Counts, Ledger, Milestone, StoredGroup, StoredRollout, add_counts
 from agent_lightning.buffer.segments import RecordLocation
-from agent_lightning.core.types import Ending, ModelCall, RolloutKey, Split, Task
+from agent_lightning.core.types import Ending, ModelCall, Outcome, RolloutKey, Split, Task
 from agent_lightning.spans.tree import RawSpan
 
 
@@ -30,30 +29,11 @@ class Event(ABC):
 
     @abstractmethod
     def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
-        """Change the ledger. `location` is where the journal has the event, if there is a journal.
-
-        Decides nothing and reads no clock. Raises KeyError, IndexError or ValueError if the event does not fit the
-        events before it."""
+        """Change the ledger; decides nothing and reads no clock. `location` is where the journal, if there is one, has
+        the event. Raises KeyError, IndexError or ValueError if the event does not fit the events before it."""
 
 
-KINDS: Final[dict[int, type[Event]]] = {}
-"""The number of each event in a journal -> its class. A number never changes its meaning."""
-_EventT = TypeVar("_EventT", bound=Event)
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def _kind(number: int) -> Callable[[type[_EventT]], type[_EventT]]:
-    """Make a class a frozen dataclass and the event of this number."""
-
-    def register(cls: type[_EventT]) -> type[_EventT]:
-        event = dataclass(frozen=True, slots=True, kw_only=True)(cls)
-        KINDS[number] = event
-        return event
-
-    return register
-
-
-@_kind(1)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Base(Event):
     """All that a ledger holds except spans, which follow as events. It is the first event of a compacted journal."""
 
@@ -100,7 +80,7 @@ class Base(Event):
         ledger.known_span_events = self.spans
 
 
-@_kind(2)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admitted(Event):
     """A group was queued. If an interrupted step has left the same group unfinished, its rollouts that have ended are
     used again (`adopts`)."""
@@ -120,18 +100,22 @@ class Admitted(Event):
         if orphan is not None and orphan.stage != "orphaned":
             raise ValueError(f"{group_id} is admitted twice")
         if orphan is not None and self.adopts:
-            ledger.adopt(orphan)
+            orphan.stage = "open"
+            ledger.groups[group_id] = ledger.groups.pop(group_id)  # in the order of admission
+            for rollout in orphan.rollouts:
+                ledger.counts.add(calls=rollout.num_calls, sampled_tokens=rollout.sampled_tokens)
+                ledger.count_ending(rollout)
         else:
             ledger.drop(group_id)
             rollouts = [StoredRollout(key=key) for key in keys]
             ledger.groups[group_id] = StoredGroup(group_id=group_id, task=self.task, rollouts=rollouts)
-            ledger.waiting.extend(keys)
+        ledger.queue(ledger.groups[group_id])
         ledger.counts.add(admitted=self.num_rollouts if self.split == "train" else 0)
         ledger.cancelled = False
         ledger.remember(self.request, (group_id,))
 
 
-@_kind(3)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Leased(Event):
     """A worker received attempts to run."""
 
@@ -144,13 +128,13 @@ class Leased(Event):
     def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
         for key in self.keys:
             rollout = ledger.attempt(key)
-            rollout.phase, rollout.started_at, rollout.expires_at = "running", self.at, self.expires_at
-            rollout.worker = self.worker
+            rollout.phase, rollout.worker = "running", self.worker
+            rollout.started_at, rollout.expires_at = self.at, self.expires_at
             ledger.waiting.remove(key)  # it is the first, or near
         ledger.remember(self.request, tuple(f"{key.rollout_id}/{key.attempt}" for key in self.keys))
 
 
-@_kind(4)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Called(Event):
     """The gateway recorded a model call."""
 
@@ -170,7 +154,7 @@ class Called(Event):
             rollout.cause = None  # the agent recovered from that refusal, so it does not explain a later error
 
 
-@_kind(5)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Traced(Event):
     """The agent's process sent spans; some of them were refused."""
 
@@ -189,7 +173,7 @@ class Traced(Event):
             ledger.remember(self.request, ())
 
 
-@_kind(6)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CallFailed(Event):
     """The gateway refused a model call."""
 
@@ -200,7 +184,7 @@ class CallFailed(Event):
         ledger.attempt(self.key).cause = self.cause
 
 
-@_kind(7)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ended(Event):
     """An attempt ended. If `again`, the rollout's next attempt is queued, and may start at `ready_at`."""
 
@@ -227,7 +211,7 @@ class Ended(Event):
             ledger.complete[group.split].append(group.group_id)
 
 
-@_kind(8)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cancelled(Event):
     """All open rollouts were ended, and everything that waits for rollouts is to return."""
 
@@ -237,7 +221,7 @@ class Cancelled(Event):
         ledger.cancelled = True
 
 
-@_kind(9)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Taken(Event):
     """Complete groups were given to the run."""
 
@@ -264,7 +248,7 @@ class Taken(Event):
         ledger.remember(self.request, self.groups)
 
 
-@_kind(10)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Advanced(Event):
     """Taken rollouts were trained, or dropped for a reason."""
 
@@ -284,7 +268,7 @@ class Advanced(Event):
         ledger.remember(self.request, ())
 
 
-@_kind(11)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpointed(Event):
     """A checkpoint of this step is about to be written; a run that resumes from it returns to this event."""
 
@@ -296,17 +280,16 @@ class Checkpointed(Event):
         ledger.milestones.append(Milestone(step=self.step, checkpoint_epoch=epoch, counts=counts))
 
 
-@_kind(12)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Released(Event):
     """The checkpoint of this step is complete: groups that were trained before it are no longer needed."""
 
     step: int
 
     def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
-        milestone = next((m for m in reversed(ledger.milestones) if m.step == self.step), None)
-        if milestone is None:
+        epoch = next((m.checkpoint_epoch for m in reversed(ledger.milestones) if m.step == self.step), None)
+        if epoch is None:
             return
-        epoch = milestone.checkpoint_epoch
         ledger.milestones = [m for m in ledger.milestones if m.checkpoint_epoch >= epoch]
         for group in list(ledger.groups.values()):
             trained = group.stage == "trained" and group.checkpoint_epoch < epoch
@@ -315,7 +298,7 @@ class Released(Event):
                 ledger.drop(group.group_id)
 
 
-@_kind(13)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed(Event):
     """A new run starts from the checkpoint of this step: no attempt of the old run is open any more, and groups after
     the checkpoint are orphaned until they are admitted again."""
@@ -332,22 +315,33 @@ class Resumed(Event):
         if milestone is None:
             for group_id in list(ledger.groups):
                 ledger.drop(group_id)
-            counts = Counts(next_group=dict(self.next_group))
-            ledger.milestones = []
+            counts, ledger.milestones = Counts(next_group=dict(self.next_group)), []
         else:
             counts = deepcopy(milestone.counts)
             ledger.milestones = ledger.milestones[: ledger.milestones.index(milestone) + 1]
         counts.count["taken"] = 0  # the run that had taken them is over
         ledger.counts, ledger.cancelled, ledger.answers, ledger.partly_advanced = counts, False, {}, 0
         ledger.waiting.clear()
-        ledger.taken.clear()
-        for ids in ledger.complete.values():
+        for ids in (ledger.taken, *ledger.complete.values()):
             ids.clear()
         for group in list(ledger.groups.values()):
             if milestone and group.stage == "trained" and group.checkpoint_epoch < milestone.checkpoint_epoch:
                 continue
-            ledger.void_unfinished(group)
+            for index, rollout in enumerate(group.rollouts):
+                cancelled = rollout.ending is not None and rollout.ending.outcome is Outcome.CANCELLED
+                if rollout.phase == "running" or cancelled:  # the attempt ended with its run: a new one replaces it
+                    ledger.forget_spans(rollout.key)
+                    key = replace(rollout.key, attempt=rollout.key.attempt + 1)
+                    group.rollouts[index] = StoredRollout(key=key, voided=rollout.voided + 1)
             group.stage, group.checkpoint_epoch = "orphaned", ledger.checkpoint_epoch
             if group.number < counts.next_group[group.split]:
                 group.stage = "open"
                 ledger.queue(group)
+
+
+_BY_NUMBER: Final[tuple[type[Event], ...]] = (
+    *(Base, Admitted, Leased, Called, Traced, CallFailed, Ended, Cancelled),  # 1 to 8
+    *(Taken, Advanced, Checkpointed, Released, Resumed),  # 9 to 13
+)
+KINDS: Final[Mapping[int, type[Event]]] = dict(enumerate(_BY_NUMBER, 1))
+"""The number of each event in a journal -> its class. A number never changes its meaning: new events are the last."""

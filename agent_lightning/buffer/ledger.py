@@ -5,11 +5,10 @@ open: waiting -> running -> complete    taken    trained (kept until a checkpoin
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from agent_lightning.buffer.segments import RecordLocation
@@ -176,35 +175,16 @@ class Ledger:
         """The rollouts of open groups, in order of admission."""
         return (rollout for group in self.groups.values() if group.stage == "open" for rollout in group.rollouts)
 
-    def ready(self, now: float, num: int) -> list[RolloutKey]:
-        """The first `num` waiting rollouts that may start at Unix time `now`."""
-        return list(itertools.islice((key for key in self.waiting if self.attempt(key).ready_at <= now), num))
-
-    def ready_at(self) -> float:
-        """Unix time at which the first waiting rollout may start; infinity if none waits."""
-        return min((self.attempt(key).ready_at for key in self.waiting), default=math.inf)
-
-    def leased_for(self, request: str) -> list[RolloutKey]:
+    def leased_for(self, request: str) -> tuple[RolloutKey, ...]:
         """Attempts that were leased for this request and still run."""
         ids = (attempt_id.partition("/") for attempt_id in self.answers.get(request, ()))
-        keys = [RolloutKey.parse(rollout_id, int(attempt)) for rollout_id, _, attempt in ids]
-        return [key for key in keys if self.running(key)]
-
-    @property
-    def num_reusable(self) -> int:
-        """Number of rollouts that have ended and are not trained: a resumed run need not run them again."""
-        untrained = (group for group in self.groups.values() if group.stage != "trained")
-        return sum(rollout.phase == "complete" for group in untrained for rollout in group.rollouts)
+        keys = (RolloutKey.parse(rollout_id, int(attempt)) for rollout_id, _, attempt in ids)
+        return tuple(key for key in keys if self.running(key))
 
     @property
     def live_bytes(self) -> int:
         """Size of the spans that a compacted journal would hold."""
         return sum(spans.bytes for spans in self._spans.values())
-
-    def totals(self) -> Counter[str]:
-        """The fields of `Stats` that are plain counts: totals of the run, and train rollouts in each phase."""
-        phases = Counter(str(rollout.phase) for rollout in self.open_rollouts() if rollout.key.split == "train")
-        return Counter(self.counts.count) + phases
 
     def recorded(self) -> list[RecordedSpans]:
         """The spans of every attempt that the journal has spans of."""
@@ -266,29 +246,11 @@ class Ledger:
             if rollout.ending.outcome is not Outcome.FINISHED and rollout.key.split == "train":
                 add_counts(self.counts.failed, {rollout.ending.outcome: 1})
 
-    def void_unfinished(self, group: StoredGroup) -> None:
-        """Replace the attempts of a run that is over and that have not ended by new attempts."""
-        for index, rollout in enumerate(group.rollouts):
-            cancelled = rollout.ending is not None and rollout.ending.outcome is Outcome.CANCELLED
-            if rollout.phase == "running" or cancelled:
-                self.forget_spans(rollout.key)
-                key = replace(rollout.key, attempt=rollout.key.attempt + 1)
-                group.rollouts[index] = StoredRollout(key=key, voided=rollout.voided + 1)
-
     def queue(self, group: StoredGroup) -> None:
         """Queue the rollouts of a group that wait, or the group itself if it is complete."""
         self.waiting.extend(rollout.key for rollout in group.rollouts if rollout.phase == "waiting")
         if group.complete:
             self.complete[group.split].append(group.group_id)
-
-    def adopt(self, group: StoredGroup) -> None:
-        """Open an orphaned group again, and count what its rollouts have done."""
-        self.groups[group.group_id] = self.groups.pop(group.group_id)  # in the order of admission
-        group.stage = "open"
-        self.queue(group)
-        for rollout in group.rollouts:
-            self.counts.add(calls=rollout.num_calls, sampled_tokens=rollout.sampled_tokens)
-            self.count_ending(rollout)
 
 
 def add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
