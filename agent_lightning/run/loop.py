@@ -153,9 +153,13 @@ class Loop:
             tasks = self.state.cursor.next(self.train_tasks, missing)
             try:
                 new_groups = await self.generate(tasks, split="train", num_rollouts=algorithm.rollouts_per_task)
-                if new_groups is not None:
-                    groups += new_groups
-                    _check_any_finished(groups)
+                groups += new_groups or []
+                rollouts = [rollout for group in groups for rollout in group.trajectories]
+                failed = _count_failures(rollouts)
+                if rollouts and failed.total() == len(rollouts):  # the step would train on nothing
+                    counts = ", ".join(f"{count} {name}" for name, count in failed.most_common())
+                    ((error, _),) = Counter(rollout.error for rollout in rollouts).most_common(1)
+                    raise StepFailed(f"all {len(rollouts)} rollouts of the step failed: {counts}. Most often: {error}")
             except StepFailed:
                 self.state.cursor = cursor_before
                 await self._drop(groups, "step_failed")
@@ -323,13 +327,3 @@ def _sum_counts(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
 def _count_failures(rollouts: Sequence[Trajectory]) -> Counter[str]:
     """The rollouts that did not finish, by outcome."""
     return Counter(rollout.outcome.value for rollout in rollouts if rollout.outcome is not Outcome.FINISHED)
-
-
-def _check_any_finished(groups: Sequence[Group]) -> None:
-    """Raise StepFailed, with the reasons counted, if every rollout failed: the step would train on nothing."""
-    rollouts = [rollout for group in groups for rollout in group.trajectories]
-    failed = _count_failures(rollouts)
-    if failed.total() == len(rollouts):
-        counts = ", ".join(f"{count} {name}" for name, count in failed.most_common())
-        ((error, _),) = Counter(rollout.error for rollout in rollouts).most_common(1)
-        raise StepFailed(f"all {len(rollouts)} rollouts of the step failed: {counts}. Most often: {error}")

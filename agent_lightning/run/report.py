@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -80,27 +79,19 @@ class Summary:
 
     def write(self, path: Path) -> None:
         """Write JSON, with null for NaN."""
-        files.write_text(path, json.dumps(_replace_nan(asdict(self)), indent=2) + "\n")
+        values = json.loads(json.dumps(asdict(self)), parse_constant=lambda constant: None)
+        files.write_text(path, json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Summary:
         """Read what `write` wrote. Raises UserError if the file is not a summary."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"), object_hook=_replace_null)
+            text = path.read_text(encoding="utf-8")
+            values = json.loads(text, object_hook=lambda row: {k: math.nan if v is None else v for k, v in row.items()})
             rollouts, step_s = RolloutCounts(**values["rollouts"]), StepSeconds(**values["step_s"])
             return cls(**values | {"rollouts": rollouts, "step_s": step_s})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no summary of a run: {one_line(error)}") from error
-
-
-def _replace_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _replace_nan(part) for name, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace_null(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def report(summary: Summary, run: RunDirectory) -> RenderableType:
@@ -113,8 +104,7 @@ def report(summary: Summary, run: RunDirectory) -> RenderableType:
         headline.append(f"  (best {number(summary.val_reward_best)}, {summary.val_rows:,} rows)", style="dim")
     counts, seconds = summary.rollouts, summary.step_s
     rollouts = f"{counts.admitted:,} admitted, {counts.trained:,} trained, {sum(counts.dropped.values()):,} dropped"
-    if any(counts.dropped.values()):
-        rollouts += f": {_format_counts(counts.dropped)}"
+    rollouts += f": {_format_counts(counts.dropped)}" if any(counts.dropped.values()) else ""
     phases = ", ".join(f"{name} {number(value, 1)}" for name, value in asdict(seconds).items() if name != "total")
     rows = {
         "steps": f"{summary.steps:,} in {duration(summary.wall_s)}; service ready after {duration(summary.start_s)}",

@@ -1,10 +1,8 @@
 """Search spaces on a command line: `algorithm.lr=loguniform(1e-4,3e-3)` searches a key by a distribution of Ray Tune.
 
-    parse_words(["experiment=calc_tiny", "algorithm.lr=loguniform(1e-4,3e-3)", "credit=choice(identical,air)"])
-    # (("experiment=calc_tiny",),
-    #  {"algorithm.lr": Numbers("loguniform", (1e-4, 3e-3)), "credit": Choice(("identical", "air"))})
-
-Ray Tune itself is imported when a sweep starts, in `tune.py`.
+parse_words(["experiment=calc_tiny", "algorithm.lr=loguniform(1e-4,3e-3)", "credit=choice(identical,air)"])
+# (("experiment=calc_tiny",),
+#  {"algorithm.lr": Numbers("loguniform", (1e-4, 3e-3)), "credit": Choice(("identical", "air"))})
 """
 
 from __future__ import annotations
@@ -66,7 +64,7 @@ class Numbers:
         return low, high - 1 if self.name in ("randint", "lograndint") else high
 
     def check_values(self) -> tuple[str, ...]:
-        """The values with which the config is checked: both bounds."""
+        """Both bounds, as on a command line."""
         return tuple(map(self.text, self.bounds))
 
     def nearest(self, value: float) -> float:
@@ -126,12 +124,11 @@ def _distribution(word: str, name: str, arguments: list[str]) -> Distribution:
         return Choice(tuple(dict.fromkeys(arguments)))
     try:
         numbers = tuple(map(float, arguments))
-        if len(numbers) not in ((2, 3) if name == "range" else (2 + name.startswith("q"),)):
-            raise ValueError
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError
     except ValueError:
-        raise ConfigError(f"{word}: write {FORMS[name]}, in numbers") from None
+        numbers = ()
+    counts = (2, 3) if name == "range" else (2 + name.startswith("q"),)
+    if len(numbers) not in counts or not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"{word}: write {FORMS[name]}, in numbers")
     distribution = Numbers(name, numbers)
     low, high, step = (*numbers, 1.0)[:3]
     if low >= high or step <= 0 or (distribution.logarithmic and low <= 0):
