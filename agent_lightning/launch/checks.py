@@ -23,8 +23,7 @@ from agent_lightning.core.errors import ConfigError, UserError
 from agent_lightning.core.text import one_line
 from agent_lightning.core.types import Split, Task
 from agent_lightning.launch import backend, hub, placement
-from agent_lightning.rollouts import agents
-from agent_lightning.rollouts.client import check_instrumentors
+from agent_lightning.rollouts import agents, client
 from agent_lightning.run import tasks
 from agent_lightning.run.storage import check_place
 
@@ -149,7 +148,7 @@ ENGINE_CHECKS: Final[Sequence[tuple[str, Check]]] = (
 )
 CHECKS: Final[Sequence[tuple[str, Check]]] = (
     ("agent", lambda inspection: agents.check(inspection.config.agent.target, inspection.config.agent.mode)),
-    ("agent", lambda inspection: check_instrumentors(inspection.config.agent.instrument)),
+    ("agent", lambda inspection: client.check_instrumentors(inspection.config.agent.instrument)),
     ("agent", _check_reward),
     *ENGINE_CHECKS,
     ("runs", lambda inspection: check_place(inspection.config.runs_dir) if "train" in inspection.splits else None),
