@@ -76,17 +76,13 @@ class Faults:
         self.counts: Counter[str] = Counter()
         """How often each fault has happened: "link.method: fault", and "name: kill -9" for killed processes."""
         self.links: dict[str, Link] = {}
-        self._seed = seed
-        self._random = self.random("kills")
+        self.seed = seed
+        self._random = random.Random(f"{seed}/kills")
 
     def between(self, part: T, name: str, rates: Rates, *, methods: Collection[str] | None = None) -> T:
         """`part` behind a link of this name; faults happen to calls of `methods`, or of all methods if None."""
         link = self.links[name] = Link(part, name, rates, self, methods)
         return cast(T, link)
-
-    def random(self, name: str) -> random.Random:
-        """The random numbers of a link, or of the kills; those of another name do not change them."""
-        return random.Random(f"{self._seed}/{name}")
 
     def victim(self, names: Sequence[str]) -> str:
         """Choose the next of these names to kill."""
@@ -114,7 +110,7 @@ class Link:
         """May be changed at any time."""
         self._part = part
         self._name = name
-        self._draw = faults.random(name)
+        self._draw = random.Random(f"{faults.seed}/{name}")
         self._counts = faults.counts
         self._methods = methods
         self._cut = asyncio.Event()

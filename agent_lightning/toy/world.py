@@ -59,23 +59,21 @@ SAMPLING: Final[Mapping[Split, Mapping[str, float | int]]] = {
 }
 
 
+@dataclass(kw_only=True)
 class QuietObserver:
-    """The Observer of a run: keeps its records in memory, and has checkpoints written into a folder.
+    """The Observer of a run: keeps its records in memory, and has checkpoints written into a folder."""
 
-    A checkpoint is due every `every` steps (0: never) and after the last step.
-    """
-
-    def __init__(self, checkpoints: Path | None = None, *, every: int = 0) -> None:
-        self.records: list[dict[str, float]] = []
-        """The metrics of each training step."""
-        self.evaluations: list[tuple[int, float]] = []
-        """Step and mean reward of each evaluation."""
-        self.groups: list[Group] = []
-        """The groups of training and evaluation, in the order in which they were taken."""
-        self.doing = ""
-        """What the run waits for."""
-        self._checkpoints = checkpoints
-        self._every = every
+    checkpoints: Path | None = None
+    every: int = 0
+    """A checkpoint is due after so many steps (0: never), and after the last step."""
+    records: list[dict[str, float]] = field(default_factory=list)
+    """The metrics of each training step."""
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    """Step and mean reward of each evaluation."""
+    groups: list[Group] = field(default_factory=list)
+    """The groups of training and evaluation, in the order in which they were taken."""
+    doing: str = ""
+    """What the run waits for."""
 
     def waiting_for(self, text: str) -> None:
         self.doing = text
@@ -90,8 +88,8 @@ class QuietObserver:
         self.records.append(dict(record))
 
     def checkpoint_folder(self, state: State, *, force: bool) -> Path | None:
-        due = force or (self._every and state.step % self._every == 0)
-        return checkpoint_folder(self._checkpoints, state.step) if due and self._checkpoints else None
+        due = force or (self.every and state.step % self.every == 0)
+        return checkpoint_folder(self.checkpoints, state.step) if due and self.checkpoints else None
 
     def complete_checkpoint(self, folder: Path, state: State) -> None:
         write_state(folder, state)
@@ -159,7 +157,7 @@ class ToyWorld:
         self.board = PolicyBoard()
         self.engine = ToyEngine(language, seed=self.seed, max_len=self.max_len)
         self.learner = ToyLearner(language, lr=self.lr)
-        self.observer = QuietObserver(self.checkpoints, every=self.checkpoint_every)
+        self.observer = QuietObserver(checkpoints=self.checkpoints, every=self.checkpoint_every)
         config = GatewayConfig(
             model=MODEL, run_secret=run_secret, sampling=SAMPLING, seed=self.seed if self.seeded else None
         )
