@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import yaml
 
@@ -23,10 +23,6 @@ from agent_lightning.config.load import project_folder
 from agent_lightning.core.errors import DataError, UserError
 from agent_lightning.rollouts.agents import load
 from agent_lightning.run.tasks import read_jsonl
-
-REPRODUCE: Final = "benchmarks/reproduce/report.py:reproduce"
-REPORT_SECONDS = 5.0
-"""The time between two lines of progress."""
 
 
 def names() -> list[str]:
@@ -53,7 +49,7 @@ def score_paths() -> dict[str, dict[str, str]]:
 
 def reproduce(benchmark: str, **settings: Any) -> int:
     """`agl reproduce`: train with several seeds, and write a report. Returns the exit code. Raises UserError."""
-    return cast(int, load(REPRODUCE)(benchmark, **settings))
+    return cast(int, load("benchmarks/reproduce/report.py:reproduce")(benchmark, **settings))
 
 
 def score(benchmark: str, file: Path, paths: Mapping[str, Path]) -> int:
@@ -70,6 +66,10 @@ def score(benchmark: str, file: Path, paths: Mapping[str, Path]) -> int:
         raise DataError(f"{file} does not exist")
     score_row = load(f"examples/{benchmark}/scorer.py:score")
     totals = load(f"examples/{benchmark}/scorer.py:totals")
+
+    def write(row: Mapping[str, Any]) -> None:
+        sys.stdout.write(json.dumps(row) + "\n")
+
     scored: list[dict[str, Any]] = []
     reported = time.monotonic()
     try:
@@ -79,13 +79,13 @@ def score(benchmark: str, file: Path, paths: Mapping[str, Path]) -> int:
             except DataError as error:
                 raise DataError(f"{file}:{number}: {error}") from None
             scored.append({**row, **figures})
-            _write(scored[-1])
-            if time.monotonic() - reported > REPORT_SECONDS:
+            write(scored[-1])
+            if time.monotonic() - reported > 5.0:  # seconds between two lines of progress
                 reported = time.monotonic()
                 sys.stderr.write(f"{len(scored)} rows scored\n")
         if not scored:
             raise DataError(f"{file}: there are no rows to score")
-        _write(cast(Mapping[str, Any], totals(scored)))
+        write(cast(Mapping[str, Any], totals(scored)))
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has enough (`| head`). Python would raise again when it closes standard output.
@@ -93,17 +93,8 @@ def score(benchmark: str, file: Path, paths: Mapping[str, Path]) -> int:
     return 0
 
 
-def _write(row: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(row) + "\n")
-
-
 def means(rows: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:
-    """The means of some figures, for `totals` of a scorer.
-
-    Example:
-
-        means([{"score": 1}, {"score": 0}], "score")  # {"rows": 2, "score": 0.5}
-    """
+    """The means of figures, for `totals` of a scorer: [{"score": 1}, {"score": 0}] -> {"rows": 2, "score": 0.5}."""
     return {"rows": len(rows), **{name: sum(row[name] for row in rows) / len(rows) for name in names}}
 
 

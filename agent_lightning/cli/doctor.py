@@ -32,7 +32,6 @@ MAIN = ("ray", "verl", "transformers", "tensordict")
 """Pinned in both sets and shown one by one, beside torch and vLLM."""
 NO_CPU_BUILD = ("torchvision", "torchaudio")
 ENTRY_POINTS = {"vllm.general_plugins": "agent_lightning", "verl.plugins": "agent_lightning_cpu"}
-MIN_MEMORY_GIB, MIN_SHARED_GIB, MIN_DISK_GIB = 4, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +47,14 @@ class Check:
 
 def doctor() -> int:
     """Print the table. Returns the exit code: 0 if all is well, 1 if something is to be fixed."""
-    installed: dict[str, str] = {
-        canonicalize_name(package.name): package.version for package in distributions() if package.name
-    }
-    gpus = _gpus()
+    packages = [package for package in distributions() if package.name]
+    installed: dict[str, str] = {canonicalize_name(package.name): package.version for package in packages}
     own = next((package.requires or [] for package in distributions(name=DISTRIBUTION)), [])
     lock = project_folder("requirements") / "cpu.lock"
     cpu = read_pins(lock.read_text()) if lock.is_file() else {}
+    gpus = _gpus()
     checks = [*_machine(), Check("GPUs", ", ".join(gpus) or "none")]
-    checks += package_checks(installed, cpu, read_pins("\n".join(own)), on_gpu=bool(gpus))
-    checks += [*_registered(), _default_model()]
+    checks += [*package_checks(installed, cpu, read_pins("\n".join(own)), on_gpu=bool(gpus)), *_project()]
     table = Table("", "what", "found", "wanted")
     for check in checks:
         mark = "[red]✗[/red]" if check.fix else "[green]✓[/green]"
@@ -129,23 +126,16 @@ def _machine() -> Iterator[Check]:
     fix = "" if system == "Linux x86_64" else "use a Linux x86-64 machine, or a container of one"
     yield Check("platform", system, "Linux x86_64", fix)
     yield Check("cores", str(os.cpu_count()), "2 or more")
-    yield _space(
-        "free memory",
-        psutil.virtual_memory().available / 2**30,
-        MIN_MEMORY_GIB,
-        "end other programs, or use a larger machine",
-    )
-    shared = Path("/dev/shm")
+    memory, shared, folder = psutil.virtual_memory().available, Path("/dev/shm"), tempfile.gettempdir()
+    spaces = [("free memory", memory, 4, "end other programs, or use a larger machine")]
     if shared.is_dir():
-        size = shutil.disk_usage(shared).total / 2**30
-        yield _space("/dev/shm", size, MIN_SHARED_GIB, "in a container: docker run --shm-size=2g")
-    folder = tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free / 2**30
-    yield _space(f"free disk in {folder}", free, MIN_DISK_GIB, f"free some space in {folder}, or set TMPDIR")
-
-
-def _space(name: str, gib: float, least: int, fix: str) -> Check:
-    return Check(name, f"{gib:.1f} GiB", f"{least} GiB", fix if gib < least else "")
+        fix = "in a container: docker run --shm-size=2g"
+        spaces.append((str(shared), shutil.disk_usage(shared).total, 1, fix))
+    fix = f"free some space in {folder}, or set TMPDIR"
+    spaces.append((f"free disk in {folder}", shutil.disk_usage(folder).free, 2, fix))
+    for name, size, least_gib, fix in spaces:
+        gib = size / 2**30
+        yield Check(name, f"{gib:.1f} GiB", f"{least_gib} GiB", fix if gib < least_gib else "")
 
 
 def _gpus() -> list[str]:
@@ -161,17 +151,14 @@ def _gpus() -> list[str]:
     return [line.strip() for line in reply.stdout.splitlines() if line.strip()]
 
 
-def _registered() -> Iterator[Check]:
+def _project() -> Iterator[Check]:
+    """The entry points, and the tiny policy: the model that a run has if its config names none."""
     for group, name in ENTRY_POINTS.items():
         known = name in {point.name for point in entry_points(group=group)}
         yield Check(group, name if known else "not registered", name, "" if known else "pip install --no-deps -e .")
-
-
-def _default_model() -> Check:
-    """The tiny policy: the model that a run has if its config names none."""
     conf = project_folder("conf")
     defaults: list[Any] = yaml.safe_load((conf / "train.yaml").read_text())["defaults"]
-    name = next(entry["model"] for entry in defaults if isinstance(entry, dict) and "model" in entry)
-    path = yaml.safe_load((conf / "model" / f"{name}.yaml").read_text())["path"]
+    model = next(entry["model"] for entry in defaults if isinstance(entry, dict) and "model" in entry)
+    path = yaml.safe_load((conf / "model" / f"{model}.yaml").read_text())["path"]
     exists = (Path(resolve_path(path)) / "config.json").is_file()
-    return Check("tiny policy", "there" if exists else "missing", path, "" if exists else f"git restore {path}")
+    yield Check("tiny policy", "there" if exists else "missing", path, "" if exists else f"git restore {path}")

@@ -11,7 +11,6 @@ from rich.table import Table
 from agent_lightning.cli import USER_ERROR
 from agent_lightning.config.load import load
 from agent_lightning.core.errors import ConfigError
-from agent_lightning.core.types import Split
 from agent_lightning.launch import backend, checks, placement
 
 
@@ -52,7 +51,13 @@ def _plan(inspection: checks.Inspection) -> Iterator[tuple[str, str]]:
     algorithm, rollout, serving, processes = config.algorithm, config.rollout, config.serving, config.learner.processes
     yield "model", inspection.model or config.model.path
     for split in inspection.splits:
-        yield "data", f"{split}: {_tasks(inspection, split)}"
+        source = config.data.train if split == "train" else config.data.val
+        tasks = f"{source.path}, split {source.split}, from the hub"
+        if split in inspection.tasks:
+            tasks = f"{len(inspection.tasks[split]):,} tasks"
+        elif any(line.startswith(f"data.{split}:") for line in inspection.missing):
+            tasks = "not found"
+        yield "data", f"{split}: {tasks}"
     yield "agent", f"{config.agent.target} ({config.agent.mode})"
     yield "actors", f"{rollout.workers} rollout workers x {rollout.concurrency} rollouts, buffer, policy board"
     gateways = "one a node" if serving.gateways is None else str(serving.gateways)
@@ -61,11 +66,8 @@ def _plan(inspection: checks.Inspection) -> Iterator[tuple[str, str]]:
         bundle = " ".join(f"{number:g} {kind}" for kind, number in group.bundles[0].items())
         where = ", each on one node" if group.one_node else ""
         yield "placement", f"{group.number} x {group.what}: {len(group.bundles)} x [{bundle}]{where}"
-    rollouts = algorithm.tasks_per_step * algorithm.rollouts_per_task
-    yield (
-        "batch",
-        f"{algorithm.tasks_per_step} tasks x {algorithm.rollouts_per_task} rollouts = {rollouts} rollouts a step",
-    )
+    rollouts, per_task = algorithm.rollouts_per_step, algorithm.rollouts_per_task
+    yield "batch", f"{algorithm.tasks_per_step} tasks x {per_task} rollouts = {rollouts} rollouts a step"
     batches, updates = algorithm.batches_per_step, algorithm.batches_per_step * algorithm.epochs
     yield "", f"{batches} batches x {algorithm.epochs} epochs = {updates} optimiser steps a step"
     at_a_time = min(rollout.workers * rollout.concurrency, rollouts)
@@ -83,12 +85,3 @@ def _plan(inspection: checks.Inspection) -> Iterator[tuple[str, str]]:
     where = "one started here" if checks.cluster_is_own(config) else (config.hardware.address or "RAY_ADDRESS")
     yield "cluster", f"{where}: {len(nodes)} nodes, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs"
     yield "runs", config.runs_dir
-
-
-def _tasks(inspection: checks.Inspection, split: Split) -> str:
-    if split in inspection.tasks:
-        return f"{len(inspection.tasks[split]):,} tasks"
-    if any(line.startswith(f"data.{split}:") for line in inspection.missing):
-        return "not found"
-    source = inspection.config.data.train if split == "train" else inspection.config.data.val
-    return f"{source.path}, split {source.split}, from the hub"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.console import Group as Lines
@@ -43,14 +42,9 @@ def show_runs(path: Path, split: str, outcome: str | None, rewards: tuple[float,
         return 0
     columns = ["rollout_id", "split", "step", "outcome", "reward", "num_calls", "error", "output"]
     rows = read_rollouts(path).select(columns).to_pylist()
-    lowest, highest = rewards
-
-    def fits(row: Mapping[str, Any]) -> bool:
-        if row["split"] != split or outcome not in (None, row["outcome"]):
-            return False
-        return rewards == (-math.inf, math.inf) if row["reward"] is None else lowest <= row["reward"] <= highest
-
-    listed = [row for row in rows if fits(row)]
+    listed = [row for row in rows if row["split"] == split and outcome in (None, row["outcome"])]
+    if rewards != (-math.inf, math.inf):
+        listed = [row for row in listed if row["reward"] is not None and rewards[0] <= row["reward"] <= rewards[1]]
     table = _table("rollout", "step", "outcome", "reward", "calls", "reply", right=("step", "reward", "calls"))
     for row in listed[:limit]:
         reward = number(math.nan if row["reward"] is None else row["reward"])

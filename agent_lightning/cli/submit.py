@@ -145,27 +145,25 @@ async def _bring_back(client: JobSubmissionClient, log: str, out: Path) -> None:
     if not folders:
         _say("the job wrote no run: nothing is brought back")
         return
-    folder = folders[-1]
+    folder, path = folders[-1], Path(folders[-1])
     try:
-        copy = storage.fetch(folder, out) if storage.is_remote(folder) else await _untar(client, folder, out)
+        if storage.is_remote(folder):
+            copy = storage.fetch(folder, out)
+        else:
+            # The folder comes through the log of a job: on the head node only the job server is sure to be reachable.
+            pack = f"tar -C {shlex.quote(str(path.parent))} --exclude=checkpoints -cz {shlex.quote(path.name)} | base64"
+            name = f"agl-files-{secrets.token_hex(3)}"
+            await _start(client, pack, name, {})
+            lines = (await _wait(client, name)).splitlines()
+            text = "".join(line for line in lines if re.fullmatch("[0-9A-Za-z+/]+=*", line))
+            out.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(fileobj=io.BytesIO(base64.b64decode(text, validate=True))) as files:
+                files.extractall(out, filter="data")
+            copy = out / path.name
     except (UserError, binascii.Error, tarfile.TarError, OSError) as error:
         _say(f"{folder} could not be brought back: {error}")
         return
     _say(f"files: {copy} (checkpoints stay at {folder}/checkpoints)")
-
-
-async def _untar(client: JobSubmissionClient, folder: str, out: Path) -> Path:
-    """Copy a folder of the head node to `out`, through a job's log: only the job server is sure to be reachable."""
-    path = Path(folder)
-    pack = f"tar -C {shlex.quote(str(path.parent))} --exclude=checkpoints -cz {shlex.quote(path.name)} | base64"
-    name = f"agl-files-{secrets.token_hex(3)}"
-    await _start(client, pack, name, {})
-    log = await _wait(client, name)
-    lines = [line for line in log.splitlines() if re.fullmatch("[0-9A-Za-z+/]+=*", line)]
-    out.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(fileobj=io.BytesIO(base64.b64decode("".join(lines), validate=True))) as files:
-        files.extractall(out, filter="data")
-    return out / path.name
 
 
 def _say(text: str) -> None:

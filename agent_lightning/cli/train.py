@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -45,34 +45,50 @@ U = TypeVar("U")
 
 
 async def train(overrides: Sequence[str], *, resume: str | None) -> int:
-    """`agl train`: run the loop to its end, and return the exit code.
+    """`agl train`: run the loop to its end, and return the exit code. `resume` is a run that goes on.
 
     If a process of the run dies, the run goes on from its newest checkpoint, at most `restarts` times.
 
     Raises UserError, EngineError, StepFailed, PartDied.
     """
-    training = _Training.resume(resume, overrides) if resume is not None else _Training.new(load(overrides))
-    run, console = training.run, training.console
-    place = training.config.runs_dir
+    if resume is None:
+        config = load(overrides)
+        tasks = checks.require(config, "train", "val").tasks  # before there is a folder of the run
+        place = config.runs_dir
+        root, is_taken = storage.local_root(place), lambda name: storage.exists(place, name)
+        run = RunDirectory.create(root, config.experiment, config.seed, config.name, is_taken=is_taken)
+        run.config.write_text(to_yaml(config))
+        state = State(cursor=TaskCursor(seed=config.seed))
+    else:
+        remote = storage.is_remote(resume)
+        run = RunDirectory.open(storage.fetch(resume, storage.local_root(resume)) if remote else Path(resume))
+        config = reload(run.config, overrides)
+        state = read_state(newest_checkpoint(run.checkpoints))
+        if state.step >= config.steps:
+            done = f"{resume} has done its {state.step} steps"
+            raise UserError(f"{done}: give steps=N with N above {state.step} to go on")
+        tasks = checks.require(config, "train", "val").tasks
+    place, console = config.runs_dir, Console()
     location = f"{place.rstrip('/')}/{run.path.name}" if storage.is_remote(place) else run.path.resolve()
     console.print(f"run folder: {location}", soft_wrap=True, highlight=False)
-    for restarts_left in range(training.config.restarts, -1, -1):
+    attempt = _Attempt(config=config, run=run, state=state, resumed=resume is not None, tasks=tasks, console=console)
+    for restarts_left in range(config.restarts, -1, -1):
         try:
-            return await training.attempt()
+            return await attempt.train()
         except PartDied as error:
             checkpoints = complete_checkpoints(run.checkpoints)
             if not checkpoints:
                 raise PartDied(f"{error}; there is no checkpoint yet to go on from (checkpoint_every)") from error
             if not restarts_left:
                 raise PartDied(f"{error}; go on with: agl train resume={run.path}") from error
-            training.state, training.resumed = read_state(checkpoints[-1]), True
-            console.print(f"{error}; going on from the checkpoint of step {training.state.step}")
+            attempt = replace(attempt, state=read_state(checkpoints[-1]), resumed=True)
+            console.print(f"{error}; going on from the checkpoint of step {attempt.state.step}")
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-@dataclass(slots=True, kw_only=True)
-class _Training:
-    """A run of the loop, which may take several attempts, each with new processes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Attempt:
+    """An attempt to run the loop to its end, with processes of its own."""
 
     config: Config
     run: RunDirectory
@@ -80,43 +96,19 @@ class _Training:
     resumed: bool
     """Whether `state` is that of the newest checkpoint, and not a new one."""
     tasks: Mapping[Split, Sequence[Task]]
-    console: Console = field(default_factory=Console)
+    console: Console
 
-    @staticmethod
-    def new(config: Config) -> _Training:
-        """A run from the beginning, in a new folder. Raises UserError before it makes the folder, or if it cannot."""
-        tasks = checks.require(config, "train", "val").tasks
-        place = config.runs_dir
-        run = RunDirectory.create(
-            storage.local_root(place),
-            config.experiment,
-            config.seed,
-            config.name,
-            is_taken=lambda name: storage.exists(place, name),
-        )
-        run.config.write_text(to_yaml(config))
-        state = State(cursor=TaskCursor(seed=config.seed))
-        return _Training(config=config, run=run, state=state, resumed=False, tasks=tasks)
-
-    @staticmethod
-    def resume(path: str, overrides: Sequence[str]) -> _Training:
-        """A run that goes on from its newest checkpoint. Raises UserError."""
-        run = RunDirectory.open(
-            storage.fetch(path, storage.local_root(path)) if storage.is_remote(path) else Path(path)
-        )
-        config = reload(run.config, overrides)
-        state = read_state(newest_checkpoint(run.checkpoints))
-        if state.step >= config.steps:
-            raise UserError(f"{path} has done its {state.step} steps: give steps=N with N above {state.step} to go on")
-        tasks = checks.require(config, "train", "val").tasks
-        return _Training(config=config, run=run, state=state, resumed=True, tasks=tasks)
-
-    async def attempt(self) -> int:
+    async def train(self) -> int:
         """Start the processes, run the loop until it ends or a signal stops it, and end them. Returns the exit code."""
-        config, run = self.config, self.run
+        config, run, journal = self.config, self.run, None
+        if config.buffer.journal:
+            journal = run.path / "journal" if config.buffer.path is None else Path(config.buffer.path)
+            if not self.resumed and journal.is_dir() and list_segments(journal):
+                place = f"buffer.path={journal}"
+                raise UserError(f"{place} holds the journal of another run: resume that run, or choose another")
+        resumed = self.state if self.resumed else None
         progress = Progress(config.experiment, steps=config.steps, console=self.console)
-        journal = self._journal()
-        step = self.state.step if self.resumed else None
+        step = None if resumed is None else resumed.step
         observer = RunObserver(config=config, run=run, progress=progress, resumed_step=step)
         progress.start()
         progress.waiting_for("start: Ray, the policy's engine, the learner")
@@ -126,10 +118,8 @@ class _Training:
         try:
             with _stop_signals(stop) as install, mirror.following() if mirror else nullcontext():
                 async with AsyncExitStack() as stack:
-                    resumed = self.state if self.resumed else None
-                    starting = launch.system(
-                        config, train=True, workers=config.rollout.workers, journal=journal, resumed=resumed
-                    )
+                    workers = config.rollout.workers
+                    starting = launch.system(config, train=True, workers=workers, journal=journal, resumed=resumed)
                     system = await _first(stack.enter_async_context(starting), stop.wait())
                     if isinstance(system, bool):
                         progress.stop()
@@ -167,18 +157,6 @@ class _Training:
         if self.resumed:
             await loop.restore(newest_checkpoint(self.run.checkpoints))
         await loop.run()
-
-    def _journal(self) -> Path | None:
-        """The journal's folder; None if the config wants no journal. Raises UserError if it is another run's."""
-        settings = self.config.buffer
-        if not settings.journal:
-            return None
-        folder = self.run.path / "journal" if settings.path is None else Path(settings.path)
-        if not self.resumed and folder.is_dir() and list_segments(folder):
-            raise UserError(
-                f"buffer.path={folder} holds the journal of another run: resume that run, or choose another"
-            )
-        return folder
 
 
 def make_plan(config: Config) -> Plan:

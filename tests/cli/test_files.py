@@ -123,7 +123,7 @@ def plain(trajectory: Trajectory) -> dict[str, Any]:
     return dict(json.loads(to_line(trajectory)))
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(rollouts())
 def test_a_rollout_that_leaves_as_json_comes_back_the_same(trajectory: Trajectory) -> None:
     assert plain(from_row(plain(trajectory))) == plain(trajectory)
@@ -144,7 +144,7 @@ def _value(text: str) -> Any:
         return text
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(rollouts())
 def test_a_rollout_that_leaves_as_otlp_comes_back_the_same(trajectory: Trajectory) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -75,7 +75,7 @@ def test_what_cannot_be_scored_is_left_out_and_counted(root, caplog):
 
 
 @pytest.mark.parametrize(
-    ("one", "query"),
+    ("reads_one", "query"),
     [
         (True, "SELECT count(*), name FROM singer AS s WHERE age IN (1, 2) GROUP BY name HAVING count(*) > 1"),
         (False, "SELECT name FROM singer JOIN stage"),
