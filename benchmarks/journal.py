@@ -21,14 +21,14 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import aiohttp
 import numpy as np
 
 from agent_lightning.buffer.buffer import Buffer
-from agent_lightning.buffer.journal import FSYNC, JournalConfig
-from agent_lightning.config.running import AgentConfig
+from agent_lightning.buffer.journal import JournalConfig
+from agent_lightning.config.running import AgentConfig, Fsync
 from agent_lightning.core.types import Ending, ModelCall, Outcome, Policy, RolloutKey, Task
 from agent_lightning.toy.world import ToyWorld
 
@@ -144,7 +144,7 @@ def main() -> None:
         sys.stdout.flush()
 
     try:
-        kinds: list[str] = ["none", *FSYNC]
+        kinds: list[str] = ["none", *get_args(Fsync)]
         measured: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
         for number in range(options.rounds):
             for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
@@ -166,7 +166,7 @@ def main() -> None:
                 share_of_cpu=rate_cpu / without_cpu,
                 all=measured[kind],
             )
-        for kind in FSYNC:
+        for kind in get_args(Fsync):
             rate = asyncio.run(appends(root / f"appends-{kind}", kind, options.concurrent, options.tokens))
             say(figure="appends", fsync=kind, concurrent=options.concurrent, tokens=options.tokens, **rate)
         folder = root / "replay"

@@ -57,22 +57,16 @@ class Breaker:
     def __init__(self, config: BreakerConfig) -> None:
         self._share = config.share
         self._latest: deque[str] = deque(maxlen=config.window)
-        self._count: Counter[str] = Counter()
 
     def note(self, cause: str) -> None:
         """Count the end of an attempt; `cause` comes from `cause_of`."""
-        if not self._latest.maxlen:
-            return
-        if len(self._latest) == self._latest.maxlen:
-            self._count[self._latest[0]] -= 1
         self._latest.append(cause)
-        self._count[cause] += 1
 
     @property
     def tripped(self) -> str:
         """One line that names the failure of the latest attempts; "" if they do not fail alike, or are too few yet."""
-        window = self._latest.maxlen or 0
-        if not window or len(self._latest) < window:
+        window, causes = self._latest.maxlen, Counter(filter(None, self._latest))
+        if not causes or len(self._latest) != window:
             return ""
-        cause, count = max(((c, n) for c, n in self._count.items() if c), key=lambda item: item[1], default=("", 0))
+        ((cause, count),) = causes.most_common(1)
         return f"{count} of the last {window} attempts ended alike: {cause}" if count >= self._share * window else ""

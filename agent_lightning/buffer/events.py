@@ -35,19 +35,16 @@ class Event(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base(Event):
-    """All that a ledger holds except spans, which follow as events. It is the first event of a compacted journal."""
+    """All that a ledger holds except spans, which follow as events: the first event of a compacted journal. Fields have
+    the meaning of `Ledger`'s."""
 
-    spans: int
-    """Number of Called and Traced events that follow and are already part of `counts`."""
+    spans: int  # number of Called and Traced events that follow and are already part of `counts`
     counts: Counts
     groups: tuple[StoredGroup, ...]
-    waiting: tuple[RolloutKey, ...]
-    """The waiting rollouts, in the order in which they are leased."""
+    waiting: tuple[RolloutKey, ...]  # in the order in which they are leased
     complete: Mapping[str, tuple[str, ...]]
-    """Split -> ids of its complete groups, in the order in which they became complete."""
     taken: tuple[str, ...]
     partly_advanced: int
-    """Number of rollouts of the first taken group that were trained or dropped already."""
     checkpoint_epoch: int
     milestones: tuple[Milestone, ...]
     answers: tuple[tuple[str, tuple[str, ...]], ...]

@@ -7,7 +7,7 @@
     await journal.durable()                      # until the records survive what `fsync` promises
     journal.read(location)                       # b"..."
 
-What survives which failure: see FSYNC, and docs/reliability.md. The journal handles bytes; `codec` gives them meaning.
+What survives which failure: see docs/reliability.md. The journal handles bytes; `codec` gives them meaning.
 While the disk is full, nothing is acknowledged; after `patience_s` the journal fails with one line.
 """
 
@@ -19,24 +19,19 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Final, Literal
+from typing import IO, Final
 
 from agent_lightning.buffer import segments
 from agent_lightning.buffer.segments import FRAME_BYTES, HEADER_BYTES, MAX_PAYLOAD, RecordLocation
+from agent_lightning.config.running import Fsync
 from agent_lightning.core.errors import JournalError, JournalFull
 from agent_lightning.core.files import replacing
 
 logger = logging.getLogger(__name__)
 
-Fsync = Literal["always", "interval", "never"]
-FSYNC: Final[Mapping[str, str]] = {
-    "always": "acknowledged when it is on the disk: survives the loss of the machine",
-    "interval": "acknowledged when the kernel has it, on the disk within the interval: survives kill -9",
-    "never": "acknowledged when the kernel has it, on the disk when the kernel likes: survives kill -9",
-}
 _RESERVE: Final = 1.1
 """Events that end rollouts may be written up to 1.1 x `max_bytes`, so that a run with a full journal can finish."""
 _MODE: Final = 0o600
@@ -50,7 +45,7 @@ class JournalConfig:
     path: Path
     """The journal's folder, on a local or a shared disk; created if it is missing."""
     fsync: Fsync = "interval"
-    """What an acknowledgement promises; see FSYNC."""
+    """When a record is acknowledged; see BufferConfig."""
     fsync_interval_s: float = 1.0
     """Seconds between two writes to the disk with fsync="interval"."""
     segment_bytes: int = 64 * 2**20
@@ -68,12 +63,9 @@ class _Open:
     """A segment that is being written. Its file is created by the first write."""
 
     number: int
-    size: int
-    """Size in bytes, pending bytes included."""
-    written: int
-    """Number of bytes in the file."""
-    pending: list[bytes] = field(default_factory=list)
-    """Bytes that are appended and not written yet."""
+    size: int  # in bytes, pending bytes included
+    written: int  # bytes in the file
+    pending: list[bytes] = field(default_factory=list)  # appended and not written yet
     descriptor: int = -1
 
 
@@ -85,17 +77,14 @@ class Journal:
         """Lock the folder. Raises JournalError if another process holds it, or if it cannot be used."""
         self.config = config
         self._lock = _lock_folder(config.path, config.takeover_s)
+        # Segments that may have bytes to write or to bring to the disk; records are appended to the last.
         self._open: list[_Open] = []
-        """Segments that may have bytes to write or to bring to the disk; records are appended to the last."""
         self._numbers: list[int] = []  # of all segments in the folder
         self.size = 0  # of all segments in bytes, pending bytes included
-        self._readers: dict[int, int] = {}
-        """Segment number -> descriptor for reading."""
-        self._written: asyncio.Future[None] | None = None
-        """Done when all pending records are as durable as `fsync` promises."""
+        self._readers: dict[int, int] = {}  # segment number -> descriptor for reading
+        self._written: asyncio.Future[None] | None = None  # done when all records are as durable as `fsync` promises
         self._syncing: asyncio.Task[None] | None = None
-        self._retired: list[int] = []
-        """Descriptors to close when no sync can be using them."""
+        self._retired: list[int] = []  # descriptors to close when no sync can be using them
         self._scheduled = False
         self._full_since = 0.0
         self._failed: JournalError | None = None
@@ -123,8 +112,7 @@ class Journal:
             logger.warning(message, reader.segment.path, reader.torn, reader.end)
             os.truncate(reader.segment.path, reader.end)
         if reader.end < HEADER_BYTES:
-            self._numbers.pop()
-            self._begin(reader.segment.number, reader.before or 0)
+            self._begin(self._numbers.pop(), reader.before or 0)
         else:
             self._open.append(_Open(reader.segment.number, reader.end, reader.end))
 

@@ -29,19 +29,14 @@ class StoredRollout:
 
     key: RolloutKey
     phase: Phase = "waiting"
-    ready_at: float = 0.0
-    """When a waiting attempt may start."""
+    ready_at: float = 0.0  # when a waiting attempt may start
     started_at: float = 0.0
-    expires_at: float = math.inf
-    """When the lease of a running attempt ends."""
-    worker: str = ""
-    """Name of the worker that has the lease."""
-    refused: dict[str, int] = field(default_factory=dict)
-    """Reason -> number of spans that were refused when they arrived."""
+    expires_at: float = math.inf  # when the lease of a running attempt ends
+    worker: str = ""  # that has the lease
+    refused: dict[str, int] = field(default_factory=dict)  # reason -> number of spans that were refused on arrival
     cause: Ending | None = None
     """Why the gateway refused the latest call, if it did: it explains an error of the agent that follows."""
-    ending: Ending | None = None
-    """How a complete attempt ended."""
+    ending: Ending | None = None  # of a complete attempt
     num_calls: int = 0
     sampled_tokens: int = 0
     voided: int = 0
@@ -81,8 +76,7 @@ class StoredGroup:
 class Counts:
     """Totals of the run, and the numbers of the next groups."""
 
-    count: dict[str, int] = field(default_factory=dict)
-    """Name of a field of `Stats` -> its value."""
+    count: dict[str, int] = field(default_factory=dict)  # name of a field of `Stats` -> its value
     dropped: dict[str, int] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
     next_group: dict[Split, int] = field(default_factory=lambda: {"train": 0, "val": 0})
@@ -98,20 +92,16 @@ class Milestone:
 
     step: int
     checkpoint_epoch: int
-    counts: Counts
-    """The totals when the checkpoint was written."""
+    counts: Counts  # when the checkpoint was written
 
 
 @dataclass(slots=True)
 class RecordedSpans:
     """The spans of an attempt: in memory or, if `spilled`, only in the journal."""
 
-    calls: dict[str, ModelCall] = field(default_factory=dict)
-    """The gateway's calls by their id, in the order of their arrival."""
-    raw: dict[str, RawSpan] = field(default_factory=dict)
-    """The spans that the agent's process sent, by their id."""
-    locations: list[RecordLocation] = field(default_factory=list)
-    """Where the journal has the events that brought these spans."""
+    calls: dict[str, ModelCall] = field(default_factory=dict)  # the gateway's calls by id, in the order of arrival
+    raw: dict[str, RawSpan] = field(default_factory=dict)  # the spans that the agent's process sent, by id
+    locations: list[RecordLocation] = field(default_factory=list)  # of the events that brought these spans
     spilled: bool = False
 
     @property
@@ -135,25 +125,19 @@ class Ledger:
         self._memory_bytes = memory_bytes
         self._held_bytes = 0
         self.counts = Counts(next_group={"train": 0, "val": 0, **(next_group or {})})
-        self.groups: dict[str, StoredGroup] = {}
-        """Groups by id, in the order of their admission."""
+        self.groups: dict[str, StoredGroup] = {}  # by id, in the order of their admission
         self._spans: dict[RolloutKey, RecordedSpans] = {}
         self.waiting: deque[RolloutKey] = deque()
+        # Split -> ids of complete groups, in the order in which they became complete.
         self.complete: dict[str, deque[str]] = {"train": deque(), "val": deque()}
-        """Split -> ids of complete groups, in the order in which they became complete."""
         self.taken: deque[str] = deque()
-        self.partly_advanced = 0
-        """Number of rollouts of the first taken group that were trained or dropped already."""
-        self.checkpoint_epoch = 0
-        """Number of checkpoints so far."""
+        self.partly_advanced = 0  # rollouts of the first taken group that were trained or dropped already
+        self.checkpoint_epoch = 0  # number of checkpoints so far
         self.milestones: list[Milestone] = []
+        # Request -> ids of what was admitted, leased or taken for it, the newest last.
         self.answers: dict[str, tuple[str, ...]] = {}
-        """Request -> ids of what was admitted, leased or taken for it, the newest last."""
         self.cancelled = False
-        self.known_span_events = 0
-        """Number of span events that are still to come and that a Base has counted already."""
-
-    # Questions.
+        self.known_span_events = 0  # span events that are still to come and that a Base has counted already
 
     def running(self, key: RolloutKey) -> StoredRollout | None:
         """The rollout of a key if a worker has leased exactly this attempt; else None."""
@@ -189,8 +173,6 @@ class Ledger:
     def recorded(self) -> list[RecordedSpans]:
         """The spans of every attempt that the journal has spans of."""
         return [spans for spans in self._spans.values() if spans.locations]
-
-    # Changes that several events share.
 
     def remember(self, request: str, ids: tuple[str, ...]) -> None:
         """Remember the answer to a request; a request without a name is not repeated."""

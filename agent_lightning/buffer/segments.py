@@ -67,13 +67,6 @@ def list_segments(folder: Path) -> list[Segment]:
     return sorted((Segment(path, int(name[1])) for path, name in names if name), key=lambda segment: segment.number)
 
 
-def is_base(segment: Segment) -> bool:
-    """Whether the segment begins with a Base event; False also if its header is broken."""
-    with segment.path.open("rb") as file:
-        fields = _read_header(file.read(HEADER_BYTES))
-    return fields is not None and bool(fields[1] & BASE)
-
-
 def header(number: int, before: int, *, base: bool) -> bytes:
     """The first bytes of segment `number`, which follows a segment of `before` bytes."""
     start = _HEADER.pack(_MAGIC, FORMAT, BASE if base else 0, number, before)
@@ -102,14 +95,10 @@ class SegmentReader:
     """
 
     segment: Segment
-    last: bool
-    """Whether this is the last segment, which a crash may have left with a torn tail."""
-    before: int | None = None
-    """Size in bytes of the segment before this one; None if that does not matter."""
-    end: int = 0
-    """Offset behind the last valid record; 0 if not even the header is valid."""
-    torn: int = 0
-    """Number of bytes behind `end`, which are no record."""
+    last: bool  # whether this is the last segment, which a crash may have left with a torn tail
+    before: int | None = None  # size in bytes of the segment before this one; None if that does not matter
+    end: int = 0  # offset behind the last valid record; 0 if not even the header is valid
+    torn: int = 0  # number of bytes behind `end`, which are no record
 
     def records(self) -> Iterator[tuple[RecordLocation, memoryview]]:
         """Locations and payloads; a payload is valid until the next iteration."""
@@ -165,7 +154,12 @@ def segment_readers(folder: Path) -> Iterator[SegmentReader]:
 
     Raises JournalError, and JournalDamaged if a segment is missing."""
     segments = list_segments(folder)
-    bases = [index for index, segment in enumerate(segments) if is_base(segment)]
+    bases = []
+    for index, segment in enumerate(segments):
+        with segment.path.open("rb") as file:
+            fields = _read_header(file.read(HEADER_BYTES))
+        if fields is not None and fields[1] & BASE:
+            bases.append(index)
     segments = segments[bases[-1] if bases else 0 :]
     if segments and not bases and segments[0].number != 1:
         raise JournalError(f"{folder} is damaged: the segments before {segments[0].path.name} are missing")

@@ -19,9 +19,6 @@ from agent_lightning.core.types import Split
 
 logger = logging.getLogger(__name__)
 
-_LIVE_SHARE = 0.7
-"""A full journal is compacted unless more than this share of it is still needed."""
-
 
 class Store:
     """Changes the ledger by events, and records them in the journal if there is one.
@@ -69,7 +66,7 @@ class Store:
         try:
             location = self._journal.append(payload, reserve=not grows)
         except JournalFull:
-            if self.ledger.live_bytes > _LIVE_SHARE * self._journal.size:
+            if self.ledger.live_bytes > 0.7 * self._journal.size:  # compacting it would win little
                 raise
             self._compact(self._journal)
             location = self._journal.append(payload, reserve=not grows)
