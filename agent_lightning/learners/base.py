@@ -34,16 +34,12 @@ class Learner(Protocol):
 
     async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Metrics:
         """Train on all batches of a step: one optimiser step for each batch, in order, `epochs` times over."""
-        ...
 
     async def publish(self) -> Weights:
         """The current weights, under the next version number."""
-        ...
 
     async def save(self, path: Path) -> None:
         """Save weights, optimiser, schedule and random state to a folder."""
-        ...
 
     async def restore(self, path: Path, version: int) -> None:
         """Load what `save` has written; the next `publish` returns version `version + 1`."""
-        ...

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,11 @@ class VerlLearner:
             self._reference.reset()
         self._critic = None
         if config.has_critic:
+            from agent_lightning.learners.verl_worker import value_loss
+
             self._critic = groups.critic
             self._critic.reset()
-            self._critic.set_loss_fn(verl_groups.value_loss_of(config.critic))
+            self._critic.set_loss_fn(partial(value_loss, config.critic.clip_range))
 
     async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Metrics:
         """Train on a step's batches: one optimiser step for each batch and epoch.
@@ -124,7 +127,12 @@ class VerlLearner:
         critic_output = self._critic.train_batch(data) if self._critic is not None else None
         policy_output = self._group.train_batch(data) if with_policy else None
         metrics = {} if policy_output is None else _policy_metrics(policy_output.get()["metrics"], with_gap)
-        return metrics if critic_output is None else metrics | _critic_metrics(critic_output.get()["metrics"])
+        if critic_output is not None:
+            raw = critic_output.get()["metrics"]
+            metrics["critic/loss"] = Mean.of([_number(raw, "critic/loss", np.sum)])
+            metrics["critic/grad_norm"] = Mean.of([_number(raw, "grad_norm")])
+            metrics["critic/clip_fraction"] = Mean.of([_number(raw, "critic/clip_fraction")])
+        return metrics
 
 
 def _policy_metrics(raw: dict[str, Any], with_gap: bool) -> dict[str, Mean | Max]:
@@ -144,14 +152,6 @@ def _policy_metrics(raw: dict[str, Any], with_gap: bool) -> dict[str, Mean | Max
         metrics["logprob_gap/mean_abs"] = Mean(_number(raw, "gap/sum", np.sum), _number(raw, "gap/tokens", np.sum))
         metrics["logprob_gap/max_abs"] = Max(_number(raw, "gap/max", np.max))
     return metrics
-
-
-def _critic_metrics(raw: dict[str, Any]) -> dict[str, Mean | Max]:
-    return {
-        "critic/loss": Mean.of([_number(raw, "critic/loss", np.sum)]),
-        "critic/grad_norm": Mean.of([_number(raw, "grad_norm")]),
-        "critic/clip_fraction": Mean.of([_number(raw, "critic/clip_fraction")]),
-    }
 
 
 def _number(raw: dict[str, Any], name: str, reduce: Any = np.mean) -> float:

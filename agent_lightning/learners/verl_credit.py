@@ -46,8 +46,7 @@ def prepare(batches: Sequence[Batch], forwards: Sequence[Forward], config: Train
                             arXiv 2501.03262 section 3.
     """
     records: list[Metrics] = []
-    old_logprobs, corrections, advantages = [], [], []
-    columns: list[dict[str, Floats]] = []
+    old_logprobs, corrections, advantages, columns = [], [], [], []
     for batch, forward in zip(batches, forwards, strict=True):
         old_NT, correction_NT, gap_metrics = _old_logprobs(batch, forward.logprob_NT, config)
         penalty_NT, kl_metrics = _kl_penalty(batch, old_NT, forward.reference_NT, config)
@@ -121,29 +120,22 @@ def _advantages(
     batch: Batch, penalty_NT: Floats, value_NT: Floats | None, config: Training
 ) -> tuple[Floats, dict[str, Floats]]:
     """The advantage of each token before normalisation, float32[N, T]; with a critic, also its values and returns."""
-    credit = config.credit
     if not config.has_critic or value_NT is None:
         if not penalty_NT.any():
             return batch.advantage_NT, {}
         return batch.advantage_NT + step_advantages(batch, -penalty_NT, np.zeros_like(penalty_NT)), {}
-    advantage_NT = step_advantages(
-        batch,
-        batch.reward_NT - penalty_NT,
-        value_NT,
-        discount=credit.discount,
-        gae_lambda=credit.gae_lambda,
-        level=credit.gae_level,
-    )
-    state_NT = share_first_values(batch, value_NT) if credit.gae_level == "call" else value_NT
+    credit, level = config.credit, config.credit.gae_level
+    rates = {"discount": credit.discount, "gae_lambda": credit.gae_lambda}
+    advantage_NT = step_advantages(batch, batch.reward_NT - penalty_NT, value_NT, **rates, level=level)
+    state_NT = share_first_values(batch, value_NT) if level == "call" else value_NT
     return advantage_NT, {"values": value_NT, "returns": advantage_NT + state_NT}
 
 
 def _explained_variance(batches: Sequence[Batch], columns: Sequence[Mapping[str, Floats]]) -> float:
     """The share of the returns' variance that the critic's values explain, over the trained tokens of the step."""
-    masks = [batch.mask_NT for batch in batches]
-    weights = [batch.weight_NT[mask] * batch.num_rollouts for batch, mask in zip(batches, masks, strict=True)]
+    weights = np.concatenate([batch.weight_NT[batch.mask_NT] * batch.num_rollouts for batch in batches])
     values, returns = (
-        np.concatenate([column[name][mask] for column, mask in zip(columns, masks, strict=True)]).astype(np.float64)
+        np.concatenate([column[name][batch.mask_NT] for batch, column in zip(batches, columns, strict=True)])
         for name in ("values", "returns")
     )
-    return explained_variance(np.concatenate(weights).astype(np.float64), values, returns)
+    return explained_variance(*(array.astype(np.float64) for array in (weights, values, returns)))

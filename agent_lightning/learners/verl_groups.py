@@ -6,8 +6,9 @@ veRL is imported when a group is started: it brings torch, and it reads its plat
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,7 +20,7 @@ from agent_lightning.core.types import Batch, Floats
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
-    from verl.workers.config import HFModelConfig, TrainingWorkerConfig
+    from verl.workers.config import HFModelConfig
 
 Role = Literal["policy", "reference", "critic"]
 
@@ -67,46 +68,29 @@ class Training:
         return self.credit.method == "gae"
 
 
-def _learning_rate(config: Training, role: Role) -> float:
-    """The learning rate of a group; the critic's is ten times the policy's if nothing else is given."""
-    if role != "critic":
-        return config.algorithm.lr
-    return 10 * config.algorithm.lr if config.critic.lr is None else config.critic.lr
-
-
 def policy_loss_of(config: Training) -> Any:
     """The loss function of the policy's group."""
-    from functools import partial
-
     from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig
 
     from agent_lightning.learners.verl_worker import policy_loss, sft_loss
 
     if config.sft:
         return sft_loss
+    algorithm = config.algorithm
     actor: ActorConfig = FSDPActorConfig(
         strategy="fsdp2",
         rollout_n=1,
         ppo_micro_batch_size_per_gpu=1,
-        clip_ratio=config.algorithm.clip_ratio_low,
-        clip_ratio_low=config.algorithm.clip_ratio_low,
-        clip_ratio_high=config.algorithm.clip_ratio_high,
-        policy_loss=PolicyLossConfig(loss_mode=config.algorithm.loss),
-        entropy_coeff=config.algorithm.entropy_coef,
-        use_kl_loss=config.algorithm.kl_coef > 0 and config.algorithm.kl_in == "loss",
-        kl_loss_coef=config.algorithm.kl_coef,
-        kl_loss_type=config.algorithm.kl_kind or "k3",
+        clip_ratio=algorithm.clip_ratio_low,
+        clip_ratio_low=algorithm.clip_ratio_low,
+        clip_ratio_high=algorithm.clip_ratio_high,
+        policy_loss=PolicyLossConfig(loss_mode=algorithm.loss),
+        entropy_coeff=algorithm.entropy_coef,
+        use_kl_loss=algorithm.kl_coef > 0 and algorithm.kl_in == "loss",
+        kl_loss_coef=algorithm.kl_coef,
+        kl_loss_type=algorithm.kl_kind or "k3",
     )
     return partial(policy_loss, actor)
-
-
-def value_loss_of(config: CriticConfig) -> Any:
-    """The loss function of the critic's group."""
-    from functools import partial
-
-    from agent_lightning.learners.verl_worker import value_loss
-
-    return partial(value_loss, config.clip_range)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +106,10 @@ def start_groups(config: Training) -> Groups:
     """Start the training processes that a config needs. The groups share their placement, and on GPUs each GPU."""
     if config.device == "cpu":
         os.environ.update(CPU_ENVIRONMENT)
+    import ray
+    from ray.util.placement_group import placement_group
     from verl.single_controller.ray import RayResourcePool
+    from verl.single_controller.ray.base import sort_placement_group_by_node_ip
 
     needed = {"policy": True, "reference": config.algorithm.kl_coef > 0, "critic": config.has_critic}
     roles: list[Role] = [role for role in get_args(Role) if needed[role]]
@@ -130,51 +117,26 @@ def start_groups(config: Training) -> Groups:
     count = len(roles) if config.gpu_share == 1 else round(len(roles) / config.gpu_share)
     processes = [config.learner.processes // config.learner.nodes] * config.learner.nodes
     pool: Any = RayResourcePool(processes, use_gpu=config.device != "cpu", max_colocate_count=count)
-    if config.gpu_share < 1:
-        pool.pgs = _shared_groups(processes, {"CPU": count, "GPU": config.gpu_share})
+    if config.gpu_share < 1:  # the placement groups of veRL's pool would take each GPU completely
+        bundle = {"CPU": count, "GPU": config.gpu_share}
+        groups = [placement_group([bundle] * number, strategy="STRICT_PACK") for number in processes]
+        ray.get([group.ready() for group in groups])
+        pool.pgs = list(sort_placement_group_by_node_ip(groups))
     return Groups(**{role: _start(config, role, pool) for role in roles})
 
 
-def _shared_groups(processes: Sequence[int], bundle: Mapping[str, float]) -> list[Any]:
-    """Placement groups that take only a part of each GPU; those of veRL's pool take it completely."""
-    import ray
-    from ray.util.placement_group import placement_group
-    from verl.single_controller.ray.base import sort_placement_group_by_node_ip
-
-    groups = [placement_group([dict(bundle)] * number, strategy="STRICT_PACK") for number in processes]
-    ray.get([group.ready() for group in groups])
-    return list(sort_placement_group_by_node_ip(groups))
-
-
 def _start(config: Training, role: Role, pool: Any) -> Any:
+    """Start a role's group of veRL TrainingWorkers."""
     import ray
     from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
-
-    from agent_lightning.learners.verl_worker import ModelWorker
-
-    on_cpu = config.device == "cpu"
-    threads = str(config.learner.threads)
-    return RayWorkerGroup(
-        pool,
-        RayClassWithInitArgs(
-            ray.remote(ModelWorker),
-            config=_training(config, role),
-            device=config.device,
-            seed=config.seed,
-            num_threads=config.learner.threads,
-        ),
-        name_prefix=role,
-        device_name=config.device,
-        worker_env=CPU_ENVIRONMENT | {"OMP_NUM_THREADS": threads} if on_cpu else GPU_ENVIRONMENT,
-    )
-
-
-def _training(config: Training, role: Role) -> TrainingWorkerConfig:
-    """The config of a role's veRL TrainingWorker."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, TrainingWorkerConfig
 
-    on_cpu = config.device == "cpu"
+    from agent_lightning.learners.verl_worker import ModelWorker
+
+    on_cpu, algorithm, learner = config.device == "cpu", config.algorithm, config.learner
+    # The critic's learning rate is ten times the policy's if nothing else is given.
+    critic_lr = 10 * algorithm.lr if config.critic.lr is None else config.critic.lr
     engine = {
         "strategy": "fsdp2",
         # On a CPU veRL would pin the memory of a forward-only model, which needs an accelerator.
@@ -185,24 +147,31 @@ def _training(config: Training, role: Role) -> TrainingWorkerConfig:
         "mixed_precision": {"param_dtype": config.dtype, "reduce_dtype": "float32", "buffer_dtype": "float32"},
         "seed": config.seed,
         "use_dynamic_bsz": True,
-        "max_token_len_per_gpu": config.learner.max_tokens_per_micro_batch,
-        "infer_max_token_len_per_gpu": config.learner.max_tokens_per_micro_batch,
+        "max_token_len_per_gpu": learner.max_tokens_per_micro_batch,
+        "infer_max_token_len_per_gpu": learner.max_tokens_per_micro_batch,
     }
-    return TrainingWorkerConfig(
-        # Registered by verl_engines.py.
-        model_type="critic" if role == "critic" else "policy",
+    training = TrainingWorkerConfig(
+        model_type="critic" if role == "critic" else "policy",  # registered by verl_engines.py
         model_config=_model(config, role),
         engine_config=FSDPEngineConfig(**(engine | dict(config.verl))),
         optimizer_config=FSDPOptimizerConfig(
-            lr=_learning_rate(config, role),
-            lr_warmup_steps=config.algorithm.lr_warmup_steps,
-            lr_scheduler_type=config.algorithm.lr_schedule,
+            lr=critic_lr if role == "critic" else algorithm.lr,
+            lr_warmup_steps=algorithm.lr_warmup_steps,
+            lr_scheduler_type=algorithm.lr_schedule,
             total_training_steps=config.total_steps,
-            weight_decay=config.algorithm.weight_decay,
+            weight_decay=algorithm.weight_decay,
             betas=config.betas,
-            clip_grad=config.algorithm.clip_grad,
+            clip_grad=algorithm.clip_grad,
         ),
         checkpoint_config=CheckpointConfig(),
+    )
+    process = {"device": config.device, "seed": config.seed, "num_threads": learner.threads}
+    return RayWorkerGroup(
+        pool,
+        RayClassWithInitArgs(ray.remote(ModelWorker), config=training, **process),
+        name_prefix=role,
+        device_name=config.device,
+        worker_env=CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(learner.threads)} if on_cpu else GPU_ENVIRONMENT,
     )
 
 

@@ -10,8 +10,6 @@ the arguments of all other tools, as nulls.
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
@@ -24,7 +22,15 @@ class JsonlSFTDataset(MultiTurnSFTDataset):  # type: ignore[misc]
     """Chats, a JSON object on each line: {"messages": […], "tools": […]}. Raises DataError with file and line."""
 
     def _read_files_and_process(self) -> None:
-        rows = [row for path in self.parquet_files for row in _rows(Path(path))]
+        rows = []
+        for path in self.parquet_files:
+            with open(path, encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    try:
+                        rows.append(json.loads(line))
+                        rows[-1]["messages"][0]["role"]
+                    except (ValueError, KeyError, IndexError, TypeError) as error:
+                        raise DataError(f"{path}, line {number}: not a chat of `agl import`") from error
         if 0 < self.max_samples < len(rows):
             sample = pd.Series(range(len(rows))).sample(self.max_samples, random_state=self.seed)
             rows = [rows[i] for i in (sample if self.shuffle else range(self.max_samples))]
@@ -36,16 +42,3 @@ class JsonlSFTDataset(MultiTurnSFTDataset):  # type: ignore[misc]
         self.system_prompt, self.generation_prompt = extract_system_prompt_and_generation(
             self.tokenizer, **self.apply_chat_template_kwargs
         )
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                row["messages"][0]["role"]
-            except (ValueError, KeyError, IndexError, TypeError) as error:
-                raise DataError(f"{path}, line {number}: not a chat of `agl import`") from error
-            rows.append(row)
-    return rows

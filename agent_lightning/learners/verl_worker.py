@@ -107,13 +107,7 @@ def policy_loss(
     averaging over ranks. Returns the loss, a scalar, and metrics by veRL's names.
     """
     log_probs = _padded(model_output["log_probs"])
-    # log_probs[:, i] is of token i + 1, so the inputs are shifted to the left. Each row's first token, which is part of
-    # the prompt and masked, moves to its end.
-    mask, weights, advantages, old = (
-        torch.roll(_padded(data[name]), shifts=-1, dims=1)
-        for name in ("loss_mask", "weights", "advantages", "old_log_probs")
-    )
-    mask = mask.bool()
+    mask, weights, advantages, old = _shifted(data, "weights", "advantages", "old_log_probs")
     config.global_batch_info["dp_size"] = data["dp_size"]
     loss, metrics = get_policy_loss_fn(config.policy_loss.loss_mode)(
         old_log_prob=torch.where(mask, old, log_probs.detach()),
@@ -125,7 +119,7 @@ def policy_loss(
     )
     out = Metric.from_dict(metrics, aggregation=AggregationType.MEAN)
     if config.use_kl_loss:
-        reference = torch.roll(_padded(data["ref_log_probs"]), shifts=-1, dims=1)
+        _, reference = _shifted(data, "ref_log_probs")
         kl = kl_penalty(logprob=log_probs, ref_logprob=reference, kl_penalty=config.kl_loss_type)
         kl_loss = (kl * weights)[mask].sum() * data["dp_size"]
         loss = loss + config.kl_loss_coef * kl_loss
@@ -146,8 +140,8 @@ def sft_loss(
     model_output: dict[str, Tensor], data: TensorDict, dp_group: object = None
 ) -> tuple[Tensor, dict[str, Metric]]:
     """Cross-entropy: the sum of -log p * weight over trained tokens. In veRL's own loss all tokens weigh the same."""
-    mask, weights = (torch.roll(_padded(data[name]), shifts=-1, dims=1) for name in ("loss_mask", "weights"))
-    nll = -(_padded(model_output["log_probs"]) * weights)[mask.bool()].sum()
+    mask, weights = _shifted(data, "weights")
+    nll = -(_padded(model_output["log_probs"]) * weights)[mask].sum()
     return nll * data["dp_size"], {"actor/nll": Metric(AggregationType.SUM, nll.detach())}
 
 
@@ -160,15 +154,13 @@ def value_loss(
     of the state in which token i + 1 is sampled. A squared error is homogeneous of degree two, so values, returns and
     clip range are multiplied by the square root of the weight.
     """
-    mask, weights, values, returns = (
-        torch.roll(_padded(data[name]), shifts=-1, dims=1) for name in ("loss_mask", "weights", "values", "returns")
-    )
+    mask, weights, values, returns = _shifted(data, "weights", "values", "returns")
     root = weights.sqrt()
     loss, clipped = compute_value_loss(
         vpreds=_padded(model_output["values"]).float() * root,
         values=values * root,
         returns=returns * root,
-        response_mask=mask.bool(),
+        response_mask=mask,
         cliprange_value=clip_range * root,
         loss_agg_mode="token-sum",
         dp_size=data["dp_size"],
@@ -178,6 +170,13 @@ def value_loss(
         "critic/clip_fraction": Metric(AggregationType.MEAN, clipped.detach()),
     }
     return loss, metrics
+
+
+def _shifted(data: TensorDict, *names: str) -> list[Tensor]:
+    """The loss mask and these inputs, each [N, T], shifted to the left, since a model's output i is of token i + 1. The
+    first token of each row, which is part of the prompt and masked, moves to its end."""
+    mask, *inputs = (torch.roll(_padded(data[name]), shifts=-1, dims=1) for name in ("loss_mask", *names))
+    return [mask.bool(), *inputs]
 
 
 def _padded(rows: Tensor) -> Tensor:
