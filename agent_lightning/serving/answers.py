@@ -68,7 +68,12 @@ class Answer:
 
     async def response(self, request: Request) -> Response:
         """The response for a connection, as soon as there is one; status 499 if its client goes away before."""
-        gone = asyncio.create_task(_wait_for_disconnect(request))
+
+        async def wait_for_disconnect() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        gone = asyncio.create_task(wait_for_disconnect())
         self._readers += 1
         if self._timer is not None:
             self._timer.cancel()
@@ -116,9 +121,3 @@ class Answer:
     def _wake_readers(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    """Return when the client of a request, whose body was read, has gone away."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Protocol
@@ -24,8 +25,9 @@ from agent_lightning.core.text import error_line
 from agent_lightning.core.threads import start_thread
 from agent_lightning.core.types import OnWeightUpdate
 from agent_lightning.rollouts.supervise import is_healthy
+from agent_lightning.serving.calls import Recorder
 from agent_lightning.serving.engine import Completion, Part, Refusal, engine_error
-from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig, Recorder
+from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig
 from agent_lightning.serving.policy import PolicyBoard
 
 MODEL_NAME: Final = "policy"
@@ -222,25 +224,17 @@ def _root(app: str) -> str:
 
 async def find_local_gateway(app: str, timeout: float) -> str:
     """Root URL of a gateway on this node that answers: agents need no proxy. Raises EngineError after `timeout` s."""
-    deadline = time.monotonic() + timeout
+    deadline, here = time.monotonic() + timeout, ray.util.get_node_ip_address()
     while True:
-        for url in await asyncio.to_thread(_local_gateways, app):
-            if await is_healthy(url):
-                return url
+        with suppress(ValueError, RayServeException, ray.exceptions.RayError):  # Serve does not know them yet
+            host, _ = await asyncio.to_thread(ray_private.proxy_address)
+            for address, port in await asyncio.to_thread(ray_private.ingress_addresses, app):
+                url = f"http://{host.replace('0.0.0.0', '127.0.0.1')}:{port}/{app}"
+                if address == here and await is_healthy(url):  # in tests, several nodes may share an address
+                    return url
         if time.monotonic() > deadline:
-            raise EngineError(f"no gateway answered at {ray.util.get_node_ip_address()} within {timeout:.0f} s")
+            raise EngineError(f"no gateway answered at {here} within {timeout:.0f} s")
         await asyncio.sleep(0.5)
-
-
-def _local_gateways(app: str) -> list[str]:
-    """Root URLs of the gateways at this node's address; in tests, several nodes may share an address."""
-    here = ray.util.get_node_ip_address()
-    try:
-        host = ray_private.proxy_address()[0].replace("0.0.0.0", "127.0.0.1")
-        addresses = ray_private.ingress_addresses(app)
-    except (ValueError, RayServeException, ray.exceptions.RayError):  # the caller tries again
-        return []
-    return [f"http://{host}:{port}/{app}" for ip, port in addresses if ip == here]
 
 
 def _start_proxy(host: str, port: int) -> None:

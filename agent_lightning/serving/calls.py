@@ -10,16 +10,17 @@ import time
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from agent_lightning.core.errors import DataError, UnknownRollout
 from agent_lightning.core.json_values import compact, is_deeper
-from agent_lightning.core.types import RolloutKey
+from agent_lightning.core.types import ModelCall, Outcome, RolloutKey
 from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream
 from agent_lightning.serving.engine import Refusal
 from agent_lightning.spans import otlp
@@ -30,6 +31,19 @@ AGENT_HEADER = "x-agl-agent"
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
 _MAX_SPANS = 10_000
 """Spans of a body that are read; the others are counted as rejected."""
+
+
+class Recorder(Protocol):
+    """The buffer as the gateway calls it. All methods raise UnknownRollout if the attempt has ended."""
+
+    async def record(self, call: ModelCall) -> int:
+        """Record a call; returns how many more calls the attempt may make."""
+
+    async def record_spans(self, key: RolloutKey, spans: tuple[RawSpan, ...], faults: Mapping[str, int]) -> int:
+        """Record spans, and count faults by their reason; returns how many spans were rejected."""
+
+    async def note_failure(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
+        """Note why a call of the attempt failed."""
 
 
 @dataclass(slots=True)
@@ -147,18 +161,12 @@ def parent_of(headers: Mapping[str, str]) -> str:
 
 
 async def take_traces(
-    record: Callable[[tuple[RawSpan, ...], Mapping[str, int]], Awaitable[int]],
-    raw: bytes,
-    headers: Mapping[str, str],
-    *,
-    max_bytes: int,
-    secret: str,
+    recorder: Recorder, attempt: Attempt, raw: bytes, headers: Mapping[str, str], max_bytes: int
 ) -> Response:
     """Record the spans of an ExportTraceServiceRequest, protobuf or JSON, and answer as OTLP's specification says.
 
-    `record` gets the spans and the faults by their reason, and returns how many spans it rejects; they are counted in
-    the answer's `partial_success`. The status is 400 if the body cannot be read, and 409 if the rollout has ended:
-    exporters repeat neither.
+    Rejected spans are counted in the answer's `partial_success` and in the buffer. The status is 400 if the body cannot
+    be read, and 409 if the rollout has ended: exporters repeat neither.
     """
     content_type = headers.get("content-type", otlp.PROTOBUF)
     try:
@@ -168,11 +176,11 @@ async def take_traces(
             content_encoding=headers.get("content-encoding", ""),
             max_bytes=max_bytes,
             max_spans=_MAX_SPANS,
-            secret=secret,
+            secret=attempt.secret,
         )
         spans = tuple(span for trace in traces.values() for span in trace)
         lost = sum(count for reason, count in faults.items() if not reason.startswith("repaired"))
-        rejected = lost + await record(spans, faults)
+        rejected = lost + await recorder.record_spans(attempt.key, spans, faults)
     except DataError as error:
         return JSONResponse({"code": 3, "message": str(error)}, status_code=400)
     except UnknownRollout as error:

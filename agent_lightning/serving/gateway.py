@@ -16,7 +16,6 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -27,15 +26,14 @@ from agent_lightning.core.errors import UnknownRollout
 from agent_lightning.core.json_values import compact
 from agent_lightning.core.text import hide_secret
 from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Split
-from agent_lightning.serving import engine
+from agent_lightning.serving import calls, engine
 from agent_lightning.serving.answers import Answer
-from agent_lightning.serving.calls import Attempt, Call, agent_of, parent_of, parse_request, reading, take_traces
+from agent_lightning.serving.calls import Attempt, Call, Recorder
 from agent_lightning.serving.dialects.base import BadRequest, Dialect
 from agent_lightning.serving.dialects.chat import ChatCompletions, Completions
 from agent_lightning.serving.dialects.messages import Messages
 from agent_lightning.serving.dialects.responses import Responses
 from agent_lightning.serving.engine import Completion, Part, Refusal, engine_error
-from agent_lightning.spans.tree import RawSpan
 
 logger = logging.getLogger(__name__)
 
@@ -70,19 +68,6 @@ class Engine(Protocol):
 
     def stream(self, request: Mapping[str, Any]) -> AsyncIterator[Part | Refusal]:
         """Answer a request in parts, as they are sampled; a refusal is the last part."""
-
-
-class Recorder(Protocol):
-    """The buffer as the gateway calls it. All methods raise UnknownRollout if the attempt has ended."""
-
-    async def record(self, call: ModelCall) -> int:
-        """Record a call; returns how many more calls the attempt may make."""
-
-    async def record_spans(self, key: RolloutKey, spans: tuple[RawSpan, ...], faults: Mapping[str, int]) -> int:
-        """Record spans, and count faults by their reason; returns how many spans were rejected."""
-
-    async def note_failure(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
-        """Note why a call of the attempt failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +124,11 @@ class Gateway:
             return _refuse(dialect, Refusal(status=403, message="wrong secret in the URL", code="forbidden"))
         endpoint = "/".join(rest)
         if rest[:2] == ["v1", "models"] and len(rest) < 4 and request.method == "GET":
-            return JSONResponse(self._models(rest[2:]))
+            model = rest[2] if rest[2:] else self._config.model  # every name means the policy
+            openai = {"id": model, "object": "model", "created": 0, "owned_by": "agent-lightning"}
+            card = openai | {"type": "model", "display_name": model, "created_at": "1970-01-01T00:00:00Z"}
+            ends = {"first_id": model, "last_id": model, "has_more": False}  # Anthropic's form
+            return JSONResponse(card if rest[2:] else {"object": "list", "data": [card], **ends})
         if endpoint not in (*DIALECTS, _COUNT_TOKENS, _TRACES) or request.method != "POST":
             return _refuse(dialect, Refusal(status=404, message=f"no such endpoint: /{endpoint}", code="not_found"))
         attempt = self._attempts.setdefault(key, Attempt(key, secret))
@@ -147,12 +136,11 @@ class Gateway:
         while len(self._attempts) > _MAX_ATTEMPTS:
             self._attempts.popitem(last=False)
         max_bytes, max_in_flight = self._config.max_body_bytes, self._config.max_bytes_in_flight
-        async with reading(request, attempt, max_bytes=max_bytes, max_bytes_in_flight=max_in_flight) as raw:
+        async with calls.reading(request, attempt, max_bytes=max_bytes, max_bytes_in_flight=max_in_flight) as raw:
             if isinstance(raw, Refusal):
                 return _refuse(dialect, raw)
             if endpoint == _TRACES:
-                record = partial(self._recorder.record_spans, key)
-                return await take_traces(record, raw, request.headers, max_bytes=max_bytes, secret=secret)
+                return await calls.take_traces(self._recorder, attempt, raw, request.headers, max_bytes)
             return await self._call(attempt, agent, endpoint, raw, request)
 
     async def _call(self, attempt: Attempt, agent: str, endpoint: str, raw: bytes, request: Request) -> Response:
@@ -160,15 +148,15 @@ class Gateway:
         no second span: only a request that says it is a retry, since an agent may repeat a request on purpose."""
         config, dialect = self._config, DIALECTS[endpoint.removesuffix("/count_tokens")]
         try:
-            context = parse_request(
+            context = calls.parse_request(
                 raw, dialect, model=config.model, max_depth=config.max_json_depth, max_choices=config.max_choices
             )
         except BadRequest as error:
             return _refuse(dialect, Refusal(status=400, message=str(error), code=error.code))
         call = Call(
             attempt=attempt,
-            agent=agent_of(request.headers, agent),
-            parent_id=parent_of(request.headers),
+            agent=calls.agent_of(request.headers, agent),
+            parent_id=calls.parent_of(request.headers),
             dialect=dialect,
             context=context,
             stream=dialect.stream(context),
@@ -316,14 +304,6 @@ class Gateway:
             )
             calls_left = await self._recorder.record(span)
             call.attempt.calls_left = min(call.attempt.calls_left, calls_left)
-
-    def _models(self, name: list[str]) -> dict[str, Any]:
-        """The models, or the model called `name`, in OpenAI's and Anthropic's form; every name means the policy."""
-        model = name[0] if name else self._config.model
-        openai = {"id": model, "object": "model", "created": 0, "owned_by": "agent-lightning"}
-        card = openai | {"type": "model", "display_name": model, "created_at": "1970-01-01T00:00:00Z"}
-        ends = {"first_id": model, "last_id": model, "has_more": False}
-        return card if name else {"object": "list", "data": [card], **ends}
 
 
 def _refuse(dialect: Dialect, refusal: Refusal) -> JSONResponse:
