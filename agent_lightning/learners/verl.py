@@ -23,10 +23,8 @@ from agent_lightning.learners.verl_groups import Groups, Training
 
 
 class VerlLearner:
-    """Trains the policy, and its critic if the config has one.
-
-    veRL's calls block, so they run in a thread and the loop's event loop stays free.
-    """
+    """Trains the policy, and its critic if the config has one. veRL's calls block, so they run in a thread and the
+    loop's event loop stays free."""
 
     def __init__(self, config: Training, groups: Groups | None = None) -> None:
         """`groups`: running worker groups, which start again from the model's weights; None starts new ones."""
@@ -126,32 +124,28 @@ class VerlLearner:
         data = verl_groups.to_tensordict(prepared.batch, self._config, prepared.columns)
         critic_output = self._critic.train_batch(data) if self._critic is not None else None
         policy_output = self._group.train_batch(data) if with_policy else None
-        metrics = {} if policy_output is None else _policy_metrics(policy_output.get()["metrics"], with_gap)
+        metrics: dict[str, Mean | Max] = {}
+        if policy_output is not None:
+            raw = policy_output.get()["metrics"]
+            metrics["learner/loss"] = Mean.of([_number(raw, "loss")])
+            metrics["learner/grad_norm"] = Mean.of([_number(raw, "grad_norm")])
+            metrics["learner/lr"] = Mean.of([_number(raw, "lr")])
+            metrics["learner/clip_fraction"] = Mean.of([_number(raw, "actor/pg_clipfrac")])
+            metrics["learner/approximate_kl"] = Mean.of([_number(raw, "actor/ppo_kl")])
+            metrics["learner/nll"] = Mean.of([_number(raw, "actor/nll", np.sum)])
+            for name, key in (("learner/kl_to_reference", "actor/kl_loss"), ("learner/entropy", "actor/entropy")):
+                if key in raw:
+                    metrics[name] = Mean.of([_number(raw, key, np.sum)])
+            if with_gap:
+                tokens = _number(raw, "gap/tokens", np.sum)
+                metrics["logprob_gap/mean_abs"] = Mean(_number(raw, "gap/sum", np.sum), tokens)
+                metrics["logprob_gap/max_abs"] = Max(_number(raw, "gap/max", np.max))
         if critic_output is not None:
             raw = critic_output.get()["metrics"]
             metrics["critic/loss"] = Mean.of([_number(raw, "critic/loss", np.sum)])
             metrics["critic/grad_norm"] = Mean.of([_number(raw, "grad_norm")])
             metrics["critic/clip_fraction"] = Mean.of([_number(raw, "critic/clip_fraction")])
         return metrics
-
-
-def _policy_metrics(raw: dict[str, Any], with_gap: bool) -> dict[str, Mean | Max]:
-    metrics: dict[str, Mean | Max] = {
-        "learner/loss": Mean.of([_number(raw, "loss")]),
-        "learner/grad_norm": Mean.of([_number(raw, "grad_norm")]),
-        "learner/lr": Mean.of([_number(raw, "lr")]),
-        "learner/clip_fraction": Mean.of([_number(raw, "actor/pg_clipfrac")]),
-        "learner/approximate_kl": Mean.of([_number(raw, "actor/ppo_kl")]),
-        "learner/nll": Mean.of([_number(raw, "actor/nll", np.sum)]),
-    }
-    if "actor/kl_loss" in raw:
-        metrics["learner/kl_to_reference"] = Mean.of([_number(raw, "actor/kl_loss", np.sum)])
-    if "actor/entropy" in raw:
-        metrics["learner/entropy"] = Mean.of([_number(raw, "actor/entropy", np.sum)])
-    if with_gap:
-        metrics["logprob_gap/mean_abs"] = Mean(_number(raw, "gap/sum", np.sum), _number(raw, "gap/tokens", np.sum))
-        metrics["logprob_gap/max_abs"] = Max(_number(raw, "gap/max", np.max))
-    return metrics
 
 
 def _number(raw: dict[str, Any], name: str, reduce: Any = np.mean) -> float:

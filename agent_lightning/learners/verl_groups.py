@@ -200,10 +200,8 @@ def _model(config: Training, role: Role) -> HFModelConfig:
 
 
 def to_tensordict(batch: Batch, config: Training, columns: Mapping[str, Floats] | None = None) -> TensorDict:
-    """A batch in veRL's form, with its string keys: rows as jagged tensors, and settings of the batch.
-
-    `columns` holds further inputs, each float32[N, T] with every value at its token.
-    """
+    """A batch in veRL's form, with its string keys: rows as jagged tensors, and settings of the batch. `columns` holds
+    further inputs, each float32[N, T] with every value at its token."""
     import torch
     from verl.utils import tensordict_utils
 

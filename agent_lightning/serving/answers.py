@@ -20,11 +20,8 @@ from starlette.responses import Response, StreamingResponse
 
 
 class Answer:
-    """The answer to a request and to its retries.
-
-    `work` gets the answer and must complete it: by `respond`, or by `start_stream` and any number of `send`. The answer
-    ends with the work.
-    """
+    """The answer to a request and to its retries. `work` gets the answer and must complete it: by `respond`, or by
+    `start_stream` and any number of `send`. The answer ends with the work."""
 
     def __init__(self, work: Callable[[Answer], Coroutine[Any, Any, None]], *, grace: float) -> None:
         """`grace`: seconds for which the work goes on without a connection, before its first byte is sent."""

@@ -172,10 +172,8 @@ def start(
     board: PolicyBoard,
     replica: MakeReplica | None = None,
 ) -> Service:
-    """Deploy the service and wait until it answers. `replica` makes the policy's replicas; the default is vLLM.
-
-    Raises UserError if the port cannot be used, EngineError if a replica does not start.
-    """
+    """Deploy the service and wait until it answers. `replica` makes the policy's replicas; the default is vLLM. Raises
+    UserError if the port cannot be used, EngineError if a replica does not start."""
     make = replica or partial(_vllm, _llm_settings(config), config.serving.on_weight_update)
     policy = serve.deployment(PolicyDeployment).options(
         name=f"policy-{MODEL_NAME}",

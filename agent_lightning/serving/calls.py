@@ -82,10 +82,8 @@ class Call:
         return bool(self.context.body.get("stream")) and not self.is_token_count
 
     def seed(self, run_seed: int) -> int:
-        """The seed of this call's sampling, a number below 2**32.
-
-        Every attempt at a rollout gets the same seed for the same request, if it repeated it as often before.
-        """
+        """The seed of this call's sampling, a number below 2**32. Every attempt at a rollout gets the same seed for the
+        same request, if it repeated it as often before."""
         digest = zlib.crc32(compact(self.context.engine).encode(), zlib.crc32(self.agent.encode()))
         self.attempt.repeats[digest] += 1
         text = f"{run_seed}/{self.attempt.key.rollout_id}/{digest}/{self.attempt.repeats[digest]}"
@@ -93,10 +91,8 @@ class Call:
 
 
 def parse_request(raw: bytes, dialect: Dialect, *, model: str, max_depth: int, max_choices: int) -> RequestContext:
-    """The request that a body holds. Raises BadRequest if it is not JSON, too deep, or wants too many choices.
-
-    `model` is the name in the reply if the agent names none; `max_choices` counts `n` choices of every prompt.
-    """
+    """The request that a body holds. Raises BadRequest if it is not JSON, too deep, or wants too many choices. `model`
+    is the name in the reply if the agent names none; `max_choices` counts `n` choices of every prompt."""
     try:
         body = json.loads(raw)
         if is_deeper(body, max_depth):

@@ -130,10 +130,8 @@ def engine_request(
 
 
 def parse_reply(raw: Mapping[str, Any], *, policy_version: int, last_version: int | None = None) -> Completion:
-    """Split vLLM's reply into OpenAI JSON and arrays. Log-probabilities that are missing are NaN.
-
-    Raises ValueError if token ids are missing, or if an id is outside any vocabulary.
-    """
+    """Split vLLM's reply into OpenAI JSON and arrays. Log-probabilities that are missing are NaN. Raises ValueError if
+    token ids are missing, or if an id is outside any vocabulary."""
     choices, visible = [], []
     for choice in raw["choices"]:
         prompt = raw.get("prompt_token_ids", choice.get("prompt_token_ids"))
@@ -157,10 +155,8 @@ def parse_reply(raw: Mapping[str, Any], *, policy_version: int, last_version: in
 
 
 def join_parts(parts: Sequence[Part]) -> Completion:
-    """The completion that the parts of a stream add up to, the same as if it had not been streamed.
-
-    A choice whose end is missing has the finish reason CUT. Raises ValueError as `parse_reply` does.
-    """
+    """The completion that the parts of a stream add up to, the same as if it had not been streamed. A choice whose end
+    is missing has the finish reason CUT. Raises ValueError as `parse_reply` does."""
     raw = join_chunks(part.chunk for part in parts)
     raw["choices"] = [{"finish_reason": CUT, "token_ids": []} | choice for choice in raw["choices"]]
     return parse_reply(raw, policy_version=parts[0].policy_version, last_version=parts[-1].last_version)

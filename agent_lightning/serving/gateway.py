@@ -196,9 +196,7 @@ class Gateway:
 
     async def _complete(self, call: Call, answer: Answer) -> Refusal | None:
         """Call the engine, record the call, and only then end the answer; returns why the call is refused, if it is.
-
-        Raises UnknownRollout if the attempt has ended.
-        """
+        Raises UnknownRollout if the attempt has ended."""
         attempt, started_at = call.attempt, time.time()
         if attempt.ended:
             raise UnknownRollout(attempt.ended)
