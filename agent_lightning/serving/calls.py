@@ -22,7 +22,6 @@ from agent_lightning.core.errors import DataError, UnknownRollout
 from agent_lightning.core.json_values import compact, is_deeper
 from agent_lightning.core.types import ModelCall, Outcome, RolloutKey
 from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream
-from agent_lightning.serving.engine import Refusal
 from agent_lightning.spans import otlp
 from agent_lightning.spans.tree import RawSpan
 
@@ -119,25 +118,25 @@ def parse_request(raw: bytes, dialect: Dialect, *, model: str, max_depth: int, m
 @asynccontextmanager
 async def reading(
     request: Request, attempt: Attempt, *, max_bytes: int, max_bytes_in_flight: int
-) -> AsyncIterator[bytes | Refusal]:
-    """The body of a request, or why it is refused: it is larger than `max_bytes`, or the attempt has more than
-    `max_bytes_in_flight` in all its requests. The body counts as in flight until the block ends."""
-    raw, refusal = bytearray(), None
+) -> AsyncIterator[bytes]:
+    """The body of a request, which counts as in flight until the block ends.
+
+    Raises BadRequest if the client goes away, if the body is larger than `max_bytes`, or if the attempt has more than
+    `max_bytes_in_flight` in all its requests.
+    """
+    raw = bytearray()
     try:
         async for part in request.stream():
             raw += part
             attempt.bytes_in_flight += len(part)
             if len(raw) > max_bytes:
-                refusal = Refusal(status=413, message=f"the request is over {max_bytes} bytes", code="size")
-                break
+                raise BadRequest(f"the request is over {max_bytes} bytes", "size", 413)
             if attempt.bytes_in_flight > max_bytes_in_flight:
                 message = f"this rollout has requests of over {max_bytes_in_flight} bytes in flight: try again later"
-                refusal = Refusal(status=429, message=message, code="busy", type="rate_limit_error")
-                break
+                raise BadRequest(message, "busy", 429, type="rate_limit_error")
+        yield bytes(raw)
     except ClientDisconnect:
-        refusal = Refusal(status=400, message="the client went away", code="disconnected")
-    try:
-        yield bytes(raw) if refusal is None else refusal
+        raise BadRequest("the client went away", "disconnected") from None
     finally:
         attempt.bytes_in_flight -= len(raw)
 

@@ -115,44 +115,41 @@ class Gateway:
             return JSONResponse({"status": "ok", "model": self._config.model})
         dialect = DIALECTS["v1/messages" if "anthropic-version" in request.headers else "v1/chat/completions"]
         try:
-            start = parts.index("rollout")
-            _, rollout_id, _, number, secret, agent, *rest = parts[start:]
+            _, rollout_id, _, number, secret, agent, *rest = parts[parts.index("rollout") :]
             key = RolloutKey.parse(rollout_id, int(number))
         except ValueError:
             return _refuse(dialect, Refusal(status=404, message=f"no such path: {request.url.path}", code="not_found"))
-        if not verify_secret(self._config.run_secret, key, secret):
-            return _refuse(dialect, Refusal(status=403, message="wrong secret in the URL", code="forbidden"))
-        endpoint = "/".join(rest)
-        if rest[:2] == ["v1", "models"] and len(rest) < 4 and request.method == "GET":
-            model = rest[2] if rest[2:] else self._config.model  # every name means the policy
-            openai = {"id": model, "object": "model", "created": 0, "owned_by": "agent-lightning"}
-            card = openai | {"type": "model", "display_name": model, "created_at": "1970-01-01T00:00:00Z"}
-            ends = {"first_id": model, "last_id": model, "has_more": False}  # Anthropic's form
-            return JSONResponse(card if rest[2:] else {"object": "list", "data": [card], **ends})
-        if endpoint not in (*DIALECTS, _COUNT_TOKENS, _TRACES) or request.method != "POST":
-            return _refuse(dialect, Refusal(status=404, message=f"no such endpoint: /{endpoint}", code="not_found"))
-        attempt = self._attempts.setdefault(key, Attempt(key, secret))
-        self._attempts.move_to_end(key)
-        while len(self._attempts) > _MAX_ATTEMPTS:
-            self._attempts.popitem(last=False)
-        max_bytes, max_in_flight = self._config.max_body_bytes, self._config.max_bytes_in_flight
-        async with calls.reading(request, attempt, max_bytes=max_bytes, max_bytes_in_flight=max_in_flight) as raw:
-            if isinstance(raw, Refusal):
-                return _refuse(dialect, raw)
-            if endpoint == _TRACES:
-                return await calls.take_traces(self._recorder, attempt, raw, request.headers, max_bytes)
-            return await self._call(attempt, agent, endpoint, raw, request)
+        endpoint, config = "/".join(rest), self._config
+        dialect = DIALECTS.get(endpoint.removesuffix("/count_tokens"), dialect)
+        try:
+            if not verify_secret(config.run_secret, key, secret):
+                raise BadRequest("wrong secret in the URL", "forbidden", 403)
+            if rest[:2] == ["v1", "models"] and len(rest) < 4 and request.method == "GET":
+                model = rest[2] if rest[2:] else config.model  # every name means the policy
+                openai = {"id": model, "object": "model", "created": 0, "owned_by": "agent-lightning"}
+                card = openai | {"type": "model", "display_name": model, "created_at": "1970-01-01T00:00:00Z"}
+                ends = {"first_id": model, "last_id": model, "has_more": False}  # Anthropic's form
+                return JSONResponse(card if rest[2:] else {"object": "list", "data": [card], **ends})
+            if endpoint not in (*DIALECTS, _COUNT_TOKENS, _TRACES) or request.method != "POST":
+                raise BadRequest(f"no such endpoint: /{endpoint}", "not_found", 404)
+            attempt = self._attempts.setdefault(key, Attempt(key, secret))
+            self._attempts.move_to_end(key)
+            while len(self._attempts) > _MAX_ATTEMPTS:
+                self._attempts.popitem(last=False)
+            limits = {"max_bytes": config.max_body_bytes, "max_bytes_in_flight": config.max_bytes_in_flight}
+            async with calls.reading(request, attempt, **limits) as raw:
+                if endpoint == _TRACES:
+                    return await calls.take_traces(self._recorder, attempt, raw, request.headers, config.max_body_bytes)
+                return await self._call(attempt, agent, endpoint, raw, request)
+        except BadRequest as error:
+            return _refuse(dialect, error.refusal)
 
     async def _call(self, attempt: Attempt, agent: str, endpoint: str, raw: bytes, request: Request) -> Response:
         """The response to a model call or token count. A client library's retry gets the first answer, so that it makes
         no second span: only a request that says it is a retry, since an agent may repeat a request on purpose."""
         config, dialect = self._config, DIALECTS[endpoint.removesuffix("/count_tokens")]
-        try:
-            context = calls.parse_request(
-                raw, dialect, model=config.model, max_depth=config.max_json_depth, max_choices=config.max_choices
-            )
-        except BadRequest as error:
-            return _refuse(dialect, Refusal(status=400, message=str(error), code=error.code))
+        limits = {"max_depth": config.max_json_depth, "max_choices": config.max_choices}
+        context = calls.parse_request(raw, dialect, model=config.model, **limits)
         call = Call(
             attempt=attempt,
             agent=calls.agent_of(request.headers, agent),

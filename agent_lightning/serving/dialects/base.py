@@ -18,11 +18,11 @@ from agent_lightning.serving.engine import Completion, Refusal
 
 
 class BadRequest(Exception):
-    """The request cannot be answered as it is. `code`: invalid_request or unsupported."""
+    """The request cannot be answered as it is."""
 
-    def __init__(self, message: str, code: str = "invalid_request") -> None:
+    def __init__(self, message: str, code: str = "invalid_request", status: int = 400, **fields: str) -> None:
         super().__init__(message)
-        self.code = code
+        self.refusal = Refusal(status=status, message=message, code=code, **fields)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
