@@ -25,9 +25,7 @@ class RunObserver:
         self, *, config: Config, run: RunDirectory, progress: Progress, resumed_step: int | None = None
     ) -> None:
         """`resumed_step`: the step of the checkpoint that the run resumes from; metrics of later steps are removed."""
-        self._config = config
-        self._run = run
-        self._progress = progress
+        self._config, self._run, self._progress = config, run, progress
         self._writer: RolloutWriter | None = RolloutWriter(run.rollouts)
         tracking = config.tracking
         sinks: list[Sink] = [JsonLines(run.metrics, resumed_step=resumed_step)]

@@ -92,12 +92,8 @@ def load_hub(
     for field in (question_field, result_field):
         if field not in table.column_names:
             raise DataError(f"{source} has no column {field!r}; it has {', '.join(table.column_names)}")
-    return make(
-        lambda: (
-            {"id": f"{split}-{i}", **row, "question": row[question_field], "result": str(row[result_field])}
-            for i, row in enumerate(table)
-        )
-    )
+    rows = ({**row, "question": row[question_field], "result": str(row[result_field])} for row in table)
+    return make(lambda: ({"id": f"{split}-{number}"} | row for number, row in enumerate(rows)))
 
 
 def make(function: Callable[..., Iterable[Mapping[str, Any]]], **arguments: Any) -> list[Task]:

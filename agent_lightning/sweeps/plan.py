@@ -111,9 +111,9 @@ class TrialRecord:
 
 
 def hydra_words(words: Sequence[str]) -> list[str]:
-    """Translate Hydra's own sweeps: algorithm.lr=1e-4,3e-4 -> algorithm.lr=choice(1e-4,3e-4).
+    """Translate Hydra's own sweeps: algorithm.lr=1e-4,3e-4 -> algorithm.lr=choice(1e-4,3e-4). Raises ConfigError.
 
-    The result is a grid unless a word begins with `sweep=`. Raises ConfigError.
+    The result is a grid unless a word begins with `sweep=`.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -210,11 +210,10 @@ def _check_settings(plan: SweepPlan) -> None:
 
 def trial_words(plan: SweepPlan, group: str) -> tuple[str, ...]:
     """The words that the sweep adds to every trial: its group in Weights & Biases, and the checkpoints PBT copies."""
-    given = {word.partition("=")[0] for word in plan.fixed}
-    added = () if "tracking.group" in given else (f"tracking.group={group}",)
-    if plan.settings.scheduler != "pbt":
-        return added
-    return (*added, f"checkpoint_every={plan.settings.interval_steps or plan.eval_every}")
+    added = [] if any(word.startswith("tracking.group=") for word in plan.fixed) else [f"tracking.group={group}"]
+    if plan.settings.scheduler == "pbt":
+        added.append(f"checkpoint_every={plan.settings.interval_steps or plan.eval_every}")
+    return tuple(added)
 
 
 class SweepFolder:

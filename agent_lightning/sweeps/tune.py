@@ -1,7 +1,6 @@
-"""A sweep on Ray Tune; no other module imports ray.tune.
+"""A sweep on Ray Tune, which draws values and decides which trials continue; no other module imports ray.tune.
 
-Tune draws values and decides which trials continue. Each trial is an `agl train` process that a Tune actor watches
-(`trials.py`), and all trials share a cluster.
+Each trial is an `agl train` process that a Tune actor watches (`trials.py`), and all trials share a cluster.
 """
 
 from __future__ import annotations
@@ -131,9 +130,8 @@ def run(
     """Run all trials, and pass their records to `update`. Ctrl-C and SIGTERM stop them, each with a checkpoint.
 
     Ray must run, with the resource `SEAT` if `seats` is set. Tune's placement group for a trial holds the actor that
-    watches it; the trial's run requests its own resources.
-
-    Raises UserError if `resume` finds nothing to resume, or if the cluster cannot hold a population at the same time.
+    watches it; the trial's run requests its own resources. Raises UserError if there is nothing to `resume`, or if the
+    cluster cannot hold a population at the same time.
     """
     if plan.settings.scheduler == "pbt" and not seats and concurrent < plan.num_trials:
         raise UserError(
@@ -232,17 +230,10 @@ def _move_into_space(space: Mapping[str, Distribution], values: dict[str, Any]) 
     return values | {key: distribution.nearest(float(values[key])) for key, distribution in numbers.items()}
 
 
-_DISTRIBUTIONS: Mapping[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        *(tune.uniform, tune.quniform, tune.loguniform, tune.qloguniform),
-        *(tune.randint, tune.qrandint, tune.lograndint, tune.qlograndint),
-    )
-}
-
-
 def _domain(distribution: Distribution) -> Any:
     if isinstance(distribution, Choice):
         return tune.choice(list(distribution.values))
-    number = int if distribution.integers else float
-    return _DISTRIBUTIONS[distribution.name](*map(number, distribution.arguments))
+    draws = [tune.uniform, tune.quniform, tune.loguniform, tune.qloguniform]
+    draws += [tune.randint, tune.qrandint, tune.lograndint, tune.qlograndint]
+    draw = {function.__name__: function for function in draws}[distribution.name]
+    return draw(*map(int if distribution.integers else float, distribution.arguments))
