@@ -88,8 +88,8 @@ class Summary:
         try:
             text = path.read_text(encoding="utf-8")
             values = json.loads(text, object_hook=lambda row: {k: math.nan if v is None else v for k, v in row.items()})
-            rollouts, step_s = RolloutCounts(**values["rollouts"]), StepSeconds(**values["step_s"])
-            return cls(**values | {"rollouts": rollouts, "step_s": step_s})
+            parts = {"rollouts": RolloutCounts(**values["rollouts"]), "step_s": StepSeconds(**values["step_s"])}
+            return cls(**values | parts)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no summary of a run: {one_line(error)}") from error
 
@@ -195,16 +195,7 @@ class LiveBlock(ABC):
 
 
 class Progress(LiveBlock):
-    """Progress while training: a block that redraws itself, or plain lines if the output is not a terminal.
-
-    Example:
-
-        progress = Progress("calc_x", steps=100)
-        progress.start()
-        progress.waiting_for("generate: 41/64 rollouts")
-        progress.show_step(1, {"train/reward": 0.25, "tokens/sampled": 9000.0, "time/step": 12.0})
-        progress.stop()
-    """
+    """Progress while training: a block that redraws itself, or plain lines if the output is not a terminal."""
 
     def __init__(
         self, experiment: str, steps: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
@@ -227,13 +218,13 @@ class Progress(LiveBlock):
         super().stop()
 
     def waiting_for(self, text: str) -> None:
-        """Show what the run waits for. The first word is the phase; its seconds count from the phase's first call."""
+        """Show what the run waits for, such as "generate: 41/64 rollouts"; seconds count since the phase's first call."""
         if text.split(" ")[:1] != self._waiting.split(" ")[:1]:
             self._waiting_since = self._clock()
         self._waiting = text
 
     def show_step(self, step: int, record: Mapping[str, float]) -> None:
-        """Show the metrics of the step that has ended; `step` steps are done."""
+        """Show the metrics of the step that has ended, such as "train/reward"; `step` steps are done."""
         self._step, self._record, self._stepped_at = step, record, self._clock()
         self._steps_here += 1
         self._train.append(record.get("train/reward", math.nan))

@@ -1,8 +1,4 @@
-"""Tasks from files, from the Hugging Face Hub or from a function, and the order in which they are trained.
-
-tasks = load_jsonl("data/train.jsonl")
-TaskCursor(seed=0).next(tasks, 8)  # the next eight tasks, epoch after epoch
-"""
+"""Tasks from files, from the Hugging Face Hub or from a function, and the order in which they are trained."""
 
 from __future__ import annotations
 
@@ -130,6 +126,8 @@ def sample(tasks: Sequence[Task], num: int, seed: int) -> list[Task]:
 @dataclass(slots=True)
 class TaskCursor:
     """A position in an endless order of tasks, which is shuffled again in each epoch.
+
+    Example: TaskCursor(seed=0).next(load_jsonl("data/train.jsonl"), 8) -> eight tasks
 
     A cursor with the same seed, epoch and position draws the same tasks from as many tasks: a checkpoint needs no more.
     """

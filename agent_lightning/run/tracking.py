@@ -1,9 +1,4 @@
-"""The folder of a run, and the sinks that its metrics go to: JSON lines, TensorBoard, Weights & Biases.
-
-run = RunDirectory.create(Path("runs"), experiment="calc_x", seed=0)   # runs/calc_x-s0-20250131-093000
-tracker = Tracker([JsonLines(run.metrics), TensorBoardSink(run.logs / "tensorboard")])
-tracker.log(1, {"train/reward": 0.25})
-"""
+"""The folder of a run, and the sinks that its metrics go to: JSON lines, TensorBoard, Weights & Biases."""
 
 # Why not verl.utils.tracking.Tracking: it cannot continue a run. It gives wandb.init no id, group, tags, folder or mode
 # (a resumed run becomes a new one), logs with wandb's own step (which refuses the repeated steps of a resumed run),
@@ -204,6 +199,8 @@ class Tracker:
     """Sends each record to all sinks.
 
     A sink that fails is dropped with a warning: a full disk or a lost service must not end the training.
+
+    Example: Tracker([JsonLines(run.metrics), TensorBoardSink(folder)]).log(1, {"train/reward": 0.25})
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
