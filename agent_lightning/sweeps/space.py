@@ -1,8 +1,10 @@
 """Search spaces on a command line: `algorithm.lr=loguniform(1e-4,3e-3)` searches a key by a distribution of Ray Tune.
 
-parse_words(["experiment=calc_tiny", "algorithm.lr=loguniform(1e-4,3e-3)", "credit=choice(identical,air)"])
-# (("experiment=calc_tiny",),
-#  {"algorithm.lr": Numbers("loguniform", (1e-4, 3e-3)), "credit": Choice(("identical", "air"))})
+Example:
+
+    parse_words(["experiment=calc_tiny", "algorithm.lr=loguniform(1e-4,3e-3)", "credit=choice(identical,air)"])
+    # (("experiment=calc_tiny",),
+    #  {"algorithm.lr": Numbers("loguniform", (1e-4, 3e-3)), "credit": Choice(("identical", "air"))})
 """
 
 from __future__ import annotations
