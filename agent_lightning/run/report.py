@@ -218,7 +218,7 @@ class Progress(LiveBlock):
         super().stop()
 
     def waiting_for(self, text: str) -> None:
-        """Show what the run waits for, such as "generate: 41/64 rollouts", and the seconds since its first word changed."""
+        """Show what the run waits for, such as "generate: 41/64 rollouts"; its seconds count from a new first word."""
         if text.split(" ")[:1] != self._waiting.split(" ")[:1]:
             self._waiting_since = self._clock()
         self._waiting = text
