@@ -293,3 +293,10 @@ def test_errors_have_the_types_that_anthropic_users_know() -> None:
     for status, kind in ((403, "permission_error"), (404, "not_found_error"), (413, "request_too_large")):
         error = Messages().error(Refusal(status=status, message="m", code="c"))
         assert error == {"type": "error", "error": {"type": kind, "message": "m", "code": "c"}}
+
+
+async def test_a_body_that_is_not_read_is_refused_in_the_format_of_its_endpoint() -> None:
+    async with open_rig(max_body_bytes=100) as rig:
+        large = await rig.http.post(f"{url_of(rig.key)}/messages", content=b"x" * 101)  # without Anthropic's headers
+    assert (large.status_code, large.json()["type"]) == (413, "error")
+    assert large.json()["error"]["type"] == "request_too_large"
