@@ -67,9 +67,10 @@ class PolicyServer:
     async def _generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
         version = self._version
         try:
-            *_, reply = [reply async for reply in await ray_private.ask_llm(self._server, request)]
+            replies = [reply async for reply in await ray_private.ask_llm(self._server, request)]
         except _INVALID as error:
             return _invalid(error)
+        reply = replies[-1]
         error_fields = ray_private.llm_error(reply)
         if error_fields is not None:
             return parse_error(*error_fields)
