@@ -19,13 +19,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 TARGETS: Mapping[str, float] = {
-    "lines in all": 20_950,
+    "lines in all": 19_700,
     "entries of the package": 14,
     "most files in a folder": 14,
     "headers, % of lines": 9.4,
     "largest file": 400,
     "longest function": 60,
-    "files that name a config key": 7,
+    "files that name a config key": 3,
     "docstrings that begin with Of": 0,
     "vague variables": 0,
     "untyped returns, %": 2,
@@ -40,30 +40,18 @@ TARGETS: Mapping[str, float] = {
 VAGUE = {"one", "found", "asked", "said", "whole", "there", "theirs"}
 """Names of variables and arguments that do not name the thing."""
 
-GENERIC_KEYS = {
-    *(
-        "address",
-        "agent",
-        "agents",
-        "algorithm",
-        "baseline",
-        "bound",
-        "breaker",
-        "buffer",
-        "cancelled",
-        "cap",
-        "concurrency",
-    ),
-    *("credit", "critic", "data", "device", "discount", "dtype", "enabled", "epochs", "experiment", "failures", "form"),
-    *("group", "hardware", "host", "instrument", "journal", "kind", "learner", "lr", "match", "max_len", "max_tokens"),
-    *("method", "mode", "model", "name", "names", "nodes", "num", "on", "path", "placement", "port", "processes"),
-    *("project", "replicas", "restarts", "retry", "reward", "rollout", "root", "rules", "sampling", "scale", "seed"),
-    *("seeded", "serving", "share", "signals", "split", "steps", "tags", "target", "temperature", "threads", "timeout"),
-    *("timeout_s", "tool", "top_p", "tracking", "train", "trained", "val", "value", "verl", "vllm", "window", "words"),
-    *("workers",),
-}
+GENERIC_KEYS = re.compile(
+    r"address|agent|agents|algorithm|baseline|bound|breaker|buffer|cancelled|cap|concurrency|credit|critic|data"
+    r"|device|discount|dtype|enabled|epochs|experiment|failures|form|group|hardware|host|instrument|journal|kind"
+    r"|learner|lr|match|max_len|max_tokens|method|mode|model|name|names|nodes|num|on|path|placement|port"
+    r"|processes|project|replicas|restarts|retry|reward|rollout|root|rules|sampling|scale|seed|seeded|serving"
+    r"|share|signals|split|steps|tags|target|temperature|threads|timeout|timeout_s|tool|top_p|tracking|train"
+    r"|trained|val|value|verl|vllm|window|words|workers"
+    r"|gae_lambda|max_spans|search"
+)
 """Keys of the config that are left out of "files that name a config key": sections, and words that name other things
-too (a path, a seed, a learning rate, the discount of a formula), so that their number says nothing of the config."""
+too (a path, a seed, a learning rate), so that their number says nothing of the config. The last three: gae_lambda is a
+symbol of the formula in credit/, max_spans the limit of one OTLP body in spans/, and search a method of `re`."""
 
 STUB = re.compile(r"#\s*(?:TODO|FIXME|XXX)|raise NotImplementedError")
 MOCK = re.compile(r"\b(?:Mock|MagicMock|AsyncMock|mocker)\b|\bpatch(?:\.object|\.dict)?\(|monkeypatch\.setattr")
@@ -185,7 +173,10 @@ def figures(package: Count, tests: str) -> dict[str, float]:
 
 def most_named(package: Count) -> str:
     """The key of the config that most files name."""
-    return max(sorted(package.keys - GENERIC_KEYS), key=lambda key: len(package.named_in[key]))
+    return max(
+        sorted(key for key in package.keys if not GENERIC_KEYS.fullmatch(key)),
+        key=lambda key: len(package.named_in[key]),
+    )
 
 
 def main() -> int:

@@ -31,7 +31,7 @@ from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.buffer.ledger import StoredRollout
 from agent_lightning.buffer.store import Store
 from agent_lightning.buffer.taken import TakenGroup
-from agent_lightning.config.running import BreakerConfig
+from agent_lightning.config.running import AgentConfig, BreakerConfig
 from agent_lightning.core.errors import UnknownRollout
 from agent_lightning.core.types import Ending, ModelCall, Outcome, RolloutKey, Split, Task
 from agent_lightning.credit.failures import Retries
@@ -106,7 +106,7 @@ class Buffer:
         buffer = Buffer(run_secret=b"...")
         await buffer.admit(task, split="train", num_rollouts=2)  # "train-0"
         first, second = await buffer.lease(8, timeout=1.0)
-        await buffer.record(call)                                # 99: calls that remain
+        await buffer.record(call)                                # 31: calls that remain
         await buffer.finish(first.key, Ending(outcome=Outcome.FINISHED, reward=1.0))
         await buffer.finish(second.key, Ending(outcome=Outcome.TIMEOUT))
         (group,) = await buffer.take(1, split="train")           # group.assemble() gives its trajectories
@@ -118,14 +118,13 @@ class Buffer:
         run_secret: bytes,
         retries: Retries | None = None,
         breaker: Breaker | None = None,
-        max_calls: int = 100,
-        max_spans: int = 10_000,
+        agent: AgentConfig | None = None,
         grace: float = 30.0,
         first_group: Mapping[Split, int] | None = None,
         journal: JournalConfig | None = None,
         memory_bytes: int = 2**62,
     ) -> None:
-        """`max_calls` model calls and `max_spans` spans are the limits of one attempt. A worker counts as dead `grace`
+        """`agent` has the limits of one attempt: max_calls and max_spans. A worker counts as dead `grace`
         seconds after the deadline of its lease. `first_group` gives the numbers of the first groups of a resumed run
         without a journal; with `journal` the buffer continues from what the journal holds. Spans of complete rollouts
         beyond `memory_bytes` are kept in the journal only."""
@@ -133,8 +132,7 @@ class Buffer:
         self._retries = retries or Retries()
         self._breaker = breaker or Breaker(BreakerConfig(window=0))
         self._alarm = ""
-        self._max_calls = max_calls
-        self._max_spans = max_spans
+        self._agent = agent or AgentConfig(target="")
         self._grace = grace
         self._store = Store(journal, first_group=first_group, memory_bytes=memory_bytes)
         self._ledger = self._store.ledger
@@ -197,7 +195,7 @@ class Buffer:
         rollout = self._running(call.key, refused="refused_spans")
         if call.call_id not in self._ledger.spans(call.key).calls:
             self._store.note(events.Called(call=call), grows=True)
-        remaining = max(0, self._max_calls - rollout.num_calls)
+        remaining = max(0, self._agent.max_calls - rollout.num_calls)
         await self._store.durable()
         return remaining
 
@@ -210,12 +208,12 @@ class Buffer:
         self._running(key, refused="refused_spans")
         known, accepted = set(self._ledger.spans(key).raw), list[RawSpan]()
         for span in spans:
-            if span.span_id in known or len(known) < self._max_spans:
+            if span.span_id in known or len(known) < self._agent.max_spans:
                 known.add(span.span_id)
                 accepted.append(span)
         excess = len(spans) - len(accepted)
         if request not in self._ledger.answers:
-            refused = {**faults, **({f"over {self._max_spans} in one attempt": excess} if excess else {})}
+            refused = {**faults, **({f"over {self._agent.max_spans} in one attempt": excess} if excess else {})}
             event = events.Traced(key=key, spans=tuple(accepted), refused=refused, request=request)
             self._store.note(event, grows=True)
         await self._store.durable()

@@ -60,7 +60,7 @@ def _plan(inspection: checks.Inspection) -> Iterator[tuple[str, str]]:
         yield "data", f"{split}: {tasks}"
     yield "agent", f"{config.agent.target} ({config.agent.mode})"
     yield "actors", f"{rollout.workers} rollout workers x {rollout.concurrency} rollouts, buffer, policy board"
-    gateways = "one a node" if serving.gateways is None else str(serving.gateways)
+    gateways = config.fixed_gateways or "one a node"
     yield "", f"{serving.replicas} policy replicas, gateways: {gateways}, learner of {processes}"
     for group in backend.choose(config).groups():
         bundle = " ".join(f"{number:g} {kind}" for kind, number in group.bundles[0].items())
@@ -78,10 +78,10 @@ def _plan(inspection: checks.Inspection) -> Iterator[tuple[str, str]]:
         yield "memory", f"model: {inspection.size.parameters / 1e6:,.1f}M parameters (estimated, as all of these)"
         yield "", f"learner: {memory.learner:.2f} GiB in each of {processes} processes, activations on top"
         yield "", f"engine: {memory.engine_weights:.2f} GiB of weights, KV cache {per_gib:,.0f} tokens a GiB"
-        yield "", f"{serving.max_num_seqs} conversations of {config.model.max_len}: {memory.kv_wanted:.2f} GiB"
+        yield "", f"{memory.conversations} conversations of {config.model.max_len}: {memory.kv_wanted:.2f} GiB"
         if config.hardware.device == "cpu":
             yield "", f"serving.kv_cache_gib={serving.kv_cache_gib} holds {serving.kv_cache_gib * per_gib:,.0f} tokens"
     total = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
     where = "one started here" if checks.cluster_is_own(config) else (config.hardware.address or "RAY_ADDRESS")
     yield "cluster", f"{where}: {len(nodes)} nodes, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs"
-    yield "runs", config.runs_dir
+    yield "runs", config.destination

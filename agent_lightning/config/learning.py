@@ -71,6 +71,13 @@ class FailuresConfig(Section):
         return values
 
 
+_TOY_LEARNER_READS: Final = {
+    *("tasks_per_step", "rollouts_per_task", "dynamic_sampling_rounds", "rollouts_per_batch", "epochs", "failures"),
+    *("lr", "clip_ratio_low", "clip_ratio_high"),
+}
+"""The keys of `algorithm` that have an effect on a toy model."""
+
+
 class AlgorithmConfig(Section):
     """How much a step samples, and how the policy is trained on it."""
 
@@ -121,9 +128,29 @@ class AlgorithmConfig(Section):
         return self.tasks_per_step * self.rollouts_per_task
 
     @property
+    def has_reference(self) -> bool:
+        """Whether the learner keeps the starting policy, for the KL divergence from it."""
+        return self.kl_coef > 0
+
+    @property
     def batches_per_step(self) -> int:
         """Batches of one step; each is one optimiser step in each epoch."""
         return -(-self.rollouts_per_step // (self.rollouts_per_batch or self.rollouts_per_step))
+
+    def check_groups(self) -> None:
+        """Raise ConfigError for groups of a single rollout, which has no other to be compared with."""
+        if self.rollouts_per_task < 2:
+            raise ConfigError(
+                f"algorithm.rollouts_per_task={self.rollouts_per_task}: must be at least 2, to compare them"
+            )
+
+    def check_toy(self) -> None:
+        """Raise ConfigError for a key that the learner of a toy model does not read."""
+        for name, value in self.model_dump(exclude_defaults=True).items():
+            if name not in _TOY_LEARNER_READS:
+                raise ConfigError(f"algorithm.{name}={value}: a toy model's learner does not read it; leave it out")
+        if self.clip_ratio_low != self.clip_ratio_high:
+            raise ConfigError("algorithm.clip_ratio_low and _high: a toy model's learner has one bound for both")
 
     @model_validator(mode="after")
     def _check_read(self) -> AlgorithmConfig:

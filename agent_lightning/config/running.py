@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from agent_lightning.config.learning import refuse_unread
 from agent_lightning.config.section import AtLeast0, AtLeast1, NotNegative, Positive, Section
-from agent_lightning.core.errors import ConfigError
+from agent_lightning.core.errors import ConfigError, UserError
 from agent_lightning.core.types import OnWeightUpdate
 
 Agent = Callable[..., object]
@@ -238,6 +238,15 @@ class ServingConfig(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Share of a GPU's memory that an engine takes."""
 
+    def check_memory(self, free_gib: float) -> None:
+        """Raise UserError if the KV caches of all replicas on a CPU need more than this memory."""
+        needed = self.replicas * self.kv_cache_gib
+        if needed > free_gib:
+            raise UserError(
+                f"serving.kv_cache_gib={self.kv_cache_gib} for each of {self.replicas} replicas "
+                f"needs {needed} GiB, but {free_gib:.1f} GiB of memory are free: lower it, or serving.replicas"
+            )
+
 
 class LearnerConfig(Section):
     """The processes that train the policy."""
@@ -259,6 +268,10 @@ class LearnerConfig(Section):
         return self
 
 
+MAX_SHARED_GPU: Final = 0.5
+"""Share of a GPU that an engine may take if a learner process has the rest."""
+
+
 class HardwareConfig(Section):
     """The machines, and how engines and learner share them."""
 
@@ -275,6 +288,21 @@ class HardwareConfig(Section):
         if self.device == "cpu" and self.placement == "together":
             raise ConfigError("hardware.placement=together: shares GPUs, and hardware.device=cpu has none")
         return self
+
+    def check_use(self, serving: ServingConfig, learner: LearnerConfig) -> None:
+        """Raise ConfigError for what the hardware cannot do, and for keys that it makes meaningless."""
+        share, default = serving.gpu_memory_utilization, ServingConfig()
+        if self.placement == "together":
+            where = "where hardware.placement=together"
+            if serving.tensor_parallel_size > 1:
+                raise ConfigError(f"serving.tensor_parallel_size: must be 1 {where} shares each GPU")
+            if share > MAX_SHARED_GPU:
+                limit = f"at most {MAX_SHARED_GPU} {where} leaves the learner the rest of each GPU"
+                raise ConfigError(f"serving.gpu_memory_utilization={share}: {limit}")
+        on_cpu, why = self.device == "cpu", f"hardware.device is {self.device}"
+        refuse_unread("serving.gpu_memory_utilization", on_cpu and share != default.gpu_memory_utilization, why)
+        refuse_unread("serving.kv_cache_gib", not on_cpu and serving.kv_cache_gib != default.kv_cache_gib, why)
+        refuse_unread("learner.threads", not on_cpu and learner.threads != LearnerConfig().threads, why)
 
 
 class TrackingConfig(Section):

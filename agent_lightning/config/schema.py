@@ -44,15 +44,6 @@ RENAMED: Final[Mapping[str, str]] = {
 """Old names of keys. On a command line they are refused with the new name; in the files of earlier runs and sweeps they
 are read as the new key. A key stays in its section."""
 
-MAX_SHARED_GPU: Final = 0.5
-"""Share of a GPU that an engine may take if a learner process has the rest."""
-
-_TOY_LEARNER_READS: Final = {
-    *("tasks_per_step", "rollouts_per_task", "dynamic_sampling_rounds", "rollouts_per_batch", "epochs", "failures"),
-    *("lr", "clip_ratio_low", "clip_ratio_high"),
-}
-"""The keys of `algorithm` that have an effect on a toy model."""
-
 
 class Config(Section):
     """A run."""
@@ -96,48 +87,33 @@ class Config(Section):
     vllm: dict[str, Any] = Field(default_factory=dict)
     """vLLM engine arguments, passed on as they are, for experts."""
 
+    @property
+    def destination(self) -> str:
+        """The folder of the run if `name` is given, else the folder in which it is made."""
+        return f"{self.runs_dir.rstrip('/')}/{self.name}" if self.name else self.runs_dir
+
+    @property
+    def evaluation_interval(self) -> int:
+        """Steps between evaluations; all steps if only the first and the last policy are evaluated."""
+        return self.eval_every or self.steps
+
+    @property
+    def fixed_gateways(self) -> int | None:
+        """Number of gateways; None: one on each node. Seeded calls are counted where they arrive: in one gateway."""
+        return 1 if self.sampling.seeded else self.serving.gateways
+
     @model_validator(mode="after")
     def _check(self) -> Config:
         """Raise ConfigError for sections that contradict each other, or that nothing reads."""
         if self.model.words:
-            self._check_toy()
+            self.algorithm.check_toy()
+            if self.credit.method == "gae" or self.credit.scale == "batch":
+                raise ConfigError("credit: a toy model has no critic and does not normalise over a step; choose others")
         if self.credit.method != "gae":
             refuse_unread("critic", self.critic != CriticConfig(), "only credit.method=gae has a critic")
-        if self.algorithm.rollouts_per_task < 2 and self.credit.compares:
-            key = f"algorithm.rollouts_per_task={self.algorithm.rollouts_per_task}"
-            raise ConfigError(f"{key}: must be at least 2, to compare them")
+        if self.credit.compares:
+            self.algorithm.check_groups()
         if self.sampling.seeded and self.serving.gateways not in (None, 1):
             raise ConfigError("sampling.seeded: serving.gateways must be 1, as each counts what it is asked by itself")
-        self._check_hardware()
+        self.hardware.check_use(self.serving, self.learner)
         return self
-
-    def _check_toy(self) -> None:
-        """Raise ConfigError for a key that the learner of a toy model does not read."""
-        for name, value in self.algorithm.model_dump(exclude_defaults=True).items():
-            if name not in _TOY_LEARNER_READS:
-                raise ConfigError(f"algorithm.{name}={value}: a toy model's learner does not read it; leave it out")
-        if self.credit.method == "gae" or self.credit.scale == "batch":
-            raise ConfigError("credit: a toy model has no critic and does not normalise over a step; choose others")
-        if self.algorithm.clip_ratio_low != self.algorithm.clip_ratio_high:
-            raise ConfigError("algorithm.clip_ratio_low and _high: a toy model's learner has one bound for both")
-
-    def _check_hardware(self) -> None:
-        """Raise ConfigError for what the hardware cannot do, and for keys that it makes meaningless."""
-        serving, default = self.serving, ServingConfig()
-        on_cpu = self.hardware.device == "cpu"
-        if self.hardware.placement == "together":
-            if serving.tensor_parallel_size > 1:
-                raise ConfigError(
-                    "serving.tensor_parallel_size: must be 1 where hardware.placement=together shares each GPU"
-                )
-            if serving.gpu_memory_utilization > MAX_SHARED_GPU:
-                raise ConfigError(
-                    f"serving.gpu_memory_utilization={serving.gpu_memory_utilization}: at most {MAX_SHARED_GPU} where "
-                    "hardware.placement=together leaves the learner the rest of each GPU"
-                )
-        changed = serving.gpu_memory_utilization != default.gpu_memory_utilization
-        refuse_unread("serving.gpu_memory_utilization", on_cpu and changed, "hardware.device is cpu")
-        changed = serving.kv_cache_gib != default.kv_cache_gib
-        refuse_unread("serving.kv_cache_gib", not on_cpu and changed, "hardware.device is cuda")
-        changed = self.learner.threads != LearnerConfig().threads
-        refuse_unread("learner.threads", not on_cpu and changed, "hardware.device is cuda")

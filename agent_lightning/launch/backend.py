@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from agent_lightning.config.load import Config
-from agent_lightning.core.errors import UserError
 from agent_lightning.launch import hub, placement
 from agent_lightning.learners.base import Learner
 
@@ -42,14 +41,8 @@ class Backend:
         """Raises UserError if the KV caches do not fit into the free memory of a CPU; vLLM itself measures GPUs."""
         import psutil
 
-        serving = self.config.serving
-        available = float(psutil.virtual_memory().available) / placement.GIB
-        needed = serving.replicas * serving.kv_cache_gib
-        if self.config.hardware.device == "cpu" and needed > available:
-            raise UserError(
-                f"serving.kv_cache_gib={serving.kv_cache_gib} for each of {serving.replicas} replicas "
-                f"needs {needed} GiB, but {available:.1f} GiB of memory are free: lower it, or serving.replicas"
-            )
+        if self.config.hardware.device == "cpu":
+            self.config.serving.check_memory(psutil.virtual_memory().available / placement.GIB)
 
     def replica_bundles(self) -> tuple[placement.Resources, ...]:
         """The resources of one policy replica; the first bundle holds the replica and its first engine worker."""
@@ -93,8 +86,8 @@ class ToyBackend(Backend):
     def replica(self) -> MakeReplica:
         from agent_lightning.toy.run import ToyReplica
 
-        model, rule = self.config.model, self.config.serving.on_weight_update
-        return partial(ToyReplica, tuple(model.words), self.config.seed, model.max_len, rule)
+        model = self.config.model
+        return partial(ToyReplica, tuple(model.words), self.config.seed, model.max_len, self.config.serving)
 
     def learner(self, model: str) -> Learner:
         from agent_lightning.toy.model import ToyLanguage

@@ -115,10 +115,10 @@ def _check_cluster(inspection: Inspection) -> None:
 def _check_reach(inspection: Inspection) -> None:
     """The workers of each node must reach a gateway, or the proxy on the head."""
     serving = inspection.config.serving
-    gateways, setting = serving.gateways, f"serving.gateways={serving.gateways}"
-    instead = "leave it null for one on each node"
+    gateways = inspection.config.fixed_gateways
+    setting, instead = f"serving.gateways={gateways}", "leave it null for one on each node"
     if inspection.config.sampling.seeded:
-        gateways, setting, instead = 1, "sampling.seeded=true, which has one gateway,", "leave it false"
+        setting, instead = "sampling.seeded=true, which has one gateway,", "leave it false"
     if gateways is not None and len(inspection.nodes) > 1 and serving.host != "0.0.0.0":
         raise UserError(
             f"{setting} on {len(inspection.nodes)} nodes: workers on the others do not reach the head's proxy at "

@@ -119,8 +119,7 @@ async def _start_buffer(
             max_attempts=config.agent.max_attempts, failures=config.algorithm.failures, limits=config.agent.retry
         ),
         breaker=Breaker(config.agent.breaker),
-        max_calls=config.agent.max_calls,
-        max_spans=config.agent.max_spans,
+        agent=config.agent,
         first_group=resumed.next_group if resumed is not None else None,
         journal=settings,
         memory_bytes=int(config.buffer.memory_gib * 2**30),
@@ -192,11 +191,9 @@ def _deployment(config: Config, model: str, port: int) -> Deployment:
     """How the policy is served, from the model in this folder and on this port."""
     from agent_lightning.serving.app import Deployment
 
-    # Seeded calls are counted where they arrive, so a single gateway must see all of them.
-    gateways = 1 if config.sampling.seeded else config.serving.gateways
     return Deployment(
         model=config.model.model_copy(update={"path": model}),
-        serving=config.serving.model_copy(update={"port": port, "gateways": gateways}),
+        serving=config.serving.model_copy(update={"port": port, "gateways": config.fixed_gateways}),
         device=config.hardware.device,
         bundles=backend.choose(config).replica_bundles(),
         seed=config.seed,
@@ -232,7 +229,7 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
     from agent_lightning.core import actors
     from agent_lightning.launch.nodes import Nodes, find_local_gateway
 
-    per_node = config.serving.gateways is None and not config.sampling.seeded
+    per_node = config.fixed_gateways is None
     find = partial(find_local_gateway, service.app) if per_node else partial(wait_until_healthy, service.url)
 
     def make_workers(node: str, number: int, url: str) -> Workers:

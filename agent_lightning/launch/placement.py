@@ -55,7 +55,7 @@ def learner_group(config: Config) -> BundleGroup:
     """The placement groups of veRL's learner processes, one group on each of its nodes."""
     learner, gpu = config.learner, learner_gpu(config)
     # Each process holds the policy, with a KL term the reference, and with GAE the critic.
-    models = 1.0 + (config.algorithm.kl_coef > 0) + (config.credit.method == "gae")
+    models = 1.0 + config.algorithm.has_reference + (config.credit.method == "gae")
     bundle = {"CPU": models / (gpu or 1.0)} | ({"GPU": gpu} if gpu else {})
     bundles = (bundle,) * (learner.processes // learner.nodes)
     return BundleGroup(what="learner", number=learner.nodes, bundles=bundles, one_node=True)
@@ -134,18 +134,21 @@ class Memory:
     engine_weights: float
     """For each GPU of a replica, or for a replica on a CPU."""
     kv_per_token: float
+    conversations: int
+    """The most conversations that a replica samples at a time."""
     kv_wanted: float
-    """For each replica with max_num_seqs conversations of max_len at once; with less KV cache, some have to wait."""
+    """For each replica with so many conversations of max_len at once; with less KV cache, some have to wait."""
 
 
 def memory(config: Config, size: ModelSize) -> Memory:
     """Estimate the memory of a run that trains a model of this size."""
     width = 4 if config.model.dtype == "float32" else 2
-    trained = 16 * (1 + (config.credit.method == "gae")) + 4 * (config.algorithm.kl_coef > 0)
+    trained = 16 * (1 + (config.credit.method == "gae")) + 4 * config.algorithm.has_reference
     per_token = size.kv_values * width / GIB
     return Memory(
         learner=size.parameters * trained / config.learner.processes / GIB,
         engine_weights=size.parameters * width / config.serving.tensor_parallel_size / GIB,
         kv_per_token=per_token,
+        conversations=config.serving.max_num_seqs,
         kv_wanted=per_token * config.model.max_len * config.serving.max_num_seqs,
     )

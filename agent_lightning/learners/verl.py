@@ -35,7 +35,7 @@ class VerlLearner:
         self._group = groups.policy
         self._group.reset()
         self._group.set_loss_fn(verl_groups.policy_loss_of(config))
-        self._reference = groups.reference if config.algorithm.kl_coef else None
+        self._reference = groups.reference if config.algorithm.has_reference else None
         if self._reference is not None:
             self._reference.reset()
         self._critic = None

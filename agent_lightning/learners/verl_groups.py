@@ -86,7 +86,7 @@ def policy_loss_of(config: Training) -> Any:
         clip_ratio_high=algorithm.clip_ratio_high,
         policy_loss=PolicyLossConfig(loss_mode=algorithm.loss),
         entropy_coeff=algorithm.entropy_coef,
-        use_kl_loss=algorithm.kl_coef > 0 and algorithm.kl_in == "loss",
+        use_kl_loss=algorithm.has_reference and algorithm.kl_in == "loss",
         kl_loss_coef=algorithm.kl_coef,
         kl_loss_type=algorithm.kl_kind or "k3",
     )
@@ -111,7 +111,7 @@ def start_groups(config: Training) -> Groups:
     from verl.single_controller.ray import RayResourcePool
     from verl.single_controller.ray.base import sort_placement_group_by_node_ip
 
-    needed = {"policy": True, "reference": config.algorithm.kl_coef > 0, "critic": config.has_critic}
+    needed = {"policy": True, "reference": config.algorithm.has_reference, "critic": config.has_critic}
     roles: list[Role] = [role for role in get_args(Role) if needed[role]]
     # An actor of each role takes 1 / max_colocate_count of a GPU; together they take gpu_share.
     count = len(roles) if config.gpu_share == 1 else round(len(roles) / config.gpu_share)

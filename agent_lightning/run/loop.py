@@ -102,11 +102,10 @@ class Loop:
             except StepFailed:
                 await self.save(force=True)
                 raise
-            last = self.state.step == self.plan.steps
-            if last or (self.plan.eval_every and self.state.step % self.plan.eval_every == 0):
+            if self.plan.evaluates_after(self.state.step):
                 await self.evaluate()
             self.state.wall_s = time.monotonic() - started
-            await self.save(force=last)
+            await self.save(force=self.state.step == self.plan.steps)
         if self.stop.is_set():
             await self.save(force=True)
         check_conservation(self.state)

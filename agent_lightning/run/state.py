@@ -30,13 +30,16 @@ class Plan:
     steps: int
     algorithm: AlgorithmConfig
     """The size of a step; the learner reads the rest."""
-    eval_every: int
+    eval_every: int = 0
     """Steps between evaluations. The first step is always preceded, and the last followed, by an evaluation."""
     rules: CreditRules
     pad_token: int
     row_multiple: int
     """Batches are padded to a multiple of this many rows: the learner's processes share them equally."""
     publish_timeout_s: float = 300.0
+
+    def evaluates_after(self, step: int) -> bool:
+        return step == self.steps or bool(self.eval_every and step % self.eval_every == 0)
 
 
 @dataclass(slots=True, kw_only=True)

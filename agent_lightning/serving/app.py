@@ -23,7 +23,6 @@ from agent_lightning.core import ray_private
 from agent_lightning.core.errors import EngineError, UserError
 from agent_lightning.core.text import error_line
 from agent_lightning.core.threads import start_thread
-from agent_lightning.core.types import OnWeightUpdate
 from agent_lightning.rollouts.supervise import is_healthy
 from agent_lightning.serving.calls import Recorder
 from agent_lightning.serving.engine import Completion, Part, Refusal, engine_error
@@ -106,11 +105,11 @@ class PolicyReplica(Engine, Protocol):
 MakeReplica = Callable[[PolicyBoard], PolicyReplica]
 
 
-def _vllm(settings: Mapping[str, Any], on_weight_update: OnWeightUpdate, board: PolicyBoard) -> PolicyReplica:
+def _vllm(settings: Mapping[str, Any], serving: ServingConfig, board: PolicyBoard) -> PolicyReplica:
     """A replica with vLLM, which is imported here, in the replica's process: the import takes ten seconds."""
     from agent_lightning.serving.replica import PolicyServer
 
-    return PolicyServer(settings, on_weight_update, board)
+    return PolicyServer(settings, serving, board)
 
 
 class PolicyDeployment:
@@ -174,7 +173,7 @@ def start(
 ) -> Service:
     """Deploy the service and wait until it answers. `replica` makes the policy's replicas; the default is vLLM. Raises
     UserError if the port cannot be used, EngineError if a replica does not start."""
-    make = replica or partial(_vllm, _llm_settings(config), config.serving.on_weight_update)
+    make = replica or partial(_vllm, _llm_settings(config), config.serving)
     policy = serve.deployment(PolicyDeployment).options(
         name=f"policy-{MODEL_NAME}",
         num_replicas=config.serving.replicas,

@@ -18,9 +18,9 @@ from pydantic import ValidationError
 from vllm.exceptions import VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from agent_lightning.config.running import ServingConfig
 from agent_lightning.core import actors, ray_private
 from agent_lightning.core.text import one_line
-from agent_lightning.core.types import OnWeightUpdate
 from agent_lightning.learners.base import Weights
 from agent_lightning.serving.engine import Completion, Part, Refusal, parse_error, parse_reply
 from agent_lightning.serving.gate import Gate
@@ -36,10 +36,10 @@ class PolicyServer:
     """A `PolicyReplica`: Ray's LLM server, which notes in each reply the version that sampled it, and installs new
     weights."""
 
-    def __init__(self, settings: Mapping[str, Any], on_weight_update: OnWeightUpdate, board: PolicyBoard) -> None:
-        """`settings`: the fields of Ray's LLMConfig. `on_weight_update`: the rule of the Gate."""
+    def __init__(self, settings: Mapping[str, Any], serving: ServingConfig, board: PolicyBoard) -> None:
+        """`settings`: the fields of Ray's LLMConfig."""
         self._server = ray_private.llm_server(settings)
-        self._gate = Gate(on_weight_update)
+        self._gate = Gate(serving.on_weight_update)
         self._version = 0
         self._follower = Follower(board, self._install, self.check_health)
         self._following: asyncio.Task[None] | None = None

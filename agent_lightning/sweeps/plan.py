@@ -66,7 +66,8 @@ class SweepPlan:
     """The words that the command lines of all trials share."""
     space: Mapping[str, Distribution]
     steps: int
-    eval_every: int
+    interval: int
+    """Steps between the evaluations of a trial."""
 
     @property
     def num_trials(self) -> int:
@@ -153,7 +154,7 @@ def plan_sweep(words: Sequence[str]) -> tuple[SweepPlan, Config]:
         fixed=fixed,
         space=space,
         steps=config.steps,
-        eval_every=config.eval_every or config.steps,
+        interval=config.evaluation_interval,
     )
     _check_settings(plan)
     return plan, config
@@ -199,7 +200,7 @@ def _check_settings(plan: SweepPlan) -> None:
     if settings.scheduler != "none":
         if {"steps", "eval_every"} & set(plan.space):
             raise ConfigError("steps and eval_every cannot be searched where trials are compared on their way")
-        if plan.eval_every >= plan.steps:
+        if plan.interval >= plan.steps:
             raise ConfigError(f"eval_every: {settings.scheduler} compares trials on their way; set it below steps")
     if settings.scheduler == "pbt":
         if settings.search != "random":
@@ -212,7 +213,7 @@ def trial_words(plan: SweepPlan, group: str) -> tuple[str, ...]:
     """The words that the sweep adds to every trial: its group in Weights & Biases, and the checkpoints PBT copies."""
     added = [] if any(word.startswith("tracking.group=") for word in plan.fixed) else [f"tracking.group={group}"]
     if plan.settings.scheduler == "pbt":
-        added.append(f"checkpoint_every={plan.settings.interval_steps or plan.eval_every}")
+        added.append(f"checkpoint_every={plan.settings.interval_steps or plan.interval}")
     return tuple(added)
 
 

@@ -208,13 +208,13 @@ def _scheduler(plan: SweepPlan) -> Any:
         return schedulers.ASHAScheduler(
             time_attr="step",
             max_t=plan.steps,
-            grace_period=settings.grace_steps or plan.eval_every,
+            grace_period=settings.grace_steps or plan.interval,
             reduction_factor=settings.reduction,
         )
     if settings.scheduler == "pbt":
         return schedulers.PopulationBasedTraining(
             time_attr="step",
-            perturbation_interval=settings.interval_steps or plan.eval_every,
+            perturbation_interval=settings.interval_steps or plan.interval,
             hyperparam_mutations={
                 key: list(distribution.values) if isinstance(distribution, Choice) else _domain(distribution)
                 for key, distribution in plan.space.items()

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_lightning.core.metrics import Max, Mean, Metrics, merge
-from agent_lightning.core.types import Batch, Ints, OnWeightUpdate
+from agent_lightning.core.types import Batch, Ints
 from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.serving.engine import Choice, Completion, Part, Refusal, join_parts
 from agent_lightning.serving.gate import Gate
@@ -97,7 +97,7 @@ class ToyEngine:
     """The policy's engine, with exact token ids, true log-probabilities, and the refusals of vLLM.
 
     It reads `temperature` (0: the likeliest word, with log-probability 0), `max_tokens`, `n` and `seed`. As in vLLM,
-    one policy version answers a call from its first to its last token, unless `on_weight_update` is "keep": then an
+    one policy version answers a call from its first to its last token, unless the rule of the gate is "keep": then an
     update may fall between the word and END.
     """
 
@@ -108,7 +108,7 @@ class ToyEngine:
         seed: int = 0,
         max_len: int = 4096,
         delay_s: float = 0.0,
-        on_weight_update: OnWeightUpdate = "wait",
+        gate: Gate | None = None,
     ) -> None:
         """
         Samples depend on the seed, the policy version, the prompt, and how often the version has sampled the prompt
@@ -124,7 +124,7 @@ class ToyEngine:
         self._seed = seed
         self._repeats: Counter[int] = Counter()
         self._table = np.zeros((language.num_states, len(language.words)), np.float32)
-        self._gate = Gate(on_weight_update)
+        self._gate = gate or Gate()
         self._failures = 0
         self._follower: Follower | None = None
 
@@ -234,7 +234,7 @@ class ToyEngine:
         return query
 
     async def install(self, weights: Weights) -> None:
-        """Switch to these weights; `on_weight_update` decides what happens to running calls."""
+        """Switch to these weights; the gate decides what happens to running calls."""
         (bucket,) = weights.buckets
         (entry,) = bucket.parameters
         async with self._gate.update():

@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+from agent_lightning.config.running import ServingConfig
 from agent_lightning.core import actors
-from agent_lightning.core.types import OnWeightUpdate
 from agent_lightning.learners.base import Weights
+from agent_lightning.serving.gate import Gate
 from agent_lightning.serving.policy import PolicyBoard
 from agent_lightning.toy.model import ToyEngine, ToyLanguage, ToyLearner
 
@@ -28,9 +29,9 @@ class ToyReplica(ToyEngine):
     """A `PolicyReplica`: a ToyEngine that follows the board."""
 
     def __init__(
-        self, words: tuple[str, ...], seed: int, max_len: int, on_weight_update: OnWeightUpdate, board: PolicyBoard
+        self, words: tuple[str, ...], seed: int, max_len: int, serving: ServingConfig, board: PolicyBoard
     ) -> None:
-        super().__init__(ToyLanguage(words), seed=seed, max_len=max_len, on_weight_update=on_weight_update)
+        super().__init__(ToyLanguage(words), seed=seed, max_len=max_len, gate=Gate(serving.on_weight_update))
         self._board = board
         self._following: asyncio.Task[None] | None = None
 

@@ -111,8 +111,8 @@ class ToyWorld:
     """The policy's answers."""
     val_tasks: Sequence[Task] = ()
     """If empty, the training tasks."""
-    rollouts_per_task: int = 8
-    max_calls: int = 20
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    """The size of a group; a step has all tasks."""
     retries: Retries = field(default_factory=Retries)
     breaker: Breaker | None = None
     max_len: int = 4096
@@ -150,7 +150,7 @@ class ToyWorld:
             run_secret=run_secret,
             retries=self.retries,
             breaker=self.breaker,
-            max_calls=self.max_calls,
+            agent=self._agent(),
             first_group=state.next_group,
             journal=self.journal,
         )
@@ -208,16 +208,22 @@ class ToyWorld:
 
     def _worker(self, name: str) -> RolloutWorker:
         buffer = self._link(self.buffer, name, "finish")
-        agent = self.agent if isinstance(self.agent, AgentConfig) else AgentConfig(target=self.agent, timeout_s=10.0)
         return RolloutWorker(
-            buffer=buffer, agent=agent, concurrency=self.concurrency, policy_url=self.url, model=MODEL, worker=name
+            buffer=buffer,
+            agent=self._agent(),
+            concurrency=self.concurrency,
+            policy_url=self.url,
+            model=MODEL,
+            worker=name,
         )
+
+    def _agent(self) -> AgentConfig:
+        return self.agent if isinstance(self.agent, AgentConfig) else AgentConfig(target=self.agent, timeout_s=10.0)
 
     def _loop(self, state: State) -> Loop:
         plan = Plan(
             steps=0,
-            algorithm=AlgorithmConfig(tasks_per_step=len(self.tasks), rollouts_per_task=self.rollouts_per_task),
-            eval_every=0,
+            algorithm=self.algorithm.model_copy(update={"tasks_per_step": len(self.tasks)}),
             rules=CreditRules(max_tokens=self.max_len),
             pad_token=PAD,
             row_multiple=1,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from agent_lightning.buffer.buffer import Buffer, Lease, Stats, attempt_secret, verify_secret
 from agent_lightning.buffer.taken import take_groups
 from agent_lightning.config.learning import FailuresConfig
-from agent_lightning.config.running import RetryConfig
+from agent_lightning.config.running import AgentConfig, RetryConfig
 from agent_lightning.core.errors import UnknownRollout
 from agent_lightning.core.types import Ending, Group, Outcome, RolloutKey
 from agent_lightning.credit.failures import Retries
@@ -81,7 +81,7 @@ async def test_lease_waits_for_work_until_its_timeout() -> None:
 
 
 async def test_a_trajectory_has_each_call_once_in_the_order_of_start() -> None:
-    buffer = make_buffer(max_calls=3)
+    buffer = make_buffer(agent=AgentConfig(target="", max_calls=3))
     (lease,) = await started(buffer)
     late, early = make_call(lease.key, "late", started_at=20.0), make_call(lease.key, "early", started_at=10.0)
     assert await buffer.record(late) == 2
@@ -98,7 +98,7 @@ async def test_a_trajectory_has_each_call_once_in_the_order_of_start() -> None:
 
 
 async def test_calls_left_never_go_below_zero() -> None:
-    buffer = make_buffer(max_calls=1)
+    buffer = make_buffer(agent=AgentConfig(target="", max_calls=1))
     (lease,) = await started(buffer)
     assert [await buffer.record(make_call(lease.key, f"{n}")) for n in range(3)] == [0, 0, 0]
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import aiohttp
 
+from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Outcome, Policy, Task
 from agent_lightning.credit.failures import Retries
@@ -97,7 +98,7 @@ async def run(
         agent=spec,
         tasks=tasks,
         words=WORDS,
-        rollouts_per_task=rollouts,
+        algorithm=AlgorithmConfig(rollouts_per_task=rollouts),
         num_workers=2,
         retries=Retries(max_attempts=3),
         faults=faults,

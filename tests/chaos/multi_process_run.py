@@ -251,7 +251,6 @@ async def _driver(part: str, run: RunProcesses) -> None:
     plan = Plan(
         steps=run.steps,
         algorithm=AlgorithmConfig(tasks_per_step=len(TASKS), rollouts_per_task=ROLLOUTS),
-        eval_every=0,
         rules=CreditRules(max_tokens=4096),
         pad_token=PAD,
         row_multiple=1,

@@ -14,6 +14,7 @@ from malformed import SECRET, attack, new_rollout
 from starlette.applications import Starlette
 
 from agent_lightning.buffer.buffer import Buffer, attempt_secret
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import RolloutKey
 from agent_lightning.serving.gateway import DIALECTS, Gateway, GatewayConfig
 from agent_lightning.toy.model import ToyEngine, ToyLanguage
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.chaos
 
 def open_gateway() -> tuple[Starlette, RolloutKey]:
     """A gateway with one open rollout, which may make any number of calls."""
-    buffer = Buffer(run_secret=SECRET, max_calls=10**9)
+    buffer = Buffer(run_secret=SECRET, agent=AgentConfig(target="", max_calls=10**9))
     config = GatewayConfig(model="policy", run_secret=SECRET, sampling=SAMPLING)
     engine = ToyEngine(ToyLanguage(("no", "yes", "call:2+3")))
     return application(Gateway(engine=engine, recorder=buffer, config=config)), asyncio.run(new_rollout(buffer))

@@ -11,6 +11,7 @@ from agents_for_tests import skilled
 from openai import AsyncOpenAI
 
 from agent_lightning.buffer.taken import take_groups
+from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Policy, Task, ToolStatus, Trajectory
 from agent_lightning.spans.assemble import assemble
@@ -65,7 +66,10 @@ async def with_autogen(payload: dict[str, Any], policy: Policy) -> float:
 async def test_tools_agents_and_calls_of_a_framework_are_one_account(framework: Any, instrumentor: str) -> None:
     pytest.importorskip(f"openinference.instrumentation.{instrumentor}")
     spec = AgentConfig(target=framework, timeout_s=60.0, instrument=(instrumentor,))
-    async with asyncio.timeout(120), ToyWorld(agent=spec, tasks=TASKS, words=WORDS, rollouts_per_task=16) as world:
+    async with (
+        asyncio.timeout(120),
+        ToyWorld(agent=spec, tasks=TASKS, words=WORDS, algorithm=AlgorithmConfig(rollouts_per_task=16)) as world,
+    ):
         await world.train(steps=1)
         seen = [t for group in world.observer.groups for t in group.trajectories if len(t.calls) > 1]
     assert len(seen) >= 3

@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 from optional import needs
 
+from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.load import load
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Task
@@ -140,7 +141,7 @@ async def test_the_agent_learns_through_the_gateway(task):
     spec = AgentConfig(target=f"{TARGET}:solve", reward=f"{EXAMPLE}/reward.py:score", timeout_s=60.0)
     tasks = [Task(task_id="a", payload=task), Task(task_id="b", payload=task | {"question": "Count the singers."})]
     words = ("CORRECT", "SELECT age FROM singer", COUNT)
-    async with ToyWorld(agent=spec, tasks=tasks, words=words, rollouts_per_task=16) as world:
+    async with ToyWorld(agent=spec, tasks=tasks, words=words, algorithm=AlgorithmConfig(rollouts_per_task=16)) as world:
         state = await world.train(steps=8)
     assert state.val_rewards[-1][1] == 1.0
     assert state.val_rewards[0][1] == 0.0

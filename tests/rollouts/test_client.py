@@ -14,6 +14,7 @@ from collections.abc import Callable
 import pytest
 from openai import AsyncOpenAI
 
+from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.errors import ConfigError, RewardError, StepFailed
 from agent_lightning.core.types import Outcome, Policy, Task, ToolStatus, Trajectory
@@ -33,7 +34,10 @@ async def ask(policy: Policy, payload: Payload) -> str:
 
 async def trajectory_of(agent: AgentConfig | Callable[..., object]) -> Trajectory:
     """What one evaluation of the agent leaves."""
-    async with asyncio.timeout(30), ToyWorld(agent=agent, tasks=TASKS, words=("blue",), rollouts_per_task=2) as world:
+    async with (
+        asyncio.timeout(30),
+        ToyWorld(agent=agent, tasks=TASKS, words=("blue",), algorithm=AlgorithmConfig(rollouts_per_task=2)) as world,
+    ):
         await world.train(steps=1)
         return next(t for group in world.observer.groups for t in group.trajectories if t.key.split == "train")
 

@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from agent_lightning.buffer.buffer import Buffer, attempt_secret
+from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.types import ModelCall, Outcome, Policy, RolloutKey, Task
@@ -96,7 +97,7 @@ async def test_two_turns_with_a_tool_are_learned_as_one_row(client: openai.Async
 
     task = Task(task_id="sum", payload={"question": "What is 2 plus 3?"})
     async with make_world(
-        client, agent=solve, tasks=[task], words=("4", "5", "call:2+3"), rollouts_per_task=24
+        client, agent=solve, tasks=[task], words=("4", "5", "call:2+3"), algorithm=AlgorithmConfig(rollouts_per_task=24)
     ) as world:
         state = await world.train(steps=15)
     assert state.val_rewards[0][1] == 0.0

@@ -20,6 +20,7 @@ from agent_lightning.buffer import segments
 from agent_lightning.buffer.codec import decode
 from agent_lightning.buffer.events import Ended
 from agent_lightning.buffer.journal import JournalConfig
+from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.types import Policy, Task
@@ -66,7 +67,7 @@ def make_world(agent: Any, folder: Path, *, every: int, resume: bool = False) ->
         concurrency=5,
         tasks=TASKS,
         words=WORDS,
-        rollouts_per_task=4,
+        algorithm=AlgorithmConfig(rollouts_per_task=4),
         lr=2.0,
         seeded=True,
         checkpoints=folder / "checkpoints",

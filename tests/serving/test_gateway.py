@@ -17,6 +17,7 @@ import pytest
 
 from agent_lightning.buffer.buffer import Buffer, attempt_secret
 from agent_lightning.buffer.taken import take_groups
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Ending, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 from agent_lightning.launch import launch
 from agent_lightning.serving.engine import Completion, Refusal
@@ -65,7 +66,7 @@ async def open_rig(
     words: tuple[str, ...] = WORDS,
     **settings: Any,
 ) -> AsyncIterator[Rig]:
-    buffer = Buffer(run_secret=RUN_SECRET, max_calls=max_calls)
+    buffer = Buffer(run_secret=RUN_SECRET, agent=AgentConfig(target="", max_calls=max_calls))
     engine = ToyEngine(ToyLanguage(words), max_len=max_len)
     config = GatewayConfig(**({"model": "policy", "run_secret": RUN_SECRET, "sampling": SAMPLING} | settings))
     gateway = Gateway(engine=engine, recorder=buffer, config=config)

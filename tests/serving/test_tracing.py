@@ -11,6 +11,7 @@ import pytest
 
 from agent_lightning.buffer.buffer import Buffer, Lease
 from agent_lightning.buffer.taken import take_groups
+from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Ending, Outcome, Task, Trajectory
 from agent_lightning.serving.calls import agent_of, parent_of
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
@@ -43,7 +44,7 @@ class Door:
 
 @pytest.fixture
 async def door() -> AsyncIterator[Door]:
-    buffer = Buffer(run_secret=SECRET, max_spans=3)
+    buffer = Buffer(run_secret=SECRET, agent=AgentConfig(target="", max_spans=3))
     await buffer.admit(Task(task_id="t", payload={}), split="train", num_rollouts=1)
     (lease,) = await buffer.lease(1, 0.1)
     engine = ToyEngine(ToyLanguage(("blue",)), seed=0, max_len=100)

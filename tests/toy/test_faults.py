@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from agent_lightning.buffer.breaker import Breaker
-from agent_lightning.config.learning import FailuresConfig
+from agent_lightning.config.learning import AlgorithmConfig, FailuresConfig
 from agent_lightning.config.running import AgentConfig, BreakerConfig, RetryConfig
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.types import Outcome, Policy, Task, Trajectory
@@ -102,11 +102,11 @@ class Agent:
 @pytest.fixture
 async def agent() -> AsyncIterator[AgentConfig]:
     async with openai.AsyncOpenAI(base_url="http://unset.invalid", api_key="any", max_retries=0) as client:
-        yield AgentConfig(target=Agent(client), timeout_s=20.0)
+        yield AgentConfig(target=Agent(client), timeout_s=20.0, max_calls=MAX_CALLS)
 
 
 def make_world(agent: AgentConfig, tasks: list[Task], **settings: Any) -> ToyWorld:
-    settings = {"concurrency": 64, "rollouts_per_task": 8, "max_calls": MAX_CALLS, "max_len": 1024, **settings}
+    settings = {"concurrency": 64, "max_len": 1024, **settings}
     return ToyWorld(agent=agent, tasks=tasks, words=WORDS, val_tasks=GOOD, **settings)
 
 
@@ -121,7 +121,7 @@ async def test_faulty_agents_are_counted_and_the_others_finish(agent: AgentConfi
     tasks = [*GOOD, *(Task(task_id=name, payload={"do": name}) for name in names)]
     # Without a hanging agent the time is generous, because all agents share an event loop with the gateway.
     agent = agent.model_copy(update={"timeout_s": 20.0 if kind == "floods" else 6.0})
-    async with asyncio.timeout(25), make_world(agent, tasks, rollouts_per_task=2) as world:
+    async with asyncio.timeout(25), make_world(agent, tasks, algorithm=AlgorithmConfig(rollouts_per_task=2)) as world:
         state = await world.train(steps=1)
         stats = await world.buffer.stats()
     expected = Counter({FAULTS[name].value: 0 for name in names})
@@ -149,7 +149,7 @@ async def test_other_tasks_are_learned_beside_failing_ones(agent: AgentConfig) -
 
 async def test_a_rollout_gets_no_more_samples_than_its_calls_allow(agent: AgentConfig) -> None:
     tasks = [Task(task_id=name, payload={"do": name}) for name in ("ask for ever", "ask many at once")]
-    async with make_world(agent, [*GOOD, *tasks], rollouts_per_task=2) as world:
+    async with make_world(agent, [*GOOD, *tasks], algorithm=AlgorithmConfig(rollouts_per_task=2)) as world:
         await world.train(steps=1)
     for name in ("ask for ever", "ask many at once"):
         assert {len(t.calls) for t in trajectories_of(world, name)} == {MAX_CALLS}
@@ -158,7 +158,7 @@ async def test_a_rollout_gets_no_more_samples_than_its_calls_allow(agent: AgentC
 async def test_failures_are_learned_from(agent: AgentConfig) -> None:
     """By default a failure has the reward 0: the policy learns the words with which its agent does not fail."""
     tasks = [Task(task_id="t", payload={"do": "fail if wrong", "answer": "2"})]
-    async with make_world(agent, tasks, rollouts_per_task=16) as world:
+    async with make_world(agent, tasks, algorithm=AlgorithmConfig(rollouts_per_task=16)) as world:
         world.loop.val_tasks = tasks
         state = await world.train(steps=10)
     assert (state.val_rewards[0][1], state.val_rewards[-1][1]) == (0.0, 1.0)
@@ -186,7 +186,9 @@ async def test_engine_failures_are_not_trained(agent: AgentConfig) -> None:
 
 async def test_agents_that_hang_together_cost_the_time_of_one_timeout(agent: AgentConfig) -> None:
     tasks = [*GOOD, Task(task_id="hang", payload={"do": "hang"})]
-    async with make_world(agent.model_copy(update={"timeout_s": 4.0}), tasks, rollouts_per_task=16) as world:
+    async with make_world(
+        agent.model_copy(update={"timeout_s": 4.0}), tasks, algorithm=AlgorithmConfig(rollouts_per_task=16)
+    ) as world:
         started = time.monotonic()
         state = await world.train(steps=1)
         assert time.monotonic() - started < 12  # in sequence, 16 timeouts would take 64

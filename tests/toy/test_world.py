@@ -16,6 +16,7 @@ from agent_lightning.credit import assign as credit
 from agent_lightning.credit import batching
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.serving.engine import Completion, Part, Refusal, join_parts
+from agent_lightning.serving.gate import Gate
 from agent_lightning.toy.model import END, FIRST_WORD, ToyEngine, ToyLanguage, ToyLearner
 from agent_lightning.toy.world import ToyWorld, group, model_call, trajectory
 
@@ -159,7 +160,7 @@ async def test_an_update_waits_for_slow_answers() -> None:
 
 async def test_on_an_update_running_calls_are_restarted_or_kept_as_the_rule_says() -> None:
     for rule, expected in (("restart", (1, None)), ("keep", (0, 1))):
-        engine = ToyEngine(LANGUAGE, delay_s=0.05, on_weight_update=rule)
+        engine = ToyEngine(LANGUAGE, delay_s=0.05, gate=Gate(rule))
         answering = asyncio.create_task(ask(engine, user("A")))
         await asyncio.sleep(0.01)
         await engine.install(await ToyLearner(LANGUAGE).publish())
@@ -178,7 +179,7 @@ async def test_on_an_update_running_calls_are_restarted_or_kept_as_the_rule_says
     ],
 )
 async def test_an_update_during_a_stream(rule: OnWeightUpdate, seen: bool, versions: tuple[int, int | None]) -> None:
-    engine, parts = ToyEngine(LANGUAGE, delay_s=0.1, on_weight_update=rule), list[Part | Refusal]()
+    engine, parts = ToyEngine(LANGUAGE, delay_s=0.1, gate=Gate(rule)), list[Part | Refusal]()
 
     async def read() -> None:
         async for part in engine.stream({"model": "policy", "messages": [user("A")]}):
