@@ -80,6 +80,7 @@ class PolicyServer:
         version = self._version
         try:
             async for batch in await ray_private.ask_llm(self._server, request):
+                last_version = self._newer(version)  # when the batch arrives, not when its parts are read
                 for text in batch:
                     error_fields = ray_private.llm_error(text)
                     if error_fields is not None:
@@ -91,7 +92,7 @@ class PolicyServer:
                         yield parse_error(error["message"], int(error.get("code") or 500), error["type"])
                         return
                     if chunk:
-                        yield Part(chunk=chunk, policy_version=version, last_version=self._newer(version))
+                        yield Part(chunk=chunk, policy_version=version, last_version=last_version)
         except _INVALID as invalid:
             yield _invalid(invalid)
 
