@@ -20,12 +20,12 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
-from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Any, Final, Self
 
 import numpy as np
 import uvicorn
@@ -48,10 +48,8 @@ from agent_lightning.run.state import Plan, State, checkpoint_folder, newest_che
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.serving.policy import PolicyBoard
-from agent_lightning.toy.faults import Faults, Rates
 from agent_lightning.toy.model import PAD, ToyEngine, ToyLanguage, ToyLearner
 
-T = TypeVar("T")
 MODEL: Final = "policy"
 SAMPLING: Final[Mapping[Split, Mapping[str, float | int]]] = {
     "train": {"temperature": 1.0, "max_tokens": 16},
@@ -126,10 +124,9 @@ class ToyWorld:
     """Continue from the newest checkpoint in `checkpoints`."""
     journal: JournalConfig | None = None
     num_workers: int = 1
-    faults: Faults | None = None
-    rates: Mapping[str, Rates] = field(default_factory=dict)
-    """The faults of calls: "engine" and "recorder" from the gateway, "finish" from the workers to the buffer. The links
-    are in `faults.links`; the link of a worker to the buffer has the worker's name, and cutting it kills the worker."""
+    link: Callable[[Any, str, str], Any] = lambda part, name, method: part
+    """Puts a link between two parts, for tests with faults: given a part, the link's name ("engine" and "recorder" from
+    the gateway, a worker's name from this worker to the buffer) and the method that alone has faults ("" for all)."""
 
     buffer: Buffer = field(init=False)
     board: PolicyBoard = field(init=False)
@@ -162,7 +159,7 @@ class ToyWorld:
             model=MODEL, run_secret=run_secret, sampling=SAMPLING, seed=self.seed if self.seeded else None
         )
         gateway = Gateway(
-            engine=self._link(self.engine, "engine"), recorder=self._link(self.buffer, "recorder"), config=config
+            engine=self.link(self.engine, "engine", ""), recorder=self.link(self.buffer, "recorder", ""), config=config
         )
         self.loop = self._loop(state)
         async with AsyncExitStack() as stack:
@@ -201,13 +198,8 @@ class ToyWorld:
         """Stop the running step: `train` writes a checkpoint and returns."""
         self.loop.stop.set()
 
-    def _link(self, part: T, name: str, method: str = "") -> T:
-        """`part` behind a link of this name, if the world has faults; `method`: only its calls have faults."""
-        rates, methods = self.rates.get(method or name, Rates()), {method} if method else None
-        return part if self.faults is None else self.faults.between(part, name, rates, methods=methods)
-
     def _worker(self, name: str) -> RolloutWorker:
-        buffer = self._link(self.buffer, name, "finish")
+        buffer = self.link(self.buffer, name, "finish")
         return RolloutWorker(
             buffer=buffer,
             agent=self._agent(),

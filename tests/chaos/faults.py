@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
+from injector import Faults, Rates
 
 from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.running import AgentConfig
@@ -26,7 +27,6 @@ from agent_lightning.core.types import Outcome, Policy, Task
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.client import tool
 from agent_lightning.serving.gateway import RETRY_HEADER
-from agent_lightning.toy.faults import Faults, Rates
 from agent_lightning.toy.world import ToyWorld
 
 WORDS = ("red", "green", "blue")
@@ -101,8 +101,7 @@ async def run(
         algorithm=AlgorithmConfig(rollouts_per_task=rollouts),
         num_workers=2,
         retries=Retries(max_attempts=3),
-        faults=faults,
-        rates={"engine": rates},
+        link=faults.linking({"engine": rates}),
     ) as world:
         world.engine.delay_s = slow_s
         killing = asyncio.create_task(kill_workers(faults, kill_s))

@@ -23,9 +23,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from injector import Faults
 from multi_process_run import PARTS, ROLLOUTS, RunProcesses, new_incarnation, run_part
-
-from agent_lightning.toy.faults import Faults
 
 KINDS = ("buffer", "gateway", "policy", "worker", "learner", "driver")
 STUCK_S = float(os.environ.get("CHAOS_STUCK_S", "60"))

@@ -21,12 +21,12 @@ from typing import Any
 
 import psutil
 from faults import WORDS, Agent, Search
+from injector import Faults, Rates
 
 from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Task
 from agent_lightning.credit.failures import Retries
-from agent_lightning.toy.faults import Faults, Rates
 from agent_lightning.toy.world import ToyWorld
 
 
@@ -46,8 +46,9 @@ async def soak(minutes: float) -> dict[str, Any]:
             checkpoint_every=5,
             journal=JournalConfig(path=Path(folder) / "journal", segment_bytes=2**20),
             retries=Retries(max_attempts=3),
-            faults=faults,
-            rates={"engine": Rates(error=0.05), "recorder": Rates(duplicate=0.05), "finish": Rates(slow=0.1)},
+            link=faults.linking(
+                {"engine": Rates(error=0.05), "recorder": Rates(duplicate=0.05), "finish": Rates(slow=0.1)}
+            ),
         ) as world:
             while time.monotonic() - started < 60 * minutes:
                 state = await world.train(steps=world.loop.state.step + 5)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from faults import Agent, Search
+from injector import Faults, InjectedError, Link, Rates
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.config.learning import FailuresConfig
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Task
 from agent_lightning.credit.failures import Retries
-from agent_lightning.toy.faults import Faults, InjectedError, Link, Rates
 from agent_lightning.toy.world import ToyWorld
 
 pytestmark = pytest.mark.chaos
@@ -138,8 +138,7 @@ async def test_whatever_fails_the_counts_agree_and_no_acknowledged_span_is_lost_
         words=WORDS,
         num_workers=2,
         retries=Retries(max_attempts=4, failures=FailuresConfig(agent_error="resample")),
-        faults=faults,
-        rates=TROUBLE[trouble],
+        link=faults.linking(TROUBLE[trouble]),
     ) as world:
         training = asyncio.create_task(world.train(steps=2))
         while (await world.buffer.stats()).ended < 20:

@@ -20,7 +20,7 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, TypeVar, cast
 
@@ -83,6 +83,17 @@ class Faults:
         """`part` behind a link of this name; faults happen to calls of `methods`, or of all methods if None."""
         link = self.links[name] = Link(part, name, rates, self, methods)
         return cast(T, link)
+
+    def linking(self, rates: Mapping[str, Rates]) -> Callable[[Any, str, str], Any]:
+        """What `ToyWorld(link=...)` takes: it puts each part behind a link with the rates of the link's name, or of the
+        method that alone has faults: "engine" and "recorder" from the gateway, "finish" from the workers to the buffer.
+        """
+
+        def link(part: Any, name: str, method: str) -> Any:
+            methods = {method} if method else None
+            return self.between(part, name, rates.get(method or name, Rates()), methods=methods)
+
+        return link
 
     def victim(self, names: Sequence[str]) -> str:
         """Choose the next of these names to kill."""
