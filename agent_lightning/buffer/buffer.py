@@ -26,7 +26,6 @@ from dataclasses import dataclass, field, replace
 
 from agent_lightning.buffer import events
 from agent_lightning.buffer.breaker import Breaker, cause_of
-from agent_lightning.buffer.events import Event
 from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.buffer.ledger import StoredRollout
 from agent_lightning.buffer.store import Store
@@ -213,7 +212,7 @@ class Buffer:
                 accepted.append(span)
         excess = len(spans) - len(accepted)
         if request not in self._ledger.answers:
-            refused = {**faults, **({f"over {self._agent.max_spans} in one attempt": excess} if excess else {})}
+            refused = dict(faults) | ({f"over {self._agent.max_spans} in one attempt": excess} if excess else {})
             event = events.Traced(key=key, spans=tuple(accepted), refused=refused, request=request)
             self._store.note(event, grows=True)
         await self._store.durable()
@@ -292,9 +291,8 @@ class Buffer:
 
     async def expire(self, now: float) -> int:
         """End the attempts whose deadline and grace period have passed at Unix time `now`; their number."""
-        return await self._lose(
-            lambda rollout: now > rollout.expires_at + self._grace, "its lease expired: the worker died or hangs"
-        )
+        error = "its lease expired: the worker died or hangs"
+        return await self._lose(lambda rollout: now > rollout.expires_at + self._grace, error)
 
     async def release(self, worker: str) -> int:
         """End the attempts of a worker that is dead, and refuse it any more, also if a call of it is still queued; the
@@ -341,14 +339,14 @@ class Buffer:
 
     @asynccontextmanager
     async def _change(self) -> AsyncIterator[None]:
-        """A change for which others may wait: they are woken at its end, and the journal has it."""
+        """Hold the lock for a change; at its end, wake whoever waits for changes, and wait until the journal has it."""
         async with self._changed:
             yield
             self._changed.notify_all()
         await self._store.durable()
 
-    async def _note(self, event: Event, *, grows: bool = False) -> None:
-        self._store.note(event, grows=grows)
+    async def _note(self, event: events.Event) -> None:
+        self._store.note(event)
         await self._store.durable()
 
     def _running(self, key: RolloutKey, *, refused: str = "") -> StoredRollout:
@@ -366,10 +364,10 @@ class Buffer:
             running = (rollout for rollout in self._ledger.open_rollouts() if rollout.phase == "running")
             lost = [rollout for rollout in running if is_lost(rollout)]
             for rollout in lost:
-                self._end(rollout, Ending(outcome=Outcome.WORKER_LOST, error=error), retry=False)
+                self._end(rollout, Ending(outcome=Outcome.WORKER_LOST, error=error))
         return len(lost)
 
-    def _end(self, rollout: StoredRollout, ending: Ending, *, failed_tool: str = "", retry: bool) -> None:
+    def _end(self, rollout: StoredRollout, ending: Ending, *, failed_tool: str = "", retry: bool = False) -> None:
         if ending.outcome not in (Outcome.CANCELLED, Outcome.WORKER_LOST):  # one death ends many rollouts at once
             self._breaker.note(cause_of(ending.outcome, ending.error, failed_tool))
         again = retry or self._retries.wanted(ending.outcome, self._ledger.spans(rollout.key).calls.values())

@@ -267,7 +267,7 @@ class Journal:
             while not any(segment.pending for segment in self._open):  # else the disk is full: `_write_pending` retries
                 if self.config.fsync == "interval":
                     await asyncio.sleep(self.config.fsync_interval_s)
-                dirty, waiting = self._written_bytes(), None
+                dirty, waiting = [(segment, segment.written) for segment in self._open], None
                 if self.config.fsync == "always":
                     waiting, self._written = self._written, None
                 if self.config.fsync != "never":
@@ -278,16 +278,13 @@ class Journal:
                     if segment in self._open:
                         self._retired.append(segment.descriptor)
                         self._open.remove(segment)
-                if self._written_bytes() == dirty[-1:] and self._written is None:
+                if [(segment, segment.written) for segment in self._open] == dirty[-1:] and self._written is None:
                     return
         except OSError as error:  # the kernel may have discarded bytes that it could not write: the journal is unusable
             self._fail(f"the journal {self.config.path} cannot be brought to the disk ({error.strerror})")
         finally:
             self._syncing = None
             self._close_retired()
-
-    def _written_bytes(self) -> list[tuple[_Open, int]]:
-        return [(segment, segment.written) for segment in self._open]
 
     def _fail(self, message: str) -> None:
         self._failed = JournalError(f"{message}; go on with agl train resume=RUN")

@@ -32,7 +32,7 @@ class StoredRollout:
     ready_at: float = 0.0  # when a waiting attempt may start
     started_at: float = 0.0
     expires_at: float = math.inf  # when the lease of a running attempt ends
-    worker: str = ""  # that has the lease
+    worker: str = ""  # the worker that has the lease
     refused: dict[str, int] = field(default_factory=dict)  # reason -> number of spans that were refused on arrival
     cause: Ending | None = None
     """Why the gateway refused the latest call, if it did: it explains an error of the agent that follows."""
