@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from agent_lightning.config.section import AtLeast0, AtLeast1, NotNegative, Positive, Section, Share
 from agent_lightning.core.errors import ConfigError
@@ -282,23 +282,15 @@ class AirConfig(Section):
     signals: tuple[str, ...] = ()
     """Functions of your own, "path/to/file.py:function", from an attempt's calls to a reward for each."""
 
-    @field_validator("bound")
-    @classmethod
-    def _check_bound(cls, bound: float) -> float:
-        """Raise ConfigError for rewards that could outweigh the final one."""
-        if bound >= 0.5:
+    @model_validator(mode="after")
+    def _check(self) -> AirConfig:
+        """Raise ConfigError for rewards that could outweigh the final one, and for keys that nothing reads."""
+        if self.bound >= 0.5:
             raise ConfigError(
-                f"air.bound={bound}: must be above 0 and below 0.5: "
+                f"air.bound={self.bound}: must be above 0 and below 0.5: "
                 "from half of the final reward's range on, a failed rollout could be worth more than a good one"
             )
-        return bound
-
-    @model_validator(mode="after")
-    def _check_read(self) -> AirConfig:
-        """Raise ConfigError for keys that are set while all of this is off."""
-        if not self.enabled and any(
-            (self.form != "sum", self.bound != 0.3, self.rules != DEFAULT_RULES, self.signals != ())
-        ):
+        if not self.enabled and (self.form, self.bound, self.rules, self.signals) != ("sum", 0.3, DEFAULT_RULES, ()):
             raise ConfigError("air: its keys are set but it is off; add air.enabled=true, or credit=air")
         return self
 

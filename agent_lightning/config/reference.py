@@ -11,21 +11,30 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
+from pathlib import Path
 from typing import Any, Final, get_args
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from agent_lightning.config import section
-from agent_lightning.config.load import to_yaml
-from agent_lightning.config.refusals import unknown
-from agent_lightning.config.schema import Config
+from agent_lightning.config.load import (
+    SEARCH,
+    Config,
+    hydra_overrides,
+    load,
+    project_folder,
+    to_mapping,
+    to_yaml,
+    unknown,
+)
 from agent_lightning.config.section import Section
-from agent_lightning.config.sources import DEFAULT, leaves, sources
 from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.text import one_line
 
+OVERRIDE, DEFAULT = "override", "default"
 _WIDEST: Final = 100_000
 """Characters of a line that no terminal shows: nothing is cut."""
 
@@ -49,6 +58,63 @@ def show(words: Sequence[str], *, changed: bool = False, as_yaml: bool = False) 
     console = Console(width=width, file=(text := StringIO()))
     console.print(table)
     return text.getvalue()
+
+
+def sources(overrides: Sequence[str]) -> tuple[Config, dict[str, tuple[Any, str]]]:
+    """The config, and by dotted key its value and where the value came from. Raises ConfigError.
+
+    Example: {"algorithm.lr": (0.0002, "conf/experiment/calc_tiny.yaml"), "seed": (1, "override"), …}
+    """
+    config = load(overrides)
+    prepared = hydra_overrides(overrides)
+    files = {key: name for file, package in _files(prepared) for key, name in _keys_of(file, package)}
+    pairs = zip(overrides, prepared, strict=False)  # the places to look for files come after the overrides
+    set_here = {word.partition("=")[0].lstrip("+~") for word, made in pairs if word[0] in "+~" or made.startswith("++")}
+    origins: dict[str, tuple[Any, str]] = {}
+    for key, value in leaves(to_mapping(config)):
+        parts = key.split(".")
+        prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+        file = next((files[prefix] for prefix in prefixes if prefix in files), DEFAULT)
+        origins[key] = (value, OVERRIDE if set_here.intersection(prefixes) else file)
+    return config, origins
+
+
+def _keys_of(file: Path, package: str) -> Iterator[tuple[str, str]]:
+    """Every key that a YAML file sets, with the file's name as people know it."""
+    values = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(values, dict)
+    values.pop("defaults", None)
+    conf = project_folder("conf")
+    name = f"conf/{file.relative_to(conf).as_posix()}" if file.is_relative_to(conf) else str(file)
+    for key, _ in leaves(values, f"{package}." if package else ""):
+        yield key, name
+
+
+def _files(prepared: list[str]) -> Iterator[tuple[Path, str]]:
+    """The files that Hydra merges, in its order, each with the section that it fills ("" for the entire config)."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    conf = project_folder("conf")
+    with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        merged = loader.compute_defaults_list("train", prepared, RunMode.RUN)
+    places = [conf, *(Path(word[len(SEARCH) : -1]) for word in prepared if word.startswith(SEARCH))]
+    for entry in merged.defaults:
+        if entry.config_path is not None and not entry.config_path.startswith("hydra/"):
+            files = [place / f"{entry.config_path}.yaml" for place in places]
+            package = "" if entry.package in (None, "_global_") else str(entry.package)
+            yield next((file for file in files if file.is_file()), files[0]), package
+
+
+def leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a nested mapping that is no filled mapping itself, by its dotted key."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def describe(path: str) -> str:

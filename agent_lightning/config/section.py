@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
@@ -28,6 +28,7 @@ _WORDS: Mapping[Any, str] = {
     type(None): "null",
     dict: "a mapping",
 }
+_BOUNDS: Mapping[type, str] = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
 
 
 class Section(BaseModel):
@@ -135,22 +136,10 @@ def in_words(annotation: Any) -> str:
 
 def bounds(field: FieldInfo) -> str:
     """The limits of a number, such as "at least 1" or "above 0 and at most 1"; "" if it has none."""
-    words = [word for limit in _limits(field.annotation, field.metadata) if (word := _limit_in_words(limit))]
+    limits = [limit for limit in _limits(field.annotation, field.metadata) if type(limit) in _BOUNDS]
+    words = [f"{_BOUNDS[type(limit)]} {astuple(limit)[0]}" for limit in limits]
     both = re.fullmatch("at least (.*) and at most (.*)", text := " and ".join(words))
     return f"from {both[1]} to {both[2]}" if both else text
-
-
-def _limit_in_words(limit: object) -> str:
-    match limit:
-        case Ge():
-            return f"at least {limit.ge}"
-        case Gt():
-            return f"above {limit.gt}"
-        case Le():
-            return f"at most {limit.le}"
-        case Lt():
-            return f"below {limit.lt}"
-    return ""
 
 
 def _limits(annotation: Any, metadata: list[Any]) -> Iterator[Any]:

@@ -24,8 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
-from agent_lightning.config.load import Config, load, one_line, project_folder, rename_keys
-from agent_lightning.config.refusals import explain
+from agent_lightning.config.load import Config, explain, load, one_line, project_folder, rename_keys
 from agent_lightning.config.section import AtLeast1, Section
 from agent_lightning.core import files
 from agent_lightning.core.errors import ConfigError, UserError

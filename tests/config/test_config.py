@@ -13,8 +13,8 @@ import yaml
 
 from agent_lightning.config.learning import AirConfig, CreditConfig, RuleConfig
 from agent_lightning.config.load import from_mapping, load, project_folder, reload, resolve_path, to_mapping, to_yaml
+from agent_lightning.config.reference import sources
 from agent_lightning.config.schema import RENAMED
-from agent_lightning.config.sources import sources
 from agent_lightning.core.errors import ConfigError
 
 CONF = project_folder("conf")

@@ -12,8 +12,8 @@ import pytest
 from agents_for_tests import skilled
 
 from agent_lightning.buffer.taken import take_groups
+from agent_lightning.config.reference import sources
 from agent_lightning.config.running import AgentConfig
-from agent_lightning.config.sources import sources
 from agent_lightning.core.types import Task, Trajectory
 from agent_lightning.rollouts.agents import load
 from agent_lightning.toy.world import ToyWorld

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent_lightning.config.load import load
-from agent_lightning.config.sources import sources
+from agent_lightning.config.reference import sources
 from agent_lightning.launch import backend, placement
 from agent_lightning.launch.placement import BundleGroup, ModelSize
 
