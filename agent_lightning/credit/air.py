@@ -14,16 +14,17 @@ cannot exploit it:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agent_lightning.config.learning import AirConfig, RuleConfig
 from agent_lightning.core.errors import ConfigError
-from agent_lightning.core.types import Floats, ModelCall, ToolCall, Trajectory
+from agent_lightning.core.types import Floats, Trajectory
 from agent_lightning.credit.tools import canonical_arguments, looks_like_tool_call
 
 
@@ -69,16 +70,6 @@ class Air:
         and call t gets discount * P[t] - P[t-1]. The discounted sum over the rollout is zero, so policies are ordered
         by the final reward alone (Ng, Harada and Russell, 1999, theorem 1).
         """
-        total_T = _clip_total(self._unbounded(trajectory), self.config.bound * reward_range)
-        before_T = np.concatenate([np.zeros(1), total_T])[:-1]
-        if self.config.form == "sum":
-            return np.asarray(total_T - before_T, np.float32)
-        after_T = total_T.copy()
-        after_T[-1:] = 0.0
-        return np.asarray(discount * after_T - before_T, np.float32)
-
-    def _unbounded(self, trajectory: Trajectory) -> NDArray[np.float64]:
-        """The rewards of rules and signals before the bound, each rule within its cap; shape [T]."""
         raw_T = np.zeros(len(trajectory.calls), np.float64)
         spent: dict[RuleConfig, float] = {}
         for event in observed_events(trajectory):
@@ -89,7 +80,14 @@ class Air:
             raw_T[event.call] += rule.value
         for signal in self.signals:
             raw_T += _call_signal(signal, trajectory)
-        return raw_T
+        limit = self.config.bound * reward_range
+        totals = accumulate(raw_T, lambda total, value: min(limit, max(-limit, total + value)), initial=0.0)
+        total = np.fromiter(totals, np.float64, raw_T.size + 1)
+        before_T, after_T = total[:-1], total[1:].copy()
+        if self.config.form == "sum":
+            return np.asarray(after_T - before_T, np.float32)
+        after_T[-1:] = 0.0
+        return np.asarray(discount * after_T - before_T, np.float32)
 
 
 def _applies(rule: RuleConfig, event: ObservedEvent) -> bool:
@@ -104,37 +102,22 @@ def _applies(rule: RuleConfig, event: ObservedEvent) -> bool:
 def observed_events(trajectory: Trajectory) -> tuple[ObservedEvent, ...]:
     """All events of an attempt, in the order of its calls."""
     index = {call.call_id: i for i, call in enumerate(trajectory.calls)}
-    events = [*_tool_events(trajectory.tools, index), *_reply_events(trajectory.calls)]
-    return tuple(sorted(events, key=lambda event: event.call))
-
-
-def _tool_events(tools: Sequence[ToolCall], index: Mapping[str, int]) -> Iterator[ObservedEvent]:
+    events: list[ObservedEvent] = []
     done: set[tuple[str, str]] = set()
-    for tool in tools:
+    for tool in trajectory.tools:
         action = tool.name, canonical_arguments(tool.arguments)
         kind = "repeated" if action in done else tool.status.value
         done.add(action)
         if tool.call_id in index:
-            yield ObservedEvent(call=index[tool.call_id], kind=kind, tool=tool.name, text=tool.result)
-
-
-def _reply_events(calls: Sequence[ModelCall]) -> Iterator[ObservedEvent]:
-    for i, call in enumerate(calls):
+            events.append(ObservedEvent(call=index[tool.call_id], kind=kind, tool=tool.name, text=tool.result))
+    for i, call in enumerate(trajectory.calls):
         if call.source != "gateway":  # a call of another model, which is not trained
             continue
         if looks_like_tool_call(call):
-            yield ObservedEvent(call=i, kind="unparsed", text=call.reply)
+            events.append(ObservedEvent(call=i, kind="unparsed", text=call.reply))
         if call.finish_reason == "length":
-            yield ObservedEvent(call=i, kind="cut", text=call.reply)
-
-
-def _clip_total(raw_T: NDArray[np.float64], limit: float) -> NDArray[np.float64]:
-    """The running total, clipped to [-limit, limit] after every call; shape [T]."""
-    total, totals = 0.0, np.empty(raw_T.shape, np.float64)
-    for i, value in enumerate(raw_T):
-        total = min(limit, max(-limit, total + value))
-        totals[i] = total
-    return totals
+            events.append(ObservedEvent(call=i, kind="cut", text=call.reply))
+    return tuple(sorted(events, key=lambda event: event.call))
 
 
 def _call_signal(signal: Signal, trajectory: Trajectory) -> NDArray[np.float64]:

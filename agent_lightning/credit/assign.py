@@ -85,16 +85,32 @@ def assign(group: Group, rules: CreditRules) -> Credit:
     Raises ConfigError if the pattern of trained agents has an empty name.
     """
     accounting = _Accounting.of(group, rules)
-    shares = accounting.shares
+    rollouts, shares = accounting.rollouts, accounting.shares
     samples = tuple(sample for share in shares for sample in share.samples)
+    calls = [call for rollout in rollouts for call in rollout.calls]
+    metrics = {
+        "reward": Mean.of(rollout.reward for rollout in rollouts if rollout.reward is not None),
+        "group/no_spread": Mean.of([not accounting.spread]),
+        "rollout/finished": Mean.of(rollout.trajectory.outcome is Outcome.FINISHED for rollout in rollouts),
+        "rollout/calls": Mean.of(len(rollout.selected) for rollout in rollouts),
+        "rollout/response_tokens": Mean.of(rollout.num_sampled for rollout in rollouts),
+        "call/prompt_tokens": Mean.of(call.prompt_T.size for call in calls),
+        "call/response_tokens": Mean.of(call.response_T.size for call in calls),
+        "sample/tokens": Mean.of(sample.token_T.size for sample in samples),
+    }
+    emitted = [reward for rollout in rollouts for reward in rollout.trajectory.rewards]
+    for name in sorted({reward.name for reward in emitted}):
+        metrics[f"emitted/{name}"] = Mean.of(reward.value for reward in emitted if reward.name == name)
+    if rules.air is not None:
+        metrics["air/reward"] = Mean.of(float(rollout.intermediate_T.sum()) for rollout in rollouts)
     return Credit(
         samples=samples,
         trained_rollouts=sum(share.reason is None for share in shares),
         dropped_rollouts=dict(Counter(share.reason for share in shares if share.reason is not None)),
         dropped_tokens=dict(sum((Counter(share.dropped_tokens) for share in shares), Counter[str]())),
-        sampled_tokens=sum(rollout.num_sampled for rollout in accounting.rollouts),
-        reward_R=np.array([rollout.final for rollout in accounting.rollouts], np.float32),
-        metrics=_measure(accounting, samples, with_air=rules.air is not None),
+        sampled_tokens=sum(rollout.num_sampled for rollout in rollouts),
+        reward_R=np.array([rollout.final for rollout in rollouts], np.float32),
+        metrics=metrics,
     )
 
 
@@ -157,10 +173,8 @@ class _Accounting:
         else:
             spread = estimators.has_spread(np.array([r.total for r in rollouts if r.reward is not None], np.float64))
         is_useful = spread or not rules.credit.is_per_group
-        shares = [
-            _Share.of(rollout, advantage, is_useful=is_useful, rules=rules)
-            for rollout, advantage in zip(rollouts, advantages, strict=True)
-        ]
+        pairs = zip(rollouts, advantages, strict=True)
+        shares = [_Share.of(rollout, advantage, is_useful=is_useful, rules=rules) for rollout, advantage in pairs]
         return cls(rollouts=rollouts, advantages=advantages, spread=spread, shares=shares)
 
 
@@ -264,9 +278,8 @@ def _advantages(rollouts: Sequence[_Rollout], credit: CreditConfig) -> list[Floa
         else:
             calls = [call for rollout in rollouts if rollout.reward is not None for call in rollout.calls]
             states = [(call.agent, call.prompt_T.tobytes()) for call in calls]
-            own_C = credit.state_weight * estimators.same_state_advantages(
-                return_C, owner_C, states, scale=credit.scale
-            )
+            step_C = estimators.same_state_advantages(return_C, owner_C, states, scale=credit.scale)
+            own_C = credit.state_weight * step_C
         advantage_C[valid_C] += own_C
     ends = np.cumsum([len(rollout.selected) for rollout in rollouts])
     return [part.astype(np.float32) for part in np.split(advantage_C, ends[:-1])] if rollouts else []
@@ -301,25 +314,3 @@ class _Share:
             tokens[drop.reason] += drop.tokens
         dropped_calls = {call_id: drop.reason for drop in dropped for call_id in drop.calls}
         return cls(samples, None if samples else OVERLONG_SAMPLE, tokens, dropped_calls)
-
-
-def _measure(accounting: _Accounting, samples: Sequence[Sample], *, with_air: bool) -> Metrics:
-    """The metrics of a group: averages over rewards, rollouts, calls of trained agents, and trained rows."""
-    rollouts = accounting.rollouts
-    calls = [call for rollout in rollouts for call in rollout.calls]
-    metrics = {
-        "reward": Mean.of(rollout.reward for rollout in rollouts if rollout.reward is not None),
-        "group/no_spread": Mean.of([not accounting.spread]),
-        "rollout/finished": Mean.of(rollout.trajectory.outcome is Outcome.FINISHED for rollout in rollouts),
-        "rollout/calls": Mean.of(len(rollout.selected) for rollout in rollouts),
-        "rollout/response_tokens": Mean.of(rollout.num_sampled for rollout in rollouts),
-        "call/prompt_tokens": Mean.of(call.prompt_T.size for call in calls),
-        "call/response_tokens": Mean.of(call.response_T.size for call in calls),
-        "sample/tokens": Mean.of(sample.token_T.size for sample in samples),
-    }
-    emitted = [reward for rollout in rollouts for reward in rollout.trajectory.rewards]
-    for name in sorted({reward.name for reward in emitted}):
-        metrics[f"emitted/{name}"] = Mean.of(reward.value for reward in emitted if reward.name == name)
-    if with_air:
-        metrics["air/reward"] = Mean.of(float(rollout.intermediate_T.sum()) for rollout in rollouts)
-    return metrics

@@ -33,39 +33,25 @@ def pack(
     No samples make no batches. Raises ValueError if a number is below 1, or if a rollout has no trained token that
     could bear its weight.
     """
-    for name, number in (("pad_multiple", pad_multiple), ("row_multiple", row_multiple)):
-        if number < 1:
+    numbers = {"pad_multiple": pad_multiple, "row_multiple": row_multiple, "rollouts_per_batch": rollouts_per_batch}
+    for name, number in numbers.items():
+        if number is not None and number < 1:
             raise ValueError(f"{name} is {number}, must be at least 1")
-    if rollouts_per_batch is not None and rollouts_per_batch < 1:
-        raise ValueError(f"rollouts_per_batch is {rollouts_per_batch}, must be at least 1")
     rollouts: dict[str, list[Sample]] = {}
     for sample in samples:
         rollouts.setdefault(sample.key.rollout_id, []).append(sample)
     for rollout_id, rows in rollouts.items():
         if not any(row.mask_T.any() for row in rows):
             raise ValueError(f"rollout {rollout_id} has no trained token")
-    return tuple(
-        _pad(part, pad_token=pad_token, pad_multiple=pad_multiple, row_multiple=row_multiple)
-        for part in _split_evenly(list(rollouts.values()), rollouts_per_batch)
-    )
-
-
-def _split_evenly(rollouts: list[list[Sample]], size: int | None) -> list[list[list[Sample]]]:
-    """As few parts of at most `size` rollouts as possible; sizes differ by at most 1, and larger parts come first."""
     if not rollouts:
-        return []
-    num_parts = 1 if size is None else -(-len(rollouts) // size)
-    quotient, remainder = divmod(len(rollouts), num_parts)
-    parts: list[list[list[Sample]]] = []
-    start = 0
-    for part in range(num_parts):
-        stop = start + quotient + (part < remainder)
-        parts.append(rollouts[start:stop])
-        start = stop
-    return parts
+        return ()
+    # As few parts as possible: their sizes differ by at most 1, and larger parts come first.
+    num_parts = 1 if rollouts_per_batch is None else -(-len(rollouts) // rollouts_per_batch)
+    parts = np.array_split(np.array(list(rollouts)), num_parts)
+    return tuple(_pad([rollouts[name] for name in part], pad_token, pad_multiple, row_multiple) for part in parts)
 
 
-def _pad(rollouts: Sequence[Sequence[Sample]], *, pad_token: int, pad_multiple: int, row_multiple: int) -> Batch:
+def _pad(rollouts: Sequence[Sequence[Sample]], pad_token: int, pad_multiple: int, row_multiple: int) -> Batch:
     num_rows = _round_up(sum(len(rows) for rows in rollouts), row_multiple)
     num_columns = _round_up(max(row.token_T.size for rows in rollouts for row in rows), pad_multiple)
     shape = (num_rows, num_columns)

@@ -131,10 +131,14 @@ def _chain_indices(calls: Sequence[ModelCall]) -> list[list[int]]:
         history_T = np.concatenate([call.prompt_T, call.response_T])
         longest: _Conversation | None = None
         for candidate in conversations:
+            size = candidate.history_T.size
             # A candidate that is not longer than the best so far cannot win: its tokens need not be compared.
-            if longest is not None and candidate.history_T.size <= longest.history_T.size:
+            if size > call.prompt_T.size or (longest is not None and size <= longest.history_T.size):
                 continue
-            if _extends(call.prompt_T, candidate.history_T):
+            # Conversations share their system prompt and differ late: the last token rejects most of them at once.
+            if size and call.prompt_T[size - 1] != candidate.history_T[-1]:
+                continue
+            if np.array_equal(call.prompt_T[:size], candidate.history_T):
                 longest = candidate
         if longest is None:
             conversations.append(_Conversation(history_T, [index]))
@@ -142,17 +146,6 @@ def _chain_indices(calls: Sequence[ModelCall]) -> list[list[int]]:
             longest.history_T = history_T
             longest.members.append(index)
     return [conversation.members for conversation in conversations]
-
-
-def _extends(prompt_T: Ints, history_T: Ints) -> bool:
-    """Whether a prompt starts with all of a history."""
-    size = history_T.size
-    if prompt_T.size < size:
-        return False
-    # Conversations share their system prompt and differ late: the last token rejects most of them at once.
-    if size and prompt_T[size - 1] != history_T[-1]:
-        return False
-    return np.array_equal(prompt_T[:size], history_T)
 
 
 def _flatten(

@@ -85,8 +85,14 @@ def tool_status(arguments: str, result: str | None) -> ToolStatus:
     text = result.strip()
     if text.lower() in _EMPTY:
         return ToolStatus.EMPTY
-    complaint = _complaint(text)
-    if complaint is None:
+    if text.startswith("{"):
+        fields = as_mapping(parse_json(text))
+        error = fields.get("error") or fields.get("isError") or fields.get("is_error")
+        complaint = f"error: {error} {fields.get('message') or ''}" if error else ""
+    else:
+        head = text[:_HEAD]
+        complaint = head if _ERROR.match(head) or _TIMEOUT.match(head) else ""
+    if not complaint:
         return ToolStatus.OK
     if _TIMEOUT.search(complaint):
         return ToolStatus.TIMEOUT
@@ -182,16 +188,6 @@ def looks_like_tool_call(call: ModelCall) -> bool:
         return False
     text = content.strip()
     return "<tool_call>" in text or bool(re.match(r'(```(json)?\s*)?\{\s*"(name|function)"\s*:', text))
-
-
-def _complaint(text: str) -> str | None:
-    """The error message in a result; None if the result is no error."""
-    if text.startswith("{"):
-        fields = as_mapping(parse_json(text))
-        error = fields.get("error") or fields.get("isError") or fields.get("is_error")
-        return f"error: {error} {fields.get('message') or ''}" if error else None
-    head = text[:_HEAD]
-    return head if _ERROR.match(head) or _TIMEOUT.match(head) else None
 
 
 def _requested_tools(call: ModelCall) -> Iterator[Mapping[str, Any]]:

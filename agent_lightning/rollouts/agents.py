@@ -1,18 +1,4 @@
-"""What an agent is: a function or a command, found by name and run in one of four ways.
-
-    mode     what an agent is                   how it is stopped              may it block
-    async    async def agent(payload, policy)   cancellation                   no: it shares the worker's event loop
-    thread   def agent(payload, policy)         not at all: it is abandoned    yes
-    process  either of the two                  SIGKILL to its process tree    yes
-    command  any executable                     SIGKILL to its process tree    yes
-
-A thread cannot be killed in Python: an agent that may hang forever belongs in a process.
-
-Processes and commands get the policy in OPENAI_BASE_URL and OPENAI_API_KEY (or ANTHROPIC_BASE_URL and
-ANTHROPIC_API_KEY) and AGL_MODEL, which most agents already read; their rollout in AGL_ROLLOUT_ID and AGL_ATTEMPT; and
-the address for traces in OpenTelemetry's own variables. A function may therefore take `payload` alone. A command reads
-the payload as JSON from stdin and from AGL_TASK, and its result is the last line that it prints.
-"""
+"""What an agent is: a function or a command, which a name locates and which is run in one of four modes."""
 
 from __future__ import annotations
 
@@ -110,6 +96,17 @@ async def run_agent(
 ) -> object:
     """Run the agent on a task and return its result: an object, or in mode command a line of text.
 
+        mode     what an agent is                   how it is stopped              may it block
+        async    async def agent(payload, policy)   cancellation                   no: it shares the worker's event loop
+        thread   def agent(payload, policy)         not at all: it is abandoned    yes
+        process  either of the two                  SIGKILL to its process tree    yes
+        command  any executable                     SIGKILL to its process tree    yes
+
+    A thread cannot be killed in Python: an agent that may hang forever belongs in a process.
+    Processes and commands get the policy in OPENAI_BASE_URL and OPENAI_API_KEY (or ANTHROPIC_BASE_URL and
+    ANTHROPIC_API_KEY) and AGL_MODEL, which most agents already read; their rollout in AGL_ROLLOUT_ID and AGL_ATTEMPT;
+    and the address for traces in OpenTelemetry's own variables. A function may therefore take `payload` alone. A
+    command reads the payload as JSON from stdin and from AGL_TASK, and its result is the last line that it prints.
     `instrumentors` are turned on in mode process; in the other modes the caller turns them on.
 
     Raises what the agent raises, and AgentProcessError if its process fails or ends without a result. Cancelling this

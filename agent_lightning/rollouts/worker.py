@@ -19,18 +19,10 @@ import numpy as np
 from agent_lightning.buffer.breaker import last_failed_tool
 from agent_lightning.buffer.buffer import Lease
 from agent_lightning.config.running import AgentConfig
+from agent_lightning.core import types
 from agent_lightning.core.errors import EngineError, RewardError, UnknownRollout
 from agent_lightning.core.text import error_line, hide_secret
-from agent_lightning.core.types import (
-    DEFAULT_AGENT,
-    LARGEST_REWARD,
-    Ending,
-    ModelCall,
-    Outcome,
-    Policy,
-    RolloutKey,
-    is_reward,
-)
+from agent_lightning.core.types import Ending, ModelCall, Outcome, Policy, RolloutKey
 from agent_lightning.rollouts.agents import call, check, load, run_agent
 from agent_lightning.rollouts.client import Rollout, close, install
 from agent_lightning.rollouts.supervise import FindGateway, is_healthy, wait_until_healthy
@@ -71,8 +63,8 @@ def to_reward(value: object, reward_range: tuple[float, float]) -> float:
     reward, (low, high) = float(value), reward_range
     if not math.isfinite(reward):
         raise RewardError(f"the reward is {reward}")
-    if not is_reward(reward):
-        raise RewardError(f"the reward {reward:g} is beyond {LARGEST_REWARD:g}")
+    if not types.is_reward(reward):
+        raise RewardError(f"the reward {reward:g} is beyond {types.LARGEST_REWARD:g}")
     if not low <= reward <= high:
         raise RewardError(f"the reward {reward:g} is outside [{low:g}, {high:g}]")
     return reward
@@ -97,7 +89,7 @@ class RolloutWorker:
         policy_url: str,
         model: str,
         concurrency: int = 64,
-        agent_name: str = DEFAULT_AGENT,
+        agent_name: str = types.DEFAULT_AGENT,
         worker: str = "",
         find: FindGateway | None = None,
     ) -> None:

@@ -33,10 +33,12 @@ async def ask(policy: Policy, payload: Payload) -> str:
 
 
 async def trajectory_of(agent: AgentConfig | Callable[..., object]) -> Trajectory:
-    """What one evaluation of the agent leaves."""
+    """A trajectory of one step with the agent."""
+    # The limits have room for a busy machine, on which a process takes long to start.
+    spec = agent if isinstance(agent, AgentConfig) else AgentConfig(target=agent, mode="async", timeout_s=60.0)
     async with (
-        asyncio.timeout(30),
-        ToyWorld(agent=agent, tasks=TASKS, words=("blue",), algorithm=AlgorithmConfig(rollouts_per_task=2)) as world,
+        asyncio.timeout(90),
+        ToyWorld(agent=spec, tasks=TASKS, words=("blue",), algorithm=AlgorithmConfig(rollouts_per_task=2)) as world,
     ):
         await world.train(steps=1)
         return next(t for group in world.observer.groups for t in group.trajectories if t.key.split == "train")
@@ -165,7 +167,7 @@ async def test_a_rollout_is_known_in_threads_and_processes() -> None:
 
 
 async def test_an_agent_in_a_process_says_it_too() -> None:
-    spec = AgentConfig(target="tests/rollouts/test_client.py:in_a_process", mode="process", timeout_s=20.0)
+    spec = AgentConfig(target="tests/rollouts/test_client.py:in_a_process", mode="process", timeout_s=60.0)
     seen = await trajectory_of(spec)
     assert (seen.outcome, seen.reward, seen.error) == (Outcome.FINISHED, 0.75, "")
     assert [item.name for item in seen.tools] == ["search"]

@@ -289,7 +289,8 @@ def test_anything_else_is_not(value: object) -> None:
     ],
 )
 async def test_every_way_an_async_agent_can_end(do: str, outcome: Outcome, message: str) -> None:
-    trajectory = await run_task(make_spec(agents.does, timeout_s=0.5), do=do)
+    timeout_s = 0.5 if outcome is Outcome.TIMEOUT else 30.0
+    trajectory = await run_task(make_spec(agents.does, timeout_s=timeout_s), do=do)
     assert (trajectory.outcome, trajectory.error) == (outcome, message)
     assert (trajectory.reward is None) == (outcome is not Outcome.FINISHED)
     assert len(trajectory.calls) == 1  # what was recorded stays, whatever the end
@@ -310,12 +311,12 @@ async def test_the_gateways_reason_names_the_outcome(outcome: Outcome) -> None:
 
 
 async def test_threads_that_hang_take_no_slot_from_others() -> None:
-    spec = make_spec(agents.blocks, "thread", timeout_s=0.4)
+    spec = make_spec(agents.blocks, "thread", timeout_s=1.0)
     before = time.monotonic()
-    tasks = [make_task(n, seconds=3.0) for n in range(3)] + [make_task(9, seconds=0.0)]
+    tasks = [make_task(n, seconds=30.0) for n in range(3)] + [make_task(9, seconds=0.0)]
     outcomes = [trajectory.outcome for trajectory in await run_tasks(spec, tasks, concurrency=2)]
     assert outcomes == [Outcome.TIMEOUT] * 3 + [Outcome.NO_MODEL_CALL]
-    assert time.monotonic() - before < 2.5
+    assert time.monotonic() - before < 20.0
 
 
 async def test_stop_iteration_in_a_thread_is_an_error_like_another() -> None:
@@ -324,8 +325,11 @@ async def test_stop_iteration_in_a_thread_is_an_error_like_another() -> None:
 
 async def test_a_process_that_hangs_is_a_timeout_and_gone(tmp_path: Path) -> None:
     file = tmp_path / "pids"
-    spec = make_spec(f"{FILE}:hangs_with_a_grandchild", "process", timeout_s=1.5)
-    assert (await run_task(spec, pids=str(file))).outcome is Outcome.TIMEOUT
+    for timeout_s in (1.5, 6.0, 24.0):  # on a busy machine the process may be killed before it has done anything
+        spec = make_spec(f"{FILE}:hangs_with_a_grandchild", "process", timeout_s=timeout_s)
+        assert (await run_task(spec, pids=str(file))).outcome is Outcome.TIMEOUT
+        if file.exists() and file.read_text().endswith("\n"):
+            break
     assert await are_gone(await read_pids(file))
 
 
@@ -339,7 +343,8 @@ async def test_a_process_that_hangs_is_a_timeout_and_gone(tmp_path: Path) -> Non
     ],
 )
 async def test_every_way_a_score_can_end(reward_target: Callable[..., object], outcome: Outcome, message: str) -> None:
-    trajectory = await run_task(make_spec(agents.doubles, reward=reward_target, timeout_s=0.5))
+    timeout_s = 0.5 if outcome is Outcome.TIMEOUT else 30.0
+    trajectory = await run_task(make_spec(agents.doubles, reward=reward_target, timeout_s=timeout_s))
     assert (trajectory.outcome, trajectory.error, trajectory.output) == (outcome, message, "6")
 
 
