@@ -165,8 +165,7 @@ def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
     unanswered call of the tool that it names, or else of any tool.
     """
     result: list[Message] = []
-    waiting: list[tuple[str, str]] = []
-    """Ids and tool names of calls without a tool message so far."""
+    waiting: list[tuple[str, str]] = []  # ids and tool names of calls without a tool message so far
     count = 0
     for message in messages:
         calls = []
@@ -178,10 +177,9 @@ def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
         if message["role"] == "tool":
             name, same_id = message.pop("name", ""), [w for w in waiting if w[0] == message.get("tool_call_id")]
             candidates = same_id or [w for w in waiting if w[1] == name] or waiting
-            message["tool_call_id"] = message.get("tool_call_id") or (
-                candidates[0][0] if candidates else f"call_{count}"
-            )
-            if candidates and candidates[0][0] == message["tool_call_id"]:
+            oldest = candidates[0][0] if candidates else f"call_{count}"
+            message["tool_call_id"] = message.get("tool_call_id") or oldest
+            if candidates and oldest == message["tool_call_id"]:
                 waiting.remove(candidates[0])
         result.append({"role": message.pop("role"), "content": message.pop("content", None), **message})
     return result

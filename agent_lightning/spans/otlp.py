@@ -140,9 +140,7 @@ def _protobuf_spans(body: bytes) -> Iterator[Span]:
         raise DataError("OTLP body is truncated or not protobuf") from None
     if body and not request.resource_spans:
         raise DataError("body is protobuf, but no OTLP trace request")
-    for resource in request.resource_spans:
-        for scope in resource.scope_spans:
-            yield from scope.spans
+    yield from (span for resource in request.resource_spans for scope in resource.scope_spans for span in scope.spans)
 
 
 def _json_spans(body: bytes, refused: Counter[str]) -> Iterator[Span]:
@@ -152,14 +150,13 @@ def _json_spans(body: bytes, refused: Counter[str]) -> Iterator[Span]:
         raise DataError("OTLP body is truncated or not JSON") from None
     if not isinstance(tree, dict) or (tree and "resourceSpans" not in tree):
         raise DataError("body is JSON, but no OTLP trace request: it has no resourceSpans")
-    for resource in _dicts(tree.get("resourceSpans")):
-        for scope in _dicts(resource.get("scopeSpans")):
-            for span in _dicts(scope.get("spans")):
-                try:
-                    ids = {name: _base64(span.get(name)) for name in ("traceId", "spanId", "parentSpanId")}
-                    yield json_format.ParseDict({**span, **ids, "links": []}, Span(), ignore_unknown_fields=True)
-                except _UNREADABLE:
-                    refused["a span that cannot be read"] += 1
+    scopes = (scope for part in _dicts(tree.get("resourceSpans")) for scope in _dicts(part.get("scopeSpans")))
+    for span in (span for scope in scopes for span in _dicts(scope.get("spans"))):
+        try:
+            ids = {name: _base64(span.get(name)) for name in ("traceId", "spanId", "parentSpanId")}
+            yield json_format.ParseDict({**span, **ids, "links": []}, Span(), ignore_unknown_fields=True)
+        except _UNREADABLE:
+            refused["a span that cannot be read"] += 1
 
 
 def _dicts(value: Any) -> Iterable[dict[str, Any]]:

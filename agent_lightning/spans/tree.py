@@ -77,8 +77,7 @@ class SpanTree:
     def __init__(self, spans: Sequence[RawSpan], refused: Counter[str]) -> None:
         by_id = {span.span_id: span for span in spans}
         self._parent = _parents(by_id, refused)
-        depth = {"": -1}
-        """Span id -> number of its ancestors."""
+        depth = {"": -1}  # span id -> number of its ancestors
         for start in self._parent:
             path = []
             while start not in depth:
