@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders import group, model_call, trajectory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +32,6 @@ from agent_lightning.run.archive import RolloutWriter, read_trajectories
 from agent_lightning.spans import otlp
 from agent_lightning.spans.traces.export import FILES, Format, from_row, to_line, to_otlp, to_spans, write
 from agent_lightning.spans.traces.imports import conversations, read_files
-from agent_lightning.toy.world import group, model_call, trajectory
 
 KEY = RolloutKey(split="train", group=3, index=1, attempt=2)
 TOOL_CALL = {"id": "c0", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from builders import trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -15,7 +16,6 @@ from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.types import ModelCall, RolloutKey, ToolStatus, Trajectory
 from agent_lightning.credit.air import Air, Signal, observed_events
 from agent_lightning.credit.tools import looks_like_tool_call, tool_calls, tool_status
-from agent_lightning.toy.world import trajectory
 
 KEY = RolloutKey(split="train", group=0, index=0)
 Asked = tuple[str, str, str | None]

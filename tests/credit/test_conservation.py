@@ -9,6 +9,7 @@ import random
 from collections import Counter
 
 import numpy as np
+from builders import model_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from agent_lightning.core.errors import UnknownRollout
 from agent_lightning.core.types import Ending, Group, ModelCall, Outcome, RolloutKey, Task
 from agent_lightning.credit.assign import Credit, CreditRules, assign
 from agent_lightning.credit.failures import Retries, learned_reward
-from agent_lightning.toy.world import model_call
 
 FAILURES = [Outcome.AGENT_ERROR, Outcome.ENGINE_ERROR, Outcome.TIMEOUT, Outcome.CANCELLED]
 

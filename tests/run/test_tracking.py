@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import group, trajectory
 from rich.console import Console
 
 from agent_lightning.config.load import load
@@ -34,7 +35,6 @@ from agent_lightning.run.report import (
     sparkline,
 )
 from agent_lightning.run.tracking import JsonLines, RunDirectory, TensorBoardSink, Tracker, WandbSink
-from agent_lightning.toy.world import group, trajectory
 
 SUMMARY = Summary(
     experiment="calc_x",

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from builders import model_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_lightning.core.types import ModelCall, RolloutKey, ToolStatus
 from agent_lightning.spans.assemble import assemble, emitted_reward
 from agent_lightning.spans.tree import RawSpan
-from agent_lightning.toy.world import model_call
 
 KEY = RolloutKey(split="train", group=0, index=0)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import model_call
 from models import load, random_batch, random_model, to_arrays
 
 from agent_lightning.buffer.buffer import Buffer, Lease
@@ -32,7 +33,7 @@ from agent_lightning.learners.verl_groups import Groups, start_groups
 from agent_lightning.run.loop import Loop
 from agent_lightning.run.state import State
 from agent_lightning.run.tasks import TaskCursor
-from agent_lightning.toy.world import QuietObserver, model_call
+from agent_lightning.toy.world import QuietObserver
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 STEPS = 6

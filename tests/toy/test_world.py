@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders import group, model_call, trajectory
 
 from agent_lightning.core.types import Batch, OnWeightUpdate, Outcome, Policy, RolloutKey, Task
 from agent_lightning.credit import assign as credit
@@ -18,7 +19,7 @@ from agent_lightning.credit.assign import CreditRules
 from agent_lightning.serving.engine import Completion, Part, Refusal, join_parts
 from agent_lightning.serving.gate import Gate
 from agent_lightning.toy.model import END, FIRST_WORD, ToyEngine, ToyLanguage, ToyLearner
-from agent_lightning.toy.world import ToyWorld, group, model_call, trajectory
+from agent_lightning.toy.world import ToyWorld
 
 LANGUAGE = ToyLanguage(("no", "yes", "call:2+3"))
 TOOL = {"type": "function", "function": {"name": "calculator"}}
