@@ -100,7 +100,7 @@ async def test_a_buffer_from_admission_to_training(make: Make) -> None:
     buffer = make(Buffer, run_secret=RUN_SECRET)
     assert await buffer.admit(make_task(), split="train", num_rollouts=2) == "train-0"
     first, second = await buffer.lease(8, timeout=1.0)
-    assert await buffer.record(make_call(first.key, "a")) == 99
+    assert await buffer.record(make_call(first.key, "a")) == 31
     taking = asyncio.create_task(take_groups(buffer, 1, split="train"))
     await buffer.finish(first.key, Ending(outcome=Outcome.FINISHED, reward=1.0))
     await buffer.finish(second.key, Ending(outcome=Outcome.TIMEOUT))
