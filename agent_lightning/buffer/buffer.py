@@ -141,8 +141,8 @@ class Buffer:
         self._dead: set[str] = set()
 
     async def admit(self, task: Task, *, split: Split, num_rollouts: int, request: str = "") -> str:
-        """Queue the rollouts of one task; their group's id, e.g. "train-12". If an interrupted step has left the same
-        group, its rollouts that have ended are not run again. Raises JournalFull."""
+        """Queue the rollouts of a task; returns their group's id, such as "train-12". If an interrupted step left the
+        same group, its rollouts that have ended are not run again. Raises JournalFull."""
         if num_rollouts < 1:
             raise ValueError(f"a group has at least one rollout, not {num_rollouts}")
         async with self._change():
@@ -189,7 +189,7 @@ class Buffer:
         return leases
 
     async def record(self, call: ModelCall) -> int:
-        """Record a call of a running attempt, once for each call_id; the number of calls that it may still make. A call
+        """Record a call of a running attempt, once for each call_id; returns how many it may still make. A call
         beyond `max_calls` is recorded, because it was sampled; after an answer of 0 the gateway starts no call."""
         rollout = self._running(call.key, refused="refused_spans")
         if call.call_id not in self._ledger.spans(call.key).calls:
@@ -201,8 +201,8 @@ class Buffer:
     async def record_spans(
         self, key: RolloutKey, spans: Sequence[RawSpan], faults: Mapping[str, int], request: str = ""
     ) -> int:
-        """Record spans that the agent's process sent of a running attempt; the number of `spans` beyond `max_spans`,
-        which are refused. Of spans with the same id the latest counts, as a span may be sent before it has ended.
+        """Record spans of a running attempt from the agent's process; returns how many of them are beyond `max_spans`
+        and refused. Of spans with the same id the latest counts, as a span may be sent before it has ended.
         `faults`: reason -> number of spans that the gateway has refused."""
         self._running(key, refused="refused_spans")
         known, accepted = set(self._ledger.spans(key).raw), list[RawSpan]()
@@ -278,8 +278,8 @@ class Buffer:
         await self._store.durable()
 
     async def cancel(self, reason: str) -> int:
-        """End every open rollout as CANCELLED, and let all waiting calls of `lease` and `take` return; the number of
-        rollouts that were open."""
+        """End every open rollout as CANCELLED, and let all waiting calls of `lease` and `take` return; returns the
+        number of rollouts that were open."""
         async with self._change():
             opened = [rollout for rollout in self._ledger.open_rollouts() if rollout.phase != "complete"]
             for rollout in opened:
@@ -290,7 +290,7 @@ class Buffer:
         return len(opened)
 
     async def expire(self, now: float) -> int:
-        """End the attempts whose deadline and grace period have passed at Unix time `now`; their number."""
+        """End the attempts whose deadline and grace period have passed at Unix time `now`; returns how many."""
         error = "its lease expired: the worker died or hangs"
         return await self._lose(lambda rollout: now > rollout.expires_at + self._grace, error)
 
@@ -339,7 +339,7 @@ class Buffer:
 
     @asynccontextmanager
     async def _change(self) -> AsyncIterator[None]:
-        """Hold the lock for a change; at its end, wake whoever waits for changes, and wait until the journal has it."""
+        """Hold the lock for a change; at its end, wake the calls that wait for one, and wait for the journal."""
         async with self._changed:
             yield
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""Groups as the Buffer returns them, with their spans as recorded; whoever takes them assembles the trajectories.
+"""Groups as the Buffer returns them, with their spans as recorded; the process that takes them assembles trajectories.
 
 The Buffer is one process that every call of every agent waits for. So it only stores, and reading spans is left to the
 process that needs them.

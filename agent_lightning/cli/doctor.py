@@ -1,6 +1,6 @@
 """`agl doctor`: what is installed and what the machine has, and for each problem what to type.
 
-Reads package metadata only: it answers in a second, and where an import would crash it still says why.
+Reads package metadata only: it answers in a second, and even if an import would crash, it still says why.
 """
 
 from __future__ import annotations

@@ -222,7 +222,7 @@ def _options(folder: Path) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what the deepest cause says, and the key where it is known."""
+    """The first line of the deepest cause's message, with the key in front if the error has it."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -277,7 +277,7 @@ def _locate(refusal: ErrorDetails, root: type[section.Section]) -> tuple[str, An
 
 
 def unknown(path: str) -> str:
-    """Why there is no such key: it has another name now, or it was meant to be another."""
+    """Why there is no such key: it was renamed, or it may be a slip for a similar key."""
     if path in RENAMED:
         return f"{path}: is now {RENAMED[path]}"
     known = [*(key.path for key in section.keys(Config)), *(path for path, _ in section.sections(Config))]

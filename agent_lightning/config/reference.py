@@ -1,4 +1,4 @@
-"""What the keys of the config mean: for `agl config`, and for docs/config.md, which is written by
+"""The meaning of the keys of the config: for `agl config`, and for docs/config.md, which is written by
 
 python -m agent_lightning.config.reference > docs/config.md
 """

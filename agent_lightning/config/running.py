@@ -58,7 +58,7 @@ class SourceConfig(Section):
     def _refuse_calcx(cls, kind: object) -> object:
         """Raise ConfigError for a kind of earlier versions."""
         if kind == "calcx":
-            raise ConfigError("kind=calcx is now data=calcx_mawps, which data.train.names and data.val.names change")
+            raise ConfigError("kind=calcx is now data=calcx_mawps; its parts are data.train.names and data.val.names")
         return kind
 
 
@@ -144,7 +144,7 @@ class AgentConfig(Section):
     max_spans: AtLeast0 = 10_000
     """Most OpenTelemetry spans that the agent's side may send for one rollout."""
     instrument: tuple[str, ...] = ()
-    """OpenTelemetry instrumentors to turn on where the agent runs, by the names of their entry points, such as
+    """OpenTelemetry instrumentors to turn on in the agent's process, by the names of their entry points, such as
     [langchain]."""
     max_attempts: AtLeast1 = 3
     """Most attempts at a rollout whose failure is resampled; see algorithm.failures."""

@@ -1,4 +1,4 @@
-"""What every section of the config has in common: how strict it is, and its keys as people read them."""
+"""The base class of every section of the config, which decides how strict it is; and its keys in words."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_true_as_number(cls, value: object, info: ValidationInfo) -> object:
-        """Raise ValueError for a bool where none belongs: Pydantic would take `true` for 1."""
+        """Raise ValueError for a bool in a field of another type: Pydantic would take `true` for 1."""
         if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
             raise ValueError("true and false are no numbers")
         return value
@@ -109,7 +109,7 @@ def defaults(section: type[Section]) -> dict[str, Any]:
 
 
 def in_words(annotation: Any) -> str:
-    """A type as a person says it.
+    """A type in words that a person reads.
 
     Example:
 

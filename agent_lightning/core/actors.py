@@ -161,7 +161,7 @@ def init_ray(
     except Exception as error:  # Ray also raises plain exceptions, when its 30 seconds for a node are not enough
         reason = f"{type(error).__name__}: {one_line(error)[:200]}"
         raise UserError(
-            f"Ray did not start on this machine ({reason}); where it is busy or its memory "
+            f"Ray did not start on this machine ({reason}); if it is busy or its memory "
             "full, stop what else runs on it, and try again"
         ) from error
     finally:

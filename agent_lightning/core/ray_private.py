@@ -158,7 +158,7 @@ def serve_controller() -> Any:
 
 
 def proxy_address() -> tuple[str, int]:
-    """Host and port of Serve's proxy, as whoever started Serve has chosen them. Raises RayServeException if Serve does
+    """Host and port of Serve's proxy, as the run that started Serve chose them. Raises RayServeException if Serve does
     not run."""
     from ray.serve.context import _get_global_client
 

@@ -29,7 +29,7 @@ def start_thread(work: Callable[[], T], name: str) -> Future[T]:
             result.set_result(context.run(work))
         except StopIteration:  # asyncio's futures refuse it
             result.set_exception(RuntimeError("StopIteration"))
-        except BaseException as error:  # the thread's boundary: the error is raised to whoever waits for the result
+        except BaseException as error:  # the thread's boundary: the error is raised where the result is read
             result.set_exception(error)
 
     threading.Thread(target=run, name=name, daemon=True).start()

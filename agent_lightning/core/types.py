@@ -319,7 +319,7 @@ class Sample:
     mask_T: Bools
     """True where the policy sampled the token and it is trained."""
     logprob_T: Floats
-    """The engine's log-probability where `mask_T`, else 0; NaN where the engine gave none."""
+    """The engine's log-probability where `mask_T`, else 0; NaN for a token for which the engine gave none."""
     advantage_T: Floats
     """The advantage where `mask_T`, else 0. All 0 if the learner's critic computes it later."""
     reward_T: Floats

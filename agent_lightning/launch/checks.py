@@ -1,4 +1,4 @@
-"""What must hold before a run starts: one table of checks, for a start and for a dry run.
+"""Checks before a run starts: one table, for a start and for a dry run.
 
 tasks = require(config, "train", "val").tasks  # a start raises the error of the first check that fails
 inspect(config).missing                        # a dry run lists all: ["port: serving.port=8000 cannot be ...", ...]

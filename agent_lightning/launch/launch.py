@@ -1,4 +1,4 @@
-"""Start what a run needs, from its config, and stop it again: Ray, buffer, service, learner, rollout workers."""
+"""Starts the parts of a run from its config, and stops them again: Ray, buffer, service, learner, rollout workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""veRL's worker groups for policy, reference and critic: how they are configured and started, and what they are fed.
+"""veRL's worker groups for policy, reference and critic: their configuration, their start, and their input.
 
 veRL is imported when a group is started: it brings torch, and it reads its platform from the environment on import.
 """

@@ -1,4 +1,4 @@
-"""What an agent's own code may import: it can emit rewards, show its uses of tools, and read which rollout it is in.
+"""For an agent's own code: functions to emit rewards, record tool calls, and read which rollout the code runs in.
 
     @tool
     def search(query: str) -> str: ...

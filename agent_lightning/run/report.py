@@ -1,4 +1,4 @@
-"""What a run shows in the terminal: progress while it trains, and a short report when it ends; and its `Summary`."""
+"""The terminal output of a run: progress while it trains, and a short report when it ends; and its `Summary`."""
 
 from __future__ import annotations
 

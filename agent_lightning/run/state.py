@@ -1,4 +1,4 @@
-"""What a run is to do (`Plan`), how far it is (`State`), and its checkpoints.
+"""The plan of a run (`Plan`), its progress (`State`), and its checkpoints.
 
 checkpoints/step-000010/   the learner's own files, and
     state.json             the State, written last: a folder without this file is not a complete checkpoint

@@ -1,4 +1,4 @@
-"""An answer in the making: one piece of work, and the connections that wait for it or read it.
+"""An answer that is being made: its work, and the connections that wait for it or read it.
 
     request -> Answer --head--> a response in one piece, or a stream whose events are sent as they come
     retry   ---^                (the same work: no second call)

@@ -244,7 +244,7 @@ def _start_proxy(host: str, port: int) -> None:
             serve.start(proxy_location="HeadOnly", http_options=options)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError, RayServeException) as error:
         raise UserError(
-            f"Ray Serve's proxy did not start on {host}:{port} ({type(error).__name__}); where the machine is busy, "
+            f"Ray Serve's proxy did not start on {host}:{port} ({type(error).__name__}); if the machine is busy, "
             "stop what else runs on it and try again, else choose another serving.port"
         ) from error
 

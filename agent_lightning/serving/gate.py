@@ -112,7 +112,7 @@ class Gate:
                     return result
         except TimeoutError:
             if not scope.expired():
-                raise  # the work's own
+                raise  # a timeout of the work itself
         finally:
             self._restartable.discard(scope)
         raise _Interrupted

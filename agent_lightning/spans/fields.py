@@ -189,7 +189,7 @@ def finish_reason_of(attributes: Mapping[str, Any]) -> str:
 
 
 def tokens_of(attributes: Mapping[str, Any], refused: Counter[str]) -> tuple[Ints, Ints, Floats]:
-    """prompt_T, response_T and logprob_T: empty if the trace has no ids, NaN where it has no log-probability."""
+    """prompt_T, response_T and logprob_T: empty if the trace has no ids; NaN for a token without log-probability."""
     prompt, response = (_items(first(attributes, name)) for name in ("prompt token ids", "reply token ids"))
     if any(not isinstance(token, int) or not 0 <= token < 2**31 for token in (*prompt, *response)):
         refused["repaired: token ids out of any vocabulary"] += 1

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: its progress in the terminal, the report at the end, and pictures of its runs."""
+"""The view of a sweep: its progress in the terminal, the report at the end, and pictures of its runs."""
 
 from __future__ import annotations
 

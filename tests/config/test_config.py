@@ -216,7 +216,7 @@ def test_a_source_refuses_a_field_that_it_does_not_read(kind: str, field: str, v
 
 
 def test_a_kind_of_source_that_there_is_not_is_refused() -> None:
-    assert refusal("data.train.kind=calcx").startswith("kind=calcx is now data=calcx_mawps, ")
+    assert refusal("data.train.kind=calcx").startswith("kind=calcx is now data=calcx_mawps; ")
     assert refusal("data.train.kind=csv") == "data.train.kind=csv: must be one of generated, jsonl, hub"
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from agent_lightning.config.learning import AirConfig, CreditConfig, FailuresConfig, Method, RuleConfig
+from agent_lightning.config.load import from_mapping
 from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.metrics import values
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
@@ -111,6 +112,9 @@ def test_every_outcome_has_a_treatment() -> None:
 def test_a_treatment_that_does_not_exist_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises((ConfigError, ValidationError)):
         FailuresConfig(**wrong)
+    values = {"experiment": "x", "model": {"path": "x"}, "agent": {"target": "x"}, "algorithm": {"failures": wrong}}
+    with pytest.raises(ConfigError, match=r"^algorithm\.failures\."):
+        from_mapping(values)
 
 
 def test_a_resampled_failure_is_masked_if_its_last_attempt_fails() -> None:

@@ -1,4 +1,4 @@
-"""What a dialect is: a format in which agents send requests and get replies. Pure.
+"""The base class of dialects: formats in which agents send requests and get replies. Pure.
 
 A dialect turns requests into the engine's form, an OpenAI chat request (or a completion request with a `prompt`), and
 the engine's `Completion` into its own replies. It has no state; the class of its streams has.
