@@ -53,11 +53,9 @@ def reproduce(benchmark: str, **settings: Any) -> int:
 
 
 def score(benchmark: str, file: Path, paths: Mapping[str, Path]) -> int:
-    """Write the rows of a file with their scores to standard output, one by one, and the totals last.
-
-    A row that cannot be scored ends it without totals; the rows before it are written. Returns the exit code. Raises
-    DataError with file and line, and UserError for a path that the benchmark does not read.
-    """
+    """Write the rows of a file with their scores to standard output, one by one, and the totals last. A row that cannot
+    be scored ends it without totals; the rows before it are written. Returns the exit code. Raises DataError with file
+    and line, and UserError for a path that the benchmark does not read."""
     readers = score_paths()
     for option in paths:
         if benchmark not in readers[option]:

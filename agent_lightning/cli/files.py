@@ -55,9 +55,7 @@ def export_run(run: Path, out: Path, form: export.Format) -> int:
 
 def check_journal(path: Path) -> int:
     """`agl journal check`: read a journal and print what it holds. A torn end, which a crash leaves, is no damage.
-
-    Raises UserError if it is damaged, made by a newer version, or no journal; the message names file and byte.
-    """
+    Raises UserError if it is damaged, made by a newer version, or no journal; the message names file and byte."""
     folder = path / "journal" if (path / "journal").is_dir() else path
     journal = segments.list_segments(folder) if folder.is_dir() else []
     if not journal:

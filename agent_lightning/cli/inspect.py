@@ -32,11 +32,9 @@ TEXT_WIDTH = 100
 
 
 def show_runs(path: Path, split: str, outcome: str | None, rewards: tuple[float, float], limit: int) -> int:
-    """`agl runs`: the runs in a folder, or at most `limit` rollouts of a run. Raises UserError.
-
-    A rollout is listed if its split, outcome (None: any) and reward (lowest, highest) fit; a rollout without a reward
-    is listed if no bound is given.
-    """
+    """`agl runs`: the runs in a folder, or at most `limit` rollouts of a run. Raises UserError. A rollout is listed if
+    its split, outcome (None: any) and reward (lowest, highest) fit; a rollout without a reward is listed if no bound is
+    given."""
     if not (path / "config.yaml").is_file():
         Console().print(list_runs(path))
         return 0
@@ -90,10 +88,8 @@ def list_runs(root: Path) -> Table:
 
 
 def explain(rollout: Trajectory, task: Task, credits: Sequence[CallCredit] | None) -> RenderableType:
-    """The spans of a rollout as a waterfall, its rewards, and which of its tokens were trained.
-
-    `credits` holds the credit of each call, in order; None for a held-out rollout, which is never trained.
-    """
+    """The spans of a rollout as a waterfall, its rewards, and which of its tokens were trained. `credits` holds the
+    credit of each call, in order; None for a held-out rollout, which is never trained."""
     head = Text.assemble((rollout.key.rollout_id, "bold"), f"  attempt {rollout.key.attempt}  task {rollout.task_id}  ")
     head.append(rollout.outcome.value, style="green" if rollout.reward else "yellow")
     head.append(f"  reward {number(rollout.reward if rollout.reward is not None else math.nan)}")
@@ -183,11 +179,9 @@ def token_counts(credits: Sequence[CallCredit]) -> Text:
 
 
 def coloured(calls: Sequence[ModelCall], credits: Sequence[CallCredit], tokenizer: Path) -> RenderableType:
-    """The sampled text, a line for each call: green if its advantage is positive, red if it is negative.
-
-    Tokens that were unlikely (probability below 0.5) are underlined. `tokenizer` is a tokenizer.json. Raises DataError
-    if it cannot be read.
-    """
+    """The sampled text, a line for each call: green if its advantage is positive, red if it is negative. Tokens that
+    were unlikely (probability below 0.5) are underlined. `tokenizer` is a tokenizer.json. Raises DataError if it cannot
+    be read."""
     from tokenizers import Tokenizer
 
     try:

@@ -45,12 +45,9 @@ U = TypeVar("U")
 
 
 async def train(overrides: Sequence[str], *, resume: str | None) -> int:
-    """`agl train`: run the loop to its end, and return the exit code. `resume` is a run that goes on.
-
-    If a process of the run dies, the run goes on from its newest checkpoint, at most `restarts` times.
-
-    Raises UserError, EngineError, StepFailed, PartDied.
-    """
+    """`agl train`: run the loop to its end, and return the exit code. `resume` is a run that goes on. If a process of
+    the run dies, the run goes on from its newest checkpoint, at most `restarts` times. Raises UserError, EngineError,
+    StepFailed, PartDied."""
     if resume is None:
         config = load(overrides)
         tasks = checks.require(config, "train", "val").tasks  # before there is a folder of the run
@@ -185,10 +182,8 @@ def credit_rules(config: Config) -> CreditRules:
 
 
 def sweep(words: Sequence[str], *, resume: str | None, multirun: bool) -> int:
-    """`agl sweep`: run all trials, then write the best as an experiment file, and two pictures.
-
-    `multirun` reads KEY=A,B as Hydra does. Returns the exit code. Raises UserError.
-    """
+    """`agl sweep`: run all trials, then write the best as an experiment file, and two pictures. `multirun` reads
+    KEY=A,B as Hydra does. Returns the exit code. Raises UserError."""
     console = Console()
     if resume is not None and words:
         raise UserError(f"{words[0]}: a resumed sweep keeps what it was asked for; leave it out")
@@ -267,10 +262,8 @@ def _stop_signals(stop: asyncio.Event) -> Iterator[Callable[[], None]]:
 
 
 async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) -> int:
-    """`agl eval`: run a model on all tasks of a split, and print its figures as JSON; write them to `out` too.
-
-    Returns the exit code. Raises UserError, EngineError, StepFailed, PartDied.
-    """
+    """`agl eval`: run a model on all tasks of a split, and print its figures as JSON; write them to `out` too. Returns
+    the exit code. Raises UserError, EngineError, StepFailed, PartDied."""
     config = load(overrides)
     tasks = checks.require(config, split).tasks[split]
     async with launch.system(config, train=False, workers=config.rollout.workers) as system:

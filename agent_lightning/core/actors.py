@@ -36,9 +36,7 @@ T = TypeVar("T")
 
 class Remote:
     """A proxy of an actor: `await remote.method(x)` runs `method` there; cancelling the await cancels it there too.
-
-    Exceptions arrive as they were raised, with the remote traceback as their cause. A proxy can be pickled.
-    """
+    Exceptions arrive as they were raised, with the remote traceback as their cause. A proxy can be pickled."""
 
     def __init__(self, handle: Any, identified: frozenset[str] = frozenset()) -> None:
         """`identified`: the methods that get an id of the call as `request`, by which they know a repeated call."""
@@ -175,10 +173,8 @@ have started."""
 
 
 def check_answers(address: str, what: str) -> None:
-    """Raise UserError if nothing answers at an address; Ray itself would try for minutes.
-
-    `what` is the option that has the address as its value, for the message.
-    """
+    """Raise UserError if nothing answers at an address; Ray itself would try for minutes. `what` is the option that has
+    the address as its value, for the message."""
     host, colon, port = (address.partition("://")[2].rstrip("/") if "://" in address else address).rpartition(":")
     if not colon:  # "auto", or a name that Ray resolves itself
         return

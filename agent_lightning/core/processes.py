@@ -30,11 +30,8 @@ _TAIL: Final = 1 << 20
 
 
 async def run_child(command: Sequence[str], *, stdin: str, env: Mapping[str, str]) -> str:
-    """Run a command to its end, and return the last MiB that it has printed.
-
-    If the caller is cancelled, the child is killed. Raises AgentProcessError, with the last line of its stderr, if its
-    exit code is not 0.
-    """
+    """Run a command to its end, and return the last MiB that it has printed. If the caller is cancelled, the child is
+    killed. Raises AgentProcessError, with the last line of its stderr, if its exit code is not 0."""
     pipe, tag = asyncio.subprocess.PIPE, f"{_guarded_tag(os.getpid())[0]}{uuid.uuid4().hex}"
     child = await asyncio.create_subprocess_exec(
         *command, stdin=pipe, stdout=pipe, stderr=pipe, env={**env, CHILD: tag}, start_new_session=True
@@ -67,10 +64,8 @@ async def run_child(command: Sequence[str], *, stdin: str, env: Mapping[str, str
 
 
 def guard(name: str, start: str, *, grace_s: float = 0.0) -> subprocess.Popen[bytes]:
-    """Start a process that kills every process whose tag `name` begins with `start`.
-
-    It does so `grace_s` seconds after its stdin is closed, which the end of this process does too, however it ends.
-    """
+    """Start a process that kills every process whose tag `name` begins with `start`. It does so `grace_s` seconds after
+    its stdin is closed, which the end of this process does too, however it ends."""
     # In a session of its own, so that a signal to this session does not end it; without tags, so that no other guard
     # kills it.
     env = {key: value for key, value in os.environ.items() if key not in (CHILD, CLUSTER)}
@@ -80,10 +75,8 @@ def guard(name: str, start: str, *, grace_s: float = 0.0) -> subprocess.Popen[by
 
 @functools.cache
 def _guarded_tag(pid: int) -> tuple[str, subprocess.Popen[bytes]]:
-    """The beginning of the tags of all children of this process, and their guard, which starts with the first child.
-
-    By process id, because a forked process inherits the cache. The cache keeps the pipe to the guard open.
-    """
+    """The beginning of the tags of all children of this process, and their guard, which starts with the first child. By
+    process id, because a forked process inherits the cache. The cache keeps the pipe to the guard open."""
     start = f"{pid}.{uuid.uuid4().hex}."
     return start, guard(CHILD, start)
 

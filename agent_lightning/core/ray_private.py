@@ -106,10 +106,8 @@ def prepare_environment() -> None:
 
 
 def use_token() -> None:
-    """Show this account's token to a cluster that is joined; call it before Ray is imported, which reads it once.
-
-    `ray start` makes a cluster require the token if the account has one, but does not make clients show it.
-    """
+    """Show this account's token to a cluster that is joined; call it before Ray is imported, which reads it once. `ray
+    start` makes a cluster require the token if the account has one, but does not make clients show it."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if "RAY_AUTH_TOKEN" in os.environ or path.is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -132,11 +130,9 @@ def free_port(host: str) -> int:
 
 @contextmanager
 def batch_scheduling() -> Iterator[None]:
-    """Start processes under Linux's SCHED_BATCH in the block, as `chrt --batch 0` does; their children inherit it.
-
-    A process that wakes up then does not preempt a running one, so that the processes of a run, which pass messages on,
-    handle several messages at once. Does nothing on other systems, and if a policy has been chosen already.
-    """
+    """Start processes under Linux's SCHED_BATCH in the block, as `chrt --batch 0` does; their children inherit it. A
+    process that wakes up then does not preempt a running one, so that the processes of a run, which pass messages on,
+    handle several messages at once. Does nothing on other systems, and if a policy has been chosen already."""
     if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:
         yield
         return
@@ -223,10 +219,8 @@ def llm_server(settings: Mapping[str, Any]) -> Any:
 
 
 async def ask_llm(server: Any, request: Mapping[str, Any]) -> Any:
-    """The server's stream of replies to a request: one reply, or batches of server-sent events.
-
-    Raises ValidationError or ValueError for a request that cannot be read.
-    """
+    """The server's stream of replies to a request: one reply, or batches of server-sent events. Raises ValidationError
+    or ValueError for a request that cannot be read."""
     from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest, CompletionRequest
 
     if "prompt" in request:

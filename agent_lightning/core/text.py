@@ -33,10 +33,8 @@ def last_line(text: str) -> str:
 
 def hide_secret(text: AnyStr, secret: str) -> AnyStr:
     """The text or bytes with each occurrence of `secret` replaced by as many stars, so that lengths and offsets stay.
-
     Every text that leaves an attempt passes here: agents tell the model, their instrumentor or their error messages the
-    URL that they call, and the URL holds the attempt's secret.
-    """
+    URL that they call, and the URL holds the attempt's secret."""
     if not secret:
         return text
     if isinstance(text, bytes):

@@ -16,10 +16,8 @@ T = TypeVar("T")
 
 
 def start_thread(work: Callable[[], T], name: str) -> Future[T]:
-    """Run a blocking function in a daemon thread of its own, with the caller's context variables.
-
-    A hanging function takes no slot of a pool from others, and does not keep the process alive.
-    """
+    """Run a blocking function in a daemon thread of its own, with the caller's context variables. A hanging function
+    takes no slot of a pool from others, and does not keep the process alive."""
     result: Future[T] = Future()
     result.set_running_or_notify_cancel()
     context = contextvars.copy_context()
@@ -58,10 +56,7 @@ async def await_with_timeout(work: Awaitable[T], timeout_s: float, name: str) ->
 
 async def run_cancellable(work: Awaitable[Any]) -> Any:
     """Await `work`. If this call is cancelled, cancel the work up to five times, each time wait half a second for its
-    end, then abandon it.
-
-    Code that swallows one cancellation seldom swallows five.
-    """
+    end, then abandon it. Code that swallows one cancellation seldom swallows five."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)

@@ -337,10 +337,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Right-padded samples of one optimiser step. Rows of one rollout are never split between batches.
-
-    The arrays with two dimensions hold, row for row, the arrays of the samples.
-    """
+    """Right-padded samples of one optimiser step. Rows of one rollout are never split between batches. The arrays with
+    two dimensions hold, row for row, the arrays of the samples."""
 
     token_NT: Ints
     mask_NT: Bools

@@ -50,11 +50,9 @@ class CreditRules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
-    """The samples of a group, and an account of everything that is not trained.
-
-    rollouts of the group = trained_rollouts + sum(dropped_rollouts), and
-    sampled_tokens = tokens with mask True in `samples` + sum(dropped_tokens).
-    """
+    """The samples of a group, and an account of everything that is not trained. rollouts of the group =
+    trained_rollouts + sum(dropped_rollouts), and sampled_tokens = tokens with mask True in `samples` +
+    sum(dropped_tokens)."""
 
     samples: tuple[Sample, ...]
     trained_rollouts: int

@@ -22,9 +22,7 @@ def is_truncated(outcome: Outcome, calls: Iterable[ModelCall]) -> bool:
 
 def learned_reward(trajectory: Trajectory, failures: FailuresConfig) -> float | None:
     """The reward to learn from; None masks the rollout: it is neither trained nor part of its group's statistics.
-
-    Raises ValueError if the rollout finished without a reward.
-    """
+    Raises ValueError if the rollout finished without a reward."""
     if trajectory.outcome is not Outcome.FINISHED:
         treatment = dict(failures)[trajectory.outcome.value]
     elif trajectory.reward is None:
@@ -66,9 +64,7 @@ class Retries:
         return attempt + 1 < self.max_attempts and retried + 1 <= self.limits.budget * rollouts
 
     def delay(self, attempt: int, drawn: float) -> float:
-        """Seconds until the attempt after `attempt` may start.
-
-        `drawn`, a random number from 0 to 1, is the jitter: attempts that failed together must not restart together.
-        Full jitter: M. Brooker, "Exponential Backoff And Jitter", AWS, 2015.
-        """
+        """Seconds until the attempt after `attempt` may start. `drawn`, a random number from 0 to 1, is the jitter:
+        attempts that failed together must not restart together. Full jitter: M. Brooker, "Exponential Backoff And
+        Jitter", AWS, 2015."""
         return drawn * min(self.limits.backoff_max_s, self.limits.backoff_s * 2.0 ** min(attempt, 64))

@@ -86,10 +86,8 @@ def whiten_step(batches: Sequence[Batch], advantages: Sequence[Floats]) -> list[
 
 
 def explained_variance(weight: Values, value: Values, returns: Values) -> float:
-    """The explained variance of a critic: 1 - Var(returns - value) / Var(returns), with weights.
-
-    1 is a perfect critic, 0 is no better than a constant. NaN if all returns are equal.
-    """
+    """The explained variance of a critic: 1 - Var(returns - value) / Var(returns), with weights. 1 is a perfect critic,
+    0 is no better than a constant. NaN if all returns are equal."""
     weight = weight / weight.sum()
 
     def variance(x: Values) -> float:

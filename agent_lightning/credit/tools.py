@@ -121,10 +121,8 @@ def reply_identity(call: ModelCall) -> tuple[str, tuple[tuple[str, str], ...]] |
 
 
 class ToolCallIndex:
-    """The tool calls in the replies of an attempt, to find the tool call that a span of a tool describes.
-
-    Each tool call matches at most one span.
-    """
+    """The tool calls in the replies of an attempt, to find the tool call that a span of a tool describes. Each tool
+    call matches at most one span."""
 
     def __init__(self, calls: Sequence[ModelCall]) -> None:
         position = {call.call_id: index for index, call in enumerate(calls)}
@@ -138,11 +136,9 @@ class ToolCallIndex:
                 self._waiting.setdefault(key, []).append(index)
 
     def take(self, identity: str, name: str, arguments: str, before: int, cause: str) -> ToolCall | None:
-        """Find the tool call of a span, and match it with no other span from now on.
-
-        It is the newest tool call with the id `identity`, or else the oldest with the same name and arguments, or else
-        the only one with the name. Only the first `before` calls are searched, or only the call `cause` if it is given.
-        """
+        """Find the tool call of a span, and match it with no other span from now on. It is the newest tool call with
+        the id `identity`, or else the oldest with the same name and arguments, or else the only one with the name. Only
+        the first `before` calls are searched, or only the call `cause` if it is given."""
         end = len(self._tools) if cause else bisect_left(self._positions, before)
 
         def waiting(*key: str) -> tuple[list[int], int]:

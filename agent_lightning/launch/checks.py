@@ -52,10 +52,8 @@ class Inspection:
 
 
 def require(config: Config, *splits: Split) -> Inspection:
-    """Make all checks of a run with tasks of these splits, or without splits those of its engine.
-
-    Raises the UserError of the first check that fails.
-    """
+    """Make all checks of a run with tasks of these splits, or without splits those of its engine. Raises the UserError
+    of the first check that fails."""
     inspection = Inspection(config=config, splits=splits)
     for _, check in CHECKS if splits else ENGINE_CHECKS:
         check(inspection)

@@ -72,10 +72,8 @@ def _sum(bundles: Sequence[Resources]) -> dict[str, float]:
 
 
 def missing(groups: Sequence[BundleGroup], nodes: Sequence[Resources]) -> list[str]:
-    """What the nodes lack, a line for each kind of resource; empty if the groups fit.
-
-    The groups are placed first fit, those that need a node for themselves first.
-    """
+    """What the nodes lack, a line for each kind of resource; empty if the groups fit. The groups are placed first fit,
+    those that need a node for themselves first."""
     needed = total(groups)
     has = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in needed}
     short = [

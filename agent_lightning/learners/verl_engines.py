@@ -22,11 +22,9 @@ class _CausalModel(FSDPEngineWithLMHead):
 
 @EngineRegistry.register(model_type="policy", backend="fsdp2", device="cuda")
 class PolicyEngine(_CausalModel):
-    """veRL's engine, which also gathers the output head's weight, for veRL's fused log-probabilities.
-
-    They read the weight without calling the head, but FSDP2 gathers a module's shards only when it is called; a head
-    that is not tied to the embedding would stay sharded. After the backward pass FSDP2 shards it again.
-    """
+    """veRL's engine, which also gathers the output head's weight, for veRL's fused log-probabilities. They read the
+    weight without calling the head, but FSDP2 gathers a module's shards only when it is called; a head that is not tied
+    to the embedding would stay sharded. After the backward pass FSDP2 shards it again."""
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
         head = self.module.get_output_embeddings()

@@ -133,11 +133,9 @@ async def run_agent(
 
 
 async def call(function: Agent, *arguments: object) -> object:
-    """Call a function: await it if it is async, else run it in a thread of its own.
-
-    Raises what the function raises; `sys.exit` becomes AgentProcessError, since it would end the worker. If this call
-    is cancelled, an async function is cancelled too; if it swallows every cancellation, it is abandoned.
-    """
+    """Call a function: await it if it is async, else run it in a thread of its own. Raises what the function raises;
+    `sys.exit` becomes AgentProcessError, since it would end the worker. If this call is cancelled, an async function is
+    cancelled too; if it swallows every cancellation, it is abandoned."""
 
     async def run() -> object:
         try:

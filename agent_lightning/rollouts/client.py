@@ -91,11 +91,9 @@ class Rollout:
 
 
 def current_rollout() -> Rollout | None:
-    """The rollout that this code runs in, or None outside a run.
-
-    It is known in coroutines, in threads that carry their creator's context (`asyncio.to_thread`, and all threads in a
-    rollout worker), and in processes that were started with `Rollout.environment`.
-    """
+    """The rollout that this code runs in, or None outside a run. It is known in coroutines, in threads that carry their
+    creator's context (`asyncio.to_thread`, and all threads in a rollout worker), and in processes that were started
+    with `Rollout.environment`."""
     rollout = context.get_value(_ROLLOUT)
     return rollout if isinstance(rollout, Rollout) else _rollout_of_process()
 
@@ -234,11 +232,9 @@ def inside(rollout: Rollout) -> Iterator[None]:
 
 
 def install(instrumentors: Iterable[str] = ()) -> None:
-    """Send the spans of this process to their rollouts from now on, and turn on instrumentors, each once.
-
-    The names are entry points of OpenTelemetry's own group or OpenInference's, e.g. "langchain". Raises ConfigError if
-    an instrumentor is not installed.
-    """
+    """Send the spans of this process to their rollouts from now on, and turn on instrumentors, each once. The names are
+    entry points of OpenTelemetry's own group or OpenInference's, e.g. "langchain". Raises ConfigError if an
+    instrumentor is not installed."""
     _processor()
     for name in ("threading", *instrumentors):
         _instrument(name)

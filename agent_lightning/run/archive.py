@@ -53,9 +53,7 @@ class RolloutWriter:
 
 def read_rollouts(path: Path) -> pyarrow.Table:
     """Read all rollouts of a run, in the order in which they were written, as a table with a row for each rollout.
-
-    `path` is the folder of a run, its folder rollouts/, or one of the files. Raises DataError if there is no file.
-    """
+    `path` is the folder of a run, its folder rollouts/, or one of the files. Raises DataError if there is no file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -60,10 +60,8 @@ class Observer(Protocol):
     def record_evaluation(self, step: int, reward: float, rows: int) -> None: ...
     def record_step(self, step: int, record: Mapping[str, float]) -> None: ...
     def checkpoint_folder(self, state: State, *, force: bool) -> Path | None:
-        """The folder for a checkpoint of this state, which may exist already; None if no checkpoint is due.
-
-        `force`: the run ends here, so that this checkpoint is the last.
-        """
+        """The folder for a checkpoint of this state, which may exist already; None if no checkpoint is due. `force`:
+        the run ends here, so that this checkpoint is the last."""
 
     def complete_checkpoint(self, folder: Path, state: State) -> None:
         """Write the state beside the learner's files, which makes the checkpoint complete."""
@@ -71,11 +69,8 @@ class Observer(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Loop:
-    """The parts of a run and its progress.
-
-    `stop` may be set at any time: the running rollouts are cancelled, the step is abandoned, and `run` returns after
-    a checkpoint.
-    """
+    """The parts of a run and its progress. `stop` may be set at any time: the running rollouts are cancelled, the step
+    is abandoned, and `run` returns after a checkpoint."""
 
     plan: Plan
     state: State
@@ -138,11 +133,9 @@ class Loop:
         return True
 
     async def _gather_groups(self) -> tuple[list[Group], list[assign.Credit]] | None:
-        """Generate the step's groups and assign their credit; None if the run was stopped. Raises StepFailed.
-
-        Groups without a sample to train on are replaced by groups of new tasks, in at most
-        `algorithm.dynamic_sampling_rounds` further rounds: dynamic sampling of DAPO, arXiv 2503.14476 section 3.2.
-        """
+        """Generate the step's groups and assign their credit; None if the run was stopped. Raises StepFailed. Groups
+        without a sample to train on are replaced by groups of new tasks, in at most `algorithm.dynamic_sampling_rounds`
+        further rounds: dynamic sampling of DAPO, arXiv 2503.14476 section 3.2."""
         groups: list[Group] = []
         credits: list[assign.Credit] = []
         # An abandoned step takes no tasks: the resumed run draws the same tasks again.
@@ -181,10 +174,8 @@ class Loop:
             self.state.dropped[reason] += num_rollouts
 
     async def generate(self, tasks: Sequence[Task], *, split: Split, num_rollouts: int) -> list[Group] | None:
-        """Admit the tasks and wait for their complete groups; None if the run was stopped meanwhile.
-
-        Raises StepFailed if most rollouts fail for the same reason, or no worker can be kept alive.
-        """
+        """Admit the tasks and wait for their complete groups; None if the run was stopped meanwhile. Raises StepFailed
+        if most rollouts fail for the same reason, or no worker can be kept alive."""
         for task in tasks:
             await self.buffer.admit(task, split=split, num_rollouts=num_rollouts)
         phase, total = ("generate" if split == "train" else "evaluate"), len(tasks) * num_rollouts
@@ -223,10 +214,8 @@ class Loop:
         self.state.version = weights.version
 
     async def evaluate(self) -> float:
-        """The mean reward over the held-out tasks, with a rollout for each; a rollout without a reward counts as 0.
-
-        NaN if the run was stopped meanwhile.
-        """
+        """The mean reward over the held-out tasks, with a rollout for each; a rollout without a reward counts as 0. NaN
+        if the run was stopped meanwhile."""
         groups = await self.generate(self.val_tasks, split="val", num_rollouts=1)
         if groups is None:
             return math.nan
@@ -238,11 +227,9 @@ class Loop:
         return reward
 
     async def save(self, *, force: bool = False) -> None:
-        """Save a checkpoint if the observer has a folder for it and the run has changed since the last checkpoint.
-
-        An abandoned step changes no weights but uses group numbers, which a resumed run must not use again: then the
-        state alone is written, into the checkpoint of the same step.
-        """
+        """Save a checkpoint if the observer has a folder for it and the run has changed since the last checkpoint. An
+        abandoned step changes no weights but uses group numbers, which a resumed run must not use again: then the state
+        alone is written, into the checkpoint of the same step."""
         folder = self.observer.checkpoint_folder(self.state, force=force)
         if folder is None:
             return

@@ -119,10 +119,8 @@ def newest_checkpoint(checkpoints: Path) -> Path:
 
 
 def prune_checkpoints(checkpoints: Path, keep: int) -> None:
-    """Remove all complete checkpoints but the newest `keep`; 0 keeps all.
-
-    `state.json` goes first, so that an interrupted removal leaves no folder that looks complete.
-    """
+    """Remove all complete checkpoints but the newest `keep`; 0 keeps all. `state.json` goes first, so that an
+    interrupted removal leaves no folder that looks complete."""
     for folder in complete_checkpoints(checkpoints)[:-keep] if keep else ():
         (folder / STATE_FILE).unlink()
         shutil.rmtree(folder)

@@ -80,10 +80,8 @@ class Mirror:
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Push every half minute while the block runs, and once after it.
-
-        A push that fails is logged and tried again: a lost service must not end the training.
-        """
+        """Push every half minute while the block runs, and once after it. A push that fails is logged and tried again:
+        a lost service must not end the training."""
         ended = threading.Event()
 
         def push_until_ended() -> None:

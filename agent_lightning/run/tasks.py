@@ -35,9 +35,7 @@ def load_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> list[Task]:
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read the rows of a .jsonl or .jsonl.gz file, or of standard input for "-", each with its line number from 1.
-
-    Raises DataError at the first wrong line, with the messages of `load_jsonl`.
-    """
+    Raises DataError at the first wrong line, with the messages of `load_jsonl`."""
     number = 0
     try:
         with _open(path) as file:

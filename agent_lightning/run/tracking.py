@@ -51,9 +51,7 @@ class RunDirectory:
         is_taken: Callable[[str], bool] = lambda name: False,
     ) -> RunDirectory:
         """Make a new folder in `root`, as `new_folder` does: runs/calc_x-s0-20250131-093000; with a name, runs/name.
-
-        Raises UserError if `name` is not a plain folder name or `root` cannot be written.
-        """
+        Raises UserError if `name` is not a plain folder name or `root` cannot be written."""
         if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"run name {name!r}: use letters, digits, '.', '_' and '-' only")
         stem = name or f"{re.sub('[^0-9A-Za-z_.-]+', '-', experiment)}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -154,12 +152,9 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A Weights & Biases run in the run's logs/, silent on the terminal.
-
-    The run's id lies in logs/wandb-id, so that a resumed run continues the same Weights & Biases run. Steps are an
-    ordinary metric ("step"), so that an evaluation may be logged after a later step. Raises UserError if Weights &
-    Biases cannot start.
-    """
+    """A Weights & Biases run in the run's logs/, silent on the terminal. The run's id lies in logs/wandb-id, so that a
+    resumed run continues the same Weights & Biases run. Steps are an ordinary metric ("step"), so that an evaluation
+    may be logged after a later step. Raises UserError if Weights & Biases cannot start."""
 
     def __init__(self, run: RunDirectory, tracking: TrackingConfig, config: Mapping[str, Any]) -> None:
         import wandb

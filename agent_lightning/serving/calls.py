@@ -119,11 +119,9 @@ def parse_request(raw: bytes, dialect: Dialect, *, model: str, max_depth: int, m
 async def reading(
     request: Request, attempt: Attempt, *, max_bytes: int, max_bytes_in_flight: int
 ) -> AsyncIterator[bytes]:
-    """The body of a request, which counts as in flight until the block ends.
-
-    Raises BadRequest if the client goes away, if the body is larger than `max_bytes`, or if the attempt has more than
-    `max_bytes_in_flight` in all its requests.
-    """
+    """The body of a request, which counts as in flight until the block ends. Raises BadRequest if the client goes away,
+    if the body is larger than `max_bytes`, or if the attempt has more than `max_bytes_in_flight` in all its
+    requests."""
     raw = bytearray()
     try:
         async for part in request.stream():
@@ -159,10 +157,8 @@ async def take_traces(
     recorder: Recorder, attempt: Attempt, raw: bytes, headers: Mapping[str, str], max_bytes: int
 ) -> Response:
     """Record the spans of an ExportTraceServiceRequest, protobuf or JSON, and answer as OTLP's specification says.
-
     Rejected spans are counted in the answer's `partial_success` and in the buffer. The status is 400 if the body cannot
-    be read, and 409 if the rollout has ended: exporters repeat neither.
-    """
+    be read, and 409 if the rollout has ended: exporters repeat neither."""
     content_type = headers.get("content-type", otlp.PROTOBUF)
     try:
         traces, faults = otlp.decode(

@@ -91,11 +91,9 @@ class PolicyBoard:
             self._changed.notify_all()
 
     async def publish(self, weights: Weights, timeout: float) -> int:
-        """Make these weights current; returns the number of replicas, once all of them have installed the weights.
-
-        A replica that dies meanwhile is not waited for. Raises EngineError if a replica fails to install them, or
-        after `timeout` seconds.
-        """
+        """Make these weights current; returns the number of replicas, once all of them have installed the weights. A
+        replica that dies meanwhile is not waited for. Raises EngineError if a replica fails to install them, or after
+        `timeout` seconds."""
         async with self._changed:
             self._weights = weights
             self._failures.clear()

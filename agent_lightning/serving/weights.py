@@ -28,11 +28,9 @@ BACKEND = "ray_object_store"
 
 
 async def in_shared_memory(arrays: Iterable[Awaitable[Any]]) -> AsyncGenerator[str, None]:
-    """Yield, for each uint8 array, the path of a file in memory that begins with the array's bytes.
-
-    The file holds them until the next path is requested; meanwhile the next array is written to another file. Two files
-    are used in turns, because fresh memory from the kernel costs more than the copy. Raises what an array raises.
-    """
+    """Yield, for each uint8 array, the path of a file in memory that begins with the array's bytes. The file holds them
+    until the next path is requested; meanwhile the next array is written to another file. Two files are used in turns,
+    because fresh memory from the kernel costs more than the copy. Raises what an array raises."""
     folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
     create = partial(NamedTemporaryFile, prefix="agl-weights-", dir=folder)
     with create() as file, create() as other:

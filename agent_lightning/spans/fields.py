@@ -142,10 +142,8 @@ def request_of(attributes: Mapping[str, Any], refused: Counter[str]) -> tuple[li
 
 
 def offered_of(attributes: Mapping[str, Any], tools: Sequence[Any]) -> list[Any]:
-    """The definitions of the tools that a request offers, in OpenAI's form, each once.
-
-    They come from the attributes, or else from `tools`, the definitions among the messages.
-    """
+    """The definitions of the tools that a request offers, in OpenAI's form, each once. They come from the attributes,
+    or else from `tools`, the definitions among the messages."""
     given = parse_value(next(values(attributes, "tools offered"), None)) or tools
     offered: dict[str, Any] = {}
     for definition in given if isinstance(given, list | tuple) else ():

@@ -142,9 +142,7 @@ def _of_list(items: Sequence[Any], tools: list[Any]) -> Iterator[Message]:
 
 def _ordered(messages: list[Message]) -> list[Message]:
     """Messages in which parallel tool calls listed as call, result, call, result are one message, then the results.
-
-    Only Koog lists tool calls so, with the role "tool"; its messages have no `tool_call_id`.
-    """
+    Only Koog lists tool calls so, with the role "tool"; its messages have no `tool_call_id`."""
     result: list[Message] = []
     for message in messages:
         last = len(result) - 1
@@ -159,11 +157,9 @@ def _ordered(messages: list[Message]) -> list[Message]:
 
 
 def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
-    """The messages with an id for every tool call and tool message.
-
-    Tool calls without an id get call_0, call_1, … in order. A tool message without an id gets that of the oldest
-    unanswered call of the tool that it names, or else of any tool.
-    """
+    """The messages with an id for every tool call and tool message. Tool calls without an id get call_0, call_1, … in
+    order. A tool message without an id gets that of the oldest unanswered call of the tool that it names, or else of
+    any tool."""
     result: list[Message] = []
     waiting: list[tuple[str, str]] = []  # ids and tool names of calls without a tool message so far
     count = 0

@@ -130,11 +130,9 @@ def hydra_words(words: Sequence[str]) -> list[str]:
 
 
 def plan_sweep(words: Sequence[str]) -> tuple[SweepPlan, Config]:
-    """Read and check a command line; returns the plan and a config of the sweep. Raises ConfigError.
-
-    The config is composed with both bounds, or every choice, of each searched key, so that unknown keys, wrong types
-    and values out of bounds are refused with the messages of `agl train`, before anything starts.
-    """
+    """Read and check a command line; returns the plan and a config of the sweep. Raises ConfigError. The config is
+    composed with both bounds, or every choice, of each searched key, so that unknown keys, wrong types and values out
+    of bounds are refused with the messages of `agl train`, before anything starts."""
     parsed, space = parse_words(words)
     own = [word for word in parsed if word.partition("=")[0].partition(".")[0] == "sweep"]
     settings, fixed = _settings(own), tuple(word for word in parsed if word not in own)
@@ -261,10 +259,8 @@ class SweepFolder:
 
 
 def best_of(records: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The trial with the highest last held-out reward, and among equals the most steps; failed trials do not count.
-
-    The maximum of many noisy rewards overestimates: run the best values again for an unbiased figure.
-    """
+    """The trial with the highest last held-out reward, and among equals the most steps; failed trials do not count. The
+    maximum of many noisy rewards overestimates: run the best values again for an unbiased figure."""
     known = [record for record in records if record.state in ("done", "stopped") and math.isfinite(record.last)]
     return max(known, key=lambda record: (record.last, record.step), default=None)
 

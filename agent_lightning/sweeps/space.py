@@ -84,10 +84,8 @@ Distribution = Choice | Numbers
 
 
 def parse_words(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Distribution]]:
-    """Split a command line into its fixed words and its search space. Raises ConfigError.
-
-    A value that looks like a call is a distribution; any other value is an ordinary override.
-    """
+    """Split a command line into its fixed words and its search space. Raises ConfigError. A value that looks like a
+    call is a distribution; any other value is an ordinary override."""
     fixed: list[str] = []
     space: dict[str, Distribution] = {}
     for word in words:

@@ -110,11 +110,9 @@ class ToyEngine:
         delay_s: float = 0.0,
         gate: Gate | None = None,
     ) -> None:
-        """
-        Samples depend on the seed, the policy version, the prompt, and how often the version has sampled the prompt
+        """Samples depend on the seed, the policy version, the prompt, and how often the version has sampled the prompt
         before, so a run whose rollouts come in another order samples the same. `max_len` is the most tokens of prompt
-        and response together, `delay_s` the seconds that each answer takes; the attribute may be changed.
-        """
+        and response together, `delay_s` the seconds that each answer takes; the attribute may be changed."""
         self.delay_s = delay_s
         self.version = 0
         self.in_flight = 0

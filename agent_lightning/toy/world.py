@@ -93,10 +93,8 @@ class QuietObserver:
 
 @dataclass(slots=True, kw_only=True)
 class ToyWorld:
-    """A run with all its parts, started by `async with ToyWorld(agent=…, tasks=…, words=…) as world`.
-
-    In the block, `loop` is ready to run, `url` is the root URL of the gateway, and the other parts can be inspected.
-    """
+    """A run with all its parts, started by `async with ToyWorld(agent=…, tasks=…, words=…) as world`. In the block,
+    `loop` is ready to run, `url` is the root URL of the gateway, and the other parts can be inspected."""
 
     agent: AgentConfig | Agent
     """An async function that returns its reward, or the section of any agent."""

@@ -89,10 +89,8 @@ def to_otlp(trajectory: Trajectory) -> str:
 
 def to_spans(trajectory: Trajectory) -> tuple[RawSpan, ...]:
     """The spans of an attempt by the GenAI conventions, below a span of the rollout; `conventions` reads them.
-
     Attributes named `agl.*` hold what the conventions have no attribute for: token ids, log-probabilities, rewards, and
-    the exact messages if the form of the conventions would change them.
-    """
+    the exact messages if the form of the conventions would change them."""
     key = trajectory.key
     root = f"{key.rollout_id}/{key.attempt}"
     about = {"id": key.rollout_id, "attempt": key.attempt, "task_id": trajectory.task_id, "output": trajectory.output}
