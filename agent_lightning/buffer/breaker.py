@@ -20,7 +20,6 @@ _VARYING = (
 
 def without_details(error: str) -> str:
     """An error message without the parts that change from case to case.
-
     Example: "ConnectionError: host 'db-7' refused 10.0.0.3:5432" -> "ConnectionError: host … refused #"
     """
     for pattern, replacement in _VARYING:
@@ -36,7 +35,6 @@ def last_failed_tool(tools: Sequence[ToolCall]) -> str:
 
 def cause_of(outcome: Outcome, error: str, failed_tool: str = "") -> str:
     """Why an attempt failed, in words that are the same for the same failure of another attempt; "" if it finished.
-
     Example: "timeout: not done after # s (its last tool, search: unanswered)"
     """
     if outcome is Outcome.FINISHED:
@@ -47,11 +45,9 @@ def cause_of(outcome: Outcome, error: str, failed_tool: str = "") -> str:
 class Breaker:
     """Watches how attempts end.
 
-    Example:
-
-        breaker = Breaker(BreakerConfig(window=50, share=0.9))
-        breaker.note("agent_error: ConnectionError: host … refused #")  # 45 of 50
-        breaker.tripped  # "45 of the last 50 attempts ended alike: agent_error: ConnectionError: host … refused #"
+    breaker = Breaker(BreakerConfig(window=50, share=0.9))
+    breaker.note("agent_error: ConnectionError: host … refused #")  # 45 of 50
+    breaker.tripped  # "45 of the last 50 attempts ended alike: agent_error: ConnectionError: host … refused #"
     """
 
     def __init__(self, config: BreakerConfig) -> None:

@@ -60,38 +60,26 @@ class Lease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Numbers of rollouts; of the train split, unless a field says otherwise.
-
-    At every moment admitted == waiting + running + complete + taken + trained + sum(dropped.values()).
-    """
+    """Numbers of rollouts; of the train split, unless a field says otherwise. At every moment admitted == waiting +
+    running + complete + taken + trained + sum(dropped.values())."""
 
     admitted: int = 0
     waiting: int = 0
     running: int = 0
-    complete: int = 0
-    """Rollouts that have ended and are not taken yet, also if their group is incomplete."""
+    complete: int = 0  # rollouts that have ended and are not taken yet, also if their group is incomplete
     taken: int = 0
     trained: int = 0
-    dropped: Mapping[str, int]
-    """Reason -> number of taken rollouts that were not trained for it."""
-    failed: Mapping[Outcome, int]
-    """Outcome other than FINISHED -> number of rollouts that ended with it."""
-    evaluated: int = 0
-    """Rollouts of the val split that were taken."""
-    ended: int = 0
-    """Rollouts of both splits that have ended."""
-    retried: int = 0
-    """Attempts of both splits that were followed by another one."""
+    dropped: Mapping[str, int]  # reason -> number of taken rollouts that were not trained for it
+    failed: Mapping[Outcome, int]  # outcome other than FINISHED -> number of rollouts that ended with it
+    evaluated: int = 0  # rollouts of the val split that were taken
+    ended: int = 0  # rollouts of both splits that have ended
+    retried: int = 0  # attempts of both splits that were followed by another one
     refused_spans: int = 0
     """Calls, traces and failures that were reported for an attempt that was not running; of both splits."""
-    refused_finishes: int = 0
-    """Endings that were reported for an attempt that was not running; of both splits."""
-    calls: int = 0
-    """Recorded model calls of both splits."""
-    sampled_tokens: int = 0
-    """Tokens that these calls sampled."""
-    next_group: Mapping[Split, int]
-    """Split -> the number of its next group."""
+    refused_finishes: int = 0  # endings that were reported for an attempt that was not running; of both splits
+    calls: int = 0  # recorded model calls of both splits
+    sampled_tokens: int = 0  # tokens that these calls sampled
+    next_group: Mapping[Split, int]  # split -> the number of its next group
     trouble: str = ""
     """One line that says why the run should stop: the circuit breaker has tripped, or `alarm` was called."""
 
@@ -99,8 +87,6 @@ class Stats:
 class Buffer:
     """Holds all rollouts of a run; one process, which all others call. A method that is called for an attempt that is
     not running raises UnknownRollout.
-
-    Example:
 
         buffer = Buffer(run_secret=b"...")
         await buffer.admit(task, split="train", num_rollouts=2)  # "train-0"
@@ -235,9 +221,8 @@ class Buffer:
 
     async def finish(self, key: RolloutKey, ending: Ending, *, failed_tool: str = "", retry: bool = False) -> None:
         """End a running attempt. The next attempt is queued if attempts remain, and if `retry` is set or the outcome is
-        retried. `failed_tool` is what `breaker.last_failed_tool` returns for a failed attempt.
-
-        A refusal that the gateway has noted explains the ending: an agent often raises an error of its own after it."""
+        retried. `failed_tool` is what `breaker.last_failed_tool` returns for a failed attempt. A refusal that the
+        gateway has noted explains the ending: an agent often raises an error of its own after it."""
         if ending.outcome is Outcome.FINISHED and ending.reward is None:
             raise ValueError(f"rollout {key.rollout_id}: FINISHED needs a reward")
         async with self._change():

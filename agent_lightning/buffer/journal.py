@@ -34,26 +34,19 @@ logger = logging.getLogger(__name__)
 
 _RESERVE: Final = 1.1
 """Events that end rollouts may be written up to 1.1 x `max_bytes`, so that a run with a full journal can finish."""
-_MODE: Final = 0o600
-"""Permissions of the journal's files, which hold messages of agents and users."""
+_MODE: Final = 0o600  # permissions of the journal's files, which hold messages of agents and users
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JournalConfig:
     """Where a journal is, and how it is written."""
 
-    path: Path
-    """The journal's folder, on a local or a shared disk; created if it is missing."""
-    fsync: Fsync = "interval"
-    """When a record is acknowledged; see BufferConfig."""
-    fsync_interval_s: float = 1.0
-    """Seconds between two writes to the disk with fsync="interval"."""
-    segment_bytes: int = 64 * 2**20
-    """Size at which a new segment begins."""
-    max_bytes: int = 20 * 2**30
-    """Largest size of all segments together; see JournalFull."""
-    patience_s: float = 60.0
-    """Seconds for which the journal waits if the disk is full."""
+    path: Path  # the journal's folder, on a local or a shared disk; created if it is missing
+    fsync: Fsync = "interval"  # when a record is acknowledged; see BufferConfig
+    fsync_interval_s: float = 1.0  # seconds between two writes to the disk with fsync="interval"
+    segment_bytes: int = 64 * 2**20  # size at which a new segment begins
+    max_bytes: int = 20 * 2**30  # largest size of all segments together; see JournalFull
+    patience_s: float = 60.0  # seconds for which the journal waits if the disk is full
     takeover_s: float = 5.0
     """Seconds for which the journal waits if another process, which may just have been killed, holds the folder."""
 
@@ -91,7 +84,6 @@ class Journal:
 
     def replay(self) -> Iterator[tuple[RecordLocation, memoryview]]:
         """All records in order; afterwards the journal can be written. A payload is valid until the next iteration.
-
         Raises JournalDamaged, JournalError."""
         folder = self.config.path
         for unfinished in (*folder.glob(".*.tmp"), *folder.glob("*.half")):
@@ -117,9 +109,8 @@ class Journal:
             self._open.append(_Open(reader.segment.number, reader.end, reader.end))
 
     def append(self, payload: bytes, *, reserve: bool = True) -> RecordLocation:
-        """Append a record. With `reserve` it may be written although `max_bytes` is reached, up to the reserve.
-
-        Raises JournalFull, and JournalError if the journal has failed; then nothing was appended."""
+        """Append a record. With `reserve` it may be written although `max_bytes` is reached, up to the reserve. Raises
+        JournalFull, and JournalError if the journal has failed; then nothing was appended."""
         self._check()
         size = FRAME_BYTES + len(payload)
         limit = self.config.max_bytes * (_RESERVE if reserve else 1.0)
@@ -162,9 +153,8 @@ class Journal:
         return segments.unframe(data, location, path)
 
     def compact(self, payloads: Iterable[bytes]) -> list[RecordLocation]:
-        """Replace all records by these, of which the first is a Base event; their locations.
-
-        A crash leaves the old segments or the new one. Raises OSError; then nothing has changed."""
+        """Replace all records by these, of which the first is a Base event; their locations. A crash leaves the old
+        segments or the new one. Raises OSError; then nothing has changed."""
         self.flush()
         number = self._open[-1].number + 1
         locations, size = list[RecordLocation](), HEADER_BYTES

@@ -39,8 +39,7 @@ class StoredRollout:
     ending: Ending | None = None  # of a complete attempt
     num_calls: int = 0
     sampled_tokens: int = 0
-    voided: int = 0
-    """Number of attempts that ended because their run did: they do not count against the rollout."""
+    voided: int = 0  # number of attempts that ended because their run did: they do not count against the rollout
 
     @property
     def retries(self) -> int:
@@ -55,8 +54,7 @@ class StoredGroup:
     group_id: str
     task: Task
     stage: Stage = "open"
-    checkpoint_epoch: int = 0
-    """The epoch, counted in checkpoints of the run, in which the group was taken or trained."""
+    checkpoint_epoch: int = 0  # the epoch, counted in checkpoints of the run, in which the group was taken or trained
     rollouts: list[StoredRollout]
 
     @property
@@ -111,12 +109,9 @@ class RecordedSpans:
 
 
 class Ledger:
-    """The state of every rollout.
-
-    With `keeps_taken`, which needs a journal, a taken group stays until it is trained and a newer checkpoint is
-    complete, so that a resumed run can take it again. Without it, a group is forgotten when it is taken. Spans of
-    complete rollouts beyond `memory_bytes` are kept in the journal only.
-    """
+    """The state of every rollout. With `keeps_taken`, which needs a journal, a taken group stays until it is trained
+    and a newer checkpoint is complete, so that a resumed run can take it again. Without it, a group is forgotten when
+    it is taken. Spans of complete rollouts beyond `memory_bytes` are kept in the journal only."""
 
     def __init__(
         self, *, next_group: Mapping[Split, int] | None = None, keeps_taken: bool = False, memory_bytes: int = 2**62

@@ -25,8 +25,7 @@ from agent_lightning.core.errors import JournalDamaged, JournalError
 
 FORMAT: Final = 2
 """The format that is written; a reader refuses higher ones. In format 1 some fields of a Base have other names."""
-BASE: Final = 1
-"""Header flag: the segment begins with a Base event, so that older segments are not needed."""
+BASE: Final = 1  # header flag: the segment begins with a Base event, so that older segments are not needed
 _MAGIC: Final = b"AGLJ"
 _HEADER: Final = struct.Struct("<4sHHQQ")
 _CRC: Final = struct.Struct("<I")
@@ -88,11 +87,8 @@ def unframe(data: bytes, location: RecordLocation, path: Path) -> bytes:
 
 @dataclass(slots=True)
 class SegmentReader:
-    """Reads one segment from its start to its last valid record.
-
-    Raises JournalDamaged if a valid record follows a broken one, or if anything is broken and `last` is not set;
-    JournalError if the format is newer.
-    """
+    """Reads one segment from its start to its last valid record. Raises JournalDamaged if a valid record follows a
+    broken one, or if anything is broken and `last` is not set; JournalError if the format is newer."""
 
     segment: Segment
     last: bool  # whether this is the last segment, which a crash may have left with a torn tail
@@ -150,9 +146,8 @@ class SegmentReader:
 
 
 def segment_readers(folder: Path) -> Iterator[SegmentReader]:
-    """Readers of the segments that count, in order; read each to its end before advancing to the next.
-
-    Raises JournalError, and JournalDamaged if a segment is missing."""
+    """Readers of the segments that count, in order; read each to its end before advancing to the next. Raises
+    JournalError, and JournalDamaged if a segment is missing."""
     segments = list_segments(folder)
     bases = []
     for index, segment in enumerate(segments):

@@ -21,10 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 class Store:
-    """Changes the ledger by events, and records them in the journal if there is one.
-
-    Constructing it never raises JournalError: if the journal cannot be used, every change raises its error instead.
-    """
+    """Changes the ledger by events, and records them in the journal if there is one. Constructing it never raises
+    JournalError: if the journal cannot be used, every change raises its error instead."""
 
     def __init__(
         self, config: JournalConfig | None, *, first_group: Mapping[Split, int] | None, memory_bytes: int
@@ -54,9 +52,8 @@ class Store:
             logger.warning("the journal %s: %d records, %d groups", config.path, number, len(self.ledger.groups))
 
     def note(self, event: Event, *, grows: bool = False) -> None:
-        """Record an event and apply it. An event that `grows` the journal is refused when the journal is full.
-
-        Raises JournalFull, JournalError or DataError; then nothing has changed."""
+        """Record an event and apply it. An event that `grows` the journal is refused when the journal is full. Raises
+        JournalFull, JournalError or DataError; then nothing has changed."""
         if self._broken is not None:
             raise self._broken
         if self._journal is None:

@@ -22,15 +22,11 @@ class TakenRollout:
     """The last attempt of a rollout."""
 
     key: RolloutKey
-    started_at: float
-    """Unix seconds at which the attempt was leased; 0 if it never was."""
+    started_at: float  # Unix seconds at which the attempt was leased; 0 if it never was
     ending: Ending
-    calls: tuple[ModelCall, ...]
-    """The calls that the gateway recorded, in the order of their arrival."""
-    spans: tuple[RawSpan, ...]
-    """The spans that the agent's process sent."""
-    refused_spans: Mapping[str, int]
-    """Reason -> number of spans that were refused when they arrived."""
+    calls: tuple[ModelCall, ...]  # the calls that the gateway recorded, in the order of their arrival
+    spans: tuple[RawSpan, ...]  # the spans that the agent's process sent
+    refused_spans: Mapping[str, int]  # reason -> number of spans that were refused when they arrived
 
     def assemble(self, task: Task) -> Trajectory:
         """The attempt with its spans put together. Never raises: a trace that cannot be assembled is lost and counted
@@ -59,8 +55,7 @@ class TakenGroup:
 
     group_id: str
     task: Task
-    rollouts: tuple[TakenRollout, ...]
-    """In the order of `RolloutKey.index`."""
+    rollouts: tuple[TakenRollout, ...]  # in the order of `RolloutKey.index`
 
     def assemble(self) -> Group:
         """The group with the trajectories of its rollouts. Never raises."""

@@ -100,8 +100,7 @@ async def fetch(reference: Any) -> Any:
     return await asyncio.wrap_future(reference.future())
 
 
-ActorDied = ray.exceptions.RayActorError
-"""Raised by a call of an actor whose process is gone."""
+ActorDied = ray.exceptions.RayActorError  # raised by a call of an actor whose process is gone
 
 
 def who_died(error: BaseException) -> str:
@@ -131,12 +130,10 @@ def init_ray(
     resources: Mapping[str, float] | None = None,
     dashboard: bool = False,
 ) -> bool:
-    """Join the cluster at `address` (or RAY_ADDRESS, as in a submitted job), or start a cluster on this machine.
-
-    Does nothing if this process is in a cluster already. `num_cpus`, `resources` (custom ones, by name) and `dashboard`
+    """Join the cluster at `address` (or RAY_ADDRESS, as in a submitted job), or start a cluster on this machine. Does
+    nothing if this process is in a cluster already. `num_cpus`, `resources` (custom ones, by name) and `dashboard`
     apply to a cluster that is started; `shutdown_ray` ends it. Returns whether a cluster was started. Raises UserError
-    if the address does not answer, if the cluster has other versions, and if Ray does not start.
-    """
+    if the address does not answer, if the cluster has other versions, and if Ray does not start."""
     for logger in ("ray", "ray.serve"):  # the imports of both set these levels
         logging.getLogger(logger).setLevel(logging.ERROR)
     if ray.is_initialized():
@@ -191,10 +188,8 @@ class Node:
     """A node of the cluster that is alive."""
 
     node_id: str
-    host: str
-    """The IP address of the node."""
-    resources: Mapping[str, float]
-    """All that the node has, used or not: {"CPU": 16.0, "GPU": 8.0, ...}."""
+    host: str  # the IP address of the node
+    resources: Mapping[str, float]  # all that the node has, used or not: {"CPU": 16.0, "GPU": 8.0, ...}
 
 
 def nodes() -> list[Node]:

@@ -10,8 +10,7 @@ import numpy as np
 
 from agent_lightning.core.types import Floats
 
-_ROUNDING = 1e-3
-"""The log-probability of a certain token may exceed 0 by this much, by rounding."""
+_ROUNDING = 1e-3  # the log-probability of a certain token may exceed 0 by this much, by rounding
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -28,12 +27,9 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
 
 
 def is_deeper(value: Any, limit: int) -> bool:
-    """Whether lists, tuples and dicts are nested in each other more than `limit` times.
-
-    Goes level by level instead of calling itself, so that a value made to exhaust a stack cannot exhaust this one.
-
-    Example: {"messages": [{}]} is deeper than 2, and not deeper than 3.
-    """
+    """Whether lists, tuples and dicts are nested in each other more than `limit` times. Goes level by level instead of
+    calling itself, so that a value made to exhaust a stack cannot exhaust this one.
+    Example: {"messages": [{}]} is deeper than 2, and not deeper than 3."""
     level = [value]
     for _ in range(limit + 1):
         containers = [item for item in level if isinstance(item, dict | list | tuple)]
@@ -49,13 +45,10 @@ def compact(value: object) -> str:
 
 
 def clean_logprobs(values: Sequence[float | None], size: int) -> Floats:
-    """Log-probabilities of `size` tokens, float32[size]; NaN for each value that is missing, infinite or above 0.
-
-    All are NaN if there are not exactly `size` values, because nobody could assign them to tokens. Values that exceed 0
-    by rounding become 0.
-
-    Example: clean_logprobs([-0.5, None, 1e-6], 3) -> [-0.5, NaN, 0.0]; clean_logprobs([-0.5], 3) -> three NaN
-    """
+    """Log-probabilities of `size` tokens, float32[size]; NaN for each value that is missing, infinite or above 0. All
+    are NaN if there are not exactly `size` values, because nobody could assign them to tokens. Values that exceed 0 by
+    rounding become 0.
+    Example: clean_logprobs([-0.5, None, 1e-6], 3) -> [-0.5, NaN, 0.0]; clean_logprobs([-0.5], 3) -> three NaN"""
     if len(values) != size:
         return np.full(size, np.nan, np.float32)
     logprob_T = np.array([np.nan if value is None else value for value in values], np.float32)

@@ -16,10 +16,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-CHILD: Final = "AGL_PROCESS_TREE"
-"""The name of the tag of a child process and its descendants."""
-CLUSTER: Final = "AGL_CLUSTER"
-"""The name of the tag of all processes of a Ray cluster that was started for one run."""
+CHILD: Final = "AGL_PROCESS_TREE"  # the name of the tag of a child process and its descendants
+CLUSTER: Final = "AGL_CLUSTER"  # the name of the tag of all processes of a Ray cluster that was started for one run
 
 
 def kill_tagged(start: str, name: str = CHILD) -> None:

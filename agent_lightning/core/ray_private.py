@@ -187,12 +187,10 @@ def head_node() -> Mapping[str, Any]:
 
 
 def llm_server(settings: Mapping[str, Any]) -> Any:
-    """An LLMServer of Ray Serve LLM that runs in this process; `settings` are the fields of its LLMConfig.
-
-    It leaves out what a run does not need: the usage report, which starts an actor and waits for it before the first
-    call; the download step for a model in a local folder, which is one more worker process with vLLM in it; and on a
-    CPU with one worker the worker process, which costs one more import of vLLM and a message to and fro for each step.
-    """
+    """An LLMServer of Ray Serve LLM that runs in this process; `settings` are the fields of its LLMConfig. It leaves
+    out what a run does not need: the usage report, which starts an actor and waits for it before the first call; the
+    download step for a model in a local folder, which is one more worker process with vLLM in it; and on a CPU with one
+    worker the worker process, which costs one more import of vLLM and a message to and fro for each step."""
     from ray.llm._internal.common.callbacks.base import CallbackBase
     from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
     from ray.serve.llm import LLMConfig

@@ -44,7 +44,6 @@ def hide_secret(text: AnyStr, secret: str) -> AnyStr:
 
 def hide_attempt_secrets(text: str) -> str:
     """The text with the secret of every attempt's URL hidden; works without knowing the secrets.
-
     Example: ".../attempt/1/0123456789abcdef0123456789abcdef/v1" -> ".../attempt/1/***/v1"
     """
     return _ATTEMPT_URL.sub(r"\1***", text)

@@ -33,22 +33,16 @@ class Inspection:
     """A config, and what the checks learn about the machine, the cluster and the hub that it needs."""
 
     config: Config
-    splits: Sequence[Split]
-    """The splits whose tasks are read; a run that reads "train" also trains."""
-    download: bool = True
-    """Whether models and data sets are downloaded, or only looked up on the hub."""
-    assumed: Sequence[placement.Resources] = ()
-    """The resources of planned nodes, which replace those of the cluster."""
-    nodes: Sequence[placement.Resources] = ()
-    """The resources of the nodes of the cluster, or the assumed ones."""
-    model: str = ""
-    """The model's folder if it is downloaded, else the model in words; empty if it is missing."""
+    splits: Sequence[Split]  # the splits whose tasks are read; a run that reads "train" also trains
+    download: bool = True  # whether models and data sets are downloaded, or only looked up on the hub
+    assumed: Sequence[placement.Resources] = ()  # the resources of planned nodes, which replace those of the cluster
+    nodes: Sequence[placement.Resources] = ()  # the resources of the nodes of the cluster, or the assumed ones
+    model: str = ""  # the model's folder if it is downloaded, else the model in words; empty if it is missing
     size: placement.ModelSize | None = None
     """None for a toy model, and if the model's config.json does not give its size."""
     tasks: dict[Split, list[Task]] = field(default_factory=dict)
     """The tasks of each split, except splits that are missing or stay on the hub."""
-    missing: list[str] = field(default_factory=list)
-    """A line for each check that failed."""
+    missing: list[str] = field(default_factory=list)  # a line for each check that failed
 
 
 def require(config: Config, *splits: Split) -> Inspection:

@@ -16,8 +16,7 @@ from agent_lightning.core.text import error_line
 
 T = TypeVar("T")
 
-HUB_SECONDS: Final = 4.0
-"""Seconds that a dry run waits for an answer of the hub."""
+HUB_SECONDS: Final = 4.0  # seconds that a dry run waits for an answer of the hub
 _MODEL_FILES: Final = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 

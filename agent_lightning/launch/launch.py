@@ -44,8 +44,7 @@ class System:
     buffer: Buffer
     board: PolicyBoard
     service: Service
-    learner: Learner | None
-    """None if nothing is trained."""
+    learner: Learner | None  # None if nothing is trained
 
 
 @asynccontextmanager

@@ -12,10 +12,8 @@ from agent_lightning.core.errors import EngineError
 from agent_lightning.rollouts.supervise import FindGateway, Workers
 
 logger = logging.getLogger(__name__)
-POLL_SECONDS: Final = 2.0
-"""Seconds between two looks at the nodes of the cluster."""
-GATEWAY_SECONDS: Final = 120.0
-"""Seconds that a gateway may take to start on a node."""
+POLL_SECONDS: Final = 2.0  # seconds between two looks at the nodes of the cluster
+GATEWAY_SECONDS: Final = 120.0  # seconds that a gateway may take to start on a node
 
 
 async def find_local_gateway(app: str, timeout: float) -> str:

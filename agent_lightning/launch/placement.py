@@ -12,10 +12,8 @@ from typing import Any
 
 from agent_lightning.config.schema import Config
 
-Resources = Mapping[str, float]
-"""As Ray counts them: {"CPU": 16.0, "GPU": 8.0}."""
-LEARNER_SHARE = 0.5
-"""The share of a GPU that a learner process has if an engine has the rest."""
+Resources = Mapping[str, float]  # as Ray counts them: {"CPU": 16.0, "GPU": 8.0}
+LEARNER_SHARE = 0.5  # the share of a GPU that a learner process has if an engine has the rest
 GIB = 2**30
 
 
@@ -25,10 +23,8 @@ class BundleGroup:
 
     what: str
     number: int
-    bundles: tuple[Resources, ...]
-    """The bundles of each group."""
-    one_node: bool
-    """Whether all bundles of a group must be on the same node."""
+    bundles: tuple[Resources, ...]  # the bundles of each group
+    one_node: bool  # whether all bundles of a group must be on the same node
 
 
 def engine_bundles(config: Config) -> tuple[Resources, ...]:
@@ -104,16 +100,13 @@ class ModelSize:
     """The size of a model."""
 
     parameters: int
-    kv_values: int
-    """Values in the KV cache for each token."""
+    kv_values: int  # values in the KV cache for each token
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> ModelSize:
         """The size of a decoder with attention and a gated MLP, such as Llama, Qwen and Mistral, from its config.json;
         an estimate for other models. Raises KeyError for a config without one of the fields.
-
-        Example: Llama-3.2-3B has 3.2e9 parameters and 57,344 values per token.
-        """
+        Example: Llama-3.2-3B has 3.2e9 parameters and 57,344 values per token."""
         hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
         head = config.get("head_dim") or hidden // heads
         kv_heads = config.get("num_key_value_heads") or heads
@@ -129,11 +122,9 @@ class Memory:
 
     learner: float
     """For each learner process: its shard of float32 weights, gradients, Adam's two moments and the reference."""
-    engine_weights: float
-    """For each GPU of a replica, or for a replica on a CPU."""
+    engine_weights: float  # for each GPU of a replica, or for a replica on a CPU
     kv_per_token: float
-    conversations: int
-    """The most conversations that a replica samples at a time."""
+    conversations: int  # the most conversations that a replica samples at a time
     kv_wanted: float
     """For each replica with so many conversations of max_len at once; with less KV cache, some have to wait."""
 

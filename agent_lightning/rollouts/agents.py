@@ -32,8 +32,7 @@ if TYPE_CHECKING:  # the process of an agent starts faster without the config
     from agent_lightning.config.running import Agent, AgentMode
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_RESULT = "AGL_RESULT "
-"""Begins the line on which a child process prints its result."""
+_RESULT = "AGL_RESULT "  # begins the line on which a child process prints its result
 _LONGEST_VARIABLE = 100_000
 """Characters of a payload beyond which it is on stdin only: Linux refuses variables of 128 KiB (MAX_ARG_STRLEN)."""
 _IMPORT_ERRORS = (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError, OSError)
@@ -43,10 +42,8 @@ _IMPORT_ERRORS = (ImportError, SyntaxError, NameError, AttributeError, TypeError
 def load(target: str) -> Agent:
     """The function that a target names. Raises ConfigError if there is none.
 
-    Example:
-
-        load("json:dumps")({"a": 1})            # '{"a": 1}'
-        load("examples/calc_x/agent.py:solve")  # from the working folder, the project, or the package
+    load("json:dumps")({"a": 1})            # '{"a": 1}'
+    load("examples/calc_x/agent.py:solve")  # from the working folder, the project, or the package
     """
     where, _, name = target.rpartition(":")
     if not where or not name:

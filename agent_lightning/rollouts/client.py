@@ -42,12 +42,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _ROLLOUT = context.create_key("agent_lightning.rollout")
-_UNSENT = 4096
-"""Most spans of a rollout that wait to be sent; if there are more, all are dropped."""
+_UNSENT = 4096  # most spans of a rollout that wait to be sent; if there are more, all are dropped
 _SEND_TIMEOUT = 30.0
 """Seconds that sending may take: a gateway that serves hundreds of agents at once is slow, not gone."""
-_LAST_SPANS = 0.25
-"""Seconds for which `close` waits for spans that have not ended."""
+_LAST_SPANS = 0.25  # seconds for which `close` waits for spans that have not ended
 _LOGGERS_WITH_URLS = (
     "opentelemetry.exporter.otlp.proto.http.trace_exporter",
     "httpx",
@@ -65,8 +63,7 @@ class Rollout:
 
     rollout_id: str
     attempt: int
-    base_url: str = field(repr=False)
-    """OpenAI base URL, ending in /v1. It contains the attempt's secret."""
+    base_url: str = field(repr=False)  # OpenAI base URL, ending in /v1. It contains the attempt's secret.
 
     @property
     def traces_url(self) -> str:
@@ -75,9 +72,7 @@ class Rollout:
 
     def environment(self) -> dict[str, str]:
         """Environment variables that make a process part of this rollout, and of the span that is open now.
-
-        Example: subprocess.run(command, env=os.environ | current_rollout().environment())
-        """
+        Example: subprocess.run(command, env=os.environ | current_rollout().environment())"""
         carrier: dict[str, str] = {}
         propagate.inject(carrier)
         return {
@@ -108,8 +103,6 @@ def emit_reward(
     reward (`spans.assemble.emitted_reward`). A mapping gives several named rewards at once. Raises RewardError for a
     value that is not a finite number up to LARGEST_REWARD.
 
-    Example:
-
         emit_reward({"format": 1.0, "answer": 0.0})
         emit_reward(0.1, name="found", about=reply.id)
     """
@@ -133,10 +126,8 @@ class ToolSpan:
     ) -> None:
         self._name, self._arguments, self._call_id, self._timeout_s = name, arguments, call_id, timeout_s
         self._stack = ExitStack()
-        self.span_id = ""
-        """16 hex digits once the block has been entered; "" outside a run."""
-        self.result: object = None
-        """What the tool returned; set it before the block ends."""
+        self.span_id = ""  # 16 hex digits once the block has been entered; "" outside a run
+        self.result: object = None  # what the tool returned; set it before the block ends
 
     def __enter__(self) -> Self:
         if self._timeout_s is not None:
@@ -208,11 +199,9 @@ def tool(
     timeout_s: float | None = None,
 ) -> Callable[P, T] | ToolSpan:
     """Show a use of a tool: `@tool`, `@tool("name", timeout_s=10)`, or `with tool("name", arguments) as span`.
-
     `call_id` is the id of the model's tool call, if the code knows it. An exception is recorded as the tool's error and
     propagates. `timeout_s` is for decorated functions: the seconds until TimeoutError is raised. An async function is
-    then cancelled; a plain function runs in a thread, which cannot be stopped and is abandoned.
-    """
+    then cancelled; a plain function runs in a thread, which cannot be stopped and is abandoned."""
     if isinstance(what, str):
         return ToolSpan(what, arguments or {}, call_id, timeout_s)
     return ToolSpan("", {})(what)

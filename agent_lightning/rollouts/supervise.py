@@ -20,8 +20,7 @@ from agent_lightning.core.text import error_line, last_line
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS: Final = 0.5
-MOST_DEATHS: Final = 5
-"""Deaths of a worker within `DEATHS_WITHIN` seconds after which it is not replaced any more."""
+MOST_DEATHS: Final = 5  # deaths of a worker within `DEATHS_WITHIN` seconds after which it is not replaced any more
 DEATHS_WITHIN: Final = 300.0
 
 FindGateway = Callable[[float], Coroutine[Any, Any, str]]
@@ -51,8 +50,6 @@ class Workers:
     A worker is replaced if its process dies, or if it does not answer for `unresponsive_timeout_s` seconds because an
     agent blocks its event loop; its running attempts end at once. If a worker dies again and again, the buffer is told
     so, and the run stops.
-
-    Example:
 
         workers = Workers(make, number=2, buffer=buffer, kill=cluster.kill)
         running = asyncio.create_task(workers.run())
@@ -153,11 +150,9 @@ class Workers:
 async def watch(
     buffer: WatchedBuffer, report: Callable[[Stats], None], alive: Callable[[], Awaitable[object]] | None = None
 ) -> str:
-    """Watch the rollouts until cancelled: report their progress, and end those whose lease has expired.
-
-    Returns one line if the run should stop: the circuit breaker has tripped, or no worker can be kept alive. Raises
-    what `alive` raises: a process without which no rollout can end is gone.
-    """
+    """Watch the rollouts until cancelled: report their progress, and end those whose lease has expired. Returns one
+    line if the run should stop: the circuit breaker has tripped, or no worker can be kept alive. Raises what `alive`
+    raises: a process without which no rollout can end is gone."""
     while True:
         if alive is not None:
             await alive()

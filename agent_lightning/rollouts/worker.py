@@ -31,12 +31,10 @@ from agent_lightning.spans.tree import RawSpan
 
 logger = logging.getLogger(__name__)
 
-_LEASE_WAIT = 5.0
-"""Longest wait for a lease, in seconds; it ends as soon as there is work."""
+_LEASE_WAIT = 5.0  # longest wait for a lease, in seconds; it ends as soon as there is work
 _GATEWAY_WAIT = 20.0
 """Seconds for which a rollout that reached no gateway waits for one: less than the grace period of a lease."""
-_LONGEST_OUTPUT = 2000
-"""Characters of an agent's result that are kept."""
+_LONGEST_OUTPUT = 2000  # characters of an agent's result that are kept
 _UNKNOWN_VERSION = -1
 """The policy version in a worker: it does not follow the updates, and the gateway notes the version of each call."""
 
@@ -53,10 +51,8 @@ class RolloutBuffer(Protocol):
 def to_reward(value: object, reward_range: tuple[float, float]) -> float:
     """The value as a reward: a finite number in the range. Raises RewardError.
 
-    Example:
-
-        to_reward(True, (0.0, 1.0))   # 1.0
-        to_reward("1", (0.0, 1.0))    # RewardError: the reward is a str, not a number
+    to_reward(True, (0.0, 1.0))   # 1.0
+    to_reward("1", (0.0, 1.0))    # RewardError: the reward is a str, not a number
     """
     if not isinstance(value, numbers.Real | np.bool_):
         raise RewardError(f"the reward is a {type(value).__name__}, not a number")
@@ -72,8 +68,6 @@ def to_reward(value: object, reward_range: tuple[float, float]) -> float:
 
 class RolloutWorker:
     """Runs agents until `stop` is called.
-
-    Example:
 
         worker = RolloutWorker(buffer=buffer, agent=config.agent, policy_url="http://127.0.0.1:8000", model="policy")
         await worker.run()

@@ -24,8 +24,7 @@ from agent_lightning.serving.gate import Gate
 from agent_lightning.serving.policy import Follower, PolicyBoard
 
 PAD: Final = 0
-END: Final = 1
-"""The token at the end of every message; the policy samples it after its word, with probability 1."""
+END: Final = 1  # the token at the end of every message; the policy samples it after its word, with probability 1
 ROLES: Final[Mapping[str, int]] = {"system": 2, "developer": 2, "user": 3, "assistant": 4, "tool": 5}
 FIRST_BYTE: Final = 8
 FIRST_WORD: Final = FIRST_BYTE + 256
@@ -87,19 +86,15 @@ class _Query:
     prompts: tuple[Ints, ...]
     temperature: float
     max_tokens: int
-    num: int
-    """The number of choices for each prompt."""
-    seed: int | None
-    """The seed of the sampling; None: it depends on how often the prompt has been sampled."""
+    num: int  # the number of choices for each prompt
+    seed: int | None  # the seed of the sampling; None: it depends on how often the prompt has been sampled
 
 
 class ToyEngine:
-    """The policy's engine, with exact token ids, true log-probabilities, and the refusals of vLLM.
-
-    It reads `temperature` (0: the likeliest word, with log-probability 0), `max_tokens`, `n` and `seed`. As in vLLM,
-    one policy version answers a call from its first to its last token, unless the rule of the gate is "keep": then an
-    update may fall between the word and END.
-    """
+    """The policy's engine, with exact token ids, true log-probabilities, and the refusals of vLLM. It reads
+    `temperature` (0: the likeliest word, with log-probability 0), `max_tokens`, `n` and `seed`. As in vLLM, one policy
+    version answers a call from its first to its last token, unless the rule of the gate is "keep": then an update may
+    fall between the word and END."""
 
     def __init__(
         self,
@@ -115,8 +110,7 @@ class ToyEngine:
         and response together, `delay_s` the seconds that each answer takes; the attribute may be changed."""
         self.delay_s = delay_s
         self.version = 0
-        self.in_flight = 0
-        """The number of calls that are being answered."""
+        self.in_flight = 0  # the number of calls that are being answered
         self._language = language
         self._max_len = max_len
         self._seed = seed

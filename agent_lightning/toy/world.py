@@ -60,16 +60,12 @@ class QuietObserver:
     """The Observer of a run: keeps its records in memory, and has checkpoints written into a folder."""
 
     checkpoints: Path | None = None
-    every: int = 0
-    """A checkpoint is due after so many steps (0: never), and after the last step."""
-    records: list[dict[str, float]] = field(default_factory=list)
-    """The metrics of each training step."""
-    evaluations: list[tuple[int, float]] = field(default_factory=list)
-    """Step and mean reward of each evaluation."""
+    every: int = 0  # a checkpoint is due after so many steps (0: never), and after the last step
+    records: list[dict[str, float]] = field(default_factory=list)  # the metrics of each training step
+    evaluations: list[tuple[int, float]] = field(default_factory=list)  # step and mean reward of each evaluation
     groups: list[Group] = field(default_factory=list)
     """The groups of training and evaluation, in the order in which they were taken."""
-    doing: str = ""
-    """What the run waits for."""
+    doing: str = ""  # what the run waits for
 
     def waiting_for(self, text: str) -> None:
         self.doing = text
@@ -96,17 +92,12 @@ class ToyWorld:
     """A run with all its parts, started by `async with ToyWorld(agent=…, tasks=…, words=…) as world`. In the block,
     `loop` is ready to run, `url` is the root URL of the gateway, and the other parts can be inspected."""
 
-    agent: AgentConfig | Agent
-    """An async function that returns its reward, or the section of any agent."""
-    concurrency: int = 32
-    """Rollouts that a worker runs at a time."""
+    agent: AgentConfig | Agent  # an async function that returns its reward, or the section of any agent
+    concurrency: int = 32  # rollouts that a worker runs at a time
     tasks: Sequence[Task]
-    words: Sequence[str]
-    """The policy's answers."""
-    val_tasks: Sequence[Task] = ()
-    """If empty, the training tasks."""
-    algorithm: AlgorithmConfig = AlgorithmConfig()
-    """The size of a group; a step has all tasks."""
+    words: Sequence[str]  # the policy's answers
+    val_tasks: Sequence[Task] = ()  # if empty, the training tasks
+    algorithm: AlgorithmConfig = AlgorithmConfig()  # the size of a group; a step has all tasks
     retries: Retries = field(default_factory=Retries)
     breaker: Breaker | None = None
     max_len: int = 4096
@@ -116,8 +107,7 @@ class ToyWorld:
     """Whether samples depend on `seed` and the rollout only, not on the order of calls; see GatewayConfig.seed."""
     checkpoints: Path | None = None
     checkpoint_every: int = 0
-    resume: bool = False
-    """Continue from the newest checkpoint in `checkpoints`."""
+    resume: bool = False  # continue from the newest checkpoint in `checkpoints`
     journal: JournalConfig | None = None
     num_workers: int = 1
     link: Callable[[Any, str, str], Any] = lambda part, name, method: part
