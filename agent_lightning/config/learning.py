@@ -29,7 +29,7 @@ Failure = float | None | Resample
 
 
 class FailuresConfig(Section):
-    """What becomes of a rollout that failed, by its outcome: a number is its reward, null leaves it out of its group
+    """The treatment of a failed rollout, by its outcome: a number is its reward, null leaves it out of its group
     and of training, and resample tries it again, at most agent.max_attempts times, before it is left out."""
 
     agent_error: Failure = 0.0

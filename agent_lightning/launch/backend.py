@@ -54,7 +54,7 @@ class Backend:
         return [placement.replica_group(self.config, self.replica_bundles()), *learner]
 
     def replica(self) -> MakeReplica | None:
-        """What makes a policy replica; None: the vLLM replica that the serving configuration describes."""
+        """The maker of a policy replica; None: the vLLM replica that the serving configuration describes."""
         return None
 
     def learner(self, model: str) -> Learner:

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunObserver:
-    """What `Loop` reports to: the terminal (`Progress`), the metric sinks, and the files of the run's folder."""
+    """Passes the reports of `Loop` to the terminal (`Progress`), the metric sinks, and the files of the run folder."""
 
     def __init__(
         self, *, config: Config, run: RunDirectory, progress: Progress, resumed_step: int | None = None

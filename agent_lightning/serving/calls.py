@@ -47,7 +47,7 @@ class Recorder(Protocol):
 
 @dataclass(slots=True)
 class Attempt:
-    """What the gateway remembers of an attempt, from its first request on."""
+    """The gateway's memory of an attempt, from its first request on."""
 
     key: RolloutKey
     secret: str = field(repr=False)

@@ -32,7 +32,7 @@ class RawSpan:
 
 
 def span_kind(span: RawSpan) -> Kind:
-    """What a span describes, judged by its attributes.
+    """The kind of event that a span describes, by its attributes.
 
     Example: span_kind(span with {"openinference.span.kind": "LLM"}) -> Kind.CALL
     """
