@@ -28,9 +28,7 @@ class VerlLearner:
 
     def __init__(self, config: Training, groups: Groups | None = None) -> None:
         """`groups`: running worker groups, which start again from the model's weights; None starts new ones."""
-        self._config = config
-        self._version = 0
-        self._updates = 0
+        self._config, self._version, self._updates = config, 0, 0
         groups = groups or verl_groups.start_groups(config)
         self._group = groups.policy
         self._group.reset()

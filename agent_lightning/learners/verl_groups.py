@@ -24,14 +24,10 @@ if TYPE_CHECKING:
 
 Role = Literal["policy", "reference", "critic"]
 
-CPU_ENVIRONMENT = {
-    "VERL_PLATFORM": "cpu",
-    "VERL_ENGINE_DEVICE": "cuda",
-    "VERL_LOGGING_LEVEL": "WARNING",
-    "TORCH_COMPILE_DISABLE": "1",
-}
+_QUIET = {"VERL_LOGGING_LEVEL": "WARNING"}
+CPU_ENVIRONMENT = _QUIET | {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "TORCH_COMPILE_DISABLE": "1"}
 """Makes veRL choose our platform (verl_cpu.py) and its FSDP engine, whose code does not depend on the device."""
-GPU_ENVIRONMENT = {"VERL_LOGGING_LEVEL": "WARNING", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+GPU_ENVIRONMENT = _QUIET | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 """Micro-batches have many lengths: without expandable segments, torch's memory becomes fragmented."""
 
 

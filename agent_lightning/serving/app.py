@@ -279,8 +279,7 @@ def _llm_settings(config: Deployment) -> dict[str, Any]:
     }
     if config.model.tool_parser:
         engine |= {"enable_auto_tool_choice": True, "tool_call_parser": config.model.tool_parser}
-    memory = {"gpu_memory_utilization": config.serving.gpu_memory_utilization}
-    engine |= {"enforce_eager": True} if on_cpu else memory
+    engine |= {"enforce_eager": True} if on_cpu else {"gpu_memory_utilization": config.serving.gpu_memory_utilization}
     return {
         "model_loading_config": {"model_id": MODEL_NAME, "model_source": config.model.path},
         "accelerator_config": {"kind": "cpu" if on_cpu else "gpu"},

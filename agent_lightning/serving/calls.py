@@ -106,13 +106,8 @@ def parse_request(raw: bytes, dialect: Dialect, *, model: str, max_depth: int, m
     prompts = len(prompt) if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt) else 1
     if (engine.get("n") or 1) * prompts > max_choices:
         raise BadRequest(f"n must be a number from 1 to {max_choices}, all prompts together")
-    return RequestContext(
-        body=body,
-        engine=engine,
-        reply_id=f"{dialect.prefix}{uuid.uuid4().hex}",
-        model=body.get("model") or model,
-        created=int(time.time()),
-    )
+    model, reply_id = body.get("model") or model, f"{dialect.prefix}{uuid.uuid4().hex}"
+    return RequestContext(body=body, engine=engine, reply_id=reply_id, model=model, created=int(time.time()))
 
 
 @asynccontextmanager
@@ -159,15 +154,11 @@ async def take_traces(
     """Record the spans of an ExportTraceServiceRequest, protobuf or JSON, and answer as OTLP's specification says.
     Rejected spans are counted in the answer's `partial_success` and in the buffer. The status is 400 if the body cannot
     be read, and 409 if the rollout has ended: exporters repeat neither."""
-    content_type = headers.get("content-type", otlp.PROTOBUF)
+    content_type, encoding = headers.get("content-type", otlp.PROTOBUF), headers.get("content-encoding", "")
+    limits = {"max_bytes": max_bytes, "max_spans": _MAX_SPANS}
     try:
         traces, faults = otlp.decode(
-            raw,
-            content_type=content_type,
-            content_encoding=headers.get("content-encoding", ""),
-            max_bytes=max_bytes,
-            max_spans=_MAX_SPANS,
-            secret=attempt.secret,
+            raw, content_type=content_type, content_encoding=encoding, secret=attempt.secret, **limits
         )
         spans = tuple(span for trace in traces.values() for span in trace)
         lost = sum(count for reason, count in faults.items() if not reason.startswith("repaired"))

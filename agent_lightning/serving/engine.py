@@ -17,18 +17,8 @@ from agent_lightning.core.json_values import clean_logprobs, join_chunks
 from agent_lightning.core.types import Floats, Ints, Split
 
 MAX_TOKENS = ("max_tokens", "max_completion_tokens")
-SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "frequency_penalty",
-    "presence_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "min_tokens",
-    "seed",
-)
+_PENALTIES = ("frequency_penalty", "presence_penalty", "repetition_penalty")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", *_PENALTIES, "logit_bias", "min_tokens", "seed")
 """Parameters that an agent may not choose in training: the learner would assume another distribution than the sampled
 one, and with a fixed seed all rollouts of a group would be the same."""
 _NEVER = ("stream_options", "request_id", "use_beam_search")
@@ -141,14 +131,9 @@ def parse_reply(raw: Mapping[str, Any], *, policy_version: int, last_version: in
         if any(not 0 <= token < 2**31 for token in (*prompt, *tokens)):
             raise ValueError("the engine's reply has token ids out of any vocabulary")
         values = [entry["logprob"] for entry in logprobs.get("content") or ()] or logprobs.get("token_logprobs") or []
-        choices.append(
-            Choice(
-                prompt_T=np.asarray(prompt, dtype=np.int32),
-                response_T=np.asarray(tokens, dtype=np.int32),
-                logprob_T=clean_logprobs(values, len(tokens)),
-                finish_reason=str(choice["finish_reason"]),
-            )
-        )
+        prompt_T, response_T = (np.asarray(ids, dtype=np.int32) for ids in (prompt, tokens))
+        logprob_T, reason = clean_logprobs(values, len(tokens)), str(choice["finish_reason"])
+        choices.append(Choice(prompt_T=prompt_T, response_T=response_T, logprob_T=logprob_T, finish_reason=reason))
         visible.append({key: value for key, value in choice.items() if key not in _IDS})
     reply = {key: value for key, value in raw.items() if key not in _IDS} | {"choices": visible}
     return Completion(reply=reply, choices=tuple(choices), policy_version=policy_version, last_version=last_version)

@@ -102,9 +102,7 @@ class Gateway:
     """Answers the requests of agents: model calls, token counts, traces and the list of models."""
 
     def __init__(self, *, engine: Engine, recorder: Recorder, config: GatewayConfig) -> None:
-        self._engine = engine
-        self._recorder = recorder
-        self._config = config
+        self._engine, self._recorder, self._config = engine, recorder, config
         self._attempts: OrderedDict[RolloutKey, Attempt] = OrderedDict()
         self._answers: OrderedDict[tuple[RolloutKey, str, str, bytes], Answer] = OrderedDict()
 
@@ -183,12 +181,10 @@ class Gateway:
         except Exception as error:  # whatever fails behind the gateway, the agent gets an error of its protocol
             logger.exception("a call of rollout %s could not be answered", attempt.key.rollout_id)
             refusal = engine_error(f"the gateway failed: {type(error).__name__}")
-        if refusal is None:
-            return
-        if answer.started:
+        if refusal is not None and answer.started:
             answer.failed = True
             answer.send(call.stream.fail(refusal))
-        else:
+        elif refusal is not None:
             answer.respond(_refuse(call.dialect, refusal))
 
     async def _complete(self, call: Call, answer: Answer) -> Refusal | None:
@@ -214,12 +210,12 @@ class Gateway:
                 return None
             # Shielded: a call that was sampled to its end is recorded, even if the agent goes away at this moment.
             await asyncio.shield(self._record(call, completion, started_at))
-            if not call.wants_stream:
+            if call.wants_stream:
+                if not answer.started:
+                    answer.start_stream(call.stream.begin())
+                answer.send(call.stream.end(completion))
+            else:
                 answer.respond(JSONResponse(call.dialect.reply(call.context, completion)))
-                return None
-            if not answer.started:
-                answer.start_stream(call.stream.begin())
-            answer.send(call.stream.end(completion))
             return None
         finally:
             attempt.calls_in_flight -= 1
@@ -231,13 +227,9 @@ class Gateway:
         # arguments, in another way than its parsers of a complete answer.
         streamed = call.wants_stream and not call.context.engine.get("tools")
         # The engine counts a prompt's tokens by reading them, and samples one token that nobody sees.
-        limits = {"max_tokens": 1, "n": 1} if call.is_token_count else {}
+        body = {**call.context.engine, **({"max_tokens": 1, "n": 1} if call.is_token_count else {})}
         request = engine.engine_request(
-            {**call.context.engine, **limits},
-            model=config.model,
-            split=split,
-            sampling=config.sampling[split],
-            stream=streamed,
+            body, model=config.model, split=split, sampling=config.sampling[split], stream=streamed
         )
         if config.seed is not None and split == "train":
             request["seed"] = call.seed(config.seed)

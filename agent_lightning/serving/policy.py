@@ -47,10 +47,8 @@ class PolicyBoard:
     async def join(self, replica: str) -> Weights | None:
         """Add a replica that has loaded the weights on disk. Returns newer weights, to install before the first call;
         None if there are none."""
-        async with self._changed:
-            self._installed[replica], self._last_heartbeat[replica] = 0, time.monotonic()
-            self._changed.notify_all()
-            return self._weights
+        await self.note_installed(replica, 0)
+        return self._weights
 
     async def heartbeat(self, replica: str) -> bool:
         """Note that the replica lives. False if it does not belong to the policy: it must join before it answers."""

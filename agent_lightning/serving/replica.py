@@ -71,8 +71,7 @@ class PolicyServer:
         except _INVALID as error:
             return _invalid(error)
         reply = replies[-1]
-        error_fields = ray_private.llm_error(reply)
-        if error_fields is not None:
+        if (error_fields := ray_private.llm_error(reply)) is not None:
             return parse_error(*error_fields)
         return parse_reply(reply.model_dump(), policy_version=version, last_version=self._newer(version))
 
@@ -82,8 +81,7 @@ class PolicyServer:
             async for batch in await ray_private.ask_llm(self._server, request):
                 last_version = self._newer(version)  # when the batch arrives, not when its parts are read
                 for text in batch:
-                    error_fields = ray_private.llm_error(text)
-                    if error_fields is not None:
+                    if (error_fields := ray_private.llm_error(text)) is not None:
                         yield parse_error(*error_fields)
                         return
                     data = text.removeprefix("data: ").strip()

@@ -199,8 +199,7 @@ def _content(content: str | list[_Block] | None) -> str | list[dict[str, Any]] |
 
 def _tool(tool: _Tool) -> dict[str, Any]:
     if tool.type not in (None, "custom"):
-        message = f"a tool of type {tool.type!r} is not supported: the policy can call functions"
-        raise BadRequest(message, "unsupported")
+        raise BadRequest(f"a tool of type {tool.type!r} is not supported: the policy can call functions", "unsupported")
     function = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
     return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
 

@@ -204,8 +204,7 @@ def _content(content: str | list[dict[str, Any]] | None) -> str | list[dict[str,
 
 def _tool(tool: _Tool) -> dict[str, Any]:
     if tool.type != "function":
-        message = f"a tool of type {tool.type!r} is not supported: the policy can call functions"
-        raise BadRequest(message, "unsupported")
+        raise BadRequest(f"a tool of type {tool.type!r} is not supported: the policy can call functions", "unsupported")
     return {"type": "function", "function": tool.model_dump(exclude={"type", "strict"}, exclude_none=True)}
 
 
@@ -213,11 +212,9 @@ def _response(context: RequestContext, status: str) -> dict[str, Any]:
     """A response without its output; fields of the request are repeated, as the API does."""
     body = context.body
     repeated = ("instructions", "metadata", "temperature", "top_p", "max_output_tokens", "text", "reasoning", "user")
+    head = {"id": context.reply_id, "object": "response", "created_at": context.created, "status": status}
     return {
-        "id": context.reply_id,
-        "object": "response",
-        "created_at": context.created,
-        "status": status,
+        **head,
         "model": context.model,
         "output": [],
         **dict.fromkeys(("error", "incomplete_details", "usage", "previous_response_id")),
