@@ -63,11 +63,9 @@ class FailuresConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: Any) -> Any:
-        """Raise ConfigError for an outcome that is no failure."""
         for name in values if isinstance(values, dict) else ():
             if name not in cls.model_fields:
-                known = ", ".join(cls.model_fields)
-                raise ConfigError(f"algorithm.failures.{name}: not a failure; use one of {known}")
+                raise ConfigError(f"algorithm.failures.{name}: not a failure; use one of {', '.join(cls.model_fields)}")
         return values
 
 
@@ -114,8 +112,7 @@ class AlgorithmConfig(Section):
     kl_kind: KlKind | None = None
     """veRL's estimator of the KL; null: k3 in the loss, k1 in the reward."""
     importance_sampling: ImportanceSampling = "none"
-    """Truncated importance sampling between engine and learner, with a ratio for each token or for each sequence.
-    It costs a forward pass."""
+    """Truncated importance sampling between engine and learner, by token or by sequence; it costs a forward pass."""
     importance_sampling_cap: Annotated[float, Field(ge=1)] = 2.0
     """The ratio at which importance sampling is truncated."""
     entropy_coef: float = 0.0
@@ -154,7 +151,6 @@ class AlgorithmConfig(Section):
 
     @model_validator(mode="after")
     def _check_read(self) -> AlgorithmConfig:
-        """Raise ConfigError for a key that is set but has no effect."""
         refuse_unread("algorithm.kl_in", self.kl_in != "loss" and not self.kl_coef, "algorithm.kl_coef is 0")
         refuse_unread("algorithm.kl_kind", self.kl_kind is not None and not self.kl_coef, "algorithm.kl_coef is 0")
         unread = self.importance_sampling_cap != 2 and self.importance_sampling == "none"
@@ -169,11 +165,9 @@ class CreditConfig(Section):
     """identical: every call has its rollout's advantage (LightningRL); return_to_go: a call has what it and later calls
     earned; same_state: identical, and calls with the same prompt are compared (GiGPO); gae: a critic (PPO)."""
     scale: Scale = "std"
-    """What advantages are divided by: std of the group (GRPO), none (Dr. GRPO), or batch: normalised over the whole
-    step (REINFORCE++)."""
+    """Divisor of advantages: std of the group (GRPO), none (Dr. GRPO); batch: whitened over the step (REINFORCE++)."""
     baseline: Baseline = "mean"
-    """What is subtracted from a reward: mean of the group, leave_one_out: the mean of the group's other rollouts (RLOO,
-    with scale=none), or none."""
+    """Subtracted from a reward: mean of the group; leave_one_out: mean of the others (RLOO, with scale=none); none."""
     discount: Share = 1.0
     """Discount for each model call, of return_to_go and same_state; for each step of gae."""
     state_weight: NotNegative = 1.0
@@ -197,20 +191,17 @@ class CreditConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> CreditConfig:
-        """Raise ConfigError for values that contradict each other, or that have no effect."""
-        if self.method == "gae" and (self.scale == "std" or self.baseline != "mean"):
+        method = self.method
+        if method == "gae" and (self.scale == "std" or self.baseline != "mean"):
             raise ConfigError("credit.method=gae: needs credit.scale=batch or none, and no other credit.baseline")
         if self.baseline == "none" and self.scale == "std":
             raise ConfigError("credit.baseline=none: needs credit.scale=batch or none; std is of the group")
-        if self.discount != 1 and self.method == "identical":
+        if self.discount != 1 and method == "identical":
             raise ConfigError("credit.discount: credit.method=identical does not read it; choose another method")
-        if self.state_weight != 1 and self.method != "same_state":
-            raise ConfigError(
-                f"credit.state_weight: credit.method={self.method} does not read it; only same_state does"
-            )
-        if self.method != "gae":
-            refuse_unread("credit.gae_lambda", self.gae_lambda != 0.95, "only credit.method=gae does")
-            refuse_unread("credit.gae_level", self.gae_level != "token", "only credit.method=gae does")
+        if self.state_weight != 1 and method != "same_state":
+            raise ConfigError(f"credit.state_weight: credit.method={method} does not read it; only same_state does")
+        for key, changed in (("gae_lambda", self.gae_lambda != 0.95), ("gae_level", self.gae_level != "token")):
+            refuse_unread(f"credit.{key}", changed and method != "gae", "only credit.method=gae does")
         return self
 
 
@@ -284,7 +275,6 @@ class AirConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> AirConfig:
-        """Raise ConfigError for rewards that could outweigh the final one, and for keys that nothing reads."""
         if self.bound >= 0.5:
             raise ConfigError(
                 f"air.bound={self.bound}: must be above 0 and below 0.5: "

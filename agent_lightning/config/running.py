@@ -31,8 +31,7 @@ class SourceConfig(Section):
     """The tasks of one split. A key that the kind of source does not read must be left out."""
 
     kind: Literal["generated", "jsonl", "hub"] = "jsonl"
-    """generated: rows from a function; jsonl: a file with a JSON object a line; hub: a Hugging Face data set, by its id
-    or as a local folder."""
+    """generated: rows from a function; jsonl: a file with a JSON object a line; hub: a Hugging Face data set."""
     target: str | None = None
     """generated: "path/to/file.py:function", called with seed, num, split and, if it takes them, root and names; each
     row that it returns has an "id"."""
@@ -74,7 +73,6 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check_sources(self) -> DataConfig:
-        """Raise ConfigError for a key that a source's kind does not read."""
         for split, source in (("train", self.train), ("val", self.val)):
             for name, value in source.model_dump(mode="json", exclude={"kind"}).items():
                 if name not in SOURCE_FIELDS[source.kind] and value not in (None, []):
@@ -86,8 +84,7 @@ class ModelConfig(Section):
     """The policy that is trained."""
 
     path: str
-    """A local folder or a hub id of a causal language model. A relative path is looked up from here, then from the
-    project's folder."""
+    """Folder or hub id of a causal language model; a relative path is from here, or else from the project's folder."""
     max_len: AtLeast1 = 1024
     """Longest conversation in tokens, prompt and reply together."""
     words: tuple[str, ...] = ()
@@ -102,11 +99,9 @@ class RetryConfig(Section):
     """How often and how soon failed rollouts are tried again."""
 
     budget: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 1.0
-    """Most retries among the groups in progress, as a share of their rollouts: a tool that fails for everybody must not
-    multiply the work of a step."""
+    """Most retries among the groups in progress, as a share of their rollouts: a broken tool must not multiply work."""
     backoff_s: NotNegative = 1.0
-    """The wait before the second attempt is drawn from 0 to this many seconds, and from twice as many before each later
-    attempt."""
+    """The wait before the second attempt is drawn from 0 to this many seconds; the limit doubles with each attempt."""
     backoff_max_s: NotNegative = 60.0
     """Longest wait before an attempt, in seconds."""
 
@@ -117,20 +112,18 @@ class BreakerConfig(Section):
     window: AtLeast0 = 64
     """Number of latest attempts that are compared; 0 turns this off."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of them with the same error that stops the run. A policy that is still bad makes agents fail too: a value
-    far below 0.9 would stop it."""
+    """Share of them with the same error that stops the run; far below 0.9, a policy that is still bad would stop it."""
 
 
 class AgentConfig(Section):
     """The agent: what runs for each task, how it is scored, and its limits."""
 
     target: str | Agent
-    """"path/to/file.py:function", "package.module:function", or a command line. In
-    Python also the function itself, as for the reward."""
+    """"path/to/file.py:function", "package.module:function", or a command line; in Python also the function itself."""
     mode: AgentMode = "async"
     """How the agent runs: async (a coroutine), thread, process, or command."""
     reward: str | Agent | None = None
-    """"path/to/file.py:function", called with (task, output); null: the agent returns its reward."""
+    """"path/to/file.py:function" or a function, called with (task, output); null: the agent returns its reward."""
     reward_min: float = 0.0
     """Lowest reward that is valid."""
     reward_max: float = 1.0
@@ -144,8 +137,7 @@ class AgentConfig(Section):
     max_spans: AtLeast0 = 10_000
     """Most OpenTelemetry spans that the agent's side may send for one rollout."""
     instrument: tuple[str, ...] = ()
-    """OpenTelemetry instrumentors to turn on in the agent's process, by the names of their entry points, such as
-    [langchain]."""
+    """OpenTelemetry instrumentors to turn on in the agent's process, by entry point, such as [langchain]."""
     max_attempts: AtLeast1 = 3
     """Most attempts at a rollout whose failure is resampled; see algorithm.failures."""
     tool_errors: tuple[str, ...] = ()
@@ -163,7 +155,6 @@ class AgentConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> AgentConfig:
-        """Raise ConfigError for values that contradict each other."""
         if self.instrument and self.mode == "command":
             raise ConfigError("agent.instrument: a command sets up its own; its environment says where traces go")
         if self.reward_min >= self.reward_max:
@@ -192,13 +183,11 @@ class BufferConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> BufferConfig:
-        """Raise ConfigError for keys that have no effect, and for a limit that no journal could keep."""
         changed = self.model_dump(exclude_defaults=True).keys() - {"journal"}
         refuse_unread("buffer", not self.journal and bool(changed), "buffer.journal is false")
         unread = self.fsync_interval_s != 1 and self.fsync != "interval"
         refuse_unread("buffer.fsync_interval_s", unread, "of fsync=interval")
-        low = 2 * self.segment_mib / 1024
-        if self.max_disk_gib < low:
+        if self.max_disk_gib < (low := 2 * self.segment_mib / 1024):
             raise ConfigError(f"buffer.max_disk_gib={self.max_disk_gib}: must be at least {low}")
         return self
 
@@ -222,8 +211,7 @@ class ServingConfig(Section):
     tensor_parallel_size: AtLeast1 = 1
     """GPUs of each engine."""
     gateways: AtLeast1 | None = None
-    """Number of gateways, behind a proxy; null: one on each node, which the node's workers call directly, also on a
-    node that joins later."""
+    """Number of gateways, behind a proxy; null: one on each node, also a later one, which its workers call directly."""
     host: str = "127.0.0.1"
     """Address on which the gateway listens, on each node. 0.0.0.0 lets in agents from other machines."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
@@ -262,7 +250,6 @@ class LearnerConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> LearnerConfig:
-        """Raise ConfigError if the processes cannot be spread evenly."""
         if self.processes % self.nodes:
             raise ConfigError(f"learner.processes={self.processes}: must be a multiple of learner.nodes={self.nodes}")
         return self
@@ -284,7 +271,6 @@ class HardwareConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> HardwareConfig:
-        """Raise ConfigError if GPUs are shared on a machine without GPUs."""
         if self.device == "cpu" and self.placement == "together":
             raise ConfigError("hardware.placement=together: shares GPUs, and hardware.device=cpu has none")
         return self

@@ -10,25 +10,7 @@ from typing import Any, Final
 
 from pydantic import Field, model_validator
 
-from agent_lightning.config.learning import (
-    AirConfig,
-    AlgorithmConfig,
-    CreditConfig,
-    CriticConfig,
-    SamplingSplits,
-    refuse_unread,
-)
-from agent_lightning.config.running import (
-    AgentConfig,
-    BufferConfig,
-    DataConfig,
-    HardwareConfig,
-    LearnerConfig,
-    ModelConfig,
-    RolloutConfig,
-    ServingConfig,
-    TrackingConfig,
-)
+from agent_lightning.config import learning, running
 from agent_lightning.config.section import AtLeast0, Section
 from agent_lightning.core.errors import ConfigError
 
@@ -62,26 +44,25 @@ class Config(Section):
     checkpoints_kept: AtLeast0 = 2
     """Number of newest checkpoints that are kept; 0 keeps all."""
     restarts: AtLeast0 = 3
-    """How often a run restarts by itself from its newest checkpoint, after a process that it needs, such as the
-    learner's, has died."""
+    """How often a run restarts by itself from its newest checkpoint if a process that it needs (a learner's) has died."""
     runs_dir: str = "runs"
     """Folder of runs, or a place that fsspec knows, such as s3://bucket/runs."""
     name: str | None = None
     """Name of the run's folder; null makes one from experiment, seed and time."""
-    model: ModelConfig
-    data: DataConfig = DataConfig()
-    agent: AgentConfig
-    algorithm: AlgorithmConfig = AlgorithmConfig()
-    credit: CreditConfig = CreditConfig()
-    critic: CriticConfig = CriticConfig()
-    air: AirConfig = AirConfig()
-    sampling: SamplingSplits = SamplingSplits()
-    buffer: BufferConfig = BufferConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    serving: ServingConfig = ServingConfig()
-    learner: LearnerConfig = LearnerConfig()
-    hardware: HardwareConfig = HardwareConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    model: running.ModelConfig
+    data: running.DataConfig = running.DataConfig()
+    agent: running.AgentConfig
+    algorithm: learning.AlgorithmConfig = learning.AlgorithmConfig()
+    credit: learning.CreditConfig = learning.CreditConfig()
+    critic: learning.CriticConfig = learning.CriticConfig()
+    air: learning.AirConfig = learning.AirConfig()
+    sampling: learning.SamplingSplits = learning.SamplingSplits()
+    buffer: running.BufferConfig = running.BufferConfig()
+    rollout: running.RolloutConfig = running.RolloutConfig()
+    serving: running.ServingConfig = running.ServingConfig()
+    learner: running.LearnerConfig = running.LearnerConfig()
+    hardware: running.HardwareConfig = running.HardwareConfig()
+    tracking: running.TrackingConfig = running.TrackingConfig()
     verl: dict[str, Any] = Field(default_factory=dict)
     """Fields of veRL's FSDPEngineConfig, passed on as they are, for experts."""
     vllm: dict[str, Any] = Field(default_factory=dict)
@@ -104,13 +85,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        """Raise ConfigError for sections that contradict each other, or that nothing reads."""
         if self.model.words:
             self.algorithm.check_toy()
             if self.credit.method == "gae" or self.credit.scale == "batch":
                 raise ConfigError("credit: a toy model has no critic and does not normalise over a step; choose others")
-        if self.credit.method != "gae":
-            refuse_unread("critic", self.critic != CriticConfig(), "only credit.method=gae has a critic")
+        unread = self.credit.method != "gae" and self.critic != learning.CriticConfig()
+        learning.refuse_unread("critic", unread, "only credit.method=gae has a critic")
         if self.credit.compares:
             self.algorithm.check_groups()
         if self.sampling.seeded and self.serving.gateways not in (None, 1):
