@@ -85,11 +85,22 @@ def reload(path: Path, overrides: Sequence[str]) -> Config:
     The file may have keys under their old names; the overrides may not.
     """
     for override in overrides:
-        key, _ = _split(override)
-        if key == "experiment":
+        if _split(override)[0] == "experiment":
             raise ConfigError(f"{override}: a resumed run keeps its own experiment; leave it out")
     try:
-        values = _resolve(_with_new_names(OmegaConf.load(path)), OmegaConf.from_dotlist(list(overrides)))
+        node: Any = OmegaConf.load(path)
+        if not isinstance(node, Mapping):
+            raise ConfigError("the config must be a mapping of keys to values")
+        for old, new in RENAMED.items():
+            name, old_key, new_key = *old.split("."), new.split(".")[1]
+            if isinstance(node.get(name), Mapping) and old_key in node[name]:
+                node[name][new_key] = node[name].pop(old_key)
+        data = node.get("data")
+        for source in (data.get("train"), data.get("val")) if isinstance(data, Mapping) else ():
+            if isinstance(source, MutableMapping) and source.get("kind") == "calcx":  # a kind of earlier versions
+                rows = source.get("num") or 1_000_000
+                source.update(kind="generated", target="examples/calc_x/parts.py:rows", num=rows)
+        values = _resolve(node, OmegaConf.from_dotlist(list(overrides)))
     except (OmegaConfBaseException, OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {one_line(error)}") from error
     return from_mapping(values)
@@ -107,26 +118,10 @@ def _resolve(*nodes: Any) -> Any:
 
 
 def _merge(low: Any, high: Any) -> Any:
-    """`high` over `low`: mappings key by key, anything else as a whole. (OmegaConf's refuses a mapping over a list, in
-    words that do not name the key.)"""
+    """`high` over `low`, key by key in mappings. (OmegaConf's refuses a mapping over a list without naming the key.)"""
     if not (isinstance(low, dict) and isinstance(high, dict)):
         return high
     return low | {key: _merge(low.get(key), value) for key, value in high.items()}
-
-
-def _with_new_names(node: Any) -> Any:
-    """The config of an earlier run with each renamed key under its new name. Raises ConfigError."""
-    if not isinstance(node, Mapping):
-        raise ConfigError("the config must be a mapping of keys to values")
-    for old, new in RENAMED.items():
-        name, old_key, new_key = *old.split("."), new.split(".")[1]
-        if isinstance(node.get(name), Mapping) and old_key in node[name]:
-            node[name][new_key] = node[name].pop(old_key)
-    data = node.get("data")
-    for source in (data.get("train"), data.get("val")) if isinstance(data, Mapping) else ():
-        if isinstance(source, MutableMapping) and source.get("kind") == "calcx":  # a kind of earlier versions
-            source.update(kind="generated", target="examples/calc_x/parts.py:rows", num=source.get("num") or 1_000_000)
-    return node
 
 
 def rename_keys(words: Iterable[str]) -> list[str]:
@@ -180,11 +175,12 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def hydra_overrides(overrides: Sequence[str]) -> list[str]:
-    """The overrides as Hydra wants them. Raises ConfigError.
+    """The overrides as Hydra wants them: the choice of a file as it is, a value with "++". Raises ConfigError.
 
     experiment=PATH/experiment/NAME.yaml is experiment=NAME, and PATH one more place to look for it.
     """
-    plain, places = [], []
+    conf = project_folder("conf")
+    plain, places, prepared = [], [conf], []
     for override in overrides:
         key, _, value = override.partition("=")
         if key == "experiment" and value.endswith(".yaml"):
@@ -194,27 +190,24 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
             places.append(file.parent.parent)
             override = f"experiment={file.stem}"
         plain.append(override)
-    return [*(_prepare(override, places) for override in plain), *(f"{SEARCH}{place}]" for place in places)]
-
-
-def _prepare(override: str, places: Sequence[Path]) -> str:
-    """The override as Hydra wants it: the choice of a file as it is, a value with "++". Raises ConfigError.
-
-    Hydra takes a plain key only where a file has it already, but most keys have their default in a section. Which
-    keys exist is checked later, against the sections.
-    """
-    key, value = _split(override)
-    if key[0] in "+~":
-        return override
-    conf = project_folder("conf")
-    if any((place / key / f"{value}.yaml").is_file() for place in (conf, *places)):
-        # The groups of conf/ stand in the defaults list of train.yaml; a group of your own is added to it.
-        return override if (conf / key).is_dir() else f"+{override}"
-    if (conf / key).is_dir():
-        raise ConfigError(f"{override}: unknown; choose one of {_options(conf / key)}")
-    if value == "default" and key in Config.model_fields:
-        raise ConfigError(f"{override}: the defaults hold without it; leave it out, or set one of the keys of {key}")
-    return f"++{override}"
+    for override in plain:
+        key, value = _split(override)
+        if key[0] in "+~":
+            prepared.append(override)
+        elif any((place / key / f"{value}.yaml").is_file() for place in places):
+            # The groups of conf/ stand in the defaults list of train.yaml; a group of your own is added to it.
+            prepared.append(override if (conf / key).is_dir() else f"+{override}")
+        elif (conf / key).is_dir():
+            raise ConfigError(f"{override}: unknown; choose one of {_options(conf / key)}")
+        elif value == "default" and key in Config.model_fields:
+            raise ConfigError(
+                f"{override}: the defaults hold without it; leave it out, or set one of the keys of {key}"
+            )
+        else:
+            # Hydra takes a plain key only where a file has it already, but most keys have their default in a section.
+            # Which keys exist is checked later, against the sections.
+            prepared.append(f"++{override}")
+    return [*prepared, *(f"{SEARCH}{place}]" for place in places[1:])]
 
 
 def _options(folder: Path) -> str:
@@ -237,14 +230,10 @@ def explain(error: ValidationError, root: type[section.Section] = Config) -> str
     Example: "algorithm.lr=x: must be a number"
     """
     refusals = error.errors(include_url=False)
-    unknown = [refusal for refusal in refusals if refusal["type"] == "extra_forbidden"]
-    return _explain((unknown or refusals)[0], root)
-
-
-def _explain(refusal: ErrorDetails, root: type[section.Section]) -> str:
+    extra = [refusal for refusal in refusals if refusal["type"] == "extra_forbidden"]
+    refusal = (extra or refusals)[0]
     path, hint, limits = _locate(refusal, root)
-    value = refusal["input"]
-    given = f"{path}={'null' if value is None else value}"
+    given = f"{path}={'null' if refusal['input'] is None else refusal['input']}"
     match refusal["type"]:
         case "extra_forbidden":
             return unknown(path)
@@ -261,7 +250,7 @@ def _explain(refusal: ErrorDetails, root: type[section.Section]) -> str:
 
 def _locate(refusal: ErrorDetails, root: type[section.Section]) -> tuple[str, Any, str]:
     """The path of the refused value, such as "air.rules[0].cap", its type, and its bounds in words."""
-    path, limits = "", ""
+    path = limits = ""
     hint: Any = root
     for part in refusal["loc"]:
         if section.is_section(hint):

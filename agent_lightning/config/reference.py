@@ -19,17 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agent_lightning.config import section
-from agent_lightning.config.load import (
-    SEARCH,
-    Config,
-    hydra_overrides,
-    load,
-    project_folder,
-    to_mapping,
-    to_yaml,
-    unknown,
-)
+from agent_lightning.config import load, section
+from agent_lightning.config.schema import Config
 from agent_lightning.config.section import Section
 from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.text import one_line
@@ -49,7 +40,7 @@ def show(words: Sequence[str], *, changed: bool = False, as_yaml: bool = False) 
         return "\n".join(describe(name) for name in names or Config.model_fields)
     config, values = sources(words)
     if as_yaml:
-        return to_yaml(config)
+        return load.to_yaml(config)
     table = Table("key", "value", "from")
     for key, (value, source) in values.items():
         if not changed or source != DEFAULT:
@@ -65,29 +56,24 @@ def sources(overrides: Sequence[str]) -> tuple[Config, dict[str, tuple[Any, str]
 
     Example: {"algorithm.lr": (0.0002, "conf/experiment/calc_tiny.yaml"), "seed": (1, "override"), …}
     """
-    config = load(overrides)
-    prepared = hydra_overrides(overrides)
-    files = {key: name for file, package in _files(prepared) for key, name in _keys_of(file, package)}
+    config, conf = load.load(overrides), load.project_folder("conf")
+    prepared = load.hydra_overrides(overrides)
+    files: dict[str, str] = {}  # by dotted key
+    for path, package in _files(prepared):
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(content, dict)
+        content.pop("defaults", None)
+        name = f"conf/{path.relative_to(conf).as_posix()}" if path.is_relative_to(conf) else str(path)
+        files |= dict.fromkeys((key for key, _ in leaves(content, f"{package}." if package else "")), name)
     pairs = zip(overrides, prepared, strict=False)  # the places to look for files come after the overrides
     set_here = {word.partition("=")[0].lstrip("+~") for word, made in pairs if word[0] in "+~" or made.startswith("++")}
     origins: dict[str, tuple[Any, str]] = {}
-    for key, value in leaves(to_mapping(config)):
+    for key, value in leaves(load.to_mapping(config)):
         parts = key.split(".")
         prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
         file = next((files[prefix] for prefix in prefixes if prefix in files), DEFAULT)
         origins[key] = (value, OVERRIDE if set_here.intersection(prefixes) else file)
     return config, origins
-
-
-def _keys_of(file: Path, package: str) -> Iterator[tuple[str, str]]:
-    """Every key that a YAML file sets, with the file's name as people know it."""
-    values = OmegaConf.to_container(OmegaConf.load(file))
-    assert isinstance(values, dict)
-    values.pop("defaults", None)
-    conf = project_folder("conf")
-    name = f"conf/{file.relative_to(conf).as_posix()}" if file.is_relative_to(conf) else str(file)
-    for key, _ in leaves(values, f"{package}." if package else ""):
-        yield key, name
 
 
 def _files(prepared: list[str]) -> Iterator[tuple[Path, str]]:
@@ -96,11 +82,11 @@ def _files(prepared: list[str]) -> Iterator[tuple[Path, str]]:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    conf = project_folder("conf")
+    conf = load.project_folder("conf")
     with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         merged = loader.compute_defaults_list("train", prepared, RunMode.RUN)
-    places = [conf, *(Path(word[len(SEARCH) : -1]) for word in prepared if word.startswith(SEARCH))]
+    places = [conf, *(Path(word[len(load.SEARCH) : -1]) for word in prepared if word.startswith(load.SEARCH))]
     for entry in merged.defaults:
         if entry.config_path is not None and not entry.config_path.startswith("hydra/"):
             files = [place / f"{entry.config_path}.yaml" for place in places]
@@ -129,7 +115,7 @@ def describe(path: str) -> str:
     below = dict(section.sections(Config)).get(path)
     keys = [key for key in section.keys(Config) if key.path == path or key.path.startswith(f"{path}.")]
     if not keys:
-        raise ConfigError(unknown(path))
+        raise ConfigError(load.unknown(path))
     values = dict(leaves(section.defaults(Config)))
     title = [] if below is None else [f"{path}: {_sentence(below)}\n"]
     described = (f"{key.path}: {key.kind}; {_default(values, key.path)}\n  {key.sentence}\n" for key in keys)

@@ -44,7 +44,7 @@ class Config(Section):
     checkpoints_kept: AtLeast0 = 2
     """Number of newest checkpoints that are kept; 0 keeps all."""
     restarts: AtLeast0 = 3
-    """How often a run restarts by itself from its newest checkpoint if a process that it needs (a learner's) has died."""
+    """How often a run restarts by itself from its newest checkpoint after a process, such as a learner's, has died."""
     runs_dir: str = "runs"
     """Folder of runs, or a place that fsspec knows, such as s3://bucket/runs."""
     name: str | None = None

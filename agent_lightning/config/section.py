@@ -136,16 +136,10 @@ def in_words(annotation: Any) -> str:
 
 def bounds(field: FieldInfo) -> str:
     """The limits of a number, such as "at least 1" or "above 0 and at most 1"; "" if it has none."""
-    limits = [limit for limit in _limits(field.annotation, field.metadata) if type(limit) in _BOUNDS]
-    words = [f"{_BOUNDS[type(limit)]} {astuple(limit)[0]}" for limit in limits]
+    limits = list(field.metadata)
+    for part in (field.annotation, *get_args(field.annotation)):  # the limits inside an optional type too
+        for item in part.__metadata__ if get_origin(part) is Annotated else ():
+            limits += item.metadata if isinstance(item, FieldInfo) else [item]
+    words = [f"{_BOUNDS[type(limit)]} {astuple(limit)[0]}" for limit in limits if type(limit) in _BOUNDS]
     both = re.fullmatch("at least (.*) and at most (.*)", text := " and ".join(words))
     return f"from {both[1]} to {both[2]}" if both else text
-
-
-def _limits(annotation: Any, metadata: list[Any]) -> Iterator[Any]:
-    """The constraints of a field, also those inside an optional type."""
-    yield from metadata
-    for part in (annotation, *get_args(annotation)):
-        if get_origin(part) is Annotated:
-            for item in part.__metadata__:
-                yield from item.metadata if isinstance(item, FieldInfo) else (item,)

@@ -21,7 +21,6 @@ from agent_lightning.config.load import Config
 from agent_lightning.core import ray_private
 from agent_lightning.core.errors import PartDied
 from agent_lightning.core.threads import start_thread
-from agent_lightning.core.types import Split
 from agent_lightning.credit.failures import Retries
 from agent_lightning.launch import backend, checks, placement
 from agent_lightning.learners.base import Learner
@@ -108,7 +107,15 @@ async def _start_buffer(
     """The buffer, with the rollouts of its journal if the run is resumed. Raises JournalError."""
     from agent_lightning.core import actors
 
-    settings = None if journal is None else journal_config(config, journal)
+    limits, settings = config.buffer, None
+    if journal is not None:
+        settings = JournalConfig(
+            path=journal.absolute(),
+            fsync=limits.fsync,
+            fsync_interval_s=limits.fsync_interval_s,
+            segment_bytes=limits.segment_mib * 2**20,
+            max_bytes=int(limits.max_disk_gib * 2**30),
+        )
     buffer = actors.spawn(
         Buffer,
         options=options,
@@ -121,23 +128,12 @@ async def _start_buffer(
         agent=config.agent,
         first_group=resumed.next_group if resumed is not None else None,
         journal=settings,
-        memory_bytes=int(config.buffer.memory_gib * 2**30),
+        memory_bytes=int(limits.memory_gib * 2**30),
     )
     if resumed is not None and settings is not None:
         ready = await buffer.resume(resumed.step, resumed.next_group)
         logger.warning("resumed from step %d: the journal has %d rollouts that need not run again", resumed.step, ready)
     return buffer
-
-
-def journal_config(config: Config, folder: Path) -> JournalConfig:
-    buffer = config.buffer
-    return JournalConfig(
-        path=folder.absolute(),
-        fsync=buffer.fsync,
-        fsync_interval_s=buffer.fsync_interval_s,
-        segment_bytes=buffer.segment_mib * 2**20,
-        max_bytes=int(buffer.max_disk_gib * 2**30),
-    )
 
 
 async def _start_ray(config: Config, stack: AsyncExitStack) -> bool:
@@ -210,16 +206,14 @@ def vocab_size(model: str) -> int:
 def _gateway(config: Config, model: str, run_secret: bytes) -> Any:
     from agent_lightning.serving.gateway import GatewayConfig
 
-    agent, splits = config.agent, config.sampling
-    sampling: dict[Split, dict[str, Any]] = {"train": splits.train.model_dump(), "val": splits.val.model_dump()}
-    timeout_s = agent.timeout_s / 2 if agent.call_timeout_s is None else agent.call_timeout_s
+    sampling = config.sampling
     return GatewayConfig(
         model="policy",
         run_secret=run_secret,
-        sampling=sampling,
-        seed=config.seed if config.sampling.seeded else None,
+        sampling={"train": sampling.train.model_dump(), "val": sampling.val.model_dump()},
+        seed=config.seed if sampling.seeded else None,
         vocab_size=vocab_size(model),
-        call_timeout_s=timeout_s,
+        call_timeout_s=config.agent.call_timeout_s or config.agent.timeout_s / 2,
     )
 
 
