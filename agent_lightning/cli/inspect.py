@@ -71,8 +71,7 @@ def show_rollout(run: Path, rollout_id: str, *, tokens: bool) -> int:
 
 def list_runs(root: Path) -> Table:
     """The runs in a folder, oldest first. Raises DataError if it has none."""
-    configs = sorted(root.glob("*/config.yaml"), key=lambda config: config.stat().st_mtime)
-    if not configs:
+    if not (configs := sorted(root.glob("*/config.yaml"), key=lambda config: config.stat().st_mtime)):
         raise DataError(f"no runs in {root}; give the folder that runs_dir= named, or a run")
     right = ("seed", "steps", "held out", "time")
     table = _table("run", "experiment", *right, right=right)
@@ -166,7 +165,6 @@ def _credits(rollout: Trajectory, credits: Sequence[CallCredit]) -> Table:
 
 def token_counts(credits: Sequence[CallCredit]) -> Text:
     """Sampled tokens = trained + dropped ones with the reasons; apart from them, those of agents that are not trained.
-
     Example: "tokens: 31 sampled = 20 trained + 11 overlong_sample; 7 not selected"
     """
     tokens: Counter[str] = Counter()

@@ -1,7 +1,5 @@
-"""`agl submit`: `agl train` as a Ray job, with its log, its exit code and its run's files here.
-
-Like `ray job submit --runtime-env runtime_env.yaml -- agl train …`.
-"""
+"""`agl submit`: `agl train` as a Ray job, with its log, its exit code and its run's files here. Like `ray job submit
+--runtime-env runtime_env.yaml -- agl train …`."""
 
 from __future__ import annotations
 
@@ -40,12 +38,11 @@ POLL_SECONDS = 1.0
 async def submit(
     overrides: Sequence[str], *, address: str | None, runtime_env: Path | None, wait: bool, follow: bool, out: Path
 ) -> int:
-    """Submit the job, and wait for its end if the options want that. Returns the run's exit code, or 0 once submitted.
-
-    `address` is the cluster's dashboard, http://HOST:8265; None means RAY_API_SERVER_ADDRESS, or the cluster of this
-    machine. `runtime_env` is a file of Ray's runtime environment; None means runtime_env.yaml, here or in the project.
-    `follow` shows the log, and waits too. At the end the run's folder is copied to `out`. Raises UserError.
-    """
+    """Submit the job, and wait for its end if the options want that. Returns the run's exit code, or 0 once
+    submitted. `address` is the cluster's dashboard, http://HOST:8265; None means RAY_API_SERVER_ADDRESS, or the
+    cluster of this machine. `runtime_env` is a file of Ray's runtime environment; None means runtime_env.yaml, here
+    or in the project. `follow` shows the log, and waits too. At the end the run's folder is copied to `out`. Raises
+    UserError."""
     logging.getLogger("ray").setLevel(logging.WARNING)  # Ray would list every file that git ignores
     config = load(overrides)  # a mistake is refused here, not on the cluster
     if address is not None:
@@ -141,8 +138,7 @@ async def _wait(client: JobSubmissionClient, name: str) -> str:
 
 async def _bring_back(client: JobSubmissionClient, log: str, out: Path) -> None:
     """Copy the run's folder, which its log names, to `out` without the checkpoints; a failure is only reported."""
-    folders = re.findall(r"^ *run folder: (\S+)$", log, re.MULTILINE)
-    if not folders:
+    if not (folders := re.findall(r"^ *run folder: (\S+)$", log, re.MULTILINE)):
         _say("the job wrote no run: nothing is brought back")
         return
     folder, path = folders[-1], Path(folders[-1])

@@ -73,8 +73,7 @@ async def train(overrides: Sequence[str], *, resume: str | None) -> int:
         try:
             return await attempt.train()
         except PartDied as error:
-            checkpoints = complete_checkpoints(run.checkpoints)
-            if not checkpoints:
+            if not (checkpoints := complete_checkpoints(run.checkpoints)):
                 raise PartDied(f"{error}; there is no checkpoint yet to go on from (checkpoint_every)") from error
             if not restarts_left:
                 raise PartDied(f"{error}; go on with: agl train resume={run.path}") from error
@@ -109,8 +108,7 @@ class _Attempt:
         observer = RunObserver(config=config, run=run, progress=progress, resumed_step=step)
         progress.start()
         progress.waiting_for("start: Ray, the policy's engine, the learner")
-        stop = asyncio.Event()
-        started = time.monotonic()
+        stop, started = asyncio.Event(), time.monotonic()
         mirror = storage.Mirror(config.runs_dir, run.path) if storage.is_remote(config.runs_dir) else None
         try:
             with _stop_signals(stop) as install, mirror.following() if mirror else nullcontext():
@@ -128,9 +126,8 @@ class _Attempt:
         finally:
             progress.stop()
             observer.close()
-        summary = summarize(
-            config, self.state, val_rows=len(self.tasks["val"]), val_reward_by=observer.val_reward_by, start_s=start_s
-        )
+        rows, reward_by_value = len(self.tasks["val"]), observer.val_reward_by
+        summary = summarize(config, self.state, val_rows=rows, val_reward_by=reward_by_value, start_s=start_s)
         summary.write(run.summary)
         plot_learning_curve(run.metrics, run.curve, f"{config.experiment}, seed {config.seed}")
         self.console.print(report(summary, run))
@@ -235,11 +232,9 @@ async def _first(work: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) ->
 
 @contextmanager
 def _stop_signals(stop: asyncio.Event) -> Iterator[Callable[[], None]]:
-    """In the block the first Ctrl-C or SIGTERM sets `stop`; a second one is handled by Python itself.
-
-    Yields a function that installs the handlers again: Ray's core takes over SIGTERM when it starts, and would print a
-    stack trace.
-    """
+    """In the block the first Ctrl-C or SIGTERM sets `stop`; a second one is handled by Python itself. Yields a
+    function that installs the handlers again: Ray's core takes over SIGTERM when it starts, and would print a stack
+    trace."""
     loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
 
     def remove() -> None:
@@ -298,10 +293,7 @@ async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) 
 
 async def serve(overrides: Sequence[str]) -> int:
     """`agl serve`: gateway and policy alone, until Ctrl-C. Prints the base URLs for an agent. Returns the exit code."""
-    config = load(overrides)
-    stop = asyncio.Event()
-    console = Console()
-    started = time.monotonic()
+    config, stop, console, started = load(overrides), asyncio.Event(), Console(), time.monotonic()
     with _stop_signals(stop) as install:
         async with launch.system(config, train=False, workers=0) as system:
             install()
@@ -309,11 +301,9 @@ async def serve(overrides: Sequence[str]) -> int:
             # A rollout that stays open: every call under its URL is recorded as one of its calls.
             await system.buffer.admit(Task(task_id="serve", payload={}), split="val", num_rollouts=1)
             (lease,) = await system.buffer.lease(1, 10.0)
-            key = lease.key
+            key, ready = lease.key, f"ready after {seconds:.0f} s; stop with Ctrl-C\n"
             url = f"{system.service.url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{lease.secret}/agent/v1"
-            console.print(
-                f"serving {config.model.path} as [b]policy[/b], ready after {seconds:.0f} s; stop with Ctrl-C\n"
-            )
+            console.print(f"serving {config.model.path} as [b]policy[/b], {ready}")
             exports = (f"OPENAI_BASE_URL={url}", "OPENAI_API_KEY=any", f"ANTHROPIC_BASE_URL={url.removesuffix('/v1')}")
             console.print("".join(f"export {text}\n" for text in exports), soft_wrap=True, highlight=False)
             await stop.wait()

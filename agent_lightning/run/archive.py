@@ -144,14 +144,11 @@ def _row(record: types.Trajectory | _Span) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> Any:
-    match value:
-        case str():
-            return replace_surrogates(value)
-        case tuple():
-            return list(map(_row, value))
-        case Mapping():
-            return list(value.items())
-    return value
+    if isinstance(value, str):
+        return replace_surrogates(value)
+    if isinstance(value, tuple):
+        return list(map(_row, value))
+    return list(value.items()) if isinstance(value, Mapping) else value
 
 
 def _column(name: str) -> str:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from agent_lightning.buffer.buffer import Stats
 from agent_lightning.buffer.taken import TakenGroup, take_groups
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.metrics import Metrics, merge, values
@@ -109,18 +108,13 @@ class Loop:
     async def step(self) -> bool:
         """Run a step: generate, train, publish. False if the step was abandoned because the run stops."""
         clock, version = Clock(), self.state.version
-        gathered = await self._gather_groups()
-        if gathered is None:
+        if (gathered := await self._gather_groups()) is None:
             return False
         clock.lap("generate")
         groups, credits = gathered
         samples = [sample for credit in credits for sample in credit.samples]
-        batches = batching.pack(
-            samples,
-            rollouts_per_batch=self.plan.algorithm.rollouts_per_batch,
-            pad_token=self.plan.pad_token,
-            row_multiple=self.plan.row_multiple,
-        )
+        size, multiple = self.plan.algorithm.rollouts_per_batch, self.plan.row_multiple
+        batches = batching.pack(samples, rollouts_per_batch=size, pad_token=self.plan.pad_token, row_multiple=multiple)
         clock.lap("other")
         update_metrics: Metrics = {}
         if batches:
@@ -168,8 +162,7 @@ class Loop:
 
     async def _drop(self, groups: Sequence[Group], reason: str) -> None:
         """Count the rollouts of groups that were taken from the buffer and will not be trained."""
-        num_rollouts = sum(len(group.trajectories) for group in groups)
-        if num_rollouts:
+        if num_rollouts := sum(len(group.trajectories) for group in groups):
             await self.buffer.advance(trained=0, dropped={reason: num_rollouts})
             self.state.dropped[reason] += num_rollouts
 
@@ -183,11 +176,9 @@ class Loop:
         taking = asyncio.ensure_future(take_groups(self.buffer, len(tasks), split=split))
         stopping = asyncio.ensure_future(self.stop.wait())
         ended_before = (await self.buffer.stats()).ended
-
-        def show_progress(stats: Stats) -> None:
-            self.observer.waiting_for(f"{phase}: {stats.ended - ended_before}/{total} rollouts")
-
-        watching = asyncio.ensure_future(watch(self.buffer, show_progress))
+        show = self.observer.waiting_for
+        progress = watch(self.buffer, lambda stats: show(f"{phase}: {stats.ended - ended_before}/{total} rollouts"))
+        watching = asyncio.ensure_future(progress)
         try:
             await asyncio.wait((taking, stopping, watching), return_when=asyncio.FIRST_COMPLETED)
             if taking.done():
@@ -216,8 +207,7 @@ class Loop:
     async def evaluate(self) -> float:
         """The mean reward over the held-out tasks, with a rollout for each; a rollout without a reward counts as 0. NaN
         if the run was stopped meanwhile."""
-        groups = await self.generate(self.val_tasks, split="val", num_rollouts=1)
-        if groups is None:
+        if (groups := await self.generate(self.val_tasks, split="val", num_rollouts=1)) is None:
             return math.nan
         rewards = [trajectory.reward or 0.0 for group in groups for trajectory in group.trajectories]
         reward = sum(rewards) / len(rewards)
@@ -230,8 +220,7 @@ class Loop:
         """Save a checkpoint if the observer has a folder for it and the run has changed since the last checkpoint. An
         abandoned step changes no weights but uses group numbers, which a resumed run must not use again: then the state
         alone is written, into the checkpoint of the same step."""
-        folder = self.observer.checkpoint_folder(self.state, force=force)
-        if folder is None:
+        if (folder := self.observer.checkpoint_folder(self.state, force=force)) is None:
             return
         current = self.state.step, dict((await self.buffer.stats()).next_group)
         if current == self._saved:
@@ -300,10 +289,9 @@ class Clock:
 
     def lap(self, name: str) -> None:
         """Add the time since the last lap to the phase `name` and to the total."""
-        now = time.monotonic()
-        self.seconds[name] += now - self._last
-        self.seconds["total"] += now - self._last
-        self._last = now
+        before, self._last = self._last, time.monotonic()
+        for phase in (name, "total"):
+            self.seconds[phase] += self._last - before
 
 
 def _sum_counts(counts: Iterable[Mapping[str, int]]) -> Counter[str]:

@@ -80,9 +80,7 @@ class RunObserver:
 
 def reward_by(groups: Sequence[Group], field: str) -> dict[str, float]:
     """The mean reward for each value of a field of the tasks; a rollout without a reward counts as 0.
-
-    Example: reward_by(groups, "level") -> {"easy": 0.5, "hard": 0.1}
-    """
+    Example: reward_by(groups, "level") -> {"easy": 0.5, "hard": 0.1}"""
     rewards: defaultdict[str, list[float]] = defaultdict(list)
     for group in groups:
         rewards[str(group.task.payload.get(field))] += [rollout.reward or 0.0 for rollout in group.trajectories]

@@ -26,11 +26,9 @@ MAX_BARS = 100
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Read a metrics.jsonl: a row for each step, in order. Lines of the same step are merged, and later values win.
-
     Example: {"step": 1, "a": 2} and {"step": 1, "b": null} -> [{"step": 1.0, "wall_s": 0.0, "a": 2.0, "b": nan}]
-
-    Lines that are not JSON are left out: a killed process can leave half a line. Raises DataError if there is no file.
-    """
+    Lines that are not JSON are left out: a killed process can leave half a line. Raises DataError if there is no
+    file."""
     if not path.is_file():
         raise DataError(f"no metrics at {path}")
     rows: dict[int, dict[str, float]] = {}
@@ -51,13 +49,10 @@ def evaluations(path: Path) -> list[tuple[int, float]]:
 
 
 def plot_learning_curve(metrics: Path, out: Path, title: str) -> None:
-    """Draw the file `metrics` (metrics.jsonl) as a PNG of 1200 x 700 pixels at `out`.
-
-    Above: the rewards of training and of the held-out tasks. Below: the log-probability gap, and the time of a step by
-    phase. Series that were never logged are left out. Raises DataError if there is no metrics file.
-
-    Example: plot_learning_curve(run.metrics, run.curve, title="calc_x, seed 0")
-    """
+    """Draw the file `metrics` (metrics.jsonl) as a PNG of 1200 x 700 pixels at `out`. Above: the rewards of training
+    and of the held-out tasks. Below: the log-probability gap, and the time of a step by phase. Series that were never
+    logged are left out. Raises DataError if there is no metrics file.
+    Example: plot_learning_curve(run.metrics, run.curve, title="calc_x, seed 0")"""
     rows = read_metrics(metrics)
     figure = new_figure(title)
     grid = figure.add_gridspec(2, 2, height_ratios=(2.3, 1))
@@ -72,8 +67,7 @@ def plot_learning_curve(metrics: Path, out: Path, title: str) -> None:
         axes.set_title(panel_title, fontsize=11, loc="left")
         axes.set_ylabel(unit)
         axes.set_xlabel("step")
-        labels = axes.get_legend_handles_labels()[1]
-        if not labels:
+        if not (labels := axes.get_legend_handles_labels()[1]):
             axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", va="center", color=GREY)
         elif panel_title:  # the panel is small: its legend is a row above
             spacing = {"handlelength": 1.2, "columnspacing": 1.2, "borderpad": 0.1, "ncols": len(labels)}
@@ -103,9 +97,7 @@ def save(figure: Figure, out: Path) -> None:
 
 def smooth(value_N: Series, window: int) -> Series:
     """The mean over the last `window` positions, without the values that are not finite.
-
-    Example: smooth([1, 3, nan, 5], 2) -> [1, 2, 3, 5]
-    """
+    Example: smooth([1, 3, nan, 5], 2) -> [1, 2, 3, 5]"""
     parts = (value_N[max(0, end - window) : end] for end in range(1, len(value_N) + 1))
     known = (part[np.isfinite(part)] for part in parts)
     return np.array([part.mean() if part.size else math.nan for part in known], np.float64)

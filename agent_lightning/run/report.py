@@ -154,7 +154,6 @@ def duration(seconds: float) -> str:
 
 def sparkline(values: Sequence[float], width: int) -> str:
     """The course of `values` as at most `width` characters; a character shows the mean of an equal part of the values.
-
     Example: sparkline([0, 1, 2, 3, 4], 5) -> "▁▂▃▅▇"
     """
     known = [value for value in values if math.isfinite(value)]

@@ -112,8 +112,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 def newest_checkpoint(checkpoints: Path) -> Path:
     """The folder of a run's newest complete checkpoint. Raises UserError if there is none."""
-    complete = complete_checkpoints(checkpoints)
-    if not complete:
+    if not (complete := complete_checkpoints(checkpoints)):
         raise UserError(f"{checkpoints} holds no complete checkpoint: nothing to resume from")
     return complete[-1]
 

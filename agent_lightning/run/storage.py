@@ -1,8 +1,6 @@
-"""Runs at places that fsspec can write: s3://bucket/runs, gs://, az://, or any folder, also a shared one.
-
-A run is always written to the driver's disk. A run at a remote place is mirrored from there: files that changed are
-copied every half minute, after the last step, and when the run is stopped.
-"""
+"""Runs at places that fsspec can write: s3://bucket/runs, gs://, az://, or any folder, also a shared one. A run is
+always written to the driver's disk. A run at a remote place is mirrored from there: files that changed are copied
+every half minute, after the last step, and when the run is stopped."""
 
 from __future__ import annotations
 
@@ -45,8 +43,7 @@ def check_place(place: str, least_free_mib: float = 256) -> None:
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"runs_dir={place}: {existing} cannot be written; choose another folder")
-    free = shutil.disk_usage(existing).free / 2**20
-    if free < least_free_mib:
+    if (free := shutil.disk_usage(existing).free / 2**20) < least_free_mib:
         raise UserError(f"runs_dir={place}: {free:.0f} MiB are free on {existing}, a run needs {least_free_mib:.0f}")
     if is_remote(place):
         file_system, path = _open(place)
@@ -58,8 +55,7 @@ def check_place(place: str, least_free_mib: float = 256) -> None:
 
 class Mirror:
     """Copies a run's folder to a remote place.
-
-    Example: Mirror("s3://bucket/runs", Path("…/calc_tiny-s0")).push() -> s3://bucket/runs/calc_tiny-s0/metrics.jsonl, …
+    Example: Mirror("s3://bucket/runs", Path("…/calc_tiny-s0")).push() -> s3://bucket/runs/calc_tiny-s0/config.yaml, …
     """
 
     def __init__(self, place: str, folder: Path) -> None:

@@ -22,12 +22,9 @@ FIX_ROOT = "set data.root to the folder that holds it"
 
 
 def load_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> list[Task]:
-    """Read a task from each line of a .jsonl or .jsonl.gz file that is not blank.
-
-    {"id": "a1", "question": "…"} -> Task(task_id="a1", payload=the row). A row without "id" is named after the file and
-    the line: "train-17". Raises DataError with file and line: no such file, not JSON, not an object, a missing field, a
-    duplicate id.
-    """
+    """Read a task from each line of a .jsonl or .jsonl.gz file that is not blank: {"id": "a1", "question": "…"} ->
+    Task(task_id="a1", payload=the row). A row without "id" is named after the file and the line: "train-17". Raises
+    DataError with file and line: no such file, not JSON, not an object, a missing field, a duplicate id."""
     path = Path(path)
     stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
     return _tasks(((f"{path}:{number}", f"{stem}-{number}", row) for number, row in read_jsonl(path)), required)
@@ -59,14 +56,11 @@ def load_hub(
     question_field: str = "question",
     result_field: str = "result",
 ) -> list[Task]:
-    """Read a split of a data set on the Hugging Face Hub, or of a local folder in the hub's layout.
-
-    A task's payload is the row, with "question" and "result" (as text) from the fields of these names. Without a column
-    "id", tasks are named "train-0", "train-1", … Raises DataError: the data set is not reachable, the data set, its
-    configuration, split or field is unknown, or there is no `datasets` library.
-
-    Example: load_hub("MU-NLPC/Calc-mawps", split="train")
-    """
+    """Read a split of a data set on the Hugging Face Hub, or of a local folder in the hub's layout. A task's payload is
+    the row, with "question" and "result" (as text) from the fields of these names. Without a column "id", tasks are
+    named "train-0", "train-1", … Raises DataError: the data set is not reachable, the data set, its configuration,
+    split or field is unknown, or there is no `datasets` library.
+    Example: load_hub("MU-NLPC/Calc-mawps", split="train")"""
     try:
         import datasets
         from datasets.exceptions import DatasetNotFoundError, DatasetsError
@@ -92,9 +86,7 @@ def load_hub(
 
 def make(function: Callable[..., Iterable[Mapping[str, Any]]], **arguments: Any) -> list[Task]:
     """Make a task from each row that a function returns. Raises DataError if a row has no "id" or a used one.
-
-    Example: make(problems.generate, seed=0, num=100, split="train")
-    """
+    Example: make(problems.generate, seed=0, num=100, split="train")"""
     return _tasks(((f"row {number}", "", row) for number, row in enumerate(function(**arguments))), ["id"])
 
 
@@ -124,11 +116,9 @@ def sample(tasks: Sequence[Task], num: int, seed: int) -> list[Task]:
 @dataclass(slots=True)
 class TaskCursor:
     """A position in an endless order of tasks, which is shuffled again in each epoch.
-
     Example: TaskCursor(seed=0).next(load_jsonl("data/train.jsonl"), 8) -> eight tasks
-
-    A cursor with the same seed, epoch and position draws the same tasks from as many tasks: a checkpoint needs no more.
-    """
+    A cursor with the same seed, epoch and position draws the same tasks from as many tasks: a checkpoint needs no
+    more."""
 
     seed: int
     epoch: int = 0

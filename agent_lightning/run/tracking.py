@@ -91,12 +91,10 @@ class Sink(Protocol):
 
 class JsonLines:
     """A file with a JSON line for each `log`, flushed before `log` returns. Numbers that are not finite become null.
-
     Example: log(3, {"train/reward": 0.5}) appends {"step": 3, "wall_s": 41.2, "train/reward": 0.5}
-
-    `wall_s` counts the seconds that the run was alive; a resumed run continues from its last line. `resumed_step`: the
-    step of the checkpoint that the run resumes from; lines of later steps are removed, since those steps run again.
-    """
+    `wall_s` counts the seconds that the run was alive; a resumed run continues from its last line. `resumed_step`:
+    the step of the checkpoint that the run resumes from; lines of later steps are removed, since those steps run
+    again."""
 
     def __init__(self, path: Path, *, resumed_step: int | None = None) -> None:
         if resumed_step is not None and path.exists():
@@ -191,12 +189,9 @@ class WandbSink:
 
 
 class Tracker:
-    """Sends each record to all sinks.
-
-    A sink that fails is dropped with a warning: a full disk or a lost service must not end the training.
-
-    Example: Tracker([JsonLines(run.metrics), TensorBoardSink(folder)]).log(1, {"train/reward": 0.25})
-    """
+    """Sends each record to all sinks. A sink that fails is dropped with a warning: a full disk or a lost service must
+    not end the training.
+    Example: Tracker([JsonLines(run.metrics), TensorBoardSink(folder)]).log(1, {"train/reward": 0.25})"""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)

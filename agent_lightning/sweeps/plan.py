@@ -112,9 +112,7 @@ class TrialRecord:
 
 def hydra_words(words: Sequence[str]) -> list[str]:
     """Translate Hydra's own sweeps: algorithm.lr=1e-4,3e-4 -> algorithm.lr=choice(1e-4,3e-4). Raises ConfigError.
-
-    The result is a grid unless a word begins with `sweep=`.
-    """
+    The result is a grid unless a word begins with `sweep=`."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -161,8 +159,7 @@ def _settings(words: Sequence[str]) -> SweepConfig:
     """Load conf/sweep/NAME.yaml and apply `sweep.KEY=VALUE`. Raises ConfigError."""
     folder = project_folder("conf") / "sweep"
     *_, chosen = ["random", *(word.removeprefix("sweep=") for word in words if word.startswith("sweep="))]
-    file = folder / f"{chosen}.yaml"
-    if not file.is_file():
+    if not (file := folder / f"{chosen}.yaml").is_file():
         names = ", ".join(sorted(preset.stem for preset in folder.glob("*.yaml")))
         raise ConfigError(f"sweep={chosen}: unknown; choose one of {names}")
     dotted = [word.removeprefix("sweep.") for word in words if word.startswith("sweep.")]

@@ -89,14 +89,13 @@ def parse_words(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Distri
     fixed: list[str] = []
     space: dict[str, Distribution] = {}
     for word in words:
-        key, equals, value = word.partition("=")
-        call = _CALL.match(value.strip())
-        if not equals or call is None:
+        key, _, value = word.partition("=")
+        if (call := _CALL.match(value.strip())) is None:
             fixed.append(word)
-            continue
-        if key in space:
+        elif key in space:
             raise ConfigError(f"{key}: given twice")
-        space[key] = _distribution(word, call[1], _arguments(call[2]))
+        else:
+            space[key] = _distribution(word, call[1], _arguments(call[2]))
     for word in fixed:
         if (key := word.partition("=")[0]) in space:
             raise ConfigError(f"{key}: given twice, as a value and as a distribution")
@@ -105,9 +104,7 @@ def parse_words(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Distri
 
 def sampled_words(space: Mapping[str, Distribution], values: Mapping[str, object]) -> tuple[str, ...]:
     """The words of a trial's command line for the searched keys.
-
-    Example: ({"algorithm.lr": Numbers("uniform", (0, 1))}, {"algorithm.lr": 0.00031}) -> ("algorithm.lr=0.00031",)
-    """
+    Example: ({"algorithm.lr": Numbers("uniform", (0, 1))}, {"algorithm.lr": 0.00031}) -> ("algorithm.lr=0.00031",)"""
     return tuple(
         f"{key}={values[key] if isinstance(distribution, Choice) else distribution.text(float(str(values[key])))}"
         for key, distribution in space.items()

@@ -92,8 +92,7 @@ class Trial:
         self.last_step = step
         if source_run == self.run:
             return
-        source = RunDirectory(source_run)
-        run = RunDirectory.create(self.sweep, self.name, 0, self.name)
+        source, run = RunDirectory(source_run), RunDirectory.create(self.sweep, self.name, 0, self.name)
         run.config.write_text(to_yaml(load([*self.words, f"name={run.path.name}"])))
         checkpoint = checkpoint_folder(source.checkpoints, step)
         shutil.copytree(checkpoint, run.checkpoints / checkpoint.name)

@@ -1,7 +1,5 @@
-"""A sweep on Ray Tune, which draws values and decides which trials continue; no other module imports ray.tune.
-
-Each trial is an `agl train` process that a Tune actor watches (`trials.py`), and all trials share a cluster.
-"""
+"""A sweep on Ray Tune, which draws values and decides which trials continue; no other module imports ray.tune. Each
+trial is an `agl train` process that a Tune actor watches (`trials.py`), and all trials share a cluster."""
 
 from __future__ import annotations
 
@@ -127,12 +125,10 @@ def run(
     update: Callable[[TrialRecord], None],
     program: Sequence[str] = PROGRAM,
 ) -> None:
-    """Run all trials, and pass their records to `update`. Ctrl-C and SIGTERM stop them, each with a checkpoint.
-
-    Ray must run, with the resource `SEAT` if `seats` is set. Tune's placement group for a trial holds the actor that
-    watches it; the trial's run requests its own resources. Raises UserError if there is nothing to `resume`, or if the
-    cluster cannot hold a population at the same time.
-    """
+    """Run all trials, and pass their records to `update`. Ctrl-C and SIGTERM stop them, each with a checkpoint. Ray
+    must run, with the resource `SEAT` if `seats` is set. Tune's placement group for a trial holds the actor that
+    watches it; the trial's run requests its own resources. Raises UserError if there is nothing to `resume`, or if
+    the cluster cannot hold a population at the same time."""
     if plan.settings.scheduler == "pbt" and not seats and concurrent < plan.num_trials:
         raise UserError(
             f"sweep.trials={plan.num_trials}: the cluster has room for {concurrent} at a time, and a population runs "
@@ -185,12 +181,9 @@ def _tuner(plan: SweepPlan, sweep: Path, trainable: Any, *, concurrent: int, res
         reuse_actors=True,
         trial_dirname_creator=partial(_name_trial, sweep),
     )
+    record, no_retries = _RecordTrials(plan, sweep), tune.FailureConfig(max_failures=0)
     run_config = tune.RunConfig(
-        name=folder.name,
-        storage_path=str(sweep),
-        callbacks=[_RecordTrials(plan, sweep)],
-        verbose=0,
-        failure_config=tune.FailureConfig(max_failures=0),
+        name=folder.name, storage_path=str(sweep), callbacks=[record], verbose=0, failure_config=no_retries
     )
     return tune.Tuner(trainable, param_space=param_space, tune_config=tune_config, run_config=run_config)
 
@@ -205,11 +198,9 @@ def _name_trial(sweep: Path, trial: Any) -> str:
 def _scheduler(plan: SweepPlan) -> Any:
     settings = plan.settings
     if settings.scheduler == "asha":
+        grace = settings.grace_steps or plan.interval
         return schedulers.ASHAScheduler(
-            time_attr="step",
-            max_t=plan.steps,
-            grace_period=settings.grace_steps or plan.interval,
-            reduction_factor=settings.reduction,
+            time_attr="step", max_t=plan.steps, grace_period=grace, reduction_factor=settings.reduction
         )
     if settings.scheduler == "pbt":
         return schedulers.PopulationBasedTraining(

@@ -92,8 +92,7 @@ def sweep_report(plan: SweepPlan, folder: SweepFolder, records: Sequence[TrialRe
 
 def finish_sweep(plan: SweepPlan, folder: SweepFolder, records: Sequence[TrialRecord]) -> TrialRecord | None:
     """Write the best trial as an experiment file, and draw the two pictures. None if no trial was evaluated."""
-    best = best_of(records)
-    if best is None:
+    if (best := best_of(records)) is None:
         return None
     folder.best.parent.mkdir(exist_ok=True)
     folder.best.write_text(best_experiment(plan, best))
@@ -101,8 +100,7 @@ def finish_sweep(plan: SweepPlan, folder: SweepFolder, records: Sequence[TrialRe
     curves = [Curve(f"{record.name} {record.last:.3f}", record.rewards, record is best) for record in records]
     plot_curves(curves, folder.curves, title)
     values = [dict(word.partition("=")[::2] for word in record.words) for record in records]
-    rewards = [record.last for record in records]
-    plot_parallel(plan.space, values, rewards, records.index(best), folder.parallel, title)
+    plot_parallel(plan.space, values, [record.last for record in records], records.index(best), folder.parallel, title)
     return best
 
 
@@ -118,9 +116,7 @@ class Curve:
 def plot_curves(curves: Sequence[Curve], out: Path, title: str) -> None:
     """Draw the held-out rewards of several runs: thin lines, and a thick line with its label for a highlighted run."""
     figure, axes = reward_axes(curves, title)
-    for curve in sorted(curves, key=lambda curve: curve.highlight):
-        if not curve.points:
-            continue
+    for curve in sorted((curve for curve in curves if curve.points), key=lambda curve: curve.highlight):
         step_N, reward_N = np.array(curve.points, np.float64).T
         color, width, alpha = (RED, 2.4, 1.0) if curve.highlight else (GREY, 1.2, 0.55)
         axes.plot(step_N, reward_N, color=color, linewidth=width, alpha=alpha, marker="o", markersize=3 + width)
