@@ -114,8 +114,7 @@ def package_checks(
 
 
 def _machine() -> Iterator[Check]:
-    supported = (3, 11) <= sys.version_info < (3, 13)
-    fix = "" if supported else "PYTHON=/path/to/python3.11 make venv"
+    fix = "" if (3, 11) <= sys.version_info < (3, 13) else "PYTHON=/path/to/python3.11 make venv"
     yield Check("Python", platform.python_version(), "3.11 or 3.12", fix)
     system = f"{platform.system()} {platform.machine()}"
     fix = "" if system == "Linux x86_64" else "use a Linux x86-64 machine, or a container of one"

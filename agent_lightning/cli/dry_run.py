@@ -15,7 +15,8 @@ from agent_lightning.launch import backend, checks, placement
 
 
 def dry_run(overrides: Sequence[str], assume: str | None) -> int:
-    """Print the plan of a run on a cluster, such as "2x8", and what it misses; the exit code. Raises ConfigError."""
+    """Print a run's plan, for the cluster `assume` ("2x8"), and what it misses. Returns the exit code. Raises
+    ConfigError."""
     inspection = checks.inspect(load(overrides), assumed(assume) if assume else ())
     show(inspection, Console())
     return USER_ERROR if inspection.missing else 0

@@ -297,11 +297,11 @@ async def serve(overrides: Sequence[str]) -> int:
     with _stop_signals(stop) as install:
         async with launch.system(config, train=False, workers=0) as system:
             install()
-            seconds = time.monotonic() - started
+            ready = f"ready after {time.monotonic() - started:.0f} s; stop with Ctrl-C\n"
             # A rollout that stays open: every call under its URL is recorded as one of its calls.
             await system.buffer.admit(Task(task_id="serve", payload={}), split="val", num_rollouts=1)
             (lease,) = await system.buffer.lease(1, 10.0)
-            key, ready = lease.key, f"ready after {seconds:.0f} s; stop with Ctrl-C\n"
+            key = lease.key
             url = f"{system.service.url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{lease.secret}/agent/v1"
             console.print(f"serving {config.model.path} as [b]policy[/b], {ready}")
             exports = (f"OPENAI_BASE_URL={url}", "OPENAI_API_KEY=any", f"ANTHROPIC_BASE_URL={url.removesuffix('/v1')}")

@@ -65,8 +65,7 @@ def plot_learning_curve(metrics: Path, out: Path, title: str) -> None:
         plain_axes(axes, max((row["step"] for row in rows), default=0.0), margin)
         draw(axes, rows)
         axes.set_title(panel_title, fontsize=11, loc="left")
-        axes.set_ylabel(unit)
-        axes.set_xlabel("step")
+        axes.set(xlabel="step", ylabel=unit)
         if not (labels := axes.get_legend_handles_labels()[1]):
             axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", va="center", color=GREY)
         elif panel_title:  # the panel is small: its legend is a row above

@@ -79,10 +79,9 @@ def trial_table(records: Sequence[TrialRecord], steps: int) -> Table:
 
 def sweep_report(plan: SweepPlan, folder: SweepFolder, records: Sequence[TrialRecord]) -> RenderableType:
     """The report at the end: the table of all trials, the best trial, and the paths of the sweep's files."""
-    best = best_of(records)
     failed = sum(record.state == "failed" for record in records)
     lines = [f"{len(records)} trials, {failed} failed; files in {folder.path}"]
-    if best is None:
+    if (best := best_of(records)) is None:
         lines.append("no trial was evaluated: see its logs/")
     else:
         lines.append(f"best: {best.name}, held-out {number(best.last)} at step {best.step}: {' '.join(best.words)}")
@@ -131,8 +130,7 @@ def reward_axes(curves: Sequence[Curve], title: str) -> tuple[Figure, Axes]:
     figure = new_figure(title)
     axes = figure.add_subplot()
     plain_axes(axes, max((step for curve in curves for step, _ in curve.points), default=0.0), 0.05)
-    axes.set_xlabel("step")
-    axes.set_ylabel("held-out reward")
+    axes.set(xlabel="step", ylabel="held-out reward")
     return figure, axes
 
 
@@ -167,9 +165,7 @@ def plot_parallel(
         for height, text in ticks:
             axes.annotate(text, (index, height), bbox=box, color="#222", **style)
     axes.set_xticks(range(len(scales)), [*space, "held-out reward"], fontsize=11)
-    axes.set_yticks([])
-    axes.set_xlim(-0.25, len(scales) - 0.7)
-    axes.set_ylim(-0.05, 1.05)
+    axes.set(yticks=[], xlim=(-0.25, len(scales) - 0.7), ylim=(-0.05, 1.05))
     axes.spines[:].set_visible(False)
     save(figure, out)
 
