@@ -20,7 +20,6 @@ from fnmatch import fnmatchcase
 from itertools import accumulate
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agent_lightning.config.learning import AirConfig, RuleConfig
 from agent_lightning.core.errors import ConfigError
@@ -68,7 +67,8 @@ class Air:
         P[t] is the sum of all rewards up to call t, clipped to [-bound, bound] * reward_range after each call.
         "sum": call t gets P[t] - P[t-1]. "potential": P is the potential, 0 before the first call and after the last,
         and call t gets discount * P[t] - P[t-1]. The discounted sum over the rollout is zero, so policies are ordered
-        by the final reward alone (Ng, Harada and Russell, 1999, theorem 1).
+        by the final reward alone (Ng, Harada and Russell, 1999, theorem 1). Raises ConfigError if a signal does not
+        return a finite number for each call.
         """
         raw_T = np.zeros(len(trajectory.calls), np.float64)
         spent: dict[RuleConfig, float] = {}
@@ -79,7 +79,14 @@ class Air:
             spent[rule] = spent.get(rule, 0.0) + abs(rule.value)
             raw_T[event.call] += rule.value
         for signal in self.signals:
-            raw_T += _call_signal(signal, trajectory)
+            name = getattr(signal, "__name__", type(signal).__name__)
+            try:
+                reward_T = np.asarray(signal(trajectory), np.float64)
+            except Exception as error:  # a user's code may raise anything
+                raise ConfigError(f"air.signals: {name} raised {type(error).__name__}: {error}") from error
+            if reward_T.shape != raw_T.shape or not np.isfinite(reward_T).all():
+                raise ConfigError(f"air.signals: {name} must return {raw_T.size} finite numbers, one for each call")
+            raw_T += reward_T
         limit = self.config.bound * reward_range
         totals = accumulate(raw_T, lambda total, value: min(limit, max(-limit, total + value)), initial=0.0)
         total = np.fromiter(totals, np.float64, raw_T.size + 1)
@@ -118,15 +125,3 @@ def observed_events(trajectory: Trajectory) -> tuple[ObservedEvent, ...]:
         if call.finish_reason == "length":
             events.append(ObservedEvent(call=i, kind="cut", text=call.reply))
     return tuple(sorted(events, key=lambda event: event.call))
-
-
-def _call_signal(signal: Signal, trajectory: Trajectory) -> NDArray[np.float64]:
-    """The rewards of a user's signal; shape [T]. Raises ConfigError unless they are a finite number for each call."""
-    name = getattr(signal, "__name__", type(signal).__name__)
-    try:
-        reward_T = np.asarray(signal(trajectory), np.float64)
-    except Exception as error:  # a user's code may raise anything
-        raise ConfigError(f"air.signals: {name} raised {type(error).__name__}: {error}") from error
-    if reward_T.shape != (len(trajectory.calls),) or not np.isfinite(reward_T).all():
-        raise ConfigError(f"air.signals: {name} must return {len(trajectory.calls)} finite numbers, one for each call")
-    return reward_T

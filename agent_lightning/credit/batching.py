@@ -53,15 +53,11 @@ def pack(
 
 def _pad(rollouts: Sequence[Sequence[Sample]], pad_token: int, pad_multiple: int, row_multiple: int) -> Batch:
     num_rows = _round_up(sum(len(rows) for rows in rollouts), row_multiple)
-    num_columns = _round_up(max(row.token_T.size for rows in rollouts for row in rows), pad_multiple)
-    shape = (num_rows, num_columns)
+    shape = num_rows, _round_up(max(row.token_T.size for rows in rollouts for row in rows), pad_multiple)
     token_NT = np.full(shape, pad_token, np.int32)
     mask_NT = np.zeros(shape, np.bool_)
-    logprob_NT = np.zeros(shape, np.float32)
-    advantage_NT = np.zeros(shape, np.float32)
-    reward_NT = np.zeros(shape, np.float32)
     call_NT = np.zeros(shape, np.int32)
-    weight_NT = np.zeros(shape, np.float32)
+    logprob_NT, advantage_NT, reward_NT, weight_NT = (np.zeros(shape, np.float32) for _ in range(4))
     length_N = np.ones(num_rows, np.int32)
     rollout_N = np.full(num_rows, -1, np.int32)
     n = 0

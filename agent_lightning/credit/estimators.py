@@ -60,9 +60,8 @@ def normalise(
     `normalise_group`. Process supervision in arXiv 2402.03300 section 4.1.3 has the same form, with statistics over
     steps instead of rollouts. "leave_one_out" takes the mean over the other rollouts.
 
-    Example, rollout 0 with values 1 and 0, rollout 1 with value 1, scale="none":
-
-        mean = (0.5 + 1) / 2 = 0.75  ->  0.25 -0.75 | 0.25
+    Example, rollout 0 with values 1 and 0, rollout 1 with value 1, scale="none": the mean is (0.5 + 1) / 2 = 0.75, and
+    the result 0.25 -0.75 | 0.25.
 
     The result is exactly 0 for all calls if there are fewer than two rollouts or all values are equal. baseline="none"
     returns the values unchanged, whatever the scale. Raises ValueError if a value is not finite.
@@ -94,9 +93,7 @@ def whiten(value_C: Values, rollout_C: NDArray[np.integer]) -> Values:
     This is the normalisation of REINFORCE++, arXiv 2501.03262 section 3, and of PPO's advantages: veRL's masked_whiten,
     but each rollout has the same weight, instead of each token. Mean and variance are those of `normalise`.
 
-    Example, two rollouts of one token each:
-
-        whiten([1, 0], [0, 1])  # 0.7071 -0.7071
+    Example, two rollouts of one token each: whiten([1, 0], [0, 1]) -> 0.7071 -0.7071
     """
     centred_C = normalise(value_C, rollout_C, scale="none")
     _, member_C, count_R = np.unique(rollout_C, return_inverse=True, return_counts=True)
@@ -131,9 +128,7 @@ def carry_back(reward_T: NDArray[np.floating], kept: Sequence[int]) -> Values:
     The reward of a call that is left out goes to the last kept call before it. Rewards before the first kept call are
     lost: no trained token led to them.
 
-    Example:
-
-        carry_back([1, 2, 3, 4], [1, 2])  # [2 7]
+    Example: carry_back([1, 2, 3, 4], [1, 2]) -> [2 7]
     """
     owner_T = np.searchsorted(kept, np.arange(reward_T.size), side="right") - 1
     owned_T = owner_T >= 0
@@ -143,11 +138,7 @@ def carry_back(reward_T: NDArray[np.floating], kept: Sequence[int]) -> Values:
 def returns_to_go(reward_T: NDArray[np.floating], discount: float) -> Values:
     """The discounted return of each call of a rollout: G[t] = r[t] + discount * G[t+1]; shape [T].
 
-    Sutton and Barto, Reinforcement Learning (2018), eq. 3.9.
-
-    Example:
-
-        returns_to_go([0, 0.1, 1], 0.5)  # [0.3 0.6 1]
+    Sutton and Barto, Reinforcement Learning (2018), eq. 3.9. Example: returns_to_go([0, 0.1, 1], 0.5) -> [0.3 0.6 1]
     """
     return_T = np.array(reward_T, np.float64)
     for t in range(return_T.size - 2, -1, -1):

@@ -36,10 +36,7 @@ def select_calls(calls: Sequence[ModelCall], pattern: str) -> tuple[int, ...]:
 
     Calls of other models, which come from a trace, are context: no pattern selects them.
 
-    Example, with calls of agents writer, judge, rewriter-2:
-
-        select_calls(calls, "*")                  # 0, 1, 2
-        select_calls(calls, "writer, rewriter*")  # 0, 2
+    Example, with calls of agents writer, judge, rewriter-2: "*" selects 0, 1, 2; "writer, rewriter*" selects 0, 2.
 
     Raises ConfigError if the list is empty or has an empty entry.
     """
@@ -155,9 +152,7 @@ def _flatten(
     chain = [trained[i] for i in members]
     token_T = np.concatenate([chain[-1].prompt_T, chain[-1].response_T]).astype(np.int32)
     mask_T = np.zeros(token_T.shape, np.bool_)
-    logprob_T = np.zeros(token_T.shape, np.float32)
-    advantage_T = np.zeros(token_T.shape, np.float32)
-    reward_T = np.zeros(token_T.shape, np.float32)
+    logprob_T, advantage_T, reward_T = (np.zeros(token_T.shape, np.float32) for _ in range(3))
     call_T = np.zeros(token_T.shape, np.int32)
     for index, call in zip(members, chain, strict=True):
         response = slice(call.prompt_T.size, call.prompt_T.size + call.response_T.size)

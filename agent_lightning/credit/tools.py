@@ -169,8 +169,11 @@ class ToolCallIndex:
 def _index_keys(tool: ToolCall) -> list[tuple[str, ...]]:
     """What spans may say of a tool call, each with and without the model call that requested it."""
     use = "use", tool.name, canonical_arguments(tool.arguments)
-    keys = (("any",), ("id", tool.tool_call_id), ("name", tool.name), use)
-    return [(*key, cause) for key in keys for cause in {"", tool.call_id}]
+    return [
+        (*key, cause)
+        for key in (("any",), ("id", tool.tool_call_id), ("name", tool.name), use)
+        for cause in {"", tool.call_id}
+    ]
 
 
 def looks_like_tool_call(call: ModelCall) -> bool:

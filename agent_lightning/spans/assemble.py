@@ -87,8 +87,7 @@ def _merge(key: RolloutKey, own: Sequence[ModelCall], raw: Sequence[RawSpan]) ->
     traced_tools = [replace(tool, parent_id=renamed.get(tool.parent_id, tool.parent_id)) for tool in traced.tools]
     agent_names = {agent.span_id: agent.name for agent in agents}
     kept_ids = {*agent_names, *(tool.span_id for tool in traced_tools)}
-    agents_passed: dict[str, str] = {}
-    ids_passed: dict[str, str] = {}
+    agents_passed, ids_passed = dict[str, str](), dict[str, str]()
 
     def in_trace(call: ModelCall) -> ModelCall:
         """The call with its span and parent in the trace; the agent span above names its agent if the URL does not."""
@@ -103,7 +102,7 @@ def _merge(key: RolloutKey, own: Sequence[ModelCall], raw: Sequence[RawSpan]) ->
         )
 
     others = [call for call in traced.calls if call.call_id not in renamed]
-    all_calls = sorted([*map(in_trace, own), *others], key=lambda call: (call.started_at, call.call_id))
+    all_calls = tuple(sorted([*map(in_trace, own), *others], key=lambda call: (call.started_at, call.call_id)))
     tools, moved = _merge_tools(all_calls, traced_tools)
     # A reward may name its subject by any id that the agent's process knows.
     known = renamed | moved
@@ -114,9 +113,7 @@ def _merge(key: RolloutKey, own: Sequence[ModelCall], raw: Sequence[RawSpan]) ->
     refused = Counter(traced.refused)
     if len(rewards) < len(traced.rewards):
         refused["a reward about an unknown span"] += len(traced.rewards) - len(rewards)
-    return Spans(
-        calls=tuple(all_calls), tools=tuple(tools), rewards=tuple(rewards), agents=tuple(agents), refused=refused
-    )
+    return Spans(calls=all_calls, tools=tuple(tools), rewards=tuple(rewards), agents=tuple(agents), refused=refused)
 
 
 def _match_calls(

@@ -54,16 +54,10 @@ KINDS: tuple[tuple[str, Mapping[str, Kind]], ...] = (
 """Attribute -> value -> kind. The first attribute whose value is listed decides, unless PRESENT finds a reward."""
 
 PRESENT: tuple[tuple[str, Kind], ...] = (
-    ("agl.reward.value", Kind.REWARD),
-    ("agentlightning.reward.*", Kind.REWARD),
-    ("gen_ai.tool.name", Kind.TOOL),
-    ("gen_ai.tool.call.id", Kind.TOOL),
-    ("ai.toolCall.name", Kind.TOOL),
-    ("gen_ai.output.messages", Kind.CALL),
-    ("gen_ai.completion.*", Kind.CALL),
-    ("gen_ai.completion", Kind.CALL),
-    ("llm.output_messages.*", Kind.CALL),
-    ("llm.hosted_vllm.prompt_token_ids", Kind.CALL),
+    *((name, Kind.REWARD) for name in ("agl.reward.value", "agentlightning.reward.*")),
+    *((name, Kind.TOOL) for name in ("gen_ai.tool.name", "gen_ai.tool.call.id", "ai.toolCall.name")),
+    *((name, Kind.CALL) for name in ("gen_ai.output.messages", "gen_ai.completion.*", "gen_ai.completion")),
+    *((name, Kind.CALL) for name in ("llm.output_messages.*", "llm.hosted_vllm.prompt_token_ids")),
 )
 """Attributes whose presence decides the kind of a span: for a reward always, for others if KINDS does not decide."""
 

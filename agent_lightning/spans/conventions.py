@@ -168,8 +168,7 @@ def _calls(
 
 
 def _tools(tree: SpanTree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
-    requested = ToolCallIndex(calls)
-    starts = [call.started_at for call in calls]
+    requested, starts = ToolCallIndex(calls), [call.started_at for call in calls]
     tools = []
     for span in [_join(*tree.same_event(span)) for span in tree.of(Kind.TOOL)]:
         given = first(span.attributes, "result")
@@ -210,8 +209,7 @@ def _rewards(tree: SpanTree, key: RolloutKey, refused: Counter[str]) -> tuple[Re
     for span in tree.of(Kind.REWARD):
         about = str(first(span.attributes, "what a reward is about") or "")
         if "agl.reward.value" in span.attributes:
-            name = first(span.attributes, "reward's name")
-            parts = [{"name": name, "value": span.attributes["agl.reward.value"]}]
+            parts = [{"name": first(span.attributes, "reward's name"), "value": span.attributes["agl.reward.value"]}]
         else:
             parts = fields.unflattened(span.attributes, "agentlightning.reward.")
         for index, part in enumerate(map(as_mapping, parts)):

@@ -22,10 +22,8 @@ _ROLE = re.compile(r"^(system|user|human|assistant|ai|tool): ", re.MULTILINE)
 def read_request(value: Any) -> tuple[list[Message], list[Any]] | None:
     """The messages of a request to a model, and the definitions of the tools among them; None if not understood.
 
-    Example:
-
-        read_request('{"contents": [{"role": "user", "parts": [{"text": "hi"}]}]}')
-        # ([{"role": "user", "content": "hi"}], [])
+    Example: read_request('{"contents": [{"role": "user", "parts": [{"text": "hi"}]}]}')
+    -> ([{"role": "user", "content": "hi"}], [])
     """
     value = parse_value(value)
     if isinstance(value, str):
@@ -43,10 +41,8 @@ def read_reply(value: Any, before: Sequence[Message] = ()) -> Message | None:
 
     If there are several choices, the first counts; further choices that consist of tool calls are added to it.
 
-    Example:
-
-        read_reply('{"candidates": [{"content": {"role": "model", "parts": [{"text": "hi"}]}}]}')
-        # {"role": "assistant", "content": "hi"}
+    Example: read_reply('{"candidates": [{"content": {"role": "model", "parts": [{"text": "hi"}]}}]}')
+    -> {"role": "assistant", "content": "hi"}
     """
     value = parse_value(value)
     if isinstance(value, str):

@@ -58,9 +58,7 @@ def decode(
 
     Raises DataError, in one line, if the body is truncated, too large or not OTLP.
 
-    Example:
-
-        traces, refused = decode(body, content_type="application/json", max_bytes=4_000_000, max_spans=10_000)
+    Example: traces, refused = decode(body, content_type="application/json", max_bytes=4_000_000, max_spans=10_000)
     """
     plain = hide_secret(_inflate(body, content_encoding.strip().lower(), max_bytes), secret)
     refused: Counter[str] = Counter()

@@ -75,8 +75,8 @@ class SpanTree:
     """
 
     def __init__(self, spans: Sequence[RawSpan], refused: Counter[str]) -> None:
-        by_id = {span.span_id: span for span in spans}
-        self._parent = _parents(by_id, refused)
+        self.by_id = {span.span_id: span for span in spans}
+        self._parent = _parents(self.by_id, refused)
         depth = {"": -1}  # span id -> number of its ancestors
         for start in self._parent:
             path = []
@@ -87,15 +87,13 @@ class SpanTree:
         # By start; of two spans with the same start the parent is first. With clocks that differ, a child may start
         # before its parent, and stays before it.
         self.spans = sorted(spans, key=lambda span: (span.started_at, depth[span.span_id], span.span_id))
-        self.by_id = by_id
         self.kind = {span.span_id: span_kind(span) for span in spans}
         self.wrappers: dict[str, list[RawSpan]] = {}
         """Id of a model call or tool -> the spans around it that describe the same event, the nearest first."""
         self.kept_id: dict[str, str] = {}
         self._shortcut = dict(self._parent)
         """An ancestor, with nothing but spans of other kinds between: kinds only change to OTHER."""
-        self._nearest_kept: dict[str, str] = {}
-        self._nearest_agent: dict[str, str] = {}
+        self._nearest_kept, self._nearest_agent = dict[str, str](), dict[str, str]()
         self._find_wrappers()
         self._drop_idle_nodes()
         self._agents = {span.span_id for span in self.of(Kind.AGENT)}
