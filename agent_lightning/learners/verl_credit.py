@@ -62,11 +62,10 @@ def prepare(batches: Sequence[Batch], forwards: Sequence[Forward], config: Train
         advantages = whiten_step(batches, advantages)
     if config.has_critic and batches:
         records.append({"critic/explained_variance": Mean.of([_explained_variance(batches, columns)])})
+    rows = zip(batches, old_logprobs, advantages, corrections, columns, strict=True)
     prepared = [
         Prepared(batch=replace(batch, logprob_NT=old, advantage_NT=advantage * correction), columns=column)
-        for batch, old, advantage, correction, column in zip(
-            batches, old_logprobs, advantages, corrections, columns, strict=True
-        )
+        for batch, old, advantage, correction, column in rows
     ]
     return prepared, merge(*records)
 

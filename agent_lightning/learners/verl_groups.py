@@ -208,16 +208,12 @@ def to_tensordict(batch: Batch, config: Training, columns: Mapping[str, Floats] 
         return torch.nested.as_nested_tensor(tensors, layout=torch.jagged)
 
     positions = np.broadcast_to(np.arange(batch.token_NT.shape[1]), batch.token_NT.shape)
+    integers = {"input_ids": batch.token_NT, "position_ids": positions, "loss_mask": batch.mask_NT}
+    floats = {"weights": batch.weight_NT, "advantages": batch.advantage_NT, "old_log_probs": batch.logprob_NT}
+    floats |= columns or {}
     return tensordict_utils.get_tensordict(
-        tensor_dict={
-            "input_ids": jagged(batch.token_NT, torch.int64),
-            "position_ids": jagged(positions, torch.int64),
-            "loss_mask": jagged(batch.mask_NT, torch.int64),
-            "weights": jagged(batch.weight_NT, torch.float32),
-            "advantages": jagged(batch.advantage_NT, torch.float32),
-            "old_log_probs": jagged(batch.logprob_NT, torch.float32),
-            **{name: jagged(column, torch.float32) for name, column in (columns or {}).items()},
-        },
+        tensor_dict={name: jagged(array, torch.int64) for name, array in integers.items()}
+        | {name: jagged(array, torch.float32) for name, array in floats.items()},
         non_tensor_dict={
             "global_batch_size": batch.token_NT.shape[0],
             "global_token_num": batch.length_N.tolist(),

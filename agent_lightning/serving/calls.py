@@ -115,8 +115,7 @@ async def reading(
     request: Request, attempt: Attempt, *, max_bytes: int, max_bytes_in_flight: int
 ) -> AsyncIterator[bytes]:
     """The body of a request, which counts as in flight until the block ends. Raises BadRequest if the client goes away,
-    if the body is larger than `max_bytes`, or if the attempt has more than `max_bytes_in_flight` in all its
-    requests."""
+    if the body exceeds `max_bytes`, or if all bodies of the attempt exceed `max_bytes_in_flight`."""
     raw = bytearray()
     try:
         async for part in request.stream():

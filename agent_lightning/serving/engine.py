@@ -114,9 +114,7 @@ def engine_request(
         request["logprobs"] = body.get("logprobs") or 0
     else:  # vLLM hides ids and log-probabilities together with reasoning
         request |= {"logprobs": True, "top_logprobs": body.get("top_logprobs") or 0, "include_reasoning": True}
-    if stream:
-        request["stream_options"] = {"include_usage": True}
-    return request
+    return request | ({"stream_options": {"include_usage": True}} if stream else {})
 
 
 def parse_reply(raw: Mapping[str, Any], *, policy_version: int, last_version: int | None = None) -> Completion:
