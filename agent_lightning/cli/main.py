@@ -187,16 +187,13 @@ def _add_arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     add("submit", "--runtime-env", type=Path, help="(default: runtime_env.yaml, here or in the project)")
     add("submit", "--wait", **flag, help="until it ends; its exit code is this command's")
     add("submit", "--follow", **flag, help="and show its log")
-    brought = "where the run's files are brought (default: runs)"
-    add("submit", "--out", type=Path, default=Path("runs"), help=brought)
+    add("submit", "--out", type=Path, default=Path("runs"), help="where the run's files are brought (default: runs)")
     add("eval", "--split", choices=("train", "val"), default="val", help="which tasks (default: val)")
     add("eval", "--out", type=Path, help="also write the JSON here")
     add("reproduce score", "benchmark", choices=benchmarks.names())
-    scales = ("tiny", "paper")
-    add("reproduce", "--scale", choices=scales, default="tiny", help="a laptop's CPU, or the paper's GPUs")
+    add("reproduce", "--scale", choices=("tiny", "paper"), default="tiny", help="a laptop's CPU, or the paper's GPUs")
     add("reproduce", "--seeds", type=_numbers, default=[0, 1, 2], metavar="0,1,2", help="(default: 0,1,2)")
-    reported = "report on these, run nothing"
-    add("reproduce", "--runs", type=Path, nargs="+", default=[], metavar="RUN", help=reported)
+    add("reproduce", "--runs", type=Path, nargs="+", default=[], metavar="RUN", help="report on these, run nothing")
     add("reproduce", "--out", type=Path, help="folder of the report (default: runs/reproduce-BENCHMARK-SCALE)")
     with_keys = "train config submit eval serve sweep reproduce"
     add(with_keys, "overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
@@ -213,8 +210,7 @@ def _add_arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     add("explain export", "run", type=Path, help="the run's folder")
     add("explain", "rollout", help="the rollout's id, as `agl runs RUN` lists it")
     add("explain", "--tokens", **flag, help="also the sampled text, coloured by advantage")
-    traces = "traces; the format is seen from what is in it"
-    add("import", "files", type=Path, nargs="+", metavar="FILE", help=traces)
+    add("import", "files", type=Path, nargs="+", metavar="FILE", help="traces; the format is seen from what is in it")
     add("import", "--out", type=Path, required=True, help="folder for rollouts.jsonl and sft.jsonl")
     add("export", "--out", type=Path, required=True, help="folder for rollouts.jsonl or traces.jsonl")
     add("export", "--format", choices=("jsonl", "otlp"), default="jsonl", help="(default: jsonl)")

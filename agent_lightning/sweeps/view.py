@@ -42,8 +42,7 @@ class SweepView(LiveBlock):
 
     def update(self, record: TrialRecord) -> None:
         """Take a trial's new record, and print a line if there is no table."""
-        before = self._records.get(record.name)
-        self._records[record.name] = record
+        before, self._records[record.name] = self._records.get(record.name), record
         if self._live is None and (before is None or (before.state, before.rewards) != (record.state, record.rewards)):
             reached = f"step {record.step}/{self._plan.steps}  held-out {number(record.last)}" if record.rewards else ""
             parts = [f"{record.name} {record.state:<8}", reached, " ".join(record.words), record.error]

@@ -51,5 +51,4 @@ def test_the_benchmarks_are_those_of_the_checkout(command: str, site_packages: P
 
 
 def test_the_program_of_agl_reproduce_is_in_the_wheel(site_packages: Path) -> None:
-    file = benchmarks.REPRODUCE.partition(":")[0]
-    assert (site_packages / "agent_lightning" / file).is_file()
+    assert (site_packages / "agent_lightning" / "benchmarks/reproduce/report.py").is_file()
