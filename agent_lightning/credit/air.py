@@ -99,11 +99,9 @@ class Air:
 
 def _applies(rule: RuleConfig, event: ObservedEvent) -> bool:
     """Whether the rule rewards this event."""
-    return (
-        event.kind == rule.on
-        and fnmatchcase(event.tool, rule.tool)
-        and (not rule.match or re.search(rule.match, event.text, re.IGNORECASE) is not None)
-    )
+    if event.kind != rule.on or not fnmatchcase(event.tool, rule.tool):
+        return False
+    return not rule.match or re.search(rule.match, event.text, re.IGNORECASE) is not None
 
 
 def observed_events(trajectory: Trajectory) -> tuple[ObservedEvent, ...]:

@@ -43,11 +43,8 @@ def select_calls(calls: Sequence[ModelCall], pattern: str) -> tuple[int, ...]:
     globs = [part.strip() for part in pattern.split(",")]
     if not all(globs):
         raise ConfigError(f"agents: {pattern!r} has an empty agent name; write e.g. '*' or 'writer,rewriter*'")
-    return tuple(
-        i
-        for i, call in enumerate(calls)
-        if call.source == "gateway" and any(fnmatchcase(call.agent, glob) for glob in globs)
-    )
+    agents = [(i, call.agent) for i, call in enumerate(calls) if call.source == "gateway"]
+    return tuple(i for i, agent in agents if any(fnmatchcase(agent, glob) for glob in globs))
 
 
 def chain_calls(calls: Sequence[ModelCall]) -> tuple[tuple[ModelCall, ...], ...]:

@@ -74,9 +74,8 @@ def whiten_step(batches: Sequence[Batch], advantages: Sequence[Floats]) -> list[
     """The advantages of all batches of a step, scaled to mean 0 and standard deviation 1; see `estimators.whiten`."""
     masks = [batch.mask_NT for batch in batches]
     starts = np.cumsum([0, *(batch.num_rollouts for batch in batches[:-1])])
-    owners = [
-        batch.rollout_N[np.nonzero(batch.mask_NT)[0]] + start for batch, start in zip(batches, starts, strict=True)
-    ]
+    pairs = zip(batches, starts, strict=True)
+    owners = [batch.rollout_N[np.nonzero(batch.mask_NT)[0]] + start for batch, start in pairs]
     values = [advantage[mask].astype(np.float64) for advantage, mask in zip(advantages, masks, strict=True)]
     white = np.split(whiten(np.concatenate(values), np.concatenate(owners)), np.cumsum([v.size for v in values])[:-1])
     scaled = [np.zeros(mask.shape, np.float32) for mask in masks]

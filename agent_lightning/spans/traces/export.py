@@ -115,16 +115,9 @@ def to_spans(trajectory: Trajectory) -> tuple[RawSpan, ...]:
         spans.append(_span(tool, tool.span_id, tool.parent_id or root, f"execute_tool {tool.name}", attributes, error))
     for reward in trajectory.rewards:
         parts = {"reward.name": reward.name, "reward.value": reward.value, "reward.about": reward.about}
-        spans.append(
-            RawSpan(
-                span_id=reward.span_id,
-                parent_id=root,
-                name="reward",
-                started_at=reward.at,
-                ended_at=reward.at,
-                attributes={f"agl.{part}": value for part, value in (parts | {"span_id": reward.span_id}).items()},
-            )
-        )
+        given = {f"agl.{part}": value for part, value in (parts | {"span_id": reward.span_id}).items()}
+        at, span_id = reward.at, reward.span_id
+        spans += [RawSpan(span_id=span_id, parent_id=root, name="reward", started_at=at, ended_at=at, attributes=given)]
     return tuple(spans)
 
 

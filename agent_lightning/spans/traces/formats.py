@@ -170,8 +170,7 @@ def _langfuse(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
 def _observation(record: Mapping[str, Any]) -> RawSpan:
     """The span of a Langfuse observation."""
     metadata = record.get("metadata")
-    metadata = json.loads(metadata) if isinstance(metadata, str) and metadata.startswith("{") else metadata
-    metadata = as_mapping(metadata)
+    metadata = as_mapping(json.loads(metadata) if isinstance(metadata, str) and metadata[:1] == "{" else metadata)
     attributes = dict(metadata.get("attributes") or {})
     own = {"type": str(record.get("type") or "").lower(), "input": record.get("input"), "output": record.get("output")}
     own |= {"model.name": record.get("model"), "metadata.tools": metadata.get("tools")}

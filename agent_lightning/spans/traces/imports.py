@@ -107,9 +107,8 @@ def conversations(rollouts: Sequence[Imported]) -> Iterator[dict[str, Any]]:
             messages = [{**message, "content": message["content"] or ""} for message in (*request[0], reply)]
             tools = json.loads(rollout.offered.get(call.call_id, "[]")) or request[1]
             texts = [json.dumps(message, sort_keys=True) for message in messages]
-            continued.update(
-                "\n".join(texts[:end]) for end in range(1, len(texts)) if messages[end - 1]["role"] == "assistant"
-            )
+            ends = [end for end in range(1, len(texts)) if messages[end - 1]["role"] == "assistant"]
+            continued.update("\n".join(texts[:end]) for end in ends)
             row = {"messages": messages} | ({"tools": tools} if tools else {})
             reward = rollout.trajectory.reward
             rows.setdefault("\n".join(texts), row | ({} if reward is None else {"reward": reward}))
