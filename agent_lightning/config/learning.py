@@ -235,7 +235,6 @@ class RuleConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RuleConfig:
-        """Raise ConfigError for a rule that would never pay, or would pay for repetition."""
         if not self.cap >= abs(self.value) > 0:
             raise ConfigError(f"air.rules: on={self.on}: needs a value that is not 0 and a cap of at least its size")
         if self.on == "repeated" and self.value > 0:
@@ -276,10 +275,8 @@ class AirConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> AirConfig:
         if self.bound >= 0.5:
-            raise ConfigError(
-                f"air.bound={self.bound}: must be above 0 and below 0.5: "
-                "from half of the final reward's range on, a failed rollout could be worth more than a good one"
-            )
+            why = "from half of the final reward's range on, a failed rollout could be worth more than a good one"
+            raise ConfigError(f"air.bound={self.bound}: must be above 0 and below 0.5: {why}")
         if not self.enabled and (self.form, self.bound, self.rules, self.signals) != ("sum", 0.3, DEFAULT_RULES, ()):
             raise ConfigError("air: its keys are set but it is off; add air.enabled=true, or credit=air")
         return self

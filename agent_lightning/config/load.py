@@ -169,7 +169,7 @@ def _escaped(value: Any) -> Any:
 
 def _split(override: str) -> tuple[str, str]:
     key, equals, value = override.partition("=")
-    if not equals or not key:
+    if not (equals and key):
         raise ConfigError(f"{override}: must have the form key=value")
     return key, value
 

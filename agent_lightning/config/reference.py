@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -26,8 +27,6 @@ from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.text import one_line
 
 OVERRIDE, DEFAULT = "override", "default"
-_WIDEST: Final = 100_000
-"""Characters of a line that no terminal shows: nothing is cut."""
 
 
 def show(words: Sequence[str], *, changed: bool = False, as_yaml: bool = False) -> str:
@@ -45,7 +44,7 @@ def show(words: Sequence[str], *, changed: bool = False, as_yaml: bool = False) 
     for key, (value, source) in values.items():
         if not changed or source != DEFAULT:
             table.add_row(key, escape(str(value)), source)
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDEST
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100_000  # in a pipe nothing is cut
     console = Console(width=width, file=(text := StringIO()))
     console.print(table)
     return text.getvalue()
@@ -69,8 +68,7 @@ def sources(overrides: Sequence[str]) -> tuple[Config, dict[str, tuple[Any, str]
     set_here = {word.partition("=")[0].lstrip("+~") for word, made in pairs if word[0] in "+~" or made.startswith("++")}
     origins: dict[str, tuple[Any, str]] = {}
     for key, value in leaves(load.to_mapping(config)):
-        parts = key.split(".")
-        prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+        prefixes = [*accumulate(key.split("."), "{}.{}".format)][::-1]
         file = next((files[prefix] for prefix in prefixes if prefix in files), DEFAULT)
         origins[key] = (value, OVERRIDE if set_here.intersection(prefixes) else file)
     return config, origins
@@ -164,9 +162,7 @@ def _sections() -> Iterator[tuple[str, type[Section], Mapping[str, Any]]]:
 def _rows(kind: type[Section], values: Mapping[str, Any]) -> Iterator[str]:
     """A table of the keys of a section that hold values; nothing if it has only sections."""
     keys = [key for key in section.keys(kind) if "." not in key.path]
-    if keys:
-        yield "| key | value | default | meaning |"
-        yield "|---|---|---|---|"
+    yield from ("| key | value | default | meaning |", "|---|---|---|---|") if keys else ()
     for key in keys:
         default = _default(values, key.path).removeprefix("default ")
         yield f"| `{key.path}` | {_escape(key.kind)} | {_escape(default)} | {_escape(key.sentence)} |"
@@ -183,12 +179,10 @@ def _default(values: Mapping[str, Any], key: str) -> str:
 
 
 def _sentence(kind: type[Section]) -> str:
-    """What a section is, without the example."""
     return one_line((kind.__doc__ or "").partition("Example:")[0])
 
 
-def _escape(text: str) -> str:
-    """The text as Markdown shows it in a table."""
+def _escape(text: str) -> str:  # for a Markdown table
     return re.sub(r"([|*<])", r"\\\1", text)
 
 

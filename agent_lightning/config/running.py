@@ -33,8 +33,7 @@ class SourceConfig(Section):
     kind: Literal["generated", "jsonl", "hub"] = "jsonl"
     """generated: rows from a function; jsonl: a file with a JSON object a line; hub: a Hugging Face data set."""
     target: str | None = None
-    """generated: "path/to/file.py:function", called with seed, num, split and, if it takes them, root and names; each
-    row that it returns has an "id"."""
+    """generated: "file.py:function", called with seed, num, split, and root and names if taken; rows have an "id"."""
     names: tuple[str, ...] = ()
     """generated: parts of the data, such as [mawps_train] of Calc-X, for a function that takes names."""
     path: str | None = None
@@ -228,8 +227,7 @@ class ServingConfig(Section):
 
     def check_memory(self, free_gib: float) -> None:
         """Raise UserError if the KV caches of all replicas on a CPU need more than this memory."""
-        needed = self.replicas * self.kv_cache_gib
-        if needed > free_gib:
+        if (needed := self.replicas * self.kv_cache_gib) > free_gib:
             raise UserError(
                 f"serving.kv_cache_gib={self.kv_cache_gib} for each of {self.replicas} replicas "
                 f"needs {needed} GiB, but {free_gib:.1f} GiB of memory are free: lower it, or serving.replicas"
