@@ -1,12 +1,5 @@
 """The journal: an append-only log of records in a folder, which outlives the process that writes it.
 
-    journal = Journal(JournalConfig(path=Path("runs/first/journal")))
-    for location, payload in journal.replay():   # records of an earlier process; cuts a torn tail
-        ...
-    location = journal.append(b"...")            # returns at once; records of one turn of the event loop share a write
-    await journal.durable()                      # until the records survive what `fsync` promises
-    journal.read(location)                       # b"..."
-
 What survives which failure: see docs/reliability.md. The journal handles bytes; `codec` gives them meaning.
 While the disk is full, nothing is acknowledged; after `patience_s` the journal fails with one line.
 """
@@ -64,7 +57,15 @@ class _Open:
 
 class Journal:
     """A journal that this process writes; no other process can write it meanwhile. `append` and `durable` must be
-    called in one event loop."""
+    called in one event loop.
+
+        journal = Journal(JournalConfig(path=Path("runs/first/journal")))
+        for location, payload in journal.replay():  # records of an earlier process; cuts a torn tail
+            ...
+        location = journal.append(b"...")           # returns at once; records of one turn of the loop share a write
+        await journal.durable()                     # until the records survive what `fsync` promises
+        journal.read(location)                      # b"..."
+    """
 
     def __init__(self, config: JournalConfig) -> None:
         """Lock the folder. Raises JournalError if another process holds it, or if it cannot be used."""

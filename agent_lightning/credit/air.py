@@ -2,13 +2,7 @@
 
 The idea is from arXiv 2508.03680, section 3.3: signals that a running system has anyway, such as the status of a tool
 call, become intermediate rewards. The paper gives no formula. The formula here is our own, built so that a policy
-cannot exploit it:
-
-    - An action that occurred before in the rollout (same tool, same arguments) is "repeated", whatever its result: only
-      a rule for repetition can reward it, and such a rule may not be positive.
-    - A rule pays at most `cap` in a rollout, and all rules together stay within [-bound, bound].
-    - `bound` is below half the range of the final reward, so a failed rollout cannot overtake a successful one.
-    - form="potential" uses the running total as a potential: the rewards of a rollout sum to exactly zero.
+cannot exploit it (see `Air`).
 """
 
 from __future__ import annotations
@@ -47,7 +41,13 @@ Signal = Callable[[Trajectory], Floats]
 
 @dataclass(frozen=True, slots=True)
 class Air:
-    """The rules by which events become rewards.
+    """The rules by which events become rewards; a policy cannot exploit them.
+
+    - An action that occurred before in the rollout (same tool, same arguments) is "repeated", whatever its result: only
+      a rule for repetition can reward it, and such a rule may not be positive.
+    - A rule pays at most `cap` in a rollout, and all rules together stay within [-bound, bound].
+    - `bound` is below half the range of the final reward, so a failed rollout cannot overtake a successful one.
+    - form="potential" uses the running total as a potential: the rewards of a rollout sum to exactly zero.
 
     Example, bound 0.3, the default rules, three calls: a failing tool call, the same call again, a good call:
 

@@ -1,13 +1,7 @@
 """LightningRL: the rewards of a group become advantages of its calls, and its calls become samples to train on.
 
 Statistics are taken over rollouts and before anything is dropped, so a rollout counts once whatever its number of
-calls or rows. Rollouts and tokens that are not trained are counted under one of these reasons:
-
-    masked_<outcome>   the outcome has no reward (algorithm.failures); masked_truncated: finished, but a reply was cut
-    no_selected_call   no call of a trained agent sampled a token
-    no_spread          every advantage of the group is zero, and so is its policy gradient. This reason is not used if
-                       the advantage depends on the other groups of the step, or on a critic
-    overlong_sample    the row is longer than `max_tokens`; the rollout is dropped if all of its rows are
+calls or rows.
 """
 
 from __future__ import annotations
@@ -52,7 +46,14 @@ class CreditRules:
 class Credit:
     """The samples of a group, and an account of everything that is not trained. rollouts of the group =
     trained_rollouts + sum(dropped_rollouts), and sampled_tokens = tokens with mask True in `samples` +
-    sum(dropped_tokens)."""
+    sum(dropped_tokens). Rollouts and tokens are dropped for one of these reasons:
+
+    masked_<outcome>   the outcome has no reward (algorithm.failures); masked_truncated: finished, but a reply was cut
+    no_selected_call   no call of a trained agent sampled a token
+    no_spread          every advantage of the group is zero, and so is its policy gradient. This reason is not used if
+                       the advantage depends on the other groups of the step, or on a critic
+    overlong_sample    the row is longer than `max_tokens`; the rollout is dropped if all of its rows are
+    """
 
     samples: tuple[Sample, ...]
     trained_rollouts: int

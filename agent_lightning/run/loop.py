@@ -1,13 +1,9 @@
 """The training loop. A step generates rollouts, trains on them, and publishes the new weights; some steps evaluate.
 
-    generate   admit tasks, wait for complete groups     ends with the last rollout of the step, or with `stop`
-    train      credit -> samples -> batches -> update    ends with the optimiser's last step
-    publish    new weights to every replica              ends when every replica serves the new version
-    evaluate   one rollout for each held-out task        runs between steps, so a single version answers every call
-
-Training is on-policy: the rollouts of a step start after its policy version is live on every replica, and end before
-the next version is published. The loop knows protocols only, so it runs the same on plain objects in one process and
-on Ray actors.
+generate   admit tasks, wait for complete groups     ends with the last rollout of the step, or with `stop`
+train      credit -> samples -> batches -> update    ends with the optimiser's last step
+publish    new weights to every replica              ends when every replica serves the new version
+evaluate   one rollout for each held-out task        runs between steps, so a single version answers every call
 """
 
 from __future__ import annotations
@@ -69,7 +65,12 @@ class Observer(Protocol):
 @dataclass(slots=True, kw_only=True)
 class Loop:
     """The parts of a run and its progress. `stop` may be set at any time: the running rollouts are cancelled, the step
-    is abandoned, and `run` returns after a checkpoint."""
+    is abandoned, and `run` returns after a checkpoint.
+
+    Training is on-policy: the rollouts of a step start after its policy version is live on every replica, and end
+    before the next version is published. The loop knows protocols only, so it runs the same on plain objects in one
+    process and on Ray actors.
+    """
 
     plan: Plan
     state: State

@@ -1,13 +1,4 @@
-"""A gate between calls and weight updates, with a rule for the calls that run when an update comes.
-
-    rule     the update                     a running call
-    wait     waits until they have ended    is answered by one version
-    restart  cancels and repeats them with  is answered by one version; if its client has seen a part of the answer, the
-             the new weights                update waits for its end instead
-    keep     does not wait                  goes on with the new weights, so several versions may answer it
-
-With every rule, no call starts during an update: it waits at the gate, and its agent sees a slow call.
-"""
+"""A gate between calls and weight updates, with a rule for the calls that run when an update comes."""
 
 from __future__ import annotations
 
@@ -28,7 +19,13 @@ class _Interrupted(Exception):
 class Gate:
     """Lets calls through one by one, and updates between them.
 
-    Example:
+        rule     the update                     a running call
+        wait     waits until they have ended    is answered by one version
+        restart  cancels and repeats them with  is answered by one version; if its client has seen a part of the answer,
+                 the new weights                the update waits for its end instead
+        keep     does not wait                  goes on with the new weights, so several versions may answer it
+
+    With every rule, no call starts during an update: it waits at the gate, and its agent sees a slow call.
 
         reply = await gate.complete(work)         # work() starts the call; it is called again if the call is repeated
         async for part in gate.stream(work): ...

@@ -1,12 +1,4 @@
-"""PolicyBoard: which weights are current, and which replicas of the policy have them. Follower: a replica's side of it.
-
-In a run the board is an actor. Replicas pull weights from it, so that a replica that joins late gets the current
-weights before it answers a call, and nobody keeps a list of replicas to push to.
-
-A replica belongs to the policy as long as its heartbeats arrive. The board drops it after `heartbeat_timeout` seconds
-without one. The replica counts from before it sent the last one, so it has stopped answering by then: the board never
-waits for a dead replica, and a replica that was cut off never answers with old weights.
-"""
+"""PolicyBoard: the current weights, and the replicas of the policy that have them. Follower: a replica's side of it."""
 
 from __future__ import annotations
 
@@ -27,9 +19,13 @@ HEARTBEAT_TIMEOUT = 15.0
 
 
 class PolicyBoard:
-    """Holds the newest weights, and publishes them to the replicas.
+    """Holds the newest weights, and publishes them to the replicas; an actor in a run.
 
-    Example:
+    Replicas pull weights from the board, so that a replica that joins late gets the current weights before it answers a
+    call, and nobody keeps a list of replicas to push to. A replica belongs to the policy as long as its heartbeats
+    arrive. The board drops it after `heartbeat_timeout` seconds without a heartbeat. The replica counts from before it
+    sent the last one, so it has stopped answering by then: the board never waits for a dead replica, and a replica that
+    was cut off never answers with old weights.
 
         await board.join("replica-1")            # -> None: the starting weights are current
         await board.publish(weights, timeout=60) # returns when replica-1 has called `note_installed("replica-1", 1)`

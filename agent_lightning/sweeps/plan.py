@@ -1,12 +1,4 @@
-"""The plan of a sweep: its settings and its checked command line; and its folder, with the records of its trials.
-
-runs/sweep-calc_tiny-20260101-120000/
-  sweep.yaml       the command line, which `agl sweep resume=` reads
-  trial-000/ …     the trials, which are ordinary runs
-  logs/            the terminal output of each trial
-  trials.jsonl     a line for each trial: its searched values, its state, its held-out rewards
-  experiment/best.yaml, curves.png, parallel.png
-"""
+"""The plan of a sweep: its settings and its checked command line; and its folder, with the records of its trials."""
 
 from __future__ import annotations
 
@@ -212,7 +204,15 @@ def trial_words(plan: SweepPlan, group: str) -> tuple[str, ...]:
 
 
 class SweepFolder:
-    """The folder of a sweep, and the paths of its files."""
+    """The folder of a sweep, and the paths of its files.
+
+    runs/sweep-calc_tiny-20260101-120000/
+      sweep.yaml       the command line, which `agl sweep resume=` reads
+      trial-000/ …     the trials, which are ordinary runs
+      logs/            the terminal output of each trial
+      trials.jsonl     a line for each trial: its searched values, its state, its held-out rewards
+      experiment/best.yaml, curves.png, parallel.png
+    """
 
     def __init__(self, path: Path) -> None:
         self.path: Final = path

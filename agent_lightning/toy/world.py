@@ -2,17 +2,6 @@
 
 The policy is a table of logits: the last message of the prompt chooses the row, and the answer is one word of a small
 vocabulary. Everything else is real: HTTP, gateway, buffer, rollout workers, credit, batches, weights and the loop.
-
-    async def solve(task, policy):
-        messages = [{"role": "user", "content": task["question"]}]
-        async with AsyncOpenAI(base_url=policy.base_url, api_key=policy.api_key) as client:
-            reply = await client.chat.completions.create(model=policy.model, messages=messages)
-        return float(reply.choices[0].message.content == task["answer"])
-
-    tasks = [Task(task_id="sky", payload={"question": "The sky is", "answer": "blue"})]
-    async with ToyWorld(agent=solve, tasks=tasks, words=("red", "green", "blue")) as world:
-        state = await world.train(steps=20)
-        state.val_rewards  # [(0, 0.0), (20, 1.0)]
 """
 
 from __future__ import annotations
@@ -90,7 +79,19 @@ class QuietObserver:
 @dataclass(slots=True, kw_only=True)
 class ToyWorld:
     """A run with all its parts, started by `async with ToyWorld(agent=…, tasks=…, words=…) as world`. In the block,
-    `loop` is ready to run, `url` is the root URL of the gateway, and the other parts can be inspected."""
+    `loop` is ready to run, `url` is the root URL of the gateway, and the other parts can be inspected.
+
+        async def solve(task, policy):
+            messages = [{"role": "user", "content": task["question"]}]
+            async with AsyncOpenAI(base_url=policy.base_url, api_key=policy.api_key) as client:
+                reply = await client.chat.completions.create(model=policy.model, messages=messages)
+            return float(reply.choices[0].message.content == task["answer"])
+
+        tasks = [Task(task_id="sky", payload={"question": "The sky is", "answer": "blue"})]
+        async with ToyWorld(agent=solve, tasks=tasks, words=("red", "green", "blue")) as world:
+            state = await world.train(steps=20)
+            state.val_rewards  # [(0, 0.0), (20, 1.0)]
+    """
 
     agent: AgentConfig | Agent  # an async function that returns its reward, or the section of any agent
     concurrency: int = 32  # rollouts that a worker runs at a time
