@@ -151,7 +151,7 @@ def main() -> None:
             parameters = maker.submit(random_model, model, shape).result()
         measured = run(Path(folder), model, options.steps, options.words)
     name = subprocess.check_output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], text=True).strip()
-    print(json.dumps({"benchmark": "gpu", "gpu": name, "parameters": parameters, **measured}, indent=1))
+    print(json.dumps({"benchmark": "gpu", "gpu": name, "parameters": parameters, **measured}))
 
 
 if __name__ == "__main__":

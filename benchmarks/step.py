@@ -60,10 +60,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
     if options.run is not None:
-        print(json.dumps(measure(options.run), indent=1))
+        print(json.dumps(measure(options.run)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(run(options.steps, folder, options.overrides)), indent=1))
+        print(json.dumps(measure(run(options.steps, folder, options.overrides))))
 
 
 if __name__ == "__main__":
