@@ -272,6 +272,8 @@ def _llm_settings(config: Deployment) -> dict[str, Any]:
         "weight_transfer_config": {"backend": "ray_object_store"},
         # Log-probabilities after temperature and top-p, of the distribution that is sampled.
         "logprobs_mode": "processed_logprobs",
+        # Else the model's generation_config.json would set what a call leaves unset. Its end tokens are kept.
+        "generation_config": "vllm",
         # With a response_format, a policy that likes spaces would write spaces between two fields until its limit.
         "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
         "enable_log_requests": False,
