@@ -27,8 +27,7 @@ import aiohttp
 import numpy as np
 
 from agent_lightning.buffer.buffer import Buffer
-from agent_lightning.buffer.journal import JournalConfig
-from agent_lightning.config.running import AgentConfig, Fsync
+from agent_lightning.config.running import AgentConfig, BufferConfig, Fsync
 from agent_lightning.core.types import Ending, ModelCall, Outcome, Policy, RolloutKey, Task
 from agent_lightning.toy.world import ToyWorld
 
@@ -50,13 +49,14 @@ class TwoCalls:
         return float(answer == task["answer"])
 
 
-async def rollouts(concurrent: int, journal: JournalConfig | None) -> tuple[float, float]:
+async def rollouts(concurrent: int, journal: Path | None, config: BufferConfig) -> tuple[float, float]:
     """Rollouts/s of one wave of 1.5 times as many rollouts as may run at a time, and rollouts per second of CPU."""
     tasks = [Task(task_id=f"{n}", payload={"question": f"{n}?", "answer": str(n % 10)}) for n in range(concurrent // 8)]
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as client:
         spec = AgentConfig(target=TwoCalls(client), timeout_s=300.0)
-        async with ToyWorld(agent=spec, concurrency=concurrent, tasks=tasks, words=WORDS, journal=journal) as world:
+        options: dict[str, Any] = {"agent": spec, "concurrency": concurrent, "tasks": tasks, "words": WORDS}
+        async with ToyWorld(**options, journal=journal, buffer_config=config) as world:
             started, working = time.perf_counter(), time.process_time()
             groups = await world.loop.generate(tasks, split="train", num_rollouts=12)
             seconds, worked = time.perf_counter() - started, time.process_time() - working
@@ -87,9 +87,9 @@ def make_call(key: RolloutKey, number: int, tokens: int) -> ModelCall:
     )
 
 
-async def appends(folder: Path, fsync: str, concurrent: int, tokens: int) -> dict[str, float]:
+async def appends(folder: Path, fsync: Fsync, concurrent: int, tokens: int) -> dict[str, float]:
     """Calls that many clients record at once, each waiting for its acknowledgement."""
-    buffer = Buffer(run_secret=b"x", journal=JournalConfig(path=folder, fsync=fsync))  # type: ignore[arg-type]
+    buffer = Buffer(run_secret=b"x", journal=folder, config=BufferConfig(fsync=fsync))
     await buffer.admit(Task(task_id="t", payload={}), split="train", num_rollouts=concurrent)
     leases = await buffer.lease(concurrent, 1.0)
     waited: list[float] = []
@@ -109,8 +109,8 @@ async def appends(folder: Path, fsync: str, concurrent: int, tokens: int) -> dic
 
 
 async def replay(folder: Path, size: int, tokens: int) -> dict[str, Any]:
-    config = JournalConfig(path=folder, fsync="never", max_bytes=4 * size)
-    buffer, calls, groups = Buffer(run_secret=b"x", journal=config, memory_bytes=2**28), 0, 0
+    config = BufferConfig(fsync="never", max_disk_gib=4 * size / 2**30, memory_gib=0.25)
+    buffer, calls, groups = Buffer(run_secret=b"x", journal=folder, config=config), 0, 0
     while sum(segment.stat().st_size for segment in folder.glob("segment-*")) < size:
         await buffer.admit(Task(task_id="t", payload={"question": "x" * 100}), split="train", num_rollouts=8)
         for lease in await buffer.lease(8, 1.0):
@@ -121,7 +121,7 @@ async def replay(folder: Path, size: int, tokens: int) -> dict[str, Any]:
         groups += 1
     await buffer.close()
     started = time.perf_counter()
-    buffer = Buffer(run_secret=b"x", journal=config, memory_bytes=2**28)
+    buffer = Buffer(run_secret=b"x", journal=folder, config=config)
     seconds = time.perf_counter() - started
     stats = await buffer.stats()
     assert (stats.calls, stats.complete) == (calls, groups * 8)
@@ -149,10 +149,10 @@ def main() -> None:
         for number in range(options.rounds):
             for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
                 gc.collect()  # garbage of the round before is not part of this round's time
-                config = None
-                if kind != "none":
-                    config = JournalConfig(path=root / f"{number}-{kind}", fsync=kind)  # type: ignore[arg-type]
-                measured[kind].append(asyncio.run(rollouts(options.concurrent, config)))
+                kept = kind != "none"
+                config = BufferConfig(fsync=kind) if kept else BufferConfig()  # type: ignore[arg-type]
+                folder = root / f"{number}-{kind}" if kept else None
+                measured[kind].append(asyncio.run(rollouts(options.concurrent, folder, config)))
         without, without_cpu = (statistics.median(rates) for rates in zip(*measured["none"], strict=True))
         for kind in kinds:
             rate, rate_cpu = (statistics.median(rates) for rates in zip(*measured[kind], strict=True))

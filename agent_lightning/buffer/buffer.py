@@ -23,14 +23,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from agent_lightning.buffer import events
 from agent_lightning.buffer.breaker import Breaker, cause_of
-from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.buffer.ledger import StoredRollout
 from agent_lightning.buffer.store import Store
 from agent_lightning.buffer.taken import TakenGroup
-from agent_lightning.config.running import AgentConfig, BreakerConfig
+from agent_lightning.config.running import AgentConfig, BreakerConfig, BufferConfig
 from agent_lightning.core.errors import UnknownRollout
 from agent_lightning.core.types import Ending, ModelCall, Outcome, RolloutKey, Split, Task
 from agent_lightning.credit.failures import Retries
@@ -106,20 +106,20 @@ class Buffer:
         agent: AgentConfig | None = None,
         grace: float = 30.0,
         first_group: Mapping[Split, int] | None = None,
-        journal: JournalConfig | None = None,
-        memory_bytes: int = 2**62,
+        journal: Path | None = None,
+        config: BufferConfig = BufferConfig(),
     ) -> None:
         """`agent` has the limits of one attempt: max_calls and max_spans. A worker counts as dead `grace`
         seconds after the deadline of its lease. `first_group` gives the numbers of the first groups of a resumed run
-        without a journal; with `journal` the buffer continues from what the journal holds. Spans of complete rollouts
-        beyond `memory_bytes` are kept in the journal only."""
+        without a journal; with the folder of a journal, `journal`, the buffer continues from what is in it. `config`
+        says how the journal is written, and how much memory spans take before they are kept in the journal only."""
         self._run_secret = run_secret
         self._retries = retries or Retries()
         self._breaker = breaker or Breaker(BreakerConfig(window=0))
         self._alarm = ""
         self._agent = agent or AgentConfig(target="")
         self._grace = grace
-        self._store = Store(journal, first_group=first_group, memory_bytes=memory_bytes)
+        self._store = Store(journal, config, first_group=first_group)
         self._ledger = self._store.ledger
         self._changed = asyncio.Condition()
         self._cancels = 0

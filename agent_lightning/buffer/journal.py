@@ -19,29 +19,15 @@ from typing import IO, Final
 
 from agent_lightning.buffer import segments
 from agent_lightning.buffer.segments import FRAME_BYTES, HEADER_BYTES, MAX_PAYLOAD, RecordLocation
-from agent_lightning.config.running import Fsync
+from agent_lightning.config.running import BufferConfig
 from agent_lightning.core.errors import JournalError, JournalFull
 from agent_lightning.core.files import replacing
 
 logger = logging.getLogger(__name__)
 
 _RESERVE: Final = 1.1
-"""Events that end rollouts may be written up to 1.1 x `max_bytes`, so that a run with a full journal can finish."""
+"""Events that end rollouts may be written up to 1.1 x `buffer.max_disk_gib`: a run with a full journal can finish."""
 _MODE: Final = 0o600  # permissions of the journal's files, which hold messages of agents and users
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JournalConfig:
-    """Where a journal is, and how it is written."""
-
-    path: Path  # the journal's folder, on a local or a shared disk; created if it is missing
-    fsync: Fsync = "interval"  # when a record is acknowledged; see BufferConfig
-    fsync_interval_s: float = 1.0  # seconds between two writes to the disk with fsync="interval"
-    segment_bytes: int = 64 * 2**20  # size at which a new segment begins
-    max_bytes: int = 20 * 2**30  # largest size of all segments together; see JournalFull
-    patience_s: float = 60.0  # seconds for which the journal waits if the disk is full
-    takeover_s: float = 5.0
-    """Seconds for which the journal waits if another process, which may just have been killed, holds the folder."""
 
 
 @dataclass(slots=True, eq=False)
@@ -59,7 +45,7 @@ class Journal:
     """A journal that this process writes; no other process can write it meanwhile. `append` and `durable` must be
     called in one event loop.
 
-        journal = Journal(JournalConfig(path=Path("runs/first/journal")))
+        journal = Journal(Path("runs/first/journal"))
         for location, payload in journal.replay():  # records of an earlier process; cuts a torn tail
             ...
         location = journal.append(b"...")           # returns at once; records of one turn of the loop share a write
@@ -67,10 +53,15 @@ class Journal:
         journal.read(location)                      # b"..."
     """
 
-    def __init__(self, config: JournalConfig) -> None:
-        """Lock the folder. Raises JournalError if another process holds it, or if it cannot be used."""
+    def __init__(
+        self, path: Path, config: BufferConfig = BufferConfig(), *, patience_s: float = 60.0, takeover_s: float = 5.0
+    ) -> None:
+        """Create and lock the folder `path`. A full disk is waited for `patience_s` seconds, and a process that holds
+        the folder, and may just have been killed, `takeover_s`. Raises JournalError if the folder cannot be used."""
+        self.path = path
         self.config = config
-        self._lock = _lock_folder(config.path, config.takeover_s)
+        self._patience_s = patience_s
+        self._lock = _lock_folder(path, takeover_s)
         # Segments that may have bytes to write or to bring to the disk; records are appended to the last.
         self._open: list[_Open] = []
         self._numbers: list[int] = []  # of all segments in the folder
@@ -86,7 +77,7 @@ class Journal:
     def replay(self) -> Iterator[tuple[RecordLocation, memoryview]]:
         """All records in order; afterwards the journal can be written. A payload is valid until the next iteration.
         Raises JournalDamaged, JournalError."""
-        folder = self.config.path
+        folder = self.path
         for unfinished in (*folder.glob(".*.tmp"), *folder.glob("*.half")):
             unfinished.unlink()  # a crash came during a compaction, of this version or of 0.1.0
         reader = None
@@ -110,18 +101,18 @@ class Journal:
             self._open.append(_Open(reader.segment.number, reader.end, reader.end))
 
     def append(self, payload: bytes, *, reserve: bool = True) -> RecordLocation:
-        """Append a record. With `reserve` it may be written although `max_bytes` is reached, up to the reserve. Raises
+        """Append a record. With `reserve` it may be written although `max_disk_gib` is reached (see _RESERVE). Raises
         JournalFull, and JournalError if the journal has failed; then nothing was appended."""
         self._check()
         size = FRAME_BYTES + len(payload)
-        limit = self.config.max_bytes * (_RESERVE if reserve else 1.0)
+        limit = self.config.max_disk_gib * 2**30 * (_RESERVE if reserve else 1.0)
         if size > MAX_PAYLOAD:
             raise JournalError(f"a record of {size} bytes is more than a journal takes")
         if self.size + size > limit:
-            reached = f"the journal {self.config.path} has reached its limit of {self.config.max_bytes / 2**30:.2f} GiB"
+            reached = f"the journal {self.path} has reached its limit of {self.config.max_disk_gib:.2f} GiB"
             raise JournalFull(f"{reached}: raise buffer.max_disk_gib, or checkpoint more often")
         current = self._open[-1]
-        if current.size + size > self.config.segment_bytes and current.size > HEADER_BYTES:
+        if current.size + size > self.config.segment_mib * 2**20 and current.size > HEADER_BYTES:
             current = self._begin(current.number + 1, current.size)
         location = RecordLocation(current.number, current.size, len(payload))
         current.pending += (segments.frame(payload, location.segment, location.offset), payload)
@@ -142,7 +133,7 @@ class Journal:
 
     def read(self, location: RecordLocation) -> bytes:
         """The payload of a record. Raises JournalDamaged if the disk returns other bytes than were written."""
-        path = segments.path_of(self.config.path, location.segment)
+        path = segments.path_of(self.path, location.segment)
         for segment in self._open:
             if segment.number == location.segment and location.offset + FRAME_BYTES + location.length > segment.written:
                 return segments.unframe(b"".join(segment.pending)[location.offset - segment.written :], location, path)
@@ -159,7 +150,7 @@ class Journal:
         self.flush()
         number = self._open[-1].number + 1
         locations, size = list[RecordLocation](), HEADER_BYTES
-        with replacing(segments.path_of(self.config.path, number)) as unfinished:
+        with replacing(segments.path_of(self.path, number)) as unfinished:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             with os.fdopen(os.open(unfinished, flags, _MODE), "wb") as file:
                 file.write(segments.header(number, 0, base=True))
@@ -174,7 +165,7 @@ class Journal:
         self._sync_folder()
         self._close_files()
         for old in self._numbers:
-            segments.path_of(self.config.path, old).unlink(missing_ok=True)
+            segments.path_of(self.path, old).unlink(missing_ok=True)
         self.size, self._numbers, self._open = size, [number], [_Open(number, size, size)]
         return locations
 
@@ -200,7 +191,7 @@ class Journal:
         if self._failed is not None:
             raise self._failed
         if not self._open:
-            raise JournalError(f"the journal {self.config.path} is closed, or was never replayed")
+            raise JournalError(f"the journal {self.path} is closed, or was never replayed")
 
     def _begin(self, number: int, before: int) -> _Open:
         segment = _Open(number, HEADER_BYTES, 0, [segments.header(number, before, base=False)])
@@ -218,14 +209,14 @@ class Journal:
         except OSError as error:
             now, full = time.monotonic(), error.errno in (errno.ENOSPC, errno.EDQUOT)
             if full and not self._full_since:
-                logger.warning("the journal waits: no space left at %s", self.config.path)
+                logger.warning("the journal waits: no space left at %s", self.path)
                 self._full_since = now
-            if full and now - self._full_since < self.config.patience_s:
+            if full and now - self._full_since < self._patience_s:
                 self._scheduled = True
                 asyncio.get_running_loop().call_later(0.2, self._write_pending)
                 return
-            after = f" for {self.config.patience_s:g} s: free some space" if full else ""
-            self._fail(f"the journal {self.config.path} cannot be written ({error.strerror}){after}")
+            after = f" for {self._patience_s:g} s: free some space" if full else ""
+            self._fail(f"the journal {self.path} cannot be written ({error.strerror}){after}")
             return
         self._full_since = 0.0
         if self.config.fsync != "always":
@@ -237,7 +228,7 @@ class Journal:
         """Write the pending bytes of a segment. Raises OSError; then its file is as it was before."""
         if not segment.pending:
             return
-        path = segments.path_of(self.config.path, segment.number)
+        path = segments.path_of(self.path, segment.number)
         if segment.descriptor < 0:
             segment.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, _MODE)
             self._sync_folder()
@@ -272,7 +263,7 @@ class Journal:
                 if [(segment, segment.written) for segment in self._open] == dirty[-1:] and self._written is None:
                     return
         except OSError as error:  # the kernel may have discarded bytes that it could not write: the journal is unusable
-            self._fail(f"the journal {self.config.path} cannot be brought to the disk ({error.strerror})")
+            self._fail(f"the journal {self.path} cannot be brought to the disk ({error.strerror})")
         finally:
             self._syncing = None
             self._close_retired()
@@ -309,7 +300,7 @@ class Journal:
 
     def _sync_folder(self) -> None:
         if self.config.fsync != "never":
-            descriptor = os.open(self.config.path, os.O_RDONLY)
+            descriptor = os.open(self.path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:

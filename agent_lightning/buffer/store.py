@@ -10,10 +10,11 @@ from pathlib import Path
 
 from agent_lightning.buffer.codec import decode, encode
 from agent_lightning.buffer.events import Advanced, Base, Called, Event, Released, Taken, Traced
-from agent_lightning.buffer.journal import Journal, JournalConfig
+from agent_lightning.buffer.journal import Journal
 from agent_lightning.buffer.ledger import Ledger
 from agent_lightning.buffer.segments import RecordLocation, path_of
 from agent_lightning.buffer.taken import TakenGroup, TakenRollout
+from agent_lightning.config.running import BufferConfig
 from agent_lightning.core.errors import JournalDamaged, JournalError, JournalFull
 from agent_lightning.core.types import Split
 
@@ -24,23 +25,22 @@ class Store:
     """Changes the ledger by events, and records them in the journal if there is one. Constructing it never raises
     JournalError: if the journal cannot be used, every change raises its error instead."""
 
-    def __init__(
-        self, config: JournalConfig | None, *, first_group: Mapping[Split, int] | None, memory_bytes: int
-    ) -> None:
+    def __init__(self, path: Path | None, config: BufferConfig, *, first_group: Mapping[Split, int] | None) -> None:
         # With a journal only its own events count; else a replay would depend on who starts it.
-        first_group = first_group if config is None else None
-        self.ledger = Ledger(next_group=first_group, keeps_taken=config is not None, memory_bytes=memory_bytes)
+        first_group = first_group if path is None else None
+        memory_bytes = int(config.memory_gib * 2**30)
+        self.ledger = Ledger(next_group=first_group, keeps_taken=path is not None, memory_bytes=memory_bytes)
         self._journal: Journal | None = None
         self._broken: JournalError | None = None
-        if config is None:
+        if path is None:
             return
-        self._compact_at = config.segment_bytes
+        self._compact_at = self._segment_bytes = int(config.segment_mib * 2**20)
         number, collecting = 0, gc.isenabled()
         gc.disable()  # millions of objects are created, and none of them is garbage
         try:
-            self._journal = Journal(config)
+            self._journal = Journal(path, config)
             for location, payload in self._journal.replay():
-                apply_record(self.ledger, payload, location, config.path)
+                apply_record(self.ledger, payload, location, path)
                 number += 1
         except JournalError as error:
             logger.error("%s", error)
@@ -49,7 +49,7 @@ class Store:
             if collecting:
                 gc.enable()
         if number and self._broken is None:
-            logger.warning("the journal %s: %d records, %d groups", config.path, number, len(self.ledger.groups))
+            logger.warning("the journal %s: %d records, %d groups", path, number, len(self.ledger.groups))
 
     def note(self, event: Event, *, grows: bool = False) -> None:
         """Record an event and apply it. An event that `grows` the journal is refused when the journal is full. Raises
@@ -121,7 +121,7 @@ class Store:
         new_locations = iter(locations[1:])
         for spans in recorded:
             spans.locations = [next(new_locations) for _ in spans.locations]
-        self._compact_at = max(journal.config.segment_bytes, 2 * journal.size)
+        self._compact_at = max(self._segment_bytes, 2 * journal.size)
 
 
 def apply_record(ledger: Ledger, payload: bytes | memoryview, location: RecordLocation, folder: Path) -> None:

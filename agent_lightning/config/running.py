@@ -173,7 +173,7 @@ class BufferConfig(Section):
     the disk within fsync_interval_s; never: when the kernel has it."""
     fsync_interval_s: Annotated[float, Field(ge=0.001)] = 1.0
     """Most seconds between two syncs to the disk, of fsync=interval."""
-    segment_mib: AtLeast1 = 64
+    segment_mib: Positive = 64.0
     """Size of one file of the journal, in MiB."""
     max_disk_gib: Positive = 20.0
     """Size of the journal, in GiB, at which new rollouts and calls are refused; rollouts that run may end."""

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.buffer.buffer import Buffer
-from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.config.load import Config
 from agent_lightning.core import ray_private
 from agent_lightning.core.errors import PartDied
@@ -107,19 +106,10 @@ async def _start_buffer(
     """The buffer, with the rollouts of its journal if the run is resumed. Raises JournalError."""
     from agent_lightning.core import actors
 
-    limits, settings = config.buffer, None
-    if journal is not None:
-        settings = JournalConfig(
-            path=journal.absolute(),
-            fsync=limits.fsync,
-            fsync_interval_s=limits.fsync_interval_s,
-            segment_bytes=limits.segment_mib * 2**20,
-            max_bytes=int(limits.max_disk_gib * 2**30),
-        )
     buffer = actors.spawn(
         Buffer,
         options=options,
-        restarts=settings is not None,
+        restarts=journal is not None,
         run_secret=run_secret,
         retries=Retries(
             max_attempts=config.agent.max_attempts, failures=config.algorithm.failures, limits=config.agent.retry
@@ -127,10 +117,10 @@ async def _start_buffer(
         breaker=Breaker(config.agent.breaker),
         agent=config.agent,
         first_group=resumed.next_group if resumed is not None else None,
-        journal=settings,
-        memory_bytes=int(limits.memory_gib * 2**30),
+        journal=journal.absolute() if journal is not None else None,
+        config=config.buffer,
     )
-    if resumed is not None and settings is not None:
+    if resumed is not None and journal is not None:
         ready = await buffer.resume(resumed.step, resumed.next_group)
         logger.warning("resumed from step %d: the journal has %d rollouts that need not run again", resumed.step, ready)
     return buffer

@@ -22,9 +22,8 @@ from starlette.routing import Route
 
 from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.buffer.buffer import Buffer
-from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.config.learning import AlgorithmConfig
-from agent_lightning.config.running import Agent, AgentConfig
+from agent_lightning.config.running import Agent, AgentConfig, BufferConfig
 from agent_lightning.core.types import Group, Split, Task
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
@@ -109,7 +108,8 @@ class ToyWorld:
     checkpoints: Path | None = None
     checkpoint_every: int = 0
     resume: bool = False  # continue from the newest checkpoint in `checkpoints`
-    journal: JournalConfig | None = None
+    journal: Path | None = None  # the folder of the buffer's journal
+    buffer_config: BufferConfig = BufferConfig()
     num_workers: int = 1
     link: Callable[[Any, str, str], Any] = lambda part, name, method: part
     """Puts a link between two parts, for tests with faults: given a part, the link's name ("engine" and "recorder" from
@@ -137,6 +137,7 @@ class ToyWorld:
             agent=self._agent(),
             first_group=state.next_group,
             journal=self.journal,
+            config=self.buffer_config,
         )
         self.board = PolicyBoard()
         self.engine = ToyEngine(language, seed=self.seed, max_len=self.max_len)

@@ -20,18 +20,17 @@ from agent_lightning.buffer import segments
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.codec import decode, encode
 from agent_lightning.buffer.events import KINDS, Admitted, Base
-from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.buffer.taken import TakenGroup, take_groups
 from agent_lightning.cli.main import main
+from agent_lightning.config.running import BufferConfig
 from agent_lightning.core.errors import DataError, JournalError, JournalFull, UnknownRollout
 from agent_lightning.core.types import Ending, Outcome, RolloutKey, Task
 from agent_lightning.credit.failures import Retries
 from agent_lightning.spans.tree import RawSpan
 
 
-def open_buffer(path: Path, *, journal: Mapping[str, Any] | None = None, **keys: Any) -> Buffer:
-    config = JournalConfig(path=path, takeover_s=0.1, **(journal or {}))
-    return Buffer(run_secret=RUN_SECRET, journal=config, **keys)
+def open_buffer(path: Path, *, config: BufferConfig = BufferConfig(), **keys: Any) -> Buffer:
+    return Buffer(run_secret=RUN_SECRET, journal=path, config=config, **keys)
 
 
 async def again(buffer: Buffer, path: Path, **keys: Any) -> Buffer:
@@ -123,7 +122,7 @@ def test_a_buffer_that_restarts_has_the_same_state(
         path, source = tmp_path_factory.mktemp("journal"), random.Random(seed)
         keys: dict[str, Any] = {"retries": Retries(max_attempts=2), "grace": 0.0}
         if small:
-            keys |= {"memory_bytes": 0, "journal": {"segment_bytes": 2000}}
+            keys |= {"config": BufferConfig(memory_gib=0, segment_mib=2000 / 2**20)}
         buffer = open_buffer(path, **keys)
         for _ in range(4):
             await play(buffer, source, source.randrange(60))
@@ -230,7 +229,7 @@ async def test_a_deadline_survives_a_restart(tmp_path: Path) -> None:
 
 
 async def test_spans_beyond_the_memory_are_read_back_from_disk(tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"memory_bytes": 5000, "journal": {"segment_bytes": 10_000}}
+    keys: dict[str, Any] = {"config": BufferConfig(memory_gib=5000 / 2**30, segment_mib=10_000 / 2**20)}
     buffer, plain_buffer = open_buffer(tmp_path, **keys), Buffer(run_secret=RUN_SECRET)
     for source in (buffer, plain_buffer):
         for _ in range(20):
@@ -246,7 +245,7 @@ async def test_spans_beyond_the_memory_are_read_back_from_disk(tmp_path: Path) -
 
 
 async def test_the_journal_of_a_long_run_stays_small(tmp_path: Path) -> None:
-    buffer = open_buffer(tmp_path, journal={"segment_bytes": 20_000})
+    buffer = open_buffer(tmp_path, config=BufferConfig(segment_mib=20_000 / 2**20))
     for _ in range(60):
         await buffer.admit(make_task(), split="train", num_rollouts=4)
         await run_rollouts(buffer, 4, calls=5)
@@ -259,7 +258,7 @@ async def test_the_journal_of_a_long_run_stays_small(tmp_path: Path) -> None:
 
 
 async def test_a_full_journal_refuses_new_work_and_lets_running_rollouts_end(tmp_path: Path) -> None:
-    buffer = open_buffer(tmp_path, journal={"max_bytes": 20_000})
+    buffer = open_buffer(tmp_path, config=BufferConfig(max_disk_gib=20_000 / 2**30, segment_mib=10_000 / 2**20))
     await buffer.admit(make_task(), split="train", num_rollouts=1)
     (lease,) = await buffer.lease(1, 0.0)
     calls = [make_call(lease.key, f"{number}", num_tokens=50) for number in range(100)]

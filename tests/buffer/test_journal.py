@@ -10,22 +10,24 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_lightning.buffer import segments
-from agent_lightning.buffer.journal import Journal, JournalConfig
+from agent_lightning.buffer.journal import Journal
+from agent_lightning.config.running import BufferConfig
 from agent_lightning.core.errors import JournalDamaged, JournalError, JournalFull
 
 
-def opened(path: Path, **keys: object) -> tuple[Journal, list[bytes]]:
-    journal = Journal(JournalConfig(path=path, **keys))  # type: ignore[arg-type]
+def opened(path: Path, *, segment_bytes: int = 2**20, **keys: Any) -> tuple[Journal, list[bytes]]:
+    journal = Journal(path, BufferConfig(segment_mib=segment_bytes / 2**20, **keys))
     return journal, [bytes(payload) for _, payload in journal.replay()]
 
 
-async def write(path: Path, payloads: list[bytes], **keys: object) -> None:
+async def write(path: Path, payloads: list[bytes], **keys: Any) -> None:
     journal, _ = opened(path, **keys)
     for payload in payloads:
         journal.append(payload)
@@ -52,7 +54,8 @@ def read_all(path: Path) -> tuple[list[bytes], JournalError | None]:
 @pytest.mark.parametrize("fsync", ["always", "interval", "never"])
 async def test_records_are_read_back_in_order_over_many_segments(tmp_path: Path, fsync: str) -> None:
     payloads = [os.urandom(size % 700) for size in range(300)]
-    await write(tmp_path, payloads[:200], segment_bytes=4096, fsync=fsync, fsync_interval_s=0.001)
+    interval = {"fsync_interval_s": 0.001} if fsync == "interval" else {}
+    await write(tmp_path, payloads[:200], segment_bytes=4096, fsync=fsync, **interval)
     journal, before = opened(tmp_path, segment_bytes=4096, fsync=fsync)
     assert before == payloads[:200]
     locations = [journal.append(payload) for payload in payloads[200:]]
@@ -83,13 +86,13 @@ async def test_many_acknowledgements_share_a_write(tmp_path: Path, fsync: str) -
 async def test_one_process_at_a_time_writes(tmp_path: Path) -> None:
     journal, _ = opened(tmp_path)
     with pytest.raises(JournalError, match="in use by another process"):
-        Journal(JournalConfig(path=tmp_path, takeover_s=0.1))
+        Journal(tmp_path, takeover_s=0.1)
     journal.close()
     opened(tmp_path)
 
 
 async def test_at_its_limit_a_journal_takes_only_records_that_may_use_the_reserve(tmp_path: Path) -> None:
-    journal, _ = opened(tmp_path, max_bytes=4096)
+    journal, _ = opened(tmp_path, segment_bytes=2048, max_disk_gib=4096 / 2**30)
     for _ in range(36):
         journal.append(b"x" * 100, reserve=False)
     with pytest.raises(JournalFull, match=r"raise buffer\.max_disk_gib"):
@@ -152,7 +155,7 @@ class FullDisk(Journal):
 
 
 async def test_a_journal_waits_while_the_disk_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    journal = FullDisk(JournalConfig(path=tmp_path))
+    journal = FullDisk(tmp_path)
     assert list(journal.replay()) == []
     journal.append(b"a")
     waiting = asyncio.create_task(journal.durable())
@@ -168,7 +171,7 @@ async def test_a_journal_waits_while_the_disk_is_full(tmp_path: Path, caplog: py
 
 @pytest.mark.parametrize(("code", "patience"), [(errno.ENOSPC, 0.0), (errno.EIO, 60.0)])
 async def test_a_disk_that_stays_full_or_fails_gives_one_clear_line(tmp_path: Path, code: int, patience: float) -> None:
-    journal = FullDisk(JournalConfig(path=tmp_path, patience_s=patience))
+    journal = FullDisk(tmp_path, patience_s=patience)
     journal.full, journal.refusals = code, 1000
     assert list(journal.replay()) == []
     journal.append(b"a")
@@ -317,10 +320,11 @@ def test_a_crash_at_any_byte_leaves_the_records_before_it(
 WRITER = """
 import asyncio, os, sys
 from pathlib import Path
-from agent_lightning.buffer.journal import Journal, JournalConfig
+from agent_lightning.buffer.journal import Journal
+from agent_lightning.config.running import BufferConfig
 
 async def main():
-    journal = Journal(JournalConfig(path=Path(sys.argv[1]), fsync=sys.argv[2], segment_bytes=4096))
+    journal = Journal(Path(sys.argv[1]), BufferConfig(fsync=sys.argv[2], segment_mib=4096 / 2**20))
     number = sum(1 for _ in journal.replay())
     while True:
         for _ in range(3):

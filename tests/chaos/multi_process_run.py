@@ -25,9 +25,8 @@ import uvicorn
 from processes import Peer, end_with, listen
 
 from agent_lightning.buffer.buffer import Buffer
-from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.config.learning import AlgorithmConfig
-from agent_lightning.config.running import AgentConfig
+from agent_lightning.config.running import AgentConfig, BufferConfig
 from agent_lightning.core.types import Group, ModelCall, Policy, Task
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
@@ -121,9 +120,8 @@ def _print_stacks() -> None:
 
 
 async def _buffer(part: str, run: RunProcesses) -> None:
-    journal = JournalConfig(path=run.folder / "journal", segment_bytes=256 * 1024)
-    retries = Retries(max_attempts=1000)
-    buffer = Buffer(run_secret=run.run_secret, retries=retries, grace=0.3, journal=journal)
+    journal, config, retries = run.folder / "journal", BufferConfig(segment_mib=0.25), Retries(max_attempts=1000)
+    buffer = Buffer(run_secret=run.run_secret, retries=retries, grace=0.3, journal=journal, config=config)
     await (await listen(run.at(part), buffer)).serve_forever()
 
 

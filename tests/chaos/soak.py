@@ -23,8 +23,7 @@ import psutil
 from faults import WORDS, Agent, Search
 from injector import Faults, Rates
 
-from agent_lightning.buffer.journal import JournalConfig
-from agent_lightning.config.running import AgentConfig
+from agent_lightning.config.running import AgentConfig, BufferConfig
 from agent_lightning.core.types import Task
 from agent_lightning.credit.failures import Retries
 from agent_lightning.toy.world import ToyWorld
@@ -44,7 +43,8 @@ async def soak(minutes: float) -> dict[str, Any]:
             num_workers=2,
             checkpoints=Path(folder) / "checkpoints",
             checkpoint_every=5,
-            journal=JournalConfig(path=Path(folder) / "journal", segment_bytes=2**20),
+            journal=Path(folder) / "journal",
+            buffer_config=BufferConfig(segment_mib=1),
             retries=Retries(max_attempts=3),
             link=faults.linking(
                 {"engine": Rates(error=0.05), "recorder": Rates(duplicate=0.05), "finish": Rates(slow=0.1)}

@@ -19,7 +19,6 @@ import ray.exceptions
 from agents_for_tests import RUN_SECRET, make_call, make_task, small_gateway
 
 from agent_lightning.buffer.buffer import Buffer
-from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.buffer.taken import take_groups
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.actors import init_ray, kill, spawn
@@ -250,8 +249,7 @@ class KillableBuffer(Buffer):
 @pytest.mark.usefixtures("ray_here")
 async def test_a_killed_buffer_is_restarted_without_its_clients_noticing(tmp_path: Path) -> None:
     """Calls that wait for an answer, and calls made while the buffer is gone, each take effect once."""
-    journal = JournalConfig(path=tmp_path)
-    buffer = spawn(KillableBuffer, restarts=True, run_secret=RUN_SECRET, journal=journal)
+    buffer = spawn(KillableBuffer, restarts=True, run_secret=RUN_SECRET, journal=tmp_path)
     taking = asyncio.create_task(take_groups(buffer, 3, split="train"))
     leasing = asyncio.create_task(buffer.lease(6, timeout=60.0))
     os.kill(await buffer.pid(), signal.SIGKILL)

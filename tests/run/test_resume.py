@@ -19,9 +19,8 @@ import pytest
 from agent_lightning.buffer import segments
 from agent_lightning.buffer.codec import decode
 from agent_lightning.buffer.events import Ended
-from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.config.learning import AlgorithmConfig
-from agent_lightning.config.running import AgentConfig
+from agent_lightning.config.running import AgentConfig, BufferConfig
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.types import Policy, Task
 from agent_lightning.toy.world import ToyWorld
@@ -72,7 +71,8 @@ def make_world(agent: Any, folder: Path, *, every: int, resume: bool = False) ->
         seeded=True,
         checkpoints=folder / "checkpoints",
         checkpoint_every=every,
-        journal=JournalConfig(path=folder / "journal", segment_bytes=20_000),
+        journal=folder / "journal",
+        buffer_config=BufferConfig(segment_mib=20_000 / 2**20),
         resume=resume,
     )
 

@@ -11,7 +11,6 @@ import openai
 import pytest
 from test_gateway import HELLO, TOOL, code_of, open_rig, url_of
 
-from agent_lightning.buffer.journal import JournalConfig
 from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Policy, Task
@@ -89,7 +88,7 @@ async def test_nothing_that_a_run_leaves_tells_a_secret(tmp_path: Path, caplog: 
     caplog.set_level(logging.INFO)
     tasks = [Task(task_id=str(number), payload={"number": number}) for number in range(2)]
     agent = AgentConfig(target=gossips, timeout_s=20.0)
-    journal, words = JournalConfig(path=tmp_path / "journal"), ("call:1", "no")
+    journal, words = tmp_path / "journal", ("call:1", "no")
     async with ToyWorld(
         agent=agent, tasks=tasks, words=words, algorithm=AlgorithmConfig(rollouts_per_task=2), journal=journal
     ) as world:
