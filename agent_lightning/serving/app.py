@@ -275,7 +275,7 @@ def _llm_settings(config: Deployment) -> dict[str, Any]:
         # Else the model's generation_config.json would set what a call leaves unset. Its end tokens are kept.
         "generation_config": "vllm",
         # With a response_format, a policy that likes spaces would write spaces between two fields until its limit.
-        "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         "enable_log_requests": False,
         "disable_log_stats": True,
     }

@@ -23,6 +23,8 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", *_PENALTIES, "logit_bias",
 one, and with a fixed seed all rollouts of a group would be the same."""
 _NEVER = ("stream_options", "request_id", "use_beam_search")
 """Parameters that an agent may never choose: the gateway sets them, or they leave no log-probabilities."""
+_SMALLEST_TOP_P = 1e-6
+_GREEDY = 1e-5  # vLLM takes a lower temperature for 0
 CUT = "cancelled"
 """Finish reason of a choice whose agent went away before its end."""
 _IDS = ("token_ids", "prompt_token_ids", "prompt_logprobs")
@@ -80,10 +82,12 @@ class Refusal:
     code: str
     """What a program can act on: context_length_exceeded, engine_error, too_many_calls, invalid_request, …"""
     type: str = "invalid_request_error"
+    param: str | None = None
+    """The field of the request that is to be changed, such as "messages[0].content"."""
 
     def body(self) -> dict[str, Any]:
         """The JSON of an OpenAI error."""
-        return {"error": {"message": self.message, "type": self.type, "param": None, "code": self.code}}
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
 def engine_error(message: str, status: int = 500) -> Refusal:
@@ -109,12 +113,37 @@ def engine_request(
             request["max_tokens"] = int(min([*limits, value]))
         elif request.get(name) is None:
             request[name] = value
+    if "top_p" in request:  # with less, vLLM refuses; the likeliest token alone has as much
+        request["top_p"] = max(request["top_p"], _SMALLEST_TOP_P)
+    if "min_tokens" in request and "max_tokens" in request:  # the policy's limit may be below the agent's wish
+        request["min_tokens"] = min(request["min_tokens"], request["max_tokens"])
     request |= {"model": model, "stream": stream, "return_token_ids": True}
     if "prompt" in body:
         request["logprobs"] = body.get("logprobs") or 0
     else:  # vLLM hides ids and log-probabilities together with reasoning
         request |= {"logprobs": True, "top_logprobs": body.get("top_logprobs") or 0, "include_reasoning": True}
     return request | ({"stream_options": {"include_usage": True}} if stream else {})
+
+
+def without_copies(request: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """The request with n = 1 if it is greedy, and how often each choice of its answer is to be repeated: greedy choices
+    are all the same, and vLLM refuses to make several."""
+    greedy = request.get("temperature", 1.0) < _GREEDY
+    return {**request, "n": 1 if greedy else request.get("n", 1)}, request.get("n", 1) if greedy else 1
+
+
+def repeat_choices(reply: Mapping[str, Any], copies: int) -> dict[str, Any]:
+    """A reply or a chunk of a stream in which each choice occurs `copies` times, as if that had been its `n`."""
+    choices = [
+        {**choice, "index": choice["index"] * copies + number}
+        for choice in reply["choices"]
+        for number in range(copies)
+    ]
+    usage = dict(reply.get("usage") or {})
+    if usage:
+        usage["completion_tokens"] *= copies
+        usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+    return {**reply, "choices": choices, "usage": usage or None}
 
 
 def parse_reply(raw: Mapping[str, Any], *, policy_version: int, last_version: int | None = None) -> Completion:

@@ -22,7 +22,15 @@ from agent_lightning.config.running import ServingConfig
 from agent_lightning.core import actors, ray_private
 from agent_lightning.core.text import one_line
 from agent_lightning.learners.base import Weights
-from agent_lightning.serving.engine import Completion, Part, Refusal, parse_error, parse_reply
+from agent_lightning.serving.engine import (
+    Completion,
+    Part,
+    Refusal,
+    parse_error,
+    parse_reply,
+    repeat_choices,
+    without_copies,
+)
 from agent_lightning.serving.gate import Gate
 from agent_lightning.serving.policy import Follower, PolicyBoard
 from agent_lightning.serving.weights import in_shared_memory
@@ -66,6 +74,7 @@ class PolicyServer:
 
     async def _generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
         version = self._version
+        request, copies = without_copies(request)
         try:
             replies = [reply async for reply in await ray_private.ask_llm(self._server, request)]
         except _INVALID as error:
@@ -73,10 +82,12 @@ class PolicyServer:
         reply = replies[-1]
         if (error_fields := ray_private.llm_error(reply)) is not None:
             return parse_error(*error_fields)
-        return parse_reply(reply.model_dump(), policy_version=version, last_version=self._newer(version))
+        raw = repeat_choices(reply.model_dump(), copies)
+        return parse_reply(raw, policy_version=version, last_version=self._newer(version))
 
     async def _stream(self, request: Mapping[str, Any]) -> AsyncGenerator[Part | Refusal, None]:
         version = self._version
+        request, copies = without_copies(request)
         try:
             async for batch in await ray_private.ask_llm(self._server, request):
                 last_version = self._newer(version)  # when the batch arrives, not when its parts are read
@@ -90,6 +101,7 @@ class PolicyServer:
                         yield parse_error(error["message"], int(error.get("code") or 500), error["type"])
                         return
                     if chunk:
+                        chunk = repeat_choices(chunk, copies)
                         yield Part(chunk=chunk, policy_version=version, last_version=last_version)
         except _INVALID as invalid:
             yield _invalid(invalid)

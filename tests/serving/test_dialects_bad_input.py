@@ -182,10 +182,10 @@ async def test_the_bodies_that_are_broken_here_are_whole(name: str) -> None:
             "unsupported",
             "'input_file'",
         ),
-        ("responses", {"max_output_tokens": 0}, "invalid_request", "max_tokens: Input should be greater"),
+        ("responses", {"max_output_tokens": 0}, "invalid_request", "max_output_tokens must be at least 1"),
         ("messages", {"tools": [{"type": "bash_20250124", "name": "bash"}]}, "unsupported", "a tool of type 'bash"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "unsupported", "'document'"),
-        ("messages", {"max_tokens": "many"}, "invalid_request", "max_tokens: Input should be a valid integer"),
+        ("messages", {"max_tokens": "many"}, "invalid_request", "max_tokens must be an integer"),
     ],
 )
 async def test_what_is_not_supported_says_so(name: str, changes: dict[str, Any], code: str, message: str) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from agent_lightning.serving.engine import Completion, Refusal
 
@@ -21,6 +21,7 @@ class BadRequest(Exception):
     """The request cannot be answered as it is."""
 
     def __init__(self, message: str, code: str = "invalid_request", status: int = 400, **fields: str) -> None:
+        """`fields`: further fields of the Refusal, such as `param`, the path of the field that is to be changed."""
         super().__init__(message)
         self.refusal = Refusal(status=status, message=message, code=code, **fields)
 
@@ -97,71 +98,67 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class _Function(Strict):
-    name: str
-
-
-class Tool(Strict):
-    function: _Function
-
-
-class _CalledFunction(_Function):
-    arguments: str
-
-
-class _ToolCall(Strict):
-    id: str | None = None
-    function: _CalledFunction
-
-
-class _Message(Strict):
-    role: str
-    content: str | list[dict[str, Any]] | None = None
-    tool_calls: list[_ToolCall] | None = None
-    tool_call_id: str | None = None
-
-
-class _StreamOptions(Strict):
-    include_usage: bool | None = None
-
-
-class Sampled(Strict):
-    """The fields that chat and completion requests share."""
-
-    model: str | None = None
-    n: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
-
-
-class Chat(Sampled):
-    """A chat request."""
-
-    messages: list[_Message]
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Tool] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
-
-
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def read(model: type[Model], body: Mapping[str, Any]) -> Model:
-    """The checked fields of a body. Raises BadRequest, whose message names the field."""
+    """The checked fields of a body. Raises BadRequest, which names the deepest field that does not fit, and says what
+    it may be, as {"messages": [{"role": "user", "content": 5}]} gives
+    "messages[0].content must be a string or an array"."""
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        raise BadRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        faults = [(_path(fault["loc"], body), fault) for fault in error.errors(include_url=False)]
+        deepest = max((path for path, _ in faults), key=len)
+        here = [fault for path, fault in faults if path == deepest]
+        name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in deepest).lstrip(".")
+        if discriminator := here[0].get("ctx", {}).get("discriminator"):
+            name += "." + discriminator.strip("'")
+        words = " or ".join(dict.fromkeys(_words(fault) for fault in here)).replace(" or must be ", " or ")
+        unsupported = here[0]["type"] in ("extra_forbidden", "literal_error", "union_tag_invalid")
+        code = "unsupported" if unsupported else "invalid_request"
+        raise BadRequest(f"{name or 'the request'} {words}", code, param=name) from None
+
+
+_WORDS = {
+    "missing": "is required",
+    "union_tag_not_found": "is required",
+    "extra_forbidden": "is not supported: leave it out",
+    "too_short": "must not be empty",
+    "string": "must be a string",
+    "int": "must be an integer",
+    "float": "must be a number",
+    "finite": "must be a finite number",
+    "bool": "must be true or false",
+    "list": "must be an array",
+    "dict": "must be an object",
+    "model": "must be an object",
+}
+"""What is said of a field, by the type of pydantic's error or its first word."""
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+def _words(fault: Any) -> str:
+    """What an error of pydantic says of its field, as "must be an integer"."""
+    values, kind = fault.get("ctx", {}), str(fault["type"])
+    for name, words in _BOUNDS.items():
+        if name in values:
+            return f"must be {words} {values[name]}"
+    if expected := values.get("expected_tags") or values.get("expected"):
+        return f"must be {expected}"
+    return _WORDS.get(kind) or _WORDS.get(kind.partition("_")[0], "has a form that is not taken")
+
+
+def _path(loc: Sequence[int | str], body: Any) -> tuple[int | str, ...]:
+    """The keys of an error's place in the body: pydantic also names the members of a union that it has tried."""
+    path: list[int | str] = []
+    for position, key in enumerate(loc):
+        inside = isinstance(body, list) if isinstance(key, int) else isinstance(body, dict)
+        known = inside and (isinstance(key, int) or key in body)
+        if known or (isinstance(body, dict) and position == len(loc) - 1):
+            path.append(key)
+            body = body[key] if known else None
+    return tuple(path)
 
 
 def content_of(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]] | None:

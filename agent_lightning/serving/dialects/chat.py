@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from agent_lightning.serving.dialects import base
-from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream, event, read
+from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream, event
+from agent_lightning.serving.dialects.fields import Chat, Sampled, engine_form, known_fields
 from agent_lightning.serving.engine import Completion, Refusal
 
 
@@ -42,6 +42,9 @@ class _ChatStream(Stream):
         for choice in completion.reply["choices"]:
             index = choice["index"]
             text += "" if index in self._sent else self.delta(choice)
+            choice = _as_wanted(self._context, choice)
+            if function := choice.get("message", {}).get("function_call"):
+                text += self._chunk({"index": index, "delta": {"function_call": function}})
             for number, call in enumerate(choice.get("message", {}).get("tool_calls") or ()):
                 function = call["function"]
                 opened = {"index": number, **call, "function": {"name": function["name"], "arguments": ""}}
@@ -83,21 +86,16 @@ class ChatCompletions(Dialect):
     """The dialect of POST /v1/chat/completions."""
 
     prefix = "chatcmpl-"
-    request: type[BaseModel] = base.Chat
+    request: type[BaseModel] = Chat
     stream: type[Stream] = _ChatStream
     kind = "chat.completion"
 
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        read(base.Chat, body)
-        return dict(body)
+        return engine_form(_with_tools(body))
 
     def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
         """The engine's reply, with log-probabilities only if the agent wants them."""
-        choices = [
-            {key: value for key, value in choice.items() if key != "stop_reason"}
-            | ({} if _wants_logprobs(context) else {"logprobs": None})
-            for choice in completion.reply["choices"]
-        ]
+        choices = [_as_wanted(context, choice) for choice in completion.reply["choices"]]
         return {**completion.reply, **_head(context), "object": self.kind, "choices": choices}
 
 
@@ -105,12 +103,11 @@ _Token = Annotated[int, Field(ge=0, lt=2**31)]
 """A token id of a prompt. The engine checks it against the vocabulary, but would look up a negative id."""
 
 
-class _Completion(base.Sampled):
+class _Completion(Sampled):
     """A completion request. Its prompts are a text, token ids, or a list of either."""
 
     prompt: str | list[str] | list[_Token] | list[list[_Token]]
-    logprobs: int | None = None
-    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
 
 
 class Completions(ChatCompletions):
@@ -122,9 +119,11 @@ class Completions(ChatCompletions):
     kind = "text_completion"
 
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        if read(_Completion, body).echo:
-            raise BadRequest("echo is not supported: the prompt is not part of the answer", "unsupported")
-        return dict(body)
+        request = known_fields(_Completion, body)
+        prompts = request["prompt"] if isinstance(request["prompt"], list) else [request["prompt"]]
+        if not prompts or "" in prompts or [] in prompts:
+            raise BadRequest("prompt must not be empty", param="prompt")
+        return request
 
 
 def _head(context: RequestContext) -> dict[str, Any]:
@@ -133,3 +132,44 @@ def _head(context: RequestContext) -> dict[str, Any]:
 
 def _wants_logprobs(context: RequestContext) -> bool:
     return context.body.get("logprobs") not in (None, False)
+
+
+def _as_wanted(context: RequestContext, choice: Mapping[str, Any]) -> dict[str, Any]:
+    """A choice of the engine's reply in the form of the request: with log-probabilities only if the agent wants them,
+    and with the call of a function in place of a tool call if the request had `functions`."""
+    choice = {key: value for key, value in choice.items() if key != "stop_reason"}
+    if not _wants_logprobs(context):
+        choice["logprobs"] = None
+    message = choice.get("message") or {}
+    if calls := message.get("tool_calls"):
+        message = {**message, "content": message.get("content") or None}  # as OpenAI: no text is null
+        if context.body.get("functions"):
+            message = {key: value for key, value in message.items() if key != "tool_calls"}
+            message["function_call"] = calls[0]["function"]
+            choice["finish_reason"] = choice["finish_reason"].replace("tool_calls", "function_call")
+        choice["message"] = message
+    return choice
+
+
+def _with_tools(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat request in which the `functions`, `function_call` and messages of OpenAI's API of 2023 are today's tools,
+    tool calls and tool messages."""
+    body = {name: value for name, value in body.items() if value is not None}
+    if functions := body.get("functions"):
+        if body.get("tools"):
+            raise BadRequest("tools and functions exclude each other: leave out functions", param="functions")
+        choice = body.get("function_call", "auto")
+        choice = {"type": "function", "function": choice} if isinstance(choice, dict) else choice
+        tools = [{"type": "function", "function": f} for f in functions] if isinstance(functions, list) else functions
+        body |= {"tools": tools, "tool_choice": choice, "parallel_tool_calls": False, "functions": []}
+        body.pop("function_call", None)
+    messages, newest = [], ""
+    for index, message in enumerate(body["messages"] if isinstance(body.get("messages"), list) else ()):
+        if isinstance(message, dict) and message.get("function_call"):
+            newest = f"call_{index}"
+            call = {"id": newest, "type": "function", "function": message["function_call"]}
+            message = {**message, "function_call": None, "tool_calls": [call]}
+        elif isinstance(message, dict) and message.get("role") == "function":
+            message = {**message, "role": "tool", "tool_call_id": newest}
+        messages.append(message)
+    return body | ({"messages": messages} if messages else {})

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from agent_lightning.core.json_values import parse_json
 from agent_lightning.serving.dialects import base
 from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream, Strict, event, read
+from agent_lightning.serving.dialects.fields import engine_form
 from agent_lightning.serving.engine import Completion, Refusal
 
-_REPLACED = ("system", "stop_sequences", "thinking", "metadata", "service_tier", "cache_control", "output_config", "n")
+_IGNORED = ("cache_control", "context_management", "mcp_servers", "n")
+_REPLACED = (*_IGNORED, "system", "stop_sequences", "thinking", "output_config", "output_format")
 """Fields that are translated or that mean nothing to the engine; all others are passed on."""
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _START, _DELTA = "content_block_start", "content_block_delta"
-_ERRORS = {403: "permission_error", 404: "not_found_error", 413: "request_too_large", 500: "api_error"}
+_ERRORS = {
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    504: "timeout_error",
+}
 
 
 class _Tool(Strict):
@@ -23,10 +34,11 @@ class _Tool(Strict):
     name: str
     description: str | None = None
     input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class _ToolChoice(Strict):
-    type: str
+    type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
@@ -40,23 +52,48 @@ class _Block(Strict):
     tool_use_id: str | None = None
     content: str | list[_Block] | None = None
     source: dict[str, Any] | None = None
+    is_error: bool | None = None
 
 
 class _Message(Strict):
-    role: str
+    role: Literal["user", "assistant", "system"]
     content: str | list[_Block]
 
 
+class _Format(Strict):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
 class _OutputConfig(Strict):
-    format: dict[str, Any] | None = None
+    format: _Format | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+
+
+class _Thinking(Strict):
+    type: Literal["enabled", "adaptive", "disabled"]
+
+
+class _Edit(Strict):
+    type: Literal["clear_thinking_20251015"]
+
+
+class _ContextManagement(Strict):
+    edits: list[_Edit] | None = None
 
 
 class _Request(Strict):
-    messages: list[_Message]
+    messages: Annotated[list[_Message], Field(min_length=1)]
     system: str | list[_Block] | None = None
     tools: list[_Tool] | None = None
     tool_choice: _ToolChoice | None = None
     output_config: _OutputConfig | None = None
+    output_format: _Format | None = None
+    stop_sequences: list[str] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    thinking: _Thinking | None = None
+    context_management: _ContextManagement | None = None
+    mcp_servers: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 class _Stream(Stream):
@@ -106,21 +143,24 @@ class Messages(Dialect):
         system = _content(request.system)
         chat["messages"] = [{"role": "system", "content": system}] if system else []
         chat["messages"] += [new for message in request.messages for new in _chat(message)]
-        if request.messages and request.messages[-1].role == "assistant":  # its text is the beginning of the answer
+        last = chat["messages"][-1] if request.messages[-1].role == "assistant" and chat["messages"] else {}
+        if last.get("role") == "assistant" and not last.get("tool_calls"):  # its text is the beginning of the answer
             chat |= {"add_generation_prompt": False, "continue_final_message": True}
-        if body.get("stop_sequences"):
-            chat["stop"] = body["stop_sequences"]
+        if request.stop_sequences:
+            chat["stop"] = request.stop_sequences
+        if request.thinking is not None:
+            chat["chat_template_kwargs"] = {"enable_thinking": request.thinking.type != "disabled"}
         if request.tools is not None:
             chat["tools"] = [_tool(tool) for tool in request.tools]
         if request.tool_choice is not None:
             named = {"type": "function", "function": {"name": request.tool_choice.name}}
             chat["tool_choice"] = _CHOICES.get(request.tool_choice.type, named)
             chat["parallel_tool_calls"] = not request.tool_choice.disable_parallel_tool_use
-        if request.output_config and (output := request.output_config.format):
-            schema = {"name": "answer", "schema": output.get("schema")}
-            chat["response_format"] = {"type": output.get("type"), "json_schema": schema}
-        read(base.Chat, chat)
-        return chat
+        config = request.output_config or _OutputConfig()
+        if output := config.format or request.output_format:
+            schema = {"name": "answer", "schema": output.schema_, "strict": True}
+            chat["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return engine_form(chat | {"reasoning_effort": config.effort})
 
     def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
         (choice,) = completion.reply["choices"]
@@ -134,11 +174,10 @@ class Messages(Dialect):
                 text += f"{function['name']}({function['arguments']})"
         sequence = choice["stop_reason"] if isinstance(choice.get("stop_reason"), str) else None
         end = "end_turn" if sequence is None else "stop_sequence"
-        reasons = {"length": "max_tokens", "tool_calls": "tool_use" if calls else end}
         usage = completion.reply["usage"]
         return _opening(context) | {
             "content": ([{"type": "text", "text": text}] if text else []) + calls,
-            "stop_reason": reasons.get(choice["finish_reason"], end),
+            "stop_reason": "max_tokens" if choice["finish_reason"] == "length" else "tool_use" if calls else end,
             "stop_sequence": sequence,
             "usage": {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]},
         }
@@ -165,11 +204,12 @@ def _chat(message: _Message) -> list[dict[str, Any]]:
         return [{"role": message.role, "content": message.content}]
     results = [
         {"role": "tool", "tool_call_id": block.tool_use_id, "content": _content(block.content) or ""}
+        | ({"status": "error"} if block.is_error else {})
         for block in message.content
         if block.type == "tool_result"
     ]
     calls = [
-        {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": _json(block.input)}}
+        {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": _json(block.input or {})}}
         for block in message.content
         if block.type == "tool_use"
     ]
@@ -200,7 +240,7 @@ def _content(content: str | list[_Block] | None) -> str | list[dict[str, Any]] |
 def _tool(tool: _Tool) -> dict[str, Any]:
     if tool.type not in (None, "custom"):
         raise BadRequest(f"a tool of type {tool.type!r} is not supported: the policy can call functions", "unsupported")
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
+    function = tool.model_dump(include={"name", "description", "strict"}) | {"parameters": tool.input_schema}
     return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import Field
+
 from agent_lightning.serving.dialects import base
 from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream, Strict, event, read
+from agent_lightning.serving.dialects.fields import engine_form
 from agent_lightning.serving.engine import Completion, Refusal
 
 _STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
@@ -41,7 +44,7 @@ class _Request(Strict):
     tool_choice: str | dict[str, Any] | None = None
     text: _Text | None = None
     include: list[str] | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
 
 
 class _Stream(Stream):
@@ -130,8 +133,7 @@ class Responses(Dialect):
         if request.text is not None and (form := request.text.format):
             schema, kind = {key: value for key, value in form.items() if key != "type"}, form.get("type")
             chat["response_format"] = {"type": kind} | ({"json_schema": schema} if kind == "json_schema" else {})
-        read(base.Chat, chat)
-        return chat
+        return engine_form(chat)
 
     def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
         (choice,) = completion.reply["choices"]
@@ -205,7 +207,7 @@ def _content(content: str | list[dict[str, Any]] | None) -> str | list[dict[str,
 def _tool(tool: _Tool) -> dict[str, Any]:
     if tool.type != "function":
         raise BadRequest(f"a tool of type {tool.type!r} is not supported: the policy can call functions", "unsupported")
-    return {"type": "function", "function": tool.model_dump(exclude={"type", "strict"}, exclude_none=True)}
+    return {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
 
 
 def _response(context: RequestContext, status: str) -> dict[str, Any]:
