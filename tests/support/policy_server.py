@@ -1,0 +1,71 @@
+"""A policy on the real stack in a process of its own, which several test modules share: see tests/stack/conftest.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ("experiment=calc_tiny", "model.max_len=512", "sampling.val.max_tokens=64", "agent.max_calls=100000")
+
+
+@dataclass(kw_only=True)
+class Rollout:
+    """An open rollout of the policy's server."""
+
+    root: str
+    """Base URL for Anthropic's clients; OpenAI's want it with /v1 at its end."""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    """What was recorded, after its end: call_id, request and reply (JSON texts), finish_reason, tokens, prompt."""
+
+
+class PolicyServer:
+    """The server's process. `split` is "val" (greedy, the agent's sampling parameters hold) or "train"."""
+
+    def __init__(self, *overrides: str) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("serve_policy.py")), *CONFIG, *overrides]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._lock = threading.Lock()
+        self.url: str = self._read()["url"]
+
+    @contextmanager
+    def rollout(self, split: str = "val") -> Iterator[Rollout]:
+        """A rollout of its own, open in the block."""
+        opened = self._ask({"open": split})
+        rollout = Rollout(root=opened["root"])
+        try:
+            yield rollout
+        finally:
+            rollout.calls.extend(self._ask({"close": opened["key"]})["calls"])
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        with self._lock:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("@"):
+                answer: dict[str, Any] = json.loads(line[1:])
+                return answer
+        raise AssertionError("the policy's server has ended; its errors are above")
