@@ -1,6 +1,6 @@
 """Serves a policy on the real stack (HAProxy, Serve, vLLM) until its standard input ends: `python serve_policy.py
-experiment=calc_tiny`. The answer to a line of JSON is a line of JSON: {"open": "val"} opens a rollout and gives the root
-of its URL, {"close": "the rollout's id"} ends it and gives the calls that were recorded."""
+experiment=calc_tiny`. A line of JSON is answered by a line of JSON: {"open": "val"} opens a rollout and gives the root
+of its URL, {"close": its key} ends it and gives the calls that were recorded."""
 
 from __future__ import annotations
 
