@@ -209,6 +209,11 @@ class Buffer:
         self._running(key)
         return tuple(self._ledger.spans(key).calls.values())
 
+    async def recorded_call(self, key: RolloutKey, call_id: str) -> ModelCall | None:
+        """The call of a running attempt with this id, if there is one."""
+        self._running(key)
+        return self._ledger.spans(key).calls.get(call_id)
+
     async def recorded_spans(self, key: RolloutKey) -> tuple[RawSpan, ...]:
         """The spans that the agent's process has sent of a running attempt so far."""
         self._running(key)

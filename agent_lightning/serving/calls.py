@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import json
 import re
 import sys
 import time
-import uuid
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from agent_lightning.core.errors import DataError, UnknownRollout
-from agent_lightning.core.json_values import compact, is_deeper
+from agent_lightning.core.json_values import compact
 from agent_lightning.core.types import ModelCall, Outcome, RolloutKey
 from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream
 from agent_lightning.spans import otlp
 from agent_lightning.spans.tree import RawSpan
+
+if TYPE_CHECKING:
+    from agent_lightning.serving.bodies import Reader
 
 AGENT_HEADER = "x-agl-agent"
 """Name of the agent that sends a request; overrides the name in the URL."""
@@ -37,6 +37,9 @@ class Recorder(Protocol):
 
     async def record(self, call: ModelCall) -> int:
         """Record a call; returns how many more calls the attempt may make."""
+
+    async def recorded_call(self, key: RolloutKey, call_id: str) -> ModelCall | None:
+        """The call of this attempt with this id, if there is one."""
 
     async def record_spans(self, key: RolloutKey, spans: tuple[RawSpan, ...], faults: Mapping[str, int]) -> int:
         """Record spans, and count faults by their reason; returns how many spans were rejected."""
@@ -58,6 +61,8 @@ class Attempt:
     """Bytes of all requests that are being read or answered."""
     repeats: Counter[int] = field(default_factory=Counter)
     """How often each request was made, by a hash of it; counted only if calls are seeded."""
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a large body is read: one after the other."""
     ended: str = ""
     """Why the buffer no longer knows this attempt: the engine does not work for an attempt that has ended."""
 
@@ -89,48 +94,16 @@ class Call:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
-def parse_request(raw: bytes, dialect: Dialect, *, model: str, max_depth: int, max_choices: int) -> RequestContext:
-    """The request that a body holds. Raises BadRequest if it is not JSON, too deep, or wants too many choices. `model`
-    is the name in the reply if the agent names none; `max_choices` counts `n` choices of every prompt."""
-    try:
-        body = json.loads(raw)
-        if is_deeper(body, max_depth):
-            raise BadRequest(f"the request is nested more than {max_depth} levels deep")
-        compact(body).encode()  # fails for text that a span could not hold: half a surrogate pair
-    except (ValueError, RecursionError):
-        raise BadRequest("the request is not JSON") from None
-    if not isinstance(body, dict):
-        raise BadRequest("the request is not a JSON object")
+def parse_request(body: Mapping[str, Any], dialect: Dialect, *, model: str, max_choices: int) -> RequestContext:
+    """The request that a body is. Raises BadRequest if it is none of its dialect, or wants too many choices. `model` is
+    the name in the reply if the agent names none; `max_choices` counts `n` choices of every prompt."""
     engine = dialect.to_engine(body)
     prompt = engine.get("prompt")
     prompts = len(prompt) if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt) else 1
     if (engine.get("n") or 1) * prompts > max_choices:
         raise BadRequest(f"n must be a number from 1 to {max_choices}, all prompts together")
-    model, reply_id = body.get("model") or model, f"{dialect.prefix}{uuid.uuid4().hex}"
+    model, reply_id = body.get("model") or model, dialect.new_id(body)
     return RequestContext(body=body, engine=engine, reply_id=reply_id, model=model, created=int(time.time()))
-
-
-@asynccontextmanager
-async def reading(
-    request: Request, attempt: Attempt, *, max_bytes: int, max_bytes_in_flight: int
-) -> AsyncIterator[bytes]:
-    """The body of a request, which counts as in flight until the block ends. Raises BadRequest if the client goes away,
-    if the body exceeds `max_bytes`, or if all bodies of the attempt exceed `max_bytes_in_flight`."""
-    raw = bytearray()
-    try:
-        async for part in request.stream():
-            raw += part
-            attempt.bytes_in_flight += len(part)
-            if len(raw) > max_bytes:
-                raise BadRequest(f"the request is over {max_bytes} bytes", "size", 413)
-            if attempt.bytes_in_flight > max_bytes_in_flight:
-                message = f"this rollout has requests of over {max_bytes_in_flight} bytes in flight: try again later"
-                raise BadRequest(message, "busy", 429, type="rate_limit_error")
-        yield bytes(raw)
-    except ClientDisconnect:
-        raise BadRequest("the client went away", "disconnected") from None
-    finally:
-        attempt.bytes_in_flight -= len(raw)
 
 
 def agent_of(headers: Mapping[str, str], name_in_url: str) -> str:
@@ -148,17 +121,19 @@ def parent_of(headers: Mapping[str, str]) -> str:
 
 
 async def take_traces(
-    recorder: Recorder, attempt: Attempt, raw: bytes, headers: Mapping[str, str], max_bytes: int
+    recorder: Recorder, attempt: Attempt, raw: bytes, headers: Mapping[str, str], reader: Reader
 ) -> Response:
     """Record the spans of an ExportTraceServiceRequest, protobuf or JSON, and answer as OTLP's specification says.
     Rejected spans are counted in the answer's `partial_success` and in the buffer. The status is 400 if the body cannot
     be read, and 409 if the rollout has ended: exporters repeat neither."""
-    content_type, encoding = headers.get("content-type", otlp.PROTOBUF), headers.get("content-encoding", "")
-    limits = {"max_bytes": max_bytes, "max_spans": _MAX_SPANS}
+    content_type = headers.get("content-type", otlp.PROTOBUF)
+
+    def decode() -> tuple[Mapping[str, tuple[RawSpan, ...]], Mapping[str, int]]:
+        options = {"content_type": content_type, "secret": attempt.secret}
+        return otlp.decode(raw, max_bytes=len(raw), max_spans=_MAX_SPANS, **options)
+
     try:
-        traces, faults = otlp.decode(
-            raw, content_type=content_type, content_encoding=encoding, secret=attempt.secret, **limits
-        )
+        traces, faults = await reader.apart(attempt, len(raw), decode)
         spans = tuple(span for trace in traces.values() for span in trace)
         lost = sum(count for reason, count in faults.items() if not reason.startswith("repaired"))
         rejected = lost + await recorder.record_spans(attempt.key, spans, faults)

@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -26,26 +27,29 @@ from agent_lightning.core.errors import UnknownRollout
 from agent_lightning.core.json_values import compact
 from agent_lightning.core.text import hide_secret
 from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Split
-from agent_lightning.serving import calls, engine
-from agent_lightning.serving.answers import Answer
+from agent_lightning.serving import calls, engine, paths
+from agent_lightning.serving.answers import Answer, Answers
+from agent_lightning.serving.bodies import Reader
 from agent_lightning.serving.calls import Attempt, Call, Recorder
 from agent_lightning.serving.dialects.base import BadRequest, Dialect
 from agent_lightning.serving.dialects.chat import ChatCompletions, Completions
 from agent_lightning.serving.dialects.messages import Messages
 from agent_lightning.serving.dialects.responses import Responses
 from agent_lightning.serving.engine import Completion, Part, Refusal, engine_error
+from agent_lightning.serving.paths import Route
 
 logger = logging.getLogger(__name__)
 
 RETRY_HEADER = "x-stainless-retry-count"
 """The client libraries of OpenAI and Anthropic count their retries in this header."""
 DIALECTS: Mapping[str, Dialect] = {
-    "v1/chat/completions": ChatCompletions(),
-    "v1/completions": Completions(),
-    "v1/responses": Responses(),
-    "v1/messages": Messages(),
+    "chat/completions": ChatCompletions(),
+    "completions": Completions(),
+    "responses": Responses(),
+    "messages": Messages(),
+    "messages/count_tokens": Messages(),
 }
-"""The formats that agents speak, by the end of the path."""
+"""The formats that agents speak, by their endpoints."""
 _MAX_ATTEMPTS = 16_384
 """Number of attempts that a gateway remembers, the most recent ones: many times those that run at once."""
 _MAX_ANSWERS = 4_096
@@ -56,8 +60,6 @@ _OUTCOMES = {
     "too_many_calls": Outcome.TOO_MANY_CALLS,
 }
 """How the attempt ends if the agent fails after a call was refused with this code."""
-_COUNT_TOKENS = "v1/messages/count_tokens"
-_TRACES = "v1/traces"
 
 
 class Engine(Protocol):
@@ -85,6 +87,8 @@ class GatewayConfig:
     """Vocabulary of the model: an answer with a token id from here on is an error of the engine."""
     max_body_bytes: int = 4 * 1024 * 1024
     max_json_depth: int = 64
+    max_json_values: int = 200_000
+    """Values in the JSON of a body: a prompt of as many token ids is the largest that can be of use."""
     max_choices: int = 16
     max_concurrent_calls: int = 64
     """Calls of an attempt that may run at once."""
@@ -104,69 +108,89 @@ class Gateway:
     def __init__(self, *, engine: Engine, recorder: Recorder, config: GatewayConfig) -> None:
         self._engine, self._recorder, self._config = engine, recorder, config
         self._attempts: OrderedDict[RolloutKey, Attempt] = OrderedDict()
-        self._answers: OrderedDict[tuple[RolloutKey, str, str, bytes], Answer] = OrderedDict()
+        self._answers = Answers(max_answers=_MAX_ANSWERS, memory_s=config.retry_memory_s)
+        self._reader = Reader(
+            max_bytes=config.max_body_bytes,
+            max_bytes_in_flight=config.max_bytes_in_flight,
+            max_depth=config.max_json_depth,
+            max_values=config.max_json_values,
+        )
 
     async def handle(self, request: Request) -> Response:
         """The response to any request under the gateway's root; never raises. Errors have the shape of the dialect."""
-        parts = [part for part in request.url.path.split("/") if part]
-        if parts[-1:] == ["health"]:
+        segments = paths.split(request.scope)
+        if "rollout" not in segments and segments[-1:] == ["health"]:
             return JSONResponse({"status": "ok", "model": self._config.model})
-        dialect = DIALECTS["v1/messages" if "anthropic-version" in request.headers else "v1/chat/completions"]
+        dialect = DIALECTS["messages" if "anthropic-version" in request.headers else "chat/completions"]
         try:
-            _, rollout_id, _, number, secret, agent, *rest = parts[parts.index("rollout") :]
-            key = RolloutKey.parse(rollout_id, int(number))
-        except ValueError:
-            return _refuse(dialect, Refusal(status=404, message=f"no such path: {request.url.path}", code="not_found"))
-        endpoint, config = "/".join(rest), self._config
-        dialect = DIALECTS.get(endpoint.removesuffix("/count_tokens"), dialect)
-        try:
-            if not verify_secret(config.run_secret, key, secret):
-                raise BadRequest("wrong secret in the URL", "forbidden", 403)
-            if rest[:2] == ["v1", "models"] and len(rest) < 4 and request.method == "GET":
-                model = rest[2] if rest[2:] else config.model  # every name means the policy
-                openai = {"id": model, "object": "model", "created": 0, "owned_by": "agent-lightning"}
-                card = openai | {"type": "model", "display_name": model, "created_at": "1970-01-01T00:00:00Z"}
-                ends = {"first_id": model, "last_id": model, "has_more": False}  # Anthropic's form
-                return JSONResponse(card if rest[2:] else {"object": "list", "data": [card], **ends})
-            if endpoint not in (*DIALECTS, _COUNT_TOKENS, _TRACES) or request.method != "POST":
-                raise BadRequest(f"no such endpoint: /{endpoint}", "not_found", 404)
-            attempt = self._attempts.setdefault(key, Attempt(key, secret))
-            self._attempts.move_to_end(key)
-            while len(self._attempts) > _MAX_ATTEMPTS:
-                self._attempts.popitem(last=False)
-            limits = {"max_bytes": config.max_body_bytes, "max_bytes_in_flight": config.max_bytes_in_flight}
-            async with calls.reading(request, attempt, **limits) as raw:
-                if endpoint == _TRACES:
-                    return await calls.take_traces(self._recorder, attempt, raw, request.headers, config.max_body_bytes)
-                return await self._call(attempt, agent, endpoint, raw, request)
+            route = paths.find(segments)
+            dialect = DIALECTS.get(route.endpoint, dialect)
+            return await self._handle(request, route)
         except BadRequest as error:
-            return _refuse(dialect, error.refusal)
+            response = _refuse(dialect, error.refusal)
+            if response.status_code == 405:
+                response.headers["allow"] = ", ".join(route.methods)
+            return response
 
-    async def _call(self, attempt: Attempt, agent: str, endpoint: str, raw: bytes, request: Request) -> Response:
+    async def _handle(self, request: Request, route: Route) -> Response:
+        """The response to a request for an attempt. Raises BadRequest."""
+        if not verify_secret(self._config.run_secret, route.key, route.secret):
+            raise BadRequest("wrong secret in the URL", "forbidden", 403)
+        if not route.endpoint:
+            raise BadRequest(f"no such endpoint: /{route.path[:200]}", "not_found", 404)
+        if request.headers.get("upgrade", "").lower() == "websocket":
+            raise BadRequest("WebSockets are not spoken here: send the request by POST", "unsupported", 426)
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers={"allow": ", ".join(route.methods)})
+        if request.method not in route.methods:
+            message = f"/{route.path[:200]} takes {route.methods[0]}, not {request.method[:20]}"
+            raise BadRequest(message, "method_not_allowed", 405)
+        if route.endpoint == paths.MODELS:
+            return _models(route.fields.get("model"), self._config.model)
+        attempt = self._attempts.setdefault(route.key, Attempt(route.key, route.secret))
+        self._attempts.move_to_end(route.key)
+        while len(self._attempts) > _MAX_ATTEMPTS:
+            self._attempts.popitem(last=False)
+        async with self._reader.reading(request, attempt) as raw:
+            if route.endpoint == paths.TRACES:
+                return await calls.take_traces(self._recorder, attempt, raw, request.headers, self._reader)
+            return await self._call(attempt, route, raw, request)
+
+    async def _call(self, attempt: Attempt, route: Route, raw: bytes, request: Request) -> Response:
         """The response to a model call or token count. A client library's retry gets the first answer, so that it makes
         no second span: only a request that says it is a retry, since an agent may repeat a request on purpose."""
-        config, dialect = self._config, DIALECTS[endpoint.removesuffix("/count_tokens")]
-        limits = {"max_depth": config.max_json_depth, "max_choices": config.max_choices}
-        context = calls.parse_request(raw, dialect, model=config.model, **limits)
-        call = Call(
+        call = await self._read(attempt, route, raw, request.headers)
+        retries = request.headers.get(RETRY_HEADER)
+        digest = (attempt.key, call.agent, route.endpoint, *route.fields.items(), hashlib.sha256(raw).digest())
+        answer = self._answers.find(digest) if retries not in (None, "0") else None
+        if answer is None:
+            grace = 0.0 if retries is None else self._config.retry_grace_s
+            answer = Answer(lambda answer: self._answer(call, answer), grace=grace)
+            self._answers.add(digest, answer)
+        return await answer.response(request)
+
+    async def _read(self, attempt: Attempt, route: Route, raw: bytes, headers: Mapping[str, str]) -> Call:
+        """The call that a body describes, with the earlier replies that it refers to. Raises BadRequest."""
+        config, dialect, apart = self._config, DIALECTS[route.endpoint], self._reader.apart
+        body = await apart(attempt, len(raw), lambda: self._reader.parse(raw, headers.get("content-type", "")))
+        body |= route.fields
+        if names := dialect.recalls(body):
+            try:
+                replies = [await self._recorder.recorded_call(attempt.key, name) for name in names]
+            except UnknownRollout as error:
+                raise BadRequest(str(error), "rollout_ended", 409) from None
+            dialect = dialect.remembering({reply.call_id: reply for reply in replies if reply is not None})
+        parse = partial(calls.parse_request, model=config.model, max_choices=config.max_choices)
+        context = await apart(attempt, len(raw), lambda: parse(body, dialect))
+        return Call(
             attempt=attempt,
-            agent=calls.agent_of(request.headers, agent),
-            parent_id=calls.parent_of(request.headers),
+            agent=calls.agent_of(headers, route.agent),
+            parent_id=calls.parent_of(headers),
             dialect=dialect,
             context=context,
             stream=dialect.stream(context),
-            is_token_count=endpoint == _COUNT_TOKENS,
+            is_token_count=route.endpoint == paths.COUNT_TOKENS,
         )
-        retries = request.headers.get(RETRY_HEADER)
-        digest = (attempt.key, call.agent, endpoint, hashlib.sha256(raw).digest())
-        answer = self._answers.get(digest) if retries not in (None, "0") else None
-        if answer is None or answer.failed:
-            grace = 0.0 if retries is None else config.retry_grace_s
-            answer = self._answers[digest] = Answer(lambda answer: self._answer(call, answer), grace=grace)
-            # In order of their start; connections that still read an answer hold it themselves.
-            while len(self._answers) > _MAX_ANSWERS or next(iter(self._answers.values())).age() > config.retry_memory_s:
-                self._answers.popitem(last=False)
-        return await answer.response(request)
 
     async def _answer(self, call: Call, answer: Answer) -> None:
         """Complete the answer to a call, whatever happens."""
@@ -208,6 +232,7 @@ class Gateway:
             if call.is_token_count:
                 answer.respond(JSONResponse({"input_tokens": completion.choices[0].prompt_T.size}))
                 return None
+            await answer.attended()
             # Shielded: a call that was sampled to its end is recorded, even if the agent goes away at this moment.
             await asyncio.shield(self._record(call, completion, started_at))
             if call.wants_stream:
@@ -244,7 +269,7 @@ class Gateway:
     async def _follow_stream(
         self, call: Call, answer: Answer, request: Mapping[str, Any], started_at: float
     ) -> Completion | Refusal:
-        """Send a stream's deltas on. If the agent goes away, what it was sent is recorded."""
+        """Send a stream's deltas on. If an agent that reads them goes away, what was sent is recorded."""
         parts: list[Part] = []
         try:
             async for part in self._engine.stream(request):
@@ -256,7 +281,7 @@ class Gateway:
                 for choice in part.visible():
                     answer.send(call.stream.delta(choice))
         except asyncio.CancelledError:
-            if parts:
+            if parts and answer.seen:
                 with contextlib.suppress(UnknownRollout, ValueError):
                     completion = engine.check_vocabulary(engine.join_parts(parts), self._config.vocab_size)
                     if isinstance(completion, Completion):
@@ -291,6 +316,17 @@ class Gateway:
             )
             calls_left = await self._recorder.record(span)
             call.attempt.calls_left = min(call.attempt.calls_left, calls_left)
+
+
+def _models(name: str | None, default: str) -> Response:
+    """The model of a name, or the list of models without one, in the forms of all clients at once: every name means the
+    policy."""
+    model = name or default
+    openai = {"id": model, "object": "model", "created": 0, "owned_by": "agent-lightning"}
+    card = openai | {"type": "model", "display_name": model, "created_at": "1970-01-01T00:00:00Z"}
+    card |= {"name": f"models/{model}", "supportedGenerationMethods": ["generateContent", "countTokens"]}  # Google's
+    ends = {"first_id": model, "last_id": model, "has_more": False}  # Anthropic's
+    return JSONResponse(card if name else {"object": "list", "data": [card], "models": [card], **ends})
 
 
 def _refuse(dialect: Dialect, refusal: Refusal) -> JSONResponse:

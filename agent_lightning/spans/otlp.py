@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -24,6 +23,7 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from agent_lightning.core.errors import DataError
+from agent_lightning.core.inflate import inflate
 from agent_lightning.core.json_values import is_deeper
 from agent_lightning.core.text import hide_secret, replace_surrogates
 from agent_lightning.spans.tree import RawSpan
@@ -60,7 +60,9 @@ def decode(
 
     Example: traces, refused = decode(body, content_type="application/json", max_bytes=4_000_000, max_spans=10_000)
     """
-    plain = hide_secret(_inflate(body, content_encoding.strip().lower(), max_bytes), secret)
+    plain = hide_secret(inflate(body, content_encoding, max_bytes), secret)
+    if len(plain) > max_bytes:
+        raise DataError(f"OTLP body of more than {max_bytes} bytes: send fewer spans at once")
     refused: Counter[str] = Counter()
     kind = content_type.partition(";")[0].strip().lower()
     if kind == PROTOBUF:
@@ -110,24 +112,6 @@ def acknowledge(content_type: str, *, rejected: int, message: str) -> tuple[byte
     if content_type.partition(";")[0].strip().lower() == JSON:
         return json_format.MessageToJson(answer).encode(), JSON
     return bytes(answer.SerializeToString()), PROTOBUF
-
-
-def _inflate(body: bytes, encoding: str, max_bytes: int) -> bytes:
-    if encoding in ("gzip", "deflate"):
-        inflater = zlib.decompressobj(wbits=47)
-        try:
-            plain = inflater.decompress(body, max_bytes + 1)
-        except zlib.error as error:
-            raise DataError(f"OTLP body is not {encoding}: {error}") from None
-        if len(plain) <= max_bytes and not inflater.eof:
-            raise DataError(f"OTLP body is truncated: its {encoding} stream does not end")
-    elif encoding in ("", "identity"):
-        plain = body
-    else:
-        raise DataError(f"content encoding {encoding!r}: only gzip, deflate and identity are read")
-    if len(plain) > max_bytes:
-        raise DataError(f"OTLP body of more than {max_bytes} bytes: send fewer spans at once")
-    return plain
 
 
 def _protobuf_spans(body: bytes) -> Iterator[Span]:

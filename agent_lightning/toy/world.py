@@ -220,6 +220,9 @@ class ToyWorld:
         )
 
 
+_METHODS: Final = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"]
+
+
 class _QuietServer(uvicorn.Server):
     """A server that leaves signals alone: Ctrl-C in a test or a notebook must reach its owner."""
 
@@ -230,7 +233,7 @@ class _QuietServer(uvicorn.Server):
 
 def application(gateway: Gateway) -> Starlette:
     """An ASGI application that passes every request to the gateway."""
-    return Starlette(routes=[Route("/{path:path}", gateway.handle, methods=["GET", "POST"])])
+    return Starlette(routes=[Route("/{path:path}", gateway.handle, methods=_METHODS)])
 
 
 @asynccontextmanager
@@ -241,6 +244,7 @@ async def serve_locally(gateway: Gateway) -> AsyncIterator[str]:
         log_config=None,
         access_log=False,
         lifespan="off",
+        ws="none",
         timeout_keep_alive=60,  # longer than an event loop may be busy, so that clients can reuse their connections
         timeout_graceful_shutdown=1,
     )

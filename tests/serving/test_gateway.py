@@ -161,7 +161,7 @@ async def test_endpoints() -> None:
         assert (await rig.http.get("/anything/health")).json() == {"status": "ok", "model": "policy"}
         assert [m["id"] for m in (await rig.http.get(f"{url}/models")).json()["data"]] == ["policy"]
         assert code_of(await rig.http.post(f"{url}/embeddings", json={})) == (404, "not_found")
-        assert code_of(await rig.http.get(f"{url}/chat/completions")) == (404, "not_found")
+        assert code_of(await rig.http.get(f"{url}/chat/completions")) == (405, "method_not_allowed")
         assert (await rig.http.post(f"/agl-run{url}/chat/completions", json={"messages": HELLO})).status_code == 200
 
 
@@ -392,6 +392,8 @@ async def test_a_client_that_counts_retries_may_come_back_for_a_while() -> None:
         await left(rig, {RETRY_HEADER: "0"})
         assert rig.engine.in_flight == 1
         await asyncio.sleep(0.2)
+        assert (await rig.buffer.stats()).calls == 0  # nobody has seen an answer
+        assert (await rig.post(headers={RETRY_HEADER: "1"})).status_code == 200
         assert len((await rig.end()).calls) == 1
     async with open_rig(retry_grace_s=0.01) as rig:
         await left(rig, {RETRY_HEADER: "0"})

@@ -7,13 +7,15 @@ the engine's `Completion` into its own replies. It has no state; the class of it
 from __future__ import annotations
 
 import json
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
+from agent_lightning.core.types import ModelCall
 from agent_lightning.serving.engine import Completion, Refusal
 
 
@@ -79,6 +81,18 @@ class Dialect(ABC):
     stream: type[Stream]
     """The writer of an answer in parts."""
 
+    def new_id(self, body: Mapping[str, Any]) -> str:
+        """The id of the reply to a request."""
+        return f"{self.prefix}{uuid.uuid4().hex}"
+
+    def recalls(self, body: Mapping[str, Any]) -> Sequence[str]:
+        """The ids of earlier replies to which a request refers. Raises BadRequest."""
+        return ()
+
+    def remembering(self, replies: Mapping[str, ModelCall]) -> Dialect:
+        """The same dialect, which knows these earlier replies, by their ids."""
+        return self
+
     @abstractmethod
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The request in the engine's form. Raises BadRequest."""
@@ -92,10 +106,24 @@ class Dialect(ABC):
         return refusal.body()
 
 
+Item = TypeVar("Item")
+
+
+class _FailFast(FailFast):
+    __hash__ = object.__hash__  # unions need it
+
+
+ListOf = Annotated[list[Item], _FailFast()]
+"""A list that is read until its first error: there may be a hundred thousand."""
+
+
 class Strict(BaseModel):
     """A JSON object of which some fields are checked. Values are not converted; unknown fields pass."""
 
     model_config = ConfigDict(strict=True, extra="allow")
+
+    def model_post_init(self, context: object, /) -> None:
+        """Does nothing, in Python: between two of a million objects, other threads get their turn."""
 
 
 Model = TypeVar("Model", bound=BaseModel)

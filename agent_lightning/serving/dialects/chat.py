@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream, event
+from agent_lightning.serving.dialects.base import BadRequest, Dialect, ListOf, RequestContext, Stream, event
 from agent_lightning.serving.dialects.fields import Chat, Sampled, engine_form, known_fields
 from agent_lightning.serving.engine import Completion, Refusal
 
@@ -106,7 +106,7 @@ _Token = Annotated[int, Field(ge=0, lt=2**31)]
 class _Completion(Sampled):
     """A completion request. Its prompts are a text, token ids, or a list of either."""
 
-    prompt: str | list[str] | list[_Token] | list[list[_Token]]
+    prompt: str | ListOf[str] | ListOf[_Token] | ListOf[ListOf[_Token]]
     logprobs: int | None = Field(None, ge=0, le=20)
 
 

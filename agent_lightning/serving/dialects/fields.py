@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from agent_lightning.serving.dialects.base import BadRequest, Strict, content_of, read
+from agent_lightning.serving.dialects.base import BadRequest, ListOf, Strict, content_of, read
 
 _CACHING = ("prompt_cache_key", "prompt_cache_retention", "prediction", "service_tier")
 HARMLESS = frozenset((*_CACHING, "metadata", "safety_identifier", "store", "user"))
@@ -72,7 +72,7 @@ class _NamedTool(Strict):
 
 class _ToolSet(Strict):
     mode: Literal["auto", "required"]
-    tools: list[_NamedTool]
+    tools: ListOf[_NamedTool]
 
 
 class _AllowedTools(Strict):
@@ -92,8 +92,8 @@ class _ToolCall(Strict):
 
 class _Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
-    tool_calls: list[_ToolCall] | None = None
+    content: str | ListOf[Part] | None = None
+    tool_calls: ListOf[_ToolCall] | None = None
     tool_call_id: str | None = None
 
 
@@ -132,7 +132,7 @@ class Sampled(Strict):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: str | ListOf[str] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
@@ -141,12 +141,12 @@ class Sampled(Strict):
     repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: ListOf[int] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    allowed_token_ids: ListOf[int] | None = None
+    bad_words: ListOf[str] | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1)
     structured_outputs: dict[str, Any] | None = None
@@ -157,10 +157,10 @@ class Sampled(Strict):
 class Chat(Sampled):
     """A chat request."""
 
-    messages: Annotated[list[_Message], Field(min_length=1)]
+    messages: Annotated[ListOf[_Message], Field(min_length=1)]
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[_Tool] | None = None
+    tools: ListOf[_Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | _NamedTool | _AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     response_format: Annotated[_PlainFormat | _SchemaFormat, Field(discriminator="type")] | None = None
@@ -169,7 +169,7 @@ class Chat(Sampled):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, str]] | None = None
+    documents: ListOf[dict[str, str]] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     thinking_token_budget: int | None = Field(None, ge=0)
 

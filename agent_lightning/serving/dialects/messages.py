@@ -50,14 +50,14 @@ class _Block(Strict):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: str | list[_Block] | None = None
+    content: str | base.ListOf[_Block] | None = None
     source: dict[str, Any] | None = None
     is_error: bool | None = None
 
 
 class _Message(Strict):
     role: Literal["user", "assistant", "system"]
-    content: str | list[_Block]
+    content: str | base.ListOf[_Block]
 
 
 class _Format(Strict):
@@ -83,9 +83,9 @@ class _ContextManagement(Strict):
 
 
 class _Request(Strict):
-    messages: Annotated[list[_Message], Field(min_length=1)]
-    system: str | list[_Block] | None = None
-    tools: list[_Tool] | None = None
+    messages: Annotated[base.ListOf[_Message], Field(min_length=1)]
+    system: str | base.ListOf[_Block] | None = None
+    tools: base.ListOf[_Tool] | None = None
     tool_choice: _ToolChoice | None = None
     output_config: _OutputConfig | None = None
     output_format: _Format | None = None
@@ -218,7 +218,7 @@ def _chat(message: _Message) -> list[dict[str, Any]]:
     return [*results, *([turn] if content or calls else [])]
 
 
-def _content(content: str | list[_Block] | None) -> str | list[dict[str, Any]] | None:
+def _content(content: str | base.ListOf[_Block] | None) -> str | list[dict[str, Any]] | None:
     if isinstance(content, str):
         return content
     parts: list[dict[str, Any]] = []

@@ -1,20 +1,39 @@
-"""OpenAI Responses: items instead of messages. Only functions are supported as tools, and no response is stored."""
+"""OpenAI Responses: items instead of messages. Only functions are supported as tools.
+
+A request may continue an earlier response of its attempt (`previous_response_id`), or refer to items of earlier ones
+(`item_reference`): both are taken from what was recorded. What the record does not say is in the response's id: whether
+the request had instructions, which a request that continues it does not inherit, and whether it may be continued.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field
 
+from agent_lightning.core.types import ModelCall
 from agent_lightning.serving.dialects import base
 from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream, Strict, event, read
 from agent_lightning.serving.dialects.fields import engine_form
 from agent_lightning.serving.engine import Completion, Refusal
 
-_STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
-"""Fields that are refused, because they need a conversation that is stored by the server."""
-_REPLACED = ("input", "instructions", "text", "include", "max_output_tokens", "reasoning", "store", "truncation", "n")
+_UNSUPPORTED = {
+    "conversation": "continue a response by previous_response_id, or send the whole input",
+    "prompt": "no prompts are stored here: send instructions and input",
+    "background": "a response is given when it is complete, or as a stream",
+}
+"""Fields that are refused, and what to do instead."""
+_ITEM_ID = re.compile(r"(?:msg|fc)_([0-9a-f]{32})(?:_\d+)?")
+_HAS_INSTRUCTIONS, _NOT_STORED = 1, 2
+"""Bits of the last digit of a response's id."""
+_REPLACED = (
+    *("input", "instructions", "previous_response_id", "text", "include", "max_output_tokens", "reasoning", "store"),
+    *("truncation", "n", "tools", "tool_choice", "max_tool_calls"),
+)
 """Fields that are translated or that mean nothing to the engine; all others are passed on."""
 
 
@@ -24,13 +43,19 @@ class _Tool(Strict):
 
 
 class _Item(Strict):
-    type: str = "message"
+    type: str | None = None
+    id: str | None = None
     role: str | None = None
-    content: str | list[dict[str, Any]] | None = None
+    content: str | base.ListOf[dict[str, Any]] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[dict[str, Any]] | None = None
+    output: str | base.ListOf[dict[str, Any]] | None = None
+
+    @property
+    def kind(self) -> str:
+        """The type, which may be left out of messages and of references."""
+        return self.type or ("item_reference" if self.id and not self.role else "message")
 
 
 class _Text(Strict):
@@ -38,10 +63,13 @@ class _Text(Strict):
 
 
 class _Request(Strict):
-    input: str | list[_Item]
+    input: str | base.ListOf[_Item] = ""
     instructions: str | None = None
-    tools: list[_Tool] | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    tools: base.ListOf[_Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
     text: _Text | None = None
     include: list[str] | None = None
     max_output_tokens: int | None = Field(None, ge=1)
@@ -97,7 +125,7 @@ class _Stream(Stream):
         if self._text_started:
             return ""
         self._text_started = True
-        item = _message(self._context, "in_progress", [])
+        item = _message(self._context.hex, "in_progress", [])
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         added = self._event("output_item.added", output_index=0, item=item)
         return added + self._event("content_part.added", **self._place, part=part)
@@ -114,22 +142,40 @@ class Responses(Dialect):
     request = _Request
     stream = _Stream
 
+    def __init__(self, earlier: Mapping[str, ModelCall] = MappingProxyType({})) -> None:
+        """`earlier`: the recorded calls to which the request refers, by the ids of their responses."""
+        self._earlier = earlier
+
+    def new_id(self, body: Mapping[str, Any]) -> str:
+        flags = (_HAS_INSTRUCTIONS if body.get("instructions") else 0) | (_NOT_STORED if _unstored(body) else 0)
+        return f"{super().new_id(body)[:-1]}{flags}"
+
+    def recalls(self, body: Mapping[str, Any]) -> Sequence[str]:
+        request = read(_Request, body)
+        previous, items = request.previous_response_id, request.input if isinstance(request.input, list) else ()
+        matches = (_ITEM_ID.fullmatch(item.id or "") for item in items if item.kind == "item_reference")
+        names = dict.fromkeys([*([previous] if previous else []), *(f"resp_{m[1]}" for m in matches if m)])
+        return [name for name in names if _is_stored(name)]
+
+    def remembering(self, replies: Mapping[str, ModelCall]) -> Responses:
+        return Responses(replies)
+
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        for name in _STATEFUL:
+        for name, advice in _UNSUPPORTED.items():
             if body.get(name):
-                message = f"{name} is not supported: the gateway keeps no conversations, send the whole input"
-                raise BadRequest(message, "unsupported")
+                raise BadRequest(f"{name} is not supported: {advice}", "unsupported", param=name)
         request = read(_Request, body)
         chat = {name: value for name, value in body.items() if name not in _REPLACED and value is not None}
-        chat["messages"] = _messages(request)
+        if not request.input and not request.previous_response_id:
+            raise BadRequest("input must not be empty", param="input")
+        chat["messages"] = [*self._beginning(request), *self._messages(request.input)]
         if request.max_output_tokens is not None:
             chat["max_tokens"] = request.max_output_tokens
         if request.tools is not None:
             chat["tools"] = [_tool(tool) for tool in request.tools]
-        if isinstance(request.tool_choice, dict):
-            if request.tool_choice.get("type") != "function":
-                raise BadRequest("tool_choice can name a function, and nothing else", "unsupported")
-            chat["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice.get("name")}}
+        if request.tool_choice is not None:
+            chat["tool_choice"] = _tool_choice(request.tool_choice)
+        chat |= {"reasoning_effort": (request.reasoning or {}).get("effort")}
         if request.text is not None and (form := request.text.format):
             schema, kind = {key: value for key, value in form.items() if key != "type"}, form.get("type")
             chat["response_format"] = {"type": kind} | ({"json_schema": schema} if kind == "json_schema" else {})
@@ -138,14 +184,7 @@ class Responses(Dialect):
     def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
         (choice,) = completion.reply["choices"]
         status = "incomplete" if choice["finish_reason"] == "length" else "completed"
-        text, calls = choice["message"].get("content"), choice["message"].get("tool_calls") or ()
-        output: list[dict[str, Any]] = []
-        if text or not calls:
-            part = {"text": text or "", "annotations": [], "logprobs": _logprobs(context, choice)}
-            output.append(_message(context, status, [{"type": "output_text", **part}]))
-        for number, call in enumerate(calls):
-            item = {"type": "function_call", "id": f"fc_{context.hex}_{number}", "call_id": call["id"]}
-            output.append(item | {"status": status} | call["function"])
+        output = _output(context.hex, choice["message"], status, _logprobs(context, choice))
         usage = completion.reply["usage"]
         return _response(context, status) | {
             "output": output,
@@ -159,32 +198,69 @@ class Responses(Dialect):
             },
         }
 
+    def _beginning(self, request: _Request) -> list[dict[str, Any]]:
+        """The messages before the input: the instructions, and the conversation that the request continues."""
+        messages: list[dict[str, Any]] = []
+        if request.instructions:
+            messages.append({"role": "system", "content": request.instructions})
+        if name := request.previous_response_id:
+            call = self._earlier.get(name)
+            if call is None:
+                message = f"Previous response with id '{name[:100]}' not found."
+                raise BadRequest(message, "previous_response_not_found", param="previous_response_id")
+            recorded = json.loads(call.request)
+            messages += recorded[1:] if int(name[-1], 16) & _HAS_INSTRUCTIONS else recorded
+            reply = json.loads(call.reply)
+            messages.append({key: reply[key] for key in ("role", "content", "tool_calls") if key in reply})
+        return messages
 
-def _messages(request: _Request) -> list[dict[str, Any]]:
-    """The chat messages for the input items; a text and the calls after it become one assistant message."""
-    messages: list[dict[str, Any]] = []
-    if request.instructions:
-        messages.append({"role": "system", "content": request.instructions})
-    if isinstance(request.input, str):
-        return [*messages, {"role": "user", "content": request.input}]
-    for item in request.input:
-        turn = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
-        match item.type:
-            case "message" if item.role:
-                messages.append({"role": item.role, "content": _content(item.content)})
-            case "function_call":
-                if turn is None:
-                    messages.append(turn := {"role": "assistant", "content": None})
-                function = {"name": item.name, "arguments": item.arguments}
-                call = {"id": item.call_id, "type": "function", "function": function}
-                turn["tool_calls"] = [*turn.get("tool_calls", ()), call]
-            case "function_call_output":
-                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _content(item.output)})
-            case "reasoning":
-                continue  # chat templates leave out earlier thoughts
-            case _:
-                raise BadRequest(f"an item of type {item.type!r} is not supported", "unsupported")
-    return messages
+    def _messages(self, items: str | list[_Item]) -> list[dict[str, Any]]:
+        """The chat messages for the input items; a text and the calls after it become one assistant message."""
+        if isinstance(items, str):
+            return [{"role": "user", "content": items}]
+        messages: list[dict[str, Any]] = []
+        for index, item in enumerate(items):
+            if item.kind == "item_reference":
+                item = self._recorded(item.id or "")
+            turn = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
+            match item.kind:
+                case "message" if item.role:
+                    messages.append({"role": item.role, "content": _content(item.content)})
+                case "function_call":
+                    if turn is None:
+                        messages.append(turn := {"role": "assistant", "content": None})
+                    function = {"name": item.name, "arguments": item.arguments}
+                    call = {"id": item.call_id, "type": "function", "function": function}
+                    turn["tool_calls"] = [*turn.get("tool_calls", ()), call]
+                case "function_call_output":
+                    messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _content(item.output)})
+                case "reasoning":
+                    continue  # chat templates leave out earlier thoughts
+                case "message":
+                    raise BadRequest(f"input[{index}].role is required", param=f"input[{index}].role")
+                case kind:
+                    message = f"input[{index}]: an item of type {kind!r} is not supported"
+                    raise BadRequest(message, "unsupported", param=f"input[{index}].type")
+        return messages
+
+    def _recorded(self, item_id: str) -> _Item:
+        """The item of an earlier response. Raises BadRequest."""
+        match = _ITEM_ID.fullmatch(item_id)
+        call = self._earlier.get(f"resp_{match[1]}") if match else None
+        items = _output(match[1], json.loads(call.reply), "completed", []) if match and call else []
+        item = next((item for item in items if item["id"] == item_id), None)
+        if item is None:
+            advice = "Items are those of this rollout's own responses, unless `store` was set to false."
+            raise BadRequest(f"Item with id '{item_id[:100]}' not found. {advice}", "not_found", 404, param="input")
+        return _Item.model_validate(item)
+
+
+def _unstored(body: Mapping[str, Any]) -> bool:
+    return body.get("store") is False
+
+
+def _is_stored(response_id: str) -> bool:
+    return not int(response_id[-1:], 16) & _NOT_STORED if re.fullmatch("resp_[0-9a-f]{32}", response_id) else False
 
 
 def _content(content: str | list[dict[str, Any]] | None) -> str | list[dict[str, Any]] | None:
@@ -204,10 +280,36 @@ def _content(content: str | list[dict[str, Any]] | None) -> str | list[dict[str,
     return base.content_of(parts)
 
 
+def _tool_choice(choice: str | dict[str, Any]) -> str | dict[str, Any]:
+    """A chat request's form of `tool_choice`. Raises BadRequest."""
+    match choice if isinstance(choice, dict) else {}:
+        case {"type": "function", "name": name}:
+            return {"type": "function", "function": {"name": name}}
+        case {"type": "allowed_tools", "tools": list(tools), "mode": mode}:
+            return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [_tool_choice(t) for t in tools]}}
+        case {"type": kind}:
+            message = f"a tool_choice of type {kind!r} is not supported: it can be auto, none, required or functions"
+            raise BadRequest(message, "unsupported", param="tool_choice")
+    return choice
+
+
 def _tool(tool: _Tool) -> dict[str, Any]:
     if tool.type != "function":
         raise BadRequest(f"a tool of type {tool.type!r} is not supported: the policy can call functions", "unsupported")
     return {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
+
+
+def _output(name: str, message: Mapping[str, Any], status: str, logprobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The items of an assistant's message; `name` is the end of the response's id, which the items' ids contain."""
+    text, calls = message.get("content"), message.get("tool_calls") or ()
+    output: list[dict[str, Any]] = []
+    if text or not calls:
+        part = {"type": "output_text", "text": text or "", "annotations": [], "logprobs": logprobs}
+        output.append(_message(name, status, [part]))
+    for number, call in enumerate(calls):
+        item = {"type": "function_call", "id": f"fc_{name}_{number}", "call_id": call["id"]}
+        output.append(item | {"status": status} | call["function"])
+    return output
 
 
 def _response(context: RequestContext, status: str) -> dict[str, Any]:
@@ -219,8 +321,9 @@ def _response(context: RequestContext, status: str) -> dict[str, Any]:
         **head,
         "model": context.model,
         "output": [],
-        **dict.fromkeys(("error", "incomplete_details", "usage", "previous_response_id")),
-        "store": False,
+        **dict.fromkeys(("error", "incomplete_details", "usage")),
+        "store": not _unstored(body),
+        "previous_response_id": body.get("previous_response_id"),
         "tools": body.get("tools") or [],
         "tool_choice": body.get("tool_choice") or "auto",
         "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
@@ -228,9 +331,9 @@ def _response(context: RequestContext, status: str) -> dict[str, Any]:
     }
 
 
-def _message(context: RequestContext, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+def _message(name: str, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
     message = {"type": "message", "role": "assistant", "status": status, "content": content}
-    return {"id": f"msg_{context.hex}", **message}
+    return {"id": f"msg_{name}", **message}
 
 
 def _logprobs(context: RequestContext, choice: Mapping[str, Any]) -> list[dict[str, Any]]:

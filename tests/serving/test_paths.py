@@ -1,0 +1,91 @@
+"""Which endpoint and whose attempt a path means, as clients write paths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from test_gateway import HELLO, code_of, open_rig, url_of
+
+from agent_lightning.serving import paths
+
+ROOT = "/agl-x/rollout/train-1-2/attempt/3/secret/agent"
+
+
+@pytest.mark.parametrize(
+    ("path", "endpoint", "fields"),
+    [
+        ("/v1/chat/completions", "chat/completions", {}),
+        ("/v1/chat/completions/", "chat/completions", {}),
+        ("//v1//chat//completions", "chat/completions", {}),
+        ("/chat/completions", "chat/completions", {}),
+        ("/v1/v1/chat/completions", "chat/completions", {}),
+        ("/v1/v1/messages", "messages", {}),
+        ("/messages/count_tokens", "messages/count_tokens", {}),
+        ("/openai/v1/responses", "responses", {}),
+        ("/openai/deployments/gpt-4o/chat/completions", "chat/completions", {"model": "gpt-4o"}),
+        ("/v1/openai/deployments/ORG/NAME/completions", "completions", {"model": "ORG/NAME"}),
+        ("/openai/deployments/ORG%2FNAME/responses", "responses", {"model": "ORG/NAME"}),
+        ("/v1beta/openai/chat/completions", "chat/completions", {}),
+        ("/v1/models", "models", {}),
+        ("/v1/models/", "models", {}),
+        ("/v1/models/gpt", "models", {"model": "gpt"}),
+        ("/v1/models/ORG/NAME", "models", {"model": "ORG/NAME"}),
+        ("/v1/models/ORG%2FNAME", "models", {"model": "ORG/NAME"}),
+        ("/v1/models/a/b/c/health", "models", {"model": "a/b/c/health"}),
+        ("/v1/models/日本 é", "models", {"model": "日本 é"}),
+        ("/v1/traces", "traces", {}),
+        ("/v1/chat", "", {}),
+        ("/v1/embeddings", "", {}),
+        ("/v2x/chat/completions", "", {}),
+        ("/v1/chat/completions/x", "", {}),
+        ("/v1" * 1000 + "/chat/completions", "", {}),
+    ],
+)
+def test_paths(path: str, endpoint: str, fields: dict[str, Any]) -> None:
+    raw = (ROOT + path).encode()
+    for scope in ({"path": ROOT + path, "raw_path": raw}, {"path": ROOT + path.replace("%2F", "/")}):
+        route = paths.find(paths.split(scope))
+        assert (route.endpoint, dict(route.fields)) == (endpoint, fields)
+        assert (route.key.rollout_id, route.key.attempt, route.secret, route.agent) == (
+            "train-1-2",
+            3,
+            "secret",
+            "agent",
+        )
+
+
+async def test_models_with_any_name_and_every_method() -> None:
+    async with open_rig() as rig:
+        url = url_of(rig.key)
+        assert (await rig.http.get(f"{url}/models/ORG/NAME")).json()["id"] == "ORG/NAME"
+        assert (await rig.http.get(f"{url}/models/health")).json()["id"] == "health"
+        assert (await rig.http.head(f"{url}/models")).status_code == 200
+        allowed = await rig.http.options(f"{url}/chat/completions")
+        assert (allowed.status_code, allowed.headers["allow"]) == (204, "POST, OPTIONS")
+        for method in ("GET", "PUT", "DELETE", "PATCH"):
+            refused = await rig.http.request(method, f"{url}/chat/completions")
+            assert code_of(refused) == (405, "method_not_allowed")
+            assert refused.headers["allow"] == "POST, OPTIONS"
+        assert code_of(await rig.http.post(f"{url}/models")) == (405, "method_not_allowed")
+        assert (await rig.http.get(f"{url}/messages")).json()["type"] == "error"
+        upgrade = {"connection": "upgrade", "upgrade": "websocket"}
+        assert code_of(await rig.http.get(f"{url}/responses", headers=upgrade)) == (426, "unsupported")
+
+
+async def test_azures_paths_are_answered() -> None:
+    async with open_rig() as rig:
+        url = url_of(rig.key).removesuffix("/v1")
+        path = f"{url}/openai/deployments/ORG/NAME/chat/completions?api-version=2024-10-21"
+        reply = await rig.http.post(path, json={"messages": HELLO})
+        assert (reply.status_code, reply.json()["model"]) == (200, "ORG/NAME")
+        agent = url.replace("/agent", "/judge%2F2")
+        assert (await rig.http.post(f"{agent}/v1/chat/completions/", json={"messages": HELLO})).status_code == 200
+        assert [call.agent for call in (await rig.end()).calls] == ["agent", "judge/2"]
+
+
+async def test_a_client_that_loses_the_path_of_its_base_url_is_told_so() -> None:
+    async with open_rig() as rig:
+        refused = await rig.http.post("/v1/chat/completions", json={"messages": HELLO})
+        assert code_of(refused) == (404, "not_found")
+        assert "must keep all of its base URL" in refused.json()["error"]["message"]
