@@ -15,7 +15,7 @@ from agent_lightning.buffer.codec import kind_of
 from agent_lightning.buffer.ledger import Ledger
 from agent_lightning.buffer.store import apply_record
 from agent_lightning.core.errors import DataError, JournalError, UserError
-from agent_lightning.run.archive import read_trajectories
+from agent_lightning.run.archive import read_origins, read_trajectories
 from agent_lightning.spans.traces import export, imports
 
 
@@ -48,7 +48,7 @@ def import_traces(files: Sequence[Path], out: Path) -> int:
 
 def export_run(run: Path, out: Path, form: export.Format) -> int:
     """`agl export`: write the rollouts of a run as a file for other tools. Raises DataError."""
-    path, count = export.write(read_trajectories(run), out, form)
+    path, count = export.write(read_trajectories(run), out, form, read_origins(run))
     Console().print(f"{path}: {count} rollouts")
     return 0
 

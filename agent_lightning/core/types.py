@@ -34,6 +34,9 @@ request, whose tool messages answer an earlier reply."""
 DEFAULT_AGENT = "agent"
 """The agent's name in a rollout's URL, unless the config or the agent chooses another."""
 
+POLICY = "policy"
+"""The policy's name: the model that an agent requests."""
+
 
 class Outcome(StrEnum):
     """How a rollout ended. Every admitted rollout gets exactly one outcome."""

@@ -20,6 +20,7 @@ from agent_lightning.config.load import Config
 from agent_lightning.core import ray_private
 from agent_lightning.core.errors import PartDied
 from agent_lightning.core.threads import start_thread
+from agent_lightning.core.types import POLICY
 from agent_lightning.credit.failures import Retries
 from agent_lightning.launch import backend, checks, placement
 from agent_lightning.learners.base import Learner
@@ -198,7 +199,7 @@ def _gateway(config: Config, model: str, run_secret: bytes) -> Any:
 
     sampling = config.sampling
     return GatewayConfig(
-        model="policy",
+        model=POLICY,
         run_secret=run_secret,
         sampling={"train": sampling.train.model_dump(), "val": sampling.val.model_dump()},
         seed=config.seed if sampling.seeded else None,
@@ -225,7 +226,7 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
                 concurrency=config.rollout.concurrency,
                 policy_url=url,
                 find=find,
-                model="policy",
+                model=POLICY,
                 worker=name,
             )
 

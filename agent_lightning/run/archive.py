@@ -14,6 +14,7 @@ from agent_lightning.core import types
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.files import replacing
 from agent_lightning.core.text import replace_surrogates
+from agent_lightning.spans.traces.export import Origin
 
 if TYPE_CHECKING:
     import pyarrow
@@ -82,12 +83,23 @@ def read_group(path: Path, rollout_id: str) -> types.Group:
 
 def read_trajectories(path: Path) -> Iterator[types.Trajectory]:
     """Read the rollouts of a run, in the order in which they were written. `path` and errors: see `read_rollouts`."""
+    batches = _latest_rollouts(path).to_batches(max_chunksize=256)
+    return (_trajectory(row) for batch in batches for row in batch.to_pylist())
+
+
+def read_origins(path: Path) -> Iterator[Origin]:
+    """Read what the run knows about each rollout of `read_trajectories`, in the same order."""
+    rows, folder = _latest_rollouts(path).select(["step", "task"]).to_pylist(), path.resolve()
+    run = next(place.name for place in (folder, *folder.parents) if place.is_dir() and place.name != "rollouts")
+    return (Origin(run=run, step=row["step"], task=json.loads(row["task"])) for row in rows)
+
+
+def _latest_rollouts(path: Path) -> pyarrow.Table:
+    """All rollouts of a run. A resumed run may have written a rollout of a step again: the later row counts."""
     table = read_rollouts(path)
-    # A resumed run may have written a rollout of a step again: the later row counts.
     identities = zip(table.column("rollout_id").to_pylist(), table.column("step").to_pylist(), strict=True)
     latest = {identity: index for index, identity in enumerate(identities)}
-    batches = table.take(sorted(latest.values())).to_batches(max_chunksize=256)
-    return (_trajectory(row) for batch in batches for row in batch.to_pylist())
+    return table.take(sorted(latest.values()))
 
 
 def _trajectory(row: Mapping[str, Any]) -> types.Trajectory:

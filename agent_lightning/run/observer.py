@@ -11,6 +11,7 @@ from pathlib import Path
 from agent_lightning.config.load import Config, to_mapping
 from agent_lightning.core.types import Group
 from agent_lightning.run.archive import RolloutWriter
+from agent_lightning.run.live import from_environment
 from agent_lightning.run.report import Progress, RolloutCounts, StepSeconds, Summary
 from agent_lightning.run.state import State, checkpoint_folder, prune_checkpoints, write_state
 from agent_lightning.run.tracking import JsonLines, RunDirectory, Sink, TensorBoardSink, Tracker, WandbSink
@@ -34,6 +35,7 @@ class RunObserver:
         if tracking.wandb != "disabled":
             sinks.append(WandbSink(run, tracking, to_mapping(config)))
         self._tracker = Tracker(sinks)
+        self._live = from_environment(run.path.name)
         self.val_reward_by: Mapping[str, float] = {}
         """The held-out reward of the newest evaluation, by the values of the field `data.val_group_by`."""
 
@@ -47,6 +49,8 @@ class RunObserver:
         if field is not None and is_evaluation:
             self.val_reward_by = reward_by(groups, field)
             self._tracker.log(step, {f"val/reward/{name}": reward for name, reward in self.val_reward_by.items()})
+        if self._live is not None:
+            self._live.send(step, groups)
         if self._writer is None:
             return
         try:
@@ -61,7 +65,7 @@ class RunObserver:
         self._progress.show_evaluation(step, reward, rows)
 
     def record_step(self, step: int, record: Mapping[str, float]) -> None:
-        self._tracker.log(step, record)
+        self._tracker.log(step, {**record, **(self._live.counts() if self._live is not None else {})})
         self._progress.show_step(step, record)
 
     def checkpoint_folder(self, state: State, *, force: bool) -> Path | None:
@@ -76,6 +80,8 @@ class RunObserver:
 
     def close(self) -> None:
         self._tracker.close()
+        if self._live is not None:
+            self._live.close()
 
 
 def reward_by(groups: Sequence[Group], field: str) -> dict[str, float]:

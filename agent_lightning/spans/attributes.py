@@ -34,7 +34,7 @@ KINDS: tuple[tuple[str, Mapping[str, Kind]], ...] = (
             call="chat text_completion generate_content",
             tool="execute_tool",
             agent="invoke_agent create_agent",
-            other="embeddings",
+            other="embeddings invoke_workflow",
         ),
     ),
     ("openinference.span.kind", _kinds(call="LLM", tool="TOOL", agent="AGENT", other="EMBEDDING RETRIEVER RERANKER")),

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from agent_lightning.core.json_values import as_mapping
-from agent_lightning.core.types import AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus, is_reward
+from agent_lightning.core.types import POLICY, AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus, is_reward
 from agent_lightning.credit.tools import ToolCallIndex, tool_status
 from agent_lightning.spans import fields
 from agent_lightning.spans.attributes import FIELDS, Kind
@@ -138,6 +138,7 @@ def _calls(
         agent = str(next(names, "") or fields.langchain_agent(span.attributes))
         if not agent and (above := tree.agent_above(span)) is not None:
             agent = fields.agent_name_of(above.name, above.attributes)
+        model = fields.stated_or_replied(span.attributes, "model", "model")
         calls.append(
             ModelCall(
                 key=key,
@@ -154,7 +155,7 @@ def _calls(
                 reply=exact[1] or (dump(reply) if reply else ""),
                 span_id=span.span_id,
                 parent_id=tree.parent_of(span),
-                model=fields.stated_or_replied(span.attributes, "model", "model"),
+                model="" if model == POLICY and "agl.policy_version" in span.attributes else model,
                 error=span.error,
                 source="trace",
             )

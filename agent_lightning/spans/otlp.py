@@ -1,8 +1,7 @@
 """OTLP, OpenTelemetry's format for traces, to and from raw spans. The only module that imports opentelemetry.proto.
 
-OTLP/HTTP has two encodings of an ExportTraceServiceRequest: protobuf, and JSON with ids in hex
-(https://opentelemetry.io/docs/specs/otlp/). Bodies come from outside: whatever they hold, `decode` returns spans and
-counts of refused spans, or raises DataError.
+OTLP/HTTP has two encodings: protobuf, and JSON with ids in hex (https://opentelemetry.io/docs/specs/otlp/). Bodies come
+from outside: whatever they hold, `decode` returns spans and counts of refused spans, or raises DataError.
 """
 
 from __future__ import annotations
@@ -17,16 +16,22 @@ from fractions import Fraction
 from typing import Any
 
 from google.protobuf import json_format
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
-from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.proto.trace.v1 import trace_pb2
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.util import instrumentation
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.inflate import inflate
 from agent_lightning.core.json_values import is_deeper
 from agent_lightning.core.text import hide_secret, replace_surrogates
-from agent_lightning.spans.tree import RawSpan
+from agent_lightning.spans.attributes import Kind
+from agent_lightning.spans.tree import RawSpan, span_kind
 
 PROTOBUF, JSON = "application/x-protobuf", "application/json"
 REASONS = {
@@ -45,6 +50,7 @@ _DEPTH = 16
 _EVENTS = "gen_ai.events"
 """The attribute of a RawSpan that holds the chat messages among the span's events."""
 _NANO = 10**9
+_SCOPE = instrumentation.InstrumentationScope("agent-lightning")
 
 
 def decode(
@@ -85,22 +91,52 @@ def decode(
 
 
 def encode(spans: Sequence[RawSpan], *, trace_id: str, resource: Mapping[str, str]) -> bytes:
-    """The spans of one trace as the protobuf body of an OTLP/HTTP request; `decode` reads it back.
-
-    Ids that are not hex of the right length become hashes. Times are kept to the nanosecond.
+    """The spans of one trace as the protobuf body of an OTLP/HTTP request; `decode` reads it back. See `to_sdk`.
 
     Example: encode(spans, trace_id="train-12-3/0", resource={"service.name": "agent-lightning"})
     """
-    return bytes(_request(spans, trace_id, resource).SerializeToString())
+    return bytes(encode_spans(to_sdk(spans, trace_id, Resource(resource))).SerializeToString())
 
 
 def encode_json(spans: Sequence[RawSpan], *, trace_id: str, resource: Mapping[str, str]) -> str:
-    """The spans of one trace as a line of JSON, the form of OpenTelemetry's file exporter; else like `encode`."""
-    tree = json_format.MessageToDict(_request(spans, trace_id, resource))
-    for span in tree["resourceSpans"][0]["scopeSpans"][0].get("spans", ()):
+    """The spans of one trace as a line of JSON, the form of OpenTelemetry's file exporter; else like `encode`. As OTLP
+    demands, ids are in hex, enums are numbers, and integers of 64 bits are text."""
+    request = encode_spans(to_sdk(spans, trace_id, Resource(resource)))
+    tree = json_format.MessageToDict(request, use_integers_for_enums=True)
+    for span in (span for part in tree.get("resourceSpans", ()) for span in part["scopeSpans"][0]["spans"]):
         for name in {"traceId", "spanId", "parentSpanId"} & span.keys():
             span[name] = base64.b64decode(span[name]).hex()
     return json.dumps(tree, separators=(",", ":"))
+
+
+def to_sdk(spans: Sequence[RawSpan], trace_id: str, resource: Resource) -> list[ReadableSpan]:
+    """The spans of one trace as OpenTelemetry's SDK exports them.
+
+    Ids that are not hex of the right length become hashes; that of a span has its trace in it, because viewers keep a
+    span's id once. Times are kept to the nanosecond. A model call is a request to a server, in OpenTelemetry's word
+    CLIENT; any other span is INTERNAL.
+    """
+
+    def context(span_id: str) -> SpanContext:
+        trace, number = _identity(trace_id, 16), _identity(span_id, 8, trace_id)
+        return SpanContext(trace, number, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+
+    return [
+        ReadableSpan(
+            name=replace_surrogates(span.name),
+            context=context(span.span_id),
+            parent=context(span.parent_id) if span.parent_id else None,
+            resource=resource,
+            instrumentation_scope=_SCOPE,
+            attributes={replace_surrogates(name): _sendable(value) for name, value in span.attributes.items()},
+            kind=SpanKind.CLIENT if span_kind(span) is Kind.CALL else SpanKind.INTERNAL,
+            status=Status(StatusCode.ERROR, replace_surrogates(span.error)) if span.error else Status(),
+            # As a product of floating-point numbers a time would be off by a hundred nanoseconds.
+            start_time=round(Fraction(span.started_at) * _NANO),
+            end_time=round(Fraction(span.ended_at) * _NANO),
+        )
+        for span in spans
+    ]
 
 
 def acknowledge(content_type: str, *, rejected: int, message: str) -> tuple[bytes, str]:
@@ -114,7 +150,7 @@ def acknowledge(content_type: str, *, rejected: int, message: str) -> tuple[byte
     return bytes(answer.SerializeToString()), PROTOBUF
 
 
-def _protobuf_spans(body: bytes) -> Iterator[Span]:
+def _protobuf_spans(body: bytes) -> Iterator[trace_pb2.Span]:
     request = trace_service_pb2.ExportTraceServiceRequest()
     try:
         request.ParseFromString(body)
@@ -125,7 +161,7 @@ def _protobuf_spans(body: bytes) -> Iterator[Span]:
     yield from (span for resource in request.resource_spans for scope in resource.scope_spans for span in scope.spans)
 
 
-def _json_spans(body: bytes, refused: Counter[str]) -> Iterator[Span]:
+def _json_spans(body: bytes, refused: Counter[str]) -> Iterator[trace_pb2.Span]:
     try:
         tree = json.loads(body)
     except (ValueError, RecursionError):
@@ -136,7 +172,7 @@ def _json_spans(body: bytes, refused: Counter[str]) -> Iterator[Span]:
     for span in (span for scope in scopes for span in _dicts(scope.get("spans"))):
         try:
             ids = {name: _base64(span.get(name)) for name in ("traceId", "spanId", "parentSpanId")}
-            yield json_format.ParseDict({**span, **ids, "links": []}, Span(), ignore_unknown_fields=True)
+            yield json_format.ParseDict({**span, **ids, "links": []}, trace_pb2.Span(), ignore_unknown_fields=True)
         except _UNREADABLE:
             refused["a span that cannot be read"] += 1
 
@@ -151,7 +187,7 @@ def _base64(hexadecimal: Any) -> str:
     return base64.b64encode(bytes.fromhex(text)).decode() if re.fullmatch(r"([0-9a-fA-F]{2})*", text) else ""
 
 
-def _raw_span(message: Span, refused: Counter[str]) -> RawSpan | None:
+def _raw_span(message: trace_pb2.Span, refused: Counter[str]) -> RawSpan | None:
     if not message.span_id.strip(b"\0"):
         refused["a span without id"] += 1
         return None
@@ -167,7 +203,7 @@ def _raw_span(message: Span, refused: Counter[str]) -> RawSpan | None:
         attributes, events = _shallow(attributes, _DEPTH + 1), [_shallow(event, _DEPTH + 1) for event in events]
     chat = [event for event in events if event["event.name"].startswith("gen_ai.")]
     error = ""
-    if message.status.code == Status.STATUS_CODE_ERROR:
+    if message.status.code == trace_pb2.Status.STATUS_CODE_ERROR:
         error = message.status.message or "error"
         for event in events:  # the last exception counts
             if event["event.name"] == "exception":
@@ -209,58 +245,19 @@ def _shallow(value: Any, depth: int) -> Any:
     return value
 
 
-def _request(spans: Sequence[RawSpan], trace_id: str, resource: Mapping[str, str]) -> Message:
-    request = trace_service_pb2.ExportTraceServiceRequest()
-    holder = request.resource_spans.add()
-    holder.resource.attributes.extend(_pair(name, value) for name, value in resource.items())
-    scope = holder.scope_spans.add()
-    scope.scope.name = "agent-lightning"
-    for span in spans:
-        # As a product of floating-point numbers a time would be off by a hundred nanoseconds.
-        start, end = (round(Fraction(seconds) * _NANO) for seconds in (span.started_at, span.ended_at))
-        message = scope.spans.add(
-            trace_id=_identity(trace_id, 16),
-            span_id=_identity(span.span_id, 8),
-            parent_span_id=_identity(span.parent_id, 8) if span.parent_id else b"",
-            name=replace_surrogates(span.name),
-            start_time_unix_nano=start,
-            end_time_unix_nano=end,
-        )
-        message.attributes.extend(_pair(name, value) for name, value in span.attributes.items() if name != _EVENTS)
-        for event in span.attributes.get(_EVENTS, ()):
-            added = message.events.add(name=replace_surrogates(str(event["event.name"])))
-            added.attributes.extend(_pair(name, value) for name, value in event.items() if name != "event.name")
-        if span.error:
-            message.status.code = Status.STATUS_CODE_ERROR
-            message.status.message = replace_surrogates(span.error)
-    return request
-
-
-def _identity(text: str, size: int) -> bytes:
-    """An id of `size` bytes: the text's own if it is hexadecimal, else its hash."""
+def _identity(text: str, size: int, trace_id: str = "") -> int:
+    """An id of `size` bytes: the text's own if it is hexadecimal, else the hash of it and of its trace."""
     if re.fullmatch(f"[0-9a-f]{{{2 * size}}}", text):
-        return bytes.fromhex(text)
-    return hashlib.sha256(replace_surrogates(text).encode()).digest()[:size]
+        return int(text, 16)
+    return int.from_bytes(hashlib.sha256(replace_surrogates(f"{trace_id}/{text}").encode()).digest()[:size])
 
 
-def _pair(name: str, value: Any) -> KeyValue:
-    return KeyValue(key=replace_surrogates(name), value=_any_value(value))
-
-
-def _any_value(value: Any) -> AnyValue:
-    result = AnyValue()
-    if isinstance(value, bool):
-        result.bool_value = value
-    elif isinstance(value, int) and -(2**63) <= value < 2**63:
-        result.int_value = value
-    elif isinstance(value, float):
-        result.double_value = value
-    elif isinstance(value, Mapping):
-        result.kvlist_value.values.extend(_pair(str(name), part) for name, part in value.items())
-        result.kvlist_value.SetInParent()
-    elif isinstance(value, list | tuple):
-        result.array_value.values.extend(_any_value(part) for part in value)
-        result.array_value.SetInParent()
-    elif value is not None:
-        result.string_value = replace_surrogates(str(value))
-    return result
+def _sendable(value: Any) -> Any:
+    """The value as OTLP can hold it: without halves of surrogate pairs, and what it has no type for as text."""
+    if isinstance(value, Mapping):
+        return {replace_surrogates(str(name)): _sendable(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_sendable(part) for part in value]
+    if value is None or isinstance(value, float) or (isinstance(value, int) and -(2**63) <= value < 2**63):
+        return value
+    return replace_surrogates(str(value))

@@ -14,6 +14,7 @@ import pytest
 from builders import group, model_call, trajectory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from strict_otlp import read_strictly
 
 from agent_lightning.cli.main import main
 from agent_lightning.core.errors import DataError
@@ -150,6 +151,7 @@ def test_a_rollout_that_leaves_as_otlp_comes_back_the_same(trajectory: Trajector
     with tempfile.TemporaryDirectory() as folder:
         path, count = write([trajectory], Path(folder), "otlp")
         (report,) = read_files([path])
+        read_strictly(path.read_text())
     assert count == 1
     assert set(report.refused) == set()
     (rollout,) = report.rollouts
