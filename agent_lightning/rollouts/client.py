@@ -45,6 +45,8 @@ _ROLLOUT = context.create_key("agent_lightning.rollout")
 _UNSENT = 4096  # most spans of a rollout that wait to be sent; if there are more, all are dropped
 _SEND_TIMEOUT = 30.0
 """Seconds that sending may take: a gateway that serves hundreds of agents at once is slow, not gone."""
+_LAST_RETRY = 2.0
+"""Seconds for which a process that ends tries again to reach a gateway that is gone."""
 _LAST_SPANS = 0.25  # seconds for which `close` waits for spans that have not ended
 _LOGGERS_WITH_URLS = (
     "opentelemetry.exporter.otlp.proto.http.trace_exporter",
@@ -342,13 +344,20 @@ class _RolloutSpans(SpanProcessor):
             waiting.clear()
             logger.warning("rollout %s: %d spans were not sent: too many", rollout.rollout_id, _UNSENT)
 
-    def send(self, rollout: Rollout) -> None:
+    def send(self, rollout: Rollout, *, retry_s: float = _SEND_TIMEOUT) -> None:
+        """Send the rollout's waiting spans. A gateway that is gone is tried again for `retry_s` seconds; one that is
+        slow has all of `_SEND_TIMEOUT` to answer."""
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
         with self._lock:
             waiting = self._ended.pop(rollout, [])
         if waiting:
-            OTLPSpanExporter(endpoint=rollout.traces_url, timeout=_SEND_TIMEOUT).export(waiting)
+            exporter = OTLPSpanExporter(endpoint=rollout.traces_url, timeout=_SEND_TIMEOUT)
+            patience = threading.Timer(retry_s, exporter.shutdown)  # ends the pause before the next try
+            patience.daemon = True
+            patience.start()
+            exporter.export(waiting)
+            patience.cancel()
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
         for rollout in list(self._ended):
@@ -356,8 +365,9 @@ class _RolloutSpans(SpanProcessor):
         return True
 
     def shutdown(self) -> None:
-        """Send all waiting spans when the process of an agent ends."""
-        self.force_flush()
+        """Send all waiting spans when the process of an agent ends, which a gateway that is gone must not hold up."""
+        for rollout in list(self._ended):
+            self.send(rollout, retry_s=_LAST_RETRY)
 
 
 def _text(value: object) -> str:

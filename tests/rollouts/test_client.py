@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from openai import AsyncOpenAI
@@ -214,6 +215,37 @@ async def test_what_cannot_be_sent_is_given_up_without_showing_the_secret(caplog
     await close(rollout)
     assert "/attempt/0/***/agent/v1/traces" in caplog.text
     assert secret not in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [None, 5.0], ids=["a gateway that is gone", "a gateway that is slow"])
+def test_a_process_that_ends_is_held_up_by_a_slow_gateway_only(delay: float | None) -> None:
+    received: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            time.sleep(delay or 0)
+            received.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    if delay is None:
+        server.server_close()
+    else:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    code = "from agent_lightning import emit_reward\nemit_reward(1.0)\nimport time\nprint(time.time())"
+    variables = os.environ | {"AGL_ROLLOUT_ID": "train-0-0", "OPENAI_BASE_URL": url}
+    ended = subprocess.run([sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE, text=True, check=True)
+    seconds = time.time() - float(ended.stdout)
+    if delay is None:
+        assert seconds < 8
+    else:
+        server.shutdown()
+        assert seconds > delay
+        assert received == ["/v1/traces"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e16, -1e300, 10**400, "1", None, {"a": "b"}])

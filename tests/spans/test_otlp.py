@@ -46,7 +46,7 @@ def raw_spans(draw: st.DrawFn) -> tuple[RawSpan, ...]:
     )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(raw_spans(), st.sampled_from(["", "gzip", "deflate"]))
 def test_spans_that_are_sent_come_back_as_they_were(spans: tuple[RawSpan, ...], encoding: str) -> None:
     bodies = {PROTOBUF: encode(spans, trace_id="t", resource={"service.name": "x"})}
