@@ -1,4 +1,4 @@
-"""agl: train, config, submit, eval, serve, sweep, reproduce, score, runs, explain, import, export, journal, doctor."""
+"""agl, the command line: what each command is called and takes, and the module that runs it."""
 
 from __future__ import annotations
 
@@ -54,13 +54,8 @@ async def _run(options: argparse.Namespace) -> int:
             if options.command == "export":
                 return files.export_run(options.run, options.out, options.format)
             return files.check_journal(options.path)
-        case "explain" | "runs":
-            from agent_lightning.cli import inspect
-
-            if options.command == "explain":
-                return inspect.show_rollout(options.run, options.rollout, tokens=options.tokens)
-            rewards = (options.min_reward, options.max_reward)
-            return inspect.show_runs(options.path, options.split, options.outcome, rewards, options.limit)
+        case "explain" | "runs" | "view":
+            return await _look(options)
         case "score":
             paths = {name: given[name] for name in benchmarks.score_paths() if name in given}
             return benchmarks.score(options.benchmark, options.file, paths)
@@ -98,6 +93,20 @@ async def _run(options: argparse.Namespace) -> int:
     if options.command == "train" and not options.multirun:
         return await train.train(overrides, resume=resume)
     return train.sweep(overrides, resume=resume, multirun=options.multirun)
+
+
+async def _look(options: argparse.Namespace) -> int:
+    """Run a command that shows what runs have written."""
+    if options.command == "view":
+        from agent_lightning.cli.viewer.command import view
+
+        return await view(options.place, options.port, options.out)
+    from agent_lightning.cli import inspect
+
+    if options.command == "explain":
+        return inspect.show_rollout(options.run, options.rollout, tokens=options.tokens)
+    rewards = (options.min_reward, options.max_reward)
+    return inspect.show_runs(options.path, options.split, options.outcome, rewards, options.limit)
 
 
 _COMMANDS: Final = """\
@@ -141,6 +150,11 @@ runs: list runs, or the rollouts of a run
 
 explain: everything that became of a rollout: spans, rewards, advantages, tokens
   agl explain runs/calc_tiny-s0-20260101-120000 train-12-3 --tokens
+
+view: see runs in the browser: curves, groups side by side, conversations, every token and why it was trained
+  agl view
+  agl view runs/calc_tiny-s0-20260101-120000
+  agl view runs/calc_tiny-s0-20260101-120000 --out run.html
 
 import: traces of other systems -> rollouts, and chats to warm-start a model with
   agl import langfuse-*.json runs.jsonl --out imported
@@ -210,6 +224,9 @@ def _add_arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     add("explain export", "run", type=Path, help="the run's folder")
     add("explain", "rollout", help="the rollout's id, as `agl runs RUN` lists it")
     add("explain", "--tokens", **flag, help="also the sampled text, coloured by advantage")
+    add("view", "place", nargs="?", default="runs", help="a run, a sweep, or a folder of them (default: runs)")
+    add("view", "--port", type=int, default=0, help="(default: a free one)")
+    add("view", "--out", type=Path, metavar="FILE", help="write the pages of a run to one HTML file instead")
     add("import", "files", type=Path, nargs="+", metavar="FILE", help="traces; the format is seen from what is in it")
     add("import", "--out", type=Path, required=True, help="folder for rollouts.jsonl and sft.jsonl")
     add("export", "--out", type=Path, required=True, help="folder for rollouts.jsonl or traces.jsonl")

@@ -61,6 +61,19 @@ class Air:
     signals: tuple[Signal, ...] = ()
     """Functions that add to the rewards of the rules."""
 
+    def worth(self, trajectory: Trajectory) -> list[tuple[ObservedEvent, float]]:
+        """The events of an attempt, and what the rules pay for each: 0 without a rule, and beyond the rule's cap."""
+        paid: list[tuple[ObservedEvent, float]] = []
+        spent: dict[RuleConfig, float] = {}
+        for event in observed_events(trajectory):
+            rule = next((rule for rule in self.config.rules if _applies(rule, event)), None)
+            if rule is None or spent.get(rule, 0.0) + abs(rule.value) > rule.cap + 1e-9:
+                paid.append((event, 0.0))
+                continue
+            spent[rule] = spent.get(rule, 0.0) + abs(rule.value)
+            paid.append((event, rule.value))
+        return paid
+
     def rewards(self, trajectory: Trajectory, *, reward_range: float = 1.0, discount: float = 1.0) -> Floats:
         """The intermediate reward of each call; shape [len(trajectory.calls)].
 
@@ -71,13 +84,8 @@ class Air:
         return a finite number for each call.
         """
         raw_T = np.zeros(len(trajectory.calls), np.float64)
-        spent: dict[RuleConfig, float] = {}
-        for event in observed_events(trajectory):
-            rule = next((rule for rule in self.config.rules if _applies(rule, event)), None)
-            if rule is None or spent.get(rule, 0.0) + abs(rule.value) > rule.cap + 1e-9:
-                continue
-            spent[rule] = spent.get(rule, 0.0) + abs(rule.value)
-            raw_T[event.call] += rule.value
+        for event, value in self.worth(trajectory):
+            raw_T[event.call] += value
         for signal in self.signals:
             name = getattr(signal, "__name__", type(signal).__name__)
             try:

@@ -19,7 +19,7 @@ from agent_lightning.config.learning import CreditConfig, FailuresConfig
 from agent_lightning.core.metrics import Mean, Metrics
 from agent_lightning.core.types import Floats, Group, ModelCall, Outcome, Sample, Trajectory
 from agent_lightning.credit import estimators
-from agent_lightning.credit.air import Air
+from agent_lightning.credit.air import Air, ObservedEvent, observed_events
 from agent_lightning.credit.failures import learned_reward, mask_reason
 from agent_lightning.credit.samples import OVERLONG_SAMPLE, select_calls, to_samples
 
@@ -128,6 +128,8 @@ class CallCredit:
     """Number of sampled tokens."""
     status: str
     """"trained", "not selected", or the reason why the call was dropped."""
+    events: tuple[tuple[ObservedEvent, float], ...] = ()
+    """What the call caused, and what AIR paid for it."""
 
 
 def explain_credit(group: Group, index: int, rules: CreditRules) -> tuple[CallCredit, ...]:
@@ -135,8 +137,10 @@ def explain_credit(group: Group, index: int, rules: CreditRules) -> tuple[CallCr
     accounting = _Accounting.of(group, rules)
     rollout, share = accounting.rollouts[index], accounting.shares[index]
     advantages = dict(zip(rollout.selected, accounting.advantages[index].tolist(), strict=True))
-    credits = []
-    for t, call in enumerate(rollout.trajectory.calls):
+    trajectory, credits = rollout.trajectory, []
+    unpaid = [(event, 0.0) for event in observed_events(trajectory)]
+    events = unpaid if rules.air is None else rules.air.worth(trajectory)
+    for t, call in enumerate(trajectory.calls):
         status = share.reason or share.dropped_calls.get(call.call_id, "trained") if t in advantages else "not selected"
         advantage = advantages[t] if status == "trained" else 0.0
         credits.append(
@@ -147,6 +151,7 @@ def explain_credit(group: Group, index: int, rules: CreditRules) -> tuple[CallCr
                 advantage=math.nan if status == "trained" and rules.credit.method == "gae" else advantage,
                 tokens=call.response_T.size,
                 status=status,
+                events=tuple((event, value) for event, value in events if event.call == t),
             )
         )
     return tuple(credits)

@@ -106,14 +106,21 @@ def exists(place: str, name: str) -> bool:
     return bool(file_system.exists(f"{path}/{name}"))
 
 
-def fetch(url: str, root: Path) -> Path:
-    """Copy a run from a remote place into a folder in `root`. Raises UserError if there is no such run."""
+def fetch(url: str, root: Path, *, without: str = "") -> Path:
+    """Copy a run, or a folder of runs, from a remote place into a folder in `root`, except files below a folder of the
+    name `without`. With `without`, files that the folder has with the same size are not copied again. Raises
+    UserError if there is nothing."""
     file_system, path = _open(url)
     folder = root / url.rstrip("/").rpartition("/")[2]
     with _explained_as(f"{url}: cannot be read"):
-        names = sorted(file_system.find(path), key=lambda name: _copy_order(Path(name)))
+        sizes = {name: entry["size"] for name, entry in file_system.find(path, detail=True).items()}
+        names = sorted(sizes, key=lambda name: _copy_order(Path(name)))
         for name in names:
             target = folder / name.removeprefix(path).lstrip("/")
+            if without in target.relative_to(folder).parts[:-1]:
+                continue
+            if without and target.exists() and target.stat().st_size == sizes[name]:
+                continue
             target.parent.mkdir(parents=True, exist_ok=True)
             file_system.get_file(name, str(target))
     if not names:

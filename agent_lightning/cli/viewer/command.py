@@ -1,0 +1,75 @@
+"""`agl view`, below the command line."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from agent_lightning.cli.train import credit_rules
+from agent_lightning.cli.viewer.app import Viewer, serve
+from agent_lightning.cli.viewer.export import write_file
+from agent_lightning.cli.viewer.folder import Library, RunFiles, is_run
+from agent_lightning.config.load import reload
+from agent_lightning.core.errors import UserError
+from agent_lightning.credit.assign import CreditRules
+from agent_lightning.launch import hub
+from agent_lightning.run import storage
+
+FETCH_SECONDS = 15.0
+"""Seconds between two looks at a remote place."""
+
+
+async def view(place: str, port: int, out: Path | None) -> int:
+    """Serve the pages of a run, a sweep, or a folder of them until Ctrl-C, or write a run's pages to the file `out`.
+    Raises UserError."""
+    with ExitStack() as stack:
+        root, console = Path(place), Console()
+        if storage.is_remote(place):
+            root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agl-view-")))
+            root = storage.fetch(place, root, without="checkpoints")
+            _follow(place, root.parent)
+        library = Library(root)
+        if out is not None:
+            if not is_run(root):
+                raise UserError(f"--out writes the pages of one run, and {place} is no run")
+            try:
+                write_file(RunFiles(root), find_rules, out)
+            except OSError as error:
+                raise UserError(f"{out}: {error.strerror or error}") from error
+            console.print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, opens in any browser", highlight=False)
+            return 0
+        token = secrets.token_urlsafe(16)
+
+        def show(address: str) -> None:
+            console.print(f"{address}/?token={token}", soft_wrap=True, highlight=False)
+            console.print("Only this machine can open it; Ctrl-C ends it. It reads, and never writes.", style="dim")
+
+        await serve(Viewer(library, find_rules, token=token), port, show)
+    return 0
+
+
+def find_rules(config_file: Path) -> tuple[CreditRules, Path]:
+    """The rules of credit of a run, and its model's tokenizer.json. Raises AgentLightningError."""
+    config = reload(config_file, [])
+    saved = sorted(config_file.parent.glob("checkpoints/*/**/tokenizer.json"))
+    tokenizer = saved[-1] if saved else Path(hub.find_model(config.model.path)) / "tokenizer.json"
+    return credit_rules(config), tokenizer
+
+
+def _follow(place: str, root: Path) -> None:
+    """Fetch again and again, in the background, what changes at a remote place."""
+
+    def fetch_forever() -> None:
+        while root.exists():
+            threading.Event().wait(FETCH_SECONDS)
+            try:
+                storage.fetch(place, root, without="checkpoints")
+            except (UserError, OSError):
+                continue  # the place may answer again, and the folder may be gone at the end
+
+    threading.Thread(target=fetch_forever, daemon=True, name="fetch").start()
