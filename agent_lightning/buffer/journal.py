@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 from agent_lightning.buffer import segments
 from agent_lightning.buffer.segments import FRAME_BYTES, HEADER_BYTES, MAX_PAYLOAD, RecordLocation
 from agent_lightning.config.running import BufferConfig
-from agent_lightning.core.errors import JournalError, JournalFull
-from agent_lightning.core.files import replacing
+from agent_lightning.core.errors import JournalDamaged, JournalError, JournalFull
+from agent_lightning.core.files import lock_folder, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,12 @@ class Journal:
         self.path = path
         self.config = config
         self._patience_s = patience_s
-        self._lock = _lock_folder(path, takeover_s)
+        try:
+            self._lock = lock_folder(path, wait_s=takeover_s)
+        except BlockingIOError as error:
+            raise JournalError(f"the journal {path} is in use by another process") from error
+        except OSError as error:
+            raise JournalError(f"the journal {path} cannot be used: {error.strerror}") from error
         # Segments that may have bytes to write or to bring to the disk; records are appended to the last.
         self._open: list[_Open] = []
         self._numbers: list[int] = []  # of all segments in the folder
@@ -132,16 +136,19 @@ class Journal:
             await asyncio.shield(self._written)
 
     def read(self, location: RecordLocation) -> bytes:
-        """The payload of a record. Raises JournalDamaged if the disk returns other bytes than were written."""
+        """The payload of a record. Raises JournalDamaged if the disk returns other bytes than were written, or none."""
         path = segments.path_of(self.path, location.segment)
         for segment in self._open:
             if segment.number == location.segment and location.offset + FRAME_BYTES + location.length > segment.written:
                 return segments.unframe(b"".join(segment.pending)[location.offset - segment.written :], location, path)
-        if location.segment not in self._readers:
-            while len(self._readers) >= 64:  # files are open at a time
-                os.close(self._readers.pop(next(iter(self._readers))))
-            self._readers[location.segment] = os.open(path, os.O_RDONLY)
-        data = os.pread(self._readers[location.segment], FRAME_BYTES + location.length, location.offset)
+        try:
+            if location.segment not in self._readers:
+                while len(self._readers) >= 64:  # files are open at a time
+                    os.close(self._readers.pop(next(iter(self._readers))))
+                self._readers[location.segment] = os.open(path, os.O_RDONLY)
+            data = os.pread(self._readers[location.segment], FRAME_BYTES + location.length, location.offset)
+        except OSError as error:
+            raise JournalDamaged(path, location.offset, f"it cannot be read ({error.strerror})") from error
         return segments.unframe(data, location, path)
 
     def compact(self, payloads: Iterable[bytes]) -> list[RecordLocation]:
@@ -312,22 +319,3 @@ def _fsync(descriptors: Sequence[int]) -> None:
     for descriptor in descriptors:
         if descriptor >= 0:
             os.fsync(descriptor)
-
-
-def _lock_folder(folder: Path, wait_s: float) -> IO[bytes]:
-    """Create and lock the folder; its open lock file. Raises JournalError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("wb")
-    except OSError as error:
-        raise JournalError(f"the journal {folder} cannot be used: {error.strerror}") from error
-    until = time.monotonic() + wait_s
-    while True:  # ends when the folder is free, or after `wait_s`
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except OSError as error:
-            if time.monotonic() > until:
-                lock.close()
-                raise JournalError(f"the journal {folder} is in use by another process") from error
-            time.sleep(0.05)

@@ -51,6 +51,9 @@ async def _run(options: argparse.Namespace) -> int:
 
             if options.command == "import":
                 return files.import_traces(options.files, options.out)
+            if options.command == "export" and options.model is not None:
+                model = (options.model, options.checkpoint, options.dtype, options.max_shard_size)
+                return files.export_model(options.run, *model)
             if options.command == "export":
                 return files.export_run(options.run, options.out, options.format)
             return files.check_journal(options.path)
@@ -159,7 +162,8 @@ view: see runs in the browser: curves, groups side by side, conversations, every
 import: traces of other systems -> rollouts, and chats to warm-start a model with
   agl import langfuse-*.json runs.jsonl --out imported
 
-export: the rollouts of a run as JSON lines, or as OpenTelemetry traces
+export: the trained model of a run in Hugging Face's format; or its rollouts, as JSON lines or OpenTelemetry traces
+  agl export runs/calc_tiny-s0-20260101-120000 --model policy
   agl export runs/calc_tiny-s0-20260101-120000 --out exported --format otlp
 
 journal: verify the journal of a run: every record, the rollouts it holds, and where it is damaged
@@ -229,7 +233,12 @@ def _add_arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     add("view", "--out", type=Path, metavar="FILE", help="write the pages of a run to one HTML file instead")
     add("import", "files", type=Path, nargs="+", metavar="FILE", help="traces; the format is seen from what is in it")
     add("import", "--out", type=Path, required=True, help="folder for rollouts.jsonl and sft.jsonl")
-    add("export", "--out", type=Path, required=True, help="folder for rollouts.jsonl or traces.jsonl")
+    what = commands["export"].add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", type=Path, metavar="DIR", help="new folder for the model")
+    what.add_argument("--out", type=Path, help="folder for rollouts.jsonl or traces.jsonl")
+    add("export", "--checkpoint", type=int, metavar="STEP", help="of --model (default: the newest checkpoint)")
+    add("export", "--dtype", choices=("float32", "bfloat16"), help="of --model (default: the run's model.dtype)")
+    add("export", "--max-shard-size", default="5GB", metavar="SIZE", help="of a file of --model (default: 5GB)")
     add("export", "--format", choices=("jsonl", "otlp"), default="jsonl", help="(default: jsonl)")
     add("journal", "what", choices=("check",))
     add("journal", "path", type=Path, help="a run's folder, or a journal's")

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -34,9 +34,16 @@ from agent_lightning.run.loop import Loop
 from agent_lightning.run.observer import RunObserver, reward_by, summarize
 from agent_lightning.run.plots import plot_learning_curve
 from agent_lightning.run.report import Progress, report
-from agent_lightning.run.state import Plan, State, complete_checkpoints, newest_checkpoint, read_state
+from agent_lightning.run.state import (
+    Plan,
+    State,
+    checkpoint_folder,
+    complete_checkpoints,
+    newest_checkpoint,
+    read_state,
+)
 from agent_lightning.run.tasks import TaskCursor
-from agent_lightning.run.tracking import RunDirectory
+from agent_lightning.run.tracking import RunDirectory, take_folder
 from agent_lightning.sweeps.plan import SweepFolder, hydra_words, plan_sweep, trial_words
 from agent_lightning.sweeps.view import SweepView, finish_sweep, sweep_report
 
@@ -54,31 +61,40 @@ async def train(overrides: Sequence[str], *, resume: str | None) -> int:
         place = config.runs_dir
         root, is_taken = storage.local_root(place), lambda name: storage.exists(place, name)
         run = RunDirectory.create(root, config.experiment, config.seed, config.name, is_taken=is_taken)
-        run.config.write_text(to_yaml(config))
-        state = State(cursor=TaskCursor(seed=config.seed))
-    else:
-        remote = storage.is_remote(resume)
-        run = RunDirectory.open(storage.fetch(resume, storage.local_root(resume)) if remote else Path(resume))
+        with run.lock():
+            run.config.write_text(to_yaml(config))
+            state = State(cursor=TaskCursor(seed=config.seed))
+            return await _train(_Attempt(config=config, run=run, state=state, resumed=False, tasks=tasks))
+    remote = storage.is_remote(resume)
+    run = RunDirectory(storage.local_copy(resume)) if remote else RunDirectory.open(Path(resume))
+    with run.lock():  # before anything is read or written: the run may be alive
+        if remote:
+            run = RunDirectory.open(storage.fetch(resume, run.path.parent))
         config = reload(run.config, overrides)
         state = read_state(newest_checkpoint(run.checkpoints))
         if state.step >= config.steps:
             done = f"{resume} has done its {state.step} steps"
             raise UserError(f"{done}: give steps=N with N above {state.step} to go on")
         tasks = checks.require(config, "train", "val").tasks
-    place, console = config.runs_dir, Console()
+        return await _train(_Attempt(config=config, run=run, state=state, resumed=True, tasks=tasks))
+
+
+async def _train(attempt: _Attempt) -> int:
+    """Make an attempt, and further ones from the newest checkpoint if a process of the run dies; the exit code."""
+    config, run = attempt.config, attempt.run
+    place = config.runs_dir
     location = f"{place.rstrip('/')}/{run.path.name}" if storage.is_remote(place) else run.path.resolve()
-    console.print(f"run folder: {location}", soft_wrap=True, highlight=False)
-    attempt = _Attempt(config=config, run=run, state=state, resumed=resume is not None, tasks=tasks, console=console)
+    attempt.console.print(f"run folder: {location}", soft_wrap=True, highlight=False)
     for restarts_left in range(config.restarts, -1, -1):
         try:
             return await attempt.train()
         except PartDied as error:
-            if not (checkpoints := complete_checkpoints(run.checkpoints)):
+            if not complete_checkpoints(run.checkpoints):
                 raise PartDied(f"{error}; there is no checkpoint yet to go on from (checkpoint_every)") from error
             if not restarts_left:
                 raise PartDied(f"{error}; go on with: agl train resume={run.path}") from error
-            attempt = replace(attempt, state=read_state(checkpoints[-1]), resumed=True)
-            console.print(f"{error}; going on from the checkpoint of step {attempt.state.step}")
+            attempt = replace(attempt, state=read_state(newest_checkpoint(run.checkpoints)), resumed=True)
+            attempt.console.print(f"{error}; going on from the checkpoint of step {attempt.state.step}")
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
@@ -92,7 +108,7 @@ class _Attempt:
     resumed: bool
     """Whether `state` is that of the newest checkpoint, and not a new one."""
     tasks: Mapping[Split, Sequence[Task]]
-    console: Console
+    console: Console = field(default_factory=Console)
 
     async def train(self) -> int:
         """Start the processes, run the loop until it ends or a signal stops it, and end them. Returns the exit code."""
@@ -149,7 +165,7 @@ class _Attempt:
             stop=stop,
         )
         if self.resumed:
-            await loop.restore(newest_checkpoint(self.run.checkpoints))
+            await loop.restore(checkpoint_folder(self.run.checkpoints, self.state.step))
         await loop.run()
 
 
@@ -189,6 +205,7 @@ def sweep(words: Sequence[str], *, resume: str | None, multirun: bool) -> int:
     plan, config = plan_sweep(command)
     checks.require(config, "train", "val")
     folder = folder or SweepFolder.create(Path(config.runs_dir), plan)
+    lock = take_folder(folder.path, "sweep")
     plan = replace(plan, fixed=(*plan.fixed, *trial_words(plan, folder.path.name)))
     # These imports take seconds, so they come after the checks that refuse a config at once.
     from agent_lightning.core import actors
@@ -209,6 +226,7 @@ def sweep(words: Sequence[str], *, resume: str | None, multirun: bool) -> int:
     finally:
         view.stop()
         folder.write(view.records)
+        lock.close()
         actors.shutdown_ray()
     best = finish_sweep(plan, folder, view.records)
     console.print(sweep_report(plan, folder, view.records))

@@ -1,10 +1,13 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and folders that one process has at a time."""
 
 from __future__ import annotations
 
+import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 @contextmanager
@@ -29,3 +32,19 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text; a reader sees the old file or the new one, never a part."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def lock_folder(folder: Path, name: str = "lock", *, wait_s: float = 0.0) -> IO[bytes]:
+    """Create a folder and lock it by a file in it: no other process has it until the returned file is closed, or this
+    process ends. Raises BlockingIOError if another process has it for `wait_s` seconds, or another OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, until = (folder / name).open("wb"), time.monotonic() + wait_s
+    while True:  # ends when the folder is free, or after `wait_s`
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except OSError as error:
+            if not isinstance(error, BlockingIOError) or time.monotonic() > until:
+                lock.close()
+                raise
+            time.sleep(0.05)

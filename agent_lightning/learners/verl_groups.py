@@ -177,7 +177,7 @@ def _model(config: Training, role: Role) -> HFModelConfig:
 
     on_cpu = config.device == "cpu"
     flash = not on_cpu and find_spec("flash_attn") is not None
-    override: dict[str, Any] = {"attn_implementation": "flash_attention_2" if flash else "rows_sdpa"}
+    override: dict[str, Any] = {}
     if role == "critic":
         override |= {"architectures": ["ForTokenClassification"], "num_labels": 1, "classifier_dropout": 0.0}
         # The checkpoint has no value head: with this, values start at about zero instead of at random. Transformers
@@ -191,7 +191,11 @@ def _model(config: Training, role: Role) -> HFModelConfig:
         use_fused_kernels=role != "critic",
         fused_kernel_options={"impl_backend": "torch"},
         enable_gradient_checkpointing=not on_cpu,
-        override_config=override,
+        # What is under "model_config" is written into checkpoints; the name of our attention is not.
+        override_config={
+            "attn_implementation": "flash_attention_2" if flash else "rows_sdpa",
+            "model_config": override,
+        },
     )
 
 

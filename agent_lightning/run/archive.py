@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -13,11 +14,13 @@ import numpy as np
 from agent_lightning.core import types
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.files import replacing
-from agent_lightning.core.text import replace_surrogates
+from agent_lightning.core.text import error_line, replace_surrogates
 from agent_lightning.spans.traces.export import Origin
 
 if TYPE_CHECKING:
     import pyarrow
+
+logger = logging.getLogger(__name__)
 
 _Span = types.ModelCall | types.ToolCall | types.Reward | types.AgentSpan
 
@@ -47,21 +50,37 @@ class RolloutWriter:
             return None
         part = self._directory / f"part-{self._next_part:05d}.parquet"
         with replacing(part) as unfinished:
-            pq.write_table(pa.Table.from_pylist(rows, schema=_rollout_schema()), unfinished, compression="zstd")
+            pq.write_table(
+                pa.Table.from_pylist(rows, schema=_rollout_schema()),
+                unfinished,
+                compression="zstd",
+                write_page_checksum=True,
+            )
         self._next_part += 1
         return part
 
 
 def read_rollouts(path: Path) -> pyarrow.Table:
     """Read all rollouts of a run, in the order in which they were written, as a table with a row for each rollout.
-    `path` is the folder of a run, its folder rollouts/, or one of the files. Raises DataError if there is no file."""
+    `path` is the folder of a run, its folder rollouts/, or one of the files. A file that is broken is left out with a
+    warning. Raises DataError if there is no file that can be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     parts = [path] if path.is_file() else sorted([*path.glob("part-*.parquet"), *path.glob("rollouts/part-*.parquet")])
     if not parts:
         raise DataError(f"no rollouts at {path}")
-    return pa.concat_tables([pq.read_table(part, partitioning=None) for part in parts])
+    tables, broken = list[pa.Table](), list[str]()
+    for part in parts:
+        try:
+            tables.append(pq.read_table(part, partitioning=None, page_checksum_verification=True))
+        except (pa.ArrowException, OSError) as error:
+            broken.append(f"{part} is broken ({error_line(error)})")
+    if not tables:
+        raise DataError(broken[0])
+    for line in broken:
+        logger.warning("%s: its rollouts are left out", line)
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def read_group(path: Path, rollout_id: str) -> types.Group:

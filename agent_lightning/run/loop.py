@@ -24,7 +24,7 @@ from agent_lightning.core.types import Group, Outcome, Split, Task, Trajectory
 from agent_lightning.credit import assign, batching
 from agent_lightning.learners.base import Learner, Weights
 from agent_lightning.rollouts.supervise import WatchedBuffer, watch
-from agent_lightning.run.state import Plan, State, check_conservation
+from agent_lightning.run.state import STATE_FILE, Plan, State, check_conservation
 
 
 class LoopBuffer(WatchedBuffer, Protocol):
@@ -231,6 +231,7 @@ class Loop:
         # Before the checkpoint is complete: the journal must have a milestone for every complete checkpoint.
         await self.buffer.milestone(self.state.step)
         if self._saved is None or self._saved[0] != self.state.step:
+            (folder / STATE_FILE).unlink(missing_ok=True)  # of a damaged checkpoint that the resumed run had left
             await self.learner.save(folder)
         self.observer.complete_checkpoint(folder, self.state)
         self._saved = current

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from agent_lightning.config.load import Config, to_mapping
+from agent_lightning.core.errors import UserError
 from agent_lightning.core.types import Group
 from agent_lightning.run.archive import RolloutWriter
 from agent_lightning.run.live import from_environment
@@ -61,10 +62,12 @@ class RunObserver:
             self._writer = None
 
     def record_evaluation(self, step: int, reward: float, rows: int) -> None:
+        self._check_folder()
         self._tracker.log(step, {"val/reward": reward, "val/rows": float(rows)})
         self._progress.show_evaluation(step, reward, rows)
 
     def record_step(self, step: int, record: Mapping[str, float]) -> None:
+        self._check_folder()
         self._tracker.log(step, {**record, **(self._live.counts() if self._live is not None else {})})
         self._progress.show_step(step, record)
 
@@ -77,6 +80,11 @@ class RunObserver:
     def complete_checkpoint(self, folder: Path, state: State) -> None:
         write_state(folder, state)
         prune_checkpoints(self._run.checkpoints, self._config.checkpoints_kept)
+
+    def _check_folder(self) -> None:
+        """Raise UserError if the run's folder has been removed: nothing of what follows could be kept."""
+        if not self._run.config.exists():
+            raise UserError(f"{self._run.path} was removed or renamed while the run wrote into it: the run has ended")
 
     def close(self) -> None:
         self._tracker.close()

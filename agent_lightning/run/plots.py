@@ -32,12 +32,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     if not path.is_file():
         raise DataError(f"no metrics at {path}")
     rows: dict[int, dict[str, float]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             values = {name: math.nan if value is None else float(value) for name, value in json.loads(line).items()}
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, OverflowError):
             continue
-        if "step" in values:
+        if math.isfinite(values.get("step", math.nan)):
             rows.setdefault(int(values["step"]), {"wall_s": 0.0}).update(values)
     return [rows[step] for step in sorted(rows)]
 

@@ -7,7 +7,9 @@ checkpoints/step-000010/   the learner's own files, and
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,9 +18,12 @@ from typing import Any
 from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.core import files
 from agent_lightning.core.errors import AccountingError, UserError
+from agent_lightning.core.text import error_line
 from agent_lightning.core.types import Split
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.run.tasks import TaskCursor
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
 
@@ -89,15 +94,18 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 
 
 def write_state(folder: Path, state: State) -> None:
-    """Write `state.json`, which makes the checkpoint complete."""
+    """Write `state.json`, which makes the checkpoint complete, with the size of each of its files."""
     # Not asdict(): on Python 3.11 it turns a Counter into one of its items.
     values = {item.name: getattr(state, item.name) for item in fields(state)} | {"cursor": asdict(state.cursor)}
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != STATE_FILE]
+    values["files"] = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(paths)}
     files.write_text(folder / STATE_FILE, json.dumps(values, indent=1) + "\n")
 
 
 def read_state(folder: Path) -> State:
     """The state that `write_state` wrote into a checkpoint's folder."""
     values: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+    values.pop("files", None)
     values["cursor"] = TaskCursor(**values["cursor"])
     values["val_rewards"] = [(int(step), float(reward)) for step, reward in values["val_rewards"]]
     for name in ("dropped", "dropped_tokens", "failed", "seconds"):
@@ -111,10 +119,39 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path) -> Path:
-    """The folder of a run's newest complete checkpoint. Raises UserError if there is none."""
-    if not (complete := complete_checkpoints(checkpoints)):
-        raise UserError(f"{checkpoints} holds no complete checkpoint: nothing to resume from")
-    return complete[-1]
+    """The folder of a run's newest complete checkpoint that is not damaged; warns of each that is. Raises UserError if
+    there is none. Every byte is read: torch would load weights with flipped bits."""
+    damages = []
+    for folder in reversed(complete_checkpoints(checkpoints)):
+        if not (damage := find_damage(folder)):
+            return folder
+        damages.append(damage)
+        logger.warning("a checkpoint is damaged: %s", damage)
+    what = f"holds only damaged checkpoints ({'; '.join(damages)})" if damages else "holds no complete checkpoint"
+    raise UserError(f"{checkpoints} {what}: nothing to resume from")
+
+
+def find_damage(folder: Path) -> str:
+    """What is wrong with a complete checkpoint, as one line that names the file; "" if nothing is. Archives, such as
+    the files that torch writes, are compared with the checksums in them, and every file with its size."""
+    path = folder / STATE_FILE
+    try:
+        read_state(folder)
+        for name, written in json.loads(path.read_text()).get("files", {}).items():
+            path = folder / name
+            if (size := path.stat().st_size) != written:
+                return f"{path} has {size} bytes, and was written with {written}"
+        for path in folder.rglob("*.json"):
+            json.loads(path.read_text())
+        for path in folder.rglob("*.pt"):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    return f"{path} does not match its checksums"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror or error})"
+    except (ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        return f"{path} is broken ({error_line(error)})"
+    return ""
 
 
 def prune_checkpoints(checkpoints: Path, keep: int) -> None:

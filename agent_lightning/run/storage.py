@@ -106,6 +106,11 @@ def exists(place: str, name: str) -> bool:
     return bool(file_system.exists(f"{path}/{name}"))
 
 
+def local_copy(url: str) -> Path:
+    """The local folder into which a run at a remote place is fetched."""
+    return local_root(url) / url.rstrip("/").rpartition("/")[2]
+
+
 def fetch(url: str, root: Path, *, without: str = "") -> Path:
     """Copy a run, or a folder of runs, from a remote place into a folder in `root`, except files below a folder of the
     name `without`. With `without`, files that the folder has with the same size are not copied again. Raises

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import IO, Any, Final, Protocol
 
 from agent_lightning.config.running import TrackingConfig
 from agent_lightning.core import files
@@ -68,6 +68,20 @@ class RunDirectory:
             raise UserError(f"{path} is no run: it has no {run.config.name}")
         return run
 
+    def lock(self) -> IO[bytes]:
+        """Take the run for this process, as `take_folder` does."""
+        return take_folder(self.path, "run")
+
+
+def take_folder(folder: Path, what: str) -> IO[bytes]:
+    """Lock a folder for this process, until the returned file is closed. Raises UserError if another process has it."""
+    try:
+        return files.lock_folder(folder, ".lock")
+    except BlockingIOError as error:
+        raise UserError(f"{folder}: another process is at work on this {what}; wait until it has ended") from error
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+
 
 def new_folder(root: Path, stem: str, is_taken: Callable[[str], bool] = lambda name: False) -> Path:
     """Make a folder in `root`: `stem`, or `stem`-2, -3, … if it exists or its name `is_taken`. Raises UserError."""
@@ -117,8 +131,9 @@ class JsonLines:
 def remove_later_steps(path: Path, step: int) -> None:
     """Remove the lines of steps after `step` from a metrics.jsonl, and lines that are not complete."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # an earlier process died in the middle of a line
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        # An earlier process died in the middle of a line, or the disk has returned other bytes than were written.
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:
                 lines.append(line + "\n")
     files.write_text(path, "".join(lines))

@@ -16,6 +16,9 @@ import pytest
 from agent_lightning import __version__
 from agent_lightning.cli.main import USER_ERROR, main
 from agent_lightning.config.load import load, project_folder, to_yaml
+from agent_lightning.run.state import State, checkpoint_folder, write_state
+from agent_lightning.run.tasks import TaskCursor
+from agent_lightning.run.tracking import RunDirectory
 from agent_lightning.sweeps.plan import plan_sweep
 
 EXPERIMENTS = ", ".join(sorted(file.stem for file in (project_folder("conf") / "experiment").glob("*.yaml")))
@@ -192,6 +195,29 @@ def test_resume_needs_a_run_with_a_checkpoint(tmp_path: Path, capfd: pytest.Capt
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text(to_yaml(load(["experiment=calc_tiny"])))
     assert "nothing to resume from" in refuse(capfd, "train", f"resume={run}")
+
+
+def test_a_run_that_is_alive_is_not_touched(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither by `resume` of the run nor of a sweep; and when the process that has it has ended, its lock is gone."""
+    run = tmp_path / "run"
+    folder = checkpoint_folder(run / "checkpoints", 4)
+    folder.mkdir(parents=True)
+    write_state(folder, State(cursor=TaskCursor(seed=0), step=4))
+    (run / "config.yaml").write_text(to_yaml(load(["experiment=toy"])))
+    (run / "sweep.yaml").write_text("command: [experiment=toy, algorithm.lr=choice(1)]")
+    (run / "metrics.jsonl").write_text('{"step": 5, "wall_s": 1.0}\n')
+    with RunDirectory.open(run).lock():
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        assert "another process is at work on this run" in refuse(capfd, "train", f"resume={run}")
+        assert "another process is at work on this sweep" in refuse(capfd, "sweep", f"resume={run}")
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    holder = [
+        sys.executable,
+        "-c",
+        f"from agent_lightning.run.tracking import *; RunDirectory(Path({str(run)!r})).lock()",
+    ]
+    subprocess.run(holder, check=True)
+    RunDirectory.open(run).lock().close()
 
 
 def test_a_refused_run_leaves_no_folder(model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

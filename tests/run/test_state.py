@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from agent_lightning.core.errors import UserError
-from agent_lightning.run.state import STATE_FILE, State, checkpoint_folder, newest_checkpoint, read_state, write_state
+from agent_lightning.run.state import (
+    STATE_FILE,
+    State,
+    checkpoint_folder,
+    find_damage,
+    newest_checkpoint,
+    read_state,
+    write_state,
+)
 from agent_lightning.run.tasks import TaskCursor
 
 
@@ -58,6 +69,54 @@ def test_the_newest_complete_checkpoint_counts(tmp_path: Path) -> None:
         if step != 100:  # the process died while it saved this checkpoint
             write_state(folder, full_state())
     assert newest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 10)
+
+
+def flip(path: Path) -> None:
+    """Change a bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        (
+            "model_rank_0.pt",
+            lambda path: path.write_bytes(path.read_bytes()[:-1]),
+            r"model_rank_0\.pt has \d+ bytes, and",
+        ),
+        ("model_rank_0.pt", Path.unlink, r"model_rank_0\.pt cannot be read \(No such file"),
+        ("model_rank_0.pt", flip, r"model_rank_0\.pt does not match its checksums"),
+        ("critic/updates", lambda path: path.write_text(""), r"updates has 0 bytes, and was written with 1"),
+        ("config.json", lambda path: path.write_text("[}"), r"config\.json is broken \(JSONDecodeError"),
+        ("config.json", lambda path: path.write_bytes(b"\xff1"), r"config\.json is broken \(UnicodeDecodeError"),
+        ("state.json", lambda path: path.write_text("{"), r"state\.json is broken \(JSONDecodeError"),
+        ("state.json", lambda path: path.write_text("[]"), r"state\.json is broken"),
+        ("state.json", lambda path: path.write_text("{}"), r"state\.json is broken \(KeyError"),
+        ("state.json", lambda path: path.write_bytes(b"\0" * 9), r"state\.json is broken"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    name: str, harm: Callable[[Path], object], message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (2, 10):
+        folder = checkpoint_folder(tmp_path, step)
+        (folder / "critic").mkdir(parents=True)
+        (folder / "critic" / "updates").write_text("3")
+        (folder / "config.json").write_text("{}")
+        with (folder / "model_rank_0.pt").open("wb") as file:  # an archive, as torch writes them
+            np.savez(file, weight=np.arange(1000))
+        write_state(folder, full_state())
+        assert find_damage(folder) == ""
+    harm(checkpoint_folder(tmp_path, 10) / name)
+    assert newest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 2)
+    (record,) = caplog.records
+    assert re.search(message, record.getMessage())
+    assert "\n" not in record.getMessage()
+    harm(checkpoint_folder(tmp_path, 2) / name)
+    with pytest.raises(UserError, match=r"holds only damaged checkpoints .*: nothing to resume from"):
+        newest_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("exists", [True, False])

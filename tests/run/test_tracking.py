@@ -6,9 +6,11 @@ import io
 import json
 import logging
 import math
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +131,18 @@ def test_a_resumed_run_writes_on_after_half_a_line(tmp_path: Path) -> None:
     rows = read_metrics(path)
     assert [(row["step"], row["train/reward"]) for row in rows] == [(1, 0.5), (2, 0.75)]
     assert rows[1]["wall_s"] >= 100
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"ste', b"[]", b"7", b"null", b'{"step": "2"}', b'{"step": 1e999}', b"{}", b"\xff\0"]
+)
+def test_a_broken_line_costs_itself(line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "wall_s": 1.0, "a\xe2\x80\xa8b": 1}\n' + line + b'\n{"step": 2, "wall_s": 2.0}\n')
+    if line != b'{"step": "2"}':
+        assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    JsonLines(path, resumed_step=2).close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
 
 
 def test_lines_of_one_step_are_merged(tmp_path: Path) -> None:
@@ -292,6 +306,34 @@ def test_half_a_part_is_never_read(tmp_path: Path) -> None:
     assert read_rollouts(tmp_path).num_rows == 2
     with pytest.raises(DataError, match="no rollouts"):
         read_rollouts(tmp_path / "elsewhere")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.index(b"half a pair") if b"half a pair" in content else 200] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "harm", [cut, flip, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"PAR1")]
+)
+def test_a_broken_part_costs_itself_and_is_named(
+    harm: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = RolloutWriter(tmp_path)
+    parts = [writer.write(step, 0, [a_group(step)]) for step in range(3)]
+    assert parts[1] is not None
+    harm(parts[1])
+    assert read_rollouts(tmp_path).column("step").to_pylist() == [0, 0, 2, 2]
+    assert f"{parts[1]} is broken" in caplog.text
+    assert len(caplog.records) == 1
+    with pytest.raises(DataError, match=re.escape(f"{parts[1]} is broken")):
+        read_rollouts(parts[1])
+    assert RolloutWriter(tmp_path).write(3, 0, [a_group(3)]) == tmp_path / "part-00003.parquet"
 
 
 # The picture
@@ -481,6 +523,7 @@ def test_held_out_reward_is_reported_by_the_values_of_a_field(tmp_path: Path) ->
             for made_group, (level, _) in zip(made, ended, strict=True)
         ]
 
+    run.config.write_text("")
     observer = RunObserver(config=config, run=run, progress=Progress("calc_x", steps=1, console=Console(quiet=True)))
     observer.record_rollouts(0, 0, groups("train"))
     assert observer.val_reward_by == {}
@@ -492,6 +535,18 @@ def test_held_out_reward_is_reported_by_the_values_of_a_field(tmp_path: Path) ->
     console = Console(record=True, width=80, file=io.StringIO())
     console.print(report(replace(SUMMARY, val_reward_by=observer.val_reward_by), run))
     assert " held-out       easy 0.500, hard 1.000" in text_of(console)
+
+
+def test_a_run_whose_folder_is_removed_says_so_at_the_next_step(tmp_path: Path) -> None:
+    config, run = load(["experiment=calc_tiny", "tracking.wandb=disabled"]), RunDirectory.create(tmp_path, "calc_x", 0)
+    run.config.write_text("")
+    observer = RunObserver(config=config, run=run, progress=Progress("calc_x", steps=1, console=Console(quiet=True)))
+    observer.record_step(1, {})
+    shutil.move(run.path, tmp_path / "elsewhere")
+    for record in (lambda: observer.record_step(2, {}), lambda: observer.record_evaluation(2, 0.5, 1)):
+        with pytest.raises(UserError, match=f"{run.path} was removed or renamed"):
+            record()
+    observer.close()
 
 
 def test_a_summary_comes_back(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from models import load, random_batch, random_model, to_arrays
 from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.running import LearnerConfig
 from agent_lightning.core import actors as cluster
+from agent_lightning.core.errors import UserError
 from agent_lightning.core.metrics import Metrics
 from agent_lightning.core.types import Batch
+from agent_lightning.learners.export import export_model
 from agent_lightning.learners.verl import VerlLearner
 from agent_lightning.learners.verl_groups import Training
 
@@ -54,12 +56,50 @@ async def run(
     learner = VerlLearner(config)
     try:
         metrics = await learner.update(batches)
+        await check_export(learner, folder, folder / f"checkpoint-{world_size}", batches[0])
         return metrics, to_arrays(await learner.publish())
     finally:
         learner.shutdown()
 
 
+async def check_export(learner: VerlLearner, original: Path, checkpoint: Path, batch: Batch) -> None:
+    """Save a checkpoint and export it in several files: Transformers loads it, and the log-probabilities of every row
+    are the learner's."""
+    await learner.save(checkpoint)
+    assert "rows_sdpa" not in (checkpoint / "huggingface" / "config.json").read_text()
+    target = checkpoint.with_name(f"{checkpoint.name}-exported")
+    export_model(checkpoint, original, target, dtype="float32", shard_size="100KB")
+    assert len(list(target.glob("model-*.safetensors"))) > 2
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (target / name).read_text() == (original / name).read_text()
+    exported = load(str(target))
+    for i, logprob_T in enumerate(await learner.log_probs(batch)):
+        tokens = torch.tensor(batch.token_NT[i, : batch.length_N[i]].astype(np.int64))
+        logprobs = exported(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+        np.testing.assert_allclose(logprobs.detach().numpy(), logprob_T[: len(logprobs)], atol=2e-5)
+    with pytest.raises(UserError, match="exists: give a folder that is new"):
+        export_model(checkpoint, original, target, dtype="float32", shard_size="5GB")
+    with pytest.raises(UserError, match="cannot be exported"):
+        export_model(checkpoint, original, target.with_name("other"), dtype="float32", shard_size="much")
+    for broken in checkpoint.glob("model_world_size_*_rank_0.pt"):
+        broken.write_bytes(broken.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be exported"):
+        export_model(checkpoint, original, target.with_name("other"), dtype="float32", shard_size="5GB")
+    assert not [path for path in checkpoint.parent.iterdir() if "other" in path.name]
+
+
+@pytest.mark.slow
+async def test_a_tied_output_head_is_exported_too(tmp_path: Path) -> None:
+    model = random_model(tmp_path, seed=0, tied=True)
+    cluster.init_ray(num_cpus=6)
+    try:
+        await run(tmp_path, 2, [random_batch(0, rows=8, vocab=model.config.vocab_size)])
+    finally:
+        cluster.shutdown_ray()
+
+
 async def test_one_and_two_ranks_and_plain_torch_give_the_same_update(tmp_path: Path) -> None:
+    """Also: what each of them exports is the model that it has trained."""
     model = random_model(tmp_path, seed=0, tied=False)
     batch = random_batch(0, rows=8, vocab=model.config.vocab_size)
     cluster.init_ray(num_cpus=6)
