@@ -1,14 +1,4 @@
-"""The Buffer: which rollouts wait, run or have ended, what was recorded of them, and which may be trained.
-
-    admit -> waiting --lease--> running --finish--> complete --take--> taken --advance--> trained | dropped(reason)
-                ^                  |
-                +---- next attempt-+   (after a pause; which endings are tried again: credit/failures.py)
-
-No method suspends between reading and changing the state, so each is atomic. Every change is an event that the ledger
-and, if there is one, the journal receive; a method returns when the journal has it (docs/reliability.md).
-
-`request` names one call of a client: if the call is repeated, because its answer was lost, it gets the first answer.
-"""
+"""The Buffer: which rollouts wait, run or have ended, what was recorded of them, and which may be trained."""
 
 from __future__ import annotations
 
@@ -85,8 +75,16 @@ class Stats:
 
 
 class Buffer:
-    """Holds all rollouts of a run; one process, which all others call. A method that is called for an attempt that is
-    not running raises UnknownRollout.
+    """Holds all rollouts of a run; one process, which all others call.
+
+    admit -> waiting --lease--> running --finish--> complete --take--> taken --advance--> trained | dropped(reason)
+                ^                  |
+                +---- next attempt-+   (after a pause; which endings are tried again: credit/failures.py)
+
+    No method suspends between reading and changing the state, so each is atomic. Every change is an event that the
+    ledger and, if there is one, the journal receive; a method returns when the journal has it (docs/reliability.md).
+    `request` names one call of a client: if the call is repeated, because its answer was lost, it gets the first
+    answer. A method that is called for an attempt that is not running raises UnknownRollout.
 
         buffer = Buffer(run_secret=b"...")
         await buffer.admit(task, split="train", num_rollouts=2)  # "train-0"

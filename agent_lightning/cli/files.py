@@ -18,14 +18,8 @@ from agent_lightning.config.load import reload
 from agent_lightning.config.running import Dtype
 from agent_lightning.core.errors import DataError, JournalError, UserError
 from agent_lightning.launch.hub import find_model
+from agent_lightning.run import state
 from agent_lightning.run.archive import read_origins, read_trajectories
-from agent_lightning.run.state import (
-    checkpoint_folder,
-    complete_checkpoints,
-    find_damage,
-    newest_checkpoint,
-    read_state,
-)
 from agent_lightning.run.tracking import RunDirectory
 from agent_lightning.spans.traces import export, imports
 
@@ -57,16 +51,28 @@ def import_traces(files: Sequence[Path], out: Path) -> int:
     return 0
 
 
-def export_run(run: Path, out: Path, form: export.Format) -> int:
-    """`agl export`: write the rollouts of a run as a file for other tools. Raises DataError."""
-    path, count = export.write(read_trajectories(run), out, form, read_origins(run))
+def export_run(
+    run: Path,
+    *,
+    out: Path,
+    format: export.Format,
+    model: Path | None,
+    checkpoint: int | None,
+    dtype: Dtype | None,
+    max_shard_size: str,
+) -> int:
+    """`agl export`: write the rollouts of a run to the folder `out`, as a file for other tools; or with `model`, its
+    trained model to that folder. Raises DataError, UserError."""
+    if model is not None:
+        return _export_model(run, model, checkpoint, dtype, max_shard_size)
+    path, count = export.write(read_trajectories(run), out, format, read_origins(run))
     Console().print(f"{path}: {count} rollouts")
     return 0
 
 
-def export_model(run: Path, target: Path, step: int | None, dtype: Dtype | None, shard_size: str) -> int:
-    """`agl export --model`: write the policy of a run's newest checkpoint, or of the checkpoint of `step`, in Hugging
-    Face's format; in the run's `model.dtype` unless `dtype` is given. Raises UserError."""
+def _export_model(run: Path, target: Path, step: int | None, dtype: Dtype | None, shard_size: str) -> int:
+    """Write the policy of a run's newest checkpoint, or of the checkpoint of `step`, in Hugging Face's format; in the
+    run's `model.dtype` unless `dtype` is given."""
     from agent_lightning.learners import export as learner  # it imports torch
 
     directory = RunDirectory.open(run)
@@ -74,9 +80,9 @@ def export_model(run: Path, target: Path, step: int | None, dtype: Dtype | None,
     if config.model.words:
         raise UserError(f"{run}: a toy model is a table, and has no form that Transformers would load")
     checkpoints, dtype = directory.checkpoints, dtype or config.model.dtype
-    folder = newest_checkpoint(checkpoints) if step is None else checkpoint_folder(checkpoints, step)
-    if step is not None and (damage := find_damage(folder)):
-        names = ", ".join(path.name for path in complete_checkpoints(checkpoints))
+    folder = state.newest_checkpoint(checkpoints) if step is None else state.checkpoint_folder(checkpoints, step)
+    if step is not None and (damage := state.find_damage(folder)):
+        names = ", ".join(path.name for path in state.complete_checkpoints(checkpoints))
         raise UserError(f"{damage}; complete checkpoints: {names or 'none'}")
     console, original = Console(soft_wrap=True, highlight=False), None
     try:
@@ -84,7 +90,7 @@ def export_model(run: Path, target: Path, step: int | None, dtype: Dtype | None,
     except UserError as error:
         console.print(f"{error}; config and tokenizer are taken from the checkpoint")
     number = learner.export_model(folder, original, target, dtype=dtype, shard_size=shard_size)
-    console.print(f"{target}: the policy after step {read_state(folder).step}, {number} parameters, {dtype}")
+    console.print(f"{target}: the policy after step {state.read_state(folder).step}, {number} parameters, {dtype}")
     return 0
 
 

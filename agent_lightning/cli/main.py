@@ -51,11 +51,9 @@ async def _run(options: argparse.Namespace) -> int:
 
             if options.command == "import":
                 return files.import_traces(options.files, options.out)
-            if options.command == "export" and options.model is not None:
-                model = (options.model, options.checkpoint, options.dtype, options.max_shard_size)
-                return files.export_model(options.run, *model)
             if options.command == "export":
-                return files.export_run(options.run, options.out, options.format)
+                names = ("out", "format", "model", "checkpoint", "dtype", "max_shard_size")
+                return files.export_run(options.run, **{name: given[name] for name in names})
             return files.check_journal(options.path)
         case "explain" | "runs" | "view":
             return await _look(options)
@@ -63,8 +61,8 @@ async def _run(options: argparse.Namespace) -> int:
             paths = {name: given[name] for name in benchmarks.score_paths() if name in given}
             return benchmarks.score(options.benchmark, options.file, paths)
         case "reproduce":
-            out = options.out or Path("runs") / f"reproduce-{options.benchmark}-{options.scale}"
             settings = {name: given[name] for name in ("scale", "seeds", "runs", "overrides")}
+            out = options.out or Path("runs") / f"reproduce-{options.benchmark}-{options.scale}"
             return benchmarks.reproduce(options.benchmark, out=out, **settings)
         case "config":
             from agent_lightning.config import reference
@@ -91,8 +89,7 @@ async def _run(options: argparse.Namespace) -> int:
         return await train.evaluate(options.overrides, split=options.split, out=options.out)
     # `resume=RUN` is no key of the config: it says where the config comes from.
     overrides = [word for word in options.overrides if not word.startswith("resume=")]
-    runs = [word.removeprefix("resume=") for word in options.overrides if word.startswith("resume=")]
-    resume = runs[-1] if runs else None
+    *_, resume = [None, *(word.removeprefix("resume=") for word in options.overrides if word.startswith("resume="))]
     if options.command == "train" and not options.multirun:
         return await train.train(overrides, resume=resume)
     return train.sweep(overrides, resume=resume, multirun=options.multirun)

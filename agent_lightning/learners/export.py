@@ -8,16 +8,12 @@ import json
 import logging
 import pickle
 import shutil
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from agent_lightning.config.running import Dtype
 from agent_lightning.core.errors import UserError
 from agent_lightning.core.text import error_line
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _KEPT: Final = (".json", ".model", ".tiktoken", ".txt", ".jinja")
 """Endings of the files that a model has besides its weights: tokenizer, chat template, generation config."""
@@ -62,15 +58,15 @@ def _load(checkpoint: Path, source: Path, dtype: Dtype) -> Any:
     from verl.utils.model import get_hf_auto_model_class
 
     config = AutoConfig.from_pretrained(source, attn_implementation="eager")
-    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+    with torch.device("meta"):
         model = get_hf_auto_model_class(config).from_config(config)
     model.load_state_dict(_merge(checkpoint), strict=True, assign=True)
     model.tie_weights()
     return model.to(vars(torch)[dtype])
 
 
-def _merge(checkpoint: Path) -> dict[str, Tensor]:
-    """The weights by name, each put together from the shards of all ranks. Nothing but tensors is unpickled."""
+def _merge(checkpoint: Path) -> dict[str, Any]:
+    """The weights, tensors by name, put together from the shards of all ranks. Nothing but tensors is unpickled."""
     import torch
     from torch.distributed.tensor import DTensor, Shard
 
@@ -79,7 +75,7 @@ def _merge(checkpoint: Path) -> dict[str, Tensor]:
     size = json.loads((checkpoint / "fsdp_config.json").read_text())["world_size"]
     files = [checkpoint / f"model_world_size_{size}_rank_{rank}.pt" for rank in range(size)]
     ranks = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
-    merged: dict[str, Tensor] = {}
+    merged: dict[str, Any] = {}
     for name, first in ranks[0].items():
         placement = first.placements[0] if isinstance(first, DTensor) else None
         if not isinstance(placement, Shard):  # each rank has all of it
