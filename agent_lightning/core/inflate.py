@@ -7,6 +7,7 @@ import io
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Any
 
 from agent_lightning.core.errors import DataError
 
@@ -27,7 +28,7 @@ def inflate(body: bytes, encoding: str, limit: int) -> bytes:
     if name not in readers:
         raise UnknownEncoding(f"content-encoding {name[:50]!r} cannot be read: send {', '.join(readers)} or none")
     try:
-        return readers[name](body, limit)
+        return readers[name](body, limit)[: limit + 1]
     except DataError:
         raise
     except Exception as error:  # each library has an error of its own
@@ -42,9 +43,9 @@ def _readers() -> Mapping[str, Callable[[bytes, int], bytes]]:
         decompressor = zstandard.ZstdDecompressor(max_window_size=2**23)  # what RFC 9659 has every server take
         readers["zstd"] = lambda body, limit: bytes(decompressor.stream_reader(io.BytesIO(body)).read(limit + 1))
     with suppress(ImportError, AttributeError):
-        stream = importlib.import_module("brotli").Decompressor()
-        stream.can_accept_more_data  # noqa: B018  # older versions inflate without a limit
-        readers["br"] = lambda body, limit: bytes(stream.process(body, output_buffer_limit=limit + 1))
+        brotli = importlib.import_module("brotli")
+        brotli.Decompressor.can_accept_more_data  # noqa: B018  # older versions inflate without a limit
+        readers["br"] = lambda body, limit: _inflate_brotli(brotli.Decompressor(), body, limit)
     return readers
 
 
@@ -55,4 +56,14 @@ def _inflate_zlib(body: bytes, limit: int) -> bytes:
     plain = stream.decompress(body, limit + 1)
     if len(plain) <= limit and (not stream.eof or stream.unused_data):
         raise DataError("the compressed body is truncated, or goes on after its end")
+    return plain
+
+
+def _inflate_brotli(stream: Any, body: bytes, limit: int) -> bytes:
+    plain = b""
+    while not stream.is_finished() and len(plain) <= limit:  # ends: what is truncated gives nothing more
+        more = stream.process(b"" if plain else body, output_buffer_limit=limit + 1)
+        if not more:
+            raise DataError("the compressed body is truncated")
+        plain += more
     return plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, wait
@@ -134,6 +135,7 @@ class GatewayDeployment:
     """A `Gateway` as a Serve deployment."""
 
     def __init__(self, policy: DeploymentHandle[Any], recorder: Recorder, config: GatewayConfig) -> None:
+        gc.freeze()  # what is imported stays: collections of a large request's garbage need not look at it
         self._gateway = Gateway(engine=HandleEngine(policy), recorder=recorder, config=config)
 
     async def __call__(self, request: Request) -> Response:

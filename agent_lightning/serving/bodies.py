@@ -38,11 +38,13 @@ _ONE_BYTE = ("ascii", "iso8859-1", "cp1252")
 class Reader:
     """Reads the bodies of all attempts."""
 
-    def __init__(self, *, max_bytes: int, max_bytes_in_flight: int, max_depth: int, max_values: int) -> None:
+    def __init__(
+        self, *, max_bytes: int, max_bytes_in_flight: int, max_depth: int, max_values: int, max_objects: int
+    ) -> None:
         """`max_bytes` bounds a body, before and after it is inflated, and `max_bytes_in_flight` all bodies of an
-        attempt that are being read or answered; `max_depth` and `max_values` bound the JSON of a body."""
+        attempt that are being read or answered; the others bound the JSON of a body."""
         self._max_bytes, self._max_bytes_in_flight = max_bytes, max_bytes_in_flight
-        self._max_depth, self._max_values = max_depth, max_values
+        self._max_depth, self._limits = max_depth, {"values": max_values, "objects": max_objects}
         # One: threads take turns with the event loop for Python's lock, so more of them would delay it more.
         self._thread = ThreadPoolExecutor(1, "bodies")
 
@@ -91,7 +93,7 @@ class Reader:
         """The JSON object that a body holds, of which every text is UTF-8 and every number finite. Raises BadRequest,
         whose message says what is wrong and where."""
         text = _decode(raw, content_type)
-        _check_size(text, self._max_values)
+        _check_size(text, self._limits)
         try:
             body = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number, parse_float=_float)
         except json.JSONDecodeError as error:
@@ -128,14 +130,17 @@ def _decode(raw: bytes, content_type: str) -> str:
         raise BadRequest(f"the request is not {charset.upper()} text: byte {error.start}") from None
 
 
-def _check_size(text: str, max_values: int) -> None:
-    """Raises BadRequest for more than `max_values` values, before any of them is made."""
-    if sum(map(text.count, ",[{")) < max_values:
-        return
-    # The exact number, without what is in strings: a backslash occurs nowhere else.
-    outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
-    if sum(map(outside.count, ",[{")) >= max_values:
-        raise BadRequest(f"the request has more than {max_values} values", "size", 413)
+def _check_size(text: str, limits: Mapping[str, int]) -> None:
+    """Raises BadRequest for a JSON text with more values or objects than the limits, before any of them is made."""
+    for exact in (False, True):
+        if exact:  # without what is in strings: a backslash occurs nowhere else
+            text = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
+        objects = text.count("{")
+        counts = {"values": objects + text.count(",") + text.count("["), "objects": objects}
+        excess = [name for name, limit in limits.items() if counts[name] >= limit]
+        if not excess:
+            return
+    raise BadRequest(f"the request has more than {limits[excess[0]]} {excess[0]}", "size", 413)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

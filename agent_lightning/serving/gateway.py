@@ -88,7 +88,9 @@ class GatewayConfig:
     max_body_bytes: int = 4 * 1024 * 1024
     max_json_depth: int = 64
     max_json_values: int = 200_000
-    """Values in the JSON of a body: a prompt of as many token ids is the largest that can be of use."""
+    """Values in the JSON of a body, such as the token ids of a prompt."""
+    max_json_objects: int = 20_000
+    """Objects among these values, such as messages, parts of messages, tools and parts of their schemas."""
     max_choices: int = 16
     max_concurrent_calls: int = 64
     """Calls of an attempt that may run at once."""
@@ -114,6 +116,7 @@ class Gateway:
             max_bytes_in_flight=config.max_bytes_in_flight,
             max_depth=config.max_json_depth,
             max_values=config.max_json_values,
+            max_objects=config.max_json_objects,
         )
 
     async def handle(self, request: Request) -> Response:
