@@ -187,6 +187,7 @@ async def test_the_bodies_that_are_broken_here_are_whole(name: str) -> None:
         ("responses", {"max_output_tokens": 0}, "invalid_request", "max_output_tokens must be at least 1"),
         ("messages", {"tools": [{"type": "bash_20250124", "name": "bash"}]}, "unsupported", "a tool of type 'bash"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "unsupported", "'document'"),
+        ("messages", {"thread": {"type": "create"}}, "thread_unsupported_request", "send the whole conversation"),
         ("messages", {"max_tokens": "many"}, "invalid_request", "max_tokens must be an integer"),
     ],
 )
@@ -294,7 +295,8 @@ def test_a_part_shows_no_ids_and_no_end() -> None:
 def test_errors_have_the_types_that_anthropic_users_know() -> None:
     for status, kind in ((403, "permission_error"), (404, "not_found_error"), (413, "request_too_large")):
         error = Messages().error(Refusal(status=status, message="m", code="c"))
-        assert error == {"type": "error", "error": {"type": kind, "message": "m", "code": "c"}}
+        details = {"error_code": "c"}  # what Anthropic's library acts on
+        assert error == {"type": "error", "error": {"type": kind, "message": "m", "code": "c", "details": details}}
 
 
 async def test_a_body_that_is_not_read_is_refused_in_the_format_of_its_endpoint() -> None:

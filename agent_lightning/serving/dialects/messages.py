@@ -138,6 +138,9 @@ class Messages(Dialect):
     stream = _Stream
 
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        if body.get("thread"):  # at this code Anthropic's tool runner sends the whole conversation, and no thread
+            message = "thread is not supported: send the whole conversation"
+            raise BadRequest(message, "thread_unsupported_request", param="thread")
         request = read(_Request, body)
         chat = {name: value for name, value in body.items() if name not in _REPLACED and value is not None}
         system = _content(request.system)
@@ -184,7 +187,8 @@ class Messages(Dialect):
 
     def error(self, refusal: Refusal) -> dict[str, Any]:
         kind = _ERRORS.get(refusal.status, "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": refusal.message, "code": refusal.code}}
+        error = {"type": kind, "message": refusal.message, "code": refusal.code}
+        return {"type": "error", "error": {**error, "details": {"error_code": refusal.code}}}
 
 
 def _event(kind: str, **fields: Any) -> str:
