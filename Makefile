@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-examples venv-crewai train test test-pure test-slow chaos audit check bench lock clean
+.PHONY: help venv venv-examples venv-crewai venv-clients train test test-pure test-slow chaos audit check bench lock clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --durations=10 --durations-min=1
@@ -18,12 +18,17 @@ venv-examples: ## and what the examples and their tests need: LangChain, OpenAI 
 	@bash scripts/setup.sh examples
 
 venv-crewai: venv ## .venv-crewai, in which CrewAI runs as a command; 400 MB
-	@bash scripts/crewai.sh
+	@bash scripts/venv.sh crewai
+
+venv-clients: venv venv-crewai ## .venv-clients and Node packages: the clients that tests/stack/test_clients.py runs; 700 MB
+	@bash scripts/venv.sh clients
+	@if command -v npm > /dev/null; then cd tests/clients/node && { cmp -s package-lock.json node_modules/.locked || \
+	  { npm ci --silent --no-audit --no-fund && cp package-lock.json node_modules/.locked; }; }; fi
 
 train: venv ## train the tiny policy on a CPU: make train ARGS="seed=1 steps=20"
 	$(BIN)/agl train experiment=calc_tiny $(ARGS)
 
-test: venv-examples venv-crewai ## all tests but those marked slow or gpu
+test: venv-examples venv-clients ## all tests but those marked slow or gpu
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-pure: venv-examples ## the tests that start no Ray: seconds

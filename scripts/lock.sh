@@ -30,10 +30,14 @@ resolve "$work/cpu.txt" requirements/cpu.in --constraint "$work/all.txt"
 for name in lancedb onnxruntime kubernetes pdfplumber openpyxl uv hf-xet; do
   echo "$name; sys_platform == 'never'"
 done > "$work/unused.txt"
-UV_NATIVE_TLS=1 "$work/venv/bin/uv" pip compile -q requirements/crewai.in --override "$work/unused.txt" \
-  --universal --python-version 3.11 --no-annotate --no-header -o "$work/crewai.txt"
-{
-  echo "# Made by scripts/lock.sh from requirements/crewai.in, for an environment of its own. Installed with --no-deps."
-  grep -vE "'never'|^ *#" "$work/crewai.txt" | sort -u
-} > requirements/crewai.lock
+own() { # own NAME OVERRIDE: the lock of an environment of its own
+  UV_NATIVE_TLS=1 "$work/venv/bin/uv" pip compile -q "requirements/$1.in" --override "$2" \
+    --universal --python-version 3.11 --no-annotate --no-header -o "$work/$1.txt"
+  {
+    echo "# Made by scripts/lock.sh from requirements/$1.in, for an environment of its own. Installed with --no-deps."
+    grep -vE "'never'|^ *#" "$work/$1.txt" | sort -u
+  } > "requirements/$1.lock"
+}
+own crewai "$work/unused.txt"
+own clients "$work/override.txt"
 wc -l requirements/*.lock

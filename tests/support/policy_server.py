@@ -23,7 +23,10 @@ class Rollout:
     root: str
     """Base URL for Anthropic's clients; OpenAI's want it with /v1 at its end."""
     calls: list[dict[str, Any]] = field(default_factory=list)
-    """What was recorded, after its end: call_id, request and reply (JSON texts), finish_reason, tokens, prompt."""
+    """What was recorded, after its end: call_id, request and reply (JSON texts), finish_reason, tokens, logprobs,
+    prompt."""
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """Also after its end: name, arguments, result, status and call_id of each tool call."""
 
 
 class PolicyServer:
@@ -45,7 +48,9 @@ class PolicyServer:
         try:
             yield rollout
         finally:
-            rollout.calls.extend(self._ask({"close": opened["key"]})["calls"])
+            recorded = self._ask({"close": opened["key"]})
+            rollout.calls.extend(recorded["calls"])
+            rollout.tools.extend(recorded["tools"])
 
     def close(self) -> None:
         assert self._process.stdin is not None

@@ -1,6 +1,6 @@
 """Serves a policy on the real stack (HAProxy, Serve, vLLM) until its standard input ends: `python serve_policy.py
 experiment=calc_tiny`. A line of JSON is answered by a line of JSON: {"open": "val"} opens a rollout and gives the root
-of its URL, {"close": its key} ends it and gives the calls that were recorded."""
+of its URL, {"close": its key} ends it and gives the calls and tools that were recorded."""
 
 from __future__ import annotations
 
@@ -34,9 +34,14 @@ async def serve(overrides: list[str]) -> None:
                 calls = [
                     {name: getattr(call, name) for name in ("call_id", "request", "reply", "finish_reason")}
                     | {"tokens": call.response_T.tolist(), "prompt": call.prompt_T.tolist()}
+                    | {"logprobs": call.logprob_T.tolist()}
                     for call in group.trajectories[0].calls
                 ]
-                say({"calls": calls})
+                tools = [
+                    {name: getattr(tool, name) for name in ("name", "arguments", "result", "status", "call_id")}
+                    for tool in group.trajectories[0].tools
+                ]
+                say({"calls": calls, "tools": tools})
 
 
 def say(answer: dict[str, Any]) -> None:

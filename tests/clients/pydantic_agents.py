@@ -1,0 +1,66 @@
+"""pydantic-ai, over chat, Responses and Anthropic's messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness import MODEL, NEXT, PLAIN, QUESTION, SYSTEM, Answer, Rollout, Seen, case
+from pydantic_ai import Agent, NativeOutput
+from pydantic_ai.models.anthropic import AnthropicModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel, OpenAIResponsesModelSettings
+from pydantic_ai.providers.anthropic import AnthropicProvider
+from pydantic_ai.providers.openai import OpenAIProvider
+
+WIRES: dict[str, Any] = {
+    "chat": lambda rollout: OpenAIChatModel(MODEL, provider=OpenAIProvider(**rollout.openai)),
+    "Responses": lambda rollout: OpenAIResponsesModel(MODEL, provider=OpenAIProvider(**rollout.openai)),
+    "messages": lambda rollout: AnthropicModel(MODEL, provider=AnthropicProvider(base_url=rollout.root, api_key="any")),
+}
+
+
+async def run(rollout: Rollout, wire: str, streamed: bool, question: str, **settings: Any) -> Seen:
+    agent: Any = Agent(WIRES[wire](rollout), instructions=SYSTEM, **settings)
+    if streamed:
+        async with agent.run_stream(question) as result:
+            output = await result.get_output()
+    else:
+        result = await agent.run(question)
+        output = result.output
+    calls = sum(message.kind == "response" for message in result.all_messages())
+    return Seen(calls, output if isinstance(output, str) else output.model_dump_json())
+
+
+@case("pydantic-ai (Responses)", "pydantic-ai-slim", "second turn", streamed=(False,))
+async def second_turn(rollout: Rollout, _: bool) -> Seen:
+    agent: Any = Agent(WIRES["Responses"](rollout), instructions=SYSTEM)
+    first = await agent.run(PLAIN)
+    settings = OpenAIResponsesModelSettings(openai_previous_response_id="auto")
+    result = await agent.run(NEXT, message_history=first.all_messages(), model_settings=settings)
+    return Seen(2, result.output)
+
+
+def register(wire: str) -> None:
+    client = f"pydantic-ai ({wire})"
+
+    @case(client, "pydantic-ai-slim", "plain")
+    async def plain(rollout: Rollout, streamed: bool) -> Seen:
+        return await run(rollout, wire, streamed, PLAIN)
+
+    @case(client, "pydantic-ai-slim", "tool")
+    async def tool(rollout: Rollout, streamed: bool) -> Seen:
+        return await run(rollout, wire, streamed, QUESTION, tools=[rollout.calculator])
+
+    @case(client, "pydantic-ai-slim", "structured by a tool")
+    async def structured(rollout: Rollout, streamed: bool) -> Seen:
+        return await run(rollout, wire, streamed, PLAIN, output_type=Answer)
+
+    if wire == "messages":  # its Anthropic model refuses that by itself for all models that it does not know
+        return
+
+    @case(client, "pydantic-ai-slim", "structured")
+    async def native(rollout: Rollout, streamed: bool) -> Seen:
+        return await run(rollout, wire, streamed, PLAIN, output_type=NativeOutput(Answer))
+
+
+for wire in WIRES:
+    register(wire)
