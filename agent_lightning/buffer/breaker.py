@@ -10,6 +10,7 @@ from agent_lightning.config.running import BreakerConfig
 from agent_lightning.core.types import Outcome, ToolCall, ToolStatus
 
 _VARYING = (
+    (re.compile(r" \([^()]*:\d+ in [^()]*\)$"), ""),  # where it was raised (rollouts.evidence.place_of)
     (re.compile(r"\b(?:https?|file|sqlite)://\S+"), "URL"),
     (re.compile(r"\"[^\"]*\"|'[^']*'|`[^`]*`"), "…"),
     (re.compile(r"(?:/[\w.+-]+){2,}/?"), "PATH"),
@@ -37,7 +38,7 @@ def cause_of(outcome: Outcome, error: str, failed_tool: str = "") -> str:
     """Why an attempt failed, in words that are the same for the same failure of another attempt; "" if it finished.
     Example: "timeout: not done after # s (its last tool, search: unanswered)"
     """
-    if outcome is Outcome.FINISHED:
+    if outcome in (Outcome.FINISHED, Outcome.UNSCORED):
         return ""
     return f"{outcome}: {without_details(error)}{f' (its last tool, {failed_tool})' if failed_tool else ''}"
 

@@ -46,6 +46,9 @@ class TakenRollout:
             rewards=spans.rewards,
             agents=spans.agents,
             refused_spans=dict(Counter(self.refused_spans) + Counter(spans.refused)),
+            reward_parts=ending.reward_parts,
+            trace=ending.trace,
+            printed=ending.printed,
         )
 
 

@@ -47,7 +47,11 @@ class FailuresConfig(Section):
     too_many_calls: Failure = 0.0
     """The agent made more model calls than agent.max_calls."""
     bad_reward: Failure = 0.0
-    """The reward is no finite number from agent.reward_min to agent.reward_max."""
+    """The agent gives its own reward (agent.reward is null), and that is no finite number, or none."""
+    scorer_error: Failure = None
+    """The reward function agent.reward raised an error, took too long, or returned no reward."""
+    unscored: Failure = None
+    """The reward function agent.reward returned None: it has no opinion."""
     worker_lost: Failure = "resample"
     """The worker that ran the rollout died."""
     cancelled: float | None = None

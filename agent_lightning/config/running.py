@@ -124,9 +124,11 @@ class AgentConfig(Section):
     reward: str | Agent | None = None
     """"path/to/file.py:function" or a function, called with (task, output); null: the agent returns its reward."""
     reward_min: float = 0.0
-    """Lowest reward that is valid."""
+    """Lowest reward; a reward below it stops the run."""
     reward_max: float = 1.0
-    """Highest reward that is valid."""
+    """Highest reward; a reward above it stops the run."""
+    part_weights: dict[str, float] = Field(default_factory=dict)
+    """Weights of the parts of a reward that is a mapping, by name; if empty, each part has the weight 1."""
     timeout_s: Positive = 120.0
     """Seconds for one rollout, its scoring included."""
     call_timeout_s: Positive | None = None

@@ -30,11 +30,20 @@ class UnknownRollout(RolloutError):
 
 
 class RewardError(RolloutError):
-    """The reward is not a finite number in the declared range."""
+    """The reward is no finite number."""
+
+
+class RewardConfigError(RewardError):
+    """The reward does not fit the config: its range, or the weights of its parts. The run stops, because the config is
+    wrong and not the rollout. The message names the keys to set."""
 
 
 class AgentProcessError(RolloutError):
-    """The agent's process ended with an error."""
+    """The agent's process ended with an error; `trace` has the frames of it, if they are known."""
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
 
 
 class JournalError(AgentLightningError):

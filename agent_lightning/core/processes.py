@@ -10,6 +10,7 @@ If this process is killed with -9, its guard (`process_tags.py`) ends what its c
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import functools
 import os
@@ -17,7 +18,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from agent_lightning.core import process_tags
@@ -29,9 +30,17 @@ _TAIL: Final = 1 << 20
 """Bytes of a child's output that are kept: enough for any result, and a bound for a child that prints forever."""
 
 
-async def run_child(command: Sequence[str], *, stdin: str, env: Mapping[str, str]) -> str:
-    """Run a command to its end, and return the last MiB that it has printed. If the caller is cancelled, the child is
-    killed. Raises AgentProcessError, with the last line of its stderr, if its exit code is not 0."""
+async def run_child(
+    command: Sequence[str],
+    *,
+    stdin: str,
+    env: Mapping[str, str],
+    show: Callable[[str], None] = lambda text: None,
+    shows_stdout: bool = True,
+) -> str:
+    """Run a command to its end, and return the last MiB of its stdout. `show` gets its stderr as it comes, and also its
+    stdout. If the caller is cancelled, the child is killed. Raises AgentProcessError, with the last line of its stderr,
+    if its exit code is not 0."""
     pipe, tag = asyncio.subprocess.PIPE, f"{_guarded_tag(os.getpid())[0]}{uuid.uuid4().hex}"
     child = await asyncio.create_subprocess_exec(
         *command, stdin=pipe, stdout=pipe, stderr=pipe, env={**env, CHILD: tag}, start_new_session=True
@@ -41,8 +50,8 @@ async def run_child(command: Sequence[str], *, stdin: str, env: Mapping[str, str
     assert child.stderr is not None
     helpers = [
         asyncio.create_task(_feed(child, stdin.encode())),
-        asyncio.create_task(_drain(child.stdout, stdout)),
-        asyncio.create_task(_drain(child.stderr, stderr)),
+        asyncio.create_task(_drain(child.stdout, stdout, show if shows_stdout else lambda text: None)),
+        asyncio.create_task(_drain(child.stderr, stderr, show)),
     ]
     try:
         # Polled, because `child.wait()` also waits for the pipes, which a descendant may hold open.
@@ -89,7 +98,9 @@ async def _feed(child: asyncio.subprocess.Process, text: bytes) -> None:
         child.stdin.close()
 
 
-async def _drain(stream: asyncio.StreamReader, tail: bytearray) -> None:
+async def _drain(stream: asyncio.StreamReader, tail: bytearray, show: Callable[[str], None]) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     while chunk := await stream.read(1 << 16):
+        show(decoder.decode(chunk))
         tail += chunk
         del tail[:-_TAIL]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from typing import AnyStr
 
 _ATTEMPT_URL = re.compile(r"(/attempt/\d+/)[0-9a-f]{32}")
@@ -22,7 +23,8 @@ def error_line(error: BaseException, *, secret: str = "") -> str:
     """
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    first = hide_secret(str(error), secret).strip().split("\n")[0].strip()
+    message = str(traceback.TracebackException(type(error), error, None))  # str(error) may raise an error of its own
+    first = hide_secret(message, secret).strip().split("\n")[0].strip()
     return f"{type(error).__name__}: {first or 'no message'}"[:300]
 
 

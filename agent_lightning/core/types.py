@@ -58,7 +58,11 @@ class Outcome(StrEnum):
     TOO_MANY_CALLS = "too_many_calls"
     """The agent made more model calls than a rollout may make."""
     BAD_REWARD = "bad_reward"
-    """The reward is None, not a number, not finite, or outside the declared range."""
+    """The agent gives its own reward, and that is no finite number, or none."""
+    SCORER_ERROR = "scorer_error"
+    """The reward function raised, took too long, or returned no reward: its fault, not that of the rollout."""
+    UNSCORED = "unscored"
+    """The agent returned, and the reward function has no opinion: it returned None."""
     WORKER_LOST = "worker_lost"
     """The worker that ran the rollout died, or its lease expired."""
     CANCELLED = "cancelled"
@@ -270,6 +274,12 @@ class Ending:
     """What the agent returned, as text cut to 2,000 characters."""
     at: float = 0.0
     """When the buffer recorded the ending; 0 before that."""
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
+    """The named parts of the reward, before their weights, if the reward has parts."""
+    trace: str = ""
+    """Where the user's code failed: its file and line, and the last frames; "" if it did not."""
+    printed: str = ""
+    """The last 4 KiB that the code of the attempt printed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,6 +302,9 @@ class Trajectory:
     """Agents, if a trace shows them."""
     refused_spans: Mapping[str, int] = field(default_factory=dict)
     """Reason -> number of the trace's spans that were left out, or repaired, for this reason."""
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
+    trace: str = ""
+    printed: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

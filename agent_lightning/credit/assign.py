@@ -100,6 +100,9 @@ def assign(group: Group, rules: CreditRules) -> Credit:
     emitted = [reward for rollout in rollouts for reward in rollout.trajectory.rewards]
     for name in sorted({reward.name for reward in emitted}):
         metrics[f"emitted/{name}"] = Mean.of(reward.value for reward in emitted if reward.name == name)
+    scored = [rollout.trajectory.reward_parts for rollout in rollouts]
+    for name in sorted({name for parts in scored for name in parts}):
+        metrics[f"reward_part/{name}"] = Mean.of(parts[name] for parts in scored if name in parts)
     if rules.air is not None:
         metrics["air/reward"] = Mean.of(float(rollout.intermediate_T.sum()) for rollout in rollouts)
     return Credit(

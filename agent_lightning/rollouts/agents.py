@@ -17,24 +17,29 @@ import shutil
 import sys
 from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, SupportsFloat, cast
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from agent_lightning.core.errors import AgentProcessError, ConfigError
 from agent_lightning.core.processes import run_child
-from agent_lightning.core.text import last_line
+from agent_lightning.core.text import error_line, last_line
 from agent_lightning.core.threads import run_cancellable, start_thread
 from agent_lightning.core.types import Policy, Task
 from agent_lightning.rollouts.client import Rollout, current_rollout, flush, inside, install
+from agent_lightning.rollouts.evidence import Printed, frames_of, place_of
 
 if TYPE_CHECKING:  # the process of an agent starts faster without the config
     from agent_lightning.config.running import Agent, AgentMode
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _RESULT = "AGL_RESULT "  # begins the line on which a child process prints its result
+_ERROR = "AGL_ERROR "  # begins the line on which it prints its error, and the frames of it
 _LONGEST_VARIABLE = 100_000
 """Characters of a payload beyond which it is on stdin only: Linux refuses variables of 128 KiB (MAX_ARG_STRLEN)."""
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+"""Variables that name a proxy."""
 _IMPORT_ERRORS = (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError, OSError)
 """Errors with which the import of a user's faulty module ends."""
 
@@ -88,8 +93,8 @@ async def run_agent(
     task: Task,
     policy: Policy,
     rollout: Rollout,
-    *,
     instrumentors: Sequence[str] = (),
+    printed: Printed | None = None,
 ) -> object:
     """Run the agent on a task and return its result: an object, or in mode command a line of text.
 
@@ -104,7 +109,8 @@ async def run_agent(
     ANTHROPIC_API_KEY) and AGL_MODEL, which most agents already read; their rollout in AGL_ROLLOUT_ID and AGL_ATTEMPT;
     and the address for traces in OpenTelemetry's own variables. A function may therefore take `payload` alone. A
     command reads the payload as JSON from stdin and from AGL_TASK, and its result is the last line that it prints.
-    `instrumentors` are turned on in mode process; in the other modes the caller turns them on.
+    `instrumentors` are turned on in mode process; in the other modes the caller turns them on. `printed` gets what a
+    process or command prints. Whatever proxy is set, HTTP clients reach the policy without it (`bypass_proxies`).
 
     Raises what the agent raises, and AgentProcessError if its process fails or ends without a result. Cancelling this
     call stops the agent: when it returns, a process and all its descendants are gone (`core.processes`).
@@ -116,16 +122,20 @@ async def run_agent(
             return await call(function, *_arguments(function, payload, policy))
     env = os.environ | rollout.environment() | {"OPENAI_API_KEY": policy.api_key, "AGL_MODEL": policy.model}
     env |= {"ANTHROPIC_BASE_URL": policy.anthropic_base_url, "ANTHROPIC_API_KEY": policy.api_key}
+    env |= bypass_proxies(env, policy.base_url)
+    show = (printed or Printed(rollout.rollout_id)).write
     if mode == "command":
         text = _to_json(payload)
         env |= {"AGL_TASK": text} if len(text) <= _LONGEST_VARIABLE else {}
-        return last_line(await run_child(shlex.split(str(agent)), stdin=text, env=env))
+        return last_line(await run_child(shlex.split(str(agent)), stdin=text, env=env, show=show))
     job = {"payload": payload, "policy": dataclasses.asdict(policy), "instrumentors": list(instrumentors)}
     command = [sys.executable, "-m", "agent_lightning.rollouts.agents", str(agent)]
-    printed = await run_child(command, stdin=_to_json(job), env=env)
-    line = next((line for line in reversed(printed.splitlines()) if line.startswith(_RESULT)), None)
+    output = await run_child(command, stdin=_to_json(job), env=env, show=show, shows_stdout=False)
+    line = next((line for line in reversed(output.split("\n")) if line.startswith((_RESULT, _ERROR))), None)
     if line is None:
         raise AgentProcessError("the agent's process ended without a result")
+    if line.startswith(_ERROR):
+        raise AgentProcessError(*json.loads(line.removeprefix(_ERROR)))
     return cast(object, json.loads(line.removeprefix(_RESULT)))
 
 
@@ -145,6 +155,38 @@ async def call(function: Agent, *arguments: object) -> object:
             raise AgentProcessError(f"sys.exit({error.code!r}) was called") from error
 
     return await run_cancellable(run())
+
+
+def bypass_proxies(env: Mapping[str, str], url: str) -> dict[str, str]:
+    """The variables that make HTTP clients reach `url` without a proxy: NO_PROXY and no_proxy, with their values and
+    the URL's host; none if no proxy is set.
+
+    httpx, below the clients of OpenAI and Anthropic, fails on any proxy that it cannot use, such as SOCKS without the
+    package socksio, even for hosts that need none. A further "*" makes httpx, and httpx alone, ignore all proxies.
+
+    Example: bypass({"HTTP_PROXY": "http://proxy:3128", "no_proxy": "intranet"}, "http://127.0.0.1:8000/v1")
+    -> both names with "intranet,127.0.0.1,localhost"
+    """
+    proxies = [value for name, value in env.items() if name.lower() in _PROXIES and value]
+    if not proxies:
+        return {}
+    given = [host.strip() for name in ("NO_PROXY", "no_proxy") for host in env.get(name, "").split(",")]
+    if given in (["*", ""], ["", "*"], ["*", "*"]):
+        return {"NO_PROXY": "*", "no_proxy": "*"}
+    host = urlsplit(url).hostname or ""
+    hosts = [*filter(None, given), host, *(("localhost",) if host.startswith("127.") else ())]
+    if not all(_is_usable(proxy) for proxy in proxies):
+        hosts.append("*")
+    text = ",".join(dict.fromkeys(hosts))
+    return {"NO_PROXY": text, "no_proxy": text}
+
+
+def _is_usable(proxy: str) -> bool:
+    """Whether httpx can be created with this proxy in the environment."""
+    scheme = urlsplit(proxy if "://" in proxy else f"http://{proxy}").scheme
+    if scheme in ("socks5", "socks5h"):
+        return importlib.util.find_spec("socksio") is not None
+    return scheme in ("http", "https")
 
 
 def _find(path: str) -> Path:
@@ -193,27 +235,43 @@ def _to_json(value: object) -> str:
     def plain(item: object) -> object:
         if isinstance(item, np.generic | np.ndarray):
             return cast(object, item.tolist())
+        if isinstance(item, SupportsFloat):  # a torch scalar
+            return float(item)
         raise TypeError(f"a {type(item).__name__} cannot be handed to or from another process as JSON")
 
     return json.dumps(value, default=plain)
 
 
 def _main() -> None:
-    """Run the child process of mode "process": it reads a job from stdin and prints the result on its last line."""
+    """Run the child process of mode "process": it reads a job from stdin and writes the result to stdout."""
 
     async def wait_for(awaitable: Awaitable[object]) -> object:
         return await awaitable
 
-    job = json.loads(sys.stdin.read())
+    job, result_pipe = json.loads(sys.stdin.read()), os.dup(1)
+    os.dup2(2, 1)  # what the agent prints does not mix with its result
     rollout = current_rollout()
-    install(job["instrumentors"])
-    function = load(sys.argv[1])
-    result = function(*_arguments(function, job["payload"], Policy(**job["policy"])))
-    if inspect.isawaitable(result):
-        result = asyncio.run(wait_for(result))
+    line = ""
+
+    def note_error(kind: type[BaseException] | None, error: BaseException | None, frames: object) -> bool:
+        nonlocal line
+        if isinstance(error, Exception):
+            place = place_of(error)
+            line = _ERROR + json.dumps([error_line(error) + (f" ({place})" if place else ""), frames_of(error)])
+        return bool(line)
+
+    with contextlib.ExitStack() as stack:
+        stack.push(note_error)
+        install(job["instrumentors"])
+        function = load(sys.argv[1])
+        result = function(*_arguments(function, job["payload"], Policy(**job["policy"])))
+        if inspect.isawaitable(result):
+            result = asyncio.run(wait_for(result))
+        line = _RESULT + _to_json(result)
     if rollout is not None:
         flush(rollout)
-    sys.stdout.write(f"\n{_RESULT}{_to_json(result)}\n")
+    with open(result_pipe, "w") as file:
+        file.write(f"{line}\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import json
 import logging
 import numbers
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -35,6 +36,7 @@ from agent_lightning.core.errors import ConfigError, RewardError
 from agent_lightning.core.text import hide_attempt_secrets
 from agent_lightning.core.threads import await_with_timeout, call_with_timeout
 from agent_lightning.core.types import LARGEST_REWARD, is_reward
+from agent_lightning.rollouts.evidence import frames_of
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +103,9 @@ def emit_reward(
     """Emit a reward for the rollout, or for an event in it.
 
     `about` is a tool's span, the id of such a span, or the id of a model's reply; the reward is credited to the model
-    call that caused the event. With None the reward is about the rollout: if the agent returns None, it is the final
-    reward (`spans.assemble.emitted_reward`). A mapping gives several named rewards at once. Raises RewardError for a
-    value that is not a finite number up to LARGEST_REWARD.
+    call that caused the event. With None the reward is about the rollout: if there is no reward function and the agent
+    returns None, it is the final reward. A mapping gives several named rewards at once, the parts of the final reward
+    (`rollouts.rewards.to_reward`). Raises RewardError for a value that is not a finite number up to LARGEST_REWARD.
 
         emit_reward({"format": 1.0, "answer": 0.0})
         emit_reward(0.1, name="found", about=reply.id)
@@ -152,6 +154,8 @@ class ToolSpan:
     ) -> None:
         if self.span_id and error is None:
             trace.get_current_span().set_attribute("gen_ai.tool.call.result", _text(self.result))
+        if self.span_id and isinstance(error, Exception):  # the agent may catch it, and nobody would see where it was
+            sys.stderr.write(f"tool {self._name} failed: {frames_of(error)}\n")
         self._stack.__exit__(kind, error, traceback)
 
     def __call__(self, function: Callable[P, T]) -> Callable[P, T]:

@@ -9,24 +9,24 @@ import asyncio
 import contextlib
 import fnmatch
 import logging
-import math
-import numbers
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
-
-import numpy as np
 
 from agent_lightning.buffer.breaker import last_failed_tool
 from agent_lightning.buffer.buffer import Lease
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core import types
-from agent_lightning.core.errors import EngineError, RewardError, UnknownRollout
+from agent_lightning.core.errors import AgentProcessError, EngineError, RewardConfigError, RewardError, UnknownRollout
 from agent_lightning.core.text import error_line, hide_secret
 from agent_lightning.core.types import Ending, ModelCall, Outcome, Policy, RolloutKey
-from agent_lightning.rollouts.agents import call, check, load, run_agent
+from agent_lightning.rollouts.agents import bypass_proxies, call, check, load, run_agent
 from agent_lightning.rollouts.client import Rollout, close, install
+from agent_lightning.rollouts.evidence import Printed, follow_streams, frames_of, keeping, place_of
+from agent_lightning.rollouts.rewards import read_printed, to_reward
 from agent_lightning.rollouts.supervise import FindGateway, is_healthy, wait_until_healthy
-from agent_lightning.spans.assemble import assemble, emitted_reward
+from agent_lightning.spans.assemble import assemble, emitted_rewards
 from agent_lightning.spans.tree import RawSpan
 
 logger = logging.getLogger(__name__)
@@ -45,25 +45,8 @@ class RolloutBuffer(Protocol):
     async def lease(self, num: int, timeout: float, *, deadline: float, worker: str) -> list[Lease]: ...
     async def recorded_calls(self, key: RolloutKey) -> tuple[ModelCall, ...]: ...
     async def recorded_spans(self, key: RolloutKey) -> tuple[RawSpan, ...]: ...
+    async def alarm(self, trouble: str) -> None: ...
     async def finish(self, key: RolloutKey, ending: Ending, *, failed_tool: str, retry: bool) -> None: ...
-
-
-def to_reward(value: object, reward_range: tuple[float, float]) -> float:
-    """The value as a reward: a finite number in the range. Raises RewardError.
-
-    to_reward(True, (0.0, 1.0))   # 1.0
-    to_reward("1", (0.0, 1.0))    # RewardError: the reward is a str, not a number
-    """
-    if not isinstance(value, numbers.Real | np.bool_):
-        raise RewardError(f"the reward is a {type(value).__name__}, not a number")
-    reward, (low, high) = float(value), reward_range
-    if not math.isfinite(reward):
-        raise RewardError(f"the reward is {reward}")
-    if not types.is_reward(reward):
-        raise RewardError(f"the reward {reward:g} is beyond {types.LARGEST_REWARD:g}")
-    if not low <= reward <= high:
-        raise RewardError(f"the reward {reward:g} is outside [{low:g}, {high:g}]")
-    return reward
 
 
 class RolloutWorker:
@@ -86,10 +69,12 @@ class RolloutWorker:
         agent_name: str = types.DEFAULT_AGENT,
         worker: str = "",
         find: FindGateway | None = None,
+        log: Path | None = None,
     ) -> None:
         """`policy_url` is the gateway's root. `concurrency` rollouts run at a time. `agent_name` names the agent in the
         URL of its calls. `worker` names this worker in the buffer's leases. `find` locates a gateway when this one is
-        gone; None waits for the same URL."""
+        gone; None waits for the same URL. `log` is the file in the run's folder for what agents print."""
+        follow_streams(log)
         check(agent.target, agent.mode)
         self._score = load(agent.reward) if isinstance(agent.reward, str) else agent.reward
         self._buffer, self._agent, self._worker, self._find = buffer, agent, worker, find
@@ -121,7 +106,10 @@ class RolloutWorker:
         """Run one attempt; report its ending to the buffer and, if it failed, its last tool if that had no success."""
         key, failed_tool = lease.key, ""
         try:
-            ending = await self._attempt(lease)
+            printed = Printed(key.rollout_id)
+            with keeping(printed):
+                ending = await self._attempt(lease, printed)
+            ending = replace(ending, printed=hide_secret(printed.text(), lease.secret))
             if ending.outcome is Outcome.AGENT_ERROR and not await self._reach_gateway():  # the agent is not at fault
                 error = f"no gateway answered: {ending.error}"[:300]
                 ending = replace(ending, outcome=Outcome.ENGINE_ERROR, error=error)
@@ -151,38 +139,53 @@ class RolloutWorker:
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
 
-    async def _attempt(self, lease: Lease) -> Ending:
+    async def _attempt(self, lease: Lease, printed: Printed) -> Ending:
         """Run agent and reward function; whatever they do, even an error, becomes an Ending."""
         agent, key, output = self._agent, lease.key, ""
         root = f"{self._policy_url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{lease.secret}"
         policy = Policy(version=_UNKNOWN_VERSION, base_url=f"{root}/{self._agent_name}/v1", model=self._model)
         rollout = Rollout(rollout_id=key.rollout_id, attempt=key.attempt, base_url=policy.base_url)
+        os.environ.update(bypass_proxies(os.environ, policy.base_url))
         blame = Outcome.AGENT_ERROR
         clock = asyncio.timeout(agent.timeout_s)
         try:
             async with clock:
                 try:
                     result = await run_agent(
-                        agent.target, agent.mode, lease.task, policy, rollout, instrumentors=agent.instrument
+                        agent.target, agent.mode, lease.task, policy, rollout, agent.instrument, printed
                     )
                 finally:
                     await close(rollout)
                 output = hide_secret(str(result), lease.secret)[:_LONGEST_OUTPUT]
-                blame = Outcome.BAD_REWARD
-                reward = to_reward(await self._value(lease, result), (agent.reward_min, agent.reward_max))
+                blame = Outcome.BAD_REWARD if self._score is None else Outcome.SCORER_ERROR
+                reward, parts = to_reward(await self._value(lease, result), agent)
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling() > 0:  # else the agent raised CancelledError by itself
                 raise
-            return Ending(outcome=blame, error=error_line(error, secret=lease.secret), output=output)
+            return self._failed(blame, error, lease, output)
         except Exception as error:
             if not clock.expired():
-                line = error_line(error, secret=lease.secret)
-                is_tool_error = any(fnmatch.fnmatchcase(line, pattern) for pattern in agent.tool_errors)
-                return Ending(outcome=Outcome.TOOL_ERROR if is_tool_error else blame, error=line, output=output)
+                if isinstance(error, RewardConfigError):
+                    await self._buffer.alarm(f"rollout {key.rollout_id}: {error}")
+                return self._failed(blame, error, lease, output)
         if clock.expired():  # also if the agent swallowed its cancellation
-            return Ending(outcome=Outcome.TIMEOUT, error=f"not done after {agent.timeout_s:g} s", output=output)
-        return Ending(outcome=Outcome.FINISHED, reward=reward, output=output)
+            scoring = blame is Outcome.SCORER_ERROR
+            outcome, who = (blame, "the reward function was ") if scoring else (Outcome.TIMEOUT, "")
+            return Ending(outcome=outcome, error=f"{who}not done after {agent.timeout_s:g} s", output=output)
+        outcome = Outcome.UNSCORED if reward is None else Outcome.FINISHED
+        return Ending(outcome=outcome, reward=reward, reward_parts=parts, output=output)
+
+    def _failed(self, blame: Outcome, error: BaseException, lease: Lease, output: str) -> Ending:
+        """The ending of an attempt with an error in the agent's code or in the reward function, as `blame` says."""
+        line, place, trace = error_line(error, secret=lease.secret), place_of(error), ""
+        if isinstance(error, AgentProcessError):
+            trace = hide_secret(error.trace, lease.secret) or frames_of(error, secret=lease.secret)
+        elif not isinstance(error, RewardError):
+            trace = frames_of(error, secret=lease.secret)
+        is_tool_error = any(fnmatch.fnmatchcase(line, pattern) for pattern in self._agent.tool_errors)
+        line = f"{line} ({place})" if place and trace else line
+        return Ending(outcome=Outcome.TOOL_ERROR if is_tool_error else blame, error=line, output=output, trace=trace)
 
     async def _reach_gateway(self) -> bool:
         """Whether the gateway answers. If not, wait for one, so that retries are not all used up meanwhile."""
@@ -199,13 +202,11 @@ class RolloutWorker:
         if self._score is not None:
             return await call(self._score, dict(lease.task.payload), result)
         if result is None or result == "":
-            reward = emitted_reward(lease.key, await self._buffer.recorded_spans(lease.key))
-            if reward is None:
+            rewards = emitted_rewards(lease.key, await self._buffer.recorded_spans(lease.key))
+            if not rewards:
                 raise RewardError("the agent returned nothing and emitted no reward")
-            return reward
-        if self._agent.mode == "command" and isinstance(result, str):
-            return float(result)
-        return result
+            return rewards
+        return read_printed(result) if self._agent.mode == "command" and isinstance(result, str) else result
 
     async def _finish(self, key: RolloutKey, ending: Ending, *, failed_tool: str = "", retry: bool) -> None:
         if ending.outcome is not Outcome.FINISHED:

@@ -139,6 +139,9 @@ def _trajectory(row: Mapping[str, Any]) -> types.Trajectory:
         rewards=tuple(types.Reward(key=key, **reward) for reward in row["rewards"]),
         agents=tuple(types.AgentSpan(key=key, **agent) for agent in row["agents"]),
         refused_spans=dict(row["refused_spans"]),
+        reward_parts=dict(row.get("reward_parts") or ()),
+        trace=row.get("trace") or "",
+        printed=row.get("printed") or "",
     )
 
 
@@ -165,7 +168,8 @@ def _rollout_schema() -> pyarrow.Schema:
     row |= {"step": integer, "policy_version": integer, "reward": real, "outcome": text, "error": text, "output": text}
     row |= {"started_at": real, "ended_at": real, "num_calls": integer, "calls": list_of(types.ModelCall)}
     row |= {"tools": list_of(types.ToolCall), "rewards": list_of(types.Reward), "agents": list_of(types.AgentSpan)}
-    row |= {"refused_spans": pa.map_(text, integer)}
+    row |= {"refused_spans": pa.map_(text, integer), "reward_parts": pa.map_(text, real)}
+    row |= {"trace": text, "printed": text}
     return pa.schema(list(row.items()))
 
 

@@ -26,14 +26,158 @@ from agent_lightning.learners.base import Learner, Weights
 from agent_lightning.rollouts.supervise import WatchedBuffer, watch
 from agent_lightning.run.state import STATE_FILE, Plan, State, check_conservation
 
+STEP_FAILED, RUN_STOPPED = "step_failed", "run_stopped"
+"""Reasons for which all rollouts of a step are dropped."""
+NO_SCORE = (Outcome.SCORER_ERROR, Outcome.UNSCORED)
+"""Outcomes of rollouts that nobody has scored: an evaluation leaves them out of its mean, and counts them."""
 
-class LoopBuffer(WatchedBuffer, Protocol):
-    """The part of the Buffer that the loop uses."""
+
+def count_failures(rollouts: Iterable[Trajectory]) -> Counter[str]:
+    """The rollouts that did not finish, by outcome."""
+    return Counter(rollout.outcome.value for rollout in rollouts if rollout.outcome is not Outcome.FINISHED)
+
+
+def _why(rollouts: Sequence[Trajectory]) -> str:
+    """How many rollouts failed with which outcome, and the most frequent error."""
+    counts = ", ".join(f"{count} {name}" for name, count in count_failures(rollouts).most_common())
+    errors = Counter(rollout.error for rollout in rollouts if rollout.error).most_common(1)
+    return counts + (f". Most often: {errors[0][0]}" if errors else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The rollouts of the held-out tasks, one of each."""
+
+    groups: Sequence[Group]
+
+    @property
+    def rollouts(self) -> list[Trajectory]:
+        return [rollout for group in self.groups for rollout in group.trajectories]
+
+    @property
+    def rewards(self) -> list[float]:
+        """The reward of each rollout that was scored; one that failed before it could be scored has 0."""
+        return [rollout.reward or 0.0 for rollout in self.rollouts if rollout.outcome not in NO_SCORE]
+
+    @property
+    def reward(self) -> float:
+        """The mean of `rewards`; NaN if there are none."""
+        return sum(self.rewards) / len(self.rewards) if self.rewards else math.nan
+
+    @property
+    def failed(self) -> Counter[str]:
+        return count_failures(self.rollouts)
+
+    @property
+    def failures(self) -> str:
+        """The failed rollouts in words, such as "2 of 8 failed: 2 timeout. Most often: not done after 60 s"."""
+        return f"{self.failed.total()} of {len(self.rollouts)} failed: {_why(self.rollouts)}" if self.failed else ""
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The mean of each named part of the reward."""
+        values: dict[str, list[float]] = {}
+        for rollout in self.rollouts:
+            for name, value in rollout.reward_parts.items():
+                values.setdefault(name, []).append(value)
+        return {name: sum(values[name]) / len(values[name]) for name in sorted(values)}
+
+
+class SamplerBuffer(WatchedBuffer, Protocol):
+    """The part of the Buffer that a Sampler uses."""
 
     async def admit(self, task: Task, *, split: Split, num_rollouts: int) -> str: ...
     async def take(self, num_groups: int, *, split: Split) -> list[TakenGroup]: ...
     async def advance(self, *, trained: int, dropped: Mapping[str, int]) -> None: ...
     async def cancel(self, reason: str) -> int: ...
+
+
+class SamplerObserver(Protocol):
+    """The part of the run's reporter that a Sampler uses."""
+
+    def waiting_for(self, text: str) -> None:
+        """Show what the run waits for now, such as "generate: 41/64 rollouts"; the first word names the phase."""
+
+    def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None: ...
+    def record_evaluation(self, step: int, evaluation: Evaluation) -> None: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Sampler:
+    """Runs rollouts and evaluates. `stop` may be set at any time: the running rollouts are cancelled."""
+
+    state: State
+    buffer: SamplerBuffer
+    observer: SamplerObserver
+    val_tasks: Sequence[Task]
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def generate(self, tasks: Sequence[Task], *, split: Split, num_rollouts: int) -> list[Group] | None:
+        """Admit the tasks and wait for their complete groups; None if the run was stopped meanwhile. Raises StepFailed
+        if most rollouts fail for the same reason, a reward does not fit the config, or no worker can be kept alive."""
+        for task in tasks:
+            await self.buffer.admit(task, split=split, num_rollouts=num_rollouts)
+        phase, total = ("generate" if split == "train" else "evaluate"), len(tasks) * num_rollouts
+        self.state.admitted += total if split == "train" else 0
+        taking = asyncio.ensure_future(take_groups(self.buffer, len(tasks), split=split))
+        stopping = asyncio.ensure_future(self.stop.wait())
+        ended_before = (await self.buffer.stats()).ended
+        show = self.observer.waiting_for
+        progress = watch(self.buffer, lambda stats: show(f"{phase}: {stats.ended - ended_before}/{total} rollouts"))
+        watching = asyncio.ensure_future(progress)
+        try:
+            await asyncio.wait((taking, stopping, watching), return_when=asyncio.FIRST_COMPLETED)
+            # `watch` ends, with a description of the trouble, if the rollouts cannot succeed.
+            trouble = watching.result() if watching.done() and not stopping.done() else ""
+            if taking.done():
+                trouble = trouble or (await self.buffer.stats()).trouble  # of the last rollouts
+                if not trouble:
+                    return taking.result()
+            await self.buffer.cancel(trouble or "the run was stopped")
+            groups = await taking
+            await self.abandon(groups, split, STEP_FAILED if trouble else RUN_STOPPED)
+            if trouble:
+                raise StepFailed(f"{phase}: {trouble}")
+            return None
+        finally:
+            for waiting in (taking, stopping, watching):
+                waiting.cancel()
+
+    async def evaluate(self) -> float:
+        """The mean reward over the held-out tasks, with a rollout for each; NaN if there are none, or if the run was
+        stopped meanwhile. Raises StepFailed, also if all of several rollouts fail, or none could be scored."""
+        groups = await self.generate(self.val_tasks, split="val", num_rollouts=1) if self.val_tasks else None
+        if groups is None:
+            return math.nan
+        self.observer.record_rollouts(self.state.step, self.state.version, groups)
+        evaluation = Evaluation(groups)
+        if len(groups) > 1 or not evaluation.rewards:  # that a single agent fails says nothing
+            check_failures(groups, "evaluation")
+        self.state.val_rewards.append((self.state.step, evaluation.reward))
+        self.observer.record_evaluation(self.state.step, evaluation)
+        return evaluation.reward
+
+    async def abandon(self, groups: Sequence[Group], split: Split, reason: str) -> None:
+        """Count the rollouts of groups that will not be trained. Those of a step or evaluation that failed are kept on
+        disk: they say why."""
+        if reason == STEP_FAILED:
+            self.observer.record_rollouts(self.state.step + (split == "train"), self.state.version, groups)
+        if split == "train" and (num_rollouts := sum(len(group.trajectories) for group in groups)):
+            await self.buffer.advance(trained=0, dropped={reason: num_rollouts})
+            self.state.dropped[reason] += num_rollouts
+
+
+def check_failures(groups: Sequence[Group], what: str) -> None:
+    """Raise StepFailed if all rollouts of a "step" or an "evaluation" failed: then there is nothing to learn from, and
+    no reward to report."""
+    rollouts = [rollout for group in groups for rollout in group.trajectories]
+    if rollouts and count_failures(rollouts).total() == len(rollouts):
+        raise StepFailed(f"all {len(rollouts)} rollouts of the {what} failed: {_why(rollouts)}")
+
+
+class LoopBuffer(SamplerBuffer, Protocol):
+    """The part of the Buffer that the loop uses."""
+
     async def milestone(self, step: int) -> None: ...
     async def forget_before(self, step: int) -> None: ...
 
@@ -45,14 +189,9 @@ class Board(Protocol):
     async def versions(self) -> dict[str, int]: ...
 
 
-class Observer(Protocol):
+class Observer(SamplerObserver, Protocol):
     """The loop's reporter: it shows progress, records metrics and rollouts, and decides when to checkpoint."""
 
-    def waiting_for(self, text: str) -> None:
-        """Show what the run waits for now, such as "generate: 41/64 rollouts"; the first word names the phase."""
-
-    def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None: ...
-    def record_evaluation(self, step: int, reward: float, rows: int) -> None: ...
     def record_step(self, step: int, record: Mapping[str, float]) -> None: ...
     def checkpoint_folder(self, state: State, *, force: bool) -> Path | None:
         """The folder for a checkpoint of this state, which may exist already; None if no checkpoint is due. `force`:
@@ -63,9 +202,9 @@ class Observer(Protocol):
 
 
 @dataclass(slots=True, kw_only=True)
-class Loop:
-    """The parts of a run and its progress. `stop` may be set at any time: the running rollouts are cancelled, the step
-    is abandoned, and `run` returns after a checkpoint.
+class Loop(Sampler):
+    """The parts of a run and its progress. If `stop` is set, the step is abandoned, and `run` returns after a
+    checkpoint.
 
     Training is on-policy: the rollouts of a step start after its policy version is live on every replica, and end
     before the next version is published. The loop knows protocols only, so it runs the same on plain objects in one
@@ -73,14 +212,11 @@ class Loop:
     """
 
     plan: Plan
-    state: State
     buffer: LoopBuffer
     board: Board
     learner: Learner
     observer: Observer
     train_tasks: Sequence[Task]
-    val_tasks: Sequence[Task]
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
     _saved: tuple[int, Mapping[Split, int]] | None = None
     """The step of the newest checkpoint, and the numbers of the buffer's next groups at that time."""
 
@@ -141,19 +277,14 @@ class Loop:
             try:
                 new_groups = await self.generate(tasks, split="train", num_rollouts=algorithm.rollouts_per_task)
                 groups += new_groups or []
-                rollouts = [rollout for group in groups for rollout in group.trajectories]
-                failed = _count_failures(rollouts)
-                if rollouts and failed.total() == len(rollouts):  # the step would train on nothing
-                    counts = ", ".join(f"{count} {name}" for name, count in failed.most_common())
-                    ((error, _),) = Counter(rollout.error for rollout in rollouts).most_common(1)
-                    raise StepFailed(f"all {len(rollouts)} rollouts of the step failed: {counts}. Most often: {error}")
+                check_failures(groups if new_groups else [], "step")
             except StepFailed:
                 self.state.cursor = cursor_before
-                await self._drop(groups, "step_failed")
+                await self.abandon(groups, "train", STEP_FAILED)
                 raise
             if new_groups is None:
                 self.state.cursor = cursor_before
-                await self._drop(groups, "run_stopped")
+                await self.abandon(groups, "train", RUN_STOPPED)
                 return None
             credits += [assign.assign(group, self.plan.rules) for group in new_groups]
             missing = algorithm.tasks_per_step - sum(bool(credit.samples) for credit in credits)
@@ -161,61 +292,12 @@ class Loop:
                 break
         return groups, credits
 
-    async def _drop(self, groups: Sequence[Group], reason: str) -> None:
-        """Count the rollouts of groups that were taken from the buffer and will not be trained."""
-        if num_rollouts := sum(len(group.trajectories) for group in groups):
-            await self.buffer.advance(trained=0, dropped={reason: num_rollouts})
-            self.state.dropped[reason] += num_rollouts
-
-    async def generate(self, tasks: Sequence[Task], *, split: Split, num_rollouts: int) -> list[Group] | None:
-        """Admit the tasks and wait for their complete groups; None if the run was stopped meanwhile. Raises StepFailed
-        if most rollouts fail for the same reason, or no worker can be kept alive."""
-        for task in tasks:
-            await self.buffer.admit(task, split=split, num_rollouts=num_rollouts)
-        phase, total = ("generate" if split == "train" else "evaluate"), len(tasks) * num_rollouts
-        self.state.admitted += total if split == "train" else 0
-        taking = asyncio.ensure_future(take_groups(self.buffer, len(tasks), split=split))
-        stopping = asyncio.ensure_future(self.stop.wait())
-        ended_before = (await self.buffer.stats()).ended
-        show = self.observer.waiting_for
-        progress = watch(self.buffer, lambda stats: show(f"{phase}: {stats.ended - ended_before}/{total} rollouts"))
-        watching = asyncio.ensure_future(progress)
-        try:
-            await asyncio.wait((taking, stopping, watching), return_when=asyncio.FIRST_COMPLETED)
-            if taking.done():
-                return taking.result()
-            # `watch` ends, with a description of the trouble, if the rollouts cannot succeed.
-            failed = watching.done() and not stopping.done()
-            trouble = watching.result() if failed else ""
-            await self.buffer.cancel(trouble or "the run was stopped")
-            cancelled = await taking
-            if split == "train":
-                await self._drop(cancelled, "step_failed" if failed else "run_stopped")
-            if failed:
-                raise StepFailed(f"{phase}: {trouble}")
-            return None
-        finally:
-            for waiting in (taking, stopping, watching):
-                waiting.cancel()
-
     async def publish(self) -> None:
         """Publish the learner's weights and wait until every replica serves them."""
         self.observer.waiting_for("publish")
         weights = await self.learner.publish()
         await self.board.publish(weights, self.plan.publish_timeout_s)
         self.state.version = weights.version
-
-    async def evaluate(self) -> float:
-        """The mean reward over the held-out tasks, with a rollout for each; a rollout without a reward counts as 0. NaN
-        if the run was stopped meanwhile."""
-        if (groups := await self.generate(self.val_tasks, split="val", num_rollouts=1)) is None:
-            return math.nan
-        rewards = [trajectory.reward or 0.0 for group in groups for trajectory in group.trajectories]
-        reward = sum(rewards) / len(rewards)
-        self.state.val_rewards.append((self.state.step, reward))
-        self.observer.record_rollouts(self.state.step, self.state.version, groups)
-        self.observer.record_evaluation(self.state.step, reward, len(rewards))
-        return reward
 
     async def save(self, *, force: bool = False) -> None:
         """Save a checkpoint if the observer has a folder for it and the run has changed since the last checkpoint. An
@@ -254,7 +336,7 @@ class Loop:
         dropped = _sum_counts(credit.dropped_rollouts for credit in credits)
         await self.buffer.advance(trained=trained, dropped=dropped)
         rollouts = [rollout for group in groups for rollout in group.trajectories]
-        failed = _count_failures(rollouts)
+        failed = count_failures(rollouts)
         sampled_tokens = sum(credit.sampled_tokens for credit in credits)
         trained_tokens = sum(int(sample.mask_T.sum()) for credit in credits for sample in credit.samples)
         state.trained += trained
@@ -298,8 +380,3 @@ class Clock:
 
 def _sum_counts(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
     return sum((Counter(count) for count in counts), Counter())
-
-
-def _count_failures(rollouts: Sequence[Trajectory]) -> Counter[str]:
-    """The rollouts that did not finish, by outcome."""
-    return Counter(rollout.outcome.value for rollout in rollouts if rollout.outcome is not Outcome.FINISHED)

@@ -13,6 +13,7 @@ from agent_lightning.core.errors import UserError
 from agent_lightning.core.types import Group
 from agent_lightning.run.archive import RolloutWriter
 from agent_lightning.run.live import from_environment
+from agent_lightning.run.loop import Evaluation
 from agent_lightning.run.report import Progress, RolloutCounts, StepSeconds, Summary
 from agent_lightning.run.state import State, checkpoint_folder, prune_checkpoints, write_state
 from agent_lightning.run.tracking import JsonLines, RunDirectory, Sink, TensorBoardSink, Tracker, WandbSink
@@ -44,12 +45,7 @@ class RunObserver:
         self._progress.waiting_for(text)
 
     def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
-        """Write rollouts to disk, and log the rewards of an evaluation by the values of `data.val_group_by`."""
-        field = self._config.data.val_group_by
-        is_evaluation = all(rollout.key.split == "val" for group in groups for rollout in group.trajectories)
-        if field is not None and is_evaluation:
-            self.val_reward_by = reward_by(groups, field)
-            self._tracker.log(step, {f"val/reward/{name}": reward for name, reward in self.val_reward_by.items()})
+        """Write rollouts to disk, and send them where OpenTelemetry's variables say."""
         if self._live is not None:
             self._live.send(step, groups)
         if self._writer is None:
@@ -61,10 +57,17 @@ class RunObserver:
             logger.warning("rollouts are no longer written: %s", error)
             self._writer = None
 
-    def record_evaluation(self, step: int, reward: float, rows: int) -> None:
+    def record_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Log and show the held-out reward, its parts, its values by `data.val_group_by`, and what failed."""
         self._check_folder()
-        self._tracker.log(step, {"val/reward": reward, "val/rows": float(rows)})
-        self._progress.show_evaluation(step, reward, rows)
+        if (field := self._config.data.val_group_by) is not None:
+            self.val_reward_by = reward_by(evaluation.groups, field)
+        record = {"val/reward": evaluation.reward, "val/rows": float(len(evaluation.rewards))}
+        record |= {f"val/reward/{name}": reward for name, reward in self.val_reward_by.items()}
+        record |= {f"val/reward_part/{name}": value for name, value in evaluation.parts.items()}
+        record |= {f"val/failed/{outcome}": float(count) for outcome, count in evaluation.failed.items()}
+        self._tracker.log(step, record)
+        self._progress.show_evaluation(step, evaluation.reward, len(evaluation.rewards), evaluation.failures)
 
     def record_step(self, step: int, record: Mapping[str, float]) -> None:
         self._check_folder()
@@ -93,12 +96,12 @@ class RunObserver:
 
 
 def reward_by(groups: Sequence[Group], field: str) -> dict[str, float]:
-    """The mean reward for each value of a field of the tasks; a rollout without a reward counts as 0.
+    """The mean reward for each value of a field of the tasks, over what `Evaluation.rewards` counts.
     Example: reward_by(groups, "level") -> {"easy": 0.5, "hard": 0.1}"""
-    rewards: defaultdict[str, list[float]] = defaultdict(list)
+    groups_of: defaultdict[str, list[Group]] = defaultdict(list)
     for group in groups:
-        rewards[str(group.task.payload.get(field))] += [rollout.reward or 0.0 for rollout in group.trajectories]
-    return {name: sum(rewards[name]) / len(rewards[name]) for name in sorted(rewards)}
+        groups_of[str(group.task.payload.get(field))].append(group)
+    return {name: Evaluation(groups_of[name]).reward for name in sorted(groups_of)}
 
 
 def summarize(

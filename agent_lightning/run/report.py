@@ -104,12 +104,12 @@ def report(summary: Summary, run: RunDirectory) -> RenderableType:
         headline.append(f"  (best {number(summary.val_reward_best)}, {summary.val_rows:,} rows)", style="dim")
     counts, seconds = summary.rollouts, summary.step_s
     rollouts = f"{counts.admitted:,} admitted, {counts.trained:,} trained, {sum(counts.dropped.values()):,} dropped"
-    rollouts += f": {_format_counts(counts.dropped)}" if any(counts.dropped.values()) else ""
+    rollouts += f": {format_counts(counts.dropped)}" if any(counts.dropped.values()) else ""
     phases = ", ".join(f"{name} {number(value, 1)}" for name, value in asdict(seconds).items() if name != "total")
     rows = {
         "steps": f"{summary.steps:,} in {duration(summary.wall_s)}; service ready after {duration(summary.start_s)}",
         "rollouts": rollouts,
-        "failed": _format_counts(counts.failed) or "none",
+        "failed": format_counts(counts.failed) or "none",
         "tokens": f"{summary.sampled_tokens:,} sampled, {summary.trained_tokens:,} trained",
         "log-prob gap": f"mean {number(summary.mean_abs_logprob_gap, 5)}, max {number(summary.max_abs_logprob_gap, 4)}",
         "time per step": f"{number(seconds.total, 1)} s: {phases}",
@@ -132,7 +132,7 @@ def report(summary: Summary, run: RunDirectory) -> RenderableType:
     return Group(title, Text(), headline, Text(), table)
 
 
-def _format_counts(counts: Mapping[str, int]) -> str:
+def format_counts(counts: Mapping[str, int]) -> str:
     """{"bad_reward": 1, "timeout": 3} -> "timeout 3, bad_reward 1", without counts of 0."""
     return ", ".join(f"{name} {count:,}" for name, count in Counter(counts).most_common() if count)
 
@@ -233,14 +233,16 @@ class Progress(LiveBlock):
             parts = [f"step {step}/{self._steps}", f"train {number(self._train[-1])}"]
             parts += [f"{number(record.get('time/step', math.nan), 1)} s", self._speed()]
             parts += [f"gap {number(record.get('logprob_gap/mean_abs', math.nan), 5)}"]
-            parts += [f"failed: {_format_counts(failed)}"] if failed else []
+            parts += [f"failed: {format_counts(failed)}"] if failed else []
             self.message("  ".join([*parts, f"left {duration(self._left_s())}"]))
 
-    def show_evaluation(self, step: int, reward: float, rows: int) -> None:
-        """Show the held-out reward after `step` steps."""
+    def show_evaluation(self, step: int, reward: float, rows: int, failures: str = "") -> None:
+        """Show the held-out reward after `step` steps, and the failures among its rollouts in words."""
         self._val.append((step, reward, rows))
         if self._live is None:
             self.message(f"step {step}/{self._steps}  held-out {number(reward)} on {rows:,} rows")
+        if failures:
+            self.message(f"  {failures}")
 
     def render(self) -> RenderableType:
         now = self._clock()
@@ -263,7 +265,7 @@ class Progress(LiveBlock):
         table.add_row("sampled", self._speed())
         waited = f"  {duration(now - self._waiting_since)}" if self._waiting else ""
         table.add_row("now", Text(f"{self._waiting or '-'}{waited}"))
-        table.add_row("failed", Text(_format_counts(self._failed) or "none", style="yellow" if self._failed else ""))
+        table.add_row("failed", Text(format_counts(self._failed) or "none", style="yellow" if self._failed else ""))
         width = min(self.console.width, 88)
         return Panel(table, title=Text(self._experiment, style="bold"), title_align="left", width=width, style="none")
 

@@ -8,7 +8,6 @@ parents and errors of tools come from the trace.
 from __future__ import annotations
 
 import logging
-import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -63,18 +62,17 @@ def assemble(key: RolloutKey, calls: Iterable[ModelCall], raw: Sequence[RawSpan]
         return Spans(calls=tuple(own), tools=(), refused=Counter({LOST_TRACE: len(raw) or 1}))
 
 
-def emitted_reward(key: RolloutKey, raw: Sequence[RawSpan]) -> float | None:
-    """The reward that an agent emitted about its rollout: the last reward named "reward", or else the sum of the last
-    reward of each name; None if there is none. Raises RewardError if the trace cannot be read.
+def emitted_rewards(key: RolloutKey, raw: Sequence[RawSpan]) -> dict[str, float]:
+    """The rewards that an agent emitted about its rollout: the last value of each name. Raises RewardError if the trace
+    cannot be read.
 
-    Example: format=1, answer=0, format=0.5 -> 0.5
+    Example: format=1, answer=0, format=0.5 -> {"format": 0.5, "answer": 0}
     """
     try:
         rewards = read_spans(raw, key).rewards
     except Exception as error:
         raise RewardError(f"the agent's trace cannot be read for its reward: {error_line(error)}") from error
-    last = {reward.name: reward.value for reward in rewards if not reward.about}
-    return last.get("reward", math.fsum(last.values()) if last else None)
+    return {reward.name: reward.value for reward in rewards if not reward.about}
 
 
 def _merge(key: RolloutKey, own: Sequence[ModelCall], raw: Sequence[RawSpan]) -> Spans:

@@ -29,7 +29,7 @@ from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.supervise import Workers
 from agent_lightning.rollouts.worker import RolloutWorker
-from agent_lightning.run.loop import Loop
+from agent_lightning.run.loop import Evaluation, Loop
 from agent_lightning.run.state import Plan, State, checkpoint_folder, newest_checkpoint, read_state, write_state
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
@@ -61,8 +61,8 @@ class QuietObserver:
     def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
         self.groups.extend(groups)
 
-    def record_evaluation(self, step: int, reward: float, rows: int) -> None:
-        self.evaluations.append((step, reward))
+    def record_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        self.evaluations.append((step, evaluation.reward))
 
     def record_step(self, step: int, record: Mapping[str, float]) -> None:
         self.records.append(dict(record))

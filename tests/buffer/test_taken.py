@@ -22,7 +22,7 @@ from agent_lightning.config.learning import CreditConfig
 from agent_lightning.core.errors import RewardError
 from agent_lightning.core.types import Ending, Group, Outcome, RolloutKey
 from agent_lightning.credit.assign import CreditRules, assign
-from agent_lightning.spans.assemble import LOST_TRACE, assemble, emitted_reward
+from agent_lightning.spans.assemble import LOST_TRACE, assemble, emitted_rewards
 from agent_lightning.spans.attributes import FIELDS, KINDS, PRESENT
 from agent_lightning.spans.tree import RawSpan
 
@@ -117,7 +117,7 @@ async def test_a_trace_that_cannot_be_assembled_is_lost_and_counted(broken: RawS
     check(group)
     assert group.trajectories[0].refused_spans == {LOST_TRACE: 2}
     with pytest.raises(RewardError, match="the agent's trace cannot be read for its reward"):
-        emitted_reward(KEY, [broken])
+        emitted_rewards(KEY, [broken])
 
 
 async def test_attributes_are_listed_by_number_also_if_an_index_has_five_thousand_digits() -> None:

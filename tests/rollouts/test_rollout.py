@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -18,18 +19,26 @@ from agents_for_tests import RUN_SECRET, is_alive, make_task, small_gateway
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.taken import take_groups
 from agent_lightning.config.running import AgentConfig, AgentMode
-from agent_lightning.core.errors import AgentProcessError, ConfigError, RewardError
+from agent_lightning.core.errors import AgentProcessError, ConfigError
 from agent_lightning.core.types import Outcome, Policy, Task, Trajectory
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.agents import check, load, run_agent
 from agent_lightning.rollouts.client import Rollout
-from agent_lightning.rollouts.worker import RolloutWorker, to_reward
+from agent_lightning.rollouts.worker import RolloutWorker
 
 HERE = Path(__file__).parents[1] / "support"
 FILE = f"{HERE}/agents_for_tests.py"
 POLICY = Policy(version=1, base_url="http://127.0.0.1:9/v1", model="m", sampling={"temperature": 0.5})
 
+PLACE = " (tests/support/agents_for_tests.py in does)"
+"""Where the agents raise, without the line."""
+
 ROLLOUT = Rollout(rollout_id="train-0-0", attempt=0, base_url=POLICY.base_url)
+
+
+def without_line(error: str) -> str:
+    """An error whose line in agents_for_tests.py may change, and without advice at its end."""
+    return re.sub(r"(\.py):\d+ in", r"\1 in", error).split(" and agent.reward_max")[0]
 
 
 def make_spec(target: str | Callable[..., object], mode: AgentMode = "async", **settings: object) -> AgentConfig:
@@ -250,20 +259,6 @@ async def test_daemons_that_left_their_group_are_gone_too(tmp_path: Path) -> Non
     assert await are_gone(pids)
 
 
-# Rewards.
-
-
-@pytest.mark.parametrize("value", [1, 0.0, True, np.float32(0.5), np.int64(1), np.bool_(True)])
-def test_numbers_in_the_range_are_rewards(value: object) -> None:
-    assert to_reward(value, (0.0, 1.0)) == float(value)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("value", [None, "1", float("nan"), float("inf"), 1.01, -0.1, [1.0], {"reward": 1}, 1j])
-def test_anything_else_is_not(value: object) -> None:
-    with pytest.raises(RewardError):
-        to_reward(value, (0.0, 1.0))
-
-
 # Outcomes.
 
 
@@ -273,10 +268,10 @@ def test_anything_else_is_not(value: object) -> None:
         ("return", Outcome.FINISHED, ""),
         ("true", Outcome.FINISHED, ""),
         ("numpy", Outcome.FINISHED, ""),
-        ("raise", Outcome.AGENT_ERROR, "ValueError: first line"),
-        ("raise a timeout", Outcome.AGENT_ERROR, "TimeoutError: of its own"),
-        ("raise a group", Outcome.AGENT_ERROR, "ValueError: inner"),
-        ("exit", Outcome.AGENT_ERROR, "AgentProcessError: sys.exit(3) was called"),
+        ("raise", Outcome.AGENT_ERROR, f"ValueError: first line{PLACE}"),
+        ("raise a timeout", Outcome.AGENT_ERROR, f"TimeoutError: of its own{PLACE}"),
+        ("raise a group", Outcome.AGENT_ERROR, f"ValueError: inner{PLACE}"),
+        ("exit", Outcome.AGENT_ERROR, f"AgentProcessError: sys.exit(3) was called{PLACE}"),
         ("cancel", Outcome.AGENT_ERROR, "CancelledError: no message"),
         ("hang", Outcome.TIMEOUT, "not done after 0.5 s"),
         ("refuse to stop", Outcome.TIMEOUT, "not done after 0.5 s"),
@@ -285,13 +280,13 @@ def test_anything_else_is_not(value: object) -> None:
         ("nan", Outcome.BAD_REWARD, "RewardError: the reward is nan"),
         ("infinity", Outcome.BAD_REWARD, "RewardError: the reward is inf"),
         ("string", Outcome.BAD_REWARD, "RewardError: the reward is a str, not a number"),
-        ("too much", Outcome.BAD_REWARD, "RewardError: the reward 1.5 is outside [0, 1]"),
+        ("too much", Outcome.BAD_REWARD, "RewardConfigError: the reward 1.5 is outside [0, 1]: set agent.reward_min"),
     ],
 )
 async def test_every_way_an_async_agent_can_end(do: str, outcome: Outcome, message: str) -> None:
     timeout_s = 0.5 if outcome is Outcome.TIMEOUT else 30.0
     trajectory = await run_task(make_spec(agents.does, timeout_s=timeout_s), do=do)
-    assert (trajectory.outcome, trajectory.error) == (outcome, message)
+    assert (trajectory.outcome, without_line(trajectory.error)) == (outcome, message)
     assert (trajectory.reward is None) == (outcome is not Outcome.FINISHED)
     assert len(trajectory.calls) == 1  # what was recorded stays, whatever the end
 
@@ -307,7 +302,8 @@ async def test_the_gateways_reason_names_the_outcome(outcome: Outcome) -> None:
     assert (trajectory.outcome, trajectory.error) == (outcome, f"the gateway says {outcome}")
     assert (await run_task(spec, fail=str(outcome), handles=True)).outcome is Outcome.FINISHED
     trajectory = await run_task(spec, fail=str(outcome), handles=True, own_bug=True)
-    assert (trajectory.outcome, trajectory.error) == (Outcome.AGENT_ERROR, "KeyError: 'its own bug'")
+    assert trajectory.outcome is Outcome.AGENT_ERROR
+    assert trajectory.error.startswith("KeyError: 'its own bug' (tests/support/agents_for_tests.py:")
 
 
 async def test_threads_that_hang_take_no_slot_from_others() -> None:
@@ -338,14 +334,15 @@ async def test_a_process_that_hangs_is_a_timeout_and_gone(tmp_path: Path) -> Non
     [
         (agents.score, Outcome.FINISHED, ""),
         (agents.score_async, Outcome.FINISHED, ""),
-        (agents.score_raises, Outcome.BAD_REWARD, "KeyError: 'no such answer'"),
-        (agents.score_hangs, Outcome.TIMEOUT, "not done after 0.5 s"),
+        (agents.score_raises, Outcome.SCORER_ERROR, "KeyError: 'no such answer'"),
+        (agents.score_hangs, Outcome.SCORER_ERROR, "the reward function was not done after 0.5 s"),
     ],
 )
 async def test_every_way_a_score_can_end(reward_target: Callable[..., object], outcome: Outcome, message: str) -> None:
-    timeout_s = 0.5 if outcome is Outcome.TIMEOUT else 30.0
+    timeout_s = 0.5 if reward_target is agents.score_hangs else 30.0
     trajectory = await run_task(make_spec(agents.doubles, reward=reward_target, timeout_s=timeout_s))
-    assert (trajectory.outcome, trajectory.error, trajectory.output) == (outcome, message, "6")
+    assert (trajectory.outcome, trajectory.output) == (outcome, "6")
+    assert trajectory.error.startswith(message)
 
 
 async def test_a_command_that_prints_no_number_has_no_reward() -> None:

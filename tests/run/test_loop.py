@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.types import ModelCall, Outcome, Policy, RolloutKey, Task
 from agent_lightning.credit.failures import Retries
+from agent_lightning.rollouts.client import emit_reward
 from agent_lightning.run.state import State, newest_checkpoint, read_state
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.toy.model import ToyEngine, ToyLanguage
@@ -260,10 +263,12 @@ async def test_a_resumed_run_continues_where_it_was(client: openai.AsyncOpenAI, 
 
 async def test_a_step_in_which_everything_fails_ends_the_run(client: openai.AsyncOpenAI) -> None:
     async def solve(task: Mapping[str, Any], policy: Policy) -> float:
-        await Asks(client)(task, policy)
+        reward = await Asks(client)(task, policy)
+        if "/val-" in policy.base_url:
+            return reward
         if task["answer"] in ("1", "2"):
             raise ValueError("no idea")
-        return 7.0
+        return float("nan")
 
     with pytest.raises(StepFailed) as failed:
         async with make_world(client, agent=solve) as world:
@@ -324,3 +329,101 @@ async def test_dynamic_sampling_ends_if_nothing_can_be_learned(client: openai.As
         state = await world.train(steps=1)
         await check_accounts(world)
     assert (state.step, state.trained, state.dropped) == (1, 0, {"no_spread": 3 * 32})
+
+
+# Rewards that people write, and evaluations that fail.
+
+
+async def ask_once(client: openai.AsyncOpenAI, task: Mapping[str, Any], policy: Policy) -> str:
+    await Asks(client)(task, policy)
+    return str(task["answer"])
+
+
+@pytest.mark.parametrize("way", ["score", "emitted", "returned"])
+async def test_a_reward_outside_the_range_stops_the_run_and_names_the_keys(
+    client: openai.AsyncOpenAI, way: str
+) -> None:
+    async def solve(task: Mapping[str, Any], policy: Policy) -> object:
+        output = await ask_once(client, task, policy)
+        if way == "emitted":
+            emit_reward({"format": 1.0, "answer": 1.0})
+        return {"score": output, "emitted": None, "returned": 2.0}[way]
+
+    agent = AgentConfig(target=solve, timeout_s=20.0, reward=(lambda task, output: 2) if way == "score" else None)
+    with pytest.raises(
+        StepFailed, match=r"the reward 2 is outside \[0, 1\]: set agent.reward_min and agent.reward_max"
+    ):
+        async with make_world(client, agent=agent) as world:
+            await world.train(steps=3)
+    assert world.loop.state.step == 0
+    assert any("outside [0, 1]" in t.error for group in world.observer.groups for t in group.trajectories)
+
+
+async def test_parts_of_rewards_are_weighed_and_measured(client: openai.AsyncOpenAI) -> None:
+    async def solve(task: Mapping[str, Any], policy: Policy) -> dict[str, Any]:
+        return {"answer": await Asks(client)(task, policy), "format": True}
+
+    agent = AgentConfig(target=solve, timeout_s=20.0, part_weights={"answer": 0.75, "format": 0.25})
+    async with make_world(client, agent=agent) as world:
+        state = await world.train(steps=12)
+    assert state.val_rewards[-1][1] == 1.0
+    first = world.observer.records[0]
+    assert first["reward_part/format"] == 1.0
+    assert first["train/reward"] == pytest.approx(0.75 * first["reward_part/answer"] + 0.25)
+
+
+async def test_rollouts_without_a_score_are_left_out_and_counted(client: openai.AsyncOpenAI) -> None:
+    async def score(task: Mapping[str, Any], output: float) -> float | None:
+        if task["answer"] == "1":
+            return None
+        if task["answer"] == "2":
+            raise ValueError("the scorer's own")
+        return float(output)
+
+    agent = AgentConfig(target=Asks(client), timeout_s=20.0, reward=score)
+    async with make_world(client, agent=agent) as world:
+        state = await world.train(steps=12)
+        await check_accounts(world)
+    assert state.val_rewards[-1][1] == 1.0  # of the two tasks that are scored
+    assert state.failed == {"unscored": 96, "scorer_error": 96}
+    assert (state.dropped["masked_unscored"], state.dropped["masked_scorer_error"]) == (96, 96)
+
+
+async def test_an_evaluation_that_fails_whole_stops_the_run_and_its_rollouts_are_kept(
+    client: openai.AsyncOpenAI,
+) -> None:
+    def score(task: Mapping[str, Any], output: str) -> float:
+        return float(task["anwser"] == output)
+
+    agent = AgentConfig(target=partial(ask_once, client), timeout_s=20.0, reward=score)
+    with pytest.raises(StepFailed) as failed:
+        async with make_world(client, agent=agent) as world:
+            await world.train(steps=3)
+    line = (
+        r"all 4 rollouts of the evaluation failed: 4 scorer_error. Most often: KeyError: 'anwser' \(tests/run/test_loop"
+    )
+    assert re.match(line, str(failed.value))
+    kept = [t for group in world.observer.groups for t in group.trajectories]
+    assert len(kept) == 4
+    assert all("in score" in t.trace for t in kept)
+
+
+async def test_the_rollouts_of_a_failed_step_are_kept(client: openai.AsyncOpenAI) -> None:
+    async def solve(task: Mapping[str, Any], policy: Policy) -> float:
+        reward = await Asks(client)(task, policy)
+        if "/train-" in policy.base_url:
+            raise ValueError("only in training")
+        return reward
+
+    with pytest.raises(StepFailed, match=r"all 32 rollouts of the step failed: 32 agent_error. Most often: ValueError"):
+        async with make_world(client, agent=solve) as world:
+            await world.train(steps=3)
+    splits = Counter(t.key.split for group in world.observer.groups for t in group.trajectories)
+    assert splits == {"val": 4, "train": 32}
+
+
+async def test_a_run_without_held_out_tasks_trains_and_evaluates_nothing(client: openai.AsyncOpenAI) -> None:
+    async with make_world(client) as world:
+        world.loop.val_tasks = ()
+        state = await world.train(steps=2)
+    assert (state.step, state.val_rewards, world.observer.evaluations) == (2, [], [])

@@ -24,6 +24,7 @@ from agent_lightning.config.running import TrackingConfig
 from agent_lightning.core.errors import DataError, UserError
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 from agent_lightning.run.archive import RolloutWriter, read_rollouts
+from agent_lightning.run.loop import Evaluation
 from agent_lightning.run.observer import RunObserver
 from agent_lightning.run.plots import plot_learning_curve, read_metrics, smooth
 from agent_lightning.run.report import (
@@ -527,7 +528,7 @@ def test_held_out_reward_is_reported_by_the_values_of_a_field(tmp_path: Path) ->
     observer = RunObserver(config=config, run=run, progress=Progress("calc_x", steps=1, console=Console(quiet=True)))
     observer.record_rollouts(0, 0, groups("train"))
     assert observer.val_reward_by == {}
-    observer.record_rollouts(3, 0, groups("val"))
+    observer.record_evaluation(3, Evaluation(groups("val")))
     observer.close()
     assert observer.val_reward_by == {"easy": 0.5, "hard": 1.0}
     logged = json.loads(run.metrics.read_text())
@@ -543,7 +544,7 @@ def test_a_run_whose_folder_is_removed_says_so_at_the_next_step(tmp_path: Path) 
     observer = RunObserver(config=config, run=run, progress=Progress("calc_x", steps=1, console=Console(quiet=True)))
     observer.record_step(1, {})
     shutil.move(run.path, tmp_path / "elsewhere")
-    for record in (lambda: observer.record_step(2, {}), lambda: observer.record_evaluation(2, 0.5, 1)):
+    for record in (lambda: observer.record_step(2, {}), lambda: observer.record_evaluation(2, Evaluation([]))):
         with pytest.raises(UserError, match=f"{run.path} was removed or renamed"):
             record()
     observer.close()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_lightning.core.types import ModelCall, RolloutKey, ToolStatus
-from agent_lightning.spans.assemble import assemble, emitted_reward
+from agent_lightning.spans.assemble import assemble, emitted_rewards
 from agent_lightning.spans.tree import RawSpan
 
 KEY = RolloutKey(split="train", group=0, index=0)
@@ -163,15 +163,17 @@ def test_a_reward_may_name_what_it_is_about_by_any_id() -> None:
 @pytest.mark.parametrize(
     ("given_rewards", "expected"),
     [
-        ([], None),
-        ([("reward", 0.5, "")], 0.5),
-        ([("reward", 0.5, ""), ("reward", 1.0, "")], 1.0),
-        ([("format", 1.0, ""), ("answer", 0.0, ""), ("format", 0.5, "")], 0.5),
-        ([("reward", 0.25, ""), ("format", 1.0, "")], 0.25),
-        ([("reward", 1.0, "chat-0")], None),
+        ([], {}),
+        ([("reward", 0.5, "")], {"reward": 0.5}),
+        ([("reward", 0.5, ""), ("reward", 1.0, "")], {"reward": 1.0}),
+        ([("format", 1.0, ""), ("answer", 0.0, ""), ("format", 0.5, "")], {"format": 0.5, "answer": 0.0}),
+        ([("reward", 0.25, ""), ("format", 1.0, "")], {"reward": 0.25, "format": 1.0}),
+        ([("reward", 1.0, "chat-0")], {}),
     ],
 )
-def test_the_reward_that_an_agent_emitted(given_rewards: list[tuple[str, float, str]], expected: float | None) -> None:
+def test_the_rewards_that_an_agent_emitted(
+    given_rewards: list[tuple[str, float, str]], expected: dict[str, float]
+) -> None:
     spans = [
         RawSpan(
             span_id=str(n),
@@ -182,7 +184,7 @@ def test_the_reward_that_an_agent_emitted(given_rewards: list[tuple[str, float, 
         )
         for n, (name, value, about) in enumerate(given_rewards)
     ]
-    assert emitted_reward(KEY, spans) == expected
+    assert emitted_rewards(KEY, spans) == expected
 
 
 # Properties -----------------------------------------------------------------------------------------------------------

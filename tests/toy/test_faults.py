@@ -38,7 +38,6 @@ FAULTS = {
     "nan": Outcome.BAD_REWARD,
     "none": Outcome.BAD_REWARD,
     "text": Outcome.BAD_REWARD,
-    "too much": Outcome.BAD_REWARD,
     "ask nothing": Outcome.NO_MODEL_CALL,
     "ask too long": Outcome.OVERLONG_PROMPT,
     "ask nonsense": Outcome.AGENT_ERROR,
@@ -83,8 +82,6 @@ class Agent:
                 return None
             case "text":
                 return answer
-            case "too much":
-                return 2.0
             case "ask too long":
                 await self.ask(policy, "word " * 1000)
             case "ask nonsense":
