@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-examples venv-crewai venv-clients train test test-pure test-slow chaos audit check bench lock clean
+.PHONY: help venv venv-examples venv-crewai venv-clients browser train test test-pure test-slow chaos audit check bench lock clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --durations=10 --durations-min=1
@@ -25,10 +25,13 @@ venv-clients: venv venv-crewai ## .venv-clients and Node packages: the clients t
 	@if command -v npm > /dev/null; then cd tests/clients/node && { cmp -s package-lock.json node_modules/.locked || \
 	  { npm ci --silent --no-audit --no-fund && cp package-lock.json node_modules/.locked; }; }; fi
 
+browser: ## Chromium for the tests of `agl view`, by Debian's packages; they are skipped where it is missing
+	@bash scripts/browser.sh
+
 train: venv ## train the tiny policy on a CPU: make train ARGS="seed=1 steps=20"
 	$(BIN)/agl train experiment=calc_tiny $(ARGS)
 
-test: venv-examples venv-clients ## all tests but those marked slow or gpu
+test: venv-examples venv-clients browser ## all tests but those marked slow or gpu
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-pure: venv-examples ## the tests that start no Ray: seconds

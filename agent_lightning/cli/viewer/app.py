@@ -38,8 +38,8 @@ from agent_lightning.sweeps.plan import SweepFolder, best_of
 HERE: Final = Path(__file__).parent
 COOKIE: Final = "agl_view"
 POLICY: Final = (
-    "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self';"
-    " base-uri 'none'; frame-ancestors 'none'"
+    "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self';"
+    " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 """The content security policy: what a rollout holds is shown as text, and no markup of it can run or load anything."""
 LOOK_SECONDS: Final = 1.0

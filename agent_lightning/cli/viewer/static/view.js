@@ -15,8 +15,8 @@ function move(by) {
   all[next].scrollIntoView({ block: "nearest" });
 }
 
-function go(selector) {
-  const link = document.querySelector(selector);
+function go(...selectors) {
+  const link = selectors.map((selector) => document.querySelector(selector)).find((item) => item);
   if (link) link.click();
 }
 
@@ -30,7 +30,7 @@ document.addEventListener("keydown", (event) => {
   else if (event.key === "k") move(-1);
   else if (event.key === "[") go("[data-previous], [rel=prev]");
   else if (event.key === "]") go("[data-next], [rel=next]");
-  else if (event.key === "u") go("[data-up], .brand");
+  else if (event.key === "u") go("[data-up]", ".brand");
   else if (event.key === "/") { const search = document.getElementById("search"); if (search) { search.focus(); event.preventDefault(); } }
 });
 

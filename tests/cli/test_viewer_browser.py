@@ -1,0 +1,152 @@
+"""The viewer's pages in a real Chromium: no error in the console, keys and filters work, readable, and accessible."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optional import needs
+from viewer_runs import group, write_library, write_run
+
+from agent_lightning.run.archive import RolloutWriter
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    needs("playwright", "axe_playwright_python"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH; `make browser` installs it"),
+]
+PAGES = [
+    *("/", "/compare?run=finished&run=failed", "/sweep/sweep-calc_tiny", "/run/finished", "/run/failed"),
+    *("/run/finished/rollouts", "/run/finished/group/train-4", "/run/finished/rollout/train-4-0"),
+    *("/run/finished/tokens/train-4-0", "/run/finished/tokens/val-0-0?colour=logprob", "/run/finished/tools"),
+    *("/run/finished/tasks", "/run/finished/task/task-0", "/run/hostile/rollout/train-4-0", "/run/nowhere"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_library(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def address(runs: Path) -> Iterator[str]:
+    command = [sys.executable, "-m", "agent_lightning.cli", "view", str(runs)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.terminate()
+
+
+@pytest.fixture(scope="module")
+def context(address: str) -> Iterator[Any]:
+    """A browser that has opened the address which the command printed."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        context = browser.new_context(base_url=address.partition("/?")[0])
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        context.new_page().goto(address)
+        yield context
+        browser.close()
+
+
+@pytest.fixture
+def page(context: Any) -> Iterator[Any]:
+    """A new page. A test fails if its console shows an error, or if its content ran as a script."""
+    page = context.new_page()
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    yield page
+    assert page.title() != "owned"
+    page.close()
+    assert [problem for problem in problems if "404" not in problem] == []
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_pages_are_readable_at_any_width_and_accessible(page: Any, path: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    for width in (400, 1600):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.goto(path)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{path} is wider than {width} pixels"
+    findings = Axe().run(page).response["violations"]
+    serious = [
+        (found["id"], found["nodes"][0]["html"]) for found in findings if found["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+
+
+def test_links_filters_and_keys(page: Any) -> None:
+    page.goto("/")
+    page.click("a.open[href='/run/finished']")
+    page.click("a:has-text('Rollouts')")
+    page.select_option("select[name=outcome]", "engine_error")
+    page.click("button:has-text('Filter')")
+    assert page.locator("tbody tr").count() == 3
+    assert "outcome=engine_error" in page.url
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    assert page.locator("tr.at").count() == 1
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/rollout/**")
+    here = page.inner_text("[data-previous]").strip("[ ")
+    page.keyboard.press("[")
+    page.wait_for_url(f"**/rollout/{here}")
+    page.keyboard.press("u")
+    page.wait_for_url("**/group/**")
+    page.goto("/run/finished")
+    page.locator("svg a").first.click(force=True)
+    page.wait_for_url("**/rollouts?split=*step=*")
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "search"
+
+
+def test_ticked_runs_are_compared(page: Any) -> None:
+    page.goto("/")
+    page.check("input[value=finished]")
+    page.check("input[value=failed]")
+    page.click("button:has-text('Compare')")
+    assert "2 runs compared" in page.inner_text("h1")
+
+
+def test_copies_and_tips(page: Any) -> None:
+    page.goto("/run/finished/rollout/train-4-0")
+    page.click("button:has-text('Copy as agl explain')")
+    assert page.evaluate("navigator.clipboard.readText()").endswith("train-4-0 --tokens")
+    page.goto("/run/finished/tokens/train-4-0")
+    page.hover(".tokens .tok >> nth=0")
+    assert "log-probability" in page.inner_text("#tip")
+    assert "weight 1/12" in page.inner_text("#tip")
+
+
+def test_a_running_run_shows_what_it_writes(page: Any, runs: Path) -> None:
+    path = write_run(runs, "running", steps=1)
+    (path / "summary.json").unlink()
+    (path / "journal").mkdir()
+    with (path / "journal" / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        page.goto("/run/running/rollouts")
+        assert "running" in page.inner_text("header")
+        assert "24 of 24" in page.inner_text("h1")
+        RolloutWriter(path / "rollouts").write(2, 1, [group("train", 50, [1.0, 0.0])])
+        page.locator("h1:has-text('26 of 26')").wait_for(timeout=20_000)
+
+
+def test_the_file_for_colleagues_opens_without_a_server(page: Any, runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run.html"
+    command = [sys.executable, "-m", "agent_lightning.cli", "view", str(runs / "hostile"), "--out", str(out)]
+    subprocess.run(command, check=True)
+    page.goto(out.as_uri())
+    assert page.locator("section.page:visible").count() == 1
+    page.click("nav.tabs a >> nth=0")
+    page.click("section:visible a:has-text('tokens') >> nth=0")
+    assert "Tokens of" in page.inner_text("section:visible h1")
