@@ -23,7 +23,7 @@ from agent_lightning.cli import FAILED, STOPPED
 from agent_lightning.config.load import Config, load, reload, to_yaml
 from agent_lightning.core import ray_private
 from agent_lightning.core.errors import PartDied, StepFailed, UserError
-from agent_lightning.core.types import Split, Task
+from agent_lightning.core.types import Policy, Split, Task
 from agent_lightning.credit.air import Air, Signal
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.launch import backend, checks, launch, placement
@@ -43,7 +43,7 @@ from agent_lightning.run.state import (
     read_state,
 )
 from agent_lightning.run.tasks import TaskCursor
-from agent_lightning.run.tracking import RunDirectory, take_folder
+from agent_lightning.run.tracking import RunDirectory, new_folder, take_folder
 from agent_lightning.sweeps.plan import SweepFolder, hydra_words, plan_sweep, trial_words
 from agent_lightning.sweeps.view import SweepView, finish_sweep, sweep_report
 
@@ -310,19 +310,26 @@ async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) 
 
 
 async def serve(overrides: Sequence[str]) -> int:
-    """`agl serve`: gateway and policy alone, until Ctrl-C. Prints the base URLs for an agent. Returns the exit code."""
+    """`agl serve`: gateway and policy alone, until Ctrl-C. Prints the base URLs for an agent, and where its calls are
+    written. Returns the exit code."""
     config, stop, console, started = load(overrides), asyncio.Event(), Console(), time.monotonic()
+    checks.require(config)  # before there is a folder
+    stem = f"serve-{config.experiment}-{time.strftime('%Y%m%d-%H%M%S')}"
+    calls = new_folder(storage.local_root(config.runs_dir), stem) / "calls.jsonl"
     with _stop_signals(stop) as install:
-        async with launch.system(config, train=False, workers=0) as system:
+        async with launch.system(config, train=False, workers=0, calls=calls) as system:
             install()
-            ready = f"ready after {time.monotonic() - started:.0f} s; stop with Ctrl-C\n"
-            # A rollout that stays open: every call under its URL is recorded as one of its calls.
+            # A rollout that stays open: its URL and secret are the agent's.
             await system.buffer.admit(Task(task_id="serve", payload={}), split="val", num_rollouts=1)
             (lease,) = await system.buffer.lease(1, 10.0)
             key = lease.key
             url = f"{system.service.url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{lease.secret}/agent/v1"
+            policy = Policy(version=0, base_url=url, model="policy", api_key="any")
+            ready = f"ready after {time.monotonic() - started:.0f} s, without end; stop with Ctrl-C"
             console.print(f"serving {config.model.path} as [b]policy[/b], {ready}")
-            exports = (f"OPENAI_BASE_URL={url}", "OPENAI_API_KEY=any", f"ANTHROPIC_BASE_URL={url.removesuffix('/v1')}")
-            console.print("".join(f"export {text}\n" for text in exports), soft_wrap=True, highlight=False)
+            written = "each call with its messages, reply and tokens; spans of traces are taken and not kept"
+            console.print(f"records {written}: {calls}\n", soft_wrap=True, highlight=False)
+            exports = (f"export {name}={value}\n" for name, value in policy.environment().items())
+            console.print("".join(exports), soft_wrap=True, highlight=False)
             await stop.wait()
     return 0

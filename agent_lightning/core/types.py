@@ -146,8 +146,19 @@ class Policy:
 
     @property
     def anthropic_base_url(self) -> str:
-        """The same endpoint for Anthropic's client libraries, which add /v1 themselves."""
+        """The same endpoint for the client libraries of Anthropic and Google, which add /v1 and /v1beta themselves."""
         return self.base_url.removesuffix("/v1")
+
+    def environment(self) -> dict[str, str]:
+        """The variables in which OpenAI's, Anthropic's and Google's client libraries look for a URL and a key."""
+        return {
+            "OPENAI_BASE_URL": self.base_url,
+            "OPENAI_API_KEY": self.api_key,
+            "ANTHROPIC_BASE_URL": self.anthropic_base_url,
+            "ANTHROPIC_API_KEY": self.api_key,
+            "GOOGLE_GEMINI_BASE_URL": self.anthropic_base_url,
+            "GEMINI_API_KEY": self.api_key,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

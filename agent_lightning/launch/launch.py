@@ -26,6 +26,7 @@ from agent_lightning.launch import backend, checks, placement
 from agent_lightning.learners.base import Learner
 from agent_lightning.rollouts.supervise import Workers, wait_until_healthy
 from agent_lightning.rollouts.worker import RolloutWorker
+from agent_lightning.run.call_log import CallLog
 from agent_lightning.run.state import State
 from agent_lightning.serving.policy import PolicyBoard
 
@@ -48,7 +49,13 @@ class System:
 
 @asynccontextmanager
 async def system(
-    config: Config, *, train: bool, workers: int, journal: Path | None = None, resumed: State | None = None
+    config: Config,
+    *,
+    train: bool,
+    workers: int,
+    journal: Path | None = None,
+    resumed: State | None = None,
+    calls: Path | None = None,
 ) -> AsyncIterator[System]:
     """Start all parts of a run, and stop them at the end of the block, however it ends.
 
@@ -60,6 +67,7 @@ async def system(
         workers: the number of rollout workers on all nodes together.
         journal: the folder of the buffer's journal; None: the buffer keeps its rollouts in memory only.
         resumed: the state of the checkpoint from which the run continues.
+        calls: the file to which the gateway writes model calls, without end, in place of the buffer.
     """
     model = checks.require(config).model
     ray_private.prepare_environment()
@@ -81,7 +89,7 @@ async def system(
             name=name,
             config=_deployment(config, model, port),
             gateway=_gateway(config, model, run_secret),
-            recorder=buffer,
+            recorder=buffer if calls is None else actors.spawn(CallLog, calls.absolute(), options=here),
             board=board,
             replica=backend.choose(config).replica(),
         )

@@ -105,10 +105,10 @@ async def run_agent(
         command  any executable                     SIGKILL to its process tree    yes
 
     A thread cannot be killed in Python: an agent that may hang forever belongs in a process.
-    Processes and commands get the policy in OPENAI_BASE_URL and OPENAI_API_KEY (or ANTHROPIC_BASE_URL and
-    ANTHROPIC_API_KEY) and AGL_MODEL, which most agents already read; their rollout in AGL_ROLLOUT_ID and AGL_ATTEMPT;
-    and the address for traces in OpenTelemetry's own variables. A function may therefore take `payload` alone. A
-    command reads the payload as JSON from stdin and from AGL_TASK, and its result is the last line that it prints.
+    Processes and commands get the policy in AGL_MODEL and the variables that client libraries read
+    (`Policy.environment`); their rollout in AGL_ROLLOUT_ID and AGL_ATTEMPT; and the address for traces in
+    OpenTelemetry's own variables. A function may therefore take `payload` alone. A command reads the payload as JSON
+    from stdin and from AGL_TASK, and its result is the last line that it prints.
     `instrumentors` are turned on in mode process; in the other modes the caller turns them on. `printed` gets what a
     process or command prints. Whatever proxy is set, HTTP clients reach the policy without it (`bypass_proxies`).
 
@@ -120,8 +120,7 @@ async def run_agent(
         function = load(agent) if isinstance(agent, str) else agent
         with inside(rollout):
             return await call(function, *_arguments(function, payload, policy))
-    env = os.environ | rollout.environment() | {"OPENAI_API_KEY": policy.api_key, "AGL_MODEL": policy.model}
-    env |= {"ANTHROPIC_BASE_URL": policy.anthropic_base_url, "ANTHROPIC_API_KEY": policy.api_key}
+    env = os.environ | policy.environment() | rollout.environment() | {"AGL_MODEL": policy.model}
     env |= bypass_proxies(env, policy.base_url)
     show = (printed or Printed(rollout.rollout_id)).write
     if mode == "command":

@@ -33,6 +33,7 @@ from agent_lightning.serving.bodies import Reader
 from agent_lightning.serving.calls import Attempt, Call, Recorder
 from agent_lightning.serving.dialects.base import BadRequest, Dialect
 from agent_lightning.serving.dialects.chat import ChatCompletions, Completions
+from agent_lightning.serving.dialects.google import Google
 from agent_lightning.serving.dialects.messages import Messages
 from agent_lightning.serving.dialects.responses import Responses
 from agent_lightning.serving.engine import Completion, Part, Refusal, engine_error
@@ -48,6 +49,7 @@ DIALECTS: Mapping[str, Dialect] = {
     "responses": Responses(),
     "messages": Messages(),
     "messages/count_tokens": Messages(),
+    **dict.fromkeys(paths.GOOGLE, Google()),
 }
 """The formats that agents speak, by their endpoints."""
 _MAX_ATTEMPTS = 16_384
@@ -124,7 +126,8 @@ class Gateway:
         segments = paths.split(request.scope)
         if "rollout" not in segments and segments[-1:] == ["health"]:
             return JSONResponse({"status": "ok", "model": self._config.model})
-        dialect = DIALECTS["messages" if "anthropic-version" in request.headers else "chat/completions"]
+        signs = {"anthropic-version": "messages", "x-goog-api-key": "generateContent"}
+        dialect = DIALECTS[next((signs[name] for name in signs if name in request.headers), "chat/completions")]
         try:
             route = paths.find(segments)
             dialect = DIALECTS.get(route.endpoint, dialect)
@@ -148,6 +151,8 @@ class Gateway:
         if request.method not in route.methods:
             message = f"/{route.path[:200]} takes {route.methods[0]}, not {request.method[:20]}"
             raise BadRequest(message, "method_not_allowed", 405)
+        if route.fields.get("stream") and request.query_params.get("alt") != "sse":
+            raise BadRequest("streamGenerateContent gives server-sent events: add ?alt=sse", "unsupported", param="alt")
         if route.endpoint == paths.MODELS:
             return _models(route.fields.get("model"), self._config.model)
         attempt = self._attempts.setdefault(route.key, Attempt(route.key, route.secret))
@@ -192,7 +197,7 @@ class Gateway:
             dialect=dialect,
             context=context,
             stream=dialect.stream(context),
-            is_token_count=route.endpoint == paths.COUNT_TOKENS,
+            is_token_count=route.endpoint in paths.COUNT_TOKENS,
         )
 
     async def _answer(self, call: Call, answer: Answer) -> None:
@@ -233,7 +238,7 @@ class Gateway:
             if isinstance(completion, Refusal):
                 return completion
             if call.is_token_count:
-                answer.respond(JSONResponse({"input_tokens": completion.choices[0].prompt_T.size}))
+                answer.respond(JSONResponse(call.dialect.count(completion.choices[0].prompt_T.size)))
                 return None
             await answer.attended()
             # Shielded: a call that was sampled to its end is recorded, even if the agent goes away at this moment.

@@ -18,7 +18,9 @@ from urllib.parse import unquote_to_bytes
 from agent_lightning.core.types import RolloutKey
 from agent_lightning.serving.dialects.base import BadRequest
 
-TRACES, MODELS, COUNT_TOKENS = "traces", "models", "messages/count_tokens"
+TRACES, MODELS = "traces", "models"
+GOOGLE = ("generateContent", "streamGenerateContent", "countTokens")
+COUNT_TOKENS = ("messages/count_tokens", "countTokens")
 _LONGEST = 512
 _ENDPOINT = re.compile(
     r"(?:(?:v\d+(?:(?:alpha|beta)\d*)?|openai)/)*"

@@ -101,6 +101,10 @@ class Dialect(ABC):
     def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
         """The JSON of an answer in one piece."""
 
+    def count(self, tokens: int) -> dict[str, Any]:
+        """The JSON of a count of a prompt's tokens; Anthropic's, if the dialect has no form of its own."""
+        return {"input_tokens": tokens}
+
     def error(self, refusal: Refusal) -> dict[str, Any]:
         """The JSON of an error; OpenAI's, if the dialect has no form of its own."""
         return refusal.body()

@@ -231,7 +231,7 @@ class Responses(Dialect):
                         messages.append(turn := {"role": "assistant", "content": None})
                     function = {"name": item.name, "arguments": item.arguments}
                     call = {"id": item.call_id, "type": "function", "function": function}
-                    turn["tool_calls"] = [*turn.get("tool_calls", ()), call]
+                    turn.setdefault("tool_calls", []).append(call)
                 case "function_call_output":
                     messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _content(item.output)})
                 case "reasoning":
