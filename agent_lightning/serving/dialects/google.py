@@ -265,8 +265,8 @@ def _generation(config: Mapping[str, Any]) -> dict[str, Any]:
         del given["responseModalities"]
     for name in given.keys() - _SAMPLING.keys() - set(_TRANSLATED):
         raise BadRequest(f"generationConfig.{name} is not supported", "unsupported", param=f"generationConfig.{name}")
-    whole = {name: int(v) if isinstance(v, float) and v == int(v) else v for name, v in given.items()}  # 40.0 is 40
-    chat: dict[str, Any] = {field: whole[name] for name, field in _SAMPLING.items() if name in whole}
+    values = {name: int(v) if isinstance(v, float) and v == int(v) else v for name, v in given.items()}  # 40.0 is 40
+    chat: dict[str, Any] = {field: values[name] for name, field in _SAMPLING.items() if name in values}
     budget = as_mapping(given.get("thinkingConfig")).get("thinkingBudget")
     if budget is not None:
         chat["chat_template_kwargs"] = {"enable_thinking": budget != 0}
