@@ -26,6 +26,7 @@ from agent_lightning.core.errors import PartDied, StepFailed, UserError
 from agent_lightning.core.types import Policy, Split, Task
 from agent_lightning.credit.air import Air, Signal
 from agent_lightning.credit.assign import CreditRules
+from agent_lightning.credit.states import StateKey
 from agent_lightning.launch import backend, checks, launch, placement
 from agent_lightning.rollouts.agents import load as load_target
 from agent_lightning.rollouts.supervise import watch
@@ -184,12 +185,15 @@ def make_plan(config: Config) -> Plan:
 def credit_rules(config: Config) -> CreditRules:
     """The rules of credit, as the config says. Raises ConfigError, also if a signal of AIR cannot be loaded."""
     signals = tuple(cast(Signal, load_target(target)) for target in config.air.signals)
+    own_key = config.credit.state_key if ":" in config.credit.state_key else None
     return CreditRules(
         credit=config.credit,
         failures=config.algorithm.failures,
         air=Air(config.air, signals) if config.air.enabled else None,
         agents=config.agent.trained,
         reward_range=config.agent.reward_range,
+        bound=config.air.bound,
+        state_key=cast(StateKey, load_target(own_key)) if own_key is not None else None,
         max_tokens=config.model.max_len,
     )
 

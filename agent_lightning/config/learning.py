@@ -167,7 +167,7 @@ class CreditConfig(Section):
 
     method: Method = "identical"
     """identical: every call has its rollout's advantage (LightningRL); return_to_go: a call has what it and later calls
-    earned; same_state: identical, and calls with the same prompt are compared (GiGPO); gae: a critic (PPO)."""
+    earned; same_state: identical, and calls in the same state are compared (GiGPO); gae: a critic (PPO)."""
     scale: Scale = "std"
     """Divisor of advantages: std of the group (GRPO), none (Dr. GRPO); batch: whitened over the step (REINFORCE++)."""
     baseline: Baseline = "mean"
@@ -175,7 +175,14 @@ class CreditConfig(Section):
     discount: Share = 1.0
     """Discount for each model call, of return_to_go and same_state; for each step of gae."""
     state_weight: NotNegative = 1.0
-    """Weight of the advantage among calls with the same prompt; only same_state reads it."""
+    """Weight of the advantage among calls in the same state; only same_state reads it."""
+    state_key: str = "shown"
+    """What the same state is, of one agent: shown: what it was shown last, such as a tool's result; tools: the tools
+    used so far, with their results; prompt: the entire prompt; or "path/to/file.py:function" of your own, from an
+    attempt to a key for each of its calls. Only same_state reads it."""
+    emitted: Literal["bounded", "trusted", "ignored"] = "bounded"
+    """Rewards that an agent emits about its own calls and tools: bounded: with those of air within air.bound, so that
+    they cannot outweigh the final reward; trusted: as they are; ignored: not at all, and agent.reward must be set."""
     reward_weights: dict[str, float] = Field(default_factory=dict)
     """Weights of the rewards that an agent emits about its calls and tools, by name; a name that is not here has 1."""
     gae_lambda: Share = 0.95
@@ -204,6 +211,12 @@ class CreditConfig(Section):
             raise ConfigError("credit.discount: credit.method=identical does not read it; choose another method")
         if self.state_weight != 1 and method != "same_state":
             raise ConfigError(f"credit.state_weight: credit.method={method} does not read it; only same_state does")
+        if method != "same_state" and self.state_key != "shown":
+            raise ConfigError(f"credit.state_key: credit.method={method} does not read it; only same_state does")
+        if self.state_key not in ("shown", "tools", "prompt") and ":" not in self.state_key:
+            raise ConfigError(
+                f"credit.state_key={self.state_key}: use shown, tools, prompt, or path/to/file.py:function"
+            )
         for key, changed in (("gae_lambda", self.gae_lambda != 0.95), ("gae_level", self.gae_level != "token")):
             refuse_unread(f"credit.{key}", changed and method != "gae", "only credit.method=gae does")
         return self
@@ -270,7 +283,8 @@ class AirConfig(Section):
     form: AirForm = "sum"
     """sum adds the rewards; potential is a shaping that leaves the best policy the best."""
     bound: Positive = 0.3
-    """Most that all rules together may give or take in a rollout, as a share of the final reward's range; below 0.5."""
+    """Most that all rules together, and rewards that the agent emits, may give or take in a rollout, as a share of the
+    final reward's range; below 0.5."""
     rules: tuple[RuleConfig, ...] = DEFAULT_RULES
     """The first rule that applies to an event counts. A list given here replaces the default rules."""
     signals: tuple[str, ...] = ()
@@ -281,7 +295,7 @@ class AirConfig(Section):
         if self.bound >= 0.5:
             why = "from half of the final reward's range on, a failed rollout could be worth more than a good one"
             raise ConfigError(f"air.bound={self.bound}: must be above 0 and below 0.5: {why}")
-        if not self.enabled and (self.form, self.bound, self.rules, self.signals) != ("sum", 0.3, DEFAULT_RULES, ()):
+        if not self.enabled and (self.form, self.rules, self.signals) != ("sum", DEFAULT_RULES, ()):
             raise ConfigError("air: its keys are set but it is off; add air.enabled=true, or credit=air")
         return self
 

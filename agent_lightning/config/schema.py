@@ -91,6 +91,10 @@ class Config(Section):
                 raise ConfigError("credit: a toy model has no critic and does not normalise over a step; choose others")
         unread = self.credit.method != "gae" and self.critic != learning.CriticConfig()
         learning.refuse_unread("critic", unread, "only credit.method=gae has a critic")
+        if self.credit.emitted == "ignored" and self.agent.reward is None:
+            raise ConfigError(
+                "credit.emitted=ignored: the agent is not trusted, so agent.reward must score what it does"
+            )
         if self.credit.compares:
             self.algorithm.check_groups()
         if self.sampling.seeded and self.serving.gateways not in (None, 1):

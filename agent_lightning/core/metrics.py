@@ -65,6 +65,14 @@ def merge(*records: Metrics) -> dict[str, Mean | Sum | Max]:
     return merged
 
 
+def keep_most_counted(metrics: Metrics, prefix: str, limit: int) -> dict[str, Mean | Sum | Max]:
+    """The metrics without the means below a prefix that are of the fewest values, so that `limit` of them are left.
+    Names that an agent chooses go through it: one agent must not fill a run's metrics with names of its own."""
+    means = {name: metric for name, metric in metrics.items() if name.startswith(prefix) and isinstance(metric, Mean)}
+    kept = set(sorted(means, key=lambda name: (-means[name].count, len(name), name))[:limit])
+    return {name: metric for name, metric in metrics.items() if name in kept or name not in means}
+
+
 def values(metrics: Metrics) -> dict[str, float]:
     """Each metric as a plain number."""
     return {name: metric.value for name, metric in metrics.items()}

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from itertools import accumulate
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agent_lightning.config.learning import AirConfig, RuleConfig
 from agent_lightning.core.errors import ConfigError
@@ -95,14 +96,20 @@ class Air:
             if reward_T.shape != raw_T.shape or not np.isfinite(reward_T).all():
                 raise ConfigError(f"air.signals: {name} must return {raw_T.size} finite numbers, one for each call")
             raw_T += reward_T
-        limit = self.config.bound * reward_range
-        totals = accumulate(raw_T, lambda total, value: min(limit, max(-limit, total + value)), initial=0.0)
-        total = np.fromiter(totals, np.float64, raw_T.size + 1)
-        before_T, after_T = total[:-1], total[1:].copy()
+        bounded_T = bounded(raw_T, self.config.bound * reward_range)
         if self.config.form == "sum":
-            return np.asarray(after_T - before_T, np.float32)
+            return np.asarray(bounded_T, np.float32)
+        after_T = np.cumsum(bounded_T)
+        before_T = np.concatenate(([0.0], after_T))[:-1]
         after_T[-1:] = 0.0
         return np.asarray(discount * after_T - before_T, np.float32)
+
+
+def bounded(reward_T: NDArray[np.floating], limit: float) -> NDArray[np.float64]:
+    """The rewards of a rollout's calls, cut so that their running total stays within [-limit, limit].
+    Example: bounded([0.2, 0.2, -0.1], 0.3) -> [0.2 0.1 -0.1]"""
+    totals = accumulate(reward_T.tolist(), lambda total, value: min(limit, max(-limit, total + value)), initial=0.0)
+    return np.diff(np.fromiter(totals, np.float64, reward_T.size + 1))
 
 
 def _applies(rule: RuleConfig, event: ObservedEvent) -> bool:

@@ -7,21 +7,22 @@ calls or rows.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_lightning.config.learning import CreditConfig, FailuresConfig
+from agent_lightning.config.learning import AirConfig, CreditConfig, FailuresConfig
 from agent_lightning.core.metrics import Mean, Metrics
-from agent_lightning.core.types import Floats, Group, ModelCall, Outcome, Sample, Trajectory
-from agent_lightning.credit import estimators
-from agent_lightning.credit.air import Air, ObservedEvent, observed_events
+from agent_lightning.core.types import LARGEST_REWARD, Floats, Group, ModelCall, Outcome, Sample, Trajectory
+from agent_lightning.credit import estimators, states
+from agent_lightning.credit.air import Air, ObservedEvent, bounded, observed_events
 from agent_lightning.credit.failures import learned_reward, mask_reason
 from agent_lightning.credit.samples import OVERLONG_SAMPLE, select_calls, to_samples
+from agent_lightning.credit.states import StateKey
 
 NO_SPREAD: Final = "no_spread"
 NO_SELECTED_CALL: Final = "no_selected_call"
@@ -38,6 +39,10 @@ class CreditRules:
     """Names of the trained agents; a pattern of `samples.select_calls`."""
     reward_range: float = 1.0
     """Highest minus lowest final reward; AIR's rewards are scaled by it."""
+    bound: float = AirConfig().bound
+    """Most that AIR and rewards that the agent emits may add up to in a rollout, as a share of `reward_range`."""
+    state_key: StateKey | None = None
+    """A user's function for credit.state_key; None: the function that it names."""
     max_tokens: int = 2**31
     """Longest row that is trained; a longer one is dropped."""
 
@@ -97,12 +102,18 @@ def assign(group: Group, rules: CreditRules) -> Credit:
         "call/response_tokens": Mean.of(call.response_T.size for call in calls),
         "sample/tokens": Mean.of(sample.token_T.size for sample in samples),
     }
-    emitted = [reward for rollout in rollouts for reward in rollout.trajectory.rewards]
-    for name in sorted({reward.name for reward in emitted}):
-        metrics[f"emitted/{name}"] = Mean.of(reward.value for reward in emitted if reward.name == name)
-    scored = [rollout.trajectory.reward_parts for rollout in rollouts]
-    for name in sorted({name for parts in scored for name in parts}):
-        metrics[f"reward_part/{name}"] = Mean.of(parts[name] for parts in scored if name in parts)
+    by_name: defaultdict[str, list[float]] = defaultdict(list)
+    for reward in (reward for rollout in rollouts for reward in rollout.trajectory.rewards):
+        by_name[reward.name].append(reward.value)
+    metrics |= {f"emitted/{name}": Mean.of(by_name[name]) for name in sorted(by_name)}
+    if by_name and rules.credit.emitted == "bounded":
+        metrics["credit/emitted_cut"] = Mean.of(rollout.cut for rollout in rollouts)
+    if accounting.shared is not None:
+        metrics["credit/shared_states"] = Mean.of(accounting.shared)
+    parts: defaultdict[str, list[float]] = defaultdict(list)
+    for name, value in (part for rollout in rollouts for part in rollout.trajectory.reward_parts.items()):
+        parts[name].append(value)
+    metrics |= {f"reward_part/{name}": Mean.of(parts[name]) for name in sorted(parts)}
     if rules.air is not None:
         metrics["air/reward"] = Mean.of(float(rollout.intermediate_T.sum()) for rollout in rollouts)
     return Credit(
@@ -170,11 +181,15 @@ class _Accounting:
     spread: bool
     """Whether the group's own rewards tell its rollouts apart."""
     shares: Sequence[_Share]
+    shared: Sequence[bool] | None
+    """Whether the state of each selected call occurs in another rollout; None unless the method compares states."""
 
     @classmethod
     def of(cls, group: Group, rules: CreditRules) -> _Accounting:
         rollouts = [_Rollout.of(trajectory, rules) for trajectory in group.trajectories]
-        advantages = _advantages(rollouts, rules.credit)
+        advantages, shared = _advantages(rollouts, rules.credit), None
+        if rules.credit.method == "same_state":
+            shared = states.shared([rollout.states for rollout in rollouts if rollout.reward is not None])
         if rules.credit.is_per_group:
             spread = any(advantage.any() for advantage in advantages)
         else:
@@ -182,7 +197,7 @@ class _Accounting:
         is_useful = spread or not rules.credit.is_per_group
         pairs = zip(rollouts, advantages, strict=True)
         shares = [_Share.of(rollout, advantage, is_useful=is_useful, rules=rules) for rollout, advantage in pairs]
-        return cls(rollouts=rollouts, advantages=advantages, spread=spread, shares=shares)
+        return cls(rollouts=rollouts, advantages=advantages, spread=spread, shares=shares, shared=shared)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,19 +217,33 @@ class _Rollout:
     """Rewards from AIR, and rewards that the agent's process emitted about a call or its tools."""
     reward_T: NDArray[np.float64]
     """The intermediate rewards, plus the final reward on the last call; NaN there if the rollout is masked."""
+    cut: float
+    """How much of the emitted rewards was beyond the bound."""
+    states: Sequence[Hashable]
+    """The state of each selected call; empty unless the method compares states."""
     return_T: NDArray[np.float64]
     """Discounted return of each call, including the final reward; NaN if the rollout is masked."""
 
     @classmethod
     def of(cls, trajectory: Trajectory, rules: CreditRules) -> _Rollout:
-        discount = rules.credit.discount
+        discount, credit = rules.credit.discount, rules.credit
         reward = learned_reward(trajectory, rules.failures)
-        intermediate_T = emitted_rewards(trajectory, rules.credit.reward_weights)
+        intermediate_T = np.zeros(len(trajectory.calls), np.float64)
+        if credit.emitted != "ignored":
+            intermediate_T += emitted_rewards(trajectory, credit.reward_weights)
+        has_emitted = bool(intermediate_T.any())
         if rules.air is not None:
             intermediate_T += rules.air.rewards(trajectory, reward_range=rules.reward_range, discount=discount)
-        reward_T = intermediate_T.astype(np.float64)
+        cut = 0.0
+        if has_emitted and credit.emitted == "bounded":
+            bounded_T = bounded(intermediate_T, rules.bound * rules.reward_range)
+            cut, intermediate_T = float(np.abs(intermediate_T - bounded_T).sum()), bounded_T
+        reward_T = intermediate_T.copy()
         reward_T[-1:] += math.nan if reward is None else reward
         selected = select_calls(trajectory.calls, rules.agents)
+        keys: Sequence[Hashable] = ()
+        if credit.method == "same_state":
+            keys = states.state_keys(trajectory, rules.state_key or states.STATE_KEYS[credit.state_key])
         calls = [trajectory.calls[t] for t in selected]
         return cls(
             trajectory=trajectory,
@@ -222,7 +251,9 @@ class _Rollout:
             selected=selected,
             calls=calls,
             num_sampled=sum(call.response_T.size for call in calls),
-            intermediate_T=intermediate_T,
+            intermediate_T=intermediate_T.astype(np.float32),
+            cut=cut,
+            states=[keys[t] for t in selected] if keys else (),
             reward_T=reward_T,
             return_T=estimators.returns_to_go(reward_T, discount),
         )
@@ -238,22 +269,23 @@ class _Rollout:
         return self.final + float(self.intermediate_T.sum())
 
 
-def emitted_rewards(trajectory: Trajectory, weights: Mapping[str, float]) -> Floats:
-    """The rewards that the agent's process emitted about each call; shape [len(trajectory.calls)].
+def emitted_rewards(trajectory: Trajectory, weights: Mapping[str, float]) -> NDArray[np.float64]:
+    """The rewards that the agent's process emitted about each call; shape [len(trajectory.calls)], within
+    LARGEST_REWARD, whose square float32 can represent.
 
     A reward about a tool goes to the call that caused the tool's use. `weights` maps names of rewards to factors; a
     name that is missing has factor 1.
 
     Example: Reward(name="format", value=0.5, about="call-1") with weights {"format": 0.2} -> [0, 0.1]
     """
-    reward_T = np.zeros(len(trajectory.calls), np.float32)
+    reward_T = np.zeros(len(trajectory.calls), np.float64)
     if trajectory.rewards:
         index = {call.call_id: t for t, call in enumerate(trajectory.calls)}
         index |= {tool.span_id: index[tool.call_id] for tool in trajectory.tools if tool.call_id in index}
         for reward in trajectory.rewards:
             if reward.about in index:
                 reward_T[index[reward.about]] += weights.get(reward.name, 1.0) * reward.value
-    return reward_T
+    return reward_T.clip(-LARGEST_REWARD, LARGEST_REWARD)
 
 
 def _advantages(rollouts: Sequence[_Rollout], credit: CreditConfig) -> list[Floats]:
@@ -263,7 +295,7 @@ def _advantages(rollouts: Sequence[_Rollout], credit: CreditConfig) -> list[Floa
                    LightningRL, arXiv 2508.03680 section 3.3, where the total is the final reward.
     return_to_go   a call has its return: its reward and all later ones, discounted per call, normalised over the group.
     same_state     the advantage of "identical", plus `state_weight` times the advantage of the call over calls of other
-                   rollouts with the same prompt: GiGPO, arXiv 2505.10978 eq. 8.
+                   rollouts in the same state: GiGPO, arXiv 2505.10978 eq. 8.
     gae            zeros: the learner's critic computes the advantage of each token from the rewards of the calls.
 
     With scale="batch" the learner then applies `estimators.whiten` to all advantages of the step: REINFORCE++.
@@ -283,9 +315,8 @@ def _advantages(rollouts: Sequence[_Rollout], credit: CreditConfig) -> list[Floa
         if credit.method == "return_to_go":
             own_C = estimators.normalise(return_C, owner_C, scale=credit.scale, baseline=credit.baseline)
         else:
-            calls = [call for rollout in rollouts if rollout.reward is not None for call in rollout.calls]
-            states = [(call.agent, call.prompt_T.tobytes()) for call in calls]
-            step_C = estimators.same_state_advantages(return_C, owner_C, states, scale=credit.scale)
+            keys = [key for rollout in rollouts if rollout.reward is not None for key in rollout.states]
+            step_C = estimators.same_state_advantages(return_C, owner_C, keys, scale=credit.scale)
             own_C = credit.state_weight * step_C
         advantage_C[valid_C] += own_C
     ends = np.cumsum([len(rollout.selected) for rollout in rollouts])

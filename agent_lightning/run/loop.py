@@ -15,17 +15,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from agent_lightning.buffer.taken import TakenGroup, take_groups
 from agent_lightning.core.errors import StepFailed
-from agent_lightning.core.metrics import Metrics, merge, values
+from agent_lightning.core.metrics import Metrics, keep_most_counted, merge, values
 from agent_lightning.core.types import Group, Outcome, Split, Task, Trajectory
 from agent_lightning.credit import assign, batching
 from agent_lightning.learners.base import Learner, Weights
 from agent_lightning.rollouts.supervise import WatchedBuffer, watch
 from agent_lightning.run.state import STATE_FILE, Plan, State, check_conservation
 
+MAX_NAMES: Final = 64
+"""Names of emitted rewards, of parts of a reward, and reasons for refused spans, in the record of a step."""
 STEP_FAILED, RUN_STOPPED = "step_failed", "run_stopped"
 """Reasons for which all rollouts of a step are dropped."""
 NO_SCORE = (Outcome.SCORER_ERROR, Outcome.UNSCORED)
@@ -345,7 +347,10 @@ class Loop(Sampler):
         state.sampled_tokens += sampled_tokens
         state.trained_tokens += trained_tokens
         state.dropped_tokens.update(_sum_counts(credit.dropped_tokens for credit in credits))
-        record = values(merge(*(credit.metrics for credit in credits), update_metrics))
+        metrics = merge(*(credit.metrics for credit in credits), update_metrics)
+        for prefix in ("emitted/", "reward_part/"):
+            metrics = keep_most_counted(metrics, prefix, MAX_NAMES)
+        record = values(metrics)
         record["train/reward"] = record.pop("reward")
         if "logprob_gap/mean_abs" in record:
             state.gap_total += record["logprob_gap/mean_abs"] * trained_tokens
@@ -356,7 +361,7 @@ class Loop(Sampler):
         record |= {f"rollouts/dropped/{reason}": count for reason, count in dropped.items()}
         record |= {f"rollouts/failed/{outcome}": count for outcome, count in failed.items()}
         refused = _sum_counts(rollout.refused_spans for rollout in rollouts)
-        record |= {f"spans/refused/{reason}": count for reason, count in refused.items()}
+        record |= {f"spans/refused/{reason}": count for reason, count in refused.most_common(MAX_NAMES)}
         self.observer.record_rollouts(state.step, version, groups)
         clock.lap("other")
         state.seconds.update(clock.seconds)

@@ -349,7 +349,7 @@ def test_rules_of_air_are_data() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("air.bound=0.2", "air: its keys are set but it is off; add air.enabled=true, or credit=air"),
+        ("air.form=potential", "air: its keys are set but it is off; add air.enabled=true, or credit=air"),
         ("credit.discount=0.9", "credit.discount: credit.method=identical does not read it"),
         ("credit.state_weight=2", "credit.state_weight: credit.method=identical does not read it"),
         ("air.bound=0.6", "air.bound=0.6: must be above 0 and below 0.5"),
