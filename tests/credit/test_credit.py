@@ -368,7 +368,8 @@ def test_rollouts_and_tokens_are_conserved(
     assert len(trajectories) == result.trained_rollouts + sum(result.dropped_rollouts.values())
     assert result.trained_rollouts == len({s.key.rollout_id for s in result.samples})
     assert result.reward_R.shape == (len(trajectories),)
-    masked = {f"masked_{name}" for name in ("engine_error", "tool_error", "worker_lost", "cancelled")}
+    unscored = ("scorer_error", "unscored")
+    masked = {f"masked_{name}" for name in ("engine_error", "tool_error", "worker_lost", "cancelled", *unscored)}
     reasons = {"no_spread", "no_selected_call", "overlong_sample"} | masked
     assert {*result.dropped_rollouts, *result.dropped_tokens} <= reasons
     assert all(count > 0 for count in (*result.dropped_rollouts.values(), *result.dropped_tokens.values()))
