@@ -49,7 +49,7 @@ def tool_calls(calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
             # Each request repeats the conversation: the first later request with the id has this call's result, unless
             # the same reply occurs twice in the conversation.
             after = next((i for i in range(index + 1, len(calls)) if identity in results[i]), None)
-            result = None if after is None else results[after][identity]
+            result, has_failed = (None, False) if after is None else results[after][identity]
             tools.append(
                 ToolCall(
                     key=call.key,
@@ -60,7 +60,7 @@ def tool_calls(calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
                     name=str(function.get("name") or ""),
                     arguments=arguments,
                     result=result or "",
-                    status=tool_status(arguments, result),
+                    status=tool_status(arguments, result, has_failed=has_failed),
                     started_at=call.ended_at,
                     ended_at=call.ended_at if after is None else max(call.ended_at, calls[after].started_at),
                     source="request",
@@ -69,8 +69,9 @@ def tool_calls(calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
     return tuple(tools)
 
 
-def tool_status(arguments: str, result: str | None) -> ToolStatus:
-    """The status of a tool call, from its arguments and its result; `result` is None if no request contains one.
+def tool_status(arguments: str, result: str | None, *, has_failed: bool = False) -> ToolStatus:
+    """The status of a tool call, from its arguments and its result; `result` is None if no request contains one, and
+    `has_failed` if the request states that the tool failed.
 
     Example:
 
@@ -84,7 +85,7 @@ def tool_status(arguments: str, result: str | None) -> ToolStatus:
         return ToolStatus.INVALID_ARGUMENTS
     text = result.strip()
     if text.lower() in _EMPTY:
-        return ToolStatus.EMPTY
+        return ToolStatus.ERROR if has_failed else ToolStatus.EMPTY
     if text.startswith("{"):
         fields = as_mapping(parse_json(text))
         error = fields.get("error") or fields.get("isError") or fields.get("is_error")
@@ -93,7 +94,7 @@ def tool_status(arguments: str, result: str | None) -> ToolStatus:
         head = text[:_HEAD]
         complaint = head if _ERROR.match(head) or _TIMEOUT.match(head) else ""
     if not complaint:
-        return ToolStatus.OK
+        return ToolStatus.ERROR if has_failed else ToolStatus.OK
     if _TIMEOUT.search(complaint):
         return ToolStatus.TIMEOUT
     return ToolStatus.INVALID_ARGUMENTS if _INVALID.search(complaint) else ToolStatus.ERROR
@@ -198,13 +199,14 @@ def _requested_tools(call: ModelCall) -> Iterator[Mapping[str, Any]]:
             yield request
 
 
-def _tool_results(call: ModelCall) -> dict[str, str]:
-    """Tool call id -> result, from the tool messages in a request; if an id occurs twice, the last result counts."""
+def _tool_results(call: ModelCall) -> dict[str, tuple[str, bool]]:
+    """Tool call id -> result, and whether the message states that the tool failed, from the tool messages in a request;
+    if an id occurs twice, the last result counts."""
     if '"tool_call_id"' not in call.request:
         return {}
     messages = parse_json(call.request)
     return {
-        str(message["tool_call_id"]): _text(message.get("content"))
+        str(message["tool_call_id"]): (_text(message.get("content")), message.get("status") == "error")
         for message in (messages if isinstance(messages, list) else ())
         if isinstance(message, Mapping) and message.get("role") == "tool" and "tool_call_id" in message
     }

@@ -17,7 +17,7 @@ from agent_lightning.core.errors import RewardError
 from agent_lightning.core.text import error_line
 from agent_lightning.core.types import DEFAULT_AGENT, AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus
 from agent_lightning.credit.tools import ToolCallIndex, reply_identity, tool_calls
-from agent_lightning.spans.conventions import read_spans
+from agent_lightning.spans.conventions import WITHOUT, read_spans
 from agent_lightning.spans.tree import RawSpan, nearest
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,8 @@ def _merge(key: RolloutKey, own: Sequence[ModelCall], raw: Sequence[RawSpan]) ->
     known |= {span_id: span_id for span_id in ("", *(tool.span_id for tool in tools))}
     known |= {call.call_id: call.call_id for call in all_calls}
     rewards = [replace(reward, about=known[reward.about]) for reward in traced.rewards if reward.about in known]
-    refused = Counter(traced.refused)
+    # The gateway has the messages that a trace may be configured to leave out.
+    refused = Counter({reason: n for reason, n in traced.refused.items() if not reason.startswith(WITHOUT)})
     if len(rewards) < len(traced.rewards):
         refused["a reward about an unknown span"] += len(traced.rewards) - len(rewards)
     return Spans(calls=all_calls, tools=tuple(tools), rewards=tuple(rewards), agents=tuple(agents), refused=refused)

@@ -3,7 +3,8 @@
 The same tables are in docs/traces.md.
 
 Sources: OpenTelemetry's GenAI conventions with their older forms (OpenLLMetry, OpenLIT), OpenInference, Langfuse,
-LangSmith, the Vercel AI SDK, Google's ADK, Agent Lightning 0.x, and our own client.
+LangSmith, Logfire, pydantic-ai, the Vercel AI SDK, Google's ADK, MLflow, Laminar, Genkit, Agent Lightning 0.x, and
+our own client.
 """
 
 from __future__ import annotations
@@ -49,7 +50,13 @@ KINDS: tuple[tuple[str, Mapping[str, Kind]], ...] = (
     ("traceloop.span.kind", _kinds(tool="tool", agent="agent")),
     ("llm.request.type", _kinds(call="chat completion", other="embedding")),
     ("langfuse.observation.type", _kinds(call="generation", tool="tool", agent="agent")),
-    ("langsmith.span.kind", _kinds(call="llm", tool="tool")),
+    ("langsmith.span.kind", _kinds(call="llm", tool="tool", other="embedding retriever")),
+    (
+        "mlflow.spanType",
+        _kinds(call="CHAT_MODEL LLM", tool="TOOL", agent="AGENT", other="EMBEDDING RETRIEVER RERANKER"),
+    ),
+    ("lmnr.span.type", _kinds(call="LLM", tool="TOOL")),
+    ("genkit:metadata:subtype", _kinds(call="model", tool="tool")),
 )
 """Attribute -> value -> kind. The first attribute whose value is listed decides, unless PRESENT finds a reward."""
 
@@ -58,13 +65,14 @@ PRESENT: tuple[tuple[str, Kind], ...] = (
     *((name, Kind.TOOL) for name in ("gen_ai.tool.name", "gen_ai.tool.call.id", "ai.toolCall.name")),
     *((name, Kind.CALL) for name in ("gen_ai.output.messages", "gen_ai.completion.*", "gen_ai.completion")),
     *((name, Kind.CALL) for name in ("llm.output_messages.*", "llm.hosted_vllm.prompt_token_ids")),
+    *((name, Kind.CALL) for name in ("llm.completions.*", "response_data")),
 )
 """Attributes whose presence decides the kind of a span: for a reward always, for others if KINDS does not decide."""
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "model": (
         *("gen_ai.response.model", "ai.response.model", "gen_ai.request.model", "llm.model_name", "ai.model.id"),
-        "langfuse.observation.model.name",
+        *("langfuse.observation.model.name", "llm.response.model", "llm.request.model"),
     ),
     "reply id": ("gen_ai.response.id", "ai.response.id", "llm.response.id"),
     "finish reason": (
@@ -73,20 +81,26 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     ),
     "request": (
         *("gen_ai.input.messages", "llm.input_messages.*", "gen_ai.prompt.*", "ai.prompt.messages"),
-        *("gcp.vertex.agent.llm_request", "gen_ai.events", "langfuse.observation.input", "input.value"),
-        *("gen_ai.prompt", "ai.prompt", "traceloop.entity.input"),
+        *("gcp.vertex.agent.llm_request", "gen_ai.events", "events", "request_data", "langfuse.observation.input"),
+        *("mlflow.spanInputs", "input.value", "gen_ai.prompt", "ai.prompt", "llm.prompts.*", "traceloop.entity.input"),
+        *("lmnr.span.input", "genkit:input"),
     ),
     "system prompt": ("gen_ai.system_instructions",),
+    "previous reply": ("previous_response_id", "gen_ai.request.previous_response_id"),
+    "parameters": ("llm.invocation_parameters", "request_data", "langfuse.observation.metadata.parameters"),
+    "conversation": ("gen_ai.conversation.id",),
     "reply": (
         *("gen_ai.output.messages", "llm.output_messages.*", "gen_ai.completion.*", "gcp.vertex.agent.llm_response"),
-        *("gen_ai.events", "langfuse.observation.output", "output.value", "gen_ai.completion"),
-        "traceloop.entity.output",
+        *("gen_ai.events", "events", "response_data", "langfuse.observation.output", "mlflow.spanOutputs"),
+        *("output.value", "gen_ai.completion", "llm.completions.*", "traceloop.entity.output"),
+        *("lmnr.span.output", "genkit:output"),
     ),
     "reply's text": ("ai.response.text", "ai.response.object"),
+    "reply's reasoning": ("ai.response.reasoning",),
     "reply's tool calls": ("ai.response.toolCalls",),
     "tools offered": (
         *("gen_ai.tool.definitions", "llm.tools.*", "llm.request.functions.*", "ai.prompt.tools"),
-        "langfuse.observation.metadata.tools",
+        *("langfuse.observation.metadata.tools", "mlflow.chat.tools", "model_request_parameters"),
     ),
     "prompt tokens": (
         *("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens", "llm.token_count.prompt", "ai.usage.promptTokens"),
@@ -101,7 +115,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "log-probabilities": ("agl.logprobs", "logprobs.content"),
     "agent": (
         *("gen_ai.agent.name", "agent.name", "agent_role", "graph.node.id", "ai.telemetry.functionId"),
-        *("traceloop.entity.name", "gen_ai.agent.id"),
+        *("agent_name", "traceloop.entity.name", "gen_ai.agent.id"),
     ),
     "graph node": (
         *("langfuse.observation.metadata.langgraph_node", "langsmith.metadata.langgraph_node"),
@@ -111,12 +125,13 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "tool call id": ("gen_ai.tool.call.id", "ai.toolCall.id", "tool_call.id", "tool.id"),
     "arguments": (
         *("gen_ai.tool.call.arguments", "ai.toolCall.args", "gcp.vertex.agent.tool_call_args"),
-        *("tool_call.function.arguments", "langfuse.observation.input", "input.value", "tool.parameters"),
-        "traceloop.entity.input",
+        *("tool_call.function.arguments", "tool_arguments", "langfuse.observation.input", "mlflow.spanInputs"),
+        *("input.value", "tool.parameters", "traceloop.entity.input", "lmnr.span.input", "genkit:input"),
     ),
     "result": (
         *("gen_ai.tool.call.result", "ai.toolCall.result", "gcp.vertex.agent.tool_response"),
-        *("langfuse.observation.output", "output.value", "traceloop.entity.output"),
+        *("tool_response", "langfuse.observation.output", "mlflow.spanOutputs", "output.value"),
+        *("traceloop.entity.output", "lmnr.span.output", "genkit:output"),
     ),
     "status": ("agl.tool.status",),
     "requesting call": ("agl.call_id",),

@@ -9,18 +9,21 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 from agent_lightning.core.json_values import as_mapping
 from agent_lightning.core.types import POLICY, AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus, is_reward
 from agent_lightning.credit.tools import ToolCallIndex, tool_status
 from agent_lightning.spans import fields
 from agent_lightning.spans.attributes import FIELDS, Kind
+from agent_lightning.spans.continuations import Turn, whole_requests
 from agent_lightning.spans.fields import dump, first, integer, number
 from agent_lightning.spans.message_forms import to_text
 from agent_lightning.spans.messages import read_tool_result
 from agent_lightning.spans.tree import RawSpan, SpanTree, arguments_of
 
+WITHOUT = "repaired: a model call without "
 REASONS = {
     "a span id for the second time": "the one with the most attributes is kept",
     "a time that is not a number": "the span's start or end is infinite or no number",
@@ -29,6 +32,12 @@ REASONS = {
     "repaired: a parent that is its own descendant": "kept, as a span without parent",
     "repaired: a request that is not understood": "kept; its `request` is empty",
     "repaired: a reply that is not understood": "kept; its `reply` is empty",
+    "repaired: a part that is not understood": "left out, by its type; the rest of the messages is kept",
+    "repaired: a part that is not text": "kept in OpenAI's form, by its type: an image, a sound, a file",
+    f"{WITHOUT}messages": "kept; by the attributes that hold messages and are in no table, if there are such",
+    f"{WITHOUT}a request": "kept; its `request` is empty",
+    f"{WITHOUT}a reply": "kept; its `reply` is empty",
+    "repaired: a conversation without its beginning": "kept, but for no training: the server has kept what was before",
     "repaired: token ids out of any vocabulary": "kept without tokens: an id is not in [0, 2^31)",
     "repaired: log-probabilities missing": "kept; those of its tokens that are not known are NaN",
 }
@@ -46,11 +55,13 @@ class TraceContent:
     rewards: tuple[Reward, ...] = ()
     agents: tuple[AgentSpan, ...] = ()
     refused: Mapping[str, int] = field(default_factory=Counter)
-    """Reason (see REASONS) -> number of spans that were left out, or repaired."""
+    """Reason (see REASONS) -> number of spans that were left out, or repaired. Some end in a name: "… (name)"."""
     offered: Mapping[str, str] = field(default_factory=dict)
     """`call_id` -> JSON text of the definitions of the tools that its request offered, in OpenAI's form."""
     usage: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """`call_id` -> number of tokens of the prompt and of the reply, as the trace counts them."""
+    partial: frozenset[str] = frozenset()
+    """`call_id` of the calls of whose messages something is missing: nothing can be learned from these."""
 
 
 def read_spans(spans: Sequence[RawSpan], key: RolloutKey) -> TraceContent:
@@ -77,9 +88,9 @@ def read_spans(spans: Sequence[RawSpan], key: RolloutKey) -> TraceContent:
             span = max(span, unique[span.span_id], key=lambda same: (len(same.attributes), repr(same)))
         unique[span.span_id] = span
     tree = SpanTree(list(unique.values()), refused)
-    calls, offered, usage = _calls(tree, key, refused)
+    calls, about_calls = _calls(tree, key, refused)
     return TraceContent(
-        calls=calls,
+        calls=tuple(calls),
         tools=_tools(tree, key, calls),
         rewards=_rewards(tree, key, refused),
         agents=tuple(
@@ -94,8 +105,7 @@ def read_spans(spans: Sequence[RawSpan], key: RolloutKey) -> TraceContent:
             for span in tree.of(Kind.AGENT)
         ),
         refused=+refused,
-        offered=offered,
-        usage=usage,
+        **about_calls,
     )
 
 
@@ -120,19 +130,53 @@ def _identified(tree: SpanTree) -> list[RawSpan]:
     for span in tree.of(Kind.CALL):
         for same in tree.same_event(span):
             tree.kept_id[same.span_id] = names.get(span.span_id, span.span_id)
-    return [_join(*tree.same_event(span)) for span in tree.of(Kind.CALL)]
+    return tree.of(Kind.CALL)
 
 
-def _calls(
-    tree: SpanTree, key: RolloutKey, refused: Counter[str]
-) -> tuple[tuple[ModelCall, ...], dict[str, str], dict[str, tuple[int, int]]]:
-    calls, offered, usage = [], {}, {}
-    for span in _identified(tree):
-        call_id = tree.kept_id[span.span_id]
-        exact = [str(first(span.attributes, name) or "") for name in ("request's own text", "reply's own text")]
-        request, tools = fields.request_of(span.attributes, Counter() if exact[0] else refused)
-        # If a call failed, a missing reply is no fault of the trace.
-        reply = fields.reply_of(span.attributes, request, Counter() if exact[1] or span.error else refused)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ReadCall:
+    """The span of a model call, with the fields of all spans that describe the call."""
+
+    span: RawSpan
+    turn: Turn
+    own_request: str
+    own_reply: str
+    is_whole: bool
+
+
+def _read_call(tree: SpanTree, span: RawSpan, refused: Counter[str]) -> _ReadCall:
+    accounts = [same.attributes for same in tree.same_event(span)]
+    joined = tree.joined(span)
+    own_names = "request's own text", "reply's own text"
+    own_request, own_reply = (str(first(joined.attributes, name) or "") for name in own_names)
+    request = fields.request_of(accounts, Counter() if own_request else refused)
+    # If a call failed, a missing reply is no fault of the trace.
+    lost = Counter[str]() if own_reply or span.error else refused
+    reply, is_whole = fields.reply_of(accounts, request.messages, lost)
+    lacks = [
+        bool(own) or fields.has_any(accounts, side) for side, own in (("request", own_request), ("reply", own_reply))
+    ]
+    if not all(lacks) and not span.error:
+        reason = WITHOUT + ("messages" if not any(lacks) else "a reply" if lacks[0] else "a request")
+        refused.update([fields.named(reason, name) for name in fields.unread_messages(accounts)] or [reason])
+    turn = Turn(call_id=tree.kept_id[span.span_id], request=request, reply=reply)
+    is_whole = is_whole and request.is_whole
+    return _ReadCall(span=joined, turn=turn, own_request=own_request, own_reply=own_reply, is_whole=is_whole)
+
+
+def _calls(tree: SpanTree, key: RolloutKey, refused: Counter[str]) -> tuple[list[ModelCall], dict[str, Any]]:
+    """The model calls, and the fields of TraceContent about them."""
+    calls: list[ModelCall] = []
+    offered: dict[str, str] = {}
+    usage: dict[str, tuple[int, int]] = {}
+    partial: set[str] = set()
+    read = [_read_call(tree, span, refused) for span in _identified(tree)]
+    for call, (messages, is_whole) in zip(read, whole_requests([call.turn for call in read]), strict=True):
+        span, call_id, reply = call.span, call.turn.call_id, call.turn.reply
+        if not is_whole and not call.own_request:
+            refused["repaired: a conversation without its beginning"] += 1
+        if not call.own_request and not (is_whole and call.is_whole):
+            partial.add(call_id)
         prompt_T, response_T, logprob_T = fields.tokens_of(span.attributes, refused)
         names = (span.attributes[name] for name in ("gen_ai.agent.name", "agent.name") if name in span.attributes)
         agent = str(next(names, "") or fields.langchain_agent(span.attributes))
@@ -151,8 +195,8 @@ def _calls(
                 finish_reason=fields.finish_reason_of(span.attributes),
                 started_at=span.started_at,
                 ended_at=max(span.started_at, span.ended_at),
-                request=exact[0] or (dump(request) if request else ""),
-                reply=exact[1] or (dump(reply) if reply else ""),
+                request=call.own_request or (dump(messages) if messages else ""),
+                reply=call.own_reply or (dump(reply) if reply else ""),
                 span_id=span.span_id,
                 parent_id=tree.parent_of(span),
                 model="" if model == POLICY and "agl.policy_version" in span.attributes else model,
@@ -160,18 +204,18 @@ def _calls(
                 source="trace",
             )
         )
-        if tools:
-            offered[call_id] = dump(tools)
+        if call.turn.request.tools:
+            offered[call_id] = dump(call.turn.request.tools)
         counts = integer(first(span.attributes, "prompt tokens")), integer(first(span.attributes, "reply tokens"))
         if any(counts):
             usage[call_id] = counts
-    return tuple(calls), offered, usage
+    return calls, {"offered": offered, "usage": usage, "partial": frozenset(partial)}
 
 
 def _tools(tree: SpanTree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
     requested, starts = ToolCallIndex(calls), [call.started_at for call in calls]
     tools = []
-    for span in [_join(*tree.same_event(span)) for span in tree.of(Kind.TOOL)]:
+    for span in map(tree.joined, tree.of(Kind.TOOL)):
         given = first(span.attributes, "result")
         if given is None and any(name in span.attributes for name in FIELDS["result"]):
             given = ""
@@ -236,14 +280,3 @@ def reward_refusal(value: float) -> str:
     if is_reward(value):
         return ""
     return "a reward beyond 1e15" if math.isfinite(value) else "a reward that is not a finite number"
-
-
-def _join(span: RawSpan, *wrappers: RawSpan) -> RawSpan:
-    """The span with the fields that it lacks and its wrappers have; each field is taken from a single span."""
-    attributes = dict(span.attributes)
-    for wrapper in wrappers:
-        for names in FIELDS.values():
-            if not any(fields.has(attributes, name) for name in names):
-                given = wrapper.attributes.items()
-                attributes |= {n: v for n, v in given if any(fields.matches(n, name) for name in names)}
-    return replace(span, attributes=attributes)

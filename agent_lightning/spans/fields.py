@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,15 @@ import numpy as np
 from agent_lightning.core.json_values import as_mapping, clean_logprobs
 from agent_lightning.core.types import Floats, Ints
 from agent_lightning.spans.attributes import FIELDS
-from agent_lightning.spans.message_forms import Message, parse_value, to_text
+from agent_lightning.spans.message_forms import Message, Notes, parse_value, to_text
 from agent_lightning.spans.messages import read_reply, read_request
 
 
 def values(attributes: Mapping[str, Any], field: str) -> Iterator[Any]:
     """All values that the attributes have for a field (a key of FIELDS), the best first."""
     for name in FIELDS[field]:
-        if name == "gen_ai.events":
-            value = _from_events(attributes.get(name), field)
+        if name in ("gen_ai.events", "events"):
+            value = _from_events(parse_value(attributes.get(name)), field)
         elif name == "agentlightning.link.*":
             links = map(as_mapping, unflattened(attributes, "agentlightning.link."))
             value = next((link.get("value_match") for link in links if link.get("key_match") == "span_id"), None)
@@ -50,13 +51,27 @@ def _from_events(events: Any, field: str) -> Any:
         all_messages = next((event[name] for name in FIELDS[field] if event.get(name)), None)
         if all_messages is not None:
             return all_messages
-        role, is_choice = _EVENT.fullmatch(str(event.get("event.name"))), event.get("event.name") == "gen_ai.choice"
-        if role and field == "request":
-            fields = {"content": event.get("content"), "tool_calls": parse_value(event.get("tool_calls"))}
-            messages.append({"role": role[1], **fields, "tool_call_id": event.get("id") or ""})
-        elif is_choice and field == "reply":
-            messages.append({**event, **as_mapping(parse_value(event.get("message"))), "role": "assistant"})
-    return messages
+        name = str(event.get("event.name"))
+        if role := _EVENT.fullmatch(name):
+            calls, content = parse_value(event.get("tool_calls")), _of_strands(event.get("content"))
+            identity = event.get("id") or ""
+            messages.append({"role": role[1], "content": content, "tool_calls": calls, "tool_call_id": identity})
+        elif name == "gen_ai.choice":
+            reply = _of_strands(event.get("message"))
+            fields = as_mapping(parse_value(reply)) or {"content": reply}
+            return messages if field == "request" else [{**event, **fields, "role": "assistant"}]
+    # Logfire has the items of OpenAI's Responses as the last messages of the assistant, without a choice.
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return messages[:end] if field == "request" else messages[end:]
+
+
+def _of_strands(text: Any) -> Any:
+    """A list of Bedrock's parts, which Strands writes as JSON text into its events; any other value unchanged."""
+    parts, kinds = parse_value(text), {"text", "toolUse", "toolResult", "reasoningContent", "image", "document"}
+    is_parts = isinstance(parts, list) and all(len(as_mapping(p)) == 1 and set(p) <= kinds for p in parts)
+    return parts if is_parts else text
 
 
 def unflattened(attributes: Mapping[str, Any], prefix: str) -> list[Any]:
@@ -104,9 +119,29 @@ def has(attributes: Mapping[str, Any], name: str) -> bool:
     return attributes.get(name) not in (None, "", [])
 
 
-def matches(attribute: str, name: str) -> bool:
-    """Whether `name`, which may end in ".*", stands for an attribute."""
-    return attribute.startswith(name[:-1]) if name.endswith(".*") else attribute == name
+_HELD: defaultdict[str, set[str]] = defaultdict(set)
+"""Attribute, or the prefix of a name that ends in ".*" -> the fields that it may hold."""
+for _field, _names in FIELDS.items():
+    for _name in _names:
+        _HELD[_name.removesuffix("*")].add(_field)
+_PREFIXES = [name for name in _HELD if name.endswith(".")]
+
+
+def join(accounts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The attributes of the spans that describe one event as those of one span; each field is taken from the first span
+    that has it. The time is linear in the number of attributes."""
+    joined, known = dict(accounts[0]), set[str]()
+    for attributes in accounts if len(accounts) > 1 else ():
+        added = {name: _fields_in(name, value) - known for name, value in attributes.items()}
+        joined |= {name: attributes[name] for name, fields in added.items() if fields}
+        known = known.union(*added.values())
+    return joined
+
+
+def _fields_in(attribute: str, value: Any) -> set[str]:
+    """The fields that an attribute holds: none if it is empty."""
+    names = [] if value in (None, "", []) else [name for name in _PREFIXES if attribute.startswith(name)]
+    return _HELD.get(attribute, set()).union(*(_HELD[name] for name in names)) if value not in (None, "", []) else set()
 
 
 def number(value: Any) -> float:
@@ -127,50 +162,129 @@ def dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def request_of(attributes: Mapping[str, Any], refused: Counter[str]) -> tuple[list[Message], list[Any]]:
-    """The messages of the request, and the definitions of the tools that it offers."""
-    given = list(values(attributes, "request"))
-    request = next((request for request in map(read_request, given) if request is not None), None)
-    if request is None:
-        refused["repaired: a request that is not understood"] += any(given)
-        return [], offered_of(attributes, ())
-    messages, tools = request
-    system = to_text(first(attributes, "system prompt"))
-    if system and messages[0]["role"] != "system":
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The request of a model call, and the definitions of the tools that it offers. If the server keeps the messages
+    before it, `previous` is the id of the reply, and `conversation` that of the conversation, that it continues."""
+
+    messages: list[Message] = field(default_factory=list)
+    tools: list[Any] = field(default_factory=list)
+    previous: str = ""
+    conversation: str = ""
+    is_whole: bool = True  # every part of the messages is understood
+
+
+def request_of(accounts: Sequence[Mapping[str, Any]], refused: Counter[str]) -> Request:
+    """The request of a model call. `accounts` are the attributes of all spans that describe the call, the innermost
+    first: messages with structure count more than text, wherever they stand; then the first account counts."""
+    given = [parse_value(value) for attributes in accounts for value in values(attributes, "request")]
+    value, is_whole = _best(read_request, given, refused)
+    messages, tools = read_request(value) or ([], [])
+    refused["repaired: a request that is not understood"] += value is None and any(given)
+    offered = next(filter(None, (offered_of(attributes, ()) for attributes in accounts)), None) or offered_of({}, tools)
+    system = next(filter(None, (to_text(first(attributes, "system prompt")) for attributes in accounts)), "")
+    if messages and system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    return messages, offered_of(attributes, tools)
+    previous, conversation = _continued(accounts, given)
+    return Request(messages=messages, tools=offered, previous=previous, conversation=conversation, is_whole=is_whole)
+
+
+def _best(read: Callable[..., Any], given: Sequence[Any], refused: Counter[str]) -> tuple[Any, bool]:
+    """The best of several values that hold the same messages, and whether all of it is understood; None if nothing is.
+    A structure is better than text, complete messages are better than others, and a reply with tool calls is better
+    than a reply without. Counts what is lost in the best."""
+    best: tuple[tuple[int, ...], Any, Notes] = ((), None, Notes())
+    for value in given:
+        reading = read(value, notes=(notes := Notes()))
+        if reading is not None:
+            is_text, nothing = isinstance(value, str), str(value).strip().lower() in ("none", "null")
+            has_calls = isinstance(reading, Mapping) and "tool_calls" in reading
+            rank = (0 if nothing else 1 if is_text else 2, not notes.unread, has_calls)
+            best = (rank, value, notes) if rank > best[0] else best
+    for reason, names in (("not understood", best[2].unread), ("not text", best[2].media)):
+        refused.update(named(f"repaired: a part that is {reason}", name) for name in names)
+    return best[1], not best[2].unread
+
+
+def named(reason: str, name: str) -> str:
+    """A reason with the name of what it is about, which may be anything, in parentheses.
+
+    Example: named("repaired: a part that is not understood", "compaction")
+    -> "repaired: a part that is not understood (compaction)"
+    """
+    return f"{reason} ({name if re.fullmatch(r'[A-Za-z0-9_.:-]{1,40}', name) else '?'})"
+
+
+def _continued(accounts: Sequence[Mapping[str, Any]], given: Sequence[Any]) -> tuple[str, str]:
+    """The ids of the reply and of the conversation that a request continues on the server, as OpenAI writes them."""
+    parameters = [parse_value(value) for attributes in accounts for value in values(attributes, "parameters")]
+    replies, conversations = [first(attributes, "previous reply") for attributes in accounts], list[Any]()
+    for value in map(as_mapping, (*given, *parameters)):
+        replies.append(value.get("previous_response_id"))
+        conversations.append(as_mapping(value.get("conversation")).get("id") or value.get("conversation"))
+    for name in (str(first(attributes, "conversation")) for attributes in accounts):
+        (replies if name.startswith("resp_") else conversations).append(name)
+    kept = [name for name in conversations if isinstance(name, str) and name.startswith(("conv_", "thread_"))]
+    return next((name for name in replies if name and isinstance(name, str)), ""), next(iter(kept), "")
+
+
+def has_any(accounts: Sequence[Mapping[str, Any]], side: str) -> bool:
+    """Whether one of the spans of a model call has a value for its request, or for its reply."""
+    names = [name for name in FIELDS if name.partition("'s ")[0] == side]
+    return any(first(attributes, name) is not None for attributes in accounts for name in names)
+
+
+def unread_messages(accounts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of attributes that hold chat messages and are in no table; at most three."""
+    names = []
+    for name, value in (item for attributes in accounts for item in attributes.items()):
+        content = None if _fields_in(name, value) else parse_value(value)
+        if isinstance(content, list | Mapping) and read_request(content, notes := Notes()) and not notes.unread:
+            names.append(name)
+    return names[:3]
+
+
+_SCHEMAS = ("parameters", "inputSchema", "input_schema", "parameters_json_schema", "parametersJsonSchema")
 
 
 def offered_of(attributes: Mapping[str, Any], tools: Sequence[Any]) -> list[Any]:
     """The definitions of the tools that a request offers, in OpenAI's form, each once. They come from the attributes,
     or else from `tools`, the definitions among the messages."""
     given = parse_value(next(values(attributes, "tools offered"), None)) or tools
+    if isinstance(given, Mapping):  # of pydantic-ai
+        given = given.get("function_tools")
     offered: dict[str, Any] = {}
     for definition in given if isinstance(given, list | tuple) else ():
         definition = as_mapping(parse_value(as_mapping(definition).get("tool", definition)))
         definition = as_mapping(parse_value(definition.get("json_schema", definition)))
-        function = as_mapping(definition.get("function")) or definition
-        schema: Any = next((function[k] for k in ("parameters", "inputSchema", "input_schema") if function.get(k)), {})
+        function = as_mapping(definition.get("function")) or as_mapping(definition.get("toolSpec")) or definition
+        schema: Any = next((function[k] for k in _SCHEMAS if function.get(k)), {})
         name = str(function.get("name") or "")
         if name:
             described = {"description": function["description"]} if function.get("description") else {}
+            schema = as_mapping(schema).get("json", schema)  # of Bedrock
             plain = {"name": name, **described, "parameters": parse_value(schema)}
             offered.setdefault(name, {"type": "function", "function": plain})
     return list(offered.values())
 
 
-def reply_of(attributes: Mapping[str, Any], request: Sequence[Message], refused: Counter[str]) -> Message | None:
-    """The reply as a message; None if there is none, or it is not understood."""
-    text, calls = first(attributes, "reply's text"), parse_value(first(attributes, "reply's tool calls"))
-    given = list(values(attributes, "reply"))
-    message: dict[str, Any] = {"role": "assistant"} | ({"content": to_text(text)} if text else {})
-    if isinstance(calls, list) and calls:
-        given.insert(0, {**message, "tool_calls": calls})
-    elif text:
-        given.insert(0, message)
-    reply = next((reply for reply in (read_reply(value, request) for value in given) if reply is not None), None)
-    refused["repaired: a reply that is not understood"] += reply is None and any(given)
-    return reply
+def reply_of(
+    accounts: Sequence[Mapping[str, Any]], before: Sequence[Message], refused: Counter[str]
+) -> tuple[Message | None, bool]:
+    """The reply as a message, None if there is none or it is not understood; and whether all of it is understood.
+    `accounts` are as in `request_of`; `before` is the request."""
+    given: list[Any] = []
+    for attributes in accounts:
+        text, calls = first(attributes, "reply's text"), parse_value(first(attributes, "reply's tool calls"))
+        thought = to_text(first(attributes, "reply's reasoning"))
+        message: dict[str, Any] = {"role": "assistant"} | ({"content": to_text(text)} if text else {})
+        message |= {"reasoning_content": thought} if thought else {}
+        if (isinstance(calls, list) and calls) or len(message) > 1:
+            given.append(message | ({"tool_calls": calls} if isinstance(calls, list) else {}))
+        given += map(parse_value, values(attributes, "reply"))
+    value, is_whole = _best(read_reply, given, refused)
+    refused["repaired: a reply that is not understood"] += value is None and any(given)
+    return (None if value is None else read_reply(value, before)), is_whole
 
 
 def finish_reason_of(attributes: Mapping[str, Any]) -> str:
@@ -209,7 +323,8 @@ def _items(value: Any) -> list[Any]:
 
 def stated_or_replied(attributes: Mapping[str, Any], field: str, name: str) -> str:
     """The text of a field, or else of the key `name` in the server's reply; "" if neither is known."""
-    return str(first(attributes, field) or as_mapping(parse_value(first(attributes, "reply"))).get(name) or "")
+    replies = (as_mapping(parse_value(value)).get(name) for value in values(attributes, "reply"))
+    return str(first(attributes, field) or next(filter(None, replies), ""))
 
 
 _AGENT_NAME = re.compile(r"(?:agent_run|invoke_agent)\s+\[?(.+?)\]?|(.+)\.(?:_execute_core|agent|run)")

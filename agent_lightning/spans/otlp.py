@@ -74,9 +74,20 @@ def decode(
     if kind == PROTOBUF:
         messages = _protobuf_spans(plain)
     elif kind == JSON:
-        messages = _json_spans(plain, refused)
+        messages = _json_spans([_parsed(plain)], refused)
     else:
         raise DataError(f"content type {kind!r}: OTLP is {PROTOBUF} or {JSON}")
+    return _by_trace(messages, refused, max_spans), +refused
+
+
+def read_json(records: Iterable[Mapping[str, Any]], refused: Counter[str]) -> Mapping[str, tuple[RawSpan, ...]]:
+    """The spans in requests that were parsed from JSON, by trace id; counts the refused ones as `decode` does."""
+    return _by_trace(_json_spans(records, refused), refused, 10**9)
+
+
+def _by_trace(
+    messages: Iterable[trace_pb2.Span], refused: Counter[str], max_spans: int
+) -> dict[str, tuple[RawSpan, ...]]:
     traces: dict[str, dict[str, RawSpan]] = {}
     for number, message in enumerate(messages):
         if number >= max_spans:
@@ -87,7 +98,7 @@ def decode(
         spans = traces.setdefault(message.trace_id.hex(), {})
         refused["a span id for the second time"] += span.span_id in spans
         spans.setdefault(span.span_id, span)
-    return {trace_id: tuple(spans.values()) for trace_id, spans in traces.items()}, +refused
+    return {trace_id: tuple(spans.values()) for trace_id, spans in traces.items()}
 
 
 def encode(spans: Sequence[RawSpan], *, trace_id: str, resource: Mapping[str, str]) -> bytes:
@@ -161,18 +172,33 @@ def _protobuf_spans(body: bytes) -> Iterator[trace_pb2.Span]:
     yield from (span for resource in request.resource_spans for scope in resource.scope_spans for span in scope.spans)
 
 
-def _json_spans(body: bytes, refused: Counter[str]) -> Iterator[trace_pb2.Span]:
+RESOURCES = ("resourceSpans", "resource_spans", "batches")
+"""Keys under which a request in JSON has its spans: OTLP's, the same as protobuf names it, and Grafana Tempo's."""
+_SCOPES = ("scopeSpans", "scope_spans", "instrumentationLibrarySpans", "instrumentation_library_spans")
+_IDS = {"traceId": "trace_id", "spanId": "span_id", "parentSpanId": "parent_span_id"}
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
     try:
         tree = json.loads(body)
     except (ValueError, RecursionError):
         raise DataError("OTLP body is truncated or not JSON") from None
-    if not isinstance(tree, dict) or (tree and "resourceSpans" not in tree):
+    if not isinstance(tree, dict) or (tree and not any(name in tree for name in RESOURCES)):
         raise DataError("body is JSON, but no OTLP trace request: it has no resourceSpans")
-    scopes = (scope for part in _dicts(tree.get("resourceSpans")) for scope in _dicts(part.get("scopeSpans")))
+    return tree
+
+
+def _json_spans(trees: Iterable[Mapping[str, Any]], refused: Counter[str]) -> Iterator[trace_pb2.Span]:
+    resources = (part for tree in trees for name in RESOURCES for part in _dicts(tree.get(name)))
+    scopes = (scope for part in resources for name in _SCOPES for scope in _dicts(part.get(name)))
     for span in (span for scope in scopes for span in _dicts(scope.get("spans"))):
+        status = span.get("status")
+        failed = isinstance(status, dict) and str(status.get("code")).upper().endswith("ERROR")
+        known = {name: value for name, value in span.items() if name not in ("links", "kind", *_IDS, *_IDS.values())}
+        known |= {name: _base64(span.get(name, span.get(snake))) for name, snake in _IDS.items()}
+        known |= {"status": {**status, "code": 2}} if isinstance(status, dict) and failed else {}
         try:
-            ids = {name: _base64(span.get(name)) for name in ("traceId", "spanId", "parentSpanId")}
-            yield json_format.ParseDict({**span, **ids, "links": []}, trace_pb2.Span(), ignore_unknown_fields=True)
+            yield json_format.ParseDict(known, trace_pb2.Span(), ignore_unknown_fields=True)
         except _UNREADABLE:
             refused["a span that cannot be read"] += 1
 
@@ -181,10 +207,14 @@ def _dicts(value: Any) -> Iterable[dict[str, Any]]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def _base64(hexadecimal: Any) -> str:
-    """A hexadecimal id in the base64 of protobuf's JSON; "" if the value is not hexadecimal."""
-    text = hexadecimal if isinstance(hexadecimal, str) else ""
-    return base64.b64encode(bytes.fromhex(text)).decode() if re.fullmatch(r"([0-9a-fA-F]{2})*", text) else ""
+def _base64(identity: Any) -> str:
+    """An id in the base64 of protobuf's JSON. OTLP writes ids in hexadecimal, protobuf's own JSON and Tempo in base64.
+    "" if it is neither."""
+    text = identity.strip() if isinstance(identity, str) else ""
+    if re.fullmatch(r"([0-9a-fA-F]{2})*", text):
+        return base64.b64encode(bytes.fromhex(text)).decode()
+    plain = text.rstrip("=").replace("-", "+").replace("_", "/")
+    return f"{plain}{'=' * (-len(plain) % 4)}" if re.fullmatch("[0-9A-Za-z+/]{11}|[0-9A-Za-z+/]{22}", plain) else ""
 
 
 def _raw_span(message: trace_pb2.Span, refused: Counter[str]) -> RawSpan | None:

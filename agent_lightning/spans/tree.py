@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agent_lightning.spans.attributes import KINDS, PRESENT, Kind
-from agent_lightning.spans.fields import first, has, is_graph_node
-from agent_lightning.spans.message_forms import arguments_as_json, parse_value
+from agent_lightning.spans.fields import first, has, is_graph_node, join
+from agent_lightning.spans.message_forms import SHELL, arguments_as_json, parse_value
 from agent_lightning.spans.messages import read_tool_result
 
 
@@ -110,6 +110,10 @@ class SpanTree:
         """The span of a model call or a tool, and the spans around it that describe the same event."""
         return (span, *self.wrappers.get(span.span_id, ()))
 
+    def joined(self, span: RawSpan) -> RawSpan:
+        """The span of a model call or a tool, with the fields that it lacks and the spans around it have."""
+        return replace(span, attributes=join([same.attributes for same in self.same_event(span)]))
+
     def agent_above(self, span: RawSpan) -> RawSpan | None:
         """The nearest agent around a span."""
         return self.by_id.get(nearest(self._parent[span.span_id], self._parent, self._agents, self._nearest_agent))
@@ -204,6 +208,6 @@ def arguments_of(span: RawSpan) -> str:
     """
     given = first(span.attributes, "arguments")
     value = parse_value(given)
-    if isinstance(value, Mapping) and len(value) == 1 and isinstance(inner := next(iter(value.values())), Mapping):
-        given = inner if next(iter(value)) in ("input", "inputs") else given
+    if isinstance(value, Mapping) and value.keys() <= SHELL:
+        given = next((value[name] for name in ("input", "inputs") if isinstance(value.get(name), Mapping)), given)
     return arguments_as_json(given)

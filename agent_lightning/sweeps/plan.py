@@ -249,7 +249,7 @@ class SweepFolder:
         """Read trials.jsonl; empty if the sweep has not written it yet."""
         if not self.trials.is_file():
             return []
-        rows = [json.loads(line) for line in self.trials.read_text().splitlines()]
+        rows = [json.loads(line) for line in self.trials.read_text(encoding="utf-8").split("\n") if line]
         for row in rows:
             row |= {"words": tuple(rename_keys(row["words"])), "rewards": tuple(map(tuple, row["rewards"]))}
         return [TrialRecord(**row) for row in rows]

@@ -70,7 +70,7 @@ def reads_one_table(query: str) -> bool:
 
 def _one_table(row: Mapping[str, Any]) -> str:
     name = re.search(r"\bfrom\s+[`\"\[]?(\w+)", row["query"], re.IGNORECASE)
-    lines = row["schema"].splitlines()
+    lines = row["schema"].split("\n")
     return next(line for line in lines if name and line.lower().startswith(f"table {name[1].lower()}:"))
 
 

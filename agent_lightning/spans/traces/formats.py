@@ -12,22 +12,32 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from agent_lightning.core.errors import DataError
-from agent_lightning.core.json_values import as_mapping, join_chunks, parse_json
+from agent_lightning.core.json_values import as_mapping, is_deeper, join_chunks, parse_json
 from agent_lightning.core.types import Outcome, RolloutKey, Trajectory, is_reward
 from agent_lightning.spans import otlp
 from agent_lightning.spans.conventions import reward_refusal
-from agent_lightning.spans.fields import number
+from agent_lightning.spans.message_forms import parse_value
 from agent_lightning.spans.traces.export import from_row
+from agent_lightning.spans.traces.records import (
+    PARQUET,
+    as_text,
+    make_span,
+    plain_span,
+    read_number,
+    read_table,
+    read_time,
+)
 from agent_lightning.spans.tree import RawSpan
 
 REASONS = {
     "a line that is not JSON": "of a file of lines",
     "a record of no known format": "JSON that is none of the formats",
+    "a record nested too deep": "lists and objects in each other more than 200 times",
     "a damaged record": "of a known format, but it cannot be read",
     "an event of another attempt": "of an Agent Lightning rollout; the attempt that succeeded counts",
     "a score that is no number": "a Langfuse score of a category or a text",
@@ -35,7 +45,7 @@ REASONS = {
     "a reward beyond 1e15": "of an Agent Lightning rollout",
 }
 """Every reason for which this module refuses something, and its meaning."""
-_MAX_BYTES, _MAX_SPANS = 2**31, 10**7
+_MAX_BYTES, _MAX_SPANS, _MAX_DEPTH = 2**31, 10**7, 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +78,7 @@ def read_traces(body: bytes) -> tuple[tuple[str, ...], list[FileTrace], Counter[
     """The formats that occur in a file, its traces, and the number of refused lines and records for each reason."""
     refused: Counter[str] = Counter()
     try:
-        records = _records(body.decode("utf-8-sig"), refused)
+        records = read_table(body) if body.startswith(PARQUET) else _records(body.decode("utf-8-sig"), refused)
     except UnicodeDecodeError:
         records = None
     if records is None:
@@ -78,12 +88,12 @@ def read_traces(body: bytes) -> tuple[tuple[str, ...], list[FileTrace], Counter[
             refused["a record of no known format"] += 1
             return (), [], refused
     by_format: dict[str, list[Mapping[str, Any]]] = {}
-    for record in records:
-        name = next((name for name, needed, _ in FORMATS if needed <= as_mapping(record).keys()), "")
-        if name:
-            by_format.setdefault(name, []).append(record)
+    for record in chain.from_iterable(map(_unpacked, records)):
+        name = _format_of(as_mapping(record))
+        if not name or is_deeper(record, _MAX_DEPTH):
+            refused["a record nested too deep" if name else "a record of no known format"] += 1
         else:
-            refused["a record of no known format"] += 1
+            by_format.setdefault(name, []).append(record)
     traces = [source for name, _, adapt in FORMATS for source in adapt(by_format.get(name, []), refused)]
     return tuple(by_format), traces, refused
 
@@ -93,11 +103,30 @@ def _records(text: str, refused: Counter[str]) -> list[Any] | None:
     content = parse_json(text)
     if content is not None:
         return content if isinstance(content, list) else [content]
-    values = [parse_json(line) for line in text.splitlines() if line.strip()]
+    # Only a line feed ends a line: JSON may have other separators in a text.
+    values = [parse_json(line) for line in text.split("\n") if line.strip()]
     if not any(values):
         return None
     refused["a line that is not JSON"] += values.count(None)
     return [value for value in values if value is not None]
+
+
+def _format_of(record: Mapping[str, Any]) -> str:
+    """The name of a record's format; "" if it is unknown."""
+    return next((name for name, needed, _ in FORMATS if any(keys <= record.keys() for keys in needed)), "")
+
+
+def _unpacked(record: Any) -> list[Any]:
+    """The records in a record that is a page of an API's answer, a trace of Tempo, or a table by columns of pandas."""
+    if not isinstance(record, Mapping) or (_format_of(record) and not isinstance(record.get("data"), list)):
+        return [record]
+    columns = {name: cells for name, cells in record.items() if isinstance(cells, Mapping)}
+    if "context.span_id" in columns:
+        return [{name: cells.get(row) for name, cells in columns.items()} for row in columns["context.span_id"]]
+    inner = next(
+        (record[name] for name in ("data", "traces", "runs", "observations", "trace") if record.get(name)), None
+    )
+    return inner if isinstance(inner, list) else [inner] if isinstance(inner, Mapping) else [record]
 
 
 Adapter = Callable[[Sequence[Mapping[str, Any]], Counter[str]], list[FileTrace]]
@@ -119,13 +148,16 @@ def _each(read: Callable[[Mapping[str, Any], Counter[str]], FileTrace]) -> Adapt
 
 
 def _otlp_records(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[FileTrace]:
-    resources = [part for record in records for part in record["resourceSpans"] or () if isinstance(part, Mapping)]
-    return _otlp(json.dumps({"resourceSpans": resources}).encode(), otlp.JSON, refused) if resources else []
+    return _sources(otlp.read_json(records, refused))
 
 
 def _otlp(body: bytes, content_type: str, refused: Counter[str]) -> list[FileTrace]:
     traces, counted = otlp.decode(body, content_type=content_type, max_bytes=_MAX_BYTES, max_spans=_MAX_SPANS)
     refused.update(counted)
+    return _sources(traces)
+
+
+def _sources(traces: Mapping[str, tuple[RawSpan, ...]]) -> list[FileTrace]:
     sources = []
     for name, spans in traces.items():
         source = FileTrace(name=name, spans=spans)
@@ -139,11 +171,49 @@ def _otlp(body: bytes, content_type: str, refused: Counter[str]) -> list[FileTra
                     outcome=Outcome(about["outcome"]),
                     error=root.error,
                     task_id=str(about.get("task_id") or ""),
-                    reward=reward if is_reward(reward := _number(about.get("reward"))) else None,
+                    reward=reward if is_reward(reward := read_number(about.get("reward"))) else None,
                     output=str(about.get("output") or ""),
                 )
         sources.append(source)
     return sources
+
+
+def _plain_spans(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[FileTrace]:
+    """The traces in spans that are a record each."""
+    traces: dict[str, list[RawSpan]] = {}
+    for record in records:
+        try:
+            name, span = plain_span(record)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            refused["a damaged record"] += 1
+        else:
+            traces.setdefault(name, []).append(span)
+    return [FileTrace(name=name, spans=tuple(spans)) for name, spans in traces.items()]
+
+
+def _mlflow(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
+    """A trace of MLflow: about the trace, and its spans; the numbers that people or judges gave it are rewards."""
+    about, data = as_mapping(record.get("info")), as_mapping(parse_value(record.get("data")))
+    spans = [
+        span
+        for source in _plain_spans(data.get("spans") or record.get("spans") or (), refused)
+        for span in source.spans
+    ]
+    name = str(about.get("trace_id") or about.get("request_id") or record.get("trace_id") or "")
+    for index, given in enumerate(about.get("assessments") or ()):
+        value = as_mapping(given.get("feedback")).get("value")
+        if math.isnan(read_number(value)):
+            refused["a score that is no number"] += 1
+            continue
+        score = {"name": given.get("assessment_name"), "value": value, "about": given.get("span_id") or ""}
+        spans.append(_score(f"{name}/score/{index}", score, given.get("create_time") or about.get("request_time")))
+    return FileTrace(name=name, spans=tuple(spans))
+
+
+def _score(identity: str, score: Mapping[str, Any], at: Any) -> RawSpan:
+    """The span of a score: its name, its value, and the id of the span that it is about."""
+    attributes = {f"agl.reward.{part}": value for part, value in score.items()}
+    return make_span(identity, "", "score", (at, None), attributes, "")
 
 
 def _own_export(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
@@ -156,14 +226,12 @@ def _langfuse(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
     name = str(trace.get("id") or "")
     spans = [_observation(observation) for observation in record.get("observations") or ()]
     for index, score in enumerate(trace.get("scores") or ()):
-        if math.isnan(_number(score.get("value"))) or score.get("dataType") not in (None, "NUMERIC", "BOOLEAN"):
+        if math.isnan(read_number(score.get("value"))) or score.get("dataType") not in (None, "NUMERIC", "BOOLEAN"):
             refused["a score that is no number"] += 1
             continue
-        at = _time(score.get("timestamp") or trace.get("timestamp"))
         about = {"name": score.get("name"), "value": score["value"], "about": score.get("observationId") or ""}
-        attributes = {f"agl.reward.{part}": value for part, value in about.items()}
-        identity = str(score.get("id") or f"{name}/score/{index}")
-        spans.append(RawSpan(span_id=identity, name="score", started_at=at, ended_at=at, attributes=attributes))
+        at = score.get("timestamp") or trace.get("timestamp")
+        spans.append(_score(str(score.get("id") or f"{name}/score/{index}"), about, at))
     return FileTrace(name=name, spans=tuple(spans))
 
 
@@ -177,10 +245,18 @@ def _observation(record: Mapping[str, Any]) -> RawSpan:
     own |= {"metadata.langgraph_node": metadata.get("langgraph_node")}
     usage = record.get("usageDetails") or {}
     own |= {f"usage_details.{side}": usage.get(side) for side in ("input", "output")}
-    attributes |= {f"langfuse.observation.{name}": _as_text(value) for name, value in own.items() if value is not None}
+    attributes |= {f"langfuse.observation.{name}": as_text(value) for name, value in own.items() if value is not None}
     error = (record.get("statusMessage") or "error") if record.get("level") == "ERROR" else ""
     times = record.get("startTime"), record.get("endTime")
-    return _span(record["id"], record.get("parentObservationId"), record.get("name"), times, attributes, error)
+    return make_span(record["id"], record.get("parentObservationId"), record.get("name"), times, attributes, error)
+
+
+def _langfuse_observations(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[FileTrace]:
+    """The traces in observations that are a record each, as Langfuse's table of observations is exported."""
+    traces: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        traces.setdefault(str(record["traceId"]), []).append(record)
+    return _each(_langfuse)([{"id": name, "observations": group} for name, group in traces.items()], refused)
 
 
 def _langsmith(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[FileTrace]:
@@ -204,8 +280,9 @@ def _langsmith(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> l
 
 def _run(identity: str, run: Mapping[str, Any]) -> RawSpan:
     """The span of a LangSmith run."""
-    metadata = (run.get("extra") or {}).get("metadata") or {}
-    inputs, outputs = run.get("inputs") or {}, run.get("outputs") or {}
+    # In LangSmith's bulk export mappings are JSON text.
+    inputs, outputs, extra = (as_mapping(parse_value(run.get(name))) for name in ("inputs", "outputs", "extra"))
+    metadata = as_mapping(extra.get("metadata"))
     attributes = {"langsmith.span.kind": run.get("run_type"), "gen_ai.request.model": metadata.get("ls_model_name")}
     attributes |= {"gen_ai.response.model": outputs.get("model"), "gen_ai.response.id": outputs.get("id")}
     attributes |= {"langsmith.metadata.langgraph_node": metadata.get("langgraph_node")}
@@ -216,26 +293,10 @@ def _run(identity: str, run: Mapping[str, Any]) -> RawSpan:
         usage = outputs.get("usage_metadata") or {}
         attributes |= {f"gen_ai.usage.{side}_tokens": usage.get(f"{side}_tokens") for side in ("input", "output")}
     texts = {"input.value": inputs, "output.value": outputs}
-    attributes |= {name: _as_text(value) for name, value in texts.items() if value != {}}
+    attributes |= {name: as_text(value) for name, value in texts.items() if value != {}}
     attributes = {name: value for name, value in attributes.items() if value is not None}
     times = run["start_time"], run.get("end_time")
-    return _span(identity, run.get("parent_run_id"), run.get("name"), times, attributes, run.get("error"))
-
-
-def _span(
-    identity: Any, parent_id: Any, name: Any, times: tuple[Any, Any], attributes: Mapping[str, Any], error: Any
-) -> RawSpan:
-    """The span of an observation or a run; it ends when it starts if the record has no end."""
-    started = _time(times[0])
-    return RawSpan(
-        span_id=str(identity),
-        parent_id=str(parent_id or ""),
-        name=str(name or ""),
-        started_at=started,
-        ended_at=_time(times[1]) if times[1] else started,
-        attributes=attributes,
-        error=str(error or ""),
-    )
+    return make_span(identity, run.get("parent_run_id"), run.get("name"), times, attributes, run.get("error"))
 
 
 def _agent_lightning(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
@@ -250,9 +311,9 @@ def _agent_lightning(record: Mapping[str, Any], refused: Counter[str]) -> FileTr
         elif kind == "model_request":
             spans.append(_request(f"{name}/{index}", data["request"], data.get("response"), event["timestamp"]))
         elif kind == "agent_output":
-            output = _as_text(data)[:2000]
+            output = as_text(data)[:2000]
         elif kind == "reward":
-            reward = _number(data.get("value"))
+            reward = read_number(data.get("value"))
             if refusal := reward_refusal(reward):
                 reward = None
                 refused[refusal] += 1
@@ -273,7 +334,7 @@ def _recorded(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
     return FileTrace(name=str(record["response"].get("id") or "recorded"), spans=(span,))
 
 
-def _request(identity: str, request: Mapping[str, Any], response: Any, at: float) -> RawSpan:
+def _request(identity: str, request: Mapping[str, Any], response: Any, at: Any) -> RawSpan:
     """The span of a request to an OpenAI server; the response may be a list of streamed chunks."""
     reply = join_chunks(response) if isinstance(response, list) else response or {}
     choice = (reply.get("choices") or [{}])[0]
@@ -286,8 +347,8 @@ def _request(identity: str, request: Mapping[str, Any], response: Any, at: float
         "gen_ai.usage.input_tokens": usage.get("prompt_tokens"),
         "gen_ai.usage.output_tokens": usage.get("completion_tokens"),
         "gen_ai.response.finish_reasons": [choice.get("finish_reason") or ""],
-        "input.value": _as_text(request),
-        "output.value": _as_text(reply),
+        "input.value": as_text(request),
+        "output.value": as_text(reply),
         "agl.prompt_token_ids": reply.get("prompt_token_ids"),
         "agl.response_token_ids": choice.get("token_ids"),
         "agl.logprobs": (choice.get("logprobs") or {}).get("content"),
@@ -295,40 +356,32 @@ def _request(identity: str, request: Mapping[str, Any], response: Any, at: float
     return RawSpan(
         span_id=identity,
         name="chat",
-        started_at=min(float(reply.get("created") or at), float(at)),
-        ended_at=float(at),
+        started_at=min(read_time(reply.get("created") or at), read_time(at)),
+        ended_at=read_time(at),
         attributes={name: value for name, value in attributes.items() if value is not None},
-        error=_as_text(reply["error"]) if reply.get("error") else "",
+        error=as_text(reply["error"]) if reply.get("error") else "",
     )
 
 
-FORMATS: tuple[tuple[str, frozenset[str], Adapter], ...] = (
-    ("OTLP", frozenset(["resourceSpans"]), _otlp_records),
-    ("Langfuse", frozenset(["observations"]), _each(_langfuse)),
-    ("LangSmith", frozenset(["post", "patch"]), _langsmith),
-    ("LangSmith runs", frozenset(["run_type", "id"]), _langsmith),
-    ("Agent Lightning", frozenset(["rollout", "events"]), _each(_agent_lightning)),
-    ("OpenAI calls", frozenset(["request", "response"]), _each(_recorded)),
-    ("agl export", frozenset(["rollout_id", "outcome", "calls"]), _each(_own_export)),
+def _keys(*alternatives: str) -> tuple[frozenset[str], ...]:
+    """Sets of keys, each from a text of keys separated by blanks."""
+    return tuple(frozenset(keys.split()) for keys in alternatives)
+
+
+FORMATS: tuple[tuple[str, tuple[frozenset[str], ...], Adapter], ...] = (
+    ("OTLP", _keys(*otlp.RESOURCES), _otlp_records),
+    ("Langfuse", _keys("observations"), _each(_langfuse)),
+    ("Langfuse observations", _keys("traceId type startTime"), _langfuse_observations),
+    ("LangSmith", _keys("post", "patch"), _langsmith),
+    ("LangSmith runs", _keys("run_type id"), _langsmith),
+    ("Agent Lightning", _keys("rollout events"), _each(_agent_lightning)),
+    ("OpenAI calls", _keys("request response"), _each(_recorded)),
+    ("agl export", _keys("rollout_id outcome calls"), _each(_own_export)),
+    ("MLflow", _keys("info data", "trace_id spans", "request_id spans"), _each(_mlflow)),
+    (
+        "spans",
+        _keys("context attributes", "context.span_id", "trace_id span_id", "traceId spanId", "traceId id"),
+        _plain_spans,
+    ),
 )
-"""Name of a format, the keys that its records have, and the adapter that reads them."""
-
-
-def _time(value: Any) -> float:
-    """Unix seconds from an ISO date or a number; NaN for any other value. A date without a zone is in UTC."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    try:
-        date = datetime.fromisoformat(str(value).replace("Z", "+00:00"))
-    except ValueError:
-        return math.nan
-    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
-
-
-def _number(value: Any) -> float:
-    """A number as a float; NaN for any other value, also for text that `number` would read."""
-    return number(value) if isinstance(value, int | float) else math.nan
-
-
-def _as_text(value: Any) -> Any:
-    return value if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
+"""Name of a format, the keys that its records have, in one or another way, and the adapter that reads them."""

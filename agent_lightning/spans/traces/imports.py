@@ -14,7 +14,7 @@ from agent_lightning.core.files import write_text
 from agent_lightning.core.types import RolloutKey, ToolCall, Trajectory
 from agent_lightning.credit.tools import tool_calls
 from agent_lightning.spans.conventions import read_spans
-from agent_lightning.spans.messages import read_reply, read_request
+from agent_lightning.spans.messages import begins_midway, read_reply, read_request
 from agent_lightning.spans.traces.export import to_line
 from agent_lightning.spans.traces.formats import FileTrace, read_bytes, read_traces
 
@@ -34,6 +34,8 @@ class Imported:
     trajectory: Trajectory
     offered: Mapping[str, str] = field(default_factory=dict)
     """`call_id` -> JSON text of the tools that its request offered."""
+    partial: frozenset[str] = frozenset()
+    """`call_id` of the calls of whose messages something is missing."""
     num_tokens: int = 0
     """Number of tokens of all prompts and replies, as far as the trace counts them."""
 
@@ -91,7 +93,7 @@ def conversations(rollouts: Sequence[Imported]) -> Iterator[dict[str, Any]]:
     """Chats for fine-tuning: each finished conversation once, with the reward of its rollout if there is one.
 
     A conversation that another conversation continues is left out, and so is a call that failed, was cut at a limit, or
-    whose messages the trace does not have.
+    of whose messages the trace has only a part.
 
     Example: two calls of an agent, the second of which continues the first, give
     {"messages": [{"role": "user", …}, …, {"role": "assistant", …}], "tools": […]} once.
@@ -104,7 +106,11 @@ def conversations(rollouts: Sequence[Imported]) -> Iterator[dict[str, Any]]:
             reply = read_reply(call.reply, request[0]) if request else None
             if request is None or reply is None or call.error or call.finish_reason in _UNFINISHED:
                 continue
+            if call.call_id in rollout.partial or begins_midway(request[0]):
+                continue
             messages = [{**message, "content": message["content"] or ""} for message in (*request[0], reply)]
+            for message in messages:
+                message.pop("status", None)
             tools = json.loads(rollout.offered.get(call.call_id, "[]")) or request[1]
             texts = [json.dumps(message, sort_keys=True) for message in messages]
             ends = [end for end in range(1, len(texts)) if messages[end - 1]["role"] == "assistant"]
@@ -143,4 +149,5 @@ def _import(source: FileTrace, key: RolloutKey, refused: Counter[str]) -> Import
     )
     counted = {call.call_id: call.prompt_T.size + call.response_T.size for call in traced.calls if call.response_T.size}
     counted |= {call_id: sum(numbers) for call_id, numbers in traced.usage.items()}
-    return Imported(trajectory=trajectory, offered=traced.offered, num_tokens=sum(counted.values()))
+    tokens = sum(counted.values())
+    return Imported(trajectory=trajectory, offered=traced.offered, partial=traced.partial, num_tokens=tokens)
