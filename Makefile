@@ -6,6 +6,8 @@ SHELL := bash
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --durations=10 --durations-min=1
+# Two processes: one for the tests that start Ray or vLLM, one for the others (tests/conftest.py).
+PARALLEL := -p xdist.plugin -n 2 --dist loadgroup --no-loadscope-reorder
 SOURCES := agent_lightning tests examples scripts $(wildcard benchmarks)
 
 help: ## this list
@@ -32,10 +34,10 @@ train: venv ## train the tiny policy on a CPU: make train ARGS="seed=1 steps=20"
 	$(BIN)/agl train experiment=calc_tiny $(ARGS)
 
 test: venv-examples venv-clients browser ## all tests but those marked slow or gpu
-	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 test-pure: venv-examples ## the tests that start no Ray: seconds
-	$(PYTEST) -m "not stack and not slow and not gpu" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not stack and not slow and not gpu" $(ARGS)
 
 test-slow: venv-examples ## the tests that take minutes each
 	$(PYTEST) -m slow $(ARGS)

@@ -18,3 +18,20 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load the plugin of Schemathesis, which not everybody has installed; the others are in pyproject.toml."""
     if find_spec("schemathesis") is not None:
         config.pluginmanager.import_plugin("schemathesis.pytest.plugin")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say which tests share a process of pytest-xdist (`make test` has two): those that start Ray or vLLM run one after
+    the other, and first, as they take longest; those on the policy server share it; others keep to their file."""
+    if not config.pluginmanager.hasplugin("dsession") and not hasattr(config, "workerinput"):
+        return
+
+    def group(item: pytest.Item) -> str:
+        if "policy_server" in getattr(item, "fixturenames", ()):
+            return "policy_server"
+        return "stack" if item.get_closest_marker("stack") else str(item.path)
+
+    order = {"stack": 0, "policy_server": 1}
+    items.sort(key=lambda item: order.get(group(item), 2))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
