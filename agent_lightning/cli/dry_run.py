@@ -52,7 +52,8 @@ def _plan(inspection: checks.Inspection) -> Iterator[tuple[str, str]]:
         source = config.data.train if split == "train" else config.data.val
         tasks = f"{source.path}, split {source.split}, from the hub"
         if split in inspection.tasks:
-            tasks = f"{len(inspection.tasks[split]):,} tasks"
+            number = len(inspection.tasks[split])
+            tasks = f"{number:,} tasks" if number else "no tasks: nothing is evaluated"
         elif any(line.startswith(f"data.{split}:") for line in inspection.missing):
             tasks = "not found"
         yield "data", f"{split}: {tasks}"

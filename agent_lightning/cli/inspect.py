@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agent_lightning.cli.train import credit_rules
+from agent_lightning.cli.viewer.rollout import decoder
 from agent_lightning.config.load import reload
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.text import one_line
@@ -180,18 +181,12 @@ def coloured(calls: Sequence[ModelCall], credits: Sequence[CallCredit], tokenize
     """The sampled text, a line for each call: green if its advantage is positive, red if it is negative. Tokens that
     were unlikely (probability below 0.5) are underlined. `tokenizer` is a tokenizer.json. Raises DataError if it cannot
     be read."""
-    from tokenizers import Tokenizer
-
-    try:
-        decode = Tokenizer.from_file(str(tokenizer)).decode
-    except Exception as error:  # the library raises nothing more exact
-        raise DataError(f"{tokenizer}: cannot be read as a tokenizer ({error})") from error
-    lines = []
+    decode, lines = decoder(tokenizer), []
     for call, credit in zip(calls, credits, strict=True):
         colour = "green" if credit.advantage > 0 else "red" if credit.advantage < 0 else "dim"
         line = Text(f"{credit.advantage:+.3f}  " if math.isfinite(credit.advantage) else "")
         for token, logprob in zip(call.response_T.tolist(), call.logprob_T.tolist(), strict=True):
-            text = decode([token], skip_special_tokens=False).replace("\n", "⏎")
+            text = decode(token).replace("\n", "⏎")
             line.append(text, style=f"{colour} underline" if logprob < math.log(0.5) else colour)
         lines.append(line)
     return Lines(*lines)

@@ -207,7 +207,8 @@ def sweep(words: Sequence[str], *, resume: str | None, multirun: bool) -> int:
     folder = SweepFolder.open(Path(resume)) if resume is not None else None
     command = folder.command() if folder is not None else hydra_words(words) if multirun else words
     plan, config = plan_sweep(command)
-    checks.require(config, "train", "val")
+    if not checks.require(config, "train", "val").tasks["val"]:
+        raise UserError("data.val.path: missing; a sweep compares held-out rewards")
     folder = folder or SweepFolder.create(Path(config.runs_dir), plan)
     lock = take_folder(folder.path, "sweep")
     plan = replace(plan, fixed=(*plan.fixed, *trial_words(plan, folder.path.name)))
@@ -301,7 +302,7 @@ async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) 
         "split": split,
         "rows": len(rewards),
         "reward": sum(rewards) / len(rewards),
-        **({f"reward_by_{group_by}": reward_by(groups, group_by)} if group_by else {}),
+        **({f"reward_by_{group_by}": reward_by(groups, config.data)} if group_by else {}),
         "outcomes": dict(Counter(rollout.outcome.value for rollout in rollouts)),
         "calls_per_rollout": sum(len(rollout.calls) for rollout in rollouts) / len(rollouts),
         "seconds": round(seconds, 2),

@@ -48,6 +48,7 @@ def load(overrides: Sequence[str]) -> Config:
     """Compose conf/train.yaml with Hydra overrides. Raises ConfigError, one line, naming the key.
 
     `experiment=` may also be a file of your own, in a folder named experiment: experiment=mine/experiment/big.yaml.
+    Without it, `agent.target` and `data.train.path` are yours (conf/own/experiment/own.yaml).
 
     Example:
 
@@ -57,9 +58,12 @@ def load(overrides: Sequence[str]) -> Config:
     from hydra.errors import HydraException, OverrideParseException
 
     conf = project_folder("conf")
+    if not any(override.startswith("experiment=") for override in overrides):
+        if not any(re.match(r"[+]*agent(\.target)?=", override) for override in overrides):
+            own, names = "agent.target= and data.train.path= of your own", _options(conf / "experiment")
+            raise ConfigError(f"experiment: missing; give experiment=NAME, or {own}; names are {names}")
+        overrides = [f"experiment={conf}/own/experiment/own.yaml", *overrides]
     prepared = hydra_overrides(overrides)
-    if not any(override.startswith("experiment=") for override in prepared):
-        raise ConfigError(f"experiment: missing; give experiment=NAME, one of {_options(conf / 'experiment')}")
     try:
         with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
             node = compose("train", overrides=prepared)

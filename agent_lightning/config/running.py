@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Annotated, Final, Literal
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from agent_lightning.config.learning import refuse_unread
 from agent_lightning.config.section import AtLeast0, AtLeast1, NotNegative, Positive, Section
@@ -25,54 +27,65 @@ SOURCE_FIELDS: Final = {
     "hub": {"path", "name", "split", "question_field", "result_field", "num", "seed"},
 }
 """The keys that each kind of source reads."""
+FILE_ENDS: Final = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
 class SourceConfig(Section):
     """The tasks of one split. A key that the kind of source does not read must be left out."""
 
     kind: Literal["generated", "jsonl", "hub"] = "jsonl"
-    """generated: rows from a function; jsonl: a file with a JSON object a line; hub: a Hugging Face data set."""
+    """generated: rows from a function; jsonl: a file, by its end JSON lines, JSON, CSV, TSV or Parquet, also veRL's
+    layout; hub: a Hugging Face data set, also if the path is neither a file nor ends as one."""
     target: str | None = None
     """generated: "file.py:function", called with seed, num, split, and root and names if taken; rows have an "id"."""
     names: tuple[str, ...] = ()
     """generated: parts of the data, such as [mawps_train] of Calc-X, for a function that takes names."""
     path: str | None = None
-    """jsonl: the file, .jsonl or .jsonl.gz; hub: the data set's id or folder."""
+    """jsonl: the file, from here or from data.root; hub: the data set's id or folder; data.val: null holds nothing
+    out."""
     name: str | None = None
     """hub: the data set's configuration."""
     split: str | None = None
     """generated, hub: the split that is read; null: train."""
     question_field: str | None = None
-    """hub: the column of the questions; null: question."""
+    """hub: the column that the agent gets as question; null: the columns stay as they are."""
     result_field: str | None = None
-    """hub: the column of the results; null: result."""
+    """hub: the column that the agent gets as result, as text; null: the columns stay as they are."""
     num: AtLeast0 | None = None
     """At most this many tasks, drawn with `seed`; null: all."""
     seed: AtLeast0 | None = None
     """Seed of the drawing, or of the generating function; null: 0."""
 
-    @field_validator("kind", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _refuse_calcx(cls, kind: object) -> object:
-        """Raise ConfigError for a kind of earlier versions."""
+    def _find_kind(cls, values: Any) -> Any:
+        """Take a path such as "openai/gsm8k" for a data set of the hub. Raise ConfigError for an earlier kind."""
+        kind, path = (values.get("kind"), str(values.get("path") or "")) if isinstance(values, dict) else (None, "")
         if kind == "calcx":
             raise ConfigError("kind=calcx is now data=calcx_mawps; its parts are data.train.names and data.val.names")
-        return kind
+        looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.removesuffix(".gz").endswith(FILE_ENDS)
+        if kind in (None, "jsonl") and looks_like_id and not Path(path).is_file():
+            return values | {"kind": "hub"}
+        return values
 
 
 class DataConfig(Section):
     """The tasks that are trained on, and those that are held out."""
 
     root: str = "data"
-    """Folder of the files that a generating function reads."""
+    """Folder of the files that a generating function reads, and of files that are not here."""
     val_group_by: str | None = None
     """A field of the held-out tasks, such as difficulty: their reward is also reported for each of its values."""
     train: SourceConfig = SourceConfig()
     val: SourceConfig = SourceConfig()
+    val_sets: dict[str, SourceConfig] = Field(default_factory=dict)
+    """Further held-out sets by name, such as {hard: {path: hard.csv}}: each has its own reward, and the held-out reward
+    is the mean over the rows of all."""
 
     @model_validator(mode="after")
     def _check_sources(self) -> DataConfig:
-        for split, source in (("train", self.train), ("val", self.val)):
+        named = ((f"val_sets.{name}", source) for name, source in self.val_sets.items())
+        for split, source in (("train", self.train), ("val", self.val), *named):
             for name, value in source.model_dump(mode="json", exclude={"kind"}).items():
                 if name not in SOURCE_FIELDS[source.kind] and value not in (None, []):
                     raise ConfigError(f"data.{split}.{name}={value}: not read by kind={source.kind}; remove it")

@@ -10,7 +10,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -121,13 +121,14 @@ def _check_reach(inspection: Inspection) -> None:
 def _check_tasks(split: Split, inspection: Inspection) -> None:
     """The tasks of a split can be read; a data set that a dry run would have to download must be on the hub."""
     config = inspection.config
-    source = config.data.train if split == "train" else config.data.val
     if split not in inspection.splits:
         return
-    if inspection.download or source.kind != "hub" or source.path is None or Path(source.path).is_dir():
+    sources = list(_sources(config, split).values())
+    on_hub = [source.path for source in sources if source.kind == "hub" and not Path(source.path or "").is_dir()]
+    if inspection.download or not on_hub:
         inspection.tasks[split] = load_tasks(config, split)
-    else:
-        hub.check_data_set(source.path)
+    for path in on_hub if not inspection.download else ():
+        hub.check_data_set(path or "")
 
 
 Check = Callable[[Inspection], None]
@@ -153,26 +154,43 @@ CHECKS: Final[Sequence[tuple[str, Check]]] = (
 
 
 def load_tasks(config: Config, split: Split) -> list[Task]:
-    """Load the tasks of a split from the source that the config gives. Raises DataError, ConfigError."""
-    source = config.data.train if split == "train" else config.data.val
+    """Load the tasks of a split from the sources that the config gives. A task of a named held-out set has the set's
+    name in front of its id: "hard/val-3". Raises DataError, ConfigError."""
+    loaded: list[Task] = []
+    for name, source in _sources(config, split).items():
+        rows = _load_source(config, split if not name else f"val_sets.{name}", source)
+        loaded += [replace(task, task_id=f"{name}/{task.task_id}") for task in rows] if name else rows
+    return loaded
+
+
+def _sources(config: Config, split: Split) -> dict[str, SourceConfig]:
+    """The sources of a split by the names of their sets; "" names data.train and data.val, which may be left out."""
+    if split == "train":
+        return {"": config.data.train}
+    main = {"": config.data.val} if config.data.val.path or config.data.val.target else {}
+    return main | config.data.val_sets
+
+
+def _load_source(config: Config, key: str, source: SourceConfig) -> list[Task]:
     if source.kind == "generated":
-        loaded = _generate(source, config.data.root, f"data.{split}")
+        loaded = _generate(source, config.data.root, f"data.{key}")
     elif source.path is None:
-        raise ConfigError(f"data.{split}.path: kind={source.kind} needs it")
+        raise ConfigError(f"data.{key}.path: missing; give a file (.jsonl, .json, .csv, .parquet) or a hub id")
     elif source.kind == "jsonl":
-        loaded = tasks.load_jsonl(source.path)
+        in_root = Path(config.data.root) / source.path
+        loaded = tasks.load_file(in_root if in_root.exists() and not Path(source.path).exists() else source.path)
     else:
         loaded = tasks.load_hub(
             source.path,
             name=source.name,
             split=source.split or "train",
-            question_field=source.question_field or "question",
-            result_field=source.result_field or "result",
+            question_field=source.question_field,
+            result_field=source.result_field,
         )
     if source.num is not None and source.kind != "generated":
         loaded = tasks.sample(loaded, source.num, source.seed or 0)
     if not loaded:
-        raise ConfigError(f"data.{split}: there are no tasks")
+        raise ConfigError(f"data.{key}: there are no tasks")
     return loaded
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import importlib.util
 import inspect
 import json
+import operator
 import os
 import re
 import shlex
@@ -17,6 +19,7 @@ import shutil
 import sys
 from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, SupportsFloat, cast
 from urllib.parse import urlsplit
 
@@ -24,11 +27,11 @@ import numpy as np
 
 from agent_lightning.core.errors import AgentProcessError, ConfigError
 from agent_lightning.core.processes import run_child
-from agent_lightning.core.text import error_line, last_line
+from agent_lightning.core.text import last_line
 from agent_lightning.core.threads import run_cancellable, start_thread
 from agent_lightning.core.types import Policy, Task
 from agent_lightning.rollouts.client import Rollout, current_rollout, flush, inside, install
-from agent_lightning.rollouts.evidence import Printed, frames_of, place_of
+from agent_lightning.rollouts.evidence import Printed, described, frames_of
 
 if TYPE_CHECKING:  # the process of an agent starts faster without the config
     from agent_lightning.config.running import Agent, AgentMode
@@ -40,8 +43,6 @@ _LONGEST_VARIABLE = 100_000
 """Characters of a payload beyond which it is on stdin only: Linux refuses variables of 128 KiB (MAX_ARG_STRLEN)."""
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 """Variables that name a proxy."""
-_IMPORT_ERRORS = (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError, OSError)
-"""Errors with which the import of a user's faulty module ends."""
 
 
 def load(target: str) -> Agent:
@@ -49,17 +50,26 @@ def load(target: str) -> Agent:
 
     load("json:dumps")({"a": 1})            # '{"a": 1}'
     load("examples/calc_x/agent.py:solve")  # from the working folder, the project, or the package
+    load("mypkg.agent:Solver.solve")        # the working folder is on the path, and first
     """
     where, _, name = target.rpartition(":")
     if not where or not name:
         raise ConfigError(f"{target!r} names no function: write package.module:function or path/to/file.py:function")
+    _put_on_path(Path.cwd())
     try:
         module = _load_file(_find(where)) if where.endswith(".py") else importlib.import_module(where)
-    except _IMPORT_ERRORS as error:
-        raise ConfigError(f"{target!r} cannot be imported: {type(error).__name__}: {error}") from error
-    function = vars(module).get(name)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a user's module does while it is imported
+        raise ConfigError(f"{target!r} cannot be imported: {described(error)}") from error
+    try:
+        function = operator.attrgetter(name)(module)
+    except AttributeError:
+        function = None
     if not callable(function):
-        raise ConfigError(f"{target!r}: there is no function {name!r} in {where}")
+        close = difflib.get_close_matches(name, [key for key, value in vars(module).items() if callable(value)], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"{target!r}: there is no function {name!r} in {where}{hint}")
     return cast("Agent", function)
 
 
@@ -197,21 +207,50 @@ def _find(path: str) -> Path:
 
 
 @functools.cache
-def _load_file(path: Path) -> object:
-    """Import a file as a module under a name made of its path: two agent.py of different folders are two modules."""
+def _load_file(path: Path) -> ModuleType:
+    """Import a file: by its name in its package if its folder is one, or if it imports relatively; else as a module
+    under a name made of its path, since two agent.py of different folders are two modules."""
+    root = path.parent
+    while (root / "__init__.py").is_file():
+        root = root.parent
+    if root != path.parent:
+        return _import_from(root, path)
+    _put_on_path(path.parent)  # its siblings can be imported, as if it were run as a script
     name = re.sub(r"\W", "_", path.stem) + "_" + hashlib.sha256(str(path).encode()).hexdigest()[:8]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file")
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # its siblings can be imported, as if it were run as a script
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up by name
     with contextlib.ExitStack() as undo:
         undo.callback(sys.modules.pop, name, None)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except ImportError as error:
+            if "relative import" not in str(error):
+                raise
+            # A package without __init__.py: it begins below the folder where agl runs, or is the file's folder.
+            here = Path.cwd()
+            inside = path.is_relative_to(here) and path.parent != here
+            return _import_from(here if inside else path.parent.parent, path)
         undo.pop_all()
     return module
+
+
+def _import_from(root: Path, path: Path) -> ModuleType:
+    """Import a file by its dotted name below `root`. Raises ConfigError if this name is another module's."""
+    _put_on_path(root)
+    name = ".".join(path.relative_to(root).with_suffix("").parts)
+    importlib.invalidate_caches()
+    module = importlib.import_module(name)
+    if Path(module.__file__ or "").resolve() != path:
+        raise ConfigError(f"{path} is the module {name}, but {module.__file__} has this name too: rename its package")
+    return module
+
+
+def _put_on_path(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 
 def _is_async(function: Agent) -> bool:
@@ -255,8 +294,7 @@ def _main() -> None:
     def note_error(kind: type[BaseException] | None, error: BaseException | None, frames: object) -> bool:
         nonlocal line
         if isinstance(error, Exception):
-            place = place_of(error)
-            line = _ERROR + json.dumps([error_line(error) + (f" ({place})" if place else ""), frames_of(error)])
+            line = _ERROR + json.dumps([described(error), frames_of(error)])
         return bool(line)
 
     with contextlib.ExitStack() as stack:

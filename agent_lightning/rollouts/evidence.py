@@ -14,7 +14,7 @@ from typing import Any, Final, TextIO, cast
 
 from opentelemetry import context
 
-from agent_lightning.core.text import hide_secret
+from agent_lightning.core.text import error_line, hide_secret
 
 _PACKAGE: Final = str(Path(__file__).parents[1])
 _LIBRARIES: Final = (*{sysconfig.get_path(name) for name in ("stdlib", "platstdlib")}, "<frozen")
@@ -41,6 +41,12 @@ def place_of(error: BaseException) -> str:
         if isinstance(cause, SyntaxError) and cause.filename:
             return f"{cause.filename}:{cause.lineno}"
     return ""
+
+
+def described(error: BaseException) -> str:
+    """The error as one line, and the user's line that raised it: "KeyError: 'x' (mine/agent.py:12 in solve)"."""
+    place = place_of(error)
+    return error_line(error) + (f" ({place})" if place else "")
 
 
 def frames_of(error: BaseException, *, secret: str = "") -> str:

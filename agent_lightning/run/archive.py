@@ -83,6 +83,19 @@ def read_rollouts(path: Path) -> pyarrow.Table:
     return pa.concat_tables(tables, promote_options="default")
 
 
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of any Parquet file as plain values. Raises FileNotFoundError, and DataError if it is no such file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error_line(error)}") from error
+
+
 def read_group(path: Path, rollout_id: str) -> types.Group:
     """Read the group of a rollout, such as "train-12" for "train-12-3". Raises DataError if `path` lacks it."""
     import pyarrow.compute as pc

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from agent_lightning.config.load import Config, to_mapping
+from agent_lightning.config.running import DataConfig
 from agent_lightning.core.errors import UserError
 from agent_lightning.core.types import Group
 from agent_lightning.run.archive import RolloutWriter
@@ -58,10 +59,9 @@ class RunObserver:
             self._writer = None
 
     def record_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Log and show the held-out reward, its parts, its values by `data.val_group_by`, and what failed."""
+        """Log and show the held-out reward, its parts, its values by set and `data.val_group_by`, and failures."""
         self._check_folder()
-        if (field := self._config.data.val_group_by) is not None:
-            self.val_reward_by = reward_by(evaluation.groups, field)
+        self.val_reward_by = reward_by(evaluation.groups, self._config.data)
         record = {"val/reward": evaluation.reward, "val/rows": float(len(evaluation.rewards))}
         record |= {f"val/reward/{name}": reward for name, reward in self.val_reward_by.items()}
         record |= {f"val/reward_part/{name}": value for name, value in evaluation.parts.items()}
@@ -95,12 +95,16 @@ class RunObserver:
             self._live.close()
 
 
-def reward_by(groups: Sequence[Group], field: str) -> dict[str, float]:
-    """The mean reward for each value of a field of the tasks, over what `Evaluation.rewards` counts.
-    Example: reward_by(groups, "level") -> {"easy": 0.5, "hard": 0.1}"""
+def reward_by(groups: Sequence[Group], data: DataConfig) -> dict[str, float]:
+    """The mean reward for each value of the field `data.val_group_by`, and for each set of `data.val_sets`, over what
+    `Evaluation.rewards` counts. Example: {"easy": 0.5, "hard": 0.1}"""
     groups_of: defaultdict[str, list[Group]] = defaultdict(list)
     for group in groups:
-        groups_of[str(group.task.payload.get(field))].append(group)
+        name = group.task.task_id.partition("/")[0]
+        names = {name} & data.val_sets.keys()
+        names |= {str(group.task.payload.get(data.val_group_by))} if data.val_group_by is not None else set()
+        for name in names:
+            groups_of[name].append(group)
     return {name: Evaluation(groups_of[name]).reward for name in sorted(groups_of)}
 
 

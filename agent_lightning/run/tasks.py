@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import os
 import sys
@@ -10,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Final, cast
 
 import numpy as np
 
@@ -18,16 +20,75 @@ from agent_lightning.core.errors import DataError
 from agent_lightning.core.text import one_line
 from agent_lightning.core.types import Task
 
-FIX_ROOT = "set data.root to the folder that holds it"
+FIX_ROOT = "set data.root to the folder that holds it, or write the path from here"
+
+
+def load_file(path: str | Path, *, required: Sequence[str] = ()) -> list[Task]:
+    """Read a task from each row of a file: .jsonl, .json (a list of objects, or lines), .csv, .tsv or .parquet, the
+    texts also as .gz. {"id": "a1", "question": "…"} -> Task(task_id="a1", payload=the row). A row without "id" is named
+    after the file and the row: "train-17". The columns of a CSV file are text. A row in veRL's layout (prompt,
+    reward_model, extra_info) also gets `question`, its last message, and `result`, its ground truth. Raises DataError
+    with file and row: no such file, not of this format, not an object, a missing field, a duplicate id."""
+    path = Path(path)
+    stem, _, end = path.name.removesuffix(".gz").rpartition(".")
+    read = _READERS.get(end, read_jsonl)
+    try:
+        rows = ((number, with_verl(row)) for number, row in read(path))
+        return _tasks(((f"{path}:{number}", f"{stem or end}-{number}", row) for number, row in rows), required)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; {FIX_ROOT}") from None
 
 
 def load_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> list[Task]:
-    """Read a task from each line of a .jsonl or .jsonl.gz file that is not blank: {"id": "a1", "question": "…"} ->
-    Task(task_id="a1", payload=the row). A row without "id" is named after the file and the line: "train-17". Raises
-    DataError with file and line: no such file, not JSON, not an object, a missing field, a duplicate id."""
-    path = Path(path)
-    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
-    return _tasks(((f"{path}:{number}", f"{stem}-{number}", row) for number, row in read_jsonl(path)), required)
+    """Read a task from each line of a .jsonl or .jsonl.gz file, as `load_file` does. Raises DataError."""
+    return load_file(path, required=required)
+
+
+def with_verl(row: dict[str, Any]) -> dict[str, Any]:
+    """A row, and if it is in veRL's layout, its question and its result under these names too."""
+    prompt, reward = row.get("prompt"), row.get("reward_model")
+    if not (isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict) and isinstance(reward, dict)):
+        return row
+    return {"question": prompt[-1].get("content"), "result": reward.get("ground_truth"), **row}
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON list, or of the one list in an object, each with its number from 1."""
+    with _open(path) as file:
+        text = file.read().decode("utf-8-sig", "replace")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        yield from read_jsonl(path)  # many files of this name hold an object a line
+        return
+    lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else [value]
+    if len(lists) != 1 or not isinstance(lists[0], list):
+        raise DataError(f"{path}: must hold a list of objects, or an object a line")
+    for number, row in enumerate(lists[0], start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number} must be an object, this is {type(row).__name__}")
+        yield number, row
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines below the names of the columns, as text, each with its number from 1."""
+    csv.field_size_limit(2**31 - 1)
+    with _open(path) as file:
+        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        rows = csv.DictReader(lines, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
+        try:
+            for number, row in enumerate(rows, start=1):
+                if None in row or None in row.values():
+                    raise DataError(f"{path}:{rows.line_num}: the row has other columns than {rows.fieldnames}")
+                yield number, row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}:{rows.line_num}: not CSV in UTF-8: {one_line(error)[:300]}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    from agent_lightning.run.archive import read_rows
+
+    yield from enumerate(read_rows(path), start=1)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -39,7 +100,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             # Decoded line by line, so that the message can name the line that is not UTF-8.
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, _row(line.decode(), f"{path}:{number}")
+                    yield number, _row(line.decode("utf-8-sig" if number == 1 else "utf-8"), f"{path}:{number}")
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; {FIX_ROOT}") from None
     except UnicodeDecodeError as error:
@@ -53,13 +114,13 @@ def load_hub(
     *,
     name: str | None = None,
     split: str,
-    question_field: str = "question",
-    result_field: str = "result",
+    question_field: str | None = None,
+    result_field: str | None = None,
 ) -> list[Task]:
     """Read a split of a data set on the Hugging Face Hub, or of a local folder in the hub's layout. A task's payload is
-    the row, with "question" and "result" (as text) from the fields of these names. Without a column "id", tasks are
-    named "train-0", "train-1", … Raises DataError: the data set is not reachable, the data set, its configuration,
-    split or field is unknown, or there is no `datasets` library.
+    the row, with "question" and "result" (as text) from the fields of these names, if given. Without a column "id",
+    tasks are named "train-0", "train-1", … Raises DataError: the data set is not reachable, it, its configuration, its
+    split or a field is unknown, or there is no `datasets` library.
     Example: load_hub("MU-NLPC/Calc-mawps", split="train")"""
     try:
         import datasets
@@ -77,11 +138,17 @@ def load_hub(
         }
         problem = next((text for kind, text in problems.items() if isinstance(error, kind)), " cannot be read")
         raise DataError(f"{source}{problem}: {one_line(error)[:300]}") from error
-    for field in (question_field, result_field):
+    for field in filter(None, (question_field, result_field)):
         if field not in table.column_names:
             raise DataError(f"{source} has no column {field!r}; it has {', '.join(table.column_names)}")
-    rows = ({**row, "question": row[question_field], "result": str(row[result_field])} for row in table)
-    return make(lambda: ({"id": f"{split}-{number}"} | row for number, row in enumerate(rows)))
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(table):
+            renamed = {"question": row[question_field]} if question_field else {}
+            renamed |= {"result": str(row[result_field])} if result_field else {}
+            yield {"id": f"{split}-{number}"} | with_verl({**row, **renamed})
+
+    return make(rows)
 
 
 def make(function: Callable[..., Iterable[Mapping[str, Any]]], **arguments: Any) -> list[Task]:
@@ -111,6 +178,15 @@ def sample(tasks: Sequence[Task], num: int, seed: int) -> list[Task]:
         return list(tasks)
     chosen = np.random.default_rng(seed).choice(len(tasks), size=num, replace=False)
     return [tasks[i] for i in np.sort(chosen)]
+
+
+_READERS: Final[Mapping[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]]] = {
+    "json": _read_json,
+    "csv": _read_csv,
+    "tsv": _read_csv,
+    "parquet": _read_parquet,
+}
+"""The readers of formats other than an object a line, by the ends of file names."""
 
 
 @dataclass(slots=True)

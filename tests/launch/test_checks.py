@@ -14,7 +14,7 @@ from agent_lightning.cli.dry_run import assumed, show
 from agent_lightning.cli.main import USER_ERROR, main
 from agent_lightning.config.load import load, project_folder
 from agent_lightning.core.errors import ConfigError, UserError
-from agent_lightning.launch.checks import inspect, require
+from agent_lightning.launch.checks import inspect, load_tasks, require
 
 EXPERIMENTS = sorted(file.stem for file in (project_folder("conf") / "experiment").glob("*.yaml"))
 WITHOUT_GPUS = pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="this machine has GPUs")
@@ -119,3 +119,24 @@ def test_no_worker_is_left_without_a_gateway(words: list[str]) -> None:
 def test_a_cluster_that_cannot_be_assumed(text: str) -> None:
     with pytest.raises(ConfigError, match="give NODESxGPUS"):
         assumed(text)
+
+
+def test_data_of_ones_own_without_an_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without experiment=: named held-out sets, no held-out set, and files in data.root."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "agent.py").write_text("async def solve(task, policy): return 1.0\n")
+    (tmp_path / "data").mkdir()
+    for name in ("train", "easy", "hard"):
+        (tmp_path / "data" / f"{name}.csv").write_text(f"question,answer\n{name}?,1\n")
+    own = ["agent.target=agent.py:solve", "data.train.path=train.csv"]
+    config = load(own)
+    assert config.experiment == "own"
+    assert [task.payload["question"] for task in load_tasks(config, "train")] == ["train?"]
+    assert load_tasks(config, "val") == []
+    config = load([*own, "data.val_sets={easy: {path: easy.csv}, hard: {path: hard.csv}}"])
+    assert [task.task_id for task in load_tasks(config, "val")] == ["easy/easy-1", "hard/hard-1"]
+    with pytest.raises(ConfigError, match=r"data\.train\.path: missing; give a file"):
+        load_tasks(load(own[:1]), "train")
+    with pytest.raises(ConfigError, match=r"^experiment: missing; give experiment=NAME, or agent\.target="):
+        load(["data.train.path=train.csv"])
+    assert load([*own[:1], "data.train.path=openai/gsm8k"]).data.train.kind == "hub"

@@ -478,3 +478,57 @@ def test_a_file_that_cannot_be_imported_is_a_config_error_in_one_line(tmp_path: 
     file.write_text(text)
     with pytest.raises(ConfigError, match="cannot be imported"):
         load(f"{file}:solve")
+
+
+# Agents of a project of one's own.
+
+PACKAGE = {
+    "mypkg/__init__.py": "",
+    "mypkg/agent.py": "from .tools.names import NAME\nfrom mypkg import words\n"
+    "def solve(payload): return NAME + words.END\n"
+    "class Solver:\n    @staticmethod\n    def solve(payload): return NAME\n",
+    "mypkg/tools/__init__.py": "",
+    "mypkg/tools/names.py": "from ..words import END\nNAME = 'inside'\n",
+    "mypkg/words.py": "END = '!'\n",
+}
+
+
+@pytest.mark.parametrize("form", ["regular", "namespace", "src"])
+@pytest.mark.parametrize(
+    "target", ["{p}mypkg/agent.py:solve", "mypkg.agent:solve", "mypkg.agent:Solver.solve", "{abs}/mypkg/agent.py:solve"]
+)
+@pytest.mark.parametrize("mode", ["thread", "process"])
+async def test_an_agent_in_a_package_loads_by_file_and_by_name(
+    tmp_path: Path, form: str, target: str, mode: AgentMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = f"mypkg_{abs(hash((form, target, mode)))}"
+    root = tmp_path / "src" if form == "src" else tmp_path
+    for name, text in PACKAGE.items():
+        if form == "namespace" and name.endswith("__init__.py"):
+            continue
+        file = root / name.replace("mypkg", package)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text.replace("mypkg", package))
+    monkeypatch.chdir(tmp_path)
+    if form == "src" and "/" not in target:
+        monkeypatch.chdir(root)
+    given = target.format(p="src/" if form == "src" else "", abs=root).replace("mypkg", package)
+    assert str(await run_agent(given, mode, make_task(), POLICY, ROLLOUT)).startswith("inside")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("import openai\nclient = openai.OpenAI(api_key=None)\n", "solve", "OpenAIError: .*broken.py:2 in <module>"),
+        ("def f():\n    raise RuntimeError('at import')\nf()\n", "solve", "RuntimeError: at import .*broken.py:2 in f"),
+        ("def solve(payload): return 1\n", "slove", "no function 'slove' .*did you mean solve?"),
+        ("def f(:\n", "f", "SyntaxError: .*broken.py:1"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_one_line_with_the_place(
+    tmp_path: Path, text: str, name: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load(f"{tmp_path}/broken.py:{name}")

@@ -1,19 +1,23 @@
 """Loading tasks, and the order in which they are trained."""
 
+import csv
 import gzip
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.types import Task
-from agent_lightning.run.tasks import TaskCursor, load_hub, load_jsonl, make, sample
+from agent_lightning.run.tasks import TaskCursor, load_file, load_hub, load_jsonl, make, sample
 
 
 def row(number: int) -> dict[str, str]:
@@ -212,3 +216,86 @@ def test_cursor_shuffles_each_epoch_anew_and_survives_other_data():
     assert len(TaskCursor(seed=3, position=19).next(tasks[:5], 4)) == 4
     with pytest.raises(DataError, match="no tasks"):
         cursor.next([], 1)
+
+
+# Files in other formats.
+
+ROWS = [{"question": "1+1?", "answer": "2"}, {"question": 'say "a,\nb"\u2028', "answer": ""}]
+VERL = {
+    "data_source": "gsm8k",
+    "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}],
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "2"},
+    "extra_info": {"index": 7, "split": "train"},
+}
+
+
+def csv_text(rows: list[dict[str, str]], delimiter: str) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.jsonl", "\n".join(map(json.dumps, ROWS))),
+        ("rows.json", json.dumps(ROWS, indent=2)),
+        ("rows.json", json.dumps({"version": 1, "data": ROWS})),
+        ("rows.json", "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)),
+        ("rows.txt", "\r\n".join(map(json.dumps, ROWS))),
+        ("rows.csv", csv_text(ROWS, ",")),
+        ("rows.tsv", csv_text(ROWS, "\t")),
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte order mark"])
+def test_rows_come_from_files_of_several_formats(tmp_path: Path, name: str, text: str, packed: bool, mark: str) -> None:
+    path = tmp_path / (name + (".gz" if packed else ""))
+    content = (mark + text).encode()
+    path.write_bytes(gzip.compress(content) if packed else content)
+    tasks = load_file(path)
+    assert [dict(task.payload) for task in tasks] == ROWS
+    assert tasks[0].task_id.startswith("rows-")
+
+
+def test_rows_come_from_parquet_and_veRLs_rows_have_a_question_and_a_result(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([VERL, VERL]), tmp_path / "train.parquet")
+    first, second = load_file(tmp_path / "train.parquet")
+    assert (first.task_id, second.task_id) == ("train-1", "train-2")
+    assert dict(first.payload) == {**VERL, "question": "1+1?", "result": "2"}
+    (tmp_path / "train.json").write_text(json.dumps([VERL]))
+    assert load_file(tmp_path / "train.json")[0].payload == first.payload
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"q,a\n1\n", r"a.csv:2: the row has other columns than \['q', 'a'\]"),
+        ("a.csv", b"q,a\n1,2,3\n", "a.csv:2: the row has other columns"),
+        ("a.csv", b"q,a\n\xff,2\n", "not CSV in UTF-8"),
+        ("a.json", b'{"a": 1, "b": 2}', "must hold a list of objects, or an object a line"),
+        ("a.json", b"[1]", "row 1 must be an object, this is int"),
+        ("a.json", b"{\n", "a.json:1: not JSON"),
+        ("a.parquet", b"PAR1 no", "cannot be read as Parquet"),
+        ("a.csv", None, "does not exist; set data.root"),
+        ("a.parquet", None, "does not exist; set data.root"),
+        ("a.jsonl", b'\n{"a": }', "a.jsonl:2: not JSON"),
+    ],
+)
+def test_a_file_of_another_format_is_one_line(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_file(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_of_the_hub_keeps_its_columns(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}], "n": 3}) + "\n")
+    (task,) = load_hub(str(tmp_path), split="train")
+    assert task == Task(
+        task_id="train-0", payload={"id": "train-0", "messages": [{"role": "user", "content": "hi"}], "n": 3}
+    )
