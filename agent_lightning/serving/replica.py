@@ -32,6 +32,7 @@ from agent_lightning.serving.engine import (
     without_copies,
 )
 from agent_lightning.serving.gate import Gate
+from agent_lightning.serving.grammars import use_own_grammars
 from agent_lightning.serving.policy import Follower, PolicyBoard
 from agent_lightning.serving.weights import in_shared_memory
 
@@ -46,6 +47,8 @@ class PolicyServer:
 
     def __init__(self, settings: Mapping[str, Any], serving: ServingConfig, board: PolicyBoard) -> None:
         """`settings`: the fields of Ray's LLMConfig."""
+        if parser := settings["engine_kwargs"].get("tool_call_parser"):
+            use_own_grammars(parser)
         self._server = ray_private.llm_server(settings)
         self._gate = Gate(serving.on_weight_update)
         self._version = 0

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError, model_validator
 
 from agent_lightning.core.types import ModelCall
 from agent_lightning.serving.engine import Completion, Refusal
@@ -122,12 +122,17 @@ ListOf = Annotated[list[Item], _FailFast()]
 
 
 class Strict(BaseModel):
-    """A JSON object of which some fields are checked. Values are not converted; unknown fields pass."""
+    """A JSON object of which some fields are checked. Values are not converted, a null is an absent field, and unknown
+    fields pass."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    def model_post_init(self, context: object, /) -> None:
-        """Does nothing, in Python: between two of a million objects, other threads get their turn."""
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        """In Python: between two of a million objects, other threads get their turn."""
+        is_object = isinstance(fields, dict)
+        return {name: value for name, value in fields.items() if value is not None} if is_object else fields
 
 
 Model = TypeVar("Model", bound=BaseModel)

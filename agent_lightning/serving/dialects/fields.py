@@ -98,8 +98,7 @@ class _Message(Strict):
 
 
 class _JsonSchema(Strict):
-    name: str | None = None
-    strict: bool | None = None
+    name: str = "answer"
     schema_: dict[str, Any] = Field(alias="schema")
 
 
@@ -126,7 +125,7 @@ class Sampled(Strict):
     n: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, ge=0, le=1)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
