@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -217,19 +218,26 @@ def llm_server(settings: Mapping[str, Any]) -> Any:
 
 
 async def ask_llm(server: Any, request: Mapping[str, Any]) -> Any:
-    """The server's stream of replies to a request: one reply, or batches of server-sent events. Raises ValidationError
-    or ValueError for a request that cannot be read."""
+    """The server's stream of replies to a request: one reply, or batches of server-sent events. A reply is cut at the
+    model's length, where vLLM would refuse the request. Raises ValidationError or ValueError for a request that cannot
+    be read."""
     from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest, CompletionRequest
 
-    if "prompt" in request:
-        return await server.completions(CompletionRequest(**request))
-    return await server.chat(ChatCompletionRequest(**request))
+    class Chat(ChatCompletionRequest):
+        def build_tok_params(self, model_config: Any) -> Any:
+            return replace(super().build_tok_params(model_config), max_output_tokens=1)
+
+    class Text(CompletionRequest):
+        def build_tok_params(self, model_config: Any) -> Any:
+            return replace(super().build_tok_params(model_config), max_output_tokens=1)
+
+    return await (server.completions(Text(**request)) if "prompt" in request else server.chat(Chat(**request)))
 
 
 def llm_error(reply: object) -> tuple[str, int, str] | None:
-    """Message, HTTP status and type of a reply of the LLM server that is an error; None for any other reply."""
+    """Message, HTTP status and field of a reply of the LLM server that is an error; None for any other reply."""
     from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 
     if not isinstance(reply, ErrorResponse):
         return None
-    return reply.error.message, int(reply.error.code or 500), reply.error.type
+    return reply.error.message, int(reply.error.code or 500), reply.error.param or ""

@@ -71,7 +71,7 @@ class HandleEngine:
                 raise
             except Exception as error:  # any failure of a replica reaches the agent as an error of its protocol
                 if not tries_left or not isinstance(error, ray.exceptions.RayActorError):
-                    return engine_error(error_line(error))
+                    return engine_error("the policy's engine failed", detail=error_line(error))
             await asyncio.sleep(_RETRY_DELAY_S)
         raise AssertionError("unreachable: the last try returns")
 
@@ -86,7 +86,7 @@ class HandleEngine:
                 return
             except Exception as error:  # as above
                 if seen or not tries_left or not isinstance(error, ray.exceptions.RayActorError):
-                    yield engine_error(error_line(error))
+                    yield engine_error("the policy's engine failed", detail=error_line(error))
                     return
             finally:
                 parts.cancel()

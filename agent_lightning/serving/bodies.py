@@ -184,4 +184,5 @@ def _check_text(text: str, place: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
-        raise BadRequest(f"{place[:200]}: half of a surrogate pair ({half}), which is no text") from None
+        message = f"{place[:200]}: half of a surrogate pair ({half}), which is no text"
+        raise BadRequest(message, param=place[:200]) from None

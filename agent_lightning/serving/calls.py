@@ -101,7 +101,7 @@ def parse_request(body: Mapping[str, Any], dialect: Dialect, *, model: str, max_
     prompt = engine.get("prompt")
     prompts = len(prompt) if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt) else 1
     if (engine.get("n") or 1) * prompts > max_choices:
-        raise BadRequest(f"n must be a number from 1 to {max_choices}, all prompts together")
+        raise BadRequest(f"n must be a number from 1 to {max_choices}, all prompts together", param="n")
     model, reply_id = body.get("model") or model, dialect.new_id(body)
     return RequestContext(body=body, engine=engine, reply_id=reply_id, model=model, created=int(time.time()))
 

@@ -7,6 +7,7 @@ gaps. In both, the smaller `max_tokens` wins.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,15 +85,17 @@ class Refusal:
     type: str = "invalid_request_error"
     param: str | None = None
     """The field of the request that is to be changed, such as "messages[0].content"."""
+    detail: str = ""
+    """What happened inside, in the words of the part that failed: for the run's records, never for the agent."""
 
     def body(self) -> dict[str, Any]:
         """The JSON of an OpenAI error."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
-def engine_error(message: str, status: int = 500) -> Refusal:
+def engine_error(message: str, status: int = 500, detail: str = "") -> Refusal:
     """A failure that is not the agent's."""
-    return Refusal(status=status, message=message, code="engine_error", type="server_error")
+    return Refusal(status=status, message=message, code="engine_error", type="server_error", detail=detail)
 
 
 def engine_request(
@@ -191,10 +194,37 @@ def assistant_message(choice: Mapping[str, Any]) -> dict[str, Any]:
     return {"role": "assistant", "content": message.get("content") or None, **others}
 
 
-def parse_error(message: str, status: int, kind: str) -> Refusal:
-    """An engine's error as a Refusal; its code tells a prompt that is too long from other errors."""
-    if "maximum context length" in message or "maximum model length" in message:
-        return Refusal(status=400, message=message, code="context_length_exceeded")
-    if 400 <= status < 500:
-        return Refusal(status=status, message=message, code="invalid_request", type=kind)
-    return engine_error(message)
+_MEANINGS: Sequence[tuple[str, str, str, str]] = (
+    (
+        "multimodal|At most 0 |multi-modal|audio|image|video",
+        "messages",
+        "unsupported",
+        "messages may hold text only: the policy reads no media",
+    ),
+    ("out[- ]of[- ]vocab", "", "invalid_request", "{param} has token ids that are not in the policy's vocabulary"),
+    ("json schema into a grammar", "response_format", "invalid_request", "{param} has a JSON schema that is not valid"),
+    ("structural tag", "tools", "invalid_request", "{param} has a JSON schema that is not valid"),
+    ("into a grammar|[Gg]rammar|structured", "structured_outputs", "invalid_request", "{param} is not valid"),
+    ("thinking_token_budget", "thinking_token_budget", "unsupported", "{param} is not supported by this policy"),
+    ("chat template", "chat_template_kwargs", "unsupported", "{param} may not hold a chat template"),
+)
+"""What an engine's error means, by words in it: the field that is to be changed, the code, and what an agent reads."""
+
+
+def parse_error(message: str, status: int, *, field: str = "") -> Refusal:
+    """An engine's error as a Refusal, whose words are the protocol's; `field` is the name that it gives of a field. Its
+    code tells a prompt that is too long from other errors."""
+    if not 400 <= status < 500:
+        return engine_error("the policy's engine failed", detail=message)
+    if too_long := re.search(r"maximum (?:context|model) length\D*(\d+)|max_tokens must be at least", message):
+        limit = f" is {too_long[1]} tokens" if too_long[1] else " is reached"
+        words = f"This model's maximum context length{limit}: the prompt leaves no room for an answer."
+        return Refusal(status=400, message=words, code="context_length_exceeded", param="messages", detail=message)
+    match = re.search(r"\(parameter=([\w.]+)", message)
+    field = match[1] if match else field
+    for words, usual_field, code, meaning in _MEANINGS:
+        if re.search(words, message):
+            field = field or usual_field or "prompt"
+            return Refusal(status=400, message=meaning.format(param=field), code=code, param=field, detail=message)
+    words = f"{field} has a value that the policy does not take" if field else "the policy does not take this request"
+    return Refusal(status=400, message=words, code="invalid_request", param=field or None, detail=message)

@@ -206,13 +206,15 @@ class Gateway:
         try:
             refusal = await self._complete(call, answer)
             if refusal is not None and refusal.code in _OUTCOMES:
-                await self._recorder.note_failure(attempt.key, _OUTCOMES[refusal.code], refusal.message)
+                await self._recorder.note_failure(
+                    attempt.key, _OUTCOMES[refusal.code], refusal.detail or refusal.message
+                )
         except UnknownRollout as error:
             attempt.ended = str(error)
             refusal = Refusal(status=409, message=attempt.ended, code="rollout_ended")
         except Exception as error:  # whatever fails behind the gateway, the agent gets an error of its protocol
             logger.exception("a call of rollout %s could not be answered", attempt.key.rollout_id)
-            refusal = engine_error(f"the gateway failed: {type(error).__name__}")
+            refusal = engine_error("the gateway failed", detail=f"the gateway failed: {type(error).__name__}")
         if refusal is not None and answer.started:
             answer.failed = True
             answer.send(call.stream.fail(refusal))

@@ -81,10 +81,10 @@ class PolicyServer:
         try:
             replies = [reply async for reply in await ray_private.ask_llm(self._server, request)]
         except _INVALID as error:
-            return _invalid(error)
+            return _refused(one_line(f"{type(error).__name__}: {error}")[:500], 400)
         reply = replies[-1]
         if (error_fields := ray_private.llm_error(reply)) is not None:
-            return parse_error(*error_fields)
+            return _refused(*error_fields)
         raw = repeat_choices(reply.model_dump(), copies)
         return parse_reply(raw, policy_version=version, last_version=self._newer(version))
 
@@ -96,18 +96,18 @@ class PolicyServer:
                 last_version = self._newer(version)  # when the batch arrives, not when its parts are read
                 for text in batch:
                     if (error_fields := ray_private.llm_error(text)) is not None:
-                        yield parse_error(*error_fields)
+                        yield _refused(*error_fields)
                         return
                     data = text.removeprefix("data: ").strip()
                     chunk = {} if data == "[DONE]" else json.loads(data)
                     if error := chunk.get("error"):
-                        yield parse_error(error["message"], int(error.get("code") or 500), error["type"])
+                        yield _refused(error["message"], int(error.get("code") or 500), error.get("param") or "")
                         return
                     if chunk:
                         chunk = repeat_choices(chunk, copies)
                         yield Part(chunk=chunk, policy_version=version, last_version=last_version)
         except _INVALID as invalid:
-            yield _invalid(invalid)
+            yield _refused(one_line(f"{type(invalid).__name__}: {invalid}")[:500], 400)
 
     def _newer(self, version: int) -> int | None:
         """The current version, if it is above `version`; else None."""
@@ -155,5 +155,6 @@ def _end_process(why: str) -> None:
     os._exit(1)
 
 
-def _invalid(error: Exception) -> Refusal:
-    return parse_error(one_line(f"{type(error).__name__}: {error}")[:500], 400, "invalid_request_error")
+def _refused(message: str, status: int, field: str = "") -> Refusal:
+    logger.warning("the engine refuses a call: %s", message)
+    return parse_error(message, status, field=field)

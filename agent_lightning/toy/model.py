@@ -16,10 +16,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_lightning.core.json_values import as_mapping, parse_json
 from agent_lightning.core.metrics import Max, Mean, Metrics, merge
 from agent_lightning.core.types import Batch, Ints
 from agent_lightning.learners.base import WeightBucket, Weights
-from agent_lightning.serving.engine import Choice, Completion, Part, Refusal, join_parts
+from agent_lightning.serving.engine import Choice, Completion, Part, Refusal, join_parts, parse_error
 from agent_lightning.serving.gate import Gate
 from agent_lightning.serving.policy import Follower, PolicyBoard
 
@@ -47,31 +48,37 @@ class ToyLanguage:
     num_states: int = 1024
 
     def encode(self, messages: Sequence[Mapping[str, Any]]) -> Ints:
-        """The prompt of a conversation, as token ids. Raises KeyError, TypeError or ValueError for other than text."""
+        """The prompt of a conversation, as token ids. Raises ValueError if it holds other than text."""
         tokens: list[int] = []
         for message in messages:
             text = message.get("content") or ""
             if isinstance(text, list):
+                if any("text" not in part for part in text):
+                    raise ValueError("not a multimodal model")
                 text = "".join(part["text"] for part in text)
             if message.get("tool_calls"):
-                calls = [json.loads(call["function"]["arguments"])["expression"] for call in message["tool_calls"]]
-                text = CALL + ";".join(calls)
+                arguments = [call["function"]["arguments"] for call in message["tool_calls"]]
+                text = CALL + ";".join(str(as_mapping(parse_json(a)).get("expression", a)) for a in arguments)
             known = message["role"] == "assistant" and text in self.words
             inside = [FIRST_WORD + self.words.index(text)] if known else [FIRST_BYTE + byte for byte in text.encode()]
             tokens += [ROLES[message["role"]], *inside, END]
         return np.array([*tokens, ROLES["assistant"]], np.int32)
 
     def prompts(self, request: Mapping[str, Any]) -> tuple[Ints, ...]:
-        """The prompts of a chat or completion request, as token ids. Raises what `encode` raises."""
+        """The prompts of a chat or completion request, as token ids. Raises ValueError as vLLM does."""
+        size = FIRST_WORD + len(self.words)
+        if any(int(token) >= size for token in request.get("logit_bias", ())):
+            raise ValueError("out of vocabulary (parameter=logit_bias)")
         if "prompt" not in request:
             return (self.encode(request["messages"]),)
         given = request["prompt"]
         several = isinstance(given, list) and given and not isinstance(given[0], int)
         prompts = given if several else [given]
-        if not all(prompts):
-            raise ValueError("a prompt is empty")
         tokens = ([FIRST_BYTE + byte for byte in p.encode()] if isinstance(p, str) else p for p in prompts)
-        return tuple(np.array(prompt, np.int32) for prompt in tokens)
+        arrays = tuple(np.array(prompt, np.int32) for prompt in tokens)
+        if any(prompt_T.max() >= size for prompt_T in arrays):
+            raise ValueError("out of vocabulary")
+        return arrays
 
     def state(self, prompt_T: Ints) -> int:
         """The row of the table for a prompt: a hash of the last message of the user or of a tool."""
@@ -131,14 +138,17 @@ class ToyEngine:
             return query
         async with self._counted():
             completion = await self._gate.complete(lambda: self._answer(query, request))
-        tools = request.get("tools") or []
-        for choice in completion.reply["choices"] if tools else ():
+        tools, wanted = request.get("tools") or [], request.get("tool_choice", "auto")
+        for choice in completion.reply["choices"] if tools and wanted != "none" else ():
             word = choice["message"]["content"]
-            if word.startswith(CALL):
+            if word.startswith(CALL) or wanted != "auto":  # a forced call calls with any word
                 name, expressions = tools[0]["function"]["name"], word.removeprefix(CALL).split(";")
+                name = wanted["function"]["name"] if isinstance(wanted, dict) else name
                 functions = [{"name": name, "arguments": json.dumps({"expression": text})} for text in expressions]
                 calls = [{"id": f"call-{uuid.uuid4().hex[:8]}", "type": "function", "function": f} for f in functions]
-                choice["finish_reason"] = "tool_calls"
+                if choice["finish_reason"] == "length":
+                    continue
+                choice["finish_reason"] = "stop" if isinstance(wanted, dict) else "tool_calls"  # as OpenAI
                 choice["message"] = {"role": "assistant", "content": None, "tool_calls": calls}
         return completion
 
@@ -207,22 +217,18 @@ class ToyEngine:
             await asyncio.sleep(self.delay_s)
             return Refusal(status=500, message="the toy engine fails", code="engine_error", type="server_error")
         try:
+            greedy = request.get("top_k") == 1 or request.get("top_p", 1.0) < 1e-3
             query = _Query(
                 prompts=self._language.prompts(request),
-                temperature=float(request.get("temperature", 1.0)),
+                temperature=0.0 if greedy else float(request.get("temperature", 1.0)),
                 max_tokens=int(request.get("max_tokens", 2)),
                 num=int(request.get("n") or 1),
                 seed=None if request.get("seed") is None else abs(int(request["seed"])),
             )
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            return Refusal(status=400, message=f"{type(error).__name__}: {error}", code="invalid_request")
-        longest = max(prompt_T.size for prompt_T in query.prompts)
-        if longest >= self._max_len:
-            message = f"This model's maximum context length is {self._max_len} tokens, the prompt has {longest}"
-            return Refusal(status=400, message=message, code="context_length_exceeded")
-        if query.max_tokens < 1 or not query.temperature >= 0.0:
-            message = f"max_tokens={query.max_tokens} must be at least 1, temperature={query.temperature} at least 0"
-            return Refusal(status=400, message=message, code="invalid_request")
+        except ValueError as error:
+            return parse_error(str(error), 400)
+        if max(prompt_T.size for prompt_T in query.prompts) >= self._max_len:
+            return parse_error(f"maximum context length is {self._max_len}", 400)
         return query
 
     async def install(self, weights: Weights) -> None:

@@ -162,6 +162,7 @@ _WORDS = {
     "union_tag_not_found": "is required",
     "extra_forbidden": "is not supported: leave it out",
     "too_short": "must not be empty",
+    "string_pattern_mismatch": "must be a token id",
     "string": "must be a string",
     "int": "must be an integer",
     "float": "must be a number",
@@ -181,6 +182,8 @@ def _words(fault: Any) -> str:
     for name, words in _BOUNDS.items():
         if name in values:
             return f"must be {words} {values[name]}"
+    if "max_length" in values:
+        return f"may have at most {values['max_length']} elements"
     if expected := values.get("expected_tags") or values.get("expected"):
         return f"must be {expected}"
     return _WORDS.get(kind) or _WORDS.get(kind.partition("_")[0], "has a form that is not taken")

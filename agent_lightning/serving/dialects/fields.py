@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from agent_lightning.serving.dialects.base import BadRequest, ListOf, Strict, content_of, read
+from agent_lightning.serving.dialects.schemas import enforced
 
 _CACHING = ("prompt_cache_key", "prompt_cache_retention", "prediction", "service_tier")
 HARMLESS = frozenset((*_CACHING, "metadata", "safety_identifier", "store", "user"))
@@ -44,19 +45,42 @@ class _ImagePart(Strict):
     image_url: _Url
 
 
-class _MediaPart(Strict):
-    type: Literal["input_audio", "audio_url", "video_url"]
+class _SoundPart(Strict):
+    type: Literal["audio_url"]
+    audio_url: _Url
 
 
-Part = Annotated[_TextPart | _RefusalPart | _ImagePart | _MediaPart, Field(discriminator="type")]
+class _VideoPart(Strict):
+    type: Literal["video_url"]
+    video_url: _Url
+
+
+class _Recording(Strict):
+    data: str
+    format: str
+
+
+class _RecordingPart(Strict):
+    type: Literal["input_audio"]
+    input_audio: _Recording
+
+
+_MediaPart = _ImagePart | _SoundPart | _VideoPart | _RecordingPart
+Part = Annotated[_TextPart | _RefusalPart | _MediaPart, Field(discriminator="type")]
 
 
 class _Name(Strict):
     name: str
 
 
+class _Parameters(Strict):
+    type: Literal["object"] = "object"
+    properties: dict[str, Any] | None = None
+    required: list[str] | None = None
+
+
 class _Function(_Name):
-    parameters: dict[str, Any] | None = None
+    parameters: _Parameters = _Parameters()  # without any, a grammar would take any JSON, and a template fail
     strict: bool | None = None
 
 
@@ -99,6 +123,7 @@ class _Message(Strict):
 
 class _JsonSchema(Strict):
     name: str = "answer"
+    strict: bool | None = None
     schema_: dict[str, Any] = Field(alias="schema")
 
 
@@ -109,6 +134,11 @@ class _PlainFormat(Strict):
 class _SchemaFormat(Strict):
     type: Literal["json_schema"]
     json_schema: _JsonSchema
+
+
+class _StructuredOutputs(Strict):
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
 
 
 class _StreamOptions(Strict):
@@ -129,9 +159,9 @@ class Sampled(Strict):
     top_p: float | None = Field(None, ge=0, le=1)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d+$")], float] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | ListOf[str] | None = None
+    stop: str | Annotated[ListOf[str], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
@@ -144,11 +174,12 @@ class Sampled(Strict):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    allowed_token_ids: ListOf[int] | None = None
+    allowed_token_ids: Annotated[ListOf[int], Field(min_length=1)] | None = None
     bad_words: ListOf[str] | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1)
-    structured_outputs: dict[str, Any] | None = None
+    response_format: Annotated[_PlainFormat | _SchemaFormat, Field(discriminator="type")] | None = None
+    structured_outputs: _StructuredOutputs | None = None
     return_tokens_as_token_ids: bool | None = None
     vllm_xargs: dict[str, Any] | None = None
 
@@ -162,7 +193,6 @@ class Chat(Sampled):
     tools: ListOf[_Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | _NamedTool | _AllowedTools | None = None
     parallel_tool_calls: bool | None = None
-    response_format: Annotated[_PlainFormat | _SchemaFormat, Field(discriminator="type")] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
     add_generation_prompt: bool | None = None
@@ -173,12 +203,13 @@ class Chat(Sampled):
     thinking_token_budget: int | None = Field(None, ge=0)
 
 
-def engine_form(chat: Mapping[str, Any]) -> dict[str, Any]:
-    """A chat request as every engine takes it. A null is an absent field. Raises BadRequest, which names the field.
+def engine_form(chat: Mapping[str, Any], *, schema_field: str = "response_format") -> dict[str, Any]:
+    """A chat request as every engine takes it. A null is an absent field. Raises BadRequest, which names the field;
+    `schema_field` is the dialect's name of `response_format`.
 
     Example: {"messages": […], "tools": [], "tool_choice": "auto", "user": null} -> {"messages": […]}
     """
-    request = known_fields(Chat, chat)
+    request = known_fields(Chat, chat, schema_field)
     request["messages"] = [_message(message, index) for index, message in enumerate(request["messages"])]
     tools, choice = request.pop("tools", []), request.pop("tool_choice", "auto")
     if isinstance(choice, dict) and "allowed_tools" in choice:
@@ -191,12 +222,23 @@ def engine_form(chat: Mapping[str, Any]) -> dict[str, Any]:
     if choice == "required" and not tools:
         raise BadRequest("tool_choice is 'required': tools must not be empty", param="tools")
     if tools:
-        return request | {"tools": [_tool(tool) for tool in tools], "tool_choice": choice}
-    request.pop("parallel_tool_calls", None)
+        request |= {"tools": tools, "tool_choice": choice}
+    else:
+        request.pop("parallel_tool_calls", None)
+    if request.get("top_logprobs") and not request.get("logprobs"):
+        raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+    continues = request.get("continue_final_message", False)
+    if continues and (request["messages"][-1]["role"] != "assistant" or request.get("add_generation_prompt")):
+        message = "continue_final_message needs a last message of the assistant, and no add_generation_prompt"
+        raise BadRequest(message, param="continue_final_message")
+    if continues:
+        request["add_generation_prompt"] = False
     return request
 
 
-def known_fields(model: type[Sampled], body: Mapping[str, Any]) -> dict[str, Any]:
+def known_fields(
+    model: type[Sampled], body: Mapping[str, Any], schema_field: str = "response_format"
+) -> dict[str, Any]:
     """The fields of a body that say something to an engine. Raises BadRequest if one of them is not supported."""
     given = {
         name: value
@@ -204,8 +246,13 @@ def known_fields(model: type[Sampled], body: Mapping[str, Any]) -> dict[str, Any
         if value is not None and name not in HARMLESS and (name not in _NEUTRAL or value != _NEUTRAL[name])
     }
     request = read(model, given).model_dump(exclude_none=True, by_alias=True)
-    if isinstance(stop := request.get("stop"), list):
-        request["stop"] = [text for text in stop if text]
+    for name in ("stop", "bad_words"):  # an empty text would be in every answer
+        if name in request:
+            texts = [request[name]] if isinstance(request[name], str) else request[name]
+            request[name] = [text for text in texts if text]
+    if "json_schema" in request.get("response_format", {}):
+        form = request["response_format"]["json_schema"]
+        form["schema"] = enforced(form["schema"], schema_field, strict=form.get("strict", False))
     return request
 
 
@@ -223,9 +270,3 @@ def _message(message: dict[str, Any], index: int) -> dict[str, Any]:
         message.pop("tool_calls", None)
         content = content or ""
     return message | {"content": content}
-
-
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool whose arguments are an object: without `parameters` a grammar would take any JSON, and a template fail."""
-    function = tool["function"]
-    return tool | {"function": function | {"parameters": {"type": "object", **function.get("parameters", {})}}}

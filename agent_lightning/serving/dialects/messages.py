@@ -89,7 +89,7 @@ class _Request(Strict):
     tool_choice: _ToolChoice | None = None
     output_config: _OutputConfig | None = None
     output_format: _Format | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Annotated[base.ListOf[str], Field(max_length=4)] | None = None
     max_tokens: int | None = Field(None, ge=1)
     thinking: _Thinking | None = None
     context_management: _ContextManagement | None = None
@@ -163,7 +163,7 @@ class Messages(Dialect):
         if output := config.format or request.output_format:
             schema = {"name": "answer", "schema": output.schema_, "strict": True}
             chat["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return engine_form(chat | {"reasoning_effort": config.effort})
+        return engine_form(chat | {"reasoning_effort": config.effort}, schema_field="output_config.format")
 
     def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
         (choice,) = completion.reply["choices"]
@@ -187,7 +187,9 @@ class Messages(Dialect):
 
     def error(self, refusal: Refusal) -> dict[str, Any]:
         kind = _ERRORS.get(refusal.status, "invalid_request_error")
-        error = {"type": kind, "message": refusal.message, "code": refusal.code}
+        # What Anthropic says: clients look for these words, and shorten the conversation.
+        words = "prompt is too long: " if refusal.code == "context_length_exceeded" else ""
+        error = {"type": kind, "message": words + refusal.message, "code": refusal.code}
         return {"type": "error", "error": {**error, "details": {"error_code": refusal.code}}}
 
 

@@ -179,7 +179,7 @@ class Responses(Dialect):
         if request.text is not None and (form := request.text.format):
             schema, kind = {key: value for key, value in form.items() if key != "type"}, form.get("type")
             chat["response_format"] = {"type": kind} | ({"json_schema": schema} if kind == "json_schema" else {})
-        return engine_form(chat)
+        return engine_form(chat, schema_field="text.format")
 
     def reply(self, context: RequestContext, completion: Completion) -> dict[str, Any]:
         (choice,) = completion.reply["choices"]
