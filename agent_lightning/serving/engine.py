@@ -214,12 +214,12 @@ _MEANINGS: Sequence[tuple[str, str, str, str]] = (
 def parse_error(message: str, status: int, *, field: str = "") -> Refusal:
     """An engine's error as a Refusal, whose words are the protocol's; `field` is the name that it gives of a field. Its
     code tells a prompt that is too long from other errors."""
-    if not 400 <= status < 500:
-        return engine_error("the policy's engine failed", detail=message)
     if too_long := re.search(r"maximum (?:context|model) length\D*(\d+)|max_tokens must be at least", message):
         limit = f" is {too_long[1]} tokens" if too_long[1] else " is reached"
         words = f"This model's maximum context length{limit}: the prompt leaves no room for an answer."
         return Refusal(status=400, message=words, code="context_length_exceeded", param="messages", detail=message)
+    if not 400 <= status < 500:
+        return engine_error("the policy's engine failed", detail=message)
     match = re.search(r"\(parameter=([\w.]+)", message)
     field = match[1] if match else field
     for words, usual_field, code, meaning in _MEANINGS:

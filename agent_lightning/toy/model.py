@@ -225,8 +225,10 @@ class ToyEngine:
                 num=int(request.get("n") or 1),
                 seed=None if request.get("seed") is None else abs(int(request["seed"])),
             )
-        except ValueError as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             return parse_error(str(error), 400)
+        if query.max_tokens < 1 or not query.temperature >= 0.0:
+            return parse_error("max_tokens or temperature", 400)
         if max(prompt_T.size for prompt_T in query.prompts) >= self._max_len:
             return parse_error(f"maximum context length is {self._max_len}", 400)
         return query

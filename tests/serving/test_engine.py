@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from contract import INSIDE
 
 from agent_lightning.core.types import Split
 from agent_lightning.serving.engine import Refusal, engine_request, parse_error, parse_reply
@@ -170,8 +171,34 @@ def test_an_empty_response_is_no_error() -> None:
     ],
 )
 def test_errors_get_a_code(message: str, status: int, code: str, seen: int) -> None:
-    refusal = parse_error(message, status, "BadRequestError")
-    assert (refusal.code, refusal.status, refusal.message) == (code, seen, message)
+    refusal = parse_error(message, status)
+    assert (refusal.code, refusal.status, refusal.detail) == (code, seen, message)
+    assert refusal.message != message
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "code"),
+    [
+        ("policy is not a multimodal model", "messages", "unsupported"),
+        ("At most 0 image(s) may be provided in one prompt.", "messages", "unsupported"),
+        ("Token id 1000000 is out of vocabulary", "prompt", "invalid_request"),
+        (
+            "[7] in logit_bias contain out-of-vocab token ids (parameter=logit_bias, value=[7])",
+            "logit_bias",
+            "invalid_request",
+        ),
+        ("Failed to transform json schema into a grammar: <path>:4944: no type", "response_format", "invalid_request"),
+        ("Invalid structural tag specification.", "tools", "invalid_request"),
+        ("Failed to transform regex into a grammar", "structured_outputs", "invalid_request"),
+        ("VLLMValidationError: it is odd (parameter=min_tokens, value=-3)", "min_tokens", "invalid_request"),
+        ("'int object' has no attribute 'keys'", None, "invalid_request"),
+    ],
+)
+def test_an_engines_refusal_in_the_words_of_the_protocol(message: str, param: str | None, code: str) -> None:
+    refusal = parse_error(message, 400)
+    assert (refusal.param, refusal.code, refusal.detail) == (param, code, message)
+    assert not INSIDE.search(refusal.message)
+    assert (param or "request") in refusal.message
 
 
 def test_a_refusal_is_in_openais_shape() -> None:

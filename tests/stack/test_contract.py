@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import re
-from typing import Any
 
 import contract
 import httpx

@@ -11,7 +11,9 @@ from agent_lightning.serving.dialects.base import BadRequest, ListOf, Strict, co
 from agent_lightning.serving.dialects.schemas import enforced
 
 _CACHING = ("prompt_cache_key", "prompt_cache_retention", "prediction", "service_tier")
-HARMLESS = frozenset((*_CACHING, "metadata", "safety_identifier", "store", "user"))
+_IDS = ("metadata", "request_id", "safety_identifier", "session_id", "store", "user")
+_ABOUT_REPLY = ("include_reasoning", "prompt_logprobs", "return_token_ids", "stream_interval")
+HARMLESS = frozenset((*_CACHING, *_IDS, *_ABOUT_REPLY))
 """Fields that do not change what a model is asked; they are left out."""
 _NEUTRAL: Mapping[str, Any] = {
     "audio": {},
