@@ -107,10 +107,10 @@ class Buffer:
         journal: Path | None = None,
         config: BufferConfig = BufferConfig(),
     ) -> None:
-        """`agent` has the limits of one attempt: max_calls and max_spans. A worker counts as dead `grace`
-        seconds after the deadline of its lease. `first_group` gives the numbers of the first groups of a resumed run
-        without a journal; with the folder of a journal, `journal`, the buffer continues from what is in it. `config`
-        says how the journal is written, and how much memory spans take before they are kept in the journal only."""
+        """`agent` has the limits of one attempt. A worker is dead `grace` seconds after its lease has ended.
+        `first_group` gives the numbers of the first groups of a resumed run without a journal; with the folder of a
+        journal, `journal`, the buffer continues from what is in it. `config` says how the journal is written, and how
+        much memory spans take before they are kept in the journal only."""
         self._run_secret = run_secret
         self._retries = retries or Retries()
         self._breaker = breaker or Breaker(BreakerConfig(window=0))
@@ -173,12 +173,13 @@ class Buffer:
         return leases
 
     async def record(self, call: ModelCall) -> int:
-        """Record a call of a running attempt, once for each call_id; returns how many it may still make. A call
-        beyond `max_calls` is recorded, because it was sampled; after an answer of 0 the gateway starts no call."""
+        """Record a call of a running attempt, once for each call_id; returns how many it may still make. A call beyond
+        `max_calls` or the attempt's budget is recorded, because it was sampled; after an answer of 0 the gateway starts
+        no call. Raises JournalFull."""
         rollout = self._running(call.key, refused="refused_spans")
         if call.call_id not in self._ledger.spans(call.key).calls:
             self._store.note(events.Called(call=call), grows=True)
-        remaining = max(0, self._agent.max_calls - rollout.num_calls)
+        remaining = 0 if self._has_spent(call.key) else max(0, self._agent.max_calls - rollout.num_calls)
         await self._store.durable()
         return remaining
 
@@ -186,16 +187,21 @@ class Buffer:
         self, key: RolloutKey, spans: Sequence[RawSpan], faults: Mapping[str, int], request: str = ""
     ) -> int:
         """Record spans of a running attempt from the agent's process; returns how many of them are beyond `max_spans`
-        and refused. Of spans with the same id the latest counts, as a span may be sent before it has ended.
-        `faults`: reason -> number of spans that the gateway has refused."""
-        self._running(key, refused="refused_spans")
+        or the attempt's budget, and refused. Of spans with the same id the latest counts, as a span may be sent before
+        it has ended. `faults`: reason -> number of spans that the gateway has refused. Raises JournalFull."""
+        rollout = self._running(key, refused="refused_spans")
+        if self._has_spent(key):
+            reason = f"over {self._agent.max_recorded_mib:g} MiB in one attempt"
+            if reason not in rollout.refused:  # later ones are not counted: that would be written down again and again
+                self._store.note(events.Traced(key=key, spans=(), refused={reason: len(spans)}, request=request))
+            return len(spans)
         known, accepted = set(self._ledger.spans(key).raw), list[RawSpan]()
         for span in spans:
             if span.span_id in known or len(known) < self._agent.max_spans:
                 known.add(span.span_id)
                 accepted.append(span)
         excess = len(spans) - len(accepted)
-        if request not in self._ledger.answers:
+        if request not in self._ledger.answers and (spans or faults):
             refused = dict(faults) | ({f"over {self._agent.max_spans} in one attempt": excess} if excess else {})
             event = events.Traced(key=key, spans=tuple(accepted), refused=refused, request=request)
             self._store.note(event, grows=True)
@@ -219,7 +225,9 @@ class Buffer:
 
     async def note_failure(self, key: RolloutKey, outcome: Outcome, error: str) -> None:
         """Note why the gateway refused a call: it explains the exception that the agent may raise next."""
-        self._running(key, refused="refused_spans")
+        rollout = self._running(key, refused="refused_spans")
+        if self._has_spent(key) and rollout.cause is not None and rollout.cause.outcome is outcome:
+            return
         await self._note(events.CallFailed(key=key, cause=Ending(outcome=outcome, error=error, at=time.time())))
 
     async def finish(self, key: RolloutKey, ending: Ending, *, failed_tool: str = "", retry: bool = False) -> None:
@@ -336,6 +344,10 @@ class Buffer:
     async def _note(self, event: events.Event) -> None:
         self._store.note(event)
         await self._store.durable()
+
+    def _has_spent(self, key: RolloutKey) -> bool:
+        """Whether an attempt has used up its budget of bytes: the next record is refused, whatever its size."""
+        return self._ledger.spans(key).size >= self._agent.max_recorded_mib * 2**20
 
     def _running(self, key: RolloutKey, *, refused: str = "") -> StoredRollout:
         """The rollout of a running attempt. Raises UnknownRollout for any other key, counted in the field `refused` of

@@ -101,6 +101,8 @@ class RecordedSpans:
     raw: dict[str, RawSpan] = field(default_factory=dict)  # the spans that the agent's process sent, by id
     locations: list[RecordLocation] = field(default_factory=list)  # of the events that brought these spans
     spilled: bool = False
+    size: int = 0
+    """Bytes of all events that the agent has caused, as a journal has them: what the attempt has used of its budget."""
 
     @property
     def bytes(self) -> int:
@@ -149,6 +151,10 @@ class Ledger:
 
     def spans(self, key: RolloutKey) -> RecordedSpans:
         return self._spans.get(key) or RecordedSpans()
+
+    def charge(self, key: RolloutKey, size: int) -> None:
+        """Add the size of an event to what an attempt has used of its budget."""
+        self._spans.setdefault(key, RecordedSpans()).size += size
 
     def open_rollouts(self) -> Iterator[StoredRollout]:
         """The rollouts of open groups, in order of admission."""

@@ -7,9 +7,10 @@ import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from agent_lightning.buffer.codec import decode, encode
-from agent_lightning.buffer.events import Advanced, Base, Called, Event, Released, Taken, Traced
+from agent_lightning.buffer.events import Advanced, Base, Called, CallFailed, Event, Released, Taken, Traced
 from agent_lightning.buffer.journal import Journal
 from agent_lightning.buffer.ledger import Ledger
 from agent_lightning.buffer.segments import RecordLocation, path_of
@@ -19,6 +20,9 @@ from agent_lightning.core.errors import JournalDamaged, JournalError, JournalFul
 from agent_lightning.core.types import Split
 
 logger = logging.getLogger(__name__)
+
+CHARGED: Final = (Called, Traced, CallFailed)
+"""Events that an agent causes as often as it likes."""
 
 
 class Store:
@@ -58,6 +62,8 @@ class Store:
             raise self._broken
         if self._journal is None:
             event.apply(self.ledger, None)
+            if isinstance(event, CHARGED):
+                charge(self.ledger, event, len(encode(event)))
             return
         payload = encode(event)
         try:
@@ -68,6 +74,7 @@ class Store:
             self._compact(self._journal)
             location = self._journal.append(payload, reserve=not grows)
         event.apply(self.ledger, location)
+        charge(self.ledger, event, location.length)
         if isinstance(event, Taken | Advanced | Released) and self._journal.size > self._compact_at:
             if self.ledger.live_bytes <= self._journal.size / 2:
                 self._compact(self._journal)
@@ -124,10 +131,18 @@ class Store:
         self._compact_at = max(self._segment_bytes, 2 * journal.size)
 
 
+def charge(ledger: Ledger, event: Event, size: int) -> None:
+    """Charge an attempt for the bytes of an event that its agent has caused."""
+    if isinstance(event, CHARGED):
+        ledger.charge(event.call.key if isinstance(event, Called) else event.key, size)
+
+
 def apply_record(ledger: Ledger, payload: bytes | memoryview, location: RecordLocation, folder: Path) -> None:
     """Apply the event in a record of the journal in `folder`. Raises JournalDamaged if it does not fit the ledger."""
     try:
-        decode(payload).apply(ledger, location)
+        event = decode(payload)
+        event.apply(ledger, location)
+        charge(ledger, event, location.length)
     except (ValueError, KeyError, IndexError) as error:
         why = f"it does not fit what is before it ({type(error).__name__}: {error})"
         raise JournalDamaged(path_of(folder, location.segment), location.offset, why) from error

@@ -150,6 +150,9 @@ class AgentConfig(Section):
     """Most model calls of one rollout."""
     max_spans: AtLeast0 = 10_000
     """Most OpenTelemetry spans that the agent's side may send for one rollout."""
+    max_recorded_mib: Positive = 64.0
+    """Most MiB that the buffer records of one rollout: its calls with their messages, and spans, also spans that are
+    sent again. Then its calls and spans are refused."""
     instrument: tuple[str, ...] = ()
     """OpenTelemetry instrumentors to turn on in the agent's process, by entry point, such as [langchain]."""
     max_attempts: AtLeast1 = 3

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.responses import JSONResponse, Response
 
-from agent_lightning.core.errors import DataError, UnknownRollout
+from agent_lightning.core.errors import DataError, JournalError, UnknownRollout
 from agent_lightning.core.json_values import compact
 from agent_lightning.core.types import ModelCall, Outcome, RolloutKey
 from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream
@@ -125,7 +125,7 @@ async def take_traces(
 ) -> Response:
     """Record the spans of an ExportTraceServiceRequest, protobuf or JSON, and answer as OTLP's specification says.
     Rejected spans are counted in the answer's `partial_success` and in the buffer. The status is 400 if the body cannot
-    be read, and 409 if the rollout has ended: exporters repeat neither."""
+    be read, 409 if the rollout has ended, and 507 if the journal is full: exporters repeat none of these."""
     content_type = headers.get("content-type", otlp.PROTOBUF)
 
     def decode() -> tuple[Mapping[str, tuple[RawSpan, ...]], Mapping[str, int]]:
@@ -141,5 +141,8 @@ async def take_traces(
         return JSONResponse({"code": 3, "message": str(error)}, status_code=400)
     except UnknownRollout as error:
         return JSONResponse({"code": 9, "message": str(error)}, status_code=409)
+    except JournalError:  # not 503: exporters would repeat it, in vain
+        message = "the run can record no more spans: its journal is full or broken"
+        return JSONResponse({"code": 8, "message": message}, status_code=507)
     body, kind = otlp.acknowledge(content_type, rejected=rejected, message=", ".join(faults))
     return Response(body, media_type=kind)

@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from agent_lightning.buffer.buffer import verify_secret
-from agent_lightning.core.errors import UnknownRollout
+from agent_lightning.core.errors import JournalError, UnknownRollout
 from agent_lightning.core.json_values import compact
 from agent_lightning.core.text import hide_secret
 from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Split
@@ -212,6 +212,9 @@ class Gateway:
         except UnknownRollout as error:
             attempt.ended = str(error)
             refusal = Refusal(status=409, message=attempt.ended, code="rollout_ended")
+        except JournalError as error:
+            logger.error("rollout %s: %s", attempt.key.rollout_id, error)
+            refusal = engine_error("the run can record no more calls: its journal is full or broken", status=507)
         except Exception as error:  # whatever fails behind the gateway, the agent gets an error of its protocol
             logger.exception("a call of rollout %s could not be answered", attempt.key.rollout_id)
             refusal = engine_error("the gateway failed", detail=f"the gateway failed: {type(error).__name__}")
@@ -229,7 +232,7 @@ class Gateway:
             raise UnknownRollout(attempt.ended)
         # 400, not 429: client libraries would retry a 429, in vain.
         if attempt.calls_left <= attempt.calls_in_flight:
-            message = "this rollout has made all the model calls that it may make"
+            message = "this rollout has made all the model calls, or sent all the bytes, that it may"
             return Refusal(status=400, message=message, code="too_many_calls")
         if attempt.calls_in_flight >= self._config.max_concurrent_calls:
             message = f"this rollout has {attempt.calls_in_flight} model calls in flight, and may have no more"
