@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-examples venv-crewai venv-clients browser train test test-pure test-slow chaos audit check bench lock clean
+.PHONY: help venv venv-examples venv-crewai venv-clients browser train test test-pure test-slow chaos audit check docs bench lock clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --durations=10 --durations-min=1
@@ -54,6 +54,11 @@ check: venv ## lint, format, types, import contracts, house figures
 	$(BIN)/mypy --strict agent_lightning
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python scripts/house.py
+
+docs: venv ## the site of docs in build/site; needs no network once .venv-docs is made, and fails on a broken link
+	@bash scripts/venv.sh docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q
+	@echo "docs: build/site/index.html"
 
 bench: venv ## every benchmark, each one JSON line
 	for file in benchmarks/*.py; do $(BIN)/python "$$file" $(ARGS); done

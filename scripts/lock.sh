@@ -40,4 +40,5 @@ own() { # own NAME OVERRIDE: the lock of an environment of its own
 }
 own crewai "$work/unused.txt"
 own clients "$work/override.txt"
+own docs "$work/override.txt"
 wc -l requirements/*.lock

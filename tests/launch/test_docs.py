@@ -59,6 +59,8 @@ def test_the_index_lists_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert pages == {name for name in pages if f"]({name})" in index}
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert pages == {name for name in pages if f"- {name}" in site}
 
 
 def test_the_pages_list_every_command_experiment_and_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
