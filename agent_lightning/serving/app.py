@@ -16,8 +16,7 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from agent_lightning.config.running import Device, ModelConfig, ServingConfig
 from agent_lightning.core import ray_private
@@ -27,7 +26,7 @@ from agent_lightning.core.threads import start_thread
 from agent_lightning.rollouts.supervise import is_healthy
 from agent_lightning.serving.calls import Recorder
 from agent_lightning.serving.engine import Completion, Part, Refusal, engine_error
-from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig
+from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig, application
 from agent_lightning.serving.policy import PolicyBoard
 
 MODEL_NAME: Final = "policy"
@@ -131,6 +130,7 @@ class PolicyDeployment:
         await self._server.check_health()
 
 
+@serve.ingress()
 class GatewayDeployment:
     """A `Gateway` as a Serve deployment."""
 
@@ -138,8 +138,8 @@ class GatewayDeployment:
         gc.freeze()  # what is imported stays: collections of a large request's garbage need not look at it
         self._gateway = Gateway(engine=HandleEngine(policy), recorder=recorder, config=config)
 
-    async def __call__(self, request: Request) -> Response:
-        return await self._gateway.handle(request)
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return application(self._gateway)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 from agent_lightning.buffer.buffer import verify_secret
 from agent_lightning.core.errors import JournalError, UnknownRollout
@@ -37,7 +40,6 @@ from agent_lightning.serving.dialects.google import Google
 from agent_lightning.serving.dialects.messages import Messages
 from agent_lightning.serving.dialects.responses import Responses
 from agent_lightning.serving.engine import Completion, Part, Refusal, engine_error
-from agent_lightning.serving.paths import Route
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ DIALECTS: Mapping[str, Dialect] = {
     **dict.fromkeys(paths.GOOGLE, Google()),
 }
 """The formats that agents speak, by their endpoints."""
+_METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
 _MAX_ATTEMPTS = 16_384
 """Number of attempts that a gateway remembers, the most recent ones: many times those that run at once."""
 _MAX_ANSWERS = 4_096
@@ -138,14 +141,12 @@ class Gateway:
                 response.headers["allow"] = ", ".join(route.methods)
             return response
 
-    async def _handle(self, request: Request, route: Route) -> Response:
+    async def _handle(self, request: Request, route: paths.Route) -> Response:
         """The response to a request for an attempt. Raises BadRequest."""
         if not verify_secret(self._config.run_secret, route.key, route.secret):
             raise BadRequest("wrong secret in the URL", "forbidden", 403)
         if not route.endpoint:
             raise BadRequest(f"no such endpoint: /{route.path[:200]}", "not_found", 404)
-        if request.headers.get("upgrade", "").lower() == "websocket":
-            raise BadRequest("WebSockets are not spoken here: send the request by POST", "unsupported", 426)
         if request.method == "OPTIONS":
             return Response(status_code=204, headers={"allow": ", ".join(route.methods)})
         if request.method not in route.methods:
@@ -164,7 +165,7 @@ class Gateway:
                 return await calls.take_traces(self._recorder, attempt, raw, request.headers, self._reader)
             return await self._call(attempt, route, raw, request)
 
-    async def _call(self, attempt: Attempt, route: Route, raw: bytes, request: Request) -> Response:
+    async def _call(self, attempt: Attempt, route: paths.Route, raw: bytes, request: Request) -> Response:
         """The response to a model call or token count. A client library's retry gets the first answer, so that it makes
         no second span: only a request that says it is a retry, since an agent may repeat a request on purpose."""
         call = await self._read(attempt, route, raw, request.headers)
@@ -177,7 +178,7 @@ class Gateway:
             self._answers.add(digest, answer)
         return await answer.response(request)
 
-    async def _read(self, attempt: Attempt, route: Route, raw: bytes, headers: Mapping[str, str]) -> Call:
+    async def _read(self, attempt: Attempt, route: paths.Route, raw: bytes, headers: Mapping[str, str]) -> Call:
         """The call that a body describes, with the earlier replies that it refers to. Raises BadRequest."""
         config, dialect, apart = self._config, DIALECTS[route.endpoint], self._reader.apart
         body = await apart(attempt, len(raw), lambda: self._reader.parse(raw, headers.get("content-type", "")))
@@ -329,6 +330,18 @@ class Gateway:
             )
             calls_left = await self._recorder.record(span)
             call.attempt.calls_left = min(call.attempt.calls_left, calls_left)
+
+
+def application(gateway: Gateway) -> Starlette:
+    """An ASGI application that passes every request to the gateway, and refuses WebSockets."""
+
+    async def refuse(socket: WebSocket) -> None:
+        message = "WebSockets are not spoken here: send the request by POST"
+        refusal = Refusal(status=426, message=message, code="unsupported")
+        await socket.send_denial_response(_refuse(DIALECTS["responses"], refusal))
+
+    path = "/{path:path}"
+    return Starlette(routes=[Route(path, gateway.handle, methods=_METHODS), WebSocketRoute(path, refuse)])
 
 
 def _models(name: str | None, default: str) -> Response:

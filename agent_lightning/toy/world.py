@@ -17,8 +17,6 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import uvicorn
-from starlette.applications import Starlette
-from starlette.routing import Route
 
 from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.buffer.buffer import Buffer
@@ -32,7 +30,7 @@ from agent_lightning.rollouts.worker import RolloutWorker
 from agent_lightning.run.loop import Evaluation, Loop
 from agent_lightning.run.state import Plan, State, checkpoint_folder, newest_checkpoint, read_state, write_state
 from agent_lightning.run.tasks import TaskCursor
-from agent_lightning.serving.gateway import Gateway, GatewayConfig
+from agent_lightning.serving.gateway import Gateway, GatewayConfig, application
 from agent_lightning.serving.policy import PolicyBoard
 from agent_lightning.toy.model import PAD, ToyEngine, ToyLanguage, ToyLearner
 
@@ -220,20 +218,12 @@ class ToyWorld:
         )
 
 
-_METHODS: Final = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"]
-
-
 class _QuietServer(uvicorn.Server):
     """A server that leaves signals alone: Ctrl-C in a test or a notebook must reach its owner."""
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
-
-
-def application(gateway: Gateway) -> Starlette:
-    """An ASGI application that passes every request to the gateway."""
-    return Starlette(routes=[Route("/{path:path}", gateway.handle, methods=_METHODS)])
 
 
 @asynccontextmanager
@@ -244,7 +234,6 @@ async def serve_locally(gateway: Gateway) -> AsyncIterator[str]:
         log_config=None,
         access_log=False,
         lifespan="off",
-        ws="none",
         timeout_keep_alive=60,  # longer than an event loop may be busy, so that clients can reuse their connections
         timeout_graceful_shutdown=1,
     )

@@ -25,11 +25,11 @@ from starlette.applications import Starlette
 from agent_lightning.buffer.buffer import Buffer, attempt_secret
 from agent_lightning.buffer.taken import take_groups
 from agent_lightning.core.types import Ending, Outcome, RolloutKey, Task
-from agent_lightning.serving.gateway import Gateway, GatewayConfig
+from agent_lightning.serving.gateway import Gateway, GatewayConfig, application
 from agent_lightning.spans.otlp import encode, encode_json
 from agent_lightning.spans.tree import RawSpan
 from agent_lightning.toy.model import ToyEngine, ToyLanguage
-from agent_lightning.toy.world import SAMPLING, application
+from agent_lightning.toy.world import SAMPLING
 
 SECRET = b"a secret of the tests"
 LARGEST = 64 * 1024

@@ -35,10 +35,10 @@ from agent_lightning.run.loop import Loop
 from agent_lightning.run.state import STATE_FILE, Plan, State, checkpoint_folder, newest_checkpoint, read_state
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.serving.engine import Completion, Refusal
-from agent_lightning.serving.gateway import RETRY_HEADER, Gateway, GatewayConfig
+from agent_lightning.serving.gateway import RETRY_HEADER, Gateway, GatewayConfig, application
 from agent_lightning.serving.policy import PolicyBoard
 from agent_lightning.toy.model import PAD, ToyEngine, ToyLanguage, ToyLearner
-from agent_lightning.toy.world import MODEL, SAMPLING, QuietObserver, application
+from agent_lightning.toy.world import MODEL, SAMPLING, QuietObserver
 
 WORDS = ("red", "green", "blue")
 TASKS = tuple(Task(task_id=f"t{n}", payload={"question": f"q{n}", "answer": WORDS[n % 3]}) for n in range(4))

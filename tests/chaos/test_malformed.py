@@ -16,9 +16,9 @@ from starlette.applications import Starlette
 from agent_lightning.buffer.buffer import Buffer, attempt_secret
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import RolloutKey
-from agent_lightning.serving.gateway import DIALECTS, Gateway, GatewayConfig
+from agent_lightning.serving.gateway import DIALECTS, Gateway, GatewayConfig, application
 from agent_lightning.toy.model import ToyEngine, ToyLanguage
-from agent_lightning.toy.world import SAMPLING, application
+from agent_lightning.toy.world import SAMPLING
 
 pytest.importorskip("schemathesis")
 

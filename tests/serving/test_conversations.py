@@ -14,8 +14,8 @@ import pytest
 from test_gateway import RUN_SECRET, WORDS, Rig, open_rig, url_of
 
 from agent_lightning.core.types import Ending, Outcome, Task
-from agent_lightning.serving.gateway import Gateway, GatewayConfig
-from agent_lightning.toy.world import SAMPLING, application
+from agent_lightning.serving.gateway import Gateway, GatewayConfig, application
+from agent_lightning.toy.world import SAMPLING
 
 TOOL = {"type": "function", "name": "calculator", "parameters": {"type": "object"}}
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import pytest
 from test_gateway import HELLO, code_of, open_rig, url_of
 
 from agent_lightning.serving import paths
+from agent_lightning.toy.world import serve_locally
 
 ROOT = "/agl-x/rollout/train-1-2/attempt/3/secret/agent"
 
@@ -69,8 +71,13 @@ async def test_models_with_any_name_and_every_method() -> None:
             assert refused.headers["allow"] == "POST, OPTIONS"
         assert code_of(await rig.http.post(f"{url}/models")) == (405, "method_not_allowed")
         assert (await rig.http.get(f"{url}/messages")).json()["type"] == "error"
-        upgrade = {"connection": "upgrade", "upgrade": "websocket"}
-        assert code_of(await rig.http.get(f"{url}/responses", headers=upgrade)) == (426, "unsupported")
+
+
+async def test_a_websocket_is_refused_in_the_protocols_form() -> None:
+    upgrade = {"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13"}
+    headers = upgrade | {"sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ=="}
+    async with open_rig() as rig, serve_locally(rig.gateway) as root, httpx.AsyncClient() as http:
+        assert code_of(await http.get(f"{root}{url_of(rig.key)}/responses", headers=headers)) == (426, "unsupported")
 
 
 async def test_azures_paths_are_answered() -> None:

@@ -14,11 +14,11 @@ from agent_lightning.buffer.taken import take_groups
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Ending, Outcome, Task, Trajectory
 from agent_lightning.serving.calls import agent_of, parent_of
-from agent_lightning.serving.gateway import Gateway, GatewayConfig
+from agent_lightning.serving.gateway import Gateway, GatewayConfig, application
 from agent_lightning.spans.otlp import PROTOBUF, encode, encode_json
 from agent_lightning.spans.tree import RawSpan
 from agent_lightning.toy.model import ToyEngine, ToyLanguage
-from agent_lightning.toy.world import MODEL, SAMPLING, application
+from agent_lightning.toy.world import MODEL, SAMPLING
 
 SECRET = b"s"
 

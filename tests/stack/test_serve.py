@@ -38,7 +38,7 @@ def serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     try:
         assert process.stdout is not None
         text = ""
-        while "OPENAI_API_KEY" not in text:  # ends with the process, which the watchdog ends
+        while "GEMINI_API_KEY" not in text:  # ends with the process, which the watchdog ends
             line = process.stdout.readline()
             assert line, f"agl serve ended: {text}"
             text += line
@@ -74,6 +74,22 @@ def test_serve_prints_a_url_that_answers_and_ctrl_c_leaves_nothing() -> None:
         assert process.wait(timeout=60) == 0
         _, alive = psutil.wait_procs(started, timeout=20)
         assert [p.name() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.mark.slow
+def test_serve_has_no_limit_of_calls_and_writes_each(tmp_path: Path) -> None:
+    with serving("experiment=toy", "agent.max_calls=2", f"runs_dir={tmp_path}") as (_, base_url):
+        ids = []
+        with OpenAI(base_url=base_url, api_key="any", timeout=60) as client:
+            for number in range(5):
+                again = {"previous_response_id": ids[-1]} if ids else {}
+                reply = client.responses.create(model="policy", input=f"Heads or tails {number}?", **again)  # type: ignore[call-overload]
+                ids.append(reply.id)
+        (written,) = tmp_path.glob("serve-toy-*/calls.jsonl")
+        rollouts = [json.loads(line) for line in written.read_text().split("\n") if line]
+    assert [rollout["calls"][0]["call_id"] for rollout in rollouts] == ids
+    assert len(json.loads(rollouts[-1]["calls"][0]["request"])) == 9
+    assert "/attempt/0/" not in written.read_text()
 
 
 @pytest.mark.slow
