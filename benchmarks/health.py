@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import gzip
 import json
 import multiprocessing
@@ -34,7 +35,7 @@ WORST: Mapping[str, bytes] = {
     "messages": b'{"messages": [' + b'{"role":"user","content":"a"},' * 19_900 + b'{"role":"user"}]}',
     "tools": b'{"messages": [], "tools": [' + b'{"function":{"name":"a"}},' * 9_900 + b"{}]}",
     "quotes": b'{"messages": ["' + b'\\"' * 1_900_000 + b'"]}',
-    "text": b'{"messages": [{"role": "user", "content": "' + b"a, " * 1_300_000 + b'"}]}',
+    "text": b'{"messages": [{"role": "user", "content": "' + b"a, " * 1_300_000 + b'"}, {"role": "user"}]}',
 }
 
 
@@ -51,6 +52,7 @@ async def serve(pipe: Connection) -> None:
 
 
 def run_server(pipe: Connection) -> None:
+    gc.freeze()  # as a gateway on Ray Serve does
     asyncio.run(serve(pipe))
 
 

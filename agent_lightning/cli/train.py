@@ -331,7 +331,7 @@ async def serve(overrides: Sequence[str]) -> int:
             url = f"{system.service.url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{lease.secret}/agent/v1"
             policy = Policy(version=0, base_url=url, model="policy", api_key="any")
             ready = f"ready after {time.monotonic() - started:.0f} s, without end; stop with Ctrl-C"
-            console.print(f"serving {config.model.path} as [b]policy[/b], {ready}")
+            console.print(f"serving {config.model.path} as [b]policy[/b], {ready}", soft_wrap=True)
             written = "each call with its messages, reply and tokens; spans of traces are taken and not kept"
             console.print(f"records {written}: {calls}\n", soft_wrap=True, highlight=False)
             exports = (f"export {name}={value}\n" for name, value in policy.environment().items())

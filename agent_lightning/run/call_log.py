@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +29,7 @@ class CallLog:
         self._path: Final = path
         self._max_bytes = max_bytes
         self._kept = kept
+        self._numbers = itertools.count()
         self._calls: OrderedDict[tuple[RolloutKey, str], ModelCall] = OrderedDict()
 
     async def record(self, call: ModelCall) -> int:
@@ -35,7 +38,7 @@ class CallLog:
         while len(self._calls) > self._kept:
             self._calls.popitem(last=False)
         rollout = Trajectory(
-            key=call.key,
+            key=replace(call.key, index=next(self._numbers)),  # an import takes a rollout once
             task_id=call.call_id,
             calls=(call,),
             reward=None,

@@ -28,6 +28,7 @@ async def test_calls_without_end_are_lines_that_agl_import_reads(tmp_path: Path)
     assert all(path.stat().st_size < 10_000 for path in tmp_path.iterdir())
     lines = (tmp_path / "calls.jsonl").read_text().split("\n")[:-1]
     read = [export.from_row(json.loads(line)) for line in lines]
+    assert len({rollout.key for rollout in read}) == len(read)
     assert [rollout.calls[0].call_id for rollout in read] == [call.call_id for call in calls[-len(read) :]]
 
 
