@@ -104,9 +104,18 @@ def read_spans(spans: Sequence[RawSpan], key: RolloutKey) -> TraceContent:
             )
             for span in tree.of(Kind.AGENT)
         ),
-        refused=+refused,
+        refused=_few_names(+refused),
         **about_calls,
     )
+
+
+def _few_names(refused: Counter[str]) -> Counter[str]:
+    """The counts with at most 20 different names, as an agent may send any: the other reasons lose their names."""
+    names = dict.fromkeys([reason for reason in refused if reason.endswith(")")][:20])
+    few = Counter[str]()
+    for reason, count in refused.items():
+        few[reason if reason in names else reason.partition(" (")[0]] += count
+    return few
 
 
 def _identified(tree: SpanTree) -> list[RawSpan]:

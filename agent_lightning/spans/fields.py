@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from agent_lightning.core.json_values import as_mapping, clean_logprobs
+from agent_lightning.core.json_values import as_mapping, clean_logprobs, parse_json
 from agent_lightning.core.types import Floats, Ints
 from agent_lightning.spans.attributes import FIELDS
 from agent_lightning.spans.message_forms import Message, Notes, parse_value, to_text
@@ -29,8 +29,14 @@ def values(attributes: Mapping[str, Any], field: str) -> Iterator[Any]:
             value = next((link.get("value_match") for link in links if link.get("key_match") == "span_id"), None)
         else:
             value = unflattened(attributes, name[:-1]) if name.endswith(".*") else attributes.get(name)
+        if name in _JSON and isinstance(value, str) and value.startswith('"'):
+            value = parse_json(value) or value
         if value is not None and value != "" and value != []:
             yield value
+
+
+_JSON = ("ai.toolCall.result", "mlflow.spanInputs", "mlflow.spanOutputs")
+"""Attributes whose text is always JSON: text is in quotation marks."""
 
 
 def first(attributes: Mapping[str, Any], field: str) -> Any:

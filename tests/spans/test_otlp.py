@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import zlib
@@ -164,3 +165,48 @@ def test_two_traces_of_a_body_stay_apart() -> None:
     by_trace, refused = otlp.decode(body.SerializeToString(), content_type=PROTOBUF, **LIMITS)
     assert by_trace == {"1" * 32: (SPAN,), "2" * 32: (SPAN,)}
     assert not refused
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {names.get(name, name): _renamed(part, names) for name, part in value.items()}
+    return [_renamed(part, names) for part in value] if isinstance(value, list) else value
+
+
+SNAKE = {"resourceSpans": "resource_spans", "scopeSpans": "scope_spans", "traceId": "trace_id", "spanId": "span_id"}
+SNAKE |= {"parentSpanId": "parent_span_id", "startTimeUnixNano": "start_time_unix_nano", "stringValue": "string_value"}
+SNAKE |= {"endTimeUnixNano": "end_time_unix_nano", "intValue": "int_value"}
+OLD = {"scopeSpans": "instrumentationLibrarySpans"}
+
+
+@pytest.mark.parametrize("names", [{}, SNAKE, OLD, {"resourceSpans": "batches"}])
+@pytest.mark.parametrize("form", ["hex", "HEX", "base64", "base64url", "unpadded"])
+@pytest.mark.parametrize("code", [2, "2", "STATUS_CODE_ERROR", "ERROR", "Error"])
+def test_every_writing_of_json_is_the_same_span(names: dict[str, str], form: str, code: Any) -> None:
+    raw = {
+        "traceId": bytes(range(240, 256)),
+        "spanId": b"\xfb\xef\xbe\xfb\xef\xbe\xfb\xef",
+        "parentSpanId": b"\x01" * 8,
+    }
+    ids = {name: identity.hex() for name, identity in raw.items()}
+    if form == "HEX":
+        ids = {name: identity.upper() for name, identity in ids.items()}
+    elif form != "hex":
+        encode_id = base64.urlsafe_b64encode if form == "base64url" else base64.b64encode
+        ids = {name: encode_id(identity).decode() for name, identity in raw.items()}
+        ids = {name: text.rstrip("=") for name, text in ids.items()} if form == "unpadded" else ids
+    attributes = [{"key": "n", "value": {"intValue": "7"}}, {"key": "t", "value": {"stringValue": "x"}}]
+    sent = ids | {"name": "x", "kind": "SPAN_KIND_CLIENT", "startTimeUnixNano": "1000000000", "attributes": attributes}
+    sent |= {"endTimeUnixNano": 2e9, "status": {"code": code, "message": "broke"}}
+    tree = _renamed({"resourceSpans": [{"scopeSpans": [{"spans": [sent]}]}]}, names)
+    (traces, refused) = otlp.decode(json.dumps(tree).encode(), content_type=JSON, **LIMITS)
+    expected = RawSpan(
+        span_id=raw["spanId"].hex(),
+        parent_id=raw["parentSpanId"].hex(),
+        name="x",
+        started_at=1.0,
+        ended_at=2.0,
+        attributes={"n": 7, "t": "x"},
+        error="broke",
+    )
+    assert (traces, dict(refused)) == ({raw["traceId"].hex(): (expected,)}, {})

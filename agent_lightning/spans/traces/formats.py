@@ -81,6 +81,9 @@ def read_traces(body: bytes) -> tuple[tuple[str, ...], list[FileTrace], Counter[
         records = read_table(body) if body.startswith(PARQUET) else _records(body.decode("utf-8-sig"), refused)
     except UnicodeDecodeError:
         records = None
+    except DataError:
+        records = []
+        refused["a record of no known format"] += 1
     if records is None:
         try:
             return ("OTLP",), _otlp(body, otlp.PROTOBUF, refused), refused
@@ -118,11 +121,12 @@ def _format_of(record: Mapping[str, Any]) -> str:
 
 def _unpacked(record: Any) -> list[Any]:
     """The records in a record that is a page of an API's answer, a trace of Tempo, or a table by columns of pandas."""
-    if not isinstance(record, Mapping) or (_format_of(record) and not isinstance(record.get("data"), list)):
+    if not isinstance(record, Mapping):
         return [record]
-    columns = {name: cells for name, cells in record.items() if isinstance(cells, Mapping)}
-    if "context.span_id" in columns:
-        return [{name: cells.get(row) for name, cells in columns.items()} for row in columns["context.span_id"]]
+    if isinstance(rows := record.get("context.span_id"), Mapping):
+        return [{name: as_mapping(cells).get(row) for name, cells in record.items()} for row in rows]
+    if _format_of(record) and not isinstance(record.get("data"), list):
+        return [record]
     inner = next(
         (record[name] for name in ("data", "traces", "runs", "observations", "trace") if record.get(name)), None
     )
@@ -375,9 +379,9 @@ FORMATS: tuple[tuple[str, tuple[frozenset[str], ...], Adapter], ...] = (
     ("LangSmith", _keys("post", "patch"), _langsmith),
     ("LangSmith runs", _keys("run_type id"), _langsmith),
     ("Agent Lightning", _keys("rollout events"), _each(_agent_lightning)),
+    ("MLflow", _keys("info data", "trace_id spans", "request_id spans"), _each(_mlflow)),
     ("OpenAI calls", _keys("request response"), _each(_recorded)),
     ("agl export", _keys("rollout_id outcome calls"), _each(_own_export)),
-    ("MLflow", _keys("info data", "trace_id spans", "request_id spans"), _each(_mlflow)),
     (
         "spans",
         _keys("context attributes", "context.span_id", "trace_id span_id", "traceId spanId", "traceId id"),

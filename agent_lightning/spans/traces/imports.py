@@ -12,7 +12,7 @@ from typing import Any
 
 from agent_lightning.core.files import write_text
 from agent_lightning.core.types import RolloutKey, ToolCall, Trajectory
-from agent_lightning.credit.tools import tool_calls
+from agent_lightning.credit.tools import canonical_arguments, tool_calls
 from agent_lightning.spans.conventions import read_spans
 from agent_lightning.spans.messages import begins_midway, read_reply, read_request
 from agent_lightning.spans.traces.export import to_line
@@ -112,13 +112,20 @@ def conversations(rollouts: Sequence[Imported]) -> Iterator[dict[str, Any]]:
             for message in messages:
                 message.pop("status", None)
             tools = json.loads(rollout.offered.get(call.call_id, "[]")) or request[1]
-            texts = [json.dumps(message, sort_keys=True) for message in messages]
+            texts = list(map(_compared, messages))
             ends = [end for end in range(1, len(texts)) if messages[end - 1]["role"] == "assistant"]
             continued.update("\n".join(texts[:end]) for end in ends)
             row = {"messages": messages} | ({"tools": tools} if tools else {})
             reward = rollout.trajectory.reward
             rows.setdefault("\n".join(texts), row | ({} if reward is None else {"reward": reward}))
     yield from (row for text, row in rows.items() if text not in continued)
+
+
+def _compared(message: Mapping[str, Any]) -> str:
+    """A message as text that is equal if two messages mean the same, however their arguments are written."""
+    arguments = [canonical_arguments(call["function"]["arguments"]) for call in message.get("tool_calls", ())]
+    uses = [(call["id"], call["function"]["name"]) for call in message.get("tool_calls", ())]
+    return json.dumps([{**message, "tool_calls": uses}, arguments], sort_keys=True)
 
 
 def _import(source: FileTrace, key: RolloutKey, refused: Counter[str]) -> Imported:
