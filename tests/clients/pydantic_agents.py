@@ -1,4 +1,4 @@
-"""pydantic-ai, over chat, Responses and Anthropic's messages."""
+"""pydantic-ai, over every format."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any
 from harness import MODEL, NEXT, PLAIN, QUESTION, SYSTEM, Answer, Rollout, Seen, case
 from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.models.anthropic import AnthropicModel
+from pydantic_ai.models.google import GoogleModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel, OpenAIResponsesModelSettings
 from pydantic_ai.providers.anthropic import AnthropicProvider
+from pydantic_ai.providers.google import GoogleProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 
 WIRES: dict[str, Any] = {
     "chat": lambda rollout: OpenAIChatModel(MODEL, provider=OpenAIProvider(**rollout.openai)),
     "Responses": lambda rollout: OpenAIResponsesModel(MODEL, provider=OpenAIProvider(**rollout.openai)),
+    "Google": lambda rollout: GoogleModel(MODEL, provider=GoogleProvider(base_url=rollout.root, api_key="any")),
     "messages": lambda rollout: AnthropicModel(MODEL, provider=AnthropicProvider(base_url=rollout.root, api_key="any")),
 }
 

@@ -8,7 +8,8 @@ from typing import Any
 import smolagents
 from harness import MODEL, PLAIN, QUESTION, Answer, Rollout, Seen, case, saying
 
-CODE = 'Thought: I add.\n<code>\nfinal_answer(calculator("28+25-27"))\n</code>'
+CALL = 'final_answer(calculator("28+25-27"))'
+CODE = f"Thought: I add.\n<code>\n{CALL}\n</code>"
 """What a policy that knows smolagents' prompt would say."""
 
 
@@ -64,7 +65,8 @@ async def tool(rollout: Rollout, streamed: bool) -> Seen:
 async def code(rollout: Rollout, streamed: bool) -> Seen:
     model = smolagents.OpenAIModel(MODEL, api_base=rollout.url, api_key="any", **saying(CODE))
     agent = smolagents.CodeAgent([a_tool(rollout)], model, stream_outputs=streamed, max_steps=1, verbosity_level=0)
-    return Seen(1, str(await asyncio.to_thread(agent.run, QUESTION)))
+    assert await asyncio.to_thread(agent.run, QUESTION) == "26"
+    return Seen(1, CALL)
 
 
 @case("smolagents (litellm)", "smolagents", "forced tool answered in text")

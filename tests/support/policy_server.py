@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,10 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-CONFIG = ("experiment=calc_tiny", "model.max_len=512", "sampling.val.max_tokens=64", "agent.max_calls=100000")
+CONTEXT = 5600
+"""Tokens. Some frameworks' prompts are longer than the tiny policy's 1,024, beyond which it says nothing sensible."""
+CONFIG = ("experiment=calc_tiny", f"model.max_len={CONTEXT}", "sampling.val.max_tokens=160", "agent.max_calls=100000")
 
 
 @dataclass(kw_only=True)
@@ -33,7 +37,12 @@ class PolicyServer:
     """The server's process. `split` is "val" (greedy, the agent's sampling parameters hold) or "train"."""
 
     def __init__(self, *overrides: str) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("serve_policy.py")), *CONFIG, *overrides]
+        self._folder = TemporaryDirectory()
+        model = Path(shutil.copytree(ROOT / "examples" / "calc_x" / "tiny_policy", f"{self._folder.name}/policy"))
+        config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": CONTEXT}
+        (model / "config.json").write_text(json.dumps(config))
+        program = str(Path(__file__).with_name("serve_policy.py"))
+        command = [sys.executable, program, *CONFIG, f"model.path={model}", *overrides]
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -59,6 +68,7 @@ class PolicyServer:
             self._process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self._process.kill()
+        self._folder.cleanup()
 
     def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None

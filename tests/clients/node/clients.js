@@ -1,7 +1,9 @@
 // OpenAI's and Anthropic's clients on Node, and Vercel's AI SDK, with their defaults.
 
 import Anthropic from "@anthropic-ai/sdk";
+import { zodOutputFormat } from "@anthropic-ai/sdk/helpers/zod";
 import { createAnthropic } from "@ai-sdk/anthropic";
+import { createGoogleGenerativeAI } from "@ai-sdk/google";
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateObject, generateText, stepCountIs, streamObject, streamText, tool } from "ai";
@@ -136,11 +138,24 @@ add("anthropic (Node)", "@anthropic-ai/sdk", "forced tool", (rollout, streamed) 
   return messagesLoop(rollout, streamed, { tool_choice: streamed ? { type: "tool", name: "calculator" } : { type: "any" } });
 });
 
+add("anthropic (Node)", "@anthropic-ai/sdk", "structured", async (rollout, streamed) => {
+  const client = new Anthropic({ baseURL: rollout.root, apiKey: "any" });
+  const output_config = { format: zodOutputFormat(Answer) };
+  const body = { model: MODEL, max_tokens: 256, messages: [{ role: "user", content: PLAIN }], output_config };
+  const reply = streamed ? await client.messages.stream(body).finalMessage() : await client.messages.parse(body);
+  return { calls: 1, text: JSON.stringify(reply.parsed_output) };
+});
+
 const PROVIDERS = {
   "Vercel AI SDK (Responses)": (rollout) => createOpenAI({ baseURL: rollout.url, apiKey: "any" })(MODEL),
   "Vercel AI SDK (chat)": (rollout) => createOpenAI({ baseURL: rollout.url, apiKey: "any" }).chat(MODEL),
   "Vercel AI SDK (compatible)": (rollout) => {
-    return createOpenAICompatible({ name: "agl", baseURL: rollout.url, apiKey: "any" })(MODEL);
+    // Without this setting it sends no schema: https://ai-sdk.dev/providers/openai-compatible-providers
+    const settings = { name: "agl", supportsStructuredOutputs: true };
+    return createOpenAICompatible({ ...settings, baseURL: rollout.url, apiKey: "any" })(MODEL);
+  },
+  "Vercel AI SDK (Google)": (rollout) => {
+    return createGoogleGenerativeAI({ baseURL: `${rollout.root}/v1beta`, apiKey: "any" })(MODEL);
   },
   "Vercel AI SDK (messages)": (rollout) => createAnthropic({ baseURL: rollout.url, apiKey: "any" })(MODEL),
 };
@@ -187,7 +202,8 @@ for (const [client, provider] of Object.entries(PROVIDERS)) {
     const { text, steps } = await vercel(provider(rollout), streamed, loop);
     return { calls: steps.length, text };
   });
-  add(client, "ai", "structured", async (rollout, streamed) => {
+  const structured = client.includes("messages") ? "structured by a tool" : "structured";
+  add(client, "ai", structured, async (rollout, streamed) => {
     const request = { model: provider(rollout), system: SYSTEM, prompt: PLAIN, schema: Answer };
     if (!streamed) return { calls: 1, text: JSON.stringify((await generateObject(request)).object) };
     const result = streamObject(request);
