@@ -188,6 +188,7 @@ def to_batch(rows: Sequence[Row]) -> Batch:
         weight_NT=weight / weight.sum(),
         length_N=np.asarray([len(ids) for ids, _ in rows], np.int32),
         rollout_N=np.arange(len(rows), dtype=np.int32),
+        version_N=np.zeros(len(rows), np.int32),
         num_rollouts=len(rows),
     )
 

@@ -47,7 +47,7 @@ def show(inspection: checks.Inspection, console: Console) -> None:
 def _plan(inspection: checks.Inspection) -> Iterator[tuple[str, str]]:
     config, nodes = inspection.config, inspection.nodes
     algorithm, rollout, serving, processes = config.algorithm, config.rollout, config.serving, config.learner.processes
-    yield "model", inspection.model or config.model.path
+    yield "model", "a toy one" if config.model.words else str(inspection.model or config.model.path)
     for split in inspection.splits:
         source = config.data.train if split == "train" else config.data.val
         tasks = f"{source.path}, split {source.split}, from the hub"
@@ -71,11 +71,10 @@ def _plan(inspection: checks.Inspection) -> Iterator[tuple[str, str]]:
     yield "", f"{batches} batches x {algorithm.epochs} epochs = {updates} optimiser steps a step"
     at_a_time = min(rollout.workers * rollout.concurrency, rollouts)
     yield "", f"{config.steps} steps: {config.steps * rollouts:,} rollouts; {at_a_time} at a time"
-    if inspection.size is not None:
-        memory = placement.memory(config, inspection.size)
+    if inspection.model is not None and (size := inspection.model.size) is not None:
+        memory = placement.memory(config, size)
         per_gib = 1 / memory.kv_per_token
-        yield "memory", f"model: {inspection.size.parameters / 1e6:,.1f}M parameters (estimated, as all of these)"
-        yield "", f"learner: {memory.learner:.2f} GiB in each of {processes} processes, activations on top"
+        yield "memory", f"learner: {memory.learner:.2f} GiB in each of {processes} processes, activations on top"
         yield "", f"engine: {memory.engine_weights:.2f} GiB of weights, KV cache {per_gib:,.0f} tokens a GiB"
         yield "", f"{memory.conversations} conversations of {config.model.max_len}: {memory.kv_wanted:.2f} GiB"
         if config.hardware.device == "cpu":

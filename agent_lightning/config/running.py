@@ -97,6 +97,8 @@ class ModelConfig(Section):
 
     path: str
     """Folder or hub id of a causal language model; a relative path is from here, or else from the project's folder."""
+    commit: str | None = None
+    """Commit, branch or tag of a model on the hub; null: its newest commit. Every node takes the same commit."""
     max_len: AtLeast1 = 1024
     """Longest conversation in tokens, prompt and reply together."""
     words: tuple[str, ...] = ()
@@ -105,6 +107,8 @@ class ModelConfig(Section):
     """Number format of the computation: float32 or bfloat16. The learner keeps parameters in float32."""
     tool_parser: str | None = "hermes"
     """vLLM's parser of the model's tool calls; null: none."""
+    completions_only: bool = False
+    """Whether the agent uses v1/completions alone, so that the model needs no chat template."""
 
 
 class RetryConfig(Section):
@@ -263,6 +267,9 @@ class LearnerConfig(Section):
     """Threads of each process on a CPU."""
     max_tokens_per_micro_batch: AtLeast1 = 16384
     """Most tokens of one forward and backward pass."""
+    max_logprob_gap: Positive | Literal["by_dtype"] | None = "by_dtype"
+    """The run stops before an optimiser step if the log-probabilities of engine and learner differ by more than this on
+    average over a step's tokens. by_dtype: 0.001 for float32, 0.03 for bfloat16 (docs/models.md); null: never."""
 
     @model_validator(mode="after")
     def _check(self) -> LearnerConfig:
@@ -284,6 +291,9 @@ class HardwareConfig(Section):
     """apart: engines and learner have GPUs of their own; together: each learner process shares a GPU with an engine."""
     address: str | None = None
     """Address of a running Ray cluster; null starts Ray here, or joins RAY_ADDRESS."""
+    env: tuple[str, ...] = ()
+    """Environment variables that the processes of a running cluster get from here, besides those of the hub (HF_HOME,
+    HF_TOKEN, HF_ENDPOINT): the names."""
 
     @model_validator(mode="after")
     def _check(self) -> HardwareConfig:

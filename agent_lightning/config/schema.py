@@ -83,6 +83,26 @@ class Config(Section):
         """Number of gateways; None: one on each node. Seeded calls are counted where they arrive: in one gateway."""
         return 1 if self.sampling.seeded else self.serving.gateways
 
+    def _check_lengths(self) -> None:
+        """Raise ConfigError for limits that leave no room for each other."""
+        longest = self.model.max_len
+        for split, sampling in (("train", self.sampling.train), ("val", self.sampling.val)):
+            if sampling.max_tokens >= longest:
+                raise ConfigError(
+                    f"sampling.{split}.max_tokens={sampling.max_tokens}: must be below model.max_len={longest}, which "
+                    "is for prompt and reply together"
+                )
+        if self.learner.max_tokens_per_micro_batch < longest:
+            raise ConfigError(
+                f"learner.max_tokens_per_micro_batch={self.learner.max_tokens_per_micro_batch}: must be at least "
+                f"model.max_len={longest}, for the longest row"
+            )
+        agent = self.agent
+        if agent.call_timeout_s is not None and agent.call_timeout_s > agent.timeout_s:
+            raise ConfigError(
+                f"agent.call_timeout_s={agent.call_timeout_s}: must be at most agent.timeout_s={agent.timeout_s}"
+            )
+
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.model.words:
@@ -100,4 +120,15 @@ class Config(Section):
         if self.sampling.seeded and self.serving.gateways not in (None, 1):
             raise ConfigError("sampling.seeded: serving.gateways must be 1, as each counts what it is asked by itself")
         self.hardware.check_use(self.serving, self.learner)
+        self._check_lengths()
+        if not self.model.words and self.sampling.train.temperature < 0.01:  # vLLM samples no colder
+            raise ConfigError(
+                f"sampling.train.temperature={self.sampling.train.temperature}: must be at least 0.01 in training, or "
+                "all rollouts of a group are the same; sampling.val.temperature=0 evaluates greedily"
+            )
+        if self.learner.max_logprob_gap is not None and self.sampling.train.top_p < 1 and not self.model.words:
+            raise ConfigError(
+                f"sampling.train.top_p={self.sampling.train.top_p}: must be 1, as the learner does not know which "
+                "tokens are left out; learner.max_logprob_gap=null trains all the same, on other probabilities"
+            )
         return self

@@ -73,6 +73,10 @@ class EngineError(AgentLightningError):
     """The policy's engine could not do its work."""
 
 
+class GapError(AgentLightningError):
+    """Engine and learner do not agree on the log-probabilities of sampled tokens. The message says what is likely."""
+
+
 class StepFailed(AgentLightningError):
     """Every rollout of a step failed. The message counts the reasons."""
 

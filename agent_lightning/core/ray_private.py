@@ -10,9 +10,10 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -89,21 +90,23 @@ TUNE_ENVIRONMENT: Final[Mapping[str, str]] = {
 """Read when a sweep starts."""
 
 PASSED_ON: Final[dict[str, str]] = {}
-"""The variables that `prepare_environment` has set, for the `runtime_env` of a cluster that is joined: its processes do
-not inherit them."""
+"""The variables that `prepare_environment` has set, or was told to pass on, for the `runtime_env` of a cluster that is
+joined: its processes do not inherit them."""
 
 _FREE_PORTS: Final = range(20_000, 30_000)
 """Ports that Linux and macOS do not give to outgoing connections, nor Ray and Serve's replicas to themselves."""
 
 
-def prepare_environment() -> None:
-    """Set the variables that Ray's processes inherit; a variable that is set already stays."""
+def prepare_environment(passed_on: Iterable[str] = ()) -> None:
+    """Set the variables that Ray's processes inherit; a variable that is set already stays. Those named in `passed_on`
+    also reach the processes of a cluster that is joined."""
     # A thread that still starts something when Ray ends must not start another Ray. Read when Ray is imported.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     ports = {name: str(free_port("0.0.0.0")) for name in SERVE_PORTS}
     for name, value in {**SERVE_ENVIRONMENT, "TOKENIZERS_PARALLELISM": "false", **ports}.items():
         if name not in os.environ:
             os.environ[name] = PASSED_ON[name] = value
+    PASSED_ON.update({name: os.environ[name] for name in passed_on if name in os.environ})
 
 
 def use_token() -> None:
@@ -190,7 +193,7 @@ def head_node() -> Mapping[str, Any]:
 def llm_server(settings: Mapping[str, Any]) -> Any:
     """An LLMServer of Ray Serve LLM that runs in this process; `settings` are the fields of its LLMConfig. It leaves
     out what a run does not need: the usage report, which starts an actor and waits for it before the first call; the
-    download step for a model in a local folder, which is one more worker process with vLLM in it; and on a CPU with one
+    download step, which is one more worker process with vLLM in it, as vLLM downloads by itself; and on a CPU with one
     worker the worker process, which costs one more import of vLLM and a message to and fro for each step."""
     from ray.llm._internal.common.callbacks.base import CallbackBase
     from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
@@ -211,27 +214,35 @@ def llm_server(settings: Mapping[str, Any]) -> Any:
             await self.engine.start()
 
     config = LLMConfig(**settings)
-    if os.path.isdir(config.model_loading_config.model_source):
-        config.callback_config.callback_class = NoDownload
+    config.callback_config.callback_class = NoDownload
     alone = config.accelerator_config.kind == "cpu" and len(settings["placement_group_config"]["bundles"]) == 1
     return Server.sync_init(config, engine_cls=OneProcessEngine if alone else VLLMEngine)
 
 
 async def ask_llm(server: Any, request: Mapping[str, Any]) -> Any:
-    """The server's stream of replies to a request: one reply, or batches of server-sent events. A reply is cut at the
-    model's length, where vLLM would refuse the request. Raises ValidationError or ValueError for a request that cannot
-    be read."""
+    """The server's stream of replies to a request: one reply, or batches of server-sent events. Raises ValidationError
+    or ValueError for a request that cannot be read."""
+    chat, completion = _llm_requests()
+    if "prompt" in request:
+        return await server.completions(completion(**request))
+    return await server.chat(chat(**request))
+
+
+@cache
+def _llm_requests() -> tuple[type[Any], type[Any]]:
+    """The classes of chat and completion requests, which ask vLLM for a reply that is clipped to the room that the
+    prompt leaves, as OpenAI's API clips it; vLLM would refuse a request whose `max_tokens` does not fit."""
     from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest, CompletionRequest
 
     class Chat(ChatCompletionRequest):
         def build_tok_params(self, model_config: Any) -> Any:
             return replace(super().build_tok_params(model_config), max_output_tokens=1)
 
-    class Text(CompletionRequest):
+    class Completion(CompletionRequest):
         def build_tok_params(self, model_config: Any) -> Any:
             return replace(super().build_tok_params(model_config), max_output_tokens=1)
 
-    return await (server.completions(Text(**request)) if "prompt" in request else server.chat(Chat(**request)))
+    return Chat, Completion
 
 
 def llm_error(reply: object) -> tuple[str, int, str] | None:

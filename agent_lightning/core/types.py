@@ -380,11 +380,13 @@ class Batch:
     """Number of tokens of each row before padding."""
     rollout_N: Ints
     """Index, among the batch's rollouts, of the rollout that each row comes from; -1 for a padding row."""
+    version_N: Ints
+    """The oldest policy version that sampled tokens of each row; 0 for a padding row."""
     num_rollouts: int
 
     def __post_init__(self) -> None:
         _freeze(self.token_NT, self.mask_NT, self.logprob_NT, self.advantage_NT, self.reward_NT, self.call_NT)
-        _freeze(self.weight_NT, self.length_N, self.rollout_N)
+        _freeze(self.weight_NT, self.length_N, self.rollout_N, self.version_N)
 
 
 def _freeze(*arrays: NDArray[Any]) -> None:

@@ -60,6 +60,7 @@ def _pad(rollouts: Sequence[Sequence[Sample]], pad_token: int, pad_multiple: int
     logprob_NT, advantage_NT, reward_NT, weight_NT = (np.zeros(shape, np.float32) for _ in range(4))
     length_N = np.ones(num_rows, np.int32)
     rollout_N = np.full(num_rows, -1, np.int32)
+    version_N = np.zeros(num_rows, np.int32)
     n = 0
     for rollout, rows in enumerate(rollouts):
         weight = 1.0 / (len(rollouts) * sum(int(row.mask_T.sum()) for row in rows))
@@ -74,6 +75,7 @@ def _pad(rollouts: Sequence[Sequence[Sample]], pad_token: int, pad_multiple: int
             weight_NT[n, :length] = row.mask_T * weight
             length_N[n] = length
             rollout_N[n] = rollout
+            version_N[n] = row.policy_version
             n += 1
     return Batch(
         token_NT=token_NT,
@@ -85,6 +87,7 @@ def _pad(rollouts: Sequence[Sequence[Sample]], pad_token: int, pad_multiple: int
         weight_NT=weight_NT,
         length_N=length_N,
         rollout_N=rollout_N,
+        version_N=version_N,
         num_rollouts=len(rollouts),
     )
 

@@ -7,7 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from agent_lightning.config.load import Config
-from agent_lightning.launch import hub, placement
+from agent_lightning.launch import models, placement
+from agent_lightning.launch.models import ModelFacts
 from agent_lightning.learners.base import Learner
 
 if TYPE_CHECKING:
@@ -25,17 +26,9 @@ class Backend:
 
     config: Config
 
-    def find_model(self) -> str:
-        """The model's folder, downloaded if need be; the name of a model without files. Raises UserError."""
-        return hub.find_model(self.config.model.path)
-
-    def describe_model(self) -> tuple[str, placement.ModelSize | None]:
-        """The model in words, and its size if that can be estimated; downloads no weights. Raises UserError."""
-        path = self.config.model.path
-        try:
-            return path, placement.ModelSize.read(hub.read_model_config(path))
-        except KeyError as error:
-            return f"{path} (its config.json has no {error}; no estimate)", None
+    def read_model(self) -> ModelFacts | None:
+        """What the model's files say; None for a model without files. Downloads no weights. Raises UserError."""
+        return models.read(self.config.model.path, self.config.model.commit)
 
     def check_memory(self) -> None:
         """Raises UserError if the KV caches do not fit into the free memory of a CPU; vLLM itself measures GPUs."""
@@ -57,22 +50,19 @@ class Backend:
         """The maker of a policy replica; None: the vLLM replica that the serving configuration describes."""
         return None
 
-    def learner(self, model: str) -> Learner:
-        """A new learner of the model in this folder. Raises EngineError."""
+    def learner(self, model: str, revision: str | None) -> Learner:
+        """A new learner of the model in this folder, or of this commit of the hub. Raises UserError."""
         from agent_lightning.launch.launch import training
         from agent_lightning.learners.verl import VerlLearner
 
-        return VerlLearner(training(self.config, model))
+        return VerlLearner(training(self.config, model, revision))
 
 
 class ToyBackend(Backend):
     """The toy model, whose learner runs in the driver: it has no files and reserves next to nothing."""
 
-    def find_model(self) -> str:
-        return self.config.model.path
-
-    def describe_model(self) -> tuple[str, None]:
-        return "a toy one", None
+    def read_model(self) -> None:
+        return None
 
     def check_memory(self) -> None:
         return None
@@ -89,7 +79,7 @@ class ToyBackend(Backend):
         model = self.config.model
         return partial(ToyReplica, tuple(model.words), self.config.seed, model.max_len, self.config.serving)
 
-    def learner(self, model: str) -> Learner:
+    def learner(self, model: str, revision: str | None) -> Learner:
         from agent_lightning.toy.model import ToyLanguage
         from agent_lightning.toy.run import SharedToyLearner
 

@@ -22,7 +22,8 @@ from agent_lightning.core import ray_private
 from agent_lightning.core.errors import ConfigError, UserError
 from agent_lightning.core.text import one_line
 from agent_lightning.core.types import Split, Task
-from agent_lightning.launch import backend, hub, placement
+from agent_lightning.launch import backend, engine_fields, hub, models, placement
+from agent_lightning.launch.models import ModelFacts
 from agent_lightning.rollouts import agents, client
 from agent_lightning.run import tasks
 from agent_lightning.run.storage import check_place
@@ -37,9 +38,7 @@ class Inspection:
     download: bool = True  # whether models and data sets are downloaded, or only looked up on the hub
     assumed: Sequence[placement.Resources] = ()  # the resources of planned nodes, which replace those of the cluster
     nodes: Sequence[placement.Resources] = ()  # the resources of the nodes of the cluster, or the assumed ones
-    model: str = ""  # the model's folder if it is downloaded, else the model in words; empty if it is missing
-    size: placement.ModelSize | None = None
-    """None for a toy model, and if the model's config.json does not give its size."""
+    model: ModelFacts | None = None  # None for a toy model, and if the model is missing
     tasks: dict[Split, list[Task]] = field(default_factory=dict)
     """The tasks of each split, except splits that are missing or stay on the hub."""
     missing: list[str] = field(default_factory=list)  # a line for each check that failed
@@ -71,11 +70,24 @@ def _check_reward(inspection: Inspection) -> None:
 
 
 def _check_model(inspection: Inspection) -> None:
-    model = backend.choose(inspection.config)
-    if inspection.download:
-        inspection.model = model.find_model()
-    else:
-        inspection.model, inspection.size = model.describe_model()
+    config = inspection.config
+    if (facts := backend.choose(config).read_model()) is None:
+        return
+    inspection.model = facts
+    if lines := list(models.problems(facts, config)):
+        raise UserError("; ".join(lines))
+    if inspection.download and cluster_is_own(config):  # in another cluster, each node downloads for itself
+        hub.find_model(config.model.path, facts.revision)
+
+
+def _check_environment(inspection: Inspection) -> None:
+    if unset := [name for name in inspection.config.hardware.env if name not in os.environ]:
+        raise UserError(f"hardware.env: {', '.join(unset)} is not set here; export it, or leave it out")
+
+
+def _check_fields(inspection: Inspection) -> None:
+    engine_fields.check("verl", inspection.config.verl)
+    engine_fields.check("vllm", inspection.config.vllm)
 
 
 def _check_port(inspection: Inspection) -> None:
@@ -135,6 +147,8 @@ Check = Callable[[Inspection], None]
 """A check raises UserError if the run cannot start; it may store what it has learned in the inspection."""
 
 ENGINE_CHECKS: Final[Sequence[tuple[str, Check]]] = (
+    ("config", _check_fields),
+    ("config", _check_environment),
     ("model", _check_model),
     ("memory", lambda inspection: backend.choose(inspection.config).check_memory()),
     ("port", _check_port),

@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
 from agent_lightning.config.load import resolve_path
 from agent_lightning.core.errors import UserError
-from agent_lightning.core.text import error_line
+from agent_lightning.core.hub import model_folder
 
 T = TypeVar("T")
 
 HUB_SECONDS: Final = 4.0  # seconds that a dry run waits for an answer of the hub
-_MODEL_FILES: Final = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
-def find_model(path: str) -> str:
+def find_model(path: str, revision: str | None = None) -> str:
     """The folder of a model; a model that only the hub has is downloaded. Raises UserError if neither has it."""
-    if not _is_on_hub(path):
-        return _local_folder(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    return model_folder(path, revision) if is_on_hub(path) else local_folder(path)
+
+
+def look_up(model: str, revision: str | None = None) -> tuple[str | None, dict[str, int], Callable[[str], Path]]:
+    """The commit of a model on the hub, its files with their sizes in bytes, and what downloads one of them. If the hub
+    cannot be reached, they are of the cache. Raises UserError if that has no such model."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     try:
-        return str(snapshot_download(path, allow_patterns=_MODEL_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"model.path={path}: neither a local folder nor reachable on the hub ({error_line(error)})"
-        ) from error
-
-
-def read_model_config(path: str) -> dict[str, Any]:
-    """A model's own config.json; of a model that only the hub has, that file alone is downloaded. Raises UserError."""
-    if not _is_on_hub(path):
-        file = Path(_local_folder(path)) / "config.json"
-    else:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-        cached = try_to_load_from_cache(path, "config.json")
-        download = partial(hf_hub_download, path, "config.json", etag_timeout=HUB_SECONDS)
-        file = Path(cached if isinstance(cached, str) else _ask_hub(download, path, "; no estimate"))
-    return cast(dict[str, Any], json.loads(file.read_text()))
+        info = _ask_hub(
+            partial(HfApi().model_info, model, revision=revision, files_metadata=True, timeout=HUB_SECONDS), model
+        )
+    except UserError:
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            raise
+        folder = Path(cached).parent
+        files = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+        return folder.name, files, lambda name: folder / name
+    files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    download = partial(hf_hub_download, model, revision=info.sha, etag_timeout=HUB_SECONDS)
+    return info.sha, files, lambda name: Path(_ask_hub(partial(download, name), f"{model}/{name}"))
 
 
 def check_data_set(path: str) -> None:
@@ -55,12 +51,13 @@ def check_data_set(path: str) -> None:
     _ask_hub(partial(HfApi().dataset_info, path, timeout=HUB_SECONDS), path)
 
 
-def _is_on_hub(path: str) -> bool:
+def is_on_hub(path: str) -> bool:
     """Whether a path has the form of a hub id, "owner/model", and is no local folder."""
     return not Path(resolve_path(path)).is_dir() and not path.startswith((".", "/", "~")) and path.count("/") == 1
 
 
-def _local_folder(path: str) -> str:
+def local_folder(path: str) -> str:
+    """The folder of a model that is no hub id. Raises UserError if it has no model."""
     folder = Path(resolve_path(path))
     if not folder.is_dir():
         raise UserError(f"model.path={path}: no such folder; give a folder in Hugging Face format, or a hub id")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 from collections.abc import AsyncIterator
@@ -17,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.config.load import Config
-from agent_lightning.core import ray_private
+from agent_lightning.core import hub, ray_private
 from agent_lightning.core.errors import PartDied
 from agent_lightning.core.threads import start_thread
 from agent_lightning.core.types import POLICY
 from agent_lightning.credit.failures import Retries
 from agent_lightning.launch import backend, checks, placement
+from agent_lightning.launch.models import ModelFacts
 from agent_lightning.learners.base import Learner
 from agent_lightning.rollouts.supervise import Workers, wait_until_healthy
 from agent_lightning.rollouts.worker import RolloutWorker
@@ -69,8 +69,10 @@ async def system(
         resumed: the state of the checkpoint from which the run continues.
         calls: the file to which the gateway writes model calls, without end, in place of the buffer.
     """
-    model = checks.require(config).model
-    ray_private.prepare_environment()
+    facts = checks.require(config).model
+    model, revision = (facts.location, facts.revision) if facts is not None else (config.model.path, None)
+    # The processes of a cluster that is started here inherit all variables.
+    ray_private.prepare_environment(() if checks.cluster_is_own(config) else (*hub.ENVIRONMENT, *config.hardware.env))
     # These imports take seconds, so they come after the checks that refuse a config at once.
     from agent_lightning.core import actors
     from agent_lightning.serving import app
@@ -87,14 +89,16 @@ async def system(
         start = partial(
             app.start,
             name=name,
-            config=_deployment(config, model, port),
-            gateway=_gateway(config, model, run_secret),
+            config=_deployment(config, model, revision, port),
+            gateway=_gateway(config, facts, run_secret),
             recorder=buffer if calls is None else actors.spawn(CallLog, calls.absolute(), options=here),
             board=board,
             replica=backend.choose(config).replica(),
         )
         serving = start_thread(start, "serving")
-        learning = start_thread(partial(_learner, config, model, serving) if train else lambda: None, "learner")
+        learning = start_thread(
+            partial(_learner, config, model, revision, serving) if train else lambda: None, "learner"
+        )
         if not own:  # the end of a cluster of our own ends the service too
             stack.callback(lambda: None if serving.exception() else serving.result().stop())
         # Both threads are awaited, even if one of them fails.
@@ -153,20 +157,21 @@ async def _start_ray(config: Config, stack: AsyncExitStack) -> bool:
         raise
 
 
-def _learner(config: Config, model: str, serving: Future[Service]) -> Learner:
+def _learner(config: Config, model: str, revision: str | None, serving: Future[Service]) -> Learner:
     if config.hardware.placement == "together":
         # vLLM measures the free memory of its GPU: another process must not change it meanwhile.
         serving.result()
-    return backend.choose(config).learner(model)
+    return backend.choose(config).learner(model, revision)
 
 
-def training(config: Config, model: str) -> Training:
-    """How the policy is trained, from the model in this folder."""
+def training(config: Config, model: str, revision: str | None = None) -> Training:
+    """How the policy is trained, from the model in this folder, or from this commit of a model on the hub."""
     from agent_lightning.learners.verl_groups import Training
 
     algorithm = config.algorithm
     return Training(
         model_path=model,
+        model_revision=revision,
         algorithm=algorithm,
         credit=config.credit,
         critic=config.critic,
@@ -181,12 +186,13 @@ def training(config: Config, model: str) -> Training:
     )
 
 
-def _deployment(config: Config, model: str, port: int) -> Deployment:
-    """How the policy is served, from the model in this folder and on this port."""
+def _deployment(config: Config, model: str, revision: str | None, port: int) -> Deployment:
+    """How the policy is served, from the model in this folder or this commit of the hub, and on this port."""
     from agent_lightning.serving.app import Deployment
 
     return Deployment(
         model=config.model.model_copy(update={"path": model}),
+        revision=revision,
         serving=config.serving.model_copy(update={"port": port, "gateways": config.fixed_gateways}),
         device=config.hardware.device,
         bundles=backend.choose(config).replica_bundles(),
@@ -195,14 +201,7 @@ def _deployment(config: Config, model: str, port: int) -> Deployment:
     )
 
 
-def vocab_size(model: str) -> int:
-    """The size of a model's vocabulary, from its folder; 2**31 if its config.json does not give it."""
-    path = Path(model) / "config.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    return int((known.get("text_config") or known).get("vocab_size") or 2**31)
-
-
-def _gateway(config: Config, model: str, run_secret: bytes) -> Any:
+def _gateway(config: Config, model: ModelFacts | None, run_secret: bytes) -> Any:
     from agent_lightning.serving.gateway import GatewayConfig
 
     sampling = config.sampling
@@ -211,7 +210,7 @@ def _gateway(config: Config, model: str, run_secret: bytes) -> Any:
         run_secret=run_secret,
         sampling={"train": sampling.train.model_dump(), "val": sampling.val.model_dump()},
         seed=config.seed if sampling.seeded else None,
-        vocab_size=vocab_size(model),
+        vocab_size=model.vocab_size if model is not None else 2**31,
         call_timeout_s=config.agent.call_timeout_s or config.agent.timeout_s / 2,
     )
 

@@ -103,17 +103,22 @@ class ModelSize:
     kv_values: int  # values in the KV cache for each token
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> ModelSize:
+    def read(cls, config: Mapping[str, Any], parameters: int | None = None) -> ModelSize:
         """The size of a decoder with attention and a gated MLP, such as Llama, Qwen and Mistral, from its config.json;
-        an estimate for other models. Raises KeyError for a config without one of the fields.
+        an estimate for other models. `parameters`: their number if it is known. Raises KeyError for a config without
+        one of the fields.
         Example: Llama-3.2-3B has 3.2e9 parameters and 57,344 values per token."""
         hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
         head = config.get("head_dim") or hidden // heads
         kv_heads = config.get("num_key_value_heads") or heads
+        kinds = [kind for kind in config.get("layer_types") or () if "attention" in kind and kind != "linear_attention"]
+        kv_values = 2 * (len(kinds) or layers) * kv_heads * head
+        if parameters is not None:
+            return cls(parameters=parameters, kv_values=kv_values)
         attention = hidden * head * (heads + 2 * kv_heads) + heads * head * hidden
         block = attention + 3 * hidden * config["intermediate_size"] + 2 * hidden
         embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
-        return cls(parameters=embeddings + layers * block + hidden, kv_values=2 * layers * kv_heads * head)
+        return cls(parameters=embeddings + layers * block + hidden, kv_values=kv_values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from agent_lightning.core.metrics import Max, Mean, Metrics, merge
 from agent_lightning.core.types import Batch, Floats
 from agent_lightning.learners import verl_groups
 from agent_lightning.learners.base import WeightBucket, Weights
+from agent_lightning.learners.gap import check, largest_gap
 from agent_lightning.learners.verl_credit import Forward, Prepared, prepare
 from agent_lightning.learners.verl_groups import Groups, Training
 
@@ -27,21 +28,23 @@ class VerlLearner:
     loop's event loop stays free."""
 
     def __init__(self, config: Training, groups: Groups | None = None) -> None:
-        """`groups`: running worker groups, which start again from the model's weights; None starts new ones."""
+        """`groups`: running worker groups, which start again from the model's weights; None starts new ones. Raises
+        UserError if the model cannot be trained."""
         self._config, self._version, self._updates = config, 0, 0
         groups = groups or verl_groups.start_groups(config)
         self._group = groups.policy
-        self._group.reset()
+        self.layout = verl_groups.load_model(self._group, config)
+        """How the rows of a batch go through the model: "packed, ..." or "padded, ..."."""
         self._group.set_loss_fn(verl_groups.policy_loss_of(config))
         self._reference = groups.reference if config.algorithm.has_reference else None
         if self._reference is not None:
-            self._reference.reset()
+            verl_groups.load_model(self._reference, config)
         self._critic = None
         if config.has_critic:
             from agent_lightning.learners.verl_worker import value_loss
 
             self._critic = groups.critic
-            self._critic.reset()
+            verl_groups.load_model(self._critic, config)
             self._critic.set_loss_fn(partial(value_loss, config.critic.clip_range))
 
     async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Metrics:
@@ -49,18 +52,21 @@ class VerlLearner:
 
         The models' forward passes before the first optimiser step are used in all of them. If these include the
         policy's, the log-probability gap between engine and learner is measured over the whole step, else over its
-        first batch: after an optimiser step the learner is no longer the policy that sampled.
+        first batch: after an optimiser step the learner is no longer the policy that sampled. Raises GapError, before
+        an optimiser step, if the gap is beyond its bound.
         """
         config = self._config
         warming_up = config.has_critic and self._updates < config.critic.warmup_steps
         unknown = any(np.isnan(batch.logprob_NT).any() for batch in batches)
         with_policy = config.algorithm.importance_sampling != "none" or unknown or warming_up
         forwards = [await asyncio.to_thread(self._forward, batch, with_policy) for batch in batches]
-        prepared, metrics = prepare(batches, forwards, config)
+        prepared, metrics = prepare(batches, forwards, config, self._version)
+        self._check_gap(metrics)
         records = [metrics]
         for index, batch in enumerate(prepared * epochs):
-            with_gap = index == 0 and not with_policy
+            with_gap = index == 0 and not with_policy and not config.sft
             records.append(await asyncio.to_thread(self._train, batch, not warming_up, with_gap))
+            self._check_gap(records[-1])
         self._updates += 1
         return merge(*records)
 
@@ -102,6 +108,9 @@ class VerlLearner:
             if group is not None:
                 kill_handles(group.workers)
 
+    def _check_gap(self, metrics: Metrics) -> None:
+        check(metrics, largest_gap(self._config.learner, self._config.dtype), self._config.dtype, self.layout)
+
     def _forward(self, batch: Batch, with_policy: bool) -> Forward:
         """The outputs of reference and critic, if there are any, and of the policy if `with_policy`, all at once."""
         outputs = {
@@ -119,7 +128,11 @@ class VerlLearner:
 
     def _train(self, prepared: Prepared, with_policy: bool, with_gap: bool) -> Metrics:
         """An optimiser step of the critic, if there is one, and at the same time of the policy if `with_policy`."""
-        data = verl_groups.to_tensordict(prepared.batch, self._config, prepared.columns)
+        columns = dict(prepared.columns)
+        if with_gap:
+            current_N1 = (prepared.batch.version_N >= self._version)[:, None]
+            columns["is_current"] = np.broadcast_to(current_N1, prepared.batch.mask_NT.shape).astype(np.float32)
+        data = verl_groups.to_tensordict(prepared.batch, self._config, columns)
         critic_output = self._critic.train_batch(data) if self._critic is not None else None
         policy_output = self._group.train_batch(data) if with_policy else None
         metrics: dict[str, Mean | Max] = {}
@@ -134,9 +147,9 @@ class VerlLearner:
             for name, key in (("learner/kl_to_reference", "actor/kl_loss"), ("learner/entropy", "actor/entropy")):
                 if key in raw:
                     metrics[name] = Mean.of([_number(raw, key, np.sum)])
-            if with_gap:
-                tokens = _number(raw, "gap/tokens", np.sum)
+            if with_gap and (tokens := _number(raw, "gap/tokens", np.sum)):
                 metrics["logprob_gap/mean_abs"] = Mean(_number(raw, "gap/sum", np.sum), tokens)
+                metrics["logprob_gap/mean"] = Mean(_number(raw, "gap/signed", np.sum), tokens)
                 metrics["logprob_gap/max_abs"] = Max(_number(raw, "gap/max", np.max))
         if critic_output is not None:
             raw = critic_output.get()["metrics"]

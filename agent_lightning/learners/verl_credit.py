@@ -10,6 +10,7 @@ import numpy as np
 from agent_lightning.core.metrics import Max, Mean, Metrics, Sum, merge
 from agent_lightning.core.types import Batch, Bools, Floats
 from agent_lightning.credit.tokens import explained_variance, share_first_values, step_advantages, whiten_step
+from agent_lightning.learners.gap import measure
 from agent_lightning.learners.verl_groups import Training
 
 
@@ -34,8 +35,11 @@ class Prepared:
     """Further inputs of the losses by veRL's names, float32[N, T]: ref_log_probs, values, returns."""
 
 
-def prepare(batches: Sequence[Batch], forwards: Sequence[Forward], config: Training) -> tuple[list[Prepared], Metrics]:
-    """The batches of a step, with everything that the losses read; `forwards` holds the outputs for each batch.
+def prepare(
+    batches: Sequence[Batch], forwards: Sequence[Forward], config: Training, version: int
+) -> tuple[list[Prepared], Metrics]:
+    """The batches of a step, with everything that the losses read; `forwards` holds the outputs for each batch. Rows
+    sampled before the policy's `version` do not count for the gap.
 
     old log-probabilities   the engine's. With importance sampling the policy's, and each advantage is multiplied by
                             min(policy / engine, cap), computed by veRL. A row for which the engine gave no
@@ -48,7 +52,7 @@ def prepare(batches: Sequence[Batch], forwards: Sequence[Forward], config: Train
     records: list[Metrics] = []
     old_logprobs, corrections, advantages, columns = [], [], [], []
     for batch, forward in zip(batches, forwards, strict=True):
-        old_NT, correction_NT, gap_metrics = _old_logprobs(batch, forward.logprob_NT, config)
+        old_NT, correction_NT, gap_metrics = _old_logprobs(batch, forward.logprob_NT, config, version)
         penalty_NT, kl_metrics = _kl_penalty(batch, old_NT, forward.reference_NT, config)
         advantage_NT, column = _advantages(batch, penalty_NT, forward.value_NT, config)
         if forward.reference_NT is not None and config.algorithm.kl_in == "loss":
@@ -70,7 +74,9 @@ def prepare(batches: Sequence[Batch], forwards: Sequence[Forward], config: Train
     return prepared, merge(*records)
 
 
-def _old_logprobs(batch: Batch, policy_NT: Floats | None, config: Training) -> tuple[Floats, Floats, Metrics]:
+def _old_logprobs(
+    batch: Batch, policy_NT: Floats | None, config: Training, version: int
+) -> tuple[Floats, Floats, Metrics]:
     """The old log-probabilities and the factor of each advantage, both float32[N, T], and metrics of the gap."""
     ones_NT = np.ones(batch.token_NT.shape, np.float32)
     if policy_NT is None:
@@ -78,10 +84,8 @@ def _old_logprobs(batch: Batch, policy_NT: Floats | None, config: Training) -> t
     unknown_N: Bools = np.asarray((np.isnan(batch.logprob_NT) & batch.mask_NT).any(axis=1))
     known_NT = batch.mask_NT & ~unknown_N[:, None]
     log_ratio_NT = np.where(known_NT, policy_NT - batch.logprob_NT, 0).astype(np.float32)
-    gap = np.abs(np.extract(known_NT, log_ratio_NT))
     metrics: dict[str, Mean | Sum | Max] = {
-        "logprob_gap/mean_abs": Mean.of(gap.tolist()),
-        "logprob_gap/max_abs": Max(float(gap.max(initial=0.0))),
+        **measure(np.extract(known_NT & (batch.version_N >= version)[:, None], log_ratio_NT)),
         "learner/rows_without_logprobs": Sum(float(unknown_N.sum())),
     }
     if config.algorithm.importance_sampling == "none":

@@ -2,22 +2,147 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import MethodType
+from typing import Any, Final
 
+import torch
+import torch.distributed
 from tensordict import TensorDict
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from verl.models.transformers.monkey_patch import patch_forward_with_backends
+from verl.utils import tensordict_utils
+from verl.utils.device import get_device_name
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
 import agent_lightning.learners.attention  # noqa: F401
+from agent_lightning.core.errors import EngineError
+from agent_lightning.core.text import error_line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How the rows of a micro-batch go through a model."""
+
+    attention: str
+    """The attention, by its name in Transformers."""
+    packed: bool = False
+    """Whether the rows lie end to end, [1, N], so that they cost only their tokens; else they are padded, [N, T]."""
+    fused: bool = False
+    """Whether log-probabilities are computed for some tokens at a time, as logits are as wide as the vocabulary."""
+
+    def __str__(self) -> str:
+        return f"{'packed' if self.packed else 'padded'}, {self.attention}{', fused' if self.fused else ''}"
+
+
+_ALONE: Final = Layout(attention="eager")
+"""The layout of a single row that all others are compared with: Transformers' own formulas, and nothing to pad."""
+_PROBE: Final = (20, 31, 9)
+"""Lengths of the rows that are compared, in tokens."""
 
 
 class _CausalModel(FSDPEngineWithLMHead):
-    """An engine that builds its model as a language model, with the attention that its config names."""
+    """An engine that builds its model as a language model, and finds out by trying how rows may go through it.
+
+    Rows end to end and veRL's fused log-probabilities are fast, but not right for every model: rows leak into each
+    other through a convolution or a recurrent state, and fused log-probabilities leave out what a model does to logits.
+    """
+
+    fuses = False
+    """Whether the outputs are log-probabilities, which can be computed for some tokens at a time."""
+    layout = _ALONE
+    _gap_is_small = True
 
     def _build_module(self) -> Any:
         self.model_config.model_type = "language_model"
-        return super()._build_module()
+        module = super()._build_module()
+        kind = type(module)
+        self._plain = self._fused = kind.forward
+        if self.fuses:
+            patch_forward_with_backends(module, use_fused_kernels=True, fused_kernels_backend="torch")
+            self._fused, kind.forward = kind.forward, self._plain
+        return module
+
+    def choose_layout(self, bound: float) -> str:
+        """Use the fastest layout in which rows of a batch have the outputs of rows alone, up to a mean difference of
+        `bound`. Every rank takes part. Returns the layout in words. Raises EngineError if there is none."""
+        on_gpu = get_device_name() != "cpu"
+        fast = "flash_attention_2" if on_gpu and find_spec("flash_attn") is not None else "rows_sdpa"
+        attentions = [(fast, True), *((name, False) for name in (fast, "sdpa", "eager") if name != "rows_sdpa")]
+        layouts = [
+            Layout(attention=attention, packed=packed, fused=fused)
+            for attention, packed in attentions
+            for fused in (True, False)
+            if self.fuses or not fused
+        ]
+        size = self.module.get_input_embeddings().num_embeddings
+        rows = [torch.randint(size, (length,), generator=torch.Generator().manual_seed(length)) for length in _PROBE]
+        alone, reasons = torch.cat([self._outputs([row], _ALONE) for row in rows]), []
+        for layout in layouts:
+            try:
+                difference = (self._outputs(rows, layout) - alone).abs().mean()
+                reason = f"differs by {difference:.1e}"
+            except Exception as error:  # a model may refuse a layout in any way
+                difference, reason = torch.tensor(torch.inf, device=alone.device), error_line(error)
+            torch.distributed.all_reduce(difference, op=torch.distributed.ReduceOp.MAX)
+            if difference <= bound:
+                self._use(layout)
+                return str(layout)
+            reasons.append(f"{layout}: {reason}")
+        raise EngineError(f"rows of a batch differ from rows alone: {'; '.join(reasons)}")
+
+    def _outputs(self, rows: Sequence[Tensor], layout: Layout) -> Tensor:
+        """The model's output at each token of the rows but their last ones, one row after the other: float32."""
+        self._use(layout)
+        tensors = {"input_ids": rows, "position_ids": [torch.arange(len(row)) for row in rows]}
+        batch = tensordict_utils.get_tensordict(
+            {
+                name: torch.nested.as_nested_tensor(list(tensor), layout=torch.jagged)
+                for name, tensor in tensors.items()
+            },
+            {"temperature": 1.0, "calculate_entropy": False},
+        )
+        with self.eval_mode(), torch.no_grad():
+            _, output = self.forward_step(batch, loss_function=None, forward_only=True)
+        (values,) = output["model_output"].values()
+        return torch.cat([row.float().flatten()[:-1] for row in values.unbind()])
+
+    def _use(self, layout: Layout) -> None:
+        self.layout = layout
+        self.module.config._attn_implementation = layout.attention
+        # veRL would put its forward function into the model's class, for good.
+        self.module.forward = MethodType(self._fused if layout.fused else self._plain, self.module)
+
+    def forward_backward_batch(self, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
+        """veRL's, with micro-batches that are small enough even if their rows are padded; and with the verdict on the
+        log-probability gap, if the batch has a bound for it."""
+        if not self.layout.packed:
+            rows, longest = data.shape[0], max(tensordict_utils.get(data, "global_token_num"))
+            most = max(1, int(data["max_token_len_per_gpu"]) // longest)
+            size = max(size for size in range(1, rows + 1) if rows % size == 0 and size <= most)
+            tensordict_utils.assign_non_tensor(data, use_dynamic_bsz=False, micro_batch_size_per_gpu=size)
+        output = super().forward_backward_batch(data, loss_function, forward_only)
+        bound, metrics = tensordict_utils.get(data, "gap_bound", default=None), output["metrics"]
+        if bound is not None and not forward_only:
+            sums = torch.tensor(
+                [sum(metrics[name].values) for name in ("gap/sum", "gap/tokens")], device=get_device_name()
+            )
+            torch.distributed.all_reduce(sums, group=self.get_data_parallel_group())
+            self._gap_is_small = bool(sums[0] <= bound * sums[1])
+        return output
+
+    def optimizer_step(self) -> float:
+        """veRL's; no step is taken if the gap is beyond its bound: the run ends, with the policy as it is."""
+        return float(super().optimizer_step()) if self._gap_is_small else 0.0
+
+    def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
+        layout = {"use_remove_padding": self.layout.packed, "use_fused_kernels": self.layout.fused}
+        tensordict_utils.assign_non_tensor(micro_batch, **layout)
+        return super().forward_step(micro_batch, loss_function, forward_only)
 
 
 @EngineRegistry.register(model_type="policy", backend="fsdp2", device="cuda")
@@ -26,9 +151,11 @@ class PolicyEngine(_CausalModel):
     weight without calling the head, but FSDP2 gathers a module's shards only when it is called; a head that is not tied
     to the embedding would stay sharded. After the backward pass FSDP2 shards it again."""
 
+    fuses = True
+
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
         head = self.module.get_output_embeddings()
-        if not isinstance(head, FSDPModule):
+        if not (self.layout.fused and isinstance(head, FSDPModule)):
             return super().forward_step(micro_batch, loss_function, forward_only)
         head.unshard()
         result = super().forward_step(micro_batch, loss_function, forward_only)

@@ -9,14 +9,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from agent_lightning.config.learning import AlgorithmConfig, CreditConfig, CriticConfig
 from agent_lightning.config.running import Device, Dtype, LearnerConfig
+from agent_lightning.core.errors import UserError
+from agent_lightning.core.text import error_line
 from agent_lightning.core.types import Batch, Floats
+from agent_lightning.learners.gap import LARGEST_DIFFERENCE, largest_gap
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -36,7 +38,9 @@ class Training:
     """How the policy is trained: the sections of the config, and what only the run knows."""
 
     model_path: str
-    """The model's folder on this machine."""
+    """The model's folder, which every node has, or its hub id."""
+    model_revision: str | None = None
+    """Commit of a model on the hub."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     credit: CreditConfig = CreditConfig()
     critic: CriticConfig = CriticConfig()
@@ -161,7 +165,8 @@ def _start(config: Training, role: Role, pool: Any) -> Any:
         ),
         checkpoint_config=CheckpointConfig(),
     )
-    process = {"device": config.device, "seed": config.seed, "num_threads": learner.threads}
+    process: dict[str, Any] = {"device": config.device, "seed": config.seed, "num_threads": learner.threads}
+    process["revision"] = config.model_revision
     return RayWorkerGroup(
         pool,
         RayClassWithInitArgs(ray.remote(ModelWorker), config=training, **process),
@@ -171,12 +176,22 @@ def _start(config: Training, role: Role, pool: Any) -> Any:
     )
 
 
+def load_model(group: Any, config: Training) -> str:
+    """Load the model into the processes of a group, from the start; returns the layout of its rows in words. Raises
+    UserError if veRL cannot train the model, or if no layout gives what rows give alone."""
+    import ray
+
+    try:
+        return str(group.choose_layout(LARGEST_DIFFERENCE[config.dtype])[0])
+    except ray.exceptions.RayTaskError as error:
+        raise UserError(f"model.path={config.model_path}: cannot be trained here: {error_line(error.cause)}") from error
+
+
 def _model(config: Training, role: Role) -> HFModelConfig:
     """The config by which veRL loads and runs a role's model."""
     from verl.workers.config import HFModelConfig
 
     on_cpu = config.device == "cpu"
-    flash = not on_cpu and find_spec("flash_attn") is not None
     override: dict[str, Any] = {}
     if role == "critic":
         override |= {"architectures": ["ForTokenClassification"], "num_labels": 1, "classifier_dropout": 0.0}
@@ -185,17 +200,10 @@ def _model(config: Training, role: Role) -> HFModelConfig:
         override["initializer_range"] = 1e-6
     return HFModelConfig(
         path=config.model_path,
-        # Rows are laid end to end, without padding, so that they cost only their tokens.
-        use_remove_padding=True,
-        # Log-probabilities are computed for some tokens at a time, since logits are as wide as the vocabulary.
-        use_fused_kernels=role != "critic",
-        fused_kernel_options={"impl_backend": "torch"},
         enable_gradient_checkpointing=not on_cpu,
+        # Every model has this attention. The engine then chooses a faster one that gives the same (verl_engines.py).
         # What is under "model_config" is written into checkpoints; the name of our attention is not.
-        override_config={
-            "attn_implementation": "flash_attention_2" if flash else "rows_sdpa",
-            "model_config": override,
-        },
+        override_config={"attn_implementation": "eager", "model_config": override},
     )
 
 
@@ -225,7 +233,8 @@ def to_tensordict(batch: Batch, config: Training, columns: Mapping[str, Floats] 
             "update_lr_scheduler": True,
             "compute_loss": False,
             "calculate_entropy": config.algorithm.entropy_coef > 0,
-        },
+        }
+        | ({"gap_bound": largest_gap(config.learner, config.dtype)} if "is_current" in floats else {}),
     )
 
 

@@ -17,11 +17,16 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import ActorConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
+from agent_lightning.core.hub import model_folder
+
 
 class ModelWorker(TrainingWorker):
     """One rank of a training group: of the policy, the reference or the critic."""
 
-    def __init__(self, config: TrainingWorkerConfig, *, device: str, seed: int, num_threads: int) -> None:
+    def __init__(
+        self, config: TrainingWorkerConfig, *, device: str, seed: int, num_threads: int, revision: str | None
+    ) -> None:
+        """`revision`: commit of a model that is named by its hub id."""
         if device == "cpu":
             torch.set_num_threads(num_threads)
             # veRL would create a group with "cpu:gloo,cpu:gloo", which torch refuses; it keeps a group that exists.
@@ -33,8 +38,15 @@ class ModelWorker(TrainingWorker):
             )
         import agent_lightning.learners.verl_engines  # noqa: F401
 
+        config.model_config.local_path = model_folder(config.model_config.path, revision)  # on this node
         torch.manual_seed(seed)
         super().__init__(config)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def choose_layout(self, bound: float) -> str:
+        """Initialize the model, and choose how rows go through it; returns that in words. Raises EngineError."""
+        self.reset()
+        return str(self.engine.choose_layout(bound))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def load_checkpoint(
@@ -101,8 +113,9 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Metric]]:
     """veRL's policy loss (PPO-clip, arXiv 1707.06347 eq. 7; GSPO; CISPO): the sum of weight * loss over trained tokens.
 
-    `data` holds jagged rows with a value for each token: loss_mask, weights, advantages, old_log_probs and, with a
-    reference, ref_log_probs. The advantages are multiplied by the weights: all three losses are homogeneous in the
+    `data` holds jagged rows with a value for each token: loss_mask, weights, advantages, old_log_probs, with a
+    reference ref_log_probs, and is_current if the gap between engine and learner is measured on the tokens where it is
+    1. The advantages are multiplied by the weights: all three losses are homogeneous in the
     advantage, so weight * loss(advantage) = loss(weight * advantage) exactly. The factor `dp_size` undoes FSDP's
     averaging over ranks. Returns the loss, a scalar, and metrics by veRL's names.
     """
@@ -128,10 +141,13 @@ def policy_loss(
         entropy = (_padded(model_output["entropy"]) * weights)[mask].sum() * data["dp_size"]
         loss = loss - config.entropy_coeff * entropy
         out["actor/entropy"] = Metric(AggregationType.SUM, entropy.detach() / data["dp_size"])
-    gap = (log_probs.detach() - old)[mask].abs()
-    out["gap/sum"] = Metric(AggregationType.SUM, gap.sum())
-    out["gap/tokens"] = Metric(AggregationType.SUM, mask.sum())
-    out["gap/max"] = Metric(AggregationType.MAX, gap.max() if gap.numel() else torch.zeros(()))
+    if "is_current" in data:
+        _, current = _shifted(data, "is_current")
+        gap = (log_probs.detach() - old)[mask & current.bool()]
+        out["gap/sum"] = Metric(AggregationType.SUM, gap.abs().sum())
+        out["gap/signed"] = Metric(AggregationType.SUM, gap.sum())
+        out["gap/tokens"] = Metric(AggregationType.SUM, float(gap.numel()))
+        out["gap/max"] = Metric(AggregationType.MAX, gap.abs().max() if gap.numel() else torch.zeros(()))
     out["actor/nll"] = Metric(AggregationType.SUM, -(log_probs.detach() * weights)[mask].sum())
     return loss, out
 

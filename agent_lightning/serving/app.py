@@ -41,7 +41,9 @@ class Deployment:
     """How the policy is served: the sections of the config, and what only the run knows."""
 
     model: ModelConfig
-    """The path is a folder on this machine."""
+    """The path is a folder that every node has, or a hub id, which each node resolves by itself."""
+    revision: str | None = None
+    """Commit of a model on the hub."""
     serving: ServingConfig = ServingConfig()
     """The port is free, or one that Ray Serve uses already."""
     device: Device = "cpu"
@@ -281,6 +283,8 @@ def _llm_settings(config: Deployment) -> dict[str, Any]:
         "enable_log_requests": False,
         "disable_log_stats": True,
     }
+    if config.revision is not None:
+        engine |= {"revision": config.revision, "tokenizer_revision": config.revision}
     if config.model.tool_parser:
         engine |= {"enable_auto_tool_choice": True, "tool_call_parser": config.model.tool_parser}
     engine |= {"enforce_eager": True} if on_cpu else {"gpu_memory_utilization": config.serving.gpu_memory_utilization}
@@ -295,7 +299,8 @@ def _llm_settings(config: Deployment) -> dict[str, Any]:
 
 
 def _environment(config: Deployment) -> dict[str, str]:
-    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    # Serve's controller, which starts the replicas, has none of the run's environment.
+    environment = {**ray_private.PASSED_ON, "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     if config.device == "cpu":
         environment |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": str(config.serving.kv_cache_gib)}
         # The learner and the agents need the cores too: engine threads pinned to some cores would starve them.

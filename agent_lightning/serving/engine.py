@@ -19,7 +19,8 @@ from agent_lightning.core.types import Floats, Ints, Split
 
 MAX_TOKENS = ("max_tokens", "max_completion_tokens")
 _PENALTIES = ("frequency_penalty", "presence_penalty", "repetition_penalty")
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", *_PENALTIES, "logit_bias", "min_tokens", "seed")
+_MASKS = ("logit_bias", "min_tokens", "allowed_token_ids", "bad_words")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", *_PENALTIES, *_MASKS, "seed")
 """Parameters that an agent may not choose in training: the learner would assume another distribution than the sampled
 one, and with a fixed seed all rollouts of a group would be the same."""
 _NEVER = ("stream_options", "request_id", "use_beam_search")
@@ -147,6 +148,15 @@ def repeat_choices(reply: Mapping[str, Any], copies: int) -> dict[str, Any]:
         usage["completion_tokens"] *= copies
         usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
     return {**reply, "choices": choices, "usage": usage or None}
+
+
+def is_constrained(request: Mapping[str, Any]) -> bool:
+    """Whether a grammar limits which tokens a request samples: a format, a tool that is forced, or a strict tool. Their
+    log-probabilities are then those among the tokens that the grammar allows, which the learner cannot know."""
+    has_format = (request.get("response_format") or {}).get("type", "text") != "text"
+    is_forced = request.get("tool_choice", "auto") not in ("auto", "none")
+    is_strict = any((tool.get("function") or {}).get("strict") for tool in request.get("tools") or ())
+    return has_format or is_forced or is_strict or request.get("structured_outputs") is not None
 
 
 def parse_reply(raw: Mapping[str, Any], *, policy_version: int, last_version: int | None = None) -> Completion:

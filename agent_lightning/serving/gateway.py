@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -308,6 +309,8 @@ class Gateway:
         ended_at, context = time.time(), call.context
         prompt = context.engine.get("prompt")
         messages = context.engine["messages"] if prompt is None else [{"role": "user", "content": prompt}]
+        # Unknown log-probabilities are computed by the learner.
+        is_unknown = call.attempt.key.split == "train" and engine.is_constrained(context.engine)
         for index, choice in enumerate(completion.choices):
             if choice.finish_reason == engine.CUT and not choice.response_T.size:
                 continue
@@ -321,7 +324,7 @@ class Gateway:
                 last_version=completion.last_version,
                 prompt_T=choice.prompt_T,
                 response_T=choice.response_T,
-                logprob_T=choice.logprob_T,
+                logprob_T=np.full_like(choice.logprob_T, np.nan) if is_unknown else choice.logprob_T,
                 finish_reason=choice.finish_reason,
                 started_at=started_at,
                 ended_at=ended_at,

@@ -325,11 +325,14 @@ class ToyLearner:
             word = int(batch.token_NT[row, position]) - FIRST_WORD
             old = float(batch.logprob_NT[row, position])
             if word < 0:  # END has probability 1, so it has no gradient
-                gaps.append(abs(old))
+                gaps += [] if np.isnan(old) else [abs(old)]
                 continue
             state = self._language.state(batch.token_NT[row, :position])
             logprobs = _log_softmax(self.table[state] / self._temperature)
-            gaps.append(abs(float(logprobs[word]) - old))
+            if np.isnan(old):  # the engine gave none
+                old = float(logprobs[word])
+            else:
+                gaps.append(abs(float(logprobs[word]) - old))
             ratio = float(np.exp(logprobs[word] - old))
             advantage = float(batch.advantage_NT[row, position])
             weight = float(batch.weight_NT[row, position])

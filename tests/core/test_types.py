@@ -96,6 +96,7 @@ def test_arrays_are_read_only() -> None:
         weight_NT=np.zeros((1, 2), np.float32),
         length_N=np.ones(1, np.int32),
         rollout_N=np.zeros(1, np.int32),
+        version_N=np.zeros(1, np.int32),
         num_rollouts=1,
     )
     for array in (model_call().prompt_T, model_call().logprob_T, sample().mask_T, batch.weight_NT, batch.length_N):

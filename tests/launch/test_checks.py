@@ -87,7 +87,7 @@ def test_a_dry_run_shows_all_that_a_start_would_refuse_one_by_one(used_port: int
 
 def test_what_only_serves_needs_no_agent(used_port: int) -> None:
     words = ["experiment=toy", "agent.reward=json:nothing", "runs_dir=/proc/nothing"]
-    assert require(load(words)).model == "toy"
+    assert require(load(words)).missing == []
     with pytest.raises(UserError, match="cannot be used"):
         require(load([*words, f"serving.port={used_port}"]))
 

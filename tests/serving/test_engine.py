@@ -10,7 +10,7 @@ import pytest
 from contract import INSIDE
 
 from agent_lightning.core.types import Split
-from agent_lightning.serving.engine import Refusal, engine_request, parse_error, parse_reply
+from agent_lightning.serving.engine import Refusal, engine_request, is_constrained, parse_error, parse_reply
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 POLICY: dict[str, float | int] = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 64}
@@ -99,6 +99,27 @@ def test_the_smaller_limit_of_tokens_wins(split: Split, agents: dict[str, Any], 
     request = ask(split, **agents)
     assert request["max_tokens"] == limit
     assert "max_completion_tokens" not in request
+
+
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "look"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, False),
+        ({"tools": [TOOL]}, False),
+        ({"tools": [TOOL], "tool_choice": "auto"}, False),
+        ({"response_format": {"type": "text"}}, False),
+        ({"tools": [TOOL], "tool_choice": "required"}, True),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "look"}}}, True),
+        ({"tools": [TOOL, {"type": "function", "function": {"name": "see", "strict": True}}]}, True),
+        ({"response_format": {"type": "json_object"}}, True),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, True),
+    ],
+)
+def test_what_a_grammar_samples_has_log_probabilities_of_its_own(fields: dict[str, Any], expected: bool) -> None:
+    assert is_constrained(fields) is expected
 
 
 def test_a_reply_is_split_into_json_and_arrays() -> None:

@@ -7,7 +7,6 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,7 +18,6 @@ from agent_lightning.buffer.buffer import Buffer, attempt_secret
 from agent_lightning.buffer.taken import take_groups
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Ending, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
-from agent_lightning.launch import launch
 from agent_lightning.serving.engine import Completion, Refusal
 from agent_lightning.serving.gateway import RETRY_HEADER, Gateway, GatewayConfig, application
 from agent_lightning.toy.model import FIRST_WORD, ToyEngine, ToyLanguage
@@ -468,11 +466,6 @@ async def test_token_ids_that_the_model_has_not_are_the_engines_error_and_no_spa
             assert (f"vocabulary of {vocab_size}" in reply.text) == failed
             ended = await rig.end(Outcome.AGENT_ERROR if failed else Outcome.FINISHED)
             assert (ended.outcome, len(ended.calls)) == (outcome, 0 if failed else 1)
-
-
-def test_the_vocabulary_is_read_from_the_models_folder(tmp_path: Path) -> None:
-    assert launch.vocab_size("examples/calc_x/tiny_policy") == 1024
-    assert launch.vocab_size(str(tmp_path)) == 2**31
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -144,5 +144,6 @@ def random_batch(seed: int, *, rows: int, vocab: int) -> Batch:
         weight_NT=weight.astype(np.float32),
         length_N=length,
         rollout_N=np.arange(rows, dtype=np.int32),
+        version_N=np.zeros(rows, np.int32),
         num_rollouts=rows,
     )

@@ -23,7 +23,7 @@ from agent_lightning.buffer.taken import TakenGroup
 from agent_lightning.cli.train import make_plan
 from agent_lightning.config.load import load as load_config
 from agent_lightning.core import actors as cluster
-from agent_lightning.core.errors import UserError
+from agent_lightning.core.errors import GapError, UserError
 from agent_lightning.core.metrics import values
 from agent_lightning.core.types import Ending, Outcome, Split, Task
 from agent_lightning.launch.launch import training
@@ -63,6 +63,7 @@ class Sampler(Buffer):
         super().__init__(run_secret=b"0123456789abcdef")
         self._model = model
         self._lossy = noise > 0
+        self._version = 0
         generator = torch.Generator().manual_seed(0)
         self._noise = noise * torch.randn(model.config.vocab_size, generator=generator)
 
@@ -80,6 +81,7 @@ class Sampler(Buffer):
     async def publish(self, weights: Weights, timeout: float) -> int:
         state = {name: torch.from_numpy(array.copy()) for name, array in to_arrays(weights).items()}
         self._model.load_state_dict(state, strict=True)
+        self._version = weights.version
         return 1
 
     async def _finish(
@@ -89,7 +91,8 @@ class Sampler(Buffer):
         for at, (prompt, (reply, logprobs)) in enumerate(zip(prompts, replies, strict=True)):
             lost = self._lossy and lease.key.index == 7 and at == 1
             known = [math.nan] * TOKENS if lost else logprobs
-            await self.record(model_call(lease.key, prompt, reply, logprobs=known, started_at=at))
+            call = model_call(lease.key, prompt, reply, logprobs=known, started_at=at, version=self._version)
+            await self.record(call)
         reward = sum(token % 4 == 0 for token in tokens) / len(tokens)
         await self.finish(lease.key, Ending(outcome=Outcome.FINISHED, reward=reward))
 
@@ -165,7 +168,9 @@ async def test_it_learns(started: tuple[str, Groups], overrides: list[str]) -> N
 @pytest.mark.parametrize("level", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 async def test_it_learns_from_an_engine_that_is_not_the_trainer(started: tuple[str, Groups], level: str) -> None:
     overrides = ["algorithm=grpo", f"algorithm.importance_sampling={level}", "algorithm.importance_sampling_cap=1.5"]
-    loop = await train(started, overrides, noise=0.25)
+    with pytest.raises(GapError, match=r"differ by .*learner\.max_logprob_gap"):
+        await train(started, overrides, noise=0.25)
+    loop = await train(started, [*overrides, "learner.max_logprob_gap=null"], noise=0.25)
     (_, before), (_, after) = loop.state.val_rewards
     records = loop.observer.records  # type: ignore[attr-defined]
     assert after > before + RISE
@@ -181,7 +186,9 @@ async def test_a_checkpoint_keeps_the_critic_and_how_far_its_warm_up_is(
     started: tuple[str, Groups], tmp_path: Path
 ) -> None:
     folder, groups = started
-    config = training(load_config([*SETTINGS, *PPO, *KL, "critic.warmup_steps=2"]), folder)
+    config = training(
+        load_config([*SETTINGS, *PPO, *KL, "critic.warmup_steps=2", "learner.max_logprob_gap=null"]), folder
+    )
     batch = random_batch(0, rows=8, vocab=1000)
     learner = VerlLearner(config, groups)
     with pytest.raises(UserError, match="holds no critic"):

@@ -17,6 +17,7 @@ from test_learner import LR, own_gradient_step
 from test_weights import SECRET, one_group
 
 from agent_lightning.config.learning import AlgorithmConfig
+from agent_lightning.config.running import LearnerConfig
 from agent_lightning.core import actors as cluster
 from agent_lightning.core.types import Group
 from agent_lightning.learners.verl import VerlLearner
@@ -37,7 +38,9 @@ async def test_an_update_on_cuda_is_that_of_plain_torch(tmp_path: Path, tied: bo
     batch = random_batch(0, rows=8, vocab=model.config.vocab_size)
     cluster.init_ray(num_cpus=4)
     try:
-        learner = VerlLearner(Training(model_path=str(tmp_path), device="cuda", algorithm=AlgorithmConfig(lr=LR)))
+        any_gap = LearnerConfig(max_logprob_gap=None)
+        algorithm = AlgorithmConfig(lr=LR)
+        learner = VerlLearner(Training(model_path=str(tmp_path), device="cuda", algorithm=algorithm, learner=any_gap))
         metrics = await learner.update([batch])
         updated = to_arrays(await learner.publish())
     finally:
@@ -65,6 +68,7 @@ async def test_an_engine_follows_a_learner_on_the_same_gpu(tmp_path: Path) -> No
             dtype="bfloat16",
             gpu_share=0.5,
             algorithm=AlgorithmConfig(lr=LR),
+            learner=LearnerConfig(max_logprob_gap=None),
         )
         learner = VerlLearner(config)
         for seed in range(5):

@@ -51,7 +51,7 @@ def own_gradient_step(folder: str, batch: Batch) -> dict[str, np.ndarray]:
 async def run(
     folder: Path, world_size: int, batches: list[Batch], **changes: Any
 ) -> tuple[Metrics, dict[str, np.ndarray]]:
-    processes = LearnerConfig(processes=world_size, threads=1, **changes)
+    processes = LearnerConfig(processes=world_size, threads=1, max_logprob_gap=None, **changes)
     config = Training(model_path=str(folder), algorithm=AlgorithmConfig(lr=LR), learner=processes)
     learner = VerlLearner(config)
     try:
@@ -135,7 +135,7 @@ async def test_kl_to_the_start_is_zero_at_first_then_grows_and_a_checkpoint_rest
     config = Training(
         model_path=str(tmp_path / "model"),
         algorithm=AlgorithmConfig(lr=LR, kl_coef=0.1),
-        learner=LearnerConfig(threads=1),
+        learner=LearnerConfig(threads=1, max_logprob_gap=None),
     )
     try:
         learner = VerlLearner(config)

@@ -45,7 +45,7 @@ def prepared(
 ) -> tuple[Prepared, dict[str, float]]:
     metrics: Metrics
     training = Training(model_path="", credit=credit or CreditConfig(), algorithm=AlgorithmConfig(**algorithm))
-    (result,), metrics = prepare([batch], [forward], training)
+    (result,), metrics = prepare([batch], [forward], training, 0)
     return result, values(metrics)
 
 
@@ -82,6 +82,7 @@ def one_token_a_rollout(rewards: list[float]) -> Batch:
         weight_NT=(mask / rows).astype(np.float32),
         length_N=np.full(rows, 3, np.int32),
         rollout_N=np.arange(rows, dtype=np.int32),
+        version_N=np.zeros(rows, np.int32),
         num_rollouts=rows,
     )
 
