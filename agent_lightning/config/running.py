@@ -291,7 +291,7 @@ class HardwareConfig(Section):
     """apart: engines and learner have GPUs of their own; together: each learner process shares a GPU with an engine."""
     address: str | None = None
     """Address of a running Ray cluster; null starts Ray here, or joins RAY_ADDRESS."""
-    env: tuple[str, ...] = ()
+    pass_env: tuple[str, ...] = ()
     """Environment variables that the processes of a running cluster get from here, besides those of the hub (HF_HOME,
     HF_TOKEN, HF_ENDPOINT): the names."""
 

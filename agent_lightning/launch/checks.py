@@ -81,8 +81,8 @@ def _check_model(inspection: Inspection) -> None:
 
 
 def _check_environment(inspection: Inspection) -> None:
-    if unset := [name for name in inspection.config.hardware.env if name not in os.environ]:
-        raise UserError(f"hardware.env: {', '.join(unset)} is not set here; export it, or leave it out")
+    if unset := [name for name in inspection.config.hardware.pass_env if name not in os.environ]:
+        raise UserError(f"hardware.pass_env: {', '.join(unset)} is not set here; export it, or leave it out")
 
 
 def _check_fields(inspection: Inspection) -> None:

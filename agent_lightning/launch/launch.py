@@ -70,9 +70,7 @@ async def system(
         calls: the file to which the gateway writes model calls, without end, in place of the buffer.
     """
     facts = checks.require(config).model
-    model, revision = (facts.location, facts.revision) if facts is not None else (config.model.path, None)
-    # The processes of a cluster that is started here inherit all variables.
-    ray_private.prepare_environment(() if checks.cluster_is_own(config) else (*hub.ENVIRONMENT, *config.hardware.env))
+    ray_private.prepare_environment(_passed_on(config))
     # These imports take seconds, so they come after the checks that refuse a config at once.
     from agent_lightning.core import actors
     from agent_lightning.serving import app
@@ -89,16 +87,14 @@ async def system(
         start = partial(
             app.start,
             name=name,
-            config=_deployment(config, model, revision, port),
+            config=_deployment(config, facts, port),
             gateway=_gateway(config, facts, run_secret),
             recorder=buffer if calls is None else actors.spawn(CallLog, calls.absolute(), options=here),
             board=board,
             replica=backend.choose(config).replica(),
         )
         serving = start_thread(start, "serving")
-        learning = start_thread(
-            partial(_learner, config, model, revision, serving) if train else lambda: None, "learner"
-        )
+        learning = start_thread(partial(_learner, config, facts, serving) if train else lambda: None, "learner")
         if not own:  # the end of a cluster of our own ends the service too
             stack.callback(lambda: None if serving.exception() else serving.result().stop())
         # Both threads are awaited, even if one of them fails.
@@ -111,6 +107,16 @@ async def system(
             yield System(buffer=buffer, board=board, service=service, learner=learner)
         except actors.ActorDied as error:
             raise PartDied(f"a process of the run has died: {actors.who_died(error)}") from error
+
+
+def _passed_on(config: Config) -> tuple[str, ...]:
+    """The variables that a running cluster gets from here; the processes of one that is started inherit all."""
+    return () if checks.cluster_is_own(config) else (*hub.ENVIRONMENT, *config.hardware.pass_env)
+
+
+def _source(config: Config, facts: ModelFacts | None) -> tuple[str, str | None]:
+    """Where the processes load the model from: a folder, or hub id and commit."""
+    return (config.model.path, None) if facts is None else (facts.location, facts.revision)
 
 
 async def _start_buffer(
@@ -157,11 +163,11 @@ async def _start_ray(config: Config, stack: AsyncExitStack) -> bool:
         raise
 
 
-def _learner(config: Config, model: str, revision: str | None, serving: Future[Service]) -> Learner:
+def _learner(config: Config, facts: ModelFacts | None, serving: Future[Service]) -> Learner:
     if config.hardware.placement == "together":
         # vLLM measures the free memory of its GPU: another process must not change it meanwhile.
         serving.result()
-    return backend.choose(config).learner(model, revision)
+    return backend.choose(config).learner(*_source(config, facts))
 
 
 def training(config: Config, model: str, revision: str | None = None) -> Training:
@@ -186,9 +192,11 @@ def training(config: Config, model: str, revision: str | None = None) -> Trainin
     )
 
 
-def _deployment(config: Config, model: str, revision: str | None, port: int) -> Deployment:
-    """How the policy is served, from the model in this folder or this commit of the hub, and on this port."""
+def _deployment(config: Config, facts: ModelFacts | None, port: int) -> Deployment:
+    """How the policy is served on this port."""
     from agent_lightning.serving.app import Deployment
+
+    model, revision = _source(config, facts)
 
     return Deployment(
         model=config.model.model_copy(update={"path": model}),

@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "vllm": (lambda folder: None, ["vllm.block_sze=32"], "did you mean vllm.block_size"),
     "sampling": (lambda folder: None, ["vllm.override_generation_config={top_k: 3}"], "use the keys of sampling"),
     "processors": (lambda folder: None, ["vllm.logits_processors=[a.b]"], "use the keys of sampling"),
-    "environment": (lambda folder: None, ["hardware.env=[AGL_NOT_SET]"], "AGL_NOT_SET is not set here"),
+    "environment": (lambda folder: None, ["hardware.pass_env=[AGL_NOT_SET]"], "AGL_NOT_SET is not set here"),
 }
 
 
