@@ -178,6 +178,8 @@ class AgentConfig(Section):
     def _check(self) -> AgentConfig:
         if self.instrument and self.mode == "command":
             raise ConfigError("agent.instrument: a command sets up its own; its environment says where traces go")
+        if (self.call_timeout_s or 0) > self.timeout_s:
+            raise ConfigError(f"agent.call_timeout_s={self.call_timeout_s}: must be at most timeout_s={self.timeout_s}")
         if self.reward_min >= self.reward_max:
             raise ConfigError("agent.reward_min must be below agent.reward_max")
         return self

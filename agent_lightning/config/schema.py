@@ -97,11 +97,6 @@ class Config(Section):
                 f"learner.max_tokens_per_micro_batch={self.learner.max_tokens_per_micro_batch}: must be at least "
                 f"model.max_len={longest}, for the longest row"
             )
-        agent = self.agent
-        if agent.call_timeout_s is not None and agent.call_timeout_s > agent.timeout_s:
-            raise ConfigError(
-                f"agent.call_timeout_s={agent.call_timeout_s}: must be at most agent.timeout_s={agent.timeout_s}"
-            )
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -183,6 +183,6 @@ def problems(facts: ModelFacts, config: Config) -> Iterator[str]:
     yield from (f"{path}: {fault}" for fault in facts.faults)
     if facts.longest is not None and model.max_len > facts.longest:
         yield f"model.max_len={model.max_len}: the model has positions for {facts.longest:,} tokens"
-    heads, parallel = text.get("num_attention_heads"), config.serving.tensor_parallel_size
+    heads, parallel = text.get("num_attention_heads"), len(placement.engine_bundles(config))
     if isinstance(heads, int) and heads % parallel:
         yield f"serving.tensor_parallel_size={parallel}: must divide the model's {heads} attention heads"
