@@ -35,7 +35,7 @@ KINDS: tuple[tuple[str, Mapping[str, Kind]], ...] = (
             call="chat text_completion generate_content",
             tool="execute_tool",
             agent="invoke_agent create_agent",
-            other="embeddings invoke_workflow",
+            other="embeddings retrieval invoke_workflow",
         ),
     ),
     ("openinference.span.kind", _kinds(call="LLM", tool="TOOL", agent="AGENT", other="EMBEDDING RETRIEVER RERANKER")),
@@ -45,6 +45,7 @@ KINDS: tuple[tuple[str, Mapping[str, Kind]], ...] = (
             call="ai.generateText ai.generateText.doGenerate ai.streamText ai.streamText.doStream "
             "ai.generateObject ai.generateObject.doGenerate ai.streamObject ai.streamObject.doStream",
             tool="ai.toolCall",
+            other="ai.embed ai.embed.doEmbed ai.embedMany ai.embedMany.doEmbed",
         ),
     ),
     ("traceloop.span.kind", _kinds(tool="tool", agent="agent")),
@@ -65,7 +66,7 @@ PRESENT: tuple[tuple[str, Kind], ...] = (
     *((name, Kind.TOOL) for name in ("gen_ai.tool.name", "gen_ai.tool.call.id", "ai.toolCall.name")),
     *((name, Kind.CALL) for name in ("gen_ai.output.messages", "gen_ai.completion.*", "gen_ai.completion")),
     *((name, Kind.CALL) for name in ("llm.output_messages.*", "llm.hosted_vllm.prompt_token_ids")),
-    *((name, Kind.CALL) for name in ("llm.completions.*", "response_data")),
+    *((name, Kind.CALL) for name in ("llm.completions.*", "response_data", "gen_ai.request.model")),
 )
 """Attributes whose presence decides the kind of a span: for a reward always, for others if KINDS does not decide."""
 
@@ -85,7 +86,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         *("mlflow.spanInputs", "input.value", "gen_ai.prompt", "ai.prompt", "llm.prompts.*", "traceloop.entity.input"),
         *("lmnr.span.input", "genkit:input"),
     ),
-    "system prompt": ("gen_ai.system_instructions",),
+    "system prompt": ("gen_ai.system_instructions", "gen_ai.events"),
     "previous reply": ("previous_response_id", "gen_ai.request.previous_response_id"),
     "parameters": ("llm.invocation_parameters", "request_data", "langfuse.observation.metadata.parameters"),
     "conversation": ("gen_ai.conversation.id",),

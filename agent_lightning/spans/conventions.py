@@ -38,6 +38,7 @@ REASONS = {
     f"{WITHOUT}a request": "kept; its `request` is empty",
     f"{WITHOUT}a reply": "kept; its `reply` is empty",
     "repaired: a conversation without its beginning": "kept, but for no training: the server has kept what was before",
+    "repaired: a model call around its tools": "kept, but for no training: the calls inside are no spans",
     "repaired: token ids out of any vocabulary": "kept without tokens: an id is not in [0, 2^31)",
     "repaired: log-probabilities missing": "kept; those of its tokens that are not known are NaN",
 }
@@ -179,13 +180,15 @@ def _calls(tree: SpanTree, key: RolloutKey, refused: Counter[str]) -> tuple[list
     offered: dict[str, str] = {}
     usage: dict[str, tuple[int, int]] = {}
     partial: set[str] = set()
+    around_tools = {tree.event_above(span.span_id) for span in tree.of(Kind.TOOL)}
     read = [_read_call(tree, span, refused) for span in _identified(tree)]
     for call, (messages, is_whole) in zip(read, whole_requests([call.turn for call in read]), strict=True):
         span, call_id, reply = call.span, call.turn.call_id, call.turn.reply
-        if not is_whole and not call.own_request:
-            refused["repaired: a conversation without its beginning"] += 1
-        if not call.own_request and not (is_whole and call.is_whole):
-            partial.add(call_id)
+        is_around = span.span_id in around_tools and reply is not None and "tool_calls" not in reply
+        if not call.own_request:
+            refused["repaired: a conversation without its beginning"] += not is_whole
+            refused["repaired: a model call around its tools"] += is_around
+            partial |= set() if is_whole and call.is_whole and not is_around else {call_id}
         prompt_T, response_T, logprob_T = fields.tokens_of(span.attributes, refused)
         names = (span.attributes[name] for name in ("gen_ai.agent.name", "agent.name") if name in span.attributes)
         agent = str(next(names, "") or fields.langchain_agent(span.attributes))

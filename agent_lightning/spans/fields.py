@@ -58,6 +58,8 @@ def _from_events(events: Any, field: str) -> Any:
         if all_messages is not None:
             return all_messages
         name = str(event.get("event.name"))
+        if field not in ("request", "reply"):
+            continue
         if role := _EVENT.fullmatch(name):
             calls, content = parse_value(event.get("tool_calls")), _of_strands(event.get("content"))
             identity = event.get("id") or ""
@@ -205,8 +207,8 @@ def _best(read: Callable[..., Any], given: Sequence[Any], refused: Counter[str])
         if reading is not None:
             is_text, nothing = isinstance(value, str), str(value).strip().lower() in ("none", "null")
             has_calls = isinstance(reading, Mapping) and "tool_calls" in reading
-            rank = (0 if nothing else 1 if is_text else 2, not notes.unread, has_calls)
-            best = (rank, value, notes) if rank > best[0] else best
+            rank = (not is_text, not notes.unread, has_calls)
+            best = (rank, value, notes) if rank > best[0] and not (is_text and nothing) else best
     for reason, names in (("not understood", best[2].unread), ("not text", best[2].media)):
         refused.update(named(f"repaired: a part that is {reason}", name) for name in names)
     return best[1], not best[2].unread

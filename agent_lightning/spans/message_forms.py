@@ -134,7 +134,8 @@ def read_messages(item: Mapping[str, Any], notes: Notes, default: str) -> Iterat
     user's.
     """
     name, role = item.get("role"), default
-    if "role" not in item and (_kind(item) or "text" in item or "toolName" in item):
+    is_reply = default == "assistant" and isinstance(item.get("content"), str)
+    if "role" not in item and (_kind(item) or "text" in item or "toolName" in item or is_reply):
         content: Any = [item]
     elif not isinstance(name, str) or not name:
         raise UnknownFormError

@@ -126,7 +126,7 @@ class SpanTree:
                 return self.kept_id[above]
         return ""
 
-    def _event_above(self, span_id: str) -> str:
+    def event_above(self, span_id: str) -> str:
         """The id of the nearest ancestor that is a model call, a tool or an agent, or ""."""
         path: list[str] = []
         while (above := self._shortcut[span_id]) and self.kind[above] in (Kind.OTHER, Kind.REWARD):
@@ -143,7 +143,7 @@ class SpanTree:
         """
         inner: dict[str, list[str]] = {}
         for span in self.of(Kind.CALL):
-            around = self._event_above(span.span_id)
+            around = self.event_above(span.span_id)
             if around and self.kind[around] is Kind.CALL:
                 inner.setdefault(around, []).append(span.span_id)
         innermost: dict[str, str] = {}
@@ -158,12 +158,14 @@ class SpanTree:
             if innermost[wrapper.span_id]:
                 self.wrappers.setdefault(innermost[wrapper.span_id], []).append(wrapper)
         for span in self.of(Kind.TOOL):
-            around = self._event_above(span.span_id)
+            around = self.event_above(span.span_id)
             if not around or self.kind[around] is not Kind.TOOL:
                 continue
             both = self.by_id[around], span
             names = {str(first(tool.attributes, "tool")) for tool in both}
+            # Arguments that are printed in another way than JSON say nothing.
             given = {arguments_of(tool) for tool in both if first(tool.attributes, "arguments") is not None}
+            given = {arguments for arguments in given if arguments.startswith("{")}
             if len(names) == 1 and len(given) < 2:  # the same use; else the outer use has caused the inner one
                 self.kind[around] = Kind.OTHER
                 self.wrappers[span.span_id] = wrappers = self.wrappers.pop(around, [])

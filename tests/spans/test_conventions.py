@@ -328,7 +328,7 @@ spans_of_anybody = st.builds(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(st.lists(spans_of_anybody, max_size=6), st.randoms())
 def test_any_spans_in_any_order_give_the_same_without_a_crash(spans: list[RawSpan], random: Any) -> None:
     traced = read_spans(spans, KEY)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -489,3 +491,55 @@ def test_any_json_is_a_request_or_a_reply_or_neither(value: Any) -> None:
 def test_a_reward_s_name_of_any_size_is_read() -> None:
     seen = assemble(KEY, (), [span("r", {f"agentlightning.reward.{'9' * 5000}.value": 0.5})])
     assert [reward.value for reward in seen.rewards] == [0.5]
+
+
+RECORDS: list[dict[str, Any]] = [
+    {"resourceSpans": [{"scopeSpans": [{"spans": [{"traceId": "7", "spanId": "a", "attributes": []}]}]}]},
+    {"trace": {"id": "x", "scores": [{}]}, "observations": [{"id": "o", "metadata": {"attributes": {}}}]},
+    {"traceId": "x", "type": "GENERATION", "startTime": 1, "id": "o", "input": [], "output": ""},
+    {"post": [{"id": "r", "run_type": "llm", "start_time": 1}], "patch": [{"id": "r", "outputs": {"messages": []}}]},
+    {"run_type": "llm", "id": "r", "start_time": 1, "inputs": {"messages": []}, "outputs": {}, "extra": {}},
+    {
+        "rollout": {"rollout_id": "r"},
+        "events": [{"event_type": "model_request", "timestamp": 1, "data": {"request": {}}}],
+    },
+    {"request": {"messages": []}, "response": {"choices": [{"message": {}}]}},
+    {"info": {"trace_id": "m", "assessments": [{}]}, "data": {"spans": [{"span_id": "s", "start_time": 1}]}},
+    {"context": {"trace_id": "7", "span_id": "a"}, "attributes": {"llm": {"input_messages": [{}]}}, "events": [{}]},
+    {"context.span_id": "a", "context.trace_id": "7", "attributes.llm.output_messages": [], "start_time": 1},
+    {"context.span_id": {"0": "a"}, "name": {"0": "x"}},
+    {"data": [{"traceId": "x", "id": "a", "attributes": {}, "timestamp": 1}]},
+]
+
+
+@st.composite
+def damaged_records(draw: st.DrawFn) -> Any:
+    """A record of a known format in which a value at any depth is another."""
+    record: Any = copy.deepcopy(draw(st.sampled_from(RECORDS)))
+    at: Any = record
+    while True:
+        key = draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+        if not isinstance(at[key], dict | list) or not at[key] or draw(st.booleans()):
+            at[key] = draw(json_values)
+            return record
+        at = at[key]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(damaged_records(), max_size=3))
+def test_any_record_is_read_or_counted(records: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "records.jsonl"
+        path.write_text("\n".join(map(json.dumps, records)))
+        (report,) = read_files([path])
+    assert len(list(conversations(report.rollouts))) <= len(records)
+
+
+def test_a_value_nested_without_end_costs_its_record(tmp_path: Path) -> None:
+    deep: Any = []
+    for _ in range(900):
+        deep = [deep]
+    path = tmp_path / "deep.jsonl"
+    path.write_text("\n".join(json.dumps({**record, "deep": deep, "metadata": deep}) for record in RECORDS))
+    (report,) = read_files([path])
+    assert report.refused["a record nested too deep"] == len(RECORDS) - 2  # a page and a table are unpacked first

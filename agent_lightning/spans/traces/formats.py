@@ -267,7 +267,8 @@ def _langsmith(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> l
     """The traces in LangSmith's batches of runs that start (post) and end (patch), or in its exported runs."""
     runs: dict[str, dict[str, Any]] = {}
     for record in records:
-        for run in [*(record.get("post") or ()), *(record.get("patch") or ())] if "post" in record else [record]:
+        batch = [value for value in (record.get("post"), record.get("patch")) if isinstance(value, list)]
+        for run in chain(*batch) if "post" in record else [record]:
             if not isinstance(run, Mapping) or not run.get("id"):
                 refused["a damaged record"] += 1
                 continue
