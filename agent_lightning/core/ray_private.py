@@ -100,6 +100,9 @@ _FREE_PORTS: Final = range(20_000, 30_000)
 def prepare_environment(passed_on: Iterable[str] = ()) -> None:
     """Set the variables that Ray's processes inherit; a variable that is set already stays. Those named in `passed_on`
     also reach the processes of a cluster that is joined."""
+    with suppress(OSError):  # Ray writes its token there, readable by everybody
+        (folder := Path.home() / ".ray").mkdir(mode=0o700, exist_ok=True)
+        folder.chmod(0o700)
     # A thread that still starts something when Ray ends must not start another Ray. Read when Ray is imported.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     ports = {name: str(free_port("0.0.0.0")) for name in SERVE_PORTS}

@@ -84,12 +84,14 @@ def take_folder(folder: Path, what: str) -> IO[bytes]:
 
 
 def new_folder(root: Path, stem: str, is_taken: Callable[[str], bool] = lambda name: False) -> Path:
-    """Make a folder in `root`: `stem`, or `stem`-2, -3, … if it exists or its name `is_taken`. Raises UserError."""
+    """Make a folder in `root` that its owner alone may enter: `stem`, or `stem`-2, -3, … if it exists or its name
+    `is_taken`. Raises UserError."""
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     while True:
         folder = root / next(name for name in names if not is_taken(name))
         try:
-            folder.mkdir(parents=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700)  # prompts, answers and logs are in it
             return folder
         except OSError as error:
             if not folder.exists():

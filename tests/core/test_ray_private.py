@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 import mmap
 import os
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from functools import cache
@@ -139,3 +141,12 @@ def test_a_cluster_is_joined_only_at_an_address(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", variable)
     assert ray_private.cluster_address(given) == joined
+
+
+def test_the_folder_of_rays_token_is_its_owners(tmp_path: Path) -> None:
+    code = "from agent_lightning.core.ray_private import prepare_environment; prepare_environment()"
+    (tmp_path / ".ray").mkdir(mode=0o755)
+    for _ in range(2):  # a folder that exists, and one that does not
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "HOME": str(tmp_path)}, check=True)
+        assert (tmp_path / ".ray").stat().st_mode & 0o777 == 0o700
+        (tmp_path / ".ray").rmdir()

@@ -71,6 +71,11 @@ def test_a_run_folder_is_never_reused(tmp_path: Path) -> None:
     assert all(folder.is_dir() for folder in (runs[0].rollouts, runs[0].checkpoints, runs[0].logs))
 
 
+def test_the_folder_of_a_run_is_its_owners(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "new" / "runs", "calc_x", 0)
+    assert run.path.stat().st_mode & 0o777 == 0o700
+
+
 def test_an_experiment_in_a_folder_gives_one_folder_name(tmp_path: Path) -> None:
     assert RunDirectory.create(tmp_path, "team/calc x", 0).path.parent == tmp_path
 

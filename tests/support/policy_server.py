@@ -49,6 +49,11 @@ class PolicyServer:
         self._lock = threading.Lock()
         self.url: str = self._read()["url"]
 
+    @property
+    def pid(self) -> int:
+        """Of the process from which all others of the stack descend."""
+        return self._process.pid
+
     @contextmanager
     def rollout(self, split: str = "val") -> Iterator[Rollout]:
         """A rollout of its own, open in the block."""
