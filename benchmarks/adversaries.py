@@ -152,7 +152,8 @@ class Agent:
     def _read(self) -> None:
         number, errors = self.pipe.recv()
         self.bare_errors += errors
-        self.waiting.pop(number).set_result(errors)
+        if not (waiting := self.waiting.pop(number)).done():  # the attempt may have run out of time
+            waiting.set_result(errors)
 
     async def __call__(self, task: Mapping[str, Any], policy: Policy) -> float:
         if task["attack"]:

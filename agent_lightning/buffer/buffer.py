@@ -21,7 +21,7 @@ from agent_lightning.buffer.ledger import StoredRollout
 from agent_lightning.buffer.store import Store
 from agent_lightning.buffer.taken import TakenGroup
 from agent_lightning.config.running import AgentConfig, BreakerConfig, BufferConfig
-from agent_lightning.core.errors import UnknownRollout
+from agent_lightning.core.errors import OverBudget, UnknownRollout
 from agent_lightning.core.types import Ending, ModelCall, Outcome, RolloutKey, Split, Task
 from agent_lightning.credit.failures import Retries
 from agent_lightning.spans.tree import RawSpan
@@ -187,14 +187,15 @@ class Buffer:
         self, key: RolloutKey, spans: Sequence[RawSpan], faults: Mapping[str, int], request: str = ""
     ) -> int:
         """Record spans of a running attempt from the agent's process; returns how many of them are beyond `max_spans`
-        or the attempt's budget, and refused. Of spans with the same id the latest counts, as a span may be sent before
-        it has ended. `faults`: reason -> number of spans that the gateway has refused. Raises JournalFull."""
+        and refused. Of spans with the same id the latest counts, as a span may be sent before it has ended.
+        `faults`: reason -> number of spans that the gateway has refused. Raises JournalFull, and OverBudget if the
+        attempt has used up its bytes."""
         rollout = self._running(key, refused="refused_spans")
         if self._has_spent(key):
             reason = f"over {self._agent.max_recorded_mib:g} MiB in one attempt"
             if reason not in rollout.refused:  # later ones are not counted: that would be written down again and again
-                self._store.note(events.Traced(key=key, spans=(), refused={reason: len(spans)}, request=request))
-            return len(spans)
+                await self._note(events.Traced(key=key, spans=(), refused={reason: len(spans)}, request=request))
+            raise OverBudget(f"this rollout has sent {reason}: it may send no more spans")
         known, accepted = set(self._ledger.spans(key).raw), list[RawSpan]()
         for span in spans:
             if span.span_id in known or len(known) < self._agent.max_spans:

@@ -29,6 +29,10 @@ class UnknownRollout(RolloutError):
     """The key is not open: it was never admitted, has ended, or names an older attempt."""
 
 
+class OverBudget(RolloutError):
+    """An attempt has recorded as many bytes as it may."""
+
+
 class RewardError(RolloutError):
     """The reward is no finite number."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.responses import JSONResponse, Response
 
-from agent_lightning.core.errors import DataError, JournalError, UnknownRollout
+from agent_lightning.core.errors import DataError, JournalError, OverBudget, UnknownRollout
 from agent_lightning.core.json_values import compact
 from agent_lightning.core.types import ModelCall, Outcome, RolloutKey
 from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream
@@ -63,6 +63,8 @@ class Attempt:
     """How often each request was made, by a hash of it; counted only if calls are seeded."""
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a large body is read: one after the other."""
+    over_budget: str = ""
+    """Why the buffer takes no more spans of this attempt: their bodies are not read any more."""
     ended: str = ""
     """Why the buffer no longer knows this attempt: the engine does not work for an attempt that has ended."""
 
@@ -125,7 +127,8 @@ async def take_traces(
 ) -> Response:
     """Record the spans of an ExportTraceServiceRequest, protobuf or JSON, and answer as OTLP's specification says.
     Rejected spans are counted in the answer's `partial_success` and in the buffer. The status is 400 if the body cannot
-    be read, 409 if the rollout has ended, and 507 if the journal is full: exporters repeat none of these."""
+    be read, 409 if the rollout has ended, 413 if it has sent too much, and 507 if the journal is full: exporters repeat
+    none of these."""
     content_type = headers.get("content-type", otlp.PROTOBUF)
 
     def decode() -> tuple[Mapping[str, tuple[RawSpan, ...]], Mapping[str, int]]:
@@ -141,8 +144,16 @@ async def take_traces(
         return JSONResponse({"code": 3, "message": str(error)}, status_code=400)
     except UnknownRollout as error:
         return JSONResponse({"code": 9, "message": str(error)}, status_code=409)
+    except OverBudget as error:
+        attempt.over_budget = str(error)
+        return refuse_traces(attempt)
     except JournalError:  # not 503: exporters would repeat it, in vain
         message = "the run can record no more spans: its journal is full or broken"
         return JSONResponse({"code": 8, "message": message}, status_code=507)
     body, kind = otlp.acknowledge(content_type, rejected=rejected, message=", ".join(faults))
     return Response(body, media_type=kind)
+
+
+def refuse_traces(attempt: Attempt) -> Response:
+    """The answer to spans of an attempt that may send no more. Exporters do not repeat them."""
+    return JSONResponse({"code": 8, "message": attempt.over_budget}, status_code=413)

@@ -161,6 +161,8 @@ class Gateway:
         self._attempts.move_to_end(route.key)
         while len(self._attempts) > _MAX_ATTEMPTS:
             self._attempts.popitem(last=False)
+        if route.endpoint == paths.TRACES and attempt.over_budget:
+            return calls.refuse_traces(attempt)
         async with self._reader.reading(request, attempt) as raw:
             if route.endpoint == paths.TRACES:
                 return await calls.take_traces(self._recorder, attempt, raw, request.headers, self._reader)
