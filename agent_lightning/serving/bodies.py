@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from email.message import Message
 from typing import Any, NoReturn, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -31,6 +31,7 @@ T = TypeVar("T")
 _LARGE = 16 * 1024
 """Bytes from which on a body is not read in the event loop; below, a thread would cost more than the reading."""
 _CHARSETS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
+_CHARSET = re.compile(r"""(?i);\s*charset\s*=\s*["']?([^\s;"']+)""")
 _ONE_BYTE = ("ascii", "iso8859-1", "cp1252")
 """Charsets that must be declared; the others are told by the first bytes, as JSON begins with ASCII."""
 
@@ -114,9 +115,8 @@ class Reader:
 
 def _decode(raw: bytes, content_type: str) -> str:
     """The text of a body, without a byte order mark. Raises BadRequest."""
-    header = Message()
-    header["content-type"] = content_type
-    declared = header.get_content_charset("utf-8")
+    match = _CHARSET.search(content_type)
+    declared = match[1] if match else "utf-8"
     try:
         charset = codecs.lookup(declared).name
     except LookupError:
