@@ -214,10 +214,13 @@ class Buffer:
         self._running(key)
         return tuple(self._ledger.spans(key).calls.values())
 
-    async def recorded_call(self, key: RolloutKey, call_id: str) -> ModelCall | None:
-        """The call of a running attempt with this id, if there is one."""
+    async def recorded_messages(self, key: RolloutKey, wanted: Mapping[str, bool]) -> Mapping[str, tuple[str, str]]:
+        """Request and reply (JSON texts) of the calls of a running attempt with these ids, of those that there are. The
+        request is "" where the value in `wanted` is False."""
         self._running(key)
-        return self._ledger.spans(key).calls.get(call_id)
+        calls = self._ledger.spans(key).calls
+        known = {call_id: calls[call_id] for call_id in wanted if call_id in calls}
+        return {call_id: (call.request if wanted[call_id] else "", call.reply) for call_id, call in known.items()}
 
     async def recorded_spans(self, key: RolloutKey) -> tuple[RawSpan, ...]:
         """The spans that the agent's process has sent of a running attempt so far."""

@@ -55,9 +55,10 @@ class CallLog:
             logger.warning("a call could not be written to %s: %s", self._path, error.strerror)
         return sys.maxsize
 
-    async def recorded_call(self, key: RolloutKey, call_id: str) -> ModelCall | None:
-        """The call with this id, if it is one of the newest."""
-        return self._calls.get((key, call_id))
+    async def recorded_messages(self, key: RolloutKey, wanted: Mapping[str, bool]) -> Mapping[str, tuple[str, str]]:
+        """Request and reply of the calls with these ids, of those among the newest."""
+        newest = ((call_id, self._calls.get((key, call_id))) for call_id in wanted)
+        return {call_id: (call.request, call.reply) for call_id, call in newest if call is not None}
 
     async def record_spans(self, key: RolloutKey, spans: Sequence[RawSpan], faults: Mapping[str, int]) -> int:
         """Take spans and keep none of them: nothing is refused."""

@@ -38,8 +38,9 @@ class Recorder(Protocol):
     async def record(self, call: ModelCall) -> int:
         """Record a call; returns how many more calls the attempt may make."""
 
-    async def recorded_call(self, key: RolloutKey, call_id: str) -> ModelCall | None:
-        """The call of this attempt with this id, if there is one."""
+    async def recorded_messages(self, key: RolloutKey, wanted: Mapping[str, bool]) -> Mapping[str, tuple[str, str]]:
+        """Request and reply (JSON texts) of the calls of this attempt with these ids, of those that there are. The
+        request is "" where the value in `wanted` is False."""
 
     async def record_spans(self, key: RolloutKey, spans: tuple[RawSpan, ...], faults: Mapping[str, int]) -> int:
         """Record spans, and count faults by their reason; returns how many spans were rejected."""

@@ -184,14 +184,17 @@ class Gateway:
     async def _read(self, attempt: Attempt, route: paths.Route, raw: bytes, headers: Mapping[str, str]) -> Call:
         """The call that a body describes, with the earlier replies that it refers to. Raises BadRequest."""
         config, dialect, apart = self._config, DIALECTS[route.endpoint], self._reader.apart
-        body = await apart(attempt, len(raw), lambda: self._reader.parse(raw, headers.get("content-type", "")))
-        body |= route.fields
-        if names := dialect.recalls(body):
+
+        def read() -> tuple[dict[str, Any], Mapping[str, bool]]:
+            body = self._reader.parse(raw, headers.get("content-type", "")) | dict(route.fields)
+            return body, dialect.recalls(body)
+
+        body, wanted = await apart(attempt, len(raw), read)
+        if wanted:
             try:
-                replies = [await self._recorder.recorded_call(attempt.key, name) for name in names]
+                dialect = dialect.remembering(await self._recorder.recorded_messages(attempt.key, wanted))
             except UnknownRollout as error:
                 raise BadRequest(str(error), "rollout_ended", 409) from None
-            dialect = dialect.remembering({reply.call_id: reply for reply in replies if reply is not None})
         parse = partial(calls.parse_request, model=config.model, max_choices=config.max_choices)
         context = await apart(attempt, len(raw), lambda: parse(body, dialect))
         return Call(

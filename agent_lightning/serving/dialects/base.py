@@ -15,7 +15,6 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError, model_validator
 
-from agent_lightning.core.types import ModelCall
 from agent_lightning.serving.engine import Completion, Refusal
 
 
@@ -85,12 +84,13 @@ class Dialect(ABC):
         """The id of the reply to a request."""
         return f"{self.prefix}{uuid.uuid4().hex}"
 
-    def recalls(self, body: Mapping[str, Any]) -> Sequence[str]:
-        """The ids of earlier replies to which a request refers. Raises BadRequest."""
-        return ()
+    def recalls(self, body: Mapping[str, Any]) -> Mapping[str, bool]:
+        """The ids of earlier replies to which a request refers, and of each whether its request is needed too. Raises
+        BadRequest."""
+        return {}
 
-    def remembering(self, replies: Mapping[str, ModelCall]) -> Dialect:
-        """The same dialect, which knows these earlier replies, by their ids."""
+    def remembering(self, messages: Mapping[str, tuple[str, str]]) -> Dialect:
+        """The same dialect, which knows request and reply (JSON texts) of earlier calls, by the ids of the replies."""
         return self
 
     @abstractmethod

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field
 
-from agent_lightning.core.types import ModelCall
 from agent_lightning.serving.dialects import base
 from agent_lightning.serving.dialects.base import BadRequest, Dialect, RequestContext, Stream, Strict, event, read
 from agent_lightning.serving.dialects.fields import engine_form
@@ -27,6 +26,7 @@ _UNSUPPORTED = {
     "background": "a response is given when it is complete, or as a stream",
 }
 """Fields that are refused, and what to do instead."""
+_ITEMS = "Items are those of this rollout's own responses, unless `store` was set to false."
 _ITEM_ID = re.compile(r"(?:msg|fc)_([0-9a-f]{32})(?:_\d+)?")
 _HAS_INSTRUCTIONS, _NOT_STORED = 1, 2
 """Bits of the last digit of a response's id."""
@@ -142,23 +142,23 @@ class Responses(Dialect):
     request = _Request
     stream = _Stream
 
-    def __init__(self, earlier: Mapping[str, ModelCall] = MappingProxyType({})) -> None:
-        """`earlier`: the recorded calls to which the request refers, by the ids of their responses."""
+    def __init__(self, earlier: Mapping[str, tuple[str, str]] = MappingProxyType({})) -> None:
+        """`earlier`: request and reply of recorded calls to which the request refers, by the ids of their responses."""
         self._earlier = earlier
 
     def new_id(self, body: Mapping[str, Any]) -> str:
         flags = (_HAS_INSTRUCTIONS if body.get("instructions") else 0) | (_NOT_STORED if _unstored(body) else 0)
         return f"{super().new_id(body)[:-1]}{flags}"
 
-    def recalls(self, body: Mapping[str, Any]) -> Sequence[str]:
+    def recalls(self, body: Mapping[str, Any]) -> Mapping[str, bool]:
         request = read(_Request, body)
         previous, items = request.previous_response_id, request.input if isinstance(request.input, list) else ()
         matches = (_ITEM_ID.fullmatch(item.id or "") for item in items if item.kind == "item_reference")
-        names = dict.fromkeys([*([previous] if previous else []), *(f"resp_{m[1]}" for m in matches if m)])
-        return [name for name in names if _is_stored(name)]
+        wanted = {f"resp_{match[1]}": False for match in matches if match} | ({previous: True} if previous else {})
+        return {name: with_request for name, with_request in wanted.items() if _is_stored(name)}
 
-    def remembering(self, replies: Mapping[str, ModelCall]) -> Responses:
-        return Responses(replies)
+    def remembering(self, messages: Mapping[str, tuple[str, str]]) -> Responses:
+        return Responses(messages)
 
     def to_engine(self, body: Mapping[str, Any]) -> dict[str, Any]:
         for name, advice in _UNSUPPORTED.items():
@@ -204,13 +204,11 @@ class Responses(Dialect):
         if request.instructions:
             messages.append({"role": "system", "content": request.instructions})
         if name := request.previous_response_id:
-            call = self._earlier.get(name)
-            if call is None:
+            if name not in self._earlier:
                 message = f"Previous response with id '{name[:100]}' not found."
                 raise BadRequest(message, "previous_response_not_found", param="previous_response_id")
-            recorded = json.loads(call.request)
+            recorded, reply = map(json.loads, self._earlier[name])
             messages += recorded[1:] if int(name[-1], 16) & _HAS_INSTRUCTIONS else recorded
-            reply = json.loads(call.reply)
             messages.append({key: reply[key] for key in ("role", "content", "tool_calls") if key in reply})
         return messages
 
@@ -219,9 +217,13 @@ class Responses(Dialect):
         if isinstance(items, str):
             return [{"role": "user", "content": items}]
         messages: list[dict[str, Any]] = []
+        recorded = self._recorded()
         for index, item in enumerate(items):
             if item.kind == "item_reference":
-                item = self._recorded(item.id or "")
+                if item.id not in recorded:
+                    message = f"Item with id '{str(item.id)[:100]}' not found. {_ITEMS}"
+                    raise BadRequest(message, "not_found", 404, param="input")
+                item = recorded[item.id]
             turn = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
             match item.kind:
                 case "message" if item.role:
@@ -243,16 +245,11 @@ class Responses(Dialect):
                     raise BadRequest(message, "unsupported", param=f"input[{index}].type")
         return messages
 
-    def _recorded(self, item_id: str) -> _Item:
-        """The item of an earlier response. Raises BadRequest."""
-        match = _ITEM_ID.fullmatch(item_id)
-        call = self._earlier.get(f"resp_{match[1]}") if match else None
-        items = _output(match[1], json.loads(call.reply), "completed", []) if match and call else []
-        item = next((item for item in items if item["id"] == item_id), None)
-        if item is None:
-            advice = "Items are those of this rollout's own responses, unless `store` was set to false."
-            raise BadRequest(f"Item with id '{item_id[:100]}' not found. {advice}", "not_found", 404, param="input")
-        return _Item.model_validate(item)
+    def _recorded(self) -> dict[str, _Item]:
+        """The items of the earlier responses, by their ids."""
+        replies = ((name.removeprefix("resp_"), json.loads(reply)) for name, (_, reply) in self._earlier.items())
+        items = (item for name, reply in replies for item in _output(name, reply, "completed", []))
+        return {item["id"]: _Item.model_validate(item) for item in items}
 
 
 def _unstored(body: Mapping[str, Any]) -> bool:
