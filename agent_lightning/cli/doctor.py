@@ -23,7 +23,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agent_lightning.config.load import project_folder, resolve_path
+from agent_lightning.config.load import project_folder
+from agent_lightning.core.errors import UserError
+from agent_lightning.launch import models
 
 DISTRIBUTION = "agent-lightning-ray"
 MAIN = ("ray", "verl", "transformers", "tensordict")
@@ -153,5 +155,8 @@ def _project() -> Iterator[Check]:
     defaults: list[Any] = yaml.safe_load((conf / "train.yaml").read_text())["defaults"]
     model = next(entry["model"] for entry in defaults if isinstance(entry, dict) and "model" in entry)
     path = yaml.safe_load((conf / "model" / f"{model}.yaml").read_text())["path"]
-    exists = (Path(resolve_path(path)) / "config.json").is_file()
-    yield Check("tiny policy", "there" if exists else "missing", path, "" if exists else f"git restore {path}")
+    try:
+        facts = models.read(path)
+        yield Check("tiny policy", str(facts), path, f"git restore {path}" if facts.faults else "")
+    except UserError as error:
+        yield Check("tiny policy", str(error), path, f"git restore {path}")

@@ -138,13 +138,14 @@ def init_ray(
         logging.getLogger(logger).setLevel(logging.ERROR)
     if ray.is_initialized():
         return False
-    address = ray_private.cluster_address(address)
+    given, address = address, ray_private.cluster_address(address)
     if address is not None:
-        check_answers(address, "hardware.address")
+        key = "hardware.address" if given else "RAY_ADDRESS"
+        check_answers(address, key)
         try:
             ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": dict(ray_private.PASSED_ON)})
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise UserError(f"hardware.address={address}: cannot be joined: {one_line(error)[:300]}") from error
+            raise UserError(f"{key}={address}: cannot be joined: {one_line(error)[:300]}") from error
         return False
     os.environ.update({**ray_private.NODE_ENVIRONMENT, **os.environ})
     tag = os.environ[CLUSTER] = f"{os.getpid()}.{uuid.uuid4().hex}"  # inherited by all that Ray starts

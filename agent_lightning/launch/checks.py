@@ -27,6 +27,7 @@ from agent_lightning.launch.models import ModelFacts
 from agent_lightning.rollouts import agents, client
 from agent_lightning.run import tasks
 from agent_lightning.run.storage import check_place
+from agent_lightning.run.tracking import check_login
 
 
 @dataclass(slots=True, kw_only=True)
@@ -159,6 +160,7 @@ CHECKS: Final[Sequence[tuple[str, Check]]] = (
     ("agent", _check_reward),
     *ENGINE_CHECKS,
     ("runs", lambda inspection: check_place(inspection.config.runs_dir) if "train" in inspection.splits else None),
+    ("tracking", lambda inspection: check_login(inspection.config.tracking) if "train" in inspection.splits else None),
     ("cluster", _check_cluster),
     ("cluster", _check_reach),
     ("data.train", partial(_check_tasks, "train")),

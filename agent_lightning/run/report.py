@@ -110,8 +110,11 @@ def report(summary: Summary, run: RunDirectory) -> RenderableType:
         "steps": f"{summary.steps:,} in {duration(summary.wall_s)}; service ready after {duration(summary.start_s)}",
         "rollouts": rollouts,
         "failed": format_counts(counts.failed) or "none",
-        "tokens": f"{summary.sampled_tokens:,} sampled, {summary.trained_tokens:,} trained",
-        "log-prob gap": f"mean {number(summary.mean_abs_logprob_gap, 5)}, max {number(summary.max_abs_logprob_gap, 4)}",
+        "tokens": f"{summary.sampled_tokens:,} sampled, "
+        + (
+            f"{summary.trained_tokens:,} trained" if summary.trained_tokens else "none trained: the policy is as it was"
+        ),
+        "log-prob gap": f"mean {tiny(summary.mean_abs_logprob_gap)}, max {tiny(summary.max_abs_logprob_gap)}",
         "time per step": f"{number(seconds.total, 1)} s: {phases}",
         "policy": f"{summary.versions:,} versions published",
         "files": str(run.path),
@@ -140,6 +143,11 @@ def format_counts(counts: Mapping[str, int]) -> str:
 def number(value: float, digits: int = 3) -> str:
     """0.25 -> "0.250"; NaN -> "-"."""
     return f"{value:,.{digits}f}" if math.isfinite(value) else "-"
+
+
+def tiny(value: float) -> str:
+    """3.2e-7 -> "3.2e-07"; 0 -> "0"; NaN -> "-"."""
+    return f"{value:.1e}" if value and math.isfinite(value) else "0" if value == 0 else "-"
 
 
 def duration(seconds: float) -> str:
@@ -232,7 +240,7 @@ class Progress(LiveBlock):
         if self._live is None:
             parts = [f"step {step}/{self._steps}", f"train {number(self._train[-1])}"]
             parts += [f"{number(record.get('time/step', math.nan), 1)} s", self._speed()]
-            parts += [f"gap {number(record.get('logprob_gap/mean_abs', math.nan), 5)}"]
+            parts += [f"gap {tiny(record.get('logprob_gap/mean_abs', math.nan))}"]
             parts += [f"failed: {format_counts(failed)}"] if failed else []
             self.message("  ".join([*parts, f"left {duration(self._left_s())}"]))
 

@@ -166,6 +166,16 @@ class TensorBoardSink:
         self._writer.close()
 
 
+def check_login(tracking: TrackingConfig) -> None:
+    """Raise UserError if Weights & Biases needs a login and there is none."""
+    if tracking.wandb == "online":
+        import wandb
+
+        wandb.setup(settings=wandb.Settings(silent=True, console="off"))
+        if not wandb.login(prompt=False, verify=False):
+            raise UserError("tracking.wandb=online needs a login: run `wandb login` or set WANDB_API_KEY")
+
+
 class WandbSink:
     """A Weights & Biases run in the run's logs/, silent on the terminal. The run's id lies in logs/wandb-id, so that a
     resumed run continues the same Weights & Biases run. Steps are an ordinary metric ("step"), so that an evaluation
@@ -180,8 +190,7 @@ class WandbSink:
             id_file.write_text(uuid.uuid4().hex[:12])
         try:
             wandb.setup(settings=settings)
-            if tracking.wandb == "online" and not wandb.login(prompt=False, verify=False):
-                raise UserError("wandb online needs a login: run `wandb login` or set WANDB_API_KEY")
+            check_login(tracking)
             self._run = wandb.init(
                 project=tracking.project,
                 group=tracking.group,

@@ -483,7 +483,7 @@ def test_the_report_fits_80_columns_and_says_what_was_gained(tmp_path: Path) -> 
         " rollouts       6,400 admitted, 6,388 trained, 12 dropped: stale 12",
         " failed         timeout 3, agent_error 1",
         " tokens         1,234,567 sampled, 1,200,000 trained",
-        " log-prob gap   mean 0.00210, max 0.3100",
+        " log-prob gap   mean 2.1e-03, max 3.1e-01",
         " time per step  12.3 s: generate 8.1, update 3.2, publish 0.5, other 0.5",
         " policy         100 versions published",
     ]
