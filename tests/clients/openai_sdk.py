@@ -195,8 +195,8 @@ async def messages_structured(rollout: Rollout, streamed: bool) -> Seen:
         return Seen(1, reply.parsed_output.model_dump_json())
 
 
-@case("anthropic (tool runner)", "anthropic", "tool", streamed=(False,))
-async def messages_runner(rollout: Rollout, _: bool) -> Seen:
+@case("anthropic (tool runner)", "anthropic", "tool")
+async def messages_runner(rollout: Rollout, streamed: bool) -> Seen:
     async with AsyncAnthropic(base_url=rollout.root, api_key="any") as client:
 
         @beta_async_tool
@@ -204,8 +204,10 @@ async def messages_runner(rollout: Rollout, _: bool) -> Seen:
             """Computes."""
             return rollout.calculator(expression)
 
-        runner = client.beta.messages.tool_runner(
-            model=MODEL, max_tokens=256, system=SYSTEM, tools=[calculator], messages=asking(QUESTION)[1:]
-        )
-        replies = [reply async for reply in runner]
+        body: Any = {"model": MODEL, "max_tokens": 256, "system": SYSTEM, "messages": asking(QUESTION)[1:]}
+        if streamed:
+            streams = client.beta.messages.tool_runner(**body, tools=[calculator], stream=True)
+            replies: list[Any] = [await stream.get_final_message() async for stream in streams]
+        else:
+            replies = [reply async for reply in client.beta.messages.tool_runner(**body, tools=[calculator])]
     return Seen(len(replies), text_of(replies[-1]))

@@ -33,15 +33,6 @@ async def run(rollout: Rollout, wire: str, streamed: bool, question: str, **sett
     return Seen(calls, output if isinstance(output, str) else output.model_dump_json())
 
 
-@case("pydantic-ai (Responses)", "pydantic-ai-slim", "second turn", streamed=(False,))
-async def second_turn(rollout: Rollout, _: bool) -> Seen:
-    agent: Any = Agent(WIRES["Responses"](rollout), instructions=SYSTEM)
-    first = await agent.run(PLAIN)
-    settings = OpenAIResponsesModelSettings(openai_previous_response_id="auto")
-    result = await agent.run(NEXT, message_history=first.all_messages(), model_settings=settings)
-    return Seen(2, result.output)
-
-
 def register(wire: str) -> None:
     client = f"pydantic-ai ({wire})"
 
@@ -67,3 +58,12 @@ def register(wire: str) -> None:
 
 for wire in WIRES:
     register(wire)
+
+
+@case("pydantic-ai (Responses)", "pydantic-ai-slim", "second turn", streamed=(False,))
+async def second_turn(rollout: Rollout, _: bool) -> Seen:
+    agent: Any = Agent(WIRES["Responses"](rollout), instructions=SYSTEM)
+    first = await agent.run(PLAIN)
+    settings = OpenAIResponsesModelSettings(openai_previous_response_id="auto")
+    result = await agent.run(NEXT, message_history=first.all_messages(), model_settings=settings)
+    return Seen(2, result.output)
