@@ -378,6 +378,8 @@ TAKEN: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "assistant's text": ({"input": [USER, said("assistant", "no"), USER]}, {}),
         "max_output_tokens": ({"max_output_tokens": 1}, LENGTH),
         "logprobs": ({"include": ["message.output_text.logprobs"]}, PLAIN),
+        "top_logprobs": ({"include": ["message.output_text.logprobs"], "top_logprobs": 2}, PLAIN),
+        "top_logprobs that are not shown": ({"top_logprobs": 2}, PLAIN),
         "format: text": ({"text": {"format": {"type": "text"}, "verbosity": "medium"}}, PLAIN),
         "format: schema": ({"text": flat_form(strict=True)}, {"keys": ("ok",)}),
         "format: json": ({"text": {"format": {"type": "json_object"}}}, {"keys": ()}),
@@ -544,7 +546,7 @@ REFUSED: dict[str, Sequence[tuple[dict[str, Any], str, str]]] = {
         ({"tools": [flat()], "tool_choice": {"type": "function", "name": "nothing"}}, "tool_choice", INVALID),
         ({"tools": [flat()], "tool_choice": {"type": "web_search"}}, "tool_choice", UNSUPPORTED),
         ({"tool_choice": "required"}, "tools", INVALID),
-        ({"top_logprobs": 3}, "top_logprobs", INVALID),
+        ({"top_logprobs": 21}, "top_logprobs", INVALID),
         ({"an_unknown_field": 1}, "an_unknown_field", UNSUPPORTED),
     ],
     "messages": [

@@ -176,6 +176,8 @@ class Responses(Dialect):
         if request.tool_choice is not None:
             chat["tool_choice"] = _tool_choice(request.tool_choice)
         chat |= {"reasoning_effort": (request.reasoning or {}).get("effort")}
+        if chat.get("top_logprobs"):  # here they need no other field: `include` says whether they are shown
+            chat["logprobs"] = True
         if request.text is not None and (form := request.text.format):
             schema, kind = {key: value for key, value in form.items() if key != "type"}, form.get("type")
             chat["response_format"] = {"type": kind} | ({"json_schema": schema} if kind == "json_schema" else {})
