@@ -220,17 +220,12 @@ async def measure(options: argparse.Namespace, folder: Path, pipe: Connection, c
                 if number:  # the first round warms up
                     rates[hostile].append(rate)
                     health[hostile] += times
-            await world.buffer.admit(first[0], split="train", num_rollouts=1)
         begun = time.perf_counter()
         async with ToyWorld(tasks=first, **settings) as world:
             replay_s = time.perf_counter() - begun
             stats = await world.buffer.stats()
-            assert (
-                stats.admitted
-                == stats.trained + sum(stats.dropped.values()) + stats.waiting + stats.running + stats.complete
-            )
-            (group,) = await world.buffer.take(1, split="train")
-            assert group.rollouts[0].ending.outcome is Outcome.FINISHED
+            assert stats.admitted == stats.trained + sum(stats.dropped.values())
+            await wave(world, first, options.per_task)
     without, with_them = (statistics.median(rates[hostile]) for hostile in (False, True))
     row = {
         "rollouts_per_s": without,

@@ -26,7 +26,7 @@ def listening(pid: int) -> set[tuple[str, str]]:
     found = set()
     root = psutil.Process(pid)
     for process in [root, *root.children(recursive=True)]:
-        name = re.sub(r"^(ray::)\w+$|^(python)[\d.]*$", r"\1\2", process.name().partition(".")[0])
+        name = re.sub(r"^(ray::|python).*", r"\1", process.name())
         for connection in process.net_connections(kind="tcp"):
             if connection.status == psutil.CONN_LISTEN:
                 address = ipaddress.ip_address(connection.laddr.ip)
