@@ -1,16 +1,14 @@
-"""Google's generateContent: contents made of parts, the model and the action in the path, and no ids of calls needed.
-
-Names of fields are in camelCase or snake_case, as Google's API reads both.
-"""
+"""Google's generateContent: contents made of parts. Names are in camelCase or snake_case, as Google's API reads both."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from pydantic.alias_generators import to_camel
 
 from agent_lightning.core.json_values import as_mapping, parse_json
@@ -68,7 +66,7 @@ class _Part(_Google):
 
 class _Content(_Google):
     role: Literal["user", "model", "function", "system"] | None = None
-    parts: base.ListOf[_Part] = Field(default_factory=list)
+    parts: base.ListOf[_Part] | None = None
 
 
 class _Function(_Loose):
@@ -79,11 +77,11 @@ class _Function(_Loose):
 
 
 class _Tool(_Google):
-    function_declarations: base.ListOf[_Function] = Field(default_factory=list)
+    function_declarations: base.ListOf[_Function] | None = None
 
 
 class _CallingConfig(_Google):
-    mode: Literal["AUTO", "ANY", "NONE", "VALIDATED", "MODE_UNSPECIFIED"] = "AUTO"
+    mode: Literal["AUTO", "ANY", "NONE", "VALIDATED", "MODE_UNSPECIFIED"] | None = None
     allowed_function_names: list[str] | None = None
 
 
@@ -140,7 +138,7 @@ class Google(Dialect):
         left_out = (*_HARMLESS, *map(to_camel, _HARMLESS), "generateContentRequest")
         request = read(_Request, {name: v for name, v in fields.items() if v is not None and name not in left_out})
         chat = {"messages": _messages(request), **_generation(request.generation_config or {})}
-        functions = [function for tool in request.tools or () for function in tool.function_declarations]
+        functions = [function for tool in request.tools or () for function in tool.function_declarations or ()]
         chat["tools"] = [{"type": "function", "function": _function(function)} for function in functions]
         if request.tool_config and (config := request.tool_config.function_calling_config):
             chat["tool_choice"] = _tool_choice(config)
@@ -200,7 +198,7 @@ def _messages(request: _Request) -> list[dict[str, Any]]:
     waiting, answered = defaultdict[str, deque[str]](deque), set[str]()  # ids of calls, those that wait by their name
     for number, content in enumerate(request.contents if isinstance(request.contents, list) else [request.contents]):
         calls = []
-        for index, part in enumerate(content.parts):
+        for index, part in enumerate(content.parts or ()):
             new_id = f"call_{number}_{index}"
             if (call := part.function_call) is not None:
                 waiting[call.name].append(call.id or new_id)
@@ -224,7 +222,7 @@ def _messages(request: _Request) -> list[dict[str, Any]]:
 def _texts_of(content: _Content) -> str | list[dict[str, Any]] | None:
     """The content of a chat message: texts and images, without thoughts."""
     parts: list[dict[str, Any]] = []
-    for part in content.parts:
+    for part in content.parts or ():
         if (blob := part.inline_data) is not None:
             if not blob.mime_type.startswith("image/"):
                 raise BadRequest(f"inlineData of type {blob.mime_type!r} is not supported", "unsupported")
@@ -251,7 +249,7 @@ def _function(function: _Function) -> dict[str, Any]:
 
 
 def _tool_choice(config: _CallingConfig) -> str | dict[str, Any]:
-    mode, allowed = _MODES[config.mode], config.allowed_function_names
+    mode, allowed = _MODES[config.mode or "AUTO"], config.allowed_function_names
     if not allowed or mode == "none":
         return mode
     tools = [{"type": "function", "function": {"name": name}} for name in allowed]
@@ -293,7 +291,7 @@ def _json_schema(schema: Any) -> Any:
             plain[key] = _json_schema(plain[key])
     if isinstance(properties := plain.get("properties"), dict):
         plain["properties"] = {name: _json_schema(value) for name, value in properties.items()}
-    plain |= {key: int(plain[key]) for key in _COUNTS if str(plain.get(key)).isdigit()}
+    plain |= {key: int(plain[key]) for key in _COUNTS if re.fullmatch("[0-9]{1,9}", str(plain.get(key)))}
     if isinstance(kind := plain.get("type"), str):
         plain["type"] = [kind.lower(), "null"] if schema.get("nullable") else kind.lower()
     return plain
