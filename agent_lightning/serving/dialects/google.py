@@ -1,4 +1,4 @@
-"""Google's generateContent: contents made of parts. Names are in camelCase or snake_case, as Google's API reads both."""
+"""Google's generateContent: contents made of parts; names in camelCase or snake_case, as Google's API reads both."""
 
 from __future__ import annotations
 
