@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -130,8 +131,8 @@ class _Attempt:
         try:
             with _stop_signals(stop) as install, mirror.following() if mirror else nullcontext():
                 async with AsyncExitStack() as stack:
-                    workers = config.rollout.workers
-                    starting = launch.system(config, train=True, workers=workers, journal=journal, resumed=resumed)
+                    parts = partial(launch.system, config, train=True, workers=config.rollout.workers)
+                    starting = parts(journal=journal, resumed=resumed, logs=run.logs / "ray")
                     system = await _first(stack.enter_async_context(starting), stop.wait())
                     if isinstance(system, bool):
                         progress.stop()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 import ray
@@ -129,11 +130,13 @@ def init_ray(
     *,
     resources: Mapping[str, float] | None = None,
     dashboard: bool = False,
+    logs: Path | None = None,
 ) -> bool:
     """Join the cluster at `address` (or RAY_ADDRESS, as in a submitted job), or start a cluster on this machine. Does
-    nothing if this process is in a cluster already. `num_cpus`, `resources` (custom ones, by name) and `dashboard`
-    apply to a cluster that is started; `shutdown_ray` ends it. Returns whether a cluster was started. Raises UserError
-    if the address does not answer, if the cluster has other versions, and if Ray does not start."""
+    nothing if this process is in a cluster already. `num_cpus`, `resources` (custom ones, by name), `dashboard` and
+    `logs`, the folder that gets the logs of its processes when it has ended, apply to a cluster that is started;
+    `shutdown_ray` ends it. Returns whether a cluster was started. Raises UserError if the address does not answer, if
+    the cluster has other versions, and if Ray does not start."""
     for logger in ("ray", "ray.serve"):  # the imports of both set these levels
         logging.getLogger(logger).setLevel(logging.ERROR)
     if ray.is_initialized():
@@ -142,26 +145,28 @@ def init_ray(
     if address is not None:
         key = "hardware.address" if given else "RAY_ADDRESS"
         check_answers(address, key)
+        if ":" in address and "://" not in address and not ray_private.is_head(address):
+            raise UserError(f"{key}={address}: no head of Ray; `ray start --head` prints its address")
         try:
             ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": dict(ray_private.PASSED_ON)})
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise UserError(f"{key}={address}: cannot be joined: {one_line(error)[:300]}") from error
         return False
     os.environ.update({**ray_private.NODE_ENVIRONMENT, **os.environ})
-    tag = os.environ[CLUSTER] = f"{os.getpid()}.{uuid.uuid4().hex}"  # inherited by all that Ray starts
-    _guards.append(guard(CLUSTER, tag, grace_s=5.0))  # the processes have these seconds to end by themselves
+    tag = f"{os.getpid()}.{uuid.uuid4().hex}"  # inherited by all that Ray starts
     own = {"num_cpus": num_cpus, "resources": dict(resources or {}), "include_dashboard": dashboard}
     try:
-        with ray_private.batch_scheduling():
-            ray.init(address="local", log_to_driver=False, logging_level="ERROR", **own)
+        with ray_private.private_folder({CLUSTER: tag}) as folder, ray_private.batch_scheduling():
+            # The processes have 5 seconds to end by themselves.
+            _guards.append(guard(CLUSTER, tag, grace_s=5.0, folder=folder, logs=logs))
+            # A folder of its own, which Ray opens to everybody.
+            ray.init(address="local", log_to_driver=False, logging_level="ERROR", _temp_dir=str(folder / "ray"), **own)
     except Exception as error:  # Ray also raises plain exceptions, when its 30 seconds for a node are not enough
         reason = f"{type(error).__name__}: {one_line(error)[:200]}"
         raise UserError(
             f"Ray did not start on this machine ({reason}); if it is busy or its memory "
             "full, stop what else runs on it, and try again"
         ) from error
-    finally:
-        del os.environ[CLUSTER]
     return True
 
 

@@ -1,15 +1,17 @@
 """Tags that processes carry in their environment and their descendants inherit. Imports only the standard library.
 
 As a script this file is a guard. It waits until its stdin is closed, because the process that started it closes it or
-is gone, waits SECONDS more, and then kills every process whose tag NAME begins with START:
+is gone, waits SECONDS more, and then kills every process whose tag NAME begins with START. If FOLDER is not "", it is
+the temporary folder of a Ray cluster, and is removed; its logs are copied to LOGS before, if that is not "":
 
-    python -I -S process_tags.py NAME START SECONDS
+    python -I -S process_tags.py NAME START SECONDS FOLDER LOGS
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -41,8 +43,22 @@ def _environment(process: Path) -> bytes:
         return b""
 
 
+def clean(folder: Path, logs: str) -> None:
+    """Remove the folder of a Ray cluster; copy its logs that are not empty to the folder `logs`, unless that is ""."""
+
+    def empty(parent: str, names: list[str]) -> list[str]:
+        return [name for name in names if not (Path(parent) / name).lstat().st_size]
+
+    for session in folder.glob("ray/session_[0-9]*") if logs else ():
+        with contextlib.suppress(OSError):  # a full disk; what could be copied is
+            shutil.copytree(session / "logs", Path(logs) / session.name, ignore=empty)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 if __name__ == "__main__":
-    tag_name, tag_start, grace_s = sys.argv[1:]
+    tag_name, tag_start, grace_s, temporary, kept = sys.argv[1:]
     sys.stdin.buffer.read()  # returns when the other end of the pipe is closed
     time.sleep(float(grace_s))
     kill_tagged(tag_start, tag_name)
+    if temporary:
+        clean(Path(temporary), kept)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from agent_lightning.core import process_tags
@@ -72,13 +73,17 @@ async def run_child(
     return stdout.decode(errors="replace")
 
 
-def guard(name: str, start: str, *, grace_s: float = 0.0) -> subprocess.Popen[bytes]:
-    """Start a process that kills every process whose tag `name` begins with `start`. It does so `grace_s` seconds after
-    its stdin is closed, which the end of this process does too, however it ends."""
+def guard(
+    name: str, start: str, *, grace_s: float = 0.0, folder: Path | None = None, logs: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a process that kills every process whose tag `name` begins with `start`, copies the logs in their `folder`
+    to `logs`, and removes `folder`. It does so `grace_s` seconds after its stdin is closed, which the end of this
+    process does too, however it ends."""
     # In a session of its own, so that a signal to this session does not end it; without tags, so that no other guard
     # kills it.
     env = {key: value for key, value in os.environ.items() if key not in (CHILD, CLUSTER)}
     command = [sys.executable, "-I", "-S", process_tags.__file__, name, start, str(grace_s)]
+    command += [str(folder or ""), str(logs.absolute() if logs else "")]
     return subprocess.Popen(command, stdin=subprocess.PIPE, env=env, start_new_session=True)
 
 

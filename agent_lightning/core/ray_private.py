@@ -10,12 +10,15 @@ import os
 import random
 import socket
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
+
+from agent_lightning.core.text import one_line
 
 RAY_VERSION: Final = "2.60.0"
 
@@ -53,6 +56,8 @@ SERVE_ENVIRONMENT: Final[Mapping[str, str]] = {
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "15s",
     # With metrics on, Python reads a line of HAProxy's log for each request.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    # HAProxy would log each URL, and the secret in it, to whatever listens on UDP port 514. Nothing can listen here.
+    "RAY_SERVE_HAPROXY_LOG_TARGET": "/dev/null",
     # Serve exports its own counts ten times a second from each process; Ray reads them every ten seconds.
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
     # Serve's controller copies its state of every replica in each turn, by default ten times a second.
@@ -80,6 +85,17 @@ would answer for another."""
 OVER_GRPC: Final[Mapping[str, bool]] = {"_by_reference": False}
 """Options of a Serve handle that make its calls over gRPC: as calls of actors, the answers would be stored as Ray
 objects."""
+
+SERVE_FILES: Final[Mapping[str, str]] = {
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+    "VLLM_RPC_BASE_PATH": "",
+}
+"""Variables that name files, and their place in the private folder of a cluster. By default they are in /tmp for
+everybody: anyone could end the proxy through its admin socket, and they stay when a run has ended."""
 
 TUNE_ENVIRONMENT: Final[Mapping[str, str]] = {
     # Each trial has its own files: Tune's loggers would write the same values again.
@@ -112,6 +128,32 @@ def prepare_environment(passed_on: Iterable[str] = ()) -> None:
     PASSED_ON.update({name: os.environ[name] for name in passed_on if name in os.environ})
 
 
+@contextmanager
+def private_folder(environment: Mapping[str, str]) -> Iterator[Path]:
+    """A new folder that only this account can read, for the files of a cluster that is started in the block. Processes
+    that start in the block inherit variables that name it, unless they are set already, and those of `environment`.
+    Raises OSError."""
+    folder, before = Path(tempfile.mkdtemp(prefix="agl-", dir=os.environ.get("RAY_TMPDIR") or "/tmp")), dict(os.environ)
+    files = {name: str(folder / file) for name, file in SERVE_FILES.items()}
+    os.environ.update({**files, **before, **environment})
+    try:
+        yield folder
+    finally:
+        for name in (files.keys() | environment.keys()) - before.keys():
+            del os.environ[name]
+        os.environ.update({name: before[name] for name in environment.keys() & before.keys()})
+
+
+def proxy_error() -> str:
+    """HAProxy's own words for why it did not start; "" if it gives none, or if another run has started the cluster."""
+    import ray
+
+    folder = Path(ray.get_runtime_context().get_temp_dir()).parent
+    texts = [log.read_text(errors="replace") for log in folder.glob("*/admin.sock.*.stderr.log")]
+    lines = [line.partition(" : ")[2] for text in texts for line in text.split("\n") if line.startswith("[ALERT]")]
+    return next((one_line(line.rpartition("] ")[2]) for line in lines if "logger" not in line), "")
+
+
 def use_token() -> None:
     """Show this account's token to a cluster that is joined; call it before Ray is imported, which reads it once. `ray
     start` makes a cluster require the token if the account has one, but does not make clients show it."""
@@ -124,6 +166,19 @@ def cluster_address(address: str | None) -> str | None:
     """The address of the cluster to join, by default RAY_ADDRESS (set in submitted jobs); None: start a cluster."""
     address = address or os.environ.get("RAY_ADDRESS")
     return None if address in (None, "", "local") else address
+
+
+def is_head(address: str) -> bool:
+    """Whether a head of Ray answers at host:port. Ray itself would try for minutes, and then abort the process."""
+    import grpc
+
+    # Every gRPC server of Ray's has gRPC's health service. A server that refuses us is one too.
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=10.0)
+        except grpc.RpcError as error:
+            return error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    return True
 
 
 def free_port(host: str) -> int:

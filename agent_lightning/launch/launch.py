@@ -56,6 +56,7 @@ async def system(
     journal: Path | None = None,
     resumed: State | None = None,
     calls: Path | None = None,
+    logs: Path | None = None,
 ) -> AsyncIterator[System]:
     """Start all parts of a run, and stop them at the end of the block, however it ends.
 
@@ -68,6 +69,7 @@ async def system(
         journal: the folder of the buffer's journal; None: the buffer keeps its rollouts in memory only.
         resumed: the state of the checkpoint from which the run continues.
         calls: the file to which the gateway writes model calls, without end, in place of the buffer.
+        logs: the folder that gets the logs of Ray's processes at the end, if the run starts a cluster.
     """
     facts = checks.require(config).model
     ray_private.prepare_environment(_passed_on(config))
@@ -77,16 +79,15 @@ async def system(
 
     port = config.serving.port or ray_private.free_port(config.serving.host)
     async with AsyncExitStack() as stack:
-        own = await _start_ray(config, stack)
+        own = await _start_ray(config, stack, logs)
         run_secret = secrets.token_bytes(32)
         # The loss of another node must not take the buffer or the board with it.
         here = actors.on_node(actors.nodes()[0].node_id)
         buffer = await _start_buffer(config, run_secret, journal, resumed, here)
         board = actors.spawn(PolicyBoard, options=here)
-        name = f"agl-{secrets.token_hex(3)}"
         start = partial(
             app.start,
-            name=name,
+            name=f"agl-{secrets.token_hex(3)}",
             config=_deployment(config, facts, port),
             gateway=_gateway(config, facts, run_secret),
             recorder=buffer if calls is None else actors.spawn(CallLog, calls.absolute(), options=here),
@@ -145,7 +146,7 @@ async def _start_buffer(
     return buffer
 
 
-async def _start_ray(config: Config, stack: AsyncExitStack) -> bool:
+async def _start_ray(config: Config, stack: AsyncExitStack, logs: Path | None) -> bool:
     """Join a cluster or start one; whether it was started, and ends with this run. Raises UserError."""
     from agent_lightning.core import actors
 
@@ -153,9 +154,8 @@ async def _start_ray(config: Config, stack: AsyncExitStack) -> bool:
     stack.callback(actors.shutdown_ray)
     # In a thread of asyncio's pool, which stays: Ray's processes end with the thread that started them
     # (PR_SET_PDEATHSIG).
-    joining = asyncio.ensure_future(
-        asyncio.to_thread(actors.init_ray, config.hardware.address, checks.own_cpus(config))
-    )
+    join = partial(actors.init_ray, config.hardware.address, checks.own_cpus(config), logs=logs)
+    joining = asyncio.ensure_future(asyncio.to_thread(join))
     try:
         return await asyncio.shield(joining)
     except asyncio.CancelledError:

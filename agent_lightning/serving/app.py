@@ -247,9 +247,12 @@ def _start_proxy(host: str, port: int) -> None:
         except ray.exceptions.ActorAlreadyExistsError:  # another run has just started it
             serve.start(proxy_location="HeadOnly", http_options=options)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError, RayServeException) as error:
+        cause = ray_private.proxy_error()
+        advice = "if the machine is busy, stop what else runs on it and try again, else choose another serving.port"
+        if "FD limit" in cause or "file descriptors" in cause:
+            advice = "it needs more open files: `ulimit -n 16384` in the shell, or LimitNOFILE, nofile in its service"
         raise UserError(
-            f"Ray Serve's proxy did not start on {host}:{port} ({type(error).__name__}); if the machine is busy, "
-            "stop what else runs on it and try again, else choose another serving.port"
+            f"Ray Serve's proxy did not start on {host}:{port} ({cause or type(error).__name__}); {advice}"
         ) from error
 
 

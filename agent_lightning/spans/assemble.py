@@ -18,6 +18,7 @@ from agent_lightning.core.text import error_line
 from agent_lightning.core.types import DEFAULT_AGENT, AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus
 from agent_lightning.credit.tools import ToolCallIndex, reply_identity, tool_calls
 from agent_lightning.spans.conventions import WITHOUT, read_spans
+from agent_lightning.spans.messages import read_request
 from agent_lightning.spans.tree import RawSpan, nearest
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,25 @@ def _match_calls(
         silent = [candidate for candidate in near if replies[candidate.call_id] is None and not candidate.error]
         match(call, min(alike, key=lambda candidate: abs(candidate.started_at - call.started_at), default=None))
         match(call, silent[0] if len(silent) == 1 else None)
+    for call in own:  # last, as an agent may give up a call and send it again
+        # An agent that gives up, at the rollout's deadline, say, has an error where the gateway has a later reply.
+        cut = [c for c in unmatched.values() if c.error and replies[c.call_id] is None and _overlap(c, call)]
+        alike = [candidate for candidate in cut if candidate.request and _messages(candidate) == _messages(call)]
+        silent = [candidate for candidate in cut if not candidate.request]
+        match(call, min(alike, key=lambda candidate: abs(candidate.started_at - call.started_at), default=None))
+        match(call, silent[0] if len(silent) == 1 else None)
     return matches
+
+
+def _overlap(traced: ModelCall, call: ModelCall) -> bool:
+    """Whether the agent was still waiting in `traced` when the gateway's call began."""
+    return traced.started_at - SKEW <= call.started_at <= traced.ended_at + SKEW
+
+
+def _messages(call: ModelCall) -> object:
+    """The messages of a request in OpenAI's form, however they were written."""
+    request = read_request(call.request)
+    return request[0] if request else None
 
 
 def _merge_tools(calls: Sequence[ModelCall], traced: Sequence[ToolCall]) -> tuple[list[ToolCall], dict[str, str]]:

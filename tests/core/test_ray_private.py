@@ -20,6 +20,7 @@ import pytest
 import ray
 
 from agent_lightning.core import ray_private
+from agent_lightning.core.processes import guard
 
 RAY = Path(ray.__file__).parent
 READERS = ("_private", "dashboard", "serve/_private", "tune")
@@ -51,6 +52,7 @@ def test_the_pinned_ray_is_the_one_whose_code_was_read() -> None:
         *ray_private.NODE_ENVIRONMENT,
         *ray_private.SERVE_ENVIRONMENT,
         *ray_private.SERVE_PORTS,
+        *(name for name in ray_private.SERVE_FILES if name.startswith("RAY_")),
         *ray_private.TUNE_ENVIRONMENT,
         *("RAY_ENABLE_AUTO_CONNECT", "RAY_AUTH_MODE"),
     ],
@@ -150,3 +152,31 @@ def test_the_folder_of_rays_token_is_its_owners(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", code], env={**os.environ, "HOME": str(tmp_path)}, check=True)
         assert (tmp_path / ".ray").stat().st_mode & 0o777 == 0o700
         (tmp_path / ".ray").rmdir()
+
+
+def test_the_files_of_a_cluster_are_private_and_go_with_it_but_for_its_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ray_private.SERVE_FILES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_SOCKET_PATH", "/mine")
+    monkeypatch.setenv("AGL_CLUSTER", "outer")
+    before = dict(os.environ)
+    with ray_private.private_folder({"AGL_CLUSTER": "1.x"}) as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"] == str(folder / "haproxy.cfg")
+        assert (os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"], os.environ["AGL_CLUSTER"]) == ("/mine", "1.x")
+    assert dict(os.environ) == before
+    logs = folder / "ray" / "session_2026-11-30" / "logs"
+    (logs / "serve").mkdir(parents=True)
+    (logs / "worker-1.err").write_text("why")
+    (logs / "worker-1.out").touch()
+    (folder / "ray" / "session_latest").symlink_to(logs.parent)
+    waiting = guard("AGL_CLUSTER", "1.x", folder=folder, logs=tmp_path / "run")
+    assert folder.exists()
+    waiting.communicate(timeout=30)  # closes its stdin
+    assert not folder.exists()
+    assert [file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()] == [
+        Path("run/session_2026-11-30/worker-1.err")
+    ]

@@ -45,6 +45,8 @@ def chat(span_id: str, start: float, text: str, **rest: object) -> RawSpan:
     """A model call as the GenAI conventions have it."""
     output = [{"role": "assistant", "parts": [{"type": "text", "content": text}], "finish_reason": "stop"}]
     fields = {"gen_ai__output__messages": json.dumps(output)} if text else {}
+    if asked := rest.pop("input", None):
+        fields["gen_ai__input__messages"] = json.dumps(asked)
     return raw(span_id, start, gen_ai__operation__name="chat", gen_ai__request__model="m", **fields, **rest)  # type: ignore[arg-type]
 
 
@@ -118,6 +120,39 @@ def test_a_model_call_seen_twice_is_one_with_its_place_in_the_trace(trace: list[
     (item,) = seen.calls
     assert (item.call_id, item.agent, item.span_id, item.parent_id) == ("chat-0", "writer", "s", "a")
     assert item.response_T.tolist() == [1]
+
+
+ASKED = [{"role": "user", "content": "1+1?"}]
+
+
+@pytest.mark.parametrize(
+    ("trace", "kept"),
+    [
+        ([chat("cut", 0.9, "", seconds=0.3, error="CancelledError", parent="w")], ["chat-1"]),
+        ([chat("cut", 0.9, "", seconds=0.3, error="TimeoutError", parent="w", input=ASKED)], ["chat-1"]),
+        # Another question, another time, and a call that has its reply are calls of their own.
+        ([chat("cut", 0.9, "", seconds=0.3, error="boom", parent="w", input=[*ASKED, *ASKED])], ["cut", "chat-1"]),
+        ([chat("cut", 9.0, "", seconds=0.3, error="boom", parent="w", input=ASKED)], ["chat-1", "cut"]),
+        ([chat(name, 0.9, "", seconds=0.3, error="boom", parent="w") for name in ("a", "b")], ["a", "b", "chat-1"]),
+    ],
+)
+def test_a_call_that_its_agent_gave_up_is_the_call_that_the_gateway_recorded_later(
+    trace: list[RawSpan], kept: list[str]
+) -> None:
+    late = replace(call(1, request=ASKED, reply="2"), ended_at=6.0)  # the engine was busy
+    spans = assemble(KEY, [late], [agent("w", "writer", 0.0, 1.2), *trace])
+    assert [found.call_id for found in spans.calls] == kept
+    if len(kept) == 1:
+        assert (spans.calls[0].agent, spans.calls[0].parent_id, spans.calls[0].error) == ("writer", "w", "")
+        assert spans.calls[0].response_T.size == 1
+
+
+def test_a_call_that_is_given_up_and_sent_again_is_two_calls() -> None:
+    own = [replace(call(n, request=ASKED, reply=reply), ended_at=6.0) for n, reply in ((1, "2"), (2, "two"))]
+    again = chat("again", 1.9, "two", seconds=4.2, parent="w")
+    cut = chat("cut", 0.9, "", seconds=0.9, error="TimeoutError", parent="w", input=ASKED)
+    spans = assemble(KEY, own, [agent("w", "writer", 0.0, 9.0), cut, again])
+    assert [(kept.call_id, kept.span_id) for kept in spans.calls] == [("chat-1", "cut"), ("chat-2", "again")]
 
 
 def test_the_request_may_say_which_span_it_is() -> None:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,16 +96,38 @@ def test_a_run_goes_on_whatever_of_its_processes_is_killed(tmp_path: Path) -> No
     assert len({(row["step"], row["rollout_id"]) for row in finished}) == len(finished)
 
 
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_too_few_open_files_are_named_with_what_to_do(tmp_path: Path) -> None:
+    words = " ".join(agl("train", "experiment=toy", "steps=1", "serving.gateways=1", f"runs_dir={tmp_path}"))
+    result = subprocess.run(
+        ["bash", "-c", f"ulimit -n 1024; exec {words}"], cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert result.returncode == 2
+    line = r"agl: Ray Serve's proxy did not start on 127.0.0.1:\d+ \(Cannot raise FD limit to \d+, limit is 1024.\); "
+    assert re.fullmatch(line + r"it needs more open files: .*ulimit -n 16384.*\n", result.stderr), result.stderr
+
+
 def test_kill_9_of_the_driver_leaves_nothing_and_the_run_is_resumed(tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ("steps=400", "eval_every=0", "checkpoint_every=2", f"runs_dir={tmp_path}", "name=run")
     with running("train", "experiment=toy", *settings) as process:
         wait_for_steps(run, process, 5)
         started = psutil.Process(process.pid).children(recursive=True)
+        (raylet,) = [child for child in started if child.name() == "raylet"]
+        folder = next(Path(word.partition("=")[2]).parent for word in raylet.cmdline() if "--temp_dir=" in word)
+        assert folder.is_dir()
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         _, alive = psutil.wait_procs(started, timeout=150)
         assert [" ".join(survivor.cmdline()) for survivor in alive if survivor.status() != psutil.STATUS_ZOMBIE] == []
+        wait_until(lambda: not folder.exists())
+        assert list(run.glob("logs/ray/session_*/raylet.out"))
     done = max(steps_of(run))
     subprocess.run(agl("train", f"resume={run}", f"steps={done + 3}"), cwd=ROOT, check=True, timeout=300)
     assert summary_of(run)["steps"] == done + 3

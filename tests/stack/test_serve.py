@@ -94,7 +94,13 @@ def test_serve_has_no_limit_of_calls_and_writes_each(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_of_several_gateways_a_retry_reaches_the_one_that_has_the_first_answer() -> None:
-    with serving("experiment=toy", "serving.gateways=2") as (_, base_url):
+    with serving("experiment=toy", "serving.gateways=2") as (process, base_url):
+        (proxy,) = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "haproxy"]
+        config = Path(proxy.cmdline()[proxy.cmdline().index("-f") + 1])
+        # It would log the URL of each call, and the secret in it, to whatever listens on UDP port 514.
+        assert re.findall(r"^ +log (.*)$", config.read_text(), re.MULTILINE)[0] == "/dev/null local0 info"
+        assert config.parent.parent.stat().st_mode & 0o777 == 0o700  # so that its admin socket is the owner's only
+        assert (config.parent / "admin.sock").is_socket()
         url = f"{base_url}/chat/completions"
         body = {"model": "policy", "messages": [{"role": "user", "content": "Heads or tails?"}]}
 
