@@ -271,7 +271,7 @@ class LearnerConfig(Section):
     """Most tokens of one forward and backward pass."""
     max_logprob_gap: Positive | Literal["by_dtype"] | None = "by_dtype"
     """The run stops before an optimiser step if the log-probabilities of engine and learner differ by more than this on
-    average over a step's tokens. by_dtype: 0.001 for float32, 0.03 for bfloat16 (docs/models.md); null: never."""
+    average over a step's tokens. by_dtype: 0.001 for float32, 0.05 for bfloat16 (docs/models.md); null: never."""
 
     @model_validator(mode="after")
     def _check(self) -> LearnerConfig:

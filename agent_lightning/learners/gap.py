@@ -16,9 +16,9 @@ from agent_lightning.core.errors import GapError
 from agent_lightning.core.metrics import Max, Mean, Metrics
 from agent_lightning.core.types import Floats
 
-LARGEST_GAP: Final[Mapping[Dtype, float]] = {"float32": 1e-3, "bfloat16": 3e-2}
-"""Bounds of the mean absolute gap. Measured (docs/models.md): rounding gives 1e-7 to 1e-6 in float32 and some 1e-3 in
-bfloat16; a sampling parameter that the learner does not know gives 0.01 to 0.1. The mean, since in bfloat16 single
+LARGEST_GAP: Final[Mapping[Dtype, float]] = {"float32": 1e-3, "bfloat16": 5e-2}
+"""Bounds of the mean absolute gap. Measured (docs/models.md): rounding gives 1e-7 to 1e-6 in float32 and 1e-3 to 3e-2
+in bfloat16; a sampling parameter that the learner does not know gives 0.01 to 0.1. The mean, since in bfloat16 single
 tokens are off by 0.1 without any fault."""
 LARGEST_DIFFERENCE: Final[Mapping[Dtype, float]] = {"float32": 1e-4, "bfloat16": 5e-2}
 """Bounds of the mean absolute difference between two layouts of the same rows in the learner."""

@@ -10,17 +10,17 @@ import torch
 from agent_lightning.config.load import resolve_path
 
 _DENSE: Final[dict[str, Any]] = {
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "max_position_embeddings": 256,
 }
-_HEADS: Final[dict[str, Any]] = {"head_dim": 8}
+_HEADS: Final[dict[str, Any]] = {"head_dim": 32}  # the smallest that vLLM has on a CPU
 _MAMBA: Final[dict[str, Any]] = {
     "mamba_n_heads": 8,
-    "mamba_d_head": 8,
+    "mamba_d_head": 16,
     "mamba_d_state": 16,
     "mamba_n_groups": 1,
     "mamba_d_conv": 4,
@@ -30,7 +30,7 @@ _MAMBA: Final[dict[str, Any]] = {
 _EXPERTS: Final[dict[str, Any]] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _TEXT_VL: Final[dict[str, Any]] = {
     **_DENSE,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
 }
 
 ARCHITECTURES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
@@ -49,7 +49,7 @@ ARCHITECTURES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         _DENSE
         | _EXPERTS
         | {
-            "head_dim": 16,
+            "head_dim": 32,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
             "linear_key_head_dim": 8,
@@ -59,8 +59,8 @@ ARCHITECTURES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
             "layer_types": ["linear_attention", "full_attention"],
         },
     ),
-    "Gemma 2": ("gemma2", _DENSE | _HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 8}),
-    "Gemma 3": ("gemma3_text", _DENSE | _HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 8}),
+    "Gemma 2": ("gemma2", _DENSE | _HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 32}),
+    "Gemma 3": ("gemma3_text", _DENSE | _HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 32}),
     "Phi-3": ("phi3", _DENSE),
     "OLMo 2": ("olmo2", _DENSE),
     "OLMo 3": ("olmo3", _DENSE | {"sliding_window": 8}),
@@ -84,22 +84,22 @@ ARCHITECTURES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "Mamba 2": (
         "mamba2",
         {
-            "hidden_size": 32,
+            "hidden_size": 64,
             "num_hidden_layers": 2,
             "state_size": 16,
             "num_heads": 8,
-            "head_dim": 8,
+            "head_dim": 16,
             "n_groups": 1,
             "chunk_size": 16,
         },
     ),
     "Bamba": ("bamba", _DENSE | _MAMBA | {"attn_layer_indices": [1]}),
-    "Falcon-H1": ("falcon_h1", _DENSE | _MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5}),
+    "Falcon-H1": ("falcon_h1", _DENSE | _MAMBA | {"mamba_d_ssm": 128, "lm_head_multiplier": 0.5}),
     "DeepSeek-V3": (
         "deepseek_v3",
         _DENSE
         | {
-            "num_key_value_heads": 4,
+            "num_key_value_heads": 2,
             "moe_intermediate_size": 32,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
@@ -107,11 +107,11 @@ ARCHITECTURES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
             "n_group": 1,
             "topk_group": 1,
             "first_k_dense_replace": 1,
-            "kv_lora_rank": 16,
-            "q_lora_rank": 16,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 8,
+            "kv_lora_rank": 32,
+            "q_lora_rank": 32,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 32,
         },
     ),
     "GPT-NeoX": ("gpt_neox", _DENSE),
@@ -129,7 +129,7 @@ ARCHITECTURES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
                 "hidden_size": 32,
                 "num_heads": 2,
                 "intermediate_size": 32,
-                "out_hidden_size": 32,
+                "out_hidden_size": 64,
             },
         },
     ),
@@ -142,7 +142,7 @@ ARCHITECTURES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
                 "hidden_size": 32,
                 "num_heads": 2,
                 "intermediate_size": 32,
-                "out_hidden_size": 32,
+                "out_hidden_size": 64,
                 "deepstack_visual_indexes": [0],
             },
         },

@@ -17,6 +17,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 CONTEXT = 5600
 """Tokens. Some frameworks' prompts are longer than the tiny policy's 1,024, beyond which it says nothing sensible."""
+QWEN = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
+"""Sampling defaults of Qwen2.5-Instruct's generation_config.json, which must change nothing."""
 CONFIG = ("experiment=calc_tiny", f"model.max_len={CONTEXT}", "sampling.val.max_tokens=160", "agent.max_calls=100000")
 
 
@@ -41,6 +43,9 @@ class PolicyServer:
         model = Path(shutil.copytree(ROOT / "examples" / "calc_x" / "tiny_policy", f"{self._folder.name}/policy"))
         config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": CONTEXT}
         (model / "config.json").write_text(json.dumps(config))
+        ends = json.loads((model / "generation_config.json").read_text())
+        (model / "generation_config.json").write_text(json.dumps(ends | QWEN))
+        self.model = model
         program = str(Path(__file__).with_name("serve_policy.py"))
         command = [sys.executable, program, *CONFIG, f"model.path={model}", *overrides]
         self._process = subprocess.Popen(
