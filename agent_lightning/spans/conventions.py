@@ -163,11 +163,10 @@ def _read_call(tree: SpanTree, span: RawSpan, refused: Counter[str]) -> _ReadCal
     # If a call failed, a missing reply is no fault of the trace.
     lost = Counter[str]() if own_reply or span.error else refused
     reply, is_whole = fields.reply_of(accounts, request.messages, lost)
-    lacks = [
-        bool(own) or fields.has_any(accounts, side) for side, own in (("request", own_request), ("reply", own_reply))
-    ]
-    if not all(lacks) and not span.error:
-        reason = WITHOUT + ("messages" if not any(lacks) else "a reply" if lacks[0] else "a request")
+    has_request = bool(own_request or request.messages) or fields.has_any(accounts, "request")
+    has_reply = bool(own_reply or reply) or fields.has_any(accounts, "reply")
+    if not (has_request and has_reply) and not span.error:
+        reason = WITHOUT + ("a reply" if has_request else "a request" if has_reply else "messages")
         refused.update([fields.named(reason, name) for name in fields.unread_messages(accounts)] or [reason])
     turn = Turn(call_id=tree.kept_id[span.span_id], request=request, reply=reply)
     is_whole = is_whole and request.is_whole

@@ -22,14 +22,16 @@ from agent_lightning.spans.messages import read_reply, read_request
 def values(attributes: Mapping[str, Any], field: str) -> Iterator[Any]:
     """All values that the attributes have for a field (a key of FIELDS), the best first."""
     for name in FIELDS[field]:
-        if name in ("gen_ai.events", "events"):
-            value = _from_events(parse_value(attributes.get(name)), field)
-        elif name == "agentlightning.link.*":
+        if name == "agentlightning.link.*":
             links = map(as_mapping, unflattened(attributes, "agentlightning.link."))
             value = next((link.get("value_match") for link in links if link.get("key_match") == "span_id"), None)
-        else:
-            value = unflattened(attributes, name[:-1]) if name.endswith(".*") else attributes.get(name)
-        if name in _JSON and isinstance(value, str) and value.startswith('"'):
+        elif name.endswith(".*"):
+            value = unflattened(attributes, name[:-1])
+        elif (value := attributes.get(name)) is None:
+            continue
+        elif name in ("gen_ai.events", "events"):
+            value = _from_events(parse_value(value), field)
+        elif name in _JSON and isinstance(value, str) and value.startswith('"'):
             value = parse_json(value) or value
         if value is not None and value != "" and value != []:
             yield value
@@ -88,15 +90,15 @@ def unflattened(attributes: Mapping[str, Any], prefix: str) -> list[Any]:
     Example: unflattened({"p.0.role": "user", "p.0.content": "hi"}, "p.") -> [{"role": "user", "content": "hi"}]
     """
     tree: dict[str, Any] = {}
-    for name, value in attributes.items():
-        path = name.removeprefix(prefix).split(".")
-        if not name.startswith(prefix) or len(path) > _MAX_PATH or not path[0].isdecimal():
+    for name in [name for name in attributes if name.startswith(prefix)]:
+        path = name[len(prefix) :].split(".")
+        if len(path) > _MAX_PATH or not path[0].isdecimal():
             continue
         at = tree
         for part in path[:-1]:
             inner = at.setdefault(part, {})
             at = inner if isinstance(inner, dict) else {}
-        at[path[-1]] = value
+        at[path[-1]] = attributes[name]
     items = _listed(tree)
     return items if isinstance(items, list) else []
 
@@ -186,9 +188,9 @@ def request_of(accounts: Sequence[Mapping[str, Any]], refused: Counter[str]) -> 
     """The request of a model call. `accounts` are the attributes of all spans that describe the call, the innermost
     first: messages with structure count more than text, wherever they stand; then the first account counts."""
     given = [parse_value(value) for attributes in accounts for value in values(attributes, "request")]
-    value, is_whole = _best(read_request, given, refused)
-    messages, tools = read_request(value) or ([], [])
-    refused["repaired: a request that is not understood"] += value is None and any(given)
+    _, best, is_whole = _best(read_request, given, refused)
+    messages, tools = best or (list[Message](), [])
+    refused["repaired: a request that is not understood"] += best is None and any(given)
     offered = next(filter(None, (offered_of(attributes, ()) for attributes in accounts)), None) or offered_of({}, tools)
     system = next(filter(None, (to_text(first(attributes, "system prompt")) for attributes in accounts)), "")
     if messages and system and messages[0]["role"] != "system":
@@ -197,21 +199,23 @@ def request_of(accounts: Sequence[Mapping[str, Any]], refused: Counter[str]) -> 
     return Request(messages=messages, tools=offered, previous=previous, conversation=conversation, is_whole=is_whole)
 
 
-def _best(read: Callable[..., Any], given: Sequence[Any], refused: Counter[str]) -> tuple[Any, bool]:
-    """The best of several values that hold the same messages, and whether all of it is understood; None if nothing is.
-    A structure is better than text, complete messages are better than others, and a reply with tool calls is better
-    than a reply without. Counts what is lost in the best."""
-    best: tuple[tuple[int, ...], Any, Notes] = ((), None, Notes())
+def _best(read: Callable[..., Any], given: Sequence[Any], refused: Counter[str]) -> tuple[Any, Any, bool]:
+    """The best of several values that hold the same messages, what is read from it, and whether that is all of it; None
+    if nothing is understood. A structure is better than text, complete messages are better than others, and a reply
+    with tool calls is better than a reply without. Counts what is lost in the best."""
+    best: tuple[tuple[bool, ...], Any, Any, Notes] = ((), None, None, Notes())
     for value in given:
         reading = read(value, notes=(notes := Notes()))
-        if reading is not None:
-            is_text, nothing = isinstance(value, str), str(value).strip().lower() in ("none", "null")
-            has_calls = isinstance(reading, Mapping) and "tool_calls" in reading
-            rank = (not is_text, not notes.unread, has_calls)
-            best = (rank, value, notes) if rank > best[0] and not (is_text and nothing) else best
-    for reason, names in (("not understood", best[2].unread), ("not text", best[2].media)):
+        is_text = isinstance(value, str)
+        if reading is None or (is_text and value.strip().lower() in ("none", "null")):  # nothing, as Python prints it
+            continue
+        rank = (not is_text, not notes.unread, read is read_request or "tool_calls" in reading)
+        best = (rank, value, reading, notes) if rank > best[0] else best
+        if all(rank):
+            break  # nothing can be better
+    for reason, names in (("not understood", best[3].unread), ("not text", best[3].media)):
         refused.update(named(f"repaired: a part that is {reason}", name) for name in names)
-    return best[1], not best[2].unread
+    return best[1], best[2], not best[3].unread
 
 
 def named(reason: str, name: str) -> str:
@@ -290,9 +294,11 @@ def reply_of(
         if (isinstance(calls, list) and calls) or len(message) > 1:
             given.append(message | ({"tool_calls": calls} if isinstance(calls, list) else {}))
         given += map(parse_value, values(attributes, "reply"))
-    value, is_whole = _best(read_reply, given, refused)
-    refused["repaired: a reply that is not understood"] += value is None and any(given)
-    return (None if value is None else read_reply(value, before)), is_whole
+    value, reply, is_whole = _best(read_reply, given, refused)
+    refused["repaired: a reply that is not understood"] += reply is None and any(given)
+    if reply and "tool_calls" in reply and any("tool_calls" in message for message in before):
+        reply = read_reply(value, before)  # with ids that no call before has
+    return reply, is_whole
 
 
 def finish_reason_of(attributes: Mapping[str, Any]) -> str:
