@@ -165,8 +165,11 @@ async def test_a_task_too_long_for_a_variable_is_on_stdin() -> None:
 
 
 async def test_a_command_finds_the_policy_whichever_api_it_speaks() -> None:
-    command = "sh -c 'echo $OPENAI_BASE_URL $ANTHROPIC_BASE_URL $ANTHROPIC_API_KEY'"
-    openai_url, anthropic_url, key = str(await run_agent(command, "command", make_task(), POLICY, ROLLOUT)).split()
+    names = "$OPENAI_BASE_URL $ANTHROPIC_BASE_URL $ANTHROPIC_API_KEY $GOOGLE_GEMINI_BASE_URL $GEMINI_API_KEY"
+    command = f"sh -c 'echo {names}'"
+    printed = str(await run_agent(command, "command", make_task(), POLICY, ROLLOUT))
+    openai_url, anthropic_url, key, *google = printed.split()
+    assert google == [anthropic_url, key]
     assert openai_url == f"{anthropic_url}/v1" == POLICY.base_url
     assert (anthropic_url, key) == (POLICY.anthropic_base_url, POLICY.api_key)
 
