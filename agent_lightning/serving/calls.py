@@ -128,8 +128,8 @@ async def take_traces(
 ) -> Response:
     """Record the spans of an ExportTraceServiceRequest, protobuf or JSON, and answer as OTLP's specification says.
     Rejected spans are counted in the answer's `partial_success` and in the buffer. The status is 400 if the body cannot
-    be read, 409 if the rollout has ended, 413 if it has sent too much, and 507 if the journal is full: exporters repeat
-    none of these."""
+    be read, 409 if the rollout has ended, and 413 if it has sent too much or the journal is full: exporters repeat none
+    of these."""
     content_type = headers.get("content-type", otlp.PROTOBUF)
 
     def decode() -> tuple[Mapping[str, tuple[RawSpan, ...]], Mapping[str, int]]:
@@ -148,9 +148,9 @@ async def take_traces(
     except OverBudget as error:
         attempt.over_budget = str(error)
         return refuse_traces(attempt)
-    except JournalError:  # not 503: exporters would repeat it, in vain
+    except JournalError:  # not 5xx: exporters would repeat it, in vain
         message = "the run can record no more spans: its journal is full or broken"
-        return JSONResponse({"code": 8, "message": message}, status_code=507)
+        return JSONResponse({"code": 8, "message": message}, status_code=413)
     body, kind = otlp.acknowledge(content_type, rejected=rejected, message=", ".join(faults))
     return Response(body, media_type=kind)
 

@@ -366,6 +366,6 @@ def _models(name: str | None, default: str) -> Response:
 def _refuse(dialect: Dialect, refusal: Refusal) -> JSONResponse:
     # Client libraries obey the header. Without it they would repeat a 409 in vain, and a call that timed out, though no
     # time is left for a repetition.
-    hopeless = (refusal.status < 500 and refusal.status != 429) or refusal.status == 504
+    hopeless = (refusal.status < 500 and refusal.status != 429) or refusal.status in (504, 507)
     headers = {"x-should-retry": "false"} if hopeless else {}
     return JSONResponse(dialect.error(refusal), status_code=refusal.status, headers=headers)

@@ -148,8 +148,9 @@ async def test_a_full_journal_is_an_error_of_each_protocol(tmp_path: Path, caplo
         chat = await http.post(f"{root}/chat/completions", json=hello)
         message = await http.post(f"{root}/messages", json=hello, headers={"anthropic-version": "2023-06-01"})
         otlp = await http.post(f"{root}/traces", content=spans_of("x" * 5000))
-    assert [chat.status_code, message.status_code, otlp.status_code] == [507, 507, 507], chat.text
+    assert [chat.status_code, message.status_code, otlp.status_code] == [507, 507, 413], chat.text
     assert chat.json()["error"]["code"] == "engine_error"
+    assert chat.headers["x-should-retry"] == "false"
     assert message.json()["type"] == "error"
     assert otlp.json() == {"code": 8, "message": "the run can record no more spans: its journal is full or broken"}
     for response in (chat, message, otlp):
