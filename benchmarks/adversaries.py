@@ -192,6 +192,7 @@ async def measure(options: argparse.Namespace, folder: Path, pipe: Connection, c
         count = options.rollouts // options.per_task
         first = [Task(task_id="t", payload={"question": "0?", "answer": "0", "attack": ""})]
         async with ToyWorld(tasks=first, **settings) as world:
+            world.engine.delay_s = options.delay
             for number in range(2 * options.rounds + 1):
                 hostile = number % 2 == 1
                 tasks = [
@@ -245,6 +246,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=960, help="of a round")
     parser.add_argument("--per-task", type=int, default=4)
     parser.add_argument("--concurrent", type=int, default=64)
+    parser.add_argument("--delay", type=float, default=1.0, help="seconds of the engine for a call")
     options = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     pipe, theirs = spawn.Pipe()

@@ -27,10 +27,13 @@ from agent_lightning.core.types import (
     ToolCall,
     ToolStatus,
     Trajectory,
+    is_reward,
 )
 from agent_lightning.credit.air import Air
 from agent_lightning.credit.assign import Credit, CreditRules, assign
 from agent_lightning.credit.states import STATE_KEYS, shared, state_keys
+from agent_lightning.spans.assemble import assemble
+from agent_lightning.spans.tree import RawSpan
 
 NUMBERS = st.floats(-LARGEST_REWARD, LARGEST_REWARD)
 
@@ -123,6 +126,34 @@ def test_no_emitted_reward_makes_a_number_that_float32_does_not_have(
     for sample in assign(group, CreditRules(credit=CreditConfig(**keys))).samples:
         assert np.isfinite(sample.advantage_T).all()
         assert np.isfinite(np.square(sample.advantage_T)).all()
+
+
+ODD: list[Any] = [
+    *(1e39, -1e39, 3.5e38, 1.1e15, math.nan, math.inf, -math.inf, 10**400, 10**18, True, "1e39", "nan", "9" * 5000, ""),
+    *(None, [1.0], [[1.0]], {"a": 1.0}, b"1e39", 1 + 1j),
+]
+"""What no reward may become."""
+
+
+@pytest.mark.parametrize(
+    "value", ODD, ids=lambda value: f"{type(value).__name__} {str(value)[:8] if value != 10**400 else ''}"
+)
+def test_no_odd_value_becomes_a_reward_whichever_way_it_comes(value: Any) -> None:
+    """As a span's value, its name, its index in the attribute's name; and a reward that is refused is counted."""
+    key, times = RolloutKey(split="train", group=0, index=0), {"started_at": 1.0, "ended_at": 2.0}
+    attributes = [
+        {"agl.reward.value": value},
+        {"agl.reward.value": 0.5, "agl.reward.name": value, "agl.reward.about": value},
+        {"agentlightning.reward.0.name": "a", "agentlightning.reward.0.value": value},
+        {f"agentlightning.reward.{'9' * 5000}.value": value},
+        {f"agentlightning.reward.{value if value != 10**400 else 0}.value": 1e39},
+    ]
+    for number, spelled in enumerate(attributes):
+        span = RawSpan(span_id="1" * 16, name="reward", attributes=spelled, **times)
+        account = assemble(key, (), (span,))
+        assert all(is_reward(reward.value) and isinstance(reward.name, str) for reward in account.rewards)
+        if number in (0, 2) and value not in ("", None):
+            assert account.refused
 
 
 def test_an_agent_that_is_not_trusted_does_not_score_itself() -> None:
