@@ -10,7 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager, nullcontext
+from contextlib import AsyncExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -322,20 +322,24 @@ async def serve(overrides: Sequence[str]) -> int:
     checks.require(config)  # before there is a folder
     stem = f"serve-{config.experiment}-{time.strftime('%Y%m%d-%H%M%S')}"
     calls = new_folder(storage.local_root(config.runs_dir), stem) / "calls.jsonl"
-    with _stop_signals(stop) as install:
-        async with launch.system(config, train=False, workers=0, calls=calls) as system:
-            install()
-            # A rollout that stays open: its URL and secret are the agent's.
-            await system.buffer.admit(Task(task_id="serve", payload={}), split="val", num_rollouts=1)
-            (lease,) = await system.buffer.lease(1, 10.0)
-            key = lease.key
-            url = f"{system.service.url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{lease.secret}/agent/v1"
-            policy = Policy(version=0, base_url=url, model="policy", api_key="any")
-            ready = f"ready after {time.monotonic() - started:.0f} s, without end; stop with Ctrl-C"
-            console.print(f"serving {config.model.path} as [b]policy[/b], {ready}", soft_wrap=True)
-            written = "each call with its messages, reply and tokens; spans of traces are taken and not kept"
-            console.print(f"records {written}: {calls}\n", soft_wrap=True, highlight=False)
-            exports = (f"export {name}={value}\n" for name, value in policy.environment().items())
-            console.print("".join(exports), soft_wrap=True, highlight=False)
-            await stop.wait()
+    try:
+        with _stop_signals(stop) as install:
+            async with launch.system(config, train=False, workers=0, calls=calls) as system:
+                install()
+                # A rollout that stays open: its URL and secret are the agent's.
+                await system.buffer.admit(Task(task_id="serve", payload={}), split="val", num_rollouts=1)
+                (lease,) = await system.buffer.lease(1, 10.0)
+                key = lease.key
+                url = f"{system.service.url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{lease.secret}/agent/v1"
+                policy = Policy(version=0, base_url=url, model="policy", api_key="any")
+                ready = f"ready after {time.monotonic() - started:.0f} s, without end; stop with Ctrl-C"
+                console.print(f"serving {config.model.path} as [b]policy[/b], {ready}", soft_wrap=True)
+                written = "each call with its messages, reply and tokens; spans of traces are taken and not kept"
+                console.print(f"records {written}: {calls}\n", soft_wrap=True, highlight=False)
+                exports = (f"export {name}={value}\n" for name, value in policy.environment().items())
+                console.print("".join(exports), soft_wrap=True, highlight=False)
+                await stop.wait()
+    finally:
+        with suppress(OSError):  # calls are in it
+            calls.parent.rmdir()
     return 0
