@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from agent_lightning.buffer import segments
 from agent_lightning.buffer.codec import kind_of
 from agent_lightning.buffer.ledger import Ledger
 from agent_lightning.buffer.store import apply_record
-from agent_lightning.config.load import reload
+from agent_lightning.config.load import project_folder, reload
 from agent_lightning.config.running import Dtype
 from agent_lightning.core.errors import DataError, JournalError, UserError
 from agent_lightning.launch.hub import find_model
@@ -22,6 +23,29 @@ from agent_lightning.run import state
 from agent_lightning.run.archive import read_origins, read_trajectories
 from agent_lightning.run.tracking import RunDirectory
 from agent_lightning.spans.traces import export, imports
+
+
+def init_project(folder: Path) -> int:
+    """`agl init`: write agent, reward, data, experiment and runtime environment of a new project, which run as they
+    are. Raises UserError if the folder holds something."""
+    name = re.sub(r"\W+", "_", folder.resolve().name)
+    template = project_folder("examples") / "project"
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty; give a new folder")
+        (folder / "experiment").mkdir()
+        for part in [*template.glob("*.*"), *template.glob("*/*.yaml")]:
+            target = folder / str(part.relative_to(template)).replace("project", name)
+            text = part.read_text().replace("experiment: project", f"experiment: {name}")
+            target.write_text(text.replace("project.yaml", f"{name}.yaml"))
+            console.print(str(target))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+    experiment = f"experiment=experiment/{name}.yaml"
+    console.print(f"\nnow: cd {folder}\n     agl train {experiment} --dry-run\n     agl train {experiment}")
+    return 0
 
 
 def import_traces(files: Sequence[Path], out: Path) -> int:

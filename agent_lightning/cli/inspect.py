@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from agent_lightning.cli.train import credit_rules
-from agent_lightning.cli.viewer.rollout import decoder
+from agent_lightning.cli.viewer.folder import RunFiles
+from agent_lightning.cli.viewer.rollout import decoder, spans, turns
 from agent_lightning.config.load import reload
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.text import one_line
@@ -26,10 +27,9 @@ from agent_lightning.run.archive import read_group, read_rollouts
 from agent_lightning.run.report import Summary, duration, number
 from agent_lightning.run.tracking import RunDirectory
 
-BAR_WIDTH = 24
-"""Characters of the bars that show when a span began and how long it took."""
-TEXT_WIDTH = 100
-"""Characters that are shown of a reply, a tool's result or an error."""
+BAR_WIDTH = 24  # characters of the bars that show when a span began and how long it took
+MESSAGE_LENGTH = 2000  # characters that are shown of a message
+TEXT_WIDTH = 100  # characters that are shown of a reply, a tool's result or an error
 
 
 def show_runs(path: Path, split: str, outcome: str | None, rewards: tuple[float, float], limit: int) -> int:
@@ -75,15 +75,17 @@ def list_runs(root: Path) -> Table:
     if not (configs := sorted(root.glob("*/config.yaml"), key=lambda config: config.stat().st_mtime)):
         raise DataError(f"no runs in {root}; give the folder that runs_dir= named, or a run")
     right = ("seed", "steps", "held out", "time")
-    table = _table("run", "experiment", *right, right=right)
+    table = _table("run", "experiment", *right, "state", right=right)
     for config in configs:
-        run = RunDirectory(config.parent)
-        cells = ["", "", "", "not finished", ""]
-        if run.summary.exists():
-            summary = Summary.read(run.summary)
+        run = RunFiles(config.parent)
+        state, why = run.state()
+        steps = max((int(step) for step, _ in run.series("time/step")), default=0)
+        cells = [str(run.config().get(key, "")) for key in ("experiment", "seed")] + [str(steps), "not finished", ""]
+        if run.directory.summary.exists():
+            summary = Summary.read(run.directory.summary)
             rewards = f"{number(summary.val_reward_first)} -> {number(summary.val_reward_last)}"
             cells = [summary.experiment, str(summary.seed), str(summary.steps), rewards, duration(summary.wall_s)]
-        table.add_row(run.path.name, *cells)
+        table.add_row(run.name, *cells, Text(f"{state}: {why}" if why else state))
     return table
 
 
@@ -96,54 +98,46 @@ def explain(rollout: Trajectory, task: Task, credits: Sequence[CallCredit] | Non
     parts: list[RenderableType] = [head, Text(_cut(json.dumps(dict(task.payload), default=str)), style="dim")]
     if rollout.error:
         parts.append(Text(rollout.error, style="red"))
-    parts.append(_waterfall(rollout))
+    if rollout.trace:
+        parts.append(Text(rollout.trace, style="yellow"))
+    if rollout.reward_parts:
+        parts.append(Text(f"parts: {', '.join(f'{name} {value:g}' for name, value in rollout.reward_parts.items())}"))
+    parts += [_waterfall(rollout), *_messages(rollout)]
     for reason, count in rollout.refused_spans.items():
         parts.append(Text(f"{count} spans of its trace: {reason}", style="yellow"))
     if credits is not None:
         parts += [_credits(rollout, credits), token_counts(credits)]
     if rollout.output:
         parts.append(Text(f"output: {_cut(rollout.output)}"))
+    if rollout.printed:
+        parts += [Text("printed:", style="dim"), Text(rollout.printed.rstrip())]
     return Lines(*parts)
+
+
+def _messages(rollout: Trajectory) -> Iterator[Text]:
+    """The messages that the model saw and wrote, each once, cut to what a person reads."""
+    for turn in turns(rollout, None):
+        for message in (*turn.new, turn.reply):
+            tools = "".join(f" {name}({arguments})" for name, arguments in message.tools)
+            text = message.text if len(message.text) <= MESSAGE_LENGTH else f"{message.text[:MESSAGE_LENGTH]}…"
+            yield Text.assemble((f"{message.role:<10}", "cyan"), f"{text}{tools}")
 
 
 def _waterfall(rollout: Trajectory) -> Table:
     """Every span with its place in time, under the span that it is a part of."""
-    above = {agent.span_id: agent.parent_id for agent in rollout.agents}
-    above |= {tool.span_id: tool.parent_id for tool in rollout.tools}
-    above |= {key: call.parent_id for call in rollout.calls for key in (call.call_id, call.span_id) if key}
     table = _table("at", "", "seconds", "span", "reply", right=("at", "seconds"))
     for column in table.columns:
         column.no_wrap, column.overflow = column.header == "span", "fold"
     total = max(rollout.ended_at - rollout.started_at, 1e-9)
-    for started_at, ended_at, parent_id, name, style, text in sorted(_spans(rollout), key=lambda span: span[0]):
-        ancestors: set[str] = set()
-        while parent_id in above and parent_id not in ancestors:
-            ancestors.add(parent_id)
-            parent_id = above[parent_id]
-        at, spent = started_at - rollout.started_at, ended_at - started_at
-        start = min(BAR_WIDTH - 1, max(0, round(BAR_WIDTH * at / total)))
-        bar = " " * start + "━" * max(1, min(BAR_WIDTH - start, round(BAR_WIDTH * spent / total)))
-        name = "  " * len(ancestors) + name
-        table.add_row(f"{at:.2f}", Text(bar, style=style), f"{spent:.2f}", Text(name, style=style), text)
+    for span in spans(rollout):
+        tool = "yellow" if span.failed else "green"
+        style = {"agent": "bold", "model": "cyan", "tool": tool, "reward": "magenta"}[span.kind]
+        start = min(BAR_WIDTH - 1, round(BAR_WIDTH * span.x / 100))
+        bar = " " * start + "━" * max(1, min(BAR_WIDTH - start, round(BAR_WIDTH * span.width / 100)))
+        name = Text(f"{'  ' * span.depth}{span.kind}  {span.name}  {span.badge}".rstrip(), style=style)
+        at, seconds = f"{total * span.x / 100:.2f}", f"{span.seconds:.2f}"
+        table.add_row(at, Text(bar, style=style), seconds, name, Text(_cut(span.detail)))
     return table
-
-
-def _spans(rollout: Trajectory) -> Iterator[tuple[float, float, str, str, str, Text]]:
-    """The rows of the waterfall: start, end, id of the span above, name, style, and text."""
-    for agent in rollout.agents:
-        yield agent.started_at, agent.ended_at, agent.parent_id, f"agent  {agent.name}", "bold", Text()
-    for call in rollout.calls:
-        until = "" if call.last_version is None else f"-{call.last_version}"
-        version = f"v{call.policy_version}{until}" if call.source == "gateway" else call.model
-        name = f"model  {call.agent}  {version}"
-        yield call.started_at, call.ended_at, call.parent_id, name, "cyan", _reply(call)
-    for tool in rollout.tools:
-        style = "green" if tool.status == "ok" else "yellow"
-        name, text = f"tool  {tool.name}  {tool.status.value}", Text(_cut(f"{tool.arguments} -> {tool.result}"))
-        yield tool.started_at, tool.ended_at, tool.parent_id, name, style, text
-    for reward in rollout.rewards:
-        name = f"reward  {reward.name} {reward.value:+g}"
-        yield reward.at, reward.at, "", name, "magenta", Text(f"about {reward.about or 'the rollout'}")
 
 
 def _credits(rollout: Trajectory, credits: Sequence[CallCredit]) -> Table:
@@ -198,16 +192,6 @@ def _table(*columns: str, right: Sequence[str]) -> Table:
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left")
     return table
-
-
-def _reply(call: ModelCall) -> Text:
-    """The text of a reply as a line; empty if it only calls tools, which have rows of their own."""
-    try:
-        reply = json.loads(call.reply)
-        text = str(reply.get("content") or "") if isinstance(reply, dict) else ""
-    except ValueError:
-        text = call.reply
-    return Text(_cut(text) + (f"  [{call.finish_reason}]" if call.finish_reason == "length" else ""))
 
 
 def _cut(text: str) -> str:

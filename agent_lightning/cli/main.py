@@ -46,9 +46,11 @@ async def _run(options: argparse.Namespace) -> int:
             from agent_lightning.cli import doctor
 
             return doctor.doctor()
-        case "import" | "export" | "journal":
+        case "import" | "export" | "journal" | "init":
             from agent_lightning.cli import files
 
+            if options.command == "init":
+                return files.init_project(options.folder)
             if options.command == "import":
                 return files.import_traces(options.files, options.out)
             if options.command == "export":
@@ -96,7 +98,7 @@ async def _run(options: argparse.Namespace) -> int:
 
 
 async def _look(options: argparse.Namespace) -> int:
-    """Run a command that shows what runs have written."""
+    """Run a command that shows what agents did."""
     if options.command == "view":
         from agent_lightning.cli.viewer.command import view
 
@@ -125,6 +127,9 @@ submit: train as a Ray job on a cluster
 
 eval: evaluate a model on a task set, without training
   agl eval experiment=calc_tiny model.path=examples/calc_x/tiny_policy --out result.json
+
+init: a new project: agent, reward, data, experiment and runtime environment, which run as they are
+  agl init mine
 
 serve: start gateway and policy alone, to point your own agent at
   agl serve experiment=calc_tiny serving.port=8000
@@ -210,6 +215,7 @@ def _add_arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     add("reproduce", "--seeds", type=_numbers, default=[0, 1, 2], metavar="0,1,2", help="(default: 0,1,2)")
     add("reproduce", "--runs", type=Path, nargs="+", default=[], metavar="RUN", help="report on these, run nothing")
     add("reproduce", "--out", type=Path, help="folder of the report (default: runs/reproduce-BENCHMARK-SCALE)")
+    add("init", "folder", type=Path, help="a new folder, or an empty one")
     with_keys = "train config submit eval serve sweep reproduce"
     add(with_keys, "overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
     add("score", "file", type=Path, help=".jsonl or .jsonl.gz, rows with `pred`; - reads standard input")

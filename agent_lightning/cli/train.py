@@ -7,32 +7,31 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from rich.console import Console
 
 from agent_lightning.buffer.segments import list_segments
-from agent_lightning.buffer.taken import take_groups
 from agent_lightning.cli import FAILED, STOPPED
 from agent_lightning.config.load import Config, load, reload, to_yaml
 from agent_lightning.core import ray_private
-from agent_lightning.core.errors import PartDied, StepFailed, UserError
+from agent_lightning.core.errors import PartDied, UserError
+from agent_lightning.core.text import one_line
 from agent_lightning.core.types import Policy, Split, Task
 from agent_lightning.credit.air import Air, Signal
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.states import StateKey
 from agent_lightning.launch import backend, checks, launch, placement
 from agent_lightning.rollouts.agents import load as load_target
-from agent_lightning.rollouts.supervise import watch
 from agent_lightning.run import storage
-from agent_lightning.run.loop import Loop
+from agent_lightning.run.loop import Evaluation, Loop, Sampler
 from agent_lightning.run.observer import RunObserver, reward_by, summarize
 from agent_lightning.run.plots import plot_learning_curve
 from agent_lightning.run.report import Progress, report
@@ -60,9 +59,7 @@ async def train(overrides: Sequence[str], *, resume: str | None) -> int:
     if resume is None:
         config = load(overrides)
         tasks = checks.require(config, "train", "val").tasks  # before there is a folder of the run
-        place = config.runs_dir
-        root, is_taken = storage.local_root(place), lambda name: storage.exists(place, name)
-        run = RunDirectory.create(root, config.experiment, config.seed, config.name, is_taken=is_taken)
+        run = _new_run(config, config.experiment)
         with run.lock():
             run.config.write_text(to_yaml(config))
             state = State(cursor=TaskCursor(seed=config.seed))
@@ -79,6 +76,13 @@ async def train(overrides: Sequence[str], *, resume: str | None) -> int:
             raise UserError(f"{done}: give steps=N with N above {state.step} to go on")
         tasks = checks.require(config, "train", "val").tasks
         return await _train(_Attempt(config=config, run=run, state=state, resumed=True, tasks=tasks))
+
+
+def _new_run(config: Config, name: str) -> RunDirectory:
+    """A new folder where the config says, with `name` in its name unless the config gives one. Raises UserError."""
+    place = config.runs_dir
+    root, is_taken = storage.local_root(place), lambda name: storage.exists(place, name)
+    return RunDirectory.create(root, name, config.seed, config.name, is_taken=is_taken)
 
 
 async def _train(attempt: _Attempt) -> int:
@@ -111,49 +115,64 @@ class _Attempt:
     """Whether `state` is that of the newest checkpoint, and not a new one."""
     tasks: Mapping[Split, Sequence[Task]]
     console: Console = field(default_factory=Console)
+    trains: bool = True
+    """Whether the policy is trained; if not, it is evaluated once."""
+    evaluations: list[Evaluation] = field(default_factory=list)
+    """Gets the newest evaluation when the attempt has ended well."""
 
     async def train(self) -> int:
         """Start the processes, run the loop until it ends or a signal stops it, and end them. Returns the exit code."""
         config, run, journal = self.config, self.run, None
-        if config.buffer.journal:
+        if self.trains and config.buffer.journal:
             journal = run.path / "journal" if config.buffer.path is None else Path(config.buffer.path)
             if not self.resumed and journal.is_dir() and list_segments(journal):
                 place = f"buffer.path={journal}"
                 raise UserError(f"{place} holds the journal of another run: resume that run, or choose another")
-        resumed = self.state if self.resumed else None
-        progress = Progress(config.experiment, steps=config.steps, console=self.console)
-        step = None if resumed is None else resumed.step
+        progress = Progress(config.experiment, steps=config.steps if self.trains else 0, console=self.console)
+        step = self.state.step if self.resumed else None
         observer = RunObserver(config=config, run=run, progress=progress, resumed_step=step)
         progress.start()
         progress.waiting_for("start: Ray, the policy's engine, the learner")
         stop, started = asyncio.Event(), time.monotonic()
         mirror = storage.Mirror(config.runs_dir, run.path) if storage.is_remote(config.runs_dir) else None
+        start_s, resumed = math.nan, self.state if self.resumed else None
+        places: Any = {"journal": journal, "resumed": resumed, "logs": run.logs}
         try:
             with _stop_signals(stop) as install, mirror.following() if mirror else nullcontext():
-                async with AsyncExitStack() as stack:
-                    parts = partial(launch.system, config, train=True, workers=config.rollout.workers)
-                    starting = parts(journal=journal, resumed=resumed, logs=run.logs / "ray")
-                    system = await _first(stack.enter_async_context(starting), stop.wait())
-                    if isinstance(system, bool):
-                        progress.stop()
-                        self.console.print("stopped before it had started; nothing is changed")
-                        return STOPPED
-                    install()
-                    start_s = time.monotonic() - started
-                    await self._loop(system, observer, stop)
+                try:
+                    async with AsyncExitStack() as stack:
+                        starting = launch.system(config, train=self.trains, workers=config.rollout.workers, **places)
+                        system = await _first(stack.enter_async_context(starting), stop.wait())
+                        if isinstance(system, bool):
+                            progress.stop()
+                            self.console.print("stopped before it had started; nothing is changed")
+                            return STOPPED
+                        install()
+                        start_s = time.monotonic() - started
+                        await self._loop(system, observer, stop)
+                finally:  # how the run ended is written however it ends
+                    error = sys.exc_info()[1]
+                    how = "failed" if error is not None else "stopped" if stop.is_set() else "finished"
+                    ended: Any = {"start_s": start_s, "state": how, "error": one_line(error or "")[:1000]}
+                    rows, by = len(self.tasks["val"]), observer.val_reward_by
+                    summary = summarize(config, self.state, val_rows=rows, val_reward_by=by, **ended)
+                    summary.write(run.summary)
         finally:
             progress.stop()
             observer.close()
-        rows, reward_by_value = len(self.tasks["val"]), observer.val_reward_by
-        summary = summarize(config, self.state, val_rows=rows, val_reward_by=reward_by_value, start_s=start_s)
-        summary.write(run.summary)
-        plot_learning_curve(run.metrics, run.curve, f"{config.experiment}, seed {config.seed}")
-        self.console.print(report(summary, run))
+        if self.trains:
+            plot_learning_curve(run.metrics, run.curve, f"{config.experiment}, seed {config.seed}")
+            self.console.print(report(summary, run))
         if mirror is not None:
             mirror.push()
+        self.evaluations.append(observer.evaluation)
         return STOPPED if stop.is_set() else 0
 
     async def _loop(self, system: launch.System, observer: RunObserver, stop: asyncio.Event) -> None:
+        if not self.trains:
+            parts: Any = {"buffer": system.buffer, "observer": observer, "val_tasks": self.tasks["val"]}
+            await Sampler(state=self.state, stop=stop, **parts).evaluate()
+            return
         assert system.learner is not None
         loop = Loop(
             plan=make_plan(self.config),
@@ -281,32 +300,37 @@ def _stop_signals(stop: asyncio.Event) -> Iterator[Callable[[], None]]:
 
 
 async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) -> int:
-    """`agl eval`: run a model on all tasks of a split, and print its figures as JSON; write them to `out` too. Returns
-    the exit code. Raises UserError, EngineError, StepFailed, PartDied."""
-    config = load(overrides)
-    tasks = checks.require(config, split).tasks[split]
-    async with launch.system(config, train=False, workers=config.rollout.workers) as system:
-        started = time.monotonic()
-        for task in tasks:
-            # The split "val": sampled as the held-out tasks of a run are, and never trained.
-            await system.buffer.admit(task, split="val", num_rollouts=1)
-        taking = take_groups(system.buffer, len(tasks), split="val")
-        groups = await _first(taking, watch(system.buffer, lambda stats: None))
-        if isinstance(groups, str):  # why the rollouts cannot go on
-            raise StepFailed(groups)
-        seconds = time.monotonic() - started
-    rollouts = [trajectory for group in groups for trajectory in group.trajectories]
-    rewards, group_by = [rollout.reward or 0.0 for rollout in rollouts], config.data.val_group_by
+    """`agl eval`: run a model on all tasks of a split, and print its figures as JSON; write them to `out` too. Its
+    folder is a run's, for `agl runs` and `agl explain`. Returns the exit code. Raises UserError, EngineError,
+    StepFailed, PartDied."""
+    config, started = load(overrides), time.monotonic()
+    # The split "val": sampled as the held-out tasks of a run are, and never trained.
+    tasks: Mapping[Split, Sequence[Task]] = {"val": checks.require(config, split).tasks[split]}
+    if not tasks["val"]:
+        raise UserError("data.val.path: missing; there is nothing to evaluate on")
+    tracking = config.tracking.model_copy(update={"wandb": "disabled", "tensorboard": False})
+    config = config.model_copy(update={"tracking": tracking})
+    run, state = _new_run(config, f"eval-{config.experiment}"), State(cursor=TaskCursor(seed=config.seed))
+    settings: Any = {"resumed": False, "console": Console(stderr=True), "trains": False}
+    attempt = _Attempt(config=config, run=run, state=state, tasks=tasks, **settings)
+    with run.lock():
+        run.config.write_text(to_yaml(config))
+        if await attempt.train() == STOPPED:
+            return STOPPED
+    evaluation, group_by = attempt.evaluations[-1], config.data.val_group_by
+    rollouts, by = evaluation.rollouts, reward_by(evaluation.groups, config.data)
     result: dict[str, Any] = {
         "model": config.model.path,
         "experiment": config.experiment,
         "split": split,
-        "rows": len(rewards),
-        "reward": sum(rewards) / len(rewards),
-        **({f"reward_by_{group_by}": reward_by(groups, config.data)} if group_by else {}),
+        "rows": len(rollouts),
+        "reward": evaluation.reward,
+        **({f"reward_by_{group_by or 'set'}": by} if by else {}),
+        **({"reward_parts": evaluation.parts} if evaluation.parts else {}),
         "outcomes": dict(Counter(rollout.outcome.value for rollout in rollouts)),
         "calls_per_rollout": sum(len(rollout.calls) for rollout in rollouts) / len(rollouts),
-        "seconds": round(seconds, 2),
+        "seconds": round(time.monotonic() - started, 2),
+        "run": str(run.path),
     }
     text = json.dumps(result, indent=1)
     if out is not None:

@@ -38,8 +38,7 @@ class RewardError(RolloutError):
 
 
 class RewardConfigError(RewardError):
-    """The reward does not fit the config: its range, or the weights of its parts. The run stops, because the config is
-    wrong and not the rollout. The message names the keys to set."""
+    """The reward does not fit the config, its range or its weights: the run stops. The message names the keys."""
 
 
 class AgentProcessError(RolloutError):

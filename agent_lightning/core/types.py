@@ -288,7 +288,7 @@ class Ending:
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     """The named parts of the reward, before their weights, if the reward has parts."""
     trace: str = ""
-    """Where the user's code failed: its file and line, and the last frames; "" if it did not."""
+    """Where the user's code failed: its file and line, and the last frames."""
     printed: str = ""
     """The last 4 KiB that the code of the attempt printed."""
 

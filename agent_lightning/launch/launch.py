@@ -58,10 +58,9 @@ async def system(
     calls: Path | None = None,
     logs: Path | None = None,
 ) -> AsyncIterator[System]:
-    """Start all parts of a run, and stop them at the end of the block, however it ends.
-
-    May be cancelled while it starts. Raises UserError or EngineError if a part cannot start, JournalError if the
-    journal cannot be used, and PartDied if a process of the run is gone that cannot be replaced.
+    """Start all parts of a run, and stop them at the end of the block, however it ends. May be cancelled while it
+    starts. Raises UserError or EngineError if a part cannot start, JournalError if the journal cannot be used, and
+    PartDied if a process of the run is gone that cannot be replaced.
 
     Args:
         train: whether there is a learner.
@@ -69,7 +68,8 @@ async def system(
         journal: the folder of the buffer's journal; None: the buffer keeps its rollouts in memory only.
         resumed: the state of the checkpoint from which the run continues.
         calls: the file to which the gateway writes model calls, without end, in place of the buffer.
-        logs: the folder that gets the logs of Ray's processes at the end, if the run starts a cluster.
+        logs: the folder for workers/, what agents print, and for ray/, the logs of Ray's processes at the end of a
+            cluster that the run starts.
     """
     facts = checks.require(config).model
     ray_private.prepare_environment(_passed_on(config))
@@ -102,8 +102,8 @@ async def system(
         threads = asyncio.wrap_future(serving), asyncio.wrap_future(learning)
         await asyncio.gather(*threads, return_exceptions=True)
         service, learner = serving.result(), learning.result()
-        await wait_until_healthy(service.url, timeout=60.0)
-        await _start_workers(config, buffer, service, workers, stack)
+        await wait_until_healthy(service.url, 60.0)
+        await _start_workers(config, buffer, service, workers, stack, logs)
         try:
             yield System(buffer=buffer, board=board, service=service, learner=learner)
         except actors.ActorDied as error:
@@ -154,7 +154,7 @@ async def _start_ray(config: Config, stack: AsyncExitStack, logs: Path | None) -
     stack.callback(actors.shutdown_ray)
     # In a thread of asyncio's pool, which stays: Ray's processes end with the thread that started them
     # (PR_SET_PDEATHSIG).
-    join = partial(actors.init_ray, config.hardware.address, checks.own_cpus(config), logs=logs)
+    join = partial(actors.init_ray, config.hardware.address, checks.own_cpus(config), logs=logs and logs / "ray")
     joining = asyncio.ensure_future(asyncio.to_thread(join))
     try:
         return await asyncio.shield(joining)
@@ -223,7 +223,9 @@ def _gateway(config: Config, model: ModelFacts | None, run_secret: bytes) -> Any
     )
 
 
-async def _start_workers(config: Config, buffer: Buffer, service: Service, number: int, stack: AsyncExitStack) -> None:
+async def _start_workers(
+    config: Config, buffer: Buffer, service: Service, number: int, stack: AsyncExitStack, logs: Path | None
+) -> None:
     """Start the rollout workers of all nodes; in a cluster that is joined, follow its nodes until the stack closes."""
     from agent_lightning.core import actors
     from agent_lightning.launch.nodes import Nodes, find_local_gateway
@@ -243,6 +245,7 @@ async def _start_workers(config: Config, buffer: Buffer, service: Service, numbe
                 find=find,
                 model=POLICY,
                 worker=name,
+                log=logs and logs.absolute() / "workers" / f"{name}.log",
             )
 
         hung_s, name = config.rollout.unresponsive_timeout_s, f"worker-{node[:8]}"

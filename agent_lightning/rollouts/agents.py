@@ -39,10 +39,8 @@ if TYPE_CHECKING:  # the process of an agent starts faster without the config
 _PACKAGE = Path(__file__).resolve().parents[1]
 _RESULT = "AGL_RESULT "  # begins the line on which a child process prints its result
 _ERROR = "AGL_ERROR "  # begins the line on which it prints its error, and the frames of it
-_LONGEST_VARIABLE = 100_000
-"""Characters of a payload beyond which it is on stdin only: Linux refuses variables of 128 KiB (MAX_ARG_STRLEN)."""
+_LONGEST_VARIABLE = 100_000  # characters; a longer payload is on stdin only: Linux refuses variables of 128 KiB
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
-"""Variables that name a proxy."""
 
 
 def load(target: str) -> Agent:
@@ -168,10 +166,8 @@ async def call(function: Agent, *arguments: object) -> object:
 
 def bypass_proxies(env: Mapping[str, str], url: str) -> dict[str, str]:
     """The variables that make HTTP clients reach `url` without a proxy: NO_PROXY and no_proxy, with their values and
-    the URL's host; none if no proxy is set.
-
-    httpx, below the clients of OpenAI and Anthropic, fails on any proxy that it cannot use, such as SOCKS without the
-    package socksio, even for hosts that need none. A further "*" makes httpx, and httpx alone, ignore all proxies.
+    the URL's host; none if no proxy is set. httpx, below the clients of OpenAI and Anthropic, fails on any proxy that
+    it cannot use, such as SOCKS without the package socksio: a further "*" makes httpx alone ignore all proxies.
 
     Example: bypass({"HTTP_PROXY": "http://proxy:3128", "no_proxy": "intranet"}, "http://127.0.0.1:8000/v1")
     -> both names with "intranet,127.0.0.1,localhost"

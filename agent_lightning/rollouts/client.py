@@ -45,8 +45,7 @@ T = TypeVar("T")
 
 _ROLLOUT = context.create_key("agent_lightning.rollout")
 _UNSENT = 4096  # most spans of a rollout that wait to be sent; if there are more, all are dropped
-_SEND_TIMEOUT = 30.0
-"""Seconds that sending may take: a gateway that serves hundreds of agents at once is slow, not gone."""
+_SEND_TIMEOUT = 30.0  # seconds that sending may take: a gateway of hundreds of agents is slow, not gone
 _LAST_RETRY = 2.0
 """Seconds for which a process that ends tries again to reach a gateway that is gone."""
 _LAST_SPANS = 0.25  # seconds for which `close` waits for spans that have not ended

@@ -17,13 +17,11 @@ from opentelemetry import context
 from agent_lightning.core.text import error_line, hide_secret
 
 _PACKAGE: Final = str(Path(__file__).parents[1])
-_LIBRARIES: Final = (*{sysconfig.get_path(name) for name in ("stdlib", "platstdlib")}, "<frozen")
+_LIBRARIES: Final = (*{sysconfig.get_path(name) for name in ("stdlib", "platstdlib")}, "<frozen", "<string>")
 _MOST_FRAMES: Final = 20
-_LONGEST: Final = 8000
-"""Characters of the frames that are kept: the last ones, since a traceback ends with the error."""
+_LONGEST: Final = 8000  # characters of the frames that are kept: the last ones, since a traceback ends with the error
 _PRINTED = context.create_key("agent_lightning.printed")
 _KEPT: Final = 4096
-_LOG_BYTES: Final = 16 << 20
 
 log = logging.getLogger("agent_lightning.printed")
 log.propagate = False  # it writes to the worker's log only: what was printed is on the standard streams already
@@ -34,7 +32,7 @@ def place_of(error: BaseException) -> str:
     cause, that belongs to no library and not to this package; "" if there is none."""
     for cause in _causes(error, set()):
         for frame in reversed(traceback.extract_tb(cause.__traceback__)):
-            if not _is_ours(frame.filename) and not _is_library(frame.filename):
+            if _is_users(frame.filename):
                 path = Path(frame.filename)
                 shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
                 return f"{shown}:{frame.lineno} in {frame.name}"
@@ -55,12 +53,10 @@ def frames_of(error: BaseException, *, secret: str = "") -> str:
     if not (place := place_of(error)):
         return ""
     frames = error.__traceback__
-    while frames is not None and _is_ours(frames.tb_frame.f_code.co_filename):
-        frames = frames.tb_next
+    while frames is not None and not _is_users(frames.tb_frame.f_code.co_filename):
+        frames = frames.tb_next  # from the worker to the user's code
     lines = traceback.format_exception(type(error), error, frames, limit=-_MOST_FRAMES)
-    text = hide_secret(f"{place}\n{''.join(lines)}".strip(), secret)
-    first, _, rest = text.partition("\n")
-    return f"{first}\n{rest[-_LONGEST:]}"
+    return hide_secret(f"{place}\n{''.join(lines).strip()[-_LONGEST:]}", secret)
 
 
 def _causes(error: BaseException, seen: set[int]) -> Iterator[BaseException]:
@@ -75,12 +71,9 @@ def _causes(error: BaseException, seen: set[int]) -> Iterator[BaseException]:
         yield from _causes(cause, seen)
 
 
-def _is_ours(file: str) -> bool:
-    return file.startswith(_PACKAGE) and not file.startswith(f"{_PACKAGE}/examples/")
-
-
-def _is_library(file: str) -> bool:
-    return file.startswith(_LIBRARIES) or "/site-packages/" in file or "/dist-packages/" in file or file == "<string>"
+def _is_users(file: str) -> bool:
+    ours = file.startswith(_PACKAGE) and not file.startswith(f"{_PACKAGE}/examples/")
+    return not (ours or file.startswith(_LIBRARIES) or "/site-packages/" in file or "/dist-packages/" in file)
 
 
 class Printed:
@@ -91,8 +84,7 @@ class Printed:
     """
 
     def __init__(self, name: str) -> None:
-        """`name` begins each line in the worker's log, such as "train-3-1"."""
-        self._name, self._tail, self._line = name, "", ""
+        self._name, self._tail, self._line = name, "", ""  # the name begins each line in the worker's log
 
     def write(self, text: str) -> None:
         self._tail = (self._tail + text)[-_KEPT:]
@@ -128,9 +120,6 @@ class _Stream:
             printed.write(text)
         return self._stream.write(text)
 
-    def writelines(self, lines: list[str]) -> None:
-        self.write("".join(lines))
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
@@ -145,7 +134,7 @@ def follow_streams(path: Path | None) -> None:
             setattr(sys, name, cast(TextIO, _Stream(stream)))
     if path is not None and path.parent.parent.is_dir() and not log.handlers:
         path.parent.mkdir(exist_ok=True)
-        handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1, encoding="utf-8", errors="replace")
+        handler = RotatingFileHandler(path, maxBytes=16 << 20, backupCount=1, encoding="utf-8", errors="replace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         for logger in (log, logging.getLogger("agent_lightning")):
             logger.addHandler(handler)

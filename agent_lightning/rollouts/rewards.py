@@ -17,8 +17,7 @@ from agent_lightning.core.errors import RewardConfigError, RewardError
 _ROUNDING: Final = 1e-5
 """How far a reward may lie outside its range and count as the bound, relative to the larger bound: four weights may sum
 to 1.0000000000000002, and a sum in float32 is less exact."""
-_TOTALS: Final = ("reward", "score")
-"""Names of a part that is the reward itself; `score` is veRL's name for it."""
+_TOTALS: Final = ("reward", "score")  # names of a part that is the reward itself; veRL says score
 _MOST_PARTS: Final = 64
 
 
@@ -54,10 +53,9 @@ def to_reward(value: object, agent: AgentConfig) -> tuple[float | None, dict[str
 
 def read_printed(text: str) -> object:
     """The reward that a command prints: JSON, or a number in Python's notation. Other text stays text."""
-    with suppress(ValueError, RecursionError):
-        return float(text)
-    with suppress(ValueError, RecursionError):
-        return json.loads(text)
+    for read in (float, json.loads):
+        with suppress(ValueError, RecursionError):
+            return read(text)
     return text
 
 

@@ -32,11 +32,9 @@ from agent_lightning.spans.tree import RawSpan
 logger = logging.getLogger(__name__)
 
 _LEASE_WAIT = 5.0  # longest wait for a lease, in seconds; it ends as soon as there is work
-_GATEWAY_WAIT = 20.0
-"""Seconds for which a rollout that reached no gateway waits for one: less than the grace period of a lease."""
+_GATEWAY_WAIT = 20.0  # seconds that a rollout without a gateway waits for one: less than the grace period of a lease
 _LONGEST_OUTPUT = 2000  # characters of an agent's result that are kept
-_UNKNOWN_VERSION = -1
-"""The policy version in a worker: it does not follow the updates, and the gateway notes the version of each call."""
+_UNKNOWN_VERSION = -1  # a worker does not follow the updates; the gateway notes the policy version of each call
 
 
 class RolloutBuffer(Protocol):

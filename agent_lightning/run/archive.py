@@ -89,9 +89,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
+        yield from pq.read_table(path, partitioning=None).to_pylist()
     except pa.ArrowException as error:
         raise DataError(f"{path} cannot be read as Parquet: {error_line(error)}") from error
 

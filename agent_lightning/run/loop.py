@@ -28,10 +28,8 @@ from agent_lightning.run.state import STATE_FILE, Plan, State, check_conservatio
 
 MAX_NAMES: Final = 64
 """Names of emitted rewards, of parts of a reward, and reasons for refused spans, in the record of a step."""
-STEP_FAILED, RUN_STOPPED = "step_failed", "run_stopped"
-"""Reasons for which all rollouts of a step are dropped."""
-NO_SCORE = (Outcome.SCORER_ERROR, Outcome.UNSCORED)
-"""Outcomes of rollouts that nobody has scored: an evaluation leaves them out of its mean, and counts them."""
+STEP_FAILED, RUN_STOPPED = "step_failed", "run_stopped"  # reasons for which all rollouts of a step are dropped
+NO_SCORE = (Outcome.SCORER_ERROR, Outcome.UNSCORED)  # nobody has scored these: an evaluation's mean leaves them out
 
 
 def count_failures(rollouts: Iterable[Trajectory]) -> Counter[str]:
@@ -67,13 +65,10 @@ class Evaluation:
         return sum(self.rewards) / len(self.rewards) if self.rewards else math.nan
 
     @property
-    def failed(self) -> Counter[str]:
-        return count_failures(self.rollouts)
-
-    @property
     def failures(self) -> str:
         """The failed rollouts in words, such as "2 of 8 failed: 2 timeout. Most often: not done after 60 s"."""
-        return f"{self.failed.total()} of {len(self.rollouts)} failed: {_why(self.rollouts)}" if self.failed else ""
+        failed = count_failures(self.rollouts).total()
+        return f"{failed} of {len(self.rollouts)} failed: {_why(self.rollouts)}" if failed else ""
 
     @property
     def parts(self) -> dict[str, float]:
@@ -85,23 +80,39 @@ class Evaluation:
         return {name: sum(values[name]) / len(values[name]) for name in sorted(values)}
 
 
-class SamplerBuffer(WatchedBuffer, Protocol):
-    """The part of the Buffer that a Sampler uses."""
+class LoopBuffer(WatchedBuffer, Protocol):
+    """The part of the Buffer that the loop uses."""
 
     async def admit(self, task: Task, *, split: Split, num_rollouts: int) -> str: ...
     async def take(self, num_groups: int, *, split: Split) -> list[TakenGroup]: ...
     async def advance(self, *, trained: int, dropped: Mapping[str, int]) -> None: ...
     async def cancel(self, reason: str) -> int: ...
+    async def milestone(self, step: int) -> None: ...
+    async def forget_before(self, step: int) -> None: ...
 
 
-class SamplerObserver(Protocol):
-    """The part of the run's reporter that a Sampler uses."""
+class Board(Protocol):
+    """The part of the PolicyBoard that the loop uses."""
+
+    async def publish(self, weights: Weights, timeout: float) -> int: ...
+    async def versions(self) -> dict[str, int]: ...
+
+
+class Observer(Protocol):
+    """The loop's reporter: it shows progress, records metrics and rollouts, and decides when to checkpoint."""
 
     def waiting_for(self, text: str) -> None:
         """Show what the run waits for now, such as "generate: 41/64 rollouts"; the first word names the phase."""
 
     def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None: ...
     def record_evaluation(self, step: int, evaluation: Evaluation) -> None: ...
+    def record_step(self, step: int, record: Mapping[str, float]) -> None: ...
+    def checkpoint_folder(self, state: State, *, force: bool) -> Path | None:
+        """The folder for a checkpoint of this state, which may exist already; None if no checkpoint is due. `force`:
+        the run ends here, so that this checkpoint is the last."""
+
+    def complete_checkpoint(self, folder: Path, state: State) -> None:
+        """Write the state beside the learner's files, which makes the checkpoint complete."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,8 +120,8 @@ class Sampler:
     """Runs rollouts and evaluates. `stop` may be set at any time: the running rollouts are cancelled."""
 
     state: State
-    buffer: SamplerBuffer
-    observer: SamplerObserver
+    buffer: LoopBuffer
+    observer: Observer
     val_tasks: Sequence[Task]
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -177,32 +188,6 @@ def check_failures(groups: Sequence[Group], what: str) -> None:
         raise StepFailed(f"all {len(rollouts)} rollouts of the {what} failed: {_why(rollouts)}")
 
 
-class LoopBuffer(SamplerBuffer, Protocol):
-    """The part of the Buffer that the loop uses."""
-
-    async def milestone(self, step: int) -> None: ...
-    async def forget_before(self, step: int) -> None: ...
-
-
-class Board(Protocol):
-    """The part of the PolicyBoard that the loop uses."""
-
-    async def publish(self, weights: Weights, timeout: float) -> int: ...
-    async def versions(self) -> dict[str, int]: ...
-
-
-class Observer(SamplerObserver, Protocol):
-    """The loop's reporter: it shows progress, records metrics and rollouts, and decides when to checkpoint."""
-
-    def record_step(self, step: int, record: Mapping[str, float]) -> None: ...
-    def checkpoint_folder(self, state: State, *, force: bool) -> Path | None:
-        """The folder for a checkpoint of this state, which may exist already; None if no checkpoint is due. `force`:
-        the run ends here, so that this checkpoint is the last."""
-
-    def complete_checkpoint(self, folder: Path, state: State) -> None:
-        """Write the state beside the learner's files, which makes the checkpoint complete."""
-
-
 @dataclass(slots=True, kw_only=True)
 class Loop(Sampler):
     """The parts of a run and its progress. If `stop` is set, the step is abandoned, and `run` returns after a
@@ -214,10 +199,8 @@ class Loop(Sampler):
     """
 
     plan: Plan
-    buffer: LoopBuffer
     board: Board
     learner: Learner
-    observer: Observer
     train_tasks: Sequence[Task]
     _saved: tuple[int, Mapping[Split, int]] | None = None
     """The step of the newest checkpoint, and the numbers of the buffer's next groups at that time."""

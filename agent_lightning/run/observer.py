@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from agent_lightning.config.load import Config, to_mapping
 from agent_lightning.config.running import DataConfig
@@ -14,7 +15,7 @@ from agent_lightning.core.errors import UserError
 from agent_lightning.core.types import Group
 from agent_lightning.run.archive import RolloutWriter
 from agent_lightning.run.live import from_environment
-from agent_lightning.run.loop import Evaluation
+from agent_lightning.run.loop import Evaluation, count_failures
 from agent_lightning.run.report import Progress, RolloutCounts, StepSeconds, Summary
 from agent_lightning.run.state import State, checkpoint_folder, prune_checkpoints, write_state
 from agent_lightning.run.tracking import JsonLines, RunDirectory, Sink, TensorBoardSink, Tracker, WandbSink
@@ -39,6 +40,7 @@ class RunObserver:
             sinks.append(WandbSink(run, tracking, to_mapping(config)))
         self._tracker = Tracker(sinks)
         self._live = from_environment(run.path.name)
+        self.evaluation = Evaluation(())  # the newest
         self.val_reward_by: Mapping[str, float] = {}
         """The held-out reward of the newest evaluation, by the values of the field `data.val_group_by`."""
 
@@ -61,11 +63,14 @@ class RunObserver:
     def record_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Log and show the held-out reward, its parts, its values by set and `data.val_group_by`, and failures."""
         self._check_folder()
+        self.evaluation = evaluation
         self.val_reward_by = reward_by(evaluation.groups, self._config.data)
         record = {"val/reward": evaluation.reward, "val/rows": float(len(evaluation.rewards))}
         record |= {f"val/reward/{name}": reward for name, reward in self.val_reward_by.items()}
         record |= {f"val/reward_part/{name}": value for name, value in evaluation.parts.items()}
-        record |= {f"val/failed/{outcome}": float(count) for outcome, count in evaluation.failed.items()}
+        record |= {
+            f"val/failed/{outcome}": float(count) for outcome, count in count_failures(evaluation.rollouts).items()
+        }
         self._tracker.log(step, record)
         self._progress.show_evaluation(step, evaluation.reward, len(evaluation.rewards), evaluation.failures)
 
@@ -109,9 +114,9 @@ def reward_by(groups: Sequence[Group], data: DataConfig) -> dict[str, float]:
 
 
 def summarize(
-    config: Config, state: State, *, val_rows: int, val_reward_by: Mapping[str, float], start_s: float
+    config: Config, state: State, *, val_rows: int, val_reward_by: Mapping[str, float], start_s: float, **ended: Any
 ) -> Summary:
-    """The summary of a run in numbers, from the loop's state."""
+    """The summary of a run in numbers, from the loop's state; `ended` has its `state` and `error`."""
     rewards = [reward for _, reward in state.val_rewards] or [math.nan]
     steps = max(1, state.step)
     seconds = {name: state.seconds[name] / steps for name in ("total", "generate", "update", "publish", "other")}
@@ -135,4 +140,5 @@ def summarize(
         step_s=StepSeconds(**seconds),
         versions=state.version,
         start_s=start_s,
+        **ended,
     )

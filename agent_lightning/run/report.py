@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -75,7 +76,10 @@ class Summary:
     """Seconds from the start to the first answer of the policy service."""
     val_reward_best: float
     val_reward_by: Mapping[str, float] = field(default_factory=dict)
-    """The last held-out reward, by the values of the field `data.val_group_by`."""
+    """The last held-out reward, by the values of the field `data.val_group_by` and by set."""
+    state: Literal["finished", "stopped", "failed"] = "finished"
+    error: str = ""
+    """Why the run failed, as one line."""
 
     def write(self, path: Path) -> None:
         """Write JSON, with null for NaN."""
@@ -103,6 +107,8 @@ def report(summary: Summary, run: RunDirectory) -> RenderableType:
         headline.append(f"  {gain:+.1f} points", style="bold green" if gain > 0 else "bold red" if gain < 0 else "bold")
         headline.append(f"  (best {number(summary.val_reward_best)}, {summary.val_rows:,} rows)", style="dim")
     counts, seconds = summary.rollouts, summary.step_s
+    none = "none trained: the policy is as it was"
+    trained = f"{summary.trained_tokens:,} trained" if summary.trained_tokens else none
     rollouts = f"{counts.admitted:,} admitted, {counts.trained:,} trained, {sum(counts.dropped.values()):,} dropped"
     rollouts += f": {format_counts(counts.dropped)}" if any(counts.dropped.values()) else ""
     phases = ", ".join(f"{name} {number(value, 1)}" for name, value in asdict(seconds).items() if name != "total")
@@ -110,10 +116,7 @@ def report(summary: Summary, run: RunDirectory) -> RenderableType:
         "steps": f"{summary.steps:,} in {duration(summary.wall_s)}; service ready after {duration(summary.start_s)}",
         "rollouts": rollouts,
         "failed": format_counts(counts.failed) or "none",
-        "tokens": f"{summary.sampled_tokens:,} sampled, "
-        + (
-            f"{summary.trained_tokens:,} trained" if summary.trained_tokens else "none trained: the policy is as it was"
-        ),
+        "tokens": f"{summary.sampled_tokens:,} sampled, {trained}",
         "log-prob gap": f"mean {tiny(summary.mean_abs_logprob_gap)}, max {tiny(summary.max_abs_logprob_gap)}",
         "time per step": f"{number(seconds.total, 1)} s: {phases}",
         "policy": f"{summary.versions:,} versions published",

@@ -19,6 +19,7 @@ import numpy as np
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.text import one_line
 from agent_lightning.core.types import Task
+from agent_lightning.run.archive import read_rows
 
 FIX_ROOT = "set data.root to the folder that holds it, or write the path from here"
 
@@ -39,9 +40,7 @@ def load_file(path: str | Path, *, required: Sequence[str] = ()) -> list[Task]:
         raise DataError(f"{path} does not exist; {FIX_ROOT}") from None
 
 
-def load_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> list[Task]:
-    """Read a task from each line of a .jsonl or .jsonl.gz file, as `load_file` does. Raises DataError."""
-    return load_file(path, required=required)
+load_jsonl = load_file
 
 
 def with_verl(row: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +52,7 @@ def with_verl(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON list, or of the one list in an object, each with its number from 1."""
+    """The objects of a JSON list, or of the first list in an object, each with its number from 1."""
     with _open(path) as file:
         text = file.read().decode("utf-8-sig", "replace")
     try:
@@ -61,10 +60,10 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except (ValueError, RecursionError):
         yield from read_jsonl(path)  # many files of this name hold an object a line
         return
-    lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else [value]
-    if len(lists) != 1 or not isinstance(lists[0], list):
+    rows = next((item for item in value.values() if isinstance(item, list)), None) if isinstance(value, dict) else value
+    if not isinstance(rows, list):
         raise DataError(f"{path}: must hold a list of objects, or an object a line")
-    for number, row in enumerate(lists[0], start=1):
+    for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{path}: row {number} must be an object, this is {type(row).__name__}")
         yield number, row
@@ -83,12 +82,6 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, row
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path}:{rows.line_num}: not CSV in UTF-8: {one_line(error)[:300]}") from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    from agent_lightning.run.archive import read_rows
-
-    yield from enumerate(read_rows(path), start=1)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -180,13 +173,13 @@ def sample(tasks: Sequence[Task], num: int, seed: int) -> list[Task]:
     return [tasks[i] for i in np.sort(chosen)]
 
 
+# The readers of formats other than an object a line, by the ends of file names.
 _READERS: Final[Mapping[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]]] = {
     "json": _read_json,
     "csv": _read_csv,
     "tsv": _read_csv,
-    "parquet": _read_parquet,
+    "parquet": lambda path: enumerate(read_rows(path), start=1),
 }
-"""The readers of formats other than an object a line, by the ends of file names."""
 
 
 @dataclass(slots=True)

@@ -103,7 +103,7 @@ def test_explain_shows_spans_rewards_advantages_and_token_counts(
     text = shown(capsys, monkeypatch, "explain", run, "train-4-0")
     assert "finished  reward 1.000" in text
     assert "What is 1/0?" in text
-    assert 'tool  calculator  error  {"expression": "1/0"} -> error: division by zero' in text
+    assert 'tool  calculator  error  {"expression": "1/0"} → error: division by zero' in text
     lines = [line.split() for line in text.splitlines()]
     rows = [line for line in lines if line and line[0] in ("0", "1", "2")]
     # Returns 0.95 and 1.0 against -0.05 and 0.0 of the other rollout: the baseline is 0.475.

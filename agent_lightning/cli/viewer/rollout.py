@@ -230,19 +230,17 @@ def spans(rollout: Trajectory) -> Iterator[SpanRow]:
     for number, call in enumerate(rollout.calls):
         until = "" if call.last_version is None else f"–{call.last_version}"
         badge = f"v{call.policy_version}{until}" if call.source == "gateway" else call.model
+        badge += " [length]" if call.finish_reason == "length" else ""
         reply = parse_reply(call)
         detail = reply.text or ", ".join(f"{name}({arguments})" for name, arguments in reply.tools)
         values = {"name": call.agent, "badge": badge, "detail": detail[:300], "anchor": f"call-{number}"}
         rows.append(row("model", call.started_at, call.ended_at, call.parent_id, failed=bool(call.error), **values))
     for tool in rollout.tools:
         detail = f"{tool.arguments} → {tool.result}"[:300]
-        tool_values: dict[str, Any] = {
-            "name": tool.name,
-            "badge": tool.status.value,
-            "detail": detail,
-            "failed": tool.status != "ok",
-        }
-        rows.append(row("tool", tool.started_at, tool.ended_at, tool.parent_id, **tool_values))
+        tool_values: dict[str, Any] = {"name": tool.name, "badge": tool.status.value, "detail": detail}
+        rows.append(
+            row("tool", tool.started_at, tool.ended_at, tool.parent_id, failed=tool.status != "ok", **tool_values)
+        )
     for reward in rollout.rewards:
         detail = f"about {reward.about or 'the rollout'}"
         rows.append(
