@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 
-import pandas as pd  # type: ignore[import-untyped]
+import pandas as pd
 from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 from verl.utils.tokenizer.chat_template import extract_system_prompt_and_generation
 

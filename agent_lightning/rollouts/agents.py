@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import difflib
@@ -13,6 +14,7 @@ import inspect
 import json
 import operator
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -36,6 +38,8 @@ from agent_lightning.rollouts.evidence import Printed, described, frames_of
 if TYPE_CHECKING:  # the process of an agent starts faster without the config
     from agent_lightning.config.running import Agent, AgentMode
 
+BY_VALUE = "pickle:"
+"""Begins a target that holds the function itself."""
 _PACKAGE = Path(__file__).resolve().parents[1]
 _RESULT = "AGL_RESULT "  # begins the line on which a child process prints its result
 _ERROR = "AGL_ERROR "  # begins the line on which it prints its error, and the frames of it
@@ -49,7 +53,10 @@ def load(target: str) -> Agent:
     load("json:dumps")({"a": 1})            # '{"a": 1}'
     load("examples/calc_x/agent.py:solve")  # from the working folder, the project, or the package
     load("mypkg.agent:Solver.solve")        # the working folder is on the path, and first
+    load("pickle:gAWV…")                    # a function by value, as `agent_lightning.train` writes it
     """
+    if target.startswith(BY_VALUE):
+        return _unpickled(target.removeprefix(BY_VALUE))
     where, _, name = target.rpartition(":")
     if not where or not name:
         raise ConfigError(f"{target!r} names no function: write package.module:function or path/to/file.py:function")
@@ -69,6 +76,14 @@ def load(target: str) -> Agent:
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(f"{target!r}: there is no function {name!r} in {where}{hint}")
     return cast("Agent", function)
+
+
+def _unpickled(text: str) -> Agent:
+    """The function that cloudpickle wrote, in URL-safe base64 without padding. Raises ConfigError."""
+    try:
+        return cast("Agent", pickle.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))))
+    except Exception as error:  # whatever a module does that the function needs
+        raise ConfigError(f"the function cannot be loaded here: {described(error)}") from error
 
 
 def check(agent: str | Agent, mode: AgentMode) -> None:

@@ -16,9 +16,9 @@ RAW = zlib.compressobj(wbits=-15)
 PACKED = {
     "": TEXT,
     "identity": TEXT,
-    "gzip": gzip.compress(TEXT),
-    " GZIP ": gzip.compress(TEXT),
-    "x-gzip": gzip.compress(TEXT),
+    "gzip": gzip.compress(TEXT, mtime=0),
+    " GZIP ": gzip.compress(TEXT, mtime=0),
+    "x-gzip": gzip.compress(TEXT, mtime=0),
     "deflate": zlib.compress(TEXT),
     "deflate ": RAW.compress(TEXT) + RAW.flush(),
 }
@@ -49,8 +49,8 @@ def test_encodings_that_need_a_library(name: str, library: str) -> None:
     [
         (TEXT, "gzip", "not gzip"),
         (b"", "gzip", "truncated"),
-        (gzip.compress(TEXT)[:-5], "gzip", "truncated"),
-        (gzip.compress(TEXT) * 2, "gzip", "after its end"),
+        (gzip.compress(TEXT, mtime=0)[:-5], "gzip", "truncated"),
+        (gzip.compress(TEXT, mtime=0) * 2, "gzip", "after its end"),
         (TEXT, "deflate", "not deflate"),
         (TEXT, "snappy", "'snappy' cannot be read: send gzip, x-gzip, deflate"),
         (TEXT, "gzip, gzip", "cannot be read"),
