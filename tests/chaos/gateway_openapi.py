@@ -8,6 +8,7 @@ from typing import Any, Final
 from pydantic.json_schema import models_json_schema
 
 from agent_lightning.serving.dialects.base import Dialect
+from agent_lightning.serving.paths import GOOGLE
 
 _ROOT: Final = "/rollout/{rollout}/attempt/{attempt}/{secret}/{agent}/"
 _PARAMETERS: Final[Mapping[str, Any]] = {
@@ -29,12 +30,13 @@ _ANY: Final[Mapping[str, Any]] = {"type": "object"}
 
 
 def describe(dialects: Mapping[str, Dialect]) -> dict[str, Any]:
-    """The OpenAPI document; `dialects` by their path below an agent's URL."""
+    """The OpenAPI document; `dialects` by the ends of their paths. The paths are as the clients of a format write them:
+    Google's actions follow the model's name."""
     references, schemas = models_json_schema(
         [(dialect.request, "validation") for dialect in dialects.values()], ref_template="#/components/schemas/{model}"
     )
     paths: dict[str, Any] = {
-        f"{_ROOT}{end}": _post(
+        _ROOT + (f"v1beta/models/policy:{end}" if end in GOOGLE else f"v1/{end}"): _post(
             {"application/json": {"schema": references[dialect.request, "validation"]}}, streams=True
         )
         for end, dialect in dialects.items()

@@ -38,7 +38,7 @@ def test_scalars_are_rewards(value: object) -> None:
         *(float("nan"), float("inf"), -math.inf, 10**400, 1e39, np.float32("nan"), torch.tensor(float("nan"))),
         *({"format": "1"}, {"format": math.nan}, {"format": [1.0]}, {str(n): 0.0 for n in range(65)}),
     ],
-    ids=lambda value: repr(value)[:30],
+    ids=lambda value: repr(value).split(" at 0x")[0][:30],
 )
 def test_what_is_no_reward_is_refused(value: object) -> None:
     with pytest.raises(RewardError) as refused:
