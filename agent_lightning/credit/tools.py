@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,10 @@ def tool_calls(calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
     if not any(requested):
         return ()
     results = [_tool_results(call) for call in calls]
+    answered = defaultdict[str, list[int]](list)  # id of a tool call -> the calls whose request has its result
+    for index, by_id in enumerate(results):
+        for identity in by_id:
+            answered[identity].append(index)
     tools: list[ToolCall] = []
     for index, call in enumerate(calls):
         for number, request in enumerate(requested[index]):
@@ -48,7 +53,8 @@ def tool_calls(calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:
             arguments = _text(function.get("arguments"))
             # Each request repeats the conversation: the first later request with the id has this call's result, unless
             # the same reply occurs twice in the conversation.
-            after = next((i for i in range(index + 1, len(calls)) if identity in results[i]), None)
+            later = bisect_right(answered[identity], index)
+            after = answered[identity][later] if later < len(answered[identity]) else None
             result, has_failed = (None, False) if after is None else results[after][identity]
             tools.append(
                 ToolCall(

@@ -13,6 +13,8 @@ from agent_lightning.spans.fields import Request, dump
 from agent_lightning.spans.message_forms import Message
 from agent_lightning.spans.messages import begins_midway
 
+_LONGEST_OWN_ID = 20
+"""Most characters of an id that OpenAI has not given: its ids have 29 and more."""
 _MAX_JOINED = 2**25
 """Most characters of all joined requests of a trace: each repeats the conversation before it."""
 
@@ -41,15 +43,22 @@ def whole_requests(turns: Sequence[Turn]) -> list[tuple[list[Message], bool]]:
     for index, turn in enumerate(turns):
         request, messages = turn.request, turn.request.messages
         midway = begins_midway(messages)
-        before = next((by_id[name] for name in (request.previous, request.conversation) if name in by_id), -1)
-        before = by_tool_call.get(midway, -1) if before < 0 and midway else before
-        is_whole = not midway and not request.previous
+        own_system = messages[:1] if messages and messages[0]["role"] == "system" else []
+        before = by_id.get(request.previous, -1)
+        if before < 0 and midway:
+            before = by_tool_call.get(midway, -1)
+        # Who sends the history, or asks for something else, does not rely on the server.
+        followed = by_id.get(request.conversation, -1) if before < 0 else -1
+        sends_history = any(message["role"] == "assistant" for message in messages)
+        follows = followed >= 0 and not sends_history and (not own_system or result[followed][0][:1] == own_system)
+        # Short ids are an agent's own: whether a server keeps its messages is unknown.
+        before = followed if follows and len(request.conversation) > _LONGEST_OWN_ID else before
+        is_whole = not midway and not request.previous and not follows
         if before >= 0 and (earlier := turns[before].reply) is not None:
             history = [*result[before][0], earlier]
             if messages[: len(history)] == history:
                 is_whole = not midway
             elif joined_length <= _MAX_JOINED:
-                own_system = messages[:1] if messages and messages[0]["role"] == "system" else []
                 history = history[1:] if own_system and history[0]["role"] == "system" else history
                 messages = [*own_system, *history, *messages[len(own_system) :]]
                 is_whole = result[before][1] and not begins_midway(messages)

@@ -220,8 +220,8 @@ def _of_parts(role: str, parts: Iterable[Any], notes: Notes) -> list[Message]:
             collected.clear()
 
     for given in parts:
-        parsed = parse_value(given)
-        part = parsed if isinstance(parsed, Mapping) else given
+        parsed = as_mapping(parse_value(given))
+        part = parsed if _kind(parsed) or _text_of(parsed) is not None or isinstance(given, Mapping) else given
         text = part if isinstance(part, str) else _text_of(part)
         if text is not None:
             texts.append(text)

@@ -301,6 +301,7 @@ def test_what_is_no_time_is_not_a_number(value: Any) -> None:
 
 
 ANSWER = {"type": "function_call_output", "call_id": "c", "output": "5"}
+CONVERSATION = "conv_" + "7" * 32
 REQUESTED = {"type": "function_call", "call_id": "c", "name": "add", "arguments": "{}"}
 FIRST: dict[str, Any] = {"input.value": {"input": "2+3?"}, "output.value": {"id": "resp_1", "output": [REQUESTED]}}
 
@@ -315,16 +316,34 @@ FIRST: dict[str, Any] = {"input.value": {"input": "2+3?"}, "output.value": {"id"
         ({"input.value": {"input": [{**ANSWER, "call_id": "d"}]}}, False),
         ({"input.value": {"input": "and 3+3?", "previous_response_id": "resp_1"}}, True),
         ({"input.value": {"input": "and 3+3?", "previous_response_id": "resp_0"}}, False),
-        ({"input.value": {"input": "and 3+3?", "conversation": {"id": "conv_1"}}}, True),
+        ({"input.value": {"input": "and 3+3?", "conversation": {"id": CONVERSATION}}}, True),
+        ({"input.value": {"input": "and 3+3?"}, "gen_ai.conversation.id": "thread_1"}, False),
     ],
 )
 def test_a_conversation_that_a_server_keeps_is_joined_by_its_id_or_counted(given: dict[str, Any], joined: bool) -> None:
-    first = FIRST | {"input.value": {**FIRST["input.value"], "conversation": "conv_1"}}
+    own = {"input.value": {**FIRST["input.value"], "conversation": CONVERSATION}}
+    first = FIRST | ({"gen_ai.conversation.id": "thread_1"} if "gen_ai.conversation.id" in given else own)
     traced = read(first, {"output.value": "it is 5", **given})
     roles = [role for role, _ in messages_of(traced.calls[1])]
     assert roles[:2] == (["user", "assistant"] if joined else roles[:2])
     assert traced.partial == (frozenset() if joined else {"s1"})
     assert dict(traced.refused) == ({} if joined else {"repaired: a conversation without its beginning": 1})
+
+
+def test_another_agent_of_the_same_thread_is_no_continuation() -> None:
+    texts = ["Be a writer.", "Be a critic."]
+    messages = [[{"role": "system", "content": text}, {"role": "user", "content": "q"}] for text in texts]
+    same = {"gen_ai.conversation.id": "thread_" + "7" * 24, "output.value": "a"}
+    traced = read(*({"gen_ai.input.messages": given, **same} for given in messages))
+    assert [json.loads(call.request) for call in traced.calls] == messages
+    assert not traced.refused
+
+
+def test_a_text_that_is_json_is_no_part() -> None:
+    texts = ['{"a": 1}', "[1, 2]", '[{"text": "a"}]']
+    messages, _ = read_request([{"role": "user", "content": text} for text in texts]) or ([], [])
+    assert [message["content"] for message in messages] == texts
+    assert read_request([{"role": "user", "content": texts}]) == ([{"role": "user", "content": "".join(texts)}], [])
 
 
 def test_a_request_that_has_its_history_is_not_joined_again() -> None:
