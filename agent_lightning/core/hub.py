@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -24,9 +25,11 @@ def model_folder(model: str, revision: str | None = None) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    errors = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
     try:
         return str(snapshot_download(model, revision=revision, allow_patterns=_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"model.path={model}: no local folder, and not reachable on the hub ({error_line(error)})"
-        ) from error
+    except errors as error:
+        with suppress(*errors):  # what an earlier run has downloaded
+            return str(snapshot_download(model, revision=revision, local_files_only=True))
+        message = f"model.path={model}: no local folder, and not reachable on the hub ({error_line(error)})"
+        raise UserError(message) from error

@@ -21,7 +21,7 @@ from agent_lightning.launch import hub, placement
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "vocab.txt", "spiece.model")
 _LENGTHS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
 _SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
-_TRAINABLE: Final = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_TRAINABLE: Final = ("ForCausalLM", "ForConditionalGeneration")
 _INDEX: Final = "model.safetensors.index.json"
 
 

@@ -59,7 +59,13 @@ class _CausalModel(FSDPEngineWithLMHead):
 
     def _build_module(self) -> Any:
         self.model_config.model_type = "language_model"
+        config = self.model_config.hf_config
+        # veRL reads the numbers of heads of every model, also of those that have none, such as Mamba.
+        absent = [name for name in ("num_attention_heads", "num_key_value_heads") if not hasattr(config, name)]
+        vars(config).update(dict.fromkeys(absent, 1))
         module = super()._build_module()
+        for name in absent:
+            delattr(config, name)
         kind = type(module)
         self._plain = self._fused = kind.forward
         if self.fuses:

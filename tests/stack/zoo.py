@@ -79,7 +79,10 @@ ARCHITECTURES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
             "position_embedding_type": "rope",
         },
     ),
-    "LFM2": ("lfm2", _DENSE | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "LFM2": (
+        "lfm2",
+        _DENSE | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 64},
+    ),
     "Mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "conv_kernel": 4, "expand": 2}),
     "Mamba 2": (
         "mamba2",
