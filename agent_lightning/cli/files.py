@@ -89,6 +89,8 @@ def export_run(
     trained model to that folder. Raises DataError, UserError."""
     if model is not None:
         return _export_model(run, model, checkpoint, dtype, max_shard_size)
+    if checkpoint is not None or dtype is not None:
+        raise UserError("--checkpoint and --dtype are of --model DIR: --out writes rollouts")
     path, count = export.write(read_trajectories(run), out, format, read_origins(run))
     Console().print(f"{path}: {count} rollouts")
     return 0

@@ -40,7 +40,8 @@ def export_model(checkpoint: Path, original: Path | None, target: Path, *, dtype
     except (
         OSError,
         ValueError,
-        KeyError,
+        LookupError,
+        ImportError,
         RuntimeError,
         EOFError,
         pickle.UnpicklingError,

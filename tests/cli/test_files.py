@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from strict_otlp import read_strictly
 
 from agent_lightning.cli.main import main
+from agent_lightning.config.load import load, to_yaml
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.json_values import compact
 from agent_lightning.core.types import (
@@ -30,6 +32,8 @@ from agent_lightning.core.types import (
     Trajectory,
 )
 from agent_lightning.run.archive import RolloutWriter, read_trajectories
+from agent_lightning.run.state import State, checkpoint_folder, write_state
+from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.spans import otlp
 from agent_lightning.spans.traces.export import FILES, Format, from_row, to_line, to_otlp, to_spans, write
 from agent_lightning.spans.traces.imports import conversations, read_files
@@ -272,6 +276,34 @@ def test_the_commands_take_a_run_out_and_in_again(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize(
+    ("experiment", "arguments", "words"),
+    [
+        ("toy", [], "a toy model is a table"),
+        (
+            "calc_tiny",
+            ["--checkpoint", "7"],
+            r"step-000007/state\.json cannot be read .*; complete checkpoints: step-000004",
+        ),
+        ("calc_tiny", [], r"step-000004 cannot be exported: FileNotFoundError"),
+        ("", [], "is no run: it has no config.yaml"),
+    ],
+)
+def test_a_model_that_cannot_be_exported_is_one_line(
+    experiment: str, arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = checkpoint_folder(tmp_path / "checkpoints", 4)
+    folder.mkdir(parents=True)
+    write_state(folder, State(cursor=TaskCursor(seed=0), step=4))
+    if experiment:
+        (tmp_path / "config.yaml").write_text(to_yaml(load([f"experiment={experiment}"])))
+    assert main(["export", str(tmp_path), "--model", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error)
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["import", "{folder}/none.json"], "No such file"),
@@ -279,6 +311,7 @@ def test_the_commands_take_a_run_out_and_in_again(tmp_path: Path, capsys: pytest
         (["import", "{folder}/text.txt"], "1 a record of no known format"),
         (["import", "{folder}/bytes.pb"], "1 a record of no known format"),
         (["export", "{folder}"], "no rollouts at"),
+        (["export", "{folder}", "--checkpoint", "3"], "--checkpoint and --dtype are of --model DIR"),
     ],
 )
 def test_files_with_nothing_to_read_are_refused_in_one_line(
