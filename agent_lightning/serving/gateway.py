@@ -141,6 +141,9 @@ class Gateway:
             if response.status_code == 405:
                 response.headers["allow"] = ", ".join(route.methods)
             return response
+        except (AttributeError, LookupError, TypeError, ValueError):  # a fault of ours, but the agent gets an error
+            logger.exception("a request could not be read")
+            return _refuse(dialect, engine_error("the gateway failed"))
 
     async def _handle(self, request: Request, route: paths.Route) -> Response:
         """The response to a request for an attempt. Raises BadRequest."""

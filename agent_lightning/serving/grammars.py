@@ -17,6 +17,8 @@ def use_own_grammars(tool_parser: str) -> None:
     """Put a parser in place of vLLM's parser of this name. It reads the same calls, and its grammars differ in two
     ways: spaces are bounded, and an agent that gives tools and a `response_format` gets a tool call or an answer in
     that format, as from OpenAI, where vLLM lets the policy either call no tool or answer in any form."""
+    if tool_parser not in (*ToolParserManager.lazy_parsers, *ToolParserManager.tool_parsers):
+        return  # a plug-in's, which vLLM loads later
     base: Any = ToolParserManager.get_tool_parser(tool_parser)
 
     class Parser(base):  # type: ignore[misc]

@@ -159,7 +159,7 @@ def check(name: str, response: httpx.Response, stats: Stats) -> None:
     error = response.json()
     assert error["error"]["message"]
     code = error["error"]["details"][0]["reason"] if "models" in name else error["error"]["code"]
-    assert code in ("invalid_request", "unsupported")
+    assert code in ("invalid_request", "unsupported", "previous_response_not_found")
     assert (error.get("type") == "error") == (name == "messages")
 
 

@@ -7,15 +7,25 @@ prompt of the same length."""
 from __future__ import annotations
 
 import asyncio
+import copy
 import gzip
 import json
+import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 from contract_replies import Reply, read_reply, read_stream
+
+from agent_lightning.buffer.buffer import Buffer
+from agent_lightning.config.running import AgentConfig
+from agent_lightning.core.types import Task
+from agent_lightning.serving.gateway import Gateway, GatewayConfig
+from agent_lightning.toy.model import ToyEngine, ToyLanguage
+from agent_lightning.toy.world import SAMPLING, application
 
 SYSTEM = "Solve the problem. Use the calculator."
 QUESTION = "Gita takes 76 figs out of a tray that held 85 figs. How many stay?"
@@ -264,6 +274,7 @@ TAKEN: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "usage is null": ({"stream_options": {"include_usage": None}}, PLAIN),
         "format: text": ({"response_format": {"type": "text"}}, PLAIN),
         "format: null": ({"response_format": {"type": "text", "json_schema": None}}, PLAIN),
+        "format: half of another": ({"response_format": {"type": "text", "json_schema": {"name": "a"}}}, PLAIN),
         "format: json": ({"response_format": {"type": "json_object"}}, {"keys": ()}),
         "format: schema": ({"response_format": form()}, {"keys": ("ok",), "reason": "stop"}),
         "format: strict schema": ({"response_format": form(strict=True)}, {"like": "format: schema"}),
@@ -542,6 +553,7 @@ REFUSED: dict[str, Sequence[tuple[dict[str, Any], str, str]]] = {
         ({"background": True}, "background", UNSUPPORTED),
         ({"prompt": {"id": "p"}}, "prompt", UNSUPPORTED),
         ({"max_output_tokens": 0}, "max_output_tokens", INVALID),
+        ({"text": {"verbosity": "low"}}, "text.verbosity", UNSUPPORTED),
         ({"text": flat_form({"type": "integer", "multipleOf": 5}, strict=True)}, "text.format", UNSUPPORTED),
         ({"tools": [flat()], "tool_choice": {"type": "function", "name": "nothing"}}, "tool_choice", INVALID),
         ({"tools": [flat()], "tool_choice": {"type": "web_search"}}, "tool_choice", UNSUPPORTED),
@@ -620,6 +632,30 @@ def _rows() -> Iterator[Row]:
 ROWS: Mapping[str, Row] = {row.name: row for row in _rows()}
 
 
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every field of a body."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, part in inside for place in [(*path, key), *places(part, (*path, key))]]
+
+
+def mutations(seed: int, num: int) -> list[tuple[str, dict[str, Any]]]:
+    """Requests of the table in each of which one field holds something else: the path, and the body."""
+    rng = random.Random(seed)
+    rows = [row for row in ROWS.values() if isinstance(row.body, dict) and LONG not in str(row.body)]
+    values = (None, True, -1, 0, 7, 10**12, 0.5, "", "text", "{}", [], {}, [None], [{}], {"type": "text"}, ["a", 1])
+    mutated = []
+    for _ in range(num):
+        row = rng.choice(rows)
+        body: Any = copy.deepcopy(row.body)
+        *path, last = rng.choice(places(body))
+        place = body
+        for key in path:
+            place = place[key]
+        place[last] = rng.choice(values)
+        mutated.append((row.path, body | {"stream": rng.random() < 0.3}))
+    return mutated
+
+
 async def ask(root: str, http: httpx.AsyncClient, *, at_once: int = 24) -> Answers:
     """The answers to all rows; `root`: the base URL that ends in /v1."""
     limit = asyncio.Semaphore(at_once)
@@ -640,6 +676,31 @@ async def ask(root: str, http: httpx.AsyncClient, *, at_once: int = 24) -> Answe
     ]
     answers = await asyncio.gather(*(answer(row, stream) for row, stream in keys))
     return {(row.name, stream): found for (row, stream), found in zip(keys, answers, strict=True)}
+
+
+@asynccontextmanager
+async def toy_engine(max_len: int = 512) -> AsyncIterator[tuple[str, httpx.AsyncClient]]:
+    """The base URL and a client of a gateway with the toy engine, whose context has `max_len` tokens."""
+    buffer = Buffer(run_secret=b"secret", agent=AgentConfig(target="", max_calls=10**6))
+    engine = ToyEngine(ToyLanguage(("no", "yes")), max_len=max_len)
+    gateway = Gateway(
+        engine=engine, recorder=buffer, config=GatewayConfig(model="policy", run_secret=b"secret", sampling=SAMPLING)
+    )
+    await buffer.admit(Task(task_id="t", payload={}), split="val", num_rollouts=1)
+    ((key, secret),) = [(lease.key, lease.secret) for lease in await buffer.lease(1, 1.0)]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(application(gateway))) as http:
+        yield f"http://gateway/rollout/{key.rollout_id}/attempt/{key.attempt}/{secret}/agent/v1", http
+
+
+async def ask_mutations(root: str, http: httpx.AsyncClient, *, seed: int, num: int) -> list[httpx.Response]:
+    """The answers to mutations of the table."""
+    limit = asyncio.Semaphore(16)
+
+    async def answer(path: str, body: Mapping[str, Any]) -> httpx.Response:
+        async with limit:
+            return await http.post(f"{root}/{path}", json=body)
+
+    return await asyncio.gather(*(answer(path, body) for path, body in mutations(seed, num)))
 
 
 def check(row: Row, answers: Answers, *, toy: bool) -> None:
@@ -695,3 +756,15 @@ def check_reply(row: Row, reply: Reply, *, toy: bool) -> None:
     if row.path == "chat/completions":
         for choice in reply.raw["choices"]:
             assert bool(choice["logprobs"]) == bool(body.get("logprobs"))
+
+
+def check_mutation(path: str, body: Mapping[str, Any], reply: httpx.Response) -> None:
+    """An answer to a request of `mutations` is a reply, or a refusal in the words of its protocol."""
+    assert reply.status_code in (200, 400), (body, reply.text)
+    if reply.status_code == 200:
+        assert "error" not in reply.text.replace('"error":null', ""), (body, reply.text)
+        return
+    error = reply.json()["error"]
+    assert error["code"] in (INVALID, UNSUPPORTED, "previous_response_not_found"), (body, error)
+    assert not INSIDE.search(error["message"]), (body, error)
+    assert path == "messages" or error["param"], (body, error)

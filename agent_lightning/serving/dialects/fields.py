@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from agent_lightning.serving.dialects.base import BadRequest, ListOf, Strict, content_of, read
-from agent_lightning.serving.dialects.schemas import enforced
+from agent_lightning.serving.dialects.schemas import check_schema, enforced
 
-_CACHING = ("prompt_cache_key", "prompt_cache_retention", "prediction", "service_tier")
+_SPEED = ("cache_salt", "prediction", "priority", "prompt_cache_key", "prompt_cache_retention", "service_tier")
 _IDS = ("metadata", "request_id", "safety_identifier", "session_id", "store", "user")
 _ABOUT_REPLY = ("include_reasoning", "prompt_logprobs", "return_token_ids", "stream_interval")
-HARMLESS = frozenset((*_CACHING, *_IDS, *_ABOUT_REPLY))
+HARMLESS = frozenset((*_SPEED, *_IDS, *_ABOUT_REPLY))
 """Fields that do not change what a model is asked; they are left out."""
 _NEUTRAL: Mapping[str, Any] = {
     "audio": {},
@@ -82,6 +82,7 @@ class _Parameters(Strict):
 
 
 class _Function(_Name):
+    description: str | None = None
     parameters: _Parameters = _Parameters()  # without any, a grammar would take any JSON, and a template fail
     strict: bool | None = None
 
@@ -111,7 +112,7 @@ class _CalledFunction(_Name):
 
 
 class _ToolCall(Strict):
-    id: str | None = None
+    id: str = ""
     type: Literal["function"] = "function"
     function: _CalledFunction
 
@@ -119,6 +120,7 @@ class _ToolCall(Strict):
 class _Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | ListOf[Part] | None = None
+    name: str | None = None
     tool_calls: ListOf[_ToolCall] | None = None
     tool_call_id: str | None = None
 
@@ -223,6 +225,9 @@ def engine_form(chat: Mapping[str, Any], *, schema_field: str = "response_format
         raise BadRequest(f"tool_choice must name one of the tools, not {name!r}", param="tool_choice")
     if choice == "required" and not tools:
         raise BadRequest("tool_choice is 'required': tools must not be empty", param="tools")
+    for tool in tools:
+        if tool["function"].get("strict") or choice not in ("auto", "none"):  # its arguments follow a grammar
+            check_schema(tool["function"]["parameters"], "tools")
     if tools:
         request |= {"tools": tools, "tool_choice": choice}
     else:
@@ -252,8 +257,9 @@ def known_fields(
         if name in request:
             texts = [request[name]] if isinstance(request[name], str) else request[name]
             request[name] = [text for text in texts if text]
-    if "json_schema" in request.get("response_format", {}):
+    if request.get("response_format", {}).get("type") == "json_schema":
         form = request["response_format"]["json_schema"]
+        check_schema(form["schema"], schema_field)
         form["schema"] = enforced(form["schema"], schema_field, strict=form.get("strict", False))
     return request
 

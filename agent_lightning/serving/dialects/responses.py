@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -60,6 +60,7 @@ class _Item(Strict):
 
 class _Text(Strict):
     format: dict[str, Any] | None = None
+    verbosity: Literal["medium"] | None = None
 
 
 class _Request(Strict):
@@ -275,7 +276,8 @@ def _content(content: str | list[dict[str, Any]] | None) -> str | list[dict[str,
             case "input_image" if isinstance(part.get("image_url"), str):
                 parts.append({"type": "image_url", "image_url": {"url": part["image_url"]}})
             case kind:
-                raise BadRequest(f"content of type {kind!r} is not supported", "unsupported")
+                message = f"input: content of type {kind!r} is not supported, or is not complete"
+                raise BadRequest(message, "unsupported", param="input")
     return base.content_of(parts)
 
 
@@ -294,7 +296,8 @@ def _tool_choice(choice: str | dict[str, Any]) -> str | dict[str, Any]:
 
 def _tool(tool: _Tool) -> dict[str, Any]:
     if tool.type != "function":
-        raise BadRequest(f"a tool of type {tool.type!r} is not supported: the policy can call functions", "unsupported")
+        message = f"a tool of type {tool.type!r} is not supported: the policy can call functions"
+        raise BadRequest(message, "unsupported", param="tools")
     return {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
 
 

@@ -18,6 +18,40 @@ _NOT_ENFORCED = {
 }
 """By the type of a value, the keywords that no grammar of xgrammar 0.2 follows: vLLM refuses a schema with them."""
 
+_TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
+
+
+def check_schema(schema: Any, field: str) -> None:
+    """Raises BadRequest if a JSON schema is not valid where a grammar looks; it names the keyword and `field`."""
+    if not isinstance(schema, dict):
+        if not isinstance(schema, bool):
+            raise BadRequest(f"{field}: a JSON schema must be an object", param=field)
+        return
+    for keyword, value in schema.items():
+        inner: Any = ()
+        match keyword:
+            case "type":
+                kinds = value if isinstance(value, list) and value else [value]
+                is_valid = all(kind in _TYPES for kind in kinds)
+            case "properties" | "$defs" | "definitions":
+                is_valid = isinstance(value, dict)
+                inner = value.values() if is_valid else ()
+            case "anyOf" | "oneOf" | "allOf":
+                is_valid = isinstance(value, list) and bool(value)
+                inner = value if is_valid else ()
+            case "items" | "additionalProperties":
+                is_valid, inner = True, (value,)
+            case "enum":
+                is_valid = isinstance(value, list) and bool(value)
+            case "required":
+                is_valid = isinstance(value, list) and all(isinstance(name, str) for name in value)
+            case _:
+                is_valid = True
+        if not is_valid:
+            raise BadRequest(f"{field}: {keyword!r} of the JSON schema is not valid", param=field)
+        for part in inner:
+            check_schema(part, field)
+
 
 def enforced(schema: Any, field: str, *, strict: bool) -> Any:
     """The schema without the keywords that cannot be enforced. If it is strict, they are refused: BadRequest names the
