@@ -19,12 +19,13 @@ def model(rollout: Rollout) -> ChatOpenAI:
     return ChatOpenAI(model=MODEL, base_url=rollout.url, api_key="any")  # type: ignore[arg-type]
 
 
-async def ask(runnable: Any, streamed: bool, question: str) -> Any:
+async def ask(runnable: Any, streamed: bool, question: str, *more: Any) -> Any:
     """The reply, or what the pieces of it add up to."""
+    messages = [*asking(question), *more]
     if not streamed:
-        return await runnable.ainvoke(asking(question))
+        return await runnable.ainvoke(messages)
     total: Any = None
-    async for piece in runnable.astream(asking(question)):
+    async for piece in runnable.astream(messages):
         total = piece if total is None or not hasattr(piece, "content") else total + piece
     return total
 
@@ -112,7 +113,18 @@ async def responses_tool(rollout: Rollout, streamed: bool) -> Seen:
     return seen(await run(agent, streamed, QUESTION))
 
 
-@case("LangChain (Responses)", "langchain-openai", "second turn", streamed=(False,))
-async def responses_second(rollout: Rollout, _: bool) -> Seen:
-    first = await over_responses(rollout).ainvoke(asking(PLAIN))
-    return Seen(2, (await over_responses(rollout).ainvoke([*asking(PLAIN), first, ("user", NEXT)])).text)
+@case("LangChain (Responses)", "langchain-openai", "second turn")
+async def responses_second(rollout: Rollout, streamed: bool) -> Seen:
+    first = await ask(over_responses(rollout), streamed, PLAIN)
+    return Seen(2, (await ask(over_responses(rollout), streamed, PLAIN, first, ("user", NEXT))).text)
+
+
+@case("LangChain (Responses)", "langchain-openai", "plain")
+async def responses_plain(rollout: Rollout, streamed: bool) -> Seen:
+    return Seen(1, (await ask(over_responses(rollout), streamed, PLAIN)).text)
+
+
+@case("LangChain (Responses)", "langchain-openai", "structured")
+async def responses_structured(rollout: Rollout, streamed: bool) -> Seen:
+    runnable = over_responses(rollout).with_structured_output(Answer)
+    return Seen(1, (await ask(runnable, streamed, PLAIN)).model_dump_json())

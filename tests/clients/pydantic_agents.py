@@ -8,7 +8,7 @@ from harness import MODEL, NEXT, PLAIN, QUESTION, SYSTEM, Answer, Rollout, Seen,
 from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.google import GoogleModel
-from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel, OpenAIResponsesModelSettings
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.google import GoogleProvider
 from pydantic_ai.providers.openai import OpenAIProvider
@@ -60,10 +60,12 @@ for wire in WIRES:
     register(wire)
 
 
-@case("pydantic-ai (Responses)", "pydantic-ai-slim", "second turn", streamed=(False,))
-async def second_turn(rollout: Rollout, _: bool) -> Seen:
+@case("pydantic-ai (Responses)", "pydantic-ai-slim", "second turn")
+async def second_turn(rollout: Rollout, streamed: bool) -> Seen:
     agent: Any = Agent(WIRES["Responses"](rollout), instructions=SYSTEM)
-    first = await agent.run(PLAIN)
-    settings = OpenAIResponsesModelSettings(openai_previous_response_id="auto")
-    result = await agent.run(NEXT, message_history=first.all_messages(), model_settings=settings)
-    return Seen(2, result.output)
+    history = (await agent.run(PLAIN)).all_messages()
+    then = {"message_history": history, "model_settings": {"openai_previous_response_id": "auto"}}
+    if not streamed:
+        return Seen(2, (await agent.run(NEXT, **then)).output)
+    async with agent.run_stream(NEXT, **then) as result:
+        return Seen(2, await result.get_output())
