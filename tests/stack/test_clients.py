@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 from policy_server import PolicyServer, Rollout
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 CLIENTS = ROOT / "tests" / "clients"
 NODE = CLIENTS / "node"
@@ -36,6 +35,24 @@ PYTHON = {
     "crewai": "crewai_crews instructor_models",
 }
 """The programs that run in each environment, .venv-NAME."""
+COMMANDS = (
+    *(([str(ROOT / f".venv-{name}/bin/python"), "harness.py", *PYTHON[name].split()], CLIENTS) for name in PYTHON),
+    (["node", "clients.js"], NODE),
+)
+"""Each environment's command and folder."""
+IS_INSTALLED = all(shutil.which(command[0]) for command, _ in COMMANDS) and (NODE / "node_modules").is_dir()
+pytestmark = [
+    pytest.mark.stack,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not IS_INSTALLED, reason="`make venv-clients` was not run, or there is no Node"),
+]
+NO_REPORTS = {
+    "CREWAI_DISABLE_TELEMETRY": "true",
+    "CREWAI_TRACING_ENABLED": "false",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "OTEL_SDK_DISABLED": "true",
+}
+"""What keeps clients from services of their makers."""
 COLUMNS = {
     "plain": "no tools",
     "tool": "a tool",
@@ -61,24 +78,10 @@ class Result:
     """Empty if all is well."""
 
 
-def commands() -> list[tuple[list[str], Path]]:
-    """Each environment's command and folder."""
-    found = [
-        ([str(ROOT / f".venv-{name}/bin/python"), "harness.py", *programs.split()], CLIENTS)
-        for name, programs in PYTHON.items()
-    ]
-    for command, _ in found:
-        if not Path(command[0]).exists():
-            pytest.skip(f"`make venv-clients` was not run: there is no {command[0]}")
-    if shutil.which("node") is None or not (NODE / "node_modules").is_dir():
-        pytest.skip("`make venv-clients` was not run with Node on the PATH")
-    return [*found, (["node", "clients.js"], NODE)]
-
-
 def run(server: PolicyServer, command: Sequence[str], folder: Path) -> list[Result]:
     """The results of all cases of a command."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OPENAI_BASE_URL")}
-    environment |= {"CREWAI_DISABLE_TELEMETRY": "true", "CREWAI_TRACING_ENABLED": "false", "OTEL_SDK_DISABLED": "true"}
+    environment |= NO_REPORTS
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
     assert process.stdin is not None
@@ -160,9 +163,8 @@ def value(text: str) -> Any:
 
 @cache
 def results(server: PolicyServer) -> tuple[Result, ...]:
-    every = commands()
-    with ThreadPoolExecutor(len(every)) as pool:
-        runs = [pool.submit(run, server, command, folder) for command, folder in every]
+    with ThreadPoolExecutor(len(COMMANDS)) as pool:
+        runs = [pool.submit(run, server, command, folder) for command, folder in COMMANDS]
         return tuple(found for one in runs for found in one.result())
 
 
