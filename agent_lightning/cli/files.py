@@ -44,7 +44,7 @@ def init_project(folder: Path) -> int:
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from error
     experiment = f"experiment=experiment/{name}.yaml"
-    console.print(f"\nnow: cd {folder}\n     agl train {experiment} --dry-run\n     agl train {experiment}")
+    console.print(f"\nnow: cd {folder}\n     agl try {experiment} --toy\n     agl train {experiment}")
     return 0
 
 

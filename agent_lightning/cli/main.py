@@ -57,7 +57,7 @@ async def _run(options: argparse.Namespace) -> int:
                 names = ("out", "format", "model", "checkpoint", "dtype", "max_shard_size")
                 return files.export_run(options.run, **{name: given[name] for name in names})
             return files.check_journal(options.path)
-        case "explain" | "runs" | "view":
+        case "explain" | "runs" | "view" | "try":
             return await _look(options)
         case "score":
             paths = {name: given[name] for name in benchmarks.score_paths() if name in given}
@@ -99,6 +99,11 @@ async def _run(options: argparse.Namespace) -> int:
 
 async def _look(options: argparse.Namespace) -> int:
     """Run a command that shows what agents did."""
+    if options.command == "try":
+        from agent_lightning.cli.try_one import try_one
+
+        settings = {name: vars(options)[name] for name in ("task", "split", "toy", "url", "model")}
+        return await try_one(options.overrides, **settings)
     if options.command == "view":
         from agent_lightning.cli.viewer.command import view
 
@@ -127,6 +132,10 @@ submit: train as a Ray job on a cluster
 
 eval: evaluate a model on a task set, without training
   agl eval experiment=calc_tiny model.path=examples/calc_x/tiny_policy --out result.json
+
+try: one task through agent and reward, with everything shown: messages, tools, reward, where your code failed
+  agl try agent.target=agent.py:solve agent.reward=reward.py:score data.train.path=rows.csv --toy
+  agl try experiment=calc_tiny --url https://api.openai.com/v1 --model gpt-5-mini
 
 init: a new project: agent, reward, data, experiment and runtime environment, which run as they are
   agl init mine
@@ -215,8 +224,13 @@ def _add_arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     add("reproduce", "--seeds", type=_numbers, default=[0, 1, 2], metavar="0,1,2", help="(default: 0,1,2)")
     add("reproduce", "--runs", type=Path, nargs="+", default=[], metavar="RUN", help="report on these, run nothing")
     add("reproduce", "--out", type=Path, help="folder of the report (default: runs/reproduce-BENCHMARK-SCALE)")
+    add("try", "--task", default="0", help="its number from 0, or its id (default: 0)")
+    add("try", "--split", choices=("train", "val"), default="train", help="which tasks (default: train)")
+    add("try", "--toy", **flag, help="against the toy, which needs no model: it says one of a few words")
+    add("try", "--url", default="", help="against any OpenAI-compatible URL ending in /v1; OPENAI_API_KEY has its key")
+    add("try", "--model", default="", help="of --url: the model's name there (default: model.path)")
     add("init", "folder", type=Path, help="a new folder, or an empty one")
-    with_keys = "train config submit eval serve sweep reproduce"
+    with_keys = "train config submit try eval serve sweep reproduce"
     add(with_keys, "overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
     add("score", "file", type=Path, help=".jsonl or .jsonl.gz, rows with `pred`; - reads standard input")
     for name, readers in benchmarks.score_paths().items():

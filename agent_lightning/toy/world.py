@@ -99,6 +99,7 @@ class ToyWorld:
     retries: Retries = field(default_factory=Retries)
     breaker: Breaker | None = None
     max_len: int = 4096
+    sampling: Mapping[Split, Mapping[str, float | int]] = field(default_factory=lambda: SAMPLING)
     lr: float = 8.0
     seed: int = 0
     seeded: bool = False
@@ -142,7 +143,7 @@ class ToyWorld:
         self.learner = ToyLearner(language, lr=self.lr)
         self.observer = QuietObserver(checkpoints=self.checkpoints, every=self.checkpoint_every)
         config = GatewayConfig(
-            model=MODEL, run_secret=run_secret, sampling=SAMPLING, seed=self.seed if self.seeded else None
+            model=MODEL, run_secret=run_secret, sampling=self.sampling, seed=self.seed if self.seeded else None
         )
         gateway = Gateway(
             engine=self.link(self.engine, "engine", ""), recorder=self.link(self.buffer, "recorder", ""), config=config
