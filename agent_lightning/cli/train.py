@@ -149,7 +149,10 @@ class _Attempt:
                             return STOPPED
                         install()
                         start_s = time.monotonic() - started
-                        await self._loop(system, observer, stop)
+                        from agent_lightning.core.actors import head_is_lost
+
+                        if lost := await _first(self._loop(system, observer, stop), head_is_lost()):
+                            raise PartDied(f"the cluster's head at {lost} does not answer any more")
                 finally:  # how the run ended is written however it ends
                     error = sys.exc_info()[1]
                     how = "failed" if error is not None else "stopped" if stop.is_set() else "finished"

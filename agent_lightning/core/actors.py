@@ -252,6 +252,20 @@ def check_nodes() -> None:
                 )
 
 
+async def head_is_lost() -> str:
+    """Return, with its address, when the cluster's head does not answer any more: after a minute, Ray would abort this
+    process without a word of what to do."""
+    address, misses = str(ray.get_runtime_context().gcs_address), 0
+    while misses < _HEAD_MISSES:
+        await asyncio.sleep(_HEAD_PERIOD)
+        misses = 0 if await asyncio.to_thread(ray_private.is_head, address) else misses + 1
+    return address
+
+
+_HEAD_PERIOD, _HEAD_MISSES = 5.0, 4
+"""Seconds between questions to the head, and the number of answers in a row that it may owe."""
+
+
 def room_for(resources: Mapping[str, float]) -> int:
     """How many times the cluster can hold these resources, at least 1: {"CPU": 5} of 16 CPUs -> 3."""
     total = ray.cluster_resources()
