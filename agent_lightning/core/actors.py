@@ -219,7 +219,7 @@ async def call_on(node_id: str, function: Callable[..., T], *args: Any) -> T:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
-        raise EngineError(f"node {node_id[:8]}: {str(error).splitlines()[0]}") from error
+        raise EngineError(f"node {node_id[:8]}: {one_line(error)[:300]}") from error
 
 
 def installed() -> dict[str, str]:

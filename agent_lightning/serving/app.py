@@ -319,4 +319,4 @@ def _cause(name: str, error: Exception) -> str:
     deployments = application.deployments.values() if application else ()
     messages = "\n".join(status.message for status in deployments)
     lines = [line.strip() for line in messages.splitlines() if "Error" in line]
-    return (lines or [str(error).splitlines()[0]])[-1][:500]
+    return (lines or [error_line(error)])[-1][:500]
