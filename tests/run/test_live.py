@@ -194,6 +194,7 @@ def test_the_rollouts_of_a_run_are_sent_and_counted_in_its_metrics(
     with collector() as state:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", state.url)
         config, run = load(["experiment=toy"]), RunDirectory.create(tmp_path, "toy", 0)
+        run.config.touch()
         observer = RunObserver(config=config, run=run, progress=Progress("toy", steps=1, console=Console(quiet=True)))
         observer.record_rollouts(1, 0, [rollouts(3)])
         deadline = time.monotonic() + 10
