@@ -114,7 +114,7 @@ def reward_by(groups: Sequence[Group], data: DataConfig) -> dict[str, float]:
 
 
 def summarize(
-    config: Config, state: State, *, val_rows: int, val_reward_by: Mapping[str, float], start_s: float, **ended: Any
+    config: Config, state: State, /, *, val_rows: int, val_reward_by: Mapping[str, float], start_s: float, **ended: Any
 ) -> Summary:
     """The summary of a run in numbers, from the loop's state; `ended` has its `state` and `error`."""
     rewards = [reward for _, reward in state.val_rewards] or [math.nan]

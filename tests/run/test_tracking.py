@@ -25,7 +25,7 @@ from agent_lightning.core.errors import DataError, UserError
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 from agent_lightning.run.archive import RolloutWriter, read_rollouts
 from agent_lightning.run.loop import Evaluation
-from agent_lightning.run.observer import RunObserver
+from agent_lightning.run.observer import RunObserver, summarize
 from agent_lightning.run.plots import plot_learning_curve, read_metrics, smooth
 from agent_lightning.run.report import (
     Progress,
@@ -37,6 +37,8 @@ from agent_lightning.run.report import (
     report,
     sparkline,
 )
+from agent_lightning.run.state import State
+from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.run.tracking import JsonLines, RunDirectory, TensorBoardSink, Tracker, WandbSink
 
 SUMMARY = Summary(
@@ -585,3 +587,13 @@ def test_small_texts() -> None:
     assert sparkline([0, 0, 1, 1], 2) == "▁▇"
     assert sparkline([0.5, 0.5, math.nan], 9) == "▃▃"
     assert sparkline([], 9) == ""
+
+
+@pytest.mark.parametrize(("state", "error"), [("finished", ""), ("failed", "all rollouts failed"), ("stopped", "")])
+def test_a_summary_says_how_the_run_ended(tmp_path: Path, state: str, error: str) -> None:
+    config = load(["experiment=toy"])
+    ended = {"start_s": 1.0, "state": state, "error": error}
+    summary = summarize(config, State(cursor=TaskCursor(seed=0)), val_rows=0, val_reward_by={}, **ended)
+    summary.write(tmp_path / "summary.json")
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert (written["state"], written["error"]) == (state, error)
