@@ -157,7 +157,7 @@ def test_a_rollout_that_leaves_as_otlp_comes_back_the_same(trajectory: Trajector
         (report,) = read_files([path])
         read_strictly(path.read_text())
     assert count == 1
-    assert all(reason.startswith("repaired: a model call without") for reason in report.refused)
+    assert all(reason.startswith("repaired: a model call ") for reason in report.refused)  # as the strategy draws them
     (rollout,) = report.rollouts
     assert rollout.trajectory.key == KEY
     assert without_source(plain(rollout.trajectory)) == without_source(plain(trajectory))
