@@ -133,7 +133,7 @@ class _CausalModel(FSDPEngineWithLMHead):
             tensordict_utils.assign_non_tensor(data, use_dynamic_bsz=False, micro_batch_size_per_gpu=size)
         output = super().forward_backward_batch(data, loss_function, forward_only)
         bound, metrics = tensordict_utils.get(data, "gap_bound", default=None), output["metrics"]
-        if bound is not None and not forward_only:
+        if bound is not None and not forward_only and "gap/sum" in metrics:  # a critic has none
             sums = torch.tensor(
                 [sum(metrics[name].values) for name in ("gap/sum", "gap/tokens")], device=get_device_name()
             )

@@ -23,6 +23,7 @@ HEAVY_MODULES = {
     "agent_lightning.learners.verl_worker",
     "agent_lightning.launch.nodes",
     "agent_lightning.serving.app",
+    "agent_lightning.serving.grammars",
     "agent_lightning.serving.replica",
     "agent_lightning.serving.weights",
     "agent_lightning.toy.run",

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import install_opener
 
 import agents_for_tests as agents
 import httpx
@@ -53,7 +54,9 @@ def dead_proxy(request: pytest.FixtureRequest) -> Iterator[None]:
         os.environ["ALL_PROXY"] = "socks5://127.0.0.1:9"
     else:
         os.environ.update(dict.fromkeys(map(str.lower, names), DEAD), no_proxy="intranet")
+    install_opener(None)  # urllib reads the variables once in a process
     yield
+    install_opener(None)
     os.environ.clear()
     os.environ.update(before)
 

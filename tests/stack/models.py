@@ -124,7 +124,7 @@ def load(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def random_batch(seed: int, *, rows: int, vocab: int) -> Batch:
+def random_batch(seed: int, *, rows: int, vocab: int, version: int = 0) -> Batch:
     """Rows of unequal length with about half of the later tokens trained, advantages of both signs."""
     rng = np.random.default_rng(seed)
     length = rng.integers(12, 32, rows).astype(np.int32)
@@ -144,6 +144,6 @@ def random_batch(seed: int, *, rows: int, vocab: int) -> Batch:
         weight_NT=weight.astype(np.float32),
         length_N=length,
         rollout_N=np.arange(rows, dtype=np.int32),
-        version_N=np.zeros(rows, np.int32),
+        version_N=np.full(rows, version, np.int32),
         num_rollouts=rows,
     )

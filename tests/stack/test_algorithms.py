@@ -189,7 +189,7 @@ async def test_a_checkpoint_keeps_the_critic_and_how_far_its_warm_up_is(
     config = training(
         load_config([*SETTINGS, *PPO, *KL, "critic.warmup_steps=2", "learner.max_logprob_gap=null"]), folder
     )
-    batch = random_batch(0, rows=8, vocab=1000)
+    batch = random_batch(0, rows=8, vocab=1000, version=10)
     learner = VerlLearner(config, groups)
     with pytest.raises(UserError, match="holds no critic"):
         await learner.restore(tmp_path, version=1)

@@ -12,9 +12,6 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.json_values import as_mapping, parse_json
 from agent_lightning.core.text import one_line
@@ -32,6 +29,9 @@ _LONGEST_NAME = 300
 
 def read_table(body: bytes) -> list[dict[str, Any]]:
     """The rows of a Parquet file. Raises DataError if it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         return cast(list[dict[str, Any]], pq.read_table(io.BytesIO(body)).to_pylist())
     except (pa.ArrowException, OSError, ValueError) as error:
