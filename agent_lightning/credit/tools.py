@@ -200,7 +200,8 @@ def _requested_tools(call: ModelCall) -> Iterator[Mapping[str, Any]]:
     """The tool calls in a reply, in OpenAI's form."""
     if '"tool_calls"' not in call.reply:
         return
-    for request in as_mapping(parse_json(call.reply)).get("tool_calls") or ():
+    requests = as_mapping(parse_json(call.reply)).get("tool_calls")
+    for request in requests if isinstance(requests, list) else ():
         if isinstance(request, Mapping):
             yield request
 

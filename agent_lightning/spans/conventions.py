@@ -32,6 +32,7 @@ REASONS = {
     "repaired: a parent that is its own descendant": "kept, as a span without parent",
     "repaired: a request that is not understood": "kept; its `request` is empty",
     "repaired: a reply that is not understood": "kept; its `reply` is empty",
+    "repaired: an attribute's name that is not understood": "left out: too deep, or of no item of a list",
     "repaired: a part that is not understood": "left out, by its type; the rest of the messages is kept",
     "repaired: a part that is not text": "kept in OpenAI's form, by its type: an image, a sound, a file",
     f"{WITHOUT}messages": "kept; by the attributes that hold messages and are in no table, if there are such",
@@ -88,6 +89,8 @@ def read_spans(spans: Sequence[RawSpan], key: RolloutKey) -> TraceContent:
             refused["a span id for the second time"] += 1
             span = max(span, unique[span.span_id], key=lambda same: (len(same.attributes), repr(same)))
         unique[span.span_id] = span
+    if unread := sum(fields.unread_names(span.attributes) for span in unique.values()):
+        refused["repaired: an attribute's name that is not understood"] = unread
     tree = SpanTree(list(unique.values()), refused)
     calls, about_calls = _calls(tree, key, refused)
     return TraceContent(

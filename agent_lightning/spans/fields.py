@@ -92,7 +92,7 @@ def unflattened(attributes: Mapping[str, Any], prefix: str) -> list[Any]:
     tree: dict[str, Any] = {}
     for name in [name for name in attributes if name.startswith(prefix)]:
         path = name[len(prefix) :].split(".")
-        if len(path) > _MAX_PATH or not path[0].isdecimal():
+        if not _is_path(path):
             continue
         at = tree
         for part in path[:-1]:
@@ -101,6 +101,18 @@ def unflattened(attributes: Mapping[str, Any], prefix: str) -> list[Any]:
         at[path[-1]] = attributes[name]
     items = _listed(tree)
     return items if isinstance(items, list) else []
+
+
+def _is_path(path: Sequence[str]) -> bool:
+    return len(path) <= _MAX_PATH and path[0].isdecimal()
+
+
+def unread_names(attributes: Mapping[str, Any]) -> int:
+    """How many attributes of a list have names that `unflattened` does not read: they go too deep, or they are a
+    reward's and begin with no number."""
+    names = [(name, prefix) for name in attributes for prefix in _PREFIXES if name.startswith(prefix)]
+    paths = [(name[len(prefix) :].split("."), prefix) for name, prefix in names]
+    return sum(len(path) > _MAX_PATH or ("reward" in prefix and not _is_path(path)) for path, prefix in paths)
 
 
 _MAX_PATH = 12

@@ -1,6 +1,7 @@
 """Calls -> chains -> samples, as tables and as properties."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from agent_lightning.core.errors import ConfigError
 from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Sample, Trajectory
+from agent_lightning.credit import tools
 from agent_lightning.credit.samples import Dropped, chain_calls, select_calls, to_samples
 
 KEY = RolloutKey(split="train", group=0, index=0)
@@ -242,3 +244,9 @@ def test_each_sampled_token_is_trained_exactly_once(calls: list[ModelCall]) -> N
     for row in samples:
         assert not row.advantage_T[~row.mask_T].any()
         assert not row.logprob_T[~row.mask_T].any()
+
+
+@pytest.mark.parametrize("tool_calls", ["1.5", "true", '"text"', "{}", "[1]", "null"])
+def test_a_reply_whose_tool_calls_are_no_list_of_calls_has_none(tool_calls: str) -> None:
+    odd = replace(call("a", [1], [2]), reply=f'{{"role": "assistant", "tool_calls": {tool_calls}}}')
+    assert tools.tool_calls([odd]) == ()

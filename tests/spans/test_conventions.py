@@ -374,3 +374,12 @@ def test_langchain_s_agent_has_its_own_name_and_not_its_node_s() -> None:
     spans = [span("n", name="model", metadata=node), chat("c", "n", metadata=node)]
     assert read_spans(spans, KEY).calls[0].agent == "adder"
     assert [agent.name for agent in read_spans(spans, KEY).agents] == ["adder"]
+
+
+def test_attributes_whose_names_are_not_understood_are_counted() -> None:
+    deep = "llm.input_messages.0.message" + ".x" * 12
+    attributes = {deep: 1, "agentlightning.reward.x.value": 0.5, "agentlightning.reward.0.value": 0.5, "other.x": 1}
+    span = RawSpan(span_id="1", name="s", started_at=0.0, ended_at=1.0, attributes=attributes)
+    content = read_spans([span], KEY)
+    assert content.refused["repaired: an attribute's name that is not understood"] == 2
+    assert [reward.value for reward in content.rewards] == [0.5]
