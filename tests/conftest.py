@@ -21,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say which tests share a process of pytest-xdist (`make test` has three): those that start Ray or vLLM run one
+    """Say which tests share a process of pytest-xdist (`make test` has two): those that start Ray or vLLM run one
     after the other, and first, as they take longest; those on the policy server share it; others keep to their file."""
     if not config.pluginmanager.hasplugin("dsession") and not hasattr(config, "workerinput"):
         return

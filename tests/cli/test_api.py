@@ -84,7 +84,8 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.stack
-def test_a_function_of_a_cell_is_trained_and_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resumes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_function_of_a_cell_is_trained(tmp_path: Path, resumes: bool) -> None:
     bonus = 0.0
     rows = [{"id": f"t{n}", "question": "Say yes."} for n in range(4)]
 
@@ -104,4 +105,5 @@ def test_a_function_of_a_cell_is_trained_and_resumed(tmp_path: Path) -> None:
     )
     assert run.summary["steps"] == 1
     assert set(run.rollouts.task_id) <= {row["id"] for row in rows}
-    assert agl.train(resume=run, steps=2).summary["steps"] == 2
+    if resumes:
+        assert agl.train(resume=run, steps=2).summary["steps"] == 2
