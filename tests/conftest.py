@@ -20,6 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.import_plugin("schemathesis.pytest.plugin")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Say which tests share a process of pytest-xdist (`make test` has two): those that start Ray or vLLM run one
     after the other, and first, as they take longest; those on the policy server share it; others keep to their file."""
