@@ -7,7 +7,7 @@ SHELL := bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --durations=10 --durations-min=1
 # Two processes, one for each core: tests that start Ray; tests on the policy server; then all others (tests/conftest.py).
-PARALLEL := -p xdist.plugin -n 2 --dist loadgroup --no-loadscope-reorder
+PARALLEL := -p xdist.plugin -n 2 --no-loadscope-reorder
 SOURCES := agent_lightning tests examples scripts $(wildcard benchmarks)
 
 help: ## this list

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
+
+POLICY_SERVER = ("tests/stack/test_clients.py", "tests/stack/test_contract")
+"""Paths of the tests that share a policy server (tests/stack/conftest.py) begin with these."""
 
 # Read when the libraries are imported, so they are set before any test module is.
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -20,19 +24,30 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.import_plugin("schemathesis.pytest.plugin")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say which tests share a process of pytest-xdist (`make test` has two): those that start Ray or vLLM run one
-    after the other, and first, as they take longest; those on the policy server share it; others keep to their file."""
-    if not config.pluginmanager.hasplugin("dsession") and not hasattr(config, "workerinput"):
-        return
+def group(nodeid: str) -> str:
+    """The tests with which a test shares a process of pytest-xdist: those of tests/stack that share a policy server;
+    the others there, which start Ray or vLLM, one after the other; or those of its file."""
+    path = nodeid.partition("::")[0]
+    if not path.startswith("tests/stack/"):
+        return path
+    return "policy_server" if path.startswith(POLICY_SERVER) else "stack"
 
-    def group(item: pytest.Item) -> str:
-        if "policy_server" in getattr(item, "fixturenames", ()):
-            return "policy_server"
-        return "stack" if item.get_closest_marker("stack") else str(item.path)
 
-    order = {"stack": 0, "policy_server": 1}
-    items.sort(key=lambda item: order.get(group(item), 2))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In several processes the groups that take longest begin first."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        order = {"stack": 0, "policy_server": 1}
+        items.sort(key=lambda item: order.get(group(item.nodeid), 2))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        """Sends the tests of a group to one process."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return Groups(config, log)
