@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -269,9 +267,7 @@ def templates(links: Links) -> jinja2.Environment:
     """The templates: everything that they print is escaped."""
     loader = jinja2.FileSystemLoader(HERE / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number_text, "json": lambda value: json.dumps(value, ensure_ascii=False)}
-    environment.filters["seconds"] = duration
-    environment.filters["hue"] = lambda text: int(hashlib.sha1(text.encode()).hexdigest(), 16) % 6
+    environment.filters |= {"number": number_text, "seconds": duration}
     environment.globals |= {"links": links}
     return environment
 

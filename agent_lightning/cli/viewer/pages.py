@@ -47,9 +47,6 @@ class Links:
     def rollout(self, run: str, rollout_id: str) -> str:
         return self.run(run, f"rollout/{rollout_id}")
 
-    def compare(self, runs: Sequence[str]) -> str:
-        return f"/compare?{urlencode([('run', run) for run in runs])}"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
@@ -69,8 +66,6 @@ class RunRow:
     """Share of the training rollouts that failed."""
     spark: str
     """The points of its sparkline."""
-    written: float
-    """Seconds since the epoch when the run last wrote its metrics."""
 
 
 def run_row(name: str, run: RunFiles) -> RunRow:
@@ -85,10 +80,6 @@ def run_row(name: str, run: RunFiles) -> RunRow:
     failed = sum(value for row in run.metrics() for key, value in row.items() if key.startswith("rollouts/failed/"))
     ended = failed + sum(value for _, value in run.series("rollouts/trained"))
     ended += sum(value for row in run.metrics() for key, value in row.items() if key.startswith("rollouts/dropped/"))
-    try:
-        written = run.directory.metrics.stat().st_mtime
-    except OSError:
-        written = math.nan
     return RunRow(
         name=name,
         experiment=str(config.get("experiment", "")),
@@ -101,7 +92,6 @@ def run_row(name: str, run: RunFiles) -> RunRow:
         half_width=1.96 * math.sqrt(variance / count) if count else math.nan,
         failed=failed / ended if ended else math.nan,
         spark=sparkline([value for _, value in (held_out if len(held_out) > 2 else train)]),
-        written=written,
     )
 
 
