@@ -36,7 +36,7 @@ from agent_lightning.core.types import Group, Outcome, Policy, Task
 from agent_lightning.credit.assign import CreditRules, assign
 from agent_lightning.spans.otlp import encode_json
 from agent_lightning.spans.tree import RawSpan
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 
 WORDS = tuple("0123456789")
 JSON = {"content-type": "application/json"}

@@ -24,8 +24,8 @@ import numpy as np
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.core.types import Task
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
-from agent_lightning.toy.model import ToyEngine, ToyLanguage
-from agent_lightning.toy.world import SAMPLING, serve_locally
+from agent_lightning.testing.model import ToyEngine, ToyLanguage
+from agent_lightning.testing.world import SAMPLING, serve_locally
 
 WORST: Mapping[str, bytes] = {
     "none": b"",

@@ -29,7 +29,7 @@ import numpy as np
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.config.running import AgentConfig, BufferConfig, Fsync
 from agent_lightning.core.types import Ending, ModelCall, Outcome, Policy, RolloutKey, Task
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 
 WORDS = tuple("0123456789")
 

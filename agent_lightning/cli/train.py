@@ -29,6 +29,8 @@ from agent_lightning.credit.air import Air, Signal
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.states import StateKey
 from agent_lightning.launch import backend, checks, launch, placement
+from agent_lightning.launch.sweeps.plan import SweepFolder, hydra_words, plan_sweep, trial_words
+from agent_lightning.launch.sweeps.view import SweepView, finish_sweep, sweep_report
 from agent_lightning.rollouts.agents import load as load_target
 from agent_lightning.run import storage
 from agent_lightning.run.loop import Evaluation, Loop, Sampler
@@ -45,8 +47,6 @@ from agent_lightning.run.state import (
 )
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.run.tracking import RunDirectory, new_folder, take_folder
-from agent_lightning.sweeps.plan import SweepFolder, hydra_words, plan_sweep, trial_words
-from agent_lightning.sweeps.view import SweepView, finish_sweep, sweep_report
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -237,7 +237,7 @@ def sweep(words: Sequence[str], *, resume: str | None, multirun: bool) -> int:
     plan = replace(plan, fixed=(*plan.fixed, *trial_words(plan, folder.path.name)))
     # These imports take seconds, so they come after the checks that refuse a config at once.
     from agent_lightning.core import actors
-    from agent_lightning.sweeps import tune
+    from agent_lightning.launch.sweeps import tune
 
     ray_private.prepare_environment()
     trial = placement.total(backend.choose(config).groups())

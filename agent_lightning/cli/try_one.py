@@ -20,7 +20,7 @@ from agent_lightning.core.text import error_line
 from agent_lightning.core.types import Outcome, Split, Task
 from agent_lightning.launch import checks, launch
 from agent_lightning.serving.engine import Completion, Part, Refusal, engine_error, parse_reply
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 
 _OURS: Final = ("return_token_ids", "include_reasoning", "logprobs", "top_logprobs", "stream", "stream_options")
 """Fields of an engine's request that other servers need not know."""

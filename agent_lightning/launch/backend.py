@@ -74,14 +74,14 @@ class ToyBackend(Backend):
         return super().groups(train=False)
 
     def replica(self) -> MakeReplica:
-        from agent_lightning.toy.run import ToyReplica
+        from agent_lightning.testing.run import ToyReplica
 
         model = self.config.model
         return partial(ToyReplica, tuple(model.words), self.config.seed, model.max_len, self.config.serving)
 
     def learner(self, model: str, revision: str | None) -> Learner:
-        from agent_lightning.toy.model import ToyLanguage
-        from agent_lightning.toy.run import SharedToyLearner
+        from agent_lightning.testing.model import ToyLanguage
+        from agent_lightning.testing.run import SharedToyLearner
 
         algorithm, temperature = self.config.algorithm, self.config.sampling.train.temperature
         language = ToyLanguage(tuple(self.config.model.words))

@@ -25,11 +25,11 @@ import numpy as np
 from agent_lightning.cli import benchmarks
 from agent_lightning.config.load import Config, load, reload
 from agent_lightning.core.errors import UserError
+from agent_lightning.launch.sweeps.trials import PROGRAM
+from agent_lightning.launch.sweeps.view import Curve, reward_axes
 from agent_lightning.run.plots import BLUE, RED, evaluations, save
 from agent_lightning.run.report import Summary, duration, number
 from agent_lightning.run.tracking import RunDirectory
-from agent_lightning.sweeps.trials import PROGRAM
-from agent_lightning.sweeps.view import Curve, reward_axes
 
 Scale = Literal["tiny", "paper"]
 PAPER = "arXiv 2508.03680"

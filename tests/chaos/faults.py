@@ -27,7 +27,7 @@ from agent_lightning.core.types import Outcome, Policy, Task
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.client import tool
 from agent_lightning.serving.gateway import RETRY_HEADER
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 
 WORDS = ("red", "green", "blue")
 

@@ -28,8 +28,8 @@ from agent_lightning.core.types import Ending, Outcome, RolloutKey, Task
 from agent_lightning.serving.gateway import Gateway, GatewayConfig, application
 from agent_lightning.spans.otlp import encode, encode_json
 from agent_lightning.spans.tree import RawSpan
-from agent_lightning.toy.model import ToyEngine, ToyLanguage
-from agent_lightning.toy.world import SAMPLING
+from agent_lightning.testing.model import ToyEngine, ToyLanguage
+from agent_lightning.testing.world import SAMPLING
 
 SECRET = b"a secret of the tests"
 LARGEST = 64 * 1024

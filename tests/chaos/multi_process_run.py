@@ -37,8 +37,8 @@ from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.serving.engine import Completion, Refusal
 from agent_lightning.serving.gateway import RETRY_HEADER, Gateway, GatewayConfig, application
 from agent_lightning.serving.policy import PolicyBoard
-from agent_lightning.toy.model import PAD, ToyEngine, ToyLanguage, ToyLearner
-from agent_lightning.toy.world import MODEL, SAMPLING, QuietObserver
+from agent_lightning.testing.model import PAD, ToyEngine, ToyLanguage, ToyLearner
+from agent_lightning.testing.world import MODEL, SAMPLING, QuietObserver
 
 WORDS = ("red", "green", "blue")
 TASKS = tuple(Task(task_id=f"t{n}", payload={"question": f"q{n}", "answer": WORDS[n % 3]}) for n in range(4))

@@ -26,7 +26,7 @@ from injector import Faults, Rates
 from agent_lightning.config.running import AgentConfig, BufferConfig
 from agent_lightning.core.types import Task
 from agent_lightning.credit.failures import Retries
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 
 
 async def soak(minutes: float) -> dict[str, Any]:

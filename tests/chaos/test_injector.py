@@ -16,7 +16,7 @@ from agent_lightning.config.learning import FailuresConfig
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Task
 from agent_lightning.credit.failures import Retries
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 
 pytestmark = pytest.mark.chaos
 WORDS = ("red", "green", "blue")

@@ -17,8 +17,8 @@ from agent_lightning.buffer.buffer import Buffer, attempt_secret
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import RolloutKey
 from agent_lightning.serving.gateway import DIALECTS, Gateway, GatewayConfig, application
-from agent_lightning.toy.model import ToyEngine, ToyLanguage
-from agent_lightning.toy.world import SAMPLING
+from agent_lightning.testing.model import ToyEngine, ToyLanguage
+from agent_lightning.testing.world import SAMPLING
 
 pytest.importorskip("schemathesis")
 

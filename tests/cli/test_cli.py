@@ -16,10 +16,10 @@ import pytest
 from agent_lightning import __version__
 from agent_lightning.cli.main import USER_ERROR, main
 from agent_lightning.config.load import load, project_folder, to_yaml
+from agent_lightning.launch.sweeps.plan import plan_sweep
 from agent_lightning.run.state import State, checkpoint_folder, write_state
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.run.tracking import RunDirectory
-from agent_lightning.sweeps.plan import plan_sweep
 
 EXPERIMENTS = ", ".join(sorted(file.stem for file in (project_folder("conf") / "experiment").glob("*.yaml")))
 COMMANDS = (

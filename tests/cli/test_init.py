@@ -13,7 +13,7 @@ from agent_lightning.config.load import load
 from agent_lightning.core.errors import UserError
 from agent_lightning.core.types import Task
 from agent_lightning.launch.checks import load_tasks
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 
 EXPERIMENT = "experiment=experiment/mine.yaml"
 

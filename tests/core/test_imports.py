@@ -26,8 +26,8 @@ HEAVY_MODULES = {
     "agent_lightning.serving.grammars",
     "agent_lightning.serving.replica",
     "agent_lightning.serving.weights",
-    "agent_lightning.toy.run",
-    "agent_lightning.sweeps.tune",
+    "agent_lightning.testing.run",
+    "agent_lightning.launch.sweeps.tune",
 }
 """Those that import Ray, vLLM, veRL or torch at once, as what they define is a class or a plug-in of these."""
 HEAVY_LIBRARIES = ("ray", "torch", "vllm", "verl", "transformers", "wandb", "matplotlib", "datasets", "pyarrow")

@@ -15,7 +15,7 @@ from agents_for_tests import skilled
 from agent_lightning.buffer.taken import take_groups
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Task, ToolCall, ToolStatus, Trajectory
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "calc_x"))
 from reward import score

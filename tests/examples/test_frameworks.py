@@ -15,7 +15,7 @@ from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Policy, Task, ToolStatus, Trajectory
 from agent_lightning.spans.assemble import assemble
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 
 TASKS = [Task(task_id="sum", payload={"question": "What is 2 plus 3?"})]
 WORDS = ("call:2+3", "5")

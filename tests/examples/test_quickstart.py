@@ -16,7 +16,7 @@ from agent_lightning.config.reference import sources
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Task, Trajectory
 from agent_lightning.rollouts.agents import load
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 
 FOLDER = Path(__file__).parents[2] / "examples" / "quickstart"
 AGENT = f"{FOLDER}/agent.py"

@@ -16,7 +16,7 @@ from agent_lightning.config.load import load
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Task
 from agent_lightning.rollouts import agents
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 
 pytestmark = needs("langgraph", "langchain_openai")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "spider"

@@ -20,7 +20,7 @@ from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.errors import ConfigError, RewardError, StepFailed
 from agent_lightning.core.types import Outcome, Policy, Task, ToolStatus, Trajectory
 from agent_lightning.rollouts.client import Rollout, close, current_rollout, emit_reward, inside, install, tool
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 
 TASKS = [Task(task_id="sky", payload={"question": "The sky is"})]
 Payload = dict[str, str]

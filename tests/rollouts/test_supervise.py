@@ -29,7 +29,7 @@ from agent_lightning.rollouts.supervise import MOST_DEATHS, Workers, watch
 from agent_lightning.rollouts.worker import RolloutWorker
 from agent_lightning.serving.engine import Completion
 from agent_lightning.serving.policy import PolicyBoard
-from agent_lightning.toy.model import ToyEngine, ToyLanguage
+from agent_lightning.testing.model import ToyEngine, ToyLanguage
 
 Make = Callable[..., Any]
 RESAMPLED = frozenset({Outcome.WORKER_LOST.value})

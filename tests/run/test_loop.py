@@ -24,8 +24,8 @@ from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.client import emit_reward
 from agent_lightning.run.state import State, newest_checkpoint, read_state
 from agent_lightning.serving.gateway import Gateway, GatewayConfig, application
-from agent_lightning.toy.model import ToyEngine, ToyLanguage
-from agent_lightning.toy.world import SAMPLING, ToyWorld
+from agent_lightning.testing.model import ToyEngine, ToyLanguage
+from agent_lightning.testing.world import SAMPLING, ToyWorld
 
 WORDS = ("0", "1", "2", "3", "4")
 TASKS = [Task(task_id=f"t{n}", payload={"question": f"What is {n} plus 1?", "answer": str(n + 1)}) for n in range(4)]

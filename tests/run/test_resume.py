@@ -23,7 +23,7 @@ from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.running import AgentConfig, BufferConfig
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.types import Policy, Task
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 
 WORDS = ("0", "1", "2", "3")
 TASKS = [Task(task_id=f"task-{n}", payload={"question": f"{n}?", "answer": str(n)}) for n in range(3)]
@@ -163,7 +163,7 @@ DRIVER = """
 import asyncio, json, sys
 from pathlib import Path
 import openai
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 sys.path.insert(0, sys.argv[1])
 import test_resume
 

@@ -19,8 +19,8 @@ from agent_lightning.core.errors import OverBudget
 from agent_lightning.core.types import Ending, Outcome, RolloutKey
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.spans.tree import RawSpan
-from agent_lightning.toy.model import ToyEngine, ToyLanguage
-from agent_lightning.toy.world import application
+from agent_lightning.testing.model import ToyEngine, ToyLanguage
+from agent_lightning.testing.world import application
 
 MIB = 2**20
 Harm = Callable[[Buffer, RolloutKey, int], Awaitable[int]]

@@ -15,7 +15,7 @@ from test_gateway import RUN_SECRET, WORDS, Rig, open_rig, url_of
 
 from agent_lightning.core.types import Ending, Outcome, Task
 from agent_lightning.serving.gateway import Gateway, GatewayConfig, application
-from agent_lightning.toy.world import SAMPLING
+from agent_lightning.testing.world import SAMPLING
 
 TOOL = {"type": "function", "name": "calculator", "parameters": {"type": "object"}}
 

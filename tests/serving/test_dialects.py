@@ -21,7 +21,7 @@ from agent_lightning.core.types import Ending, ModelCall, Outcome, RolloutKey, T
 from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.serving.engine import Part, Refusal
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
-from agent_lightning.toy.world import SAMPLING, serve_locally
+from agent_lightning.testing.world import SAMPLING, serve_locally
 
 HELLO = [{"role": "user", "content": "hello"}]
 WAYS = [(name, stream) for name in FORMATS for stream in (False, True)]

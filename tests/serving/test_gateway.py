@@ -20,8 +20,8 @@ from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Ending, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 from agent_lightning.serving.engine import Completion, Refusal
 from agent_lightning.serving.gateway import RETRY_HEADER, Gateway, GatewayConfig, application
-from agent_lightning.toy.model import FIRST_WORD, ToyEngine, ToyLanguage
-from agent_lightning.toy.world import SAMPLING, serve_locally
+from agent_lightning.testing.model import FIRST_WORD, ToyEngine, ToyLanguage
+from agent_lightning.testing.world import SAMPLING, serve_locally
 
 RUN_SECRET = b"a secret of the tests"
 WORDS = ("no", "yes", "maybe", "call:2+3")

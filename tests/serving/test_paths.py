@@ -9,7 +9,7 @@ import pytest
 from test_gateway import HELLO, code_of, open_rig, url_of
 
 from agent_lightning.serving import paths
-from agent_lightning.toy.world import serve_locally
+from agent_lightning.testing.world import serve_locally
 
 ROOT = "/agl-x/rollout/train-1-2/attempt/3/secret/agent"
 

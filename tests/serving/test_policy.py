@@ -12,7 +12,7 @@ from agent_lightning.core.errors import EngineError
 from agent_lightning.learners.base import WeightBucket, Weights
 from agent_lightning.serving.engine import Completion
 from agent_lightning.serving.policy import Follower, PolicyBoard
-from agent_lightning.toy.model import ToyEngine, ToyLanguage
+from agent_lightning.testing.model import ToyEngine, ToyLanguage
 
 
 def weights(version: int) -> Weights:

@@ -17,7 +17,7 @@ from agent_lightning.core.types import Policy, Task
 from agent_lightning.rollouts.client import current_rollout, tool
 from agent_lightning.run.archive import RolloutWriter, read_rollouts, read_trajectories
 from agent_lightning.spans.traces import export
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 
 
 def nested(levels: int, inner: Any = 1) -> Any:

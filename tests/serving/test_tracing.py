@@ -17,8 +17,8 @@ from agent_lightning.serving.calls import agent_of, parent_of
 from agent_lightning.serving.gateway import Gateway, GatewayConfig, application
 from agent_lightning.spans.otlp import PROTOBUF, encode, encode_json
 from agent_lightning.spans.tree import RawSpan
-from agent_lightning.toy.model import ToyEngine, ToyLanguage
-from agent_lightning.toy.world import MODEL, SAMPLING
+from agent_lightning.testing.model import ToyEngine, ToyLanguage
+from agent_lightning.testing.world import MODEL, SAMPLING
 
 SECRET = b"s"
 

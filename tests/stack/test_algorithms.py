@@ -33,7 +33,7 @@ from agent_lightning.learners.verl_groups import Groups, start_groups
 from agent_lightning.run.loop import Loop
 from agent_lightning.run.state import State
 from agent_lightning.run.tasks import TaskCursor
-from agent_lightning.toy.world import QuietObserver
+from agent_lightning.testing.world import QuietObserver
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 STEPS = 6

@@ -14,9 +14,9 @@ import pytest
 
 from agent_lightning.core import actors as cluster
 from agent_lightning.core.ray_private import prepare_environment
+from agent_lightning.launch.sweeps import tune as tuning
+from agent_lightning.launch.sweeps.plan import SweepFolder, SweepPlan, TrialRecord, best_of, plan_sweep, trial_words
 from agent_lightning.run.plots import evaluations
-from agent_lightning.sweeps import tune as tuning
-from agent_lightning.sweeps.plan import SweepFolder, SweepPlan, TrialRecord, best_of, plan_sweep, trial_words
 
 pytestmark = pytest.mark.stack
 PROGRAM = (sys.executable, str(Path(__file__).parents[1] / "support" / "short_run.py"))

@@ -26,7 +26,7 @@ from agent_lightning.buffer.buffer import Buffer, verify_secret
 from agent_lightning.core.errors import UnknownRollout
 from agent_lightning.core.types import ModelCall, Outcome, Policy, RolloutKey, Task
 from agent_lightning.learners.base import WeightBucket, Weights
-from agent_lightning.toy.model import ToyLanguage
+from agent_lightning.testing.model import ToyLanguage
 
 if TYPE_CHECKING:
     from aiohttp import web

@@ -24,8 +24,8 @@ from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Task
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
-from agent_lightning.toy.model import ToyEngine, ToyLanguage
-from agent_lightning.toy.world import SAMPLING, application
+from agent_lightning.testing.model import ToyEngine, ToyLanguage
+from agent_lightning.testing.world import SAMPLING, application
 
 SYSTEM = "Solve the problem. Use the calculator."
 QUESTION = "Gita takes 76 figs out of a tray that held 85 figs. How many stay?"

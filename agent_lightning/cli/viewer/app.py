@@ -29,9 +29,9 @@ from agent_lightning.cli.viewer.pages import Context, Links
 from agent_lightning.core.errors import AgentLightningError, UserError
 from agent_lightning.core.text import error_line
 from agent_lightning.credit.assign import CreditRules
+from agent_lightning.launch.sweeps.plan import SweepFolder, best_of
 from agent_lightning.run.index import Filters
 from agent_lightning.run.report import duration
-from agent_lightning.sweeps.plan import SweepFolder, best_of
 
 HERE: Final = Path(__file__).parent
 COOKIE: Final = "agl_view"

@@ -21,10 +21,10 @@ from ray.tune.search import BasicVariantGenerator
 
 from agent_lightning.core import ray_private
 from agent_lightning.core.errors import UserError
+from agent_lightning.launch.sweeps.plan import SweepPlan, TrialRecord
+from agent_lightning.launch.sweeps.space import Choice, Distribution, Numbers, sampled_words
+from agent_lightning.launch.sweeps.trials import PROGRAM, Trial, is_done, last_log_line, log_path, newest_run
 from agent_lightning.run.plots import evaluations
-from agent_lightning.sweeps.plan import SweepPlan, TrialRecord
-from agent_lightning.sweeps.space import Choice, Distribution, Numbers, sampled_words
-from agent_lightning.sweeps.trials import PROGRAM, Trial, is_done, last_log_line, log_path, newest_run
 
 SEAT = "sweep_seat"
 """A resource of a cluster that is started for a sweep: a unit for each trial that may run at the same time."""

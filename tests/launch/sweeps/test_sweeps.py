@@ -11,8 +11,7 @@ from rich.console import Console
 
 from agent_lightning.config.load import load
 from agent_lightning.core.errors import UserError
-from agent_lightning.run.plots import evaluations
-from agent_lightning.sweeps.plan import (
+from agent_lightning.launch.sweeps.plan import (
     SweepFolder,
     TrialRecord,
     best_experiment,
@@ -21,11 +20,12 @@ from agent_lightning.sweeps.plan import (
     plan_sweep,
     trial_words,
 )
-from agent_lightning.sweeps.space import Choice, Numbers, parse_words, sampled_words
-from agent_lightning.sweeps.trials import Trial, TrialFailed
-from agent_lightning.sweeps.view import Curve, SweepView, finish_sweep, plot_curves, plot_parallel
+from agent_lightning.launch.sweeps.space import Choice, Numbers, parse_words, sampled_words
+from agent_lightning.launch.sweeps.trials import Trial, TrialFailed
+from agent_lightning.launch.sweeps.view import Curve, SweepView, finish_sweep, plot_curves, plot_parallel
+from agent_lightning.run.plots import evaluations
 
-PROGRAM = (sys.executable, str(Path(__file__).parents[1] / "support" / "short_run.py"))
+PROGRAM = (sys.executable, str(Path(__file__).parents[2] / "support" / "short_run.py"))
 COMMAND = ["experiment=toy", "sweep=asha", "eval_every=2", "algorithm.lr=loguniform(1,9)", "seed=choice(0,1)"]
 
 
@@ -56,7 +56,7 @@ def test_the_config_is_checked_with_the_bounds_of_numbers_and_with_every_choice(
 
 def test_reading_a_search_space_imports_no_ray() -> None:
     script = (
-        "import sys; from agent_lightning.sweeps.space import parse_words; parse_words(['a=qrandint(2,8,2)']); "
+        "import sys; from agent_lightning.launch.sweeps.space import parse_words; parse_words(['a=qrandint(2,8,2)']); "
         "assert 'ray' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

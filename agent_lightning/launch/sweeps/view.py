@@ -14,10 +14,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from agent_lightning.launch.sweeps.plan import SweepFolder, SweepPlan, TrialRecord, best_experiment, best_of
+from agent_lightning.launch.sweeps.space import Choice, Distribution
 from agent_lightning.run.plots import GREY, RED, new_figure, plain_axes, save
 from agent_lightning.run.report import LiveBlock, duration, number, sparkline
-from agent_lightning.sweeps.plan import SweepFolder, SweepPlan, TrialRecord, best_experiment, best_of
-from agent_lightning.sweeps.space import Choice, Distribution
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -24,7 +24,7 @@ from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.client import current_rollout
 from agent_lightning.run.state import check_conservation, newest_checkpoint, read_state
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.world import ToyWorld
 
 WORDS = ("0", "1", "2", "3")
 GOOD = [Task(task_id=f"good-{n}", payload={"do": "answer", "answer": str(n + 1)}) for n in range(2)]

@@ -20,8 +20,8 @@ from agent_lightning.config.load import Config, explain, load, one_line, project
 from agent_lightning.config.section import AtLeast1, Section
 from agent_lightning.core import files
 from agent_lightning.core.errors import ConfigError, UserError
+from agent_lightning.launch.sweeps.space import Choice, Distribution, parse_words, sampled_words
 from agent_lightning.run.tracking import new_folder
-from agent_lightning.sweeps.space import Choice, Distribution, parse_words, sampled_words
 
 MAX_GRID = 256
 

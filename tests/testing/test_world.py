@@ -18,8 +18,8 @@ from agent_lightning.credit import batching
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.serving.engine import Completion, Part, Refusal, join_parts
 from agent_lightning.serving.gate import Gate
-from agent_lightning.toy.model import END, FIRST_WORD, ToyEngine, ToyLanguage, ToyLearner
-from agent_lightning.toy.world import ToyWorld
+from agent_lightning.testing.model import END, FIRST_WORD, ToyEngine, ToyLanguage, ToyLearner
+from agent_lightning.testing.world import ToyWorld
 
 LANGUAGE = ToyLanguage(("no", "yes", "call:2+3"))
 TOOL = {"type": "function", "function": {"name": "calculator"}}
@@ -301,7 +301,7 @@ async def test_an_error_in_the_block_is_raised_unchanged_and_everything_stops() 
 
 
 def test_the_toy_world_needs_neither_ray_nor_torch() -> None:
-    code = "import sys, agent_lightning.toy.world; print({'ray', 'torch', 'vllm', 'verl'} & set(sys.modules))"
+    code = "import sys, agent_lightning.testing.world; print({'ray', 'torch', 'vllm', 'verl'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

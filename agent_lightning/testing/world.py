@@ -32,7 +32,7 @@ from agent_lightning.run.state import Plan, State, checkpoint_folder, newest_che
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.serving.gateway import Gateway, GatewayConfig, application
 from agent_lightning.serving.policy import PolicyBoard
-from agent_lightning.toy.model import PAD, ToyEngine, ToyLanguage, ToyLearner
+from agent_lightning.testing.model import PAD, ToyEngine, ToyLanguage, ToyLearner
 
 MODEL: Final = "policy"
 SAMPLING: Final[Mapping[Split, Mapping[str, float | int]]] = {

@@ -13,7 +13,7 @@ from agent_lightning.core import actors
 from agent_lightning.learners.base import Weights
 from agent_lightning.serving.gate import Gate
 from agent_lightning.serving.policy import PolicyBoard
-from agent_lightning.toy.model import ToyEngine, ToyLanguage, ToyLearner
+from agent_lightning.testing.model import ToyEngine, ToyLanguage, ToyLearner
 
 
 class SharedToyLearner(ToyLearner):
