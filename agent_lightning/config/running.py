@@ -215,6 +215,25 @@ class BufferConfig(Section):
         return self
 
 
+class LoopConfig(Section):
+    """How far rollouts and training overlap (docs/async.md)."""
+
+    max_lag: AtLeast0 = 0
+    """Most updates by which the policy that is trained may be newer than a version that sampled a trained token. 0:
+    generate, train and publish in turn; from 1 on they overlap. If engine and learner share a processor, only the time
+    in which rollouts wait for their tools overlaps with training."""
+    drop_beyond: AtLeast0 | None = None
+    """A group with a token that is more than this many updates old is dropped as stale, which is a bias against slow
+    tasks; null: no group is dropped for its age."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LoopConfig:
+        if self.drop_beyond is not None and self.drop_beyond >= self.max_lag:
+            bound = f"no token is more than loop.max_lag={self.max_lag} updates old"
+            raise ConfigError(f"loop.drop_beyond={self.drop_beyond}: {bound}; leave it out")
+        return self
+
+
 class RolloutConfig(Section):
     """The processes that run agents."""
 
@@ -241,9 +260,10 @@ class ServingConfig(Section):
     """Port of the gateway; 0 takes a free one. If Ray Serve runs already, its port is used."""
     max_num_seqs: AtLeast1 = 256
     """Most sequences that an engine samples at a time."""
-    on_weight_update: OnWeightUpdate = "wait"
+    on_weight_update: OnWeightUpdate | None = None
     """What happens to unfinished calls when new weights arrive. wait: the update waits until they end; restart: the new
-    weights answer them from the start; keep: they continue with the new weights, and both versions are recorded."""
+    weights answer them from the start; keep: they continue with the new weights, and both versions are recorded. null:
+    keep if loop.max_lag is above 0, else wait."""
     kv_cache_gib: AtLeast1 = 1
     """Memory of each engine's KV cache on a CPU, in GiB."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85

@@ -35,6 +35,9 @@ class Plan:
     steps: int
     algorithm: AlgorithmConfig
     """The size of a step; the learner reads the rest."""
+    max_lag: int = 0
+    drop_beyond: int | None = None
+    """See LoopConfig for both."""
     eval_every: int = 0
     """Steps between evaluations. The first step is always preceded, and the last followed, by an evaluation."""
     rules: CreditRules

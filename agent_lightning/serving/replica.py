@@ -50,7 +50,7 @@ class PolicyServer:
         if parser := settings["engine_kwargs"].get("tool_call_parser"):
             use_own_grammars(parser)
         self._server = ray_private.llm_server(settings)
-        self._gate = Gate(serving.on_weight_update)
+        self._gate = Gate(serving.on_weight_update or "wait")
         self._version = 0
         self._follower = Follower(board, self._install, self.check_health)
         self._following: asyncio.Task[None] | None = None

@@ -31,7 +31,7 @@ class ToyReplica(ToyEngine):
     def __init__(
         self, words: tuple[str, ...], seed: int, max_len: int, serving: ServingConfig, board: PolicyBoard
     ) -> None:
-        super().__init__(ToyLanguage(words), seed=seed, max_len=max_len, gate=Gate(serving.on_weight_update))
+        super().__init__(ToyLanguage(words), seed=seed, max_len=max_len, gate=Gate(serving.on_weight_update or "wait"))
         self._board = board
         self._following: asyncio.Task[None] | None = None
 
