@@ -1,4 +1,4 @@
-"""Rollouts and training overlap by at most `loop.max_lag` updates; at 0 a run has the figures of before, bit for bit."""
+"""Rollouts and training overlap by at most `loop.max_lag` updates; at 0 a run has its old figures, bit for bit."""
 
 from __future__ import annotations
 
