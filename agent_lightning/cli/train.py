@@ -198,8 +198,7 @@ def make_plan(config: Config) -> Plan:
     return Plan(
         steps=config.steps,
         algorithm=config.algorithm,
-        max_lag=config.loop.max_lag,
-        drop_beyond=config.loop.drop_beyond,
+        loop=config.loop,
         eval_every=config.eval_every,
         rules=credit_rules(config),
         pad_token=0,

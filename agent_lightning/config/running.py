@@ -233,6 +233,24 @@ class LoopConfig(Section):
             raise ConfigError(f"loop.drop_beyond={self.drop_beyond}: {bound}; leave it out")
         return self
 
+    def check_method(self, method: str, *, seeded: bool) -> None:
+        """Raise ConfigError for a method of credit, or for seeded sampling, that needs rollouts of one version."""
+        if self.max_lag and method == "gae":
+            why = "credit.method=gae needs rollouts of one version, since its critic values the newest policy"
+            raise ConfigError(f"loop.max_lag={self.max_lag}: {why}; set loop.max_lag=0, or a method without a critic")
+        if self.max_lag and seeded:
+            why = "sampling.seeded repeats a run, which needs steps of one version"
+            raise ConfigError(f"loop.max_lag={self.max_lag}: {why}; leave one of them out")
+
+    def check_memory(self, buffer: BufferConfig, rollouts_per_step: int, max_len: int) -> None:
+        """Raise ConfigError for more rollouts at a time than the buffer has room for. `max_len`: most tokens of one; a
+        token takes at least 8 bytes, for its id and its log-probability."""
+        rollouts = rollouts_per_step * (self.max_lag + 1)
+        needed, room = rollouts * max_len * 8 / 2**30, buffer.memory_gib + buffer.journal * buffer.max_disk_gib
+        if self.max_lag and needed > room:
+            why = f"{rollouts:,} rollouts at a time may need {needed:,.1f} GiB, and the buffer has {room:g}"
+            raise ConfigError(f"loop.max_lag={self.max_lag}: {why}; lower it, or raise buffer.memory_gib")
+
 
 class RolloutConfig(Section):
     """The processes that run agents."""

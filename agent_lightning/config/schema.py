@@ -88,12 +88,12 @@ class Config(Section):
     @classmethod
     def _choose_rule(cls, values: Any) -> Any:
         """Fill in serving.on_weight_update if it is null: the engines read their own section alone."""
-        loop, serving = (
-            (values.get(name) or {} for name in ("loop", "serving")) if isinstance(values, dict) else ({}, ())
-        )
+        if not isinstance(values, dict):
+            return values
+        loop, serving = values.get("loop") or {}, values.get("serving") or {}
         if not isinstance(loop, dict) or not isinstance(serving, dict) or serving.get("on_weight_update"):
             return values
-        rule = "keep" if str(loop.get("max_lag", 0)) != "0" else "wait"
+        rule = "wait" if str(loop.get("max_lag", 0)) == "0" else "keep"
         return values | {"serving": serving | {"on_weight_update": rule}}
 
     def _check_lengths(self) -> None:
@@ -109,28 +109,6 @@ class Config(Section):
             raise ConfigError(
                 f"learner.max_tokens_per_micro_batch={self.learner.max_tokens_per_micro_batch}: must be at least "
                 f"model.max_len={longest}, for the longest row"
-            )
-
-    def _check_lag(self) -> None:
-        """Raise ConfigError for what cannot be trained on rollouts of older versions, and for more rollouts at a time
-        than the buffer holds."""
-        lag, algorithm = self.loop.max_lag, self.algorithm
-        if lag and self.credit.method == "gae":
-            raise ConfigError(
-                f"loop.max_lag={lag}: credit.method=gae needs rollouts of one version, as its critic values the newest "
-                "policy; set loop.max_lag=0, or a method without a critic"
-            )
-        if lag and self.sampling.seeded:
-            raise ConfigError(
-                f"loop.max_lag={lag}: sampling.seeded repeats a run, which needs steps of one version; leave one out"
-            )
-        buffer, rollouts = self.buffer, algorithm.rollouts_per_step * (lag + 1)
-        needed = rollouts * self.model.max_len * 8 / 2**30  # of an attempt at least each token's id and log-probability
-        room = buffer.memory_gib + (buffer.max_disk_gib if buffer.journal else 0)
-        if lag and needed > room:
-            raise ConfigError(
-                f"loop.max_lag={lag}: {rollouts:,} rollouts at a time may need {needed:.1f} GiB, and the buffer has "
-                f"{room:g}: lower it, or raise buffer.memory_gib"
             )
 
     @model_validator(mode="after")
@@ -149,7 +127,8 @@ class Config(Section):
             self.algorithm.check_groups()
         if self.sampling.seeded and self.serving.gateways not in (None, 1):
             raise ConfigError("sampling.seeded: serving.gateways must be 1, as each counts what it is asked by itself")
-        self._check_lag()
+        self.loop.check_method(self.credit.method, seeded=self.sampling.seeded)
+        self.loop.check_memory(self.buffer, self.algorithm.rollouts_per_step, self.model.max_len)
         self.hardware.check_use(self.serving, self.learner)
         self._check_lengths()
         if not self.model.words and self.sampling.train.temperature < 0.01:  # vLLM samples no colder

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agent_lightning.config.learning import AlgorithmConfig
+from agent_lightning.config.running import LoopConfig
 from agent_lightning.core import files
 from agent_lightning.core.errors import AccountingError, UserError
 from agent_lightning.core.text import error_line
@@ -35,9 +36,7 @@ class Plan:
     steps: int
     algorithm: AlgorithmConfig
     """The size of a step; the learner reads the rest."""
-    max_lag: int = 0
-    drop_beyond: int | None = None
-    """See LoopConfig for both."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
     eval_every: int = 0
     """Steps between evaluations. The first step is always preceded, and the last followed, by an evaluation."""
     rules: CreditRules
