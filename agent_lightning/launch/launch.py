@@ -77,7 +77,6 @@ async def system(
     from agent_lightning.core import actors
     from agent_lightning.serving import app
 
-    port = config.serving.port or ray_private.free_port(config.serving.host)
     async with AsyncExitStack() as stack:
         own = await _start_ray(config, stack, logs)
         run_secret = secrets.token_bytes(32)
@@ -88,11 +87,12 @@ async def system(
         start = partial(
             app.start,
             name=f"agl-{secrets.token_hex(3)}",
-            config=_deployment(config, facts, port),
+            config=_deployment(config, facts),
             gateway=_gateway(config, facts, run_secret),
             recorder=buffer if calls is None else actors.spawn(CallLog, calls.absolute(), options=here),
             board=board,
             replica=backend.choose(config).replica(),
+            alone=own,
         )
         serving = start_thread(start, "serving")
         learning = start_thread(partial(_learner, config, facts, serving) if train else lambda: None, "learner")
@@ -192,12 +192,12 @@ def training(config: Config, model: str, revision: str | None = None) -> Trainin
     )
 
 
-def _deployment(config: Config, facts: ModelFacts | None, port: int) -> Deployment:
-    """How the policy is served on this port."""
+def _deployment(config: Config, facts: ModelFacts | None) -> Deployment:
+    """How the policy is served."""
     from agent_lightning.serving.app import Deployment
 
+    port = config.serving.port or ray_private.free_port(config.serving.host)
     model, revision = _source(config, facts)
-
     return Deployment(
         model=config.model.model_copy(update={"path": model}),
         revision=revision,

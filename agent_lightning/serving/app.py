@@ -174,9 +174,12 @@ def start(
     recorder: Recorder,
     board: PolicyBoard,
     replica: MakeReplica | None = None,
+    alone: bool = True,
 ) -> Service:
     """Deploy the service and wait until it answers. `replica` makes the policy's replicas; the default is vLLM. Raises
-    UserError if the port cannot be used, EngineError if a replica does not start."""
+    UserError if the port cannot be used, EngineError if a replica does not start. `alone` says that nothing else uses
+    Ray Serve: the gateway then answers every path, so that a client that has lost its base URL is told so in its own
+    format; Serve's proxy would answer with a text of its own."""
     make = replica or partial(_vllm, _llm_settings(config), config.serving)
     policy = serve.deployment(PolicyDeployment).options(
         name=f"policy-{MODEL_NAME}",
@@ -201,7 +204,8 @@ def start(
     try:
         _wait_for_controller(proxy)
         # The replicas start while the proxy does: Serve's own `start` would have them wait for it.
-        serve.run(app, name=name, route_prefix=f"/{name}", external_scaler_enabled=True, logging_config=quiet)
+        prefix = "/" if alone else f"/{name}"
+        serve.run(app, name=name, route_prefix=prefix, external_scaler_enabled=True, logging_config=quiet)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
         if proxy.done():
             proxy.result()  # the first to fail says why

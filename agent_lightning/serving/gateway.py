@@ -131,7 +131,8 @@ class Gateway:
         if "rollout" not in segments and segments[-1:] == ["health"]:
             return JSONResponse({"status": "ok", "model": self._config.model})
         signs = {"anthropic-version": "messages", "x-goog-api-key": "generateContent"}
-        dialect = DIALECTS[next((signs[name] for name in signs if name in request.headers), "chat/completions")]
+        sign = next((signs[name] for name in signs if name in request.headers), paths.guess_endpoint(segments))
+        dialect = DIALECTS.get(sign, DIALECTS["chat/completions"])
         try:
             route = paths.find(segments)
             dialect = DIALECTS.get(route.endpoint, dialect)

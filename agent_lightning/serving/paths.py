@@ -65,9 +65,21 @@ def find(segments: list[str]) -> Route:
         key = RolloutKey.parse(rollout_id, int(number))
     except ValueError:
         path = "/".join(segments)
-        message = f"no such path: /{path[:200]}: the client must keep all of its base URL, /rollout/…"
+        message = f"no such path: /{path[:200]}: the client must keep all of its base URL, …/rollout/…"
         raise BadRequest(message, "not_found", 404) from None
     path = "/".join(rest)
+    endpoint, fields = _endpoint(path)
+    return Route(key=key, secret=secret, agent=agent, path=path, endpoint=endpoint, fields=fields)
+
+
+def guess_endpoint(segments: list[str]) -> str:
+    """The endpoint that the end of a path names, "" if none: a client that has lost its base URL gets a refusal in its
+    own format."""
+    return _endpoint("/".join(segments[-2:]))[0] or _endpoint("/".join(segments[-1:]))[0]
+
+
+def _endpoint(path: str) -> tuple[str, dict[str, Any]]:
+    """The endpoint and the fields of a path below the agent's name."""
     match = _ENDPOINT.fullmatch(path) if len(path) <= _LONGEST else None  # long ones could cost much time
     parts = match.groupdict() if match else {}
     fields: dict[str, Any] = {}
@@ -75,5 +87,4 @@ def find(segments: list[str]) -> Route:
         fields["model"] = model
     if action := parts.get("action"):
         fields["stream"] = action == "streamGenerateContent"
-    endpoint = parts.get("name") or (action or MODELS if match else "")
-    return Route(key=key, secret=secret, agent=agent, path=path, endpoint=endpoint, fields=fields)
+    return parts.get("name") or (action or MODELS if match else ""), fields

@@ -91,8 +91,31 @@ async def test_azures_paths_are_answered() -> None:
         assert [call.agent for call in (await rig.end()).calls] == ["agent", "judge/2"]
 
 
-async def test_a_client_that_loses_the_path_of_its_base_url_is_told_so() -> None:
+@pytest.mark.parametrize(
+    ("path", "headers", "form"),
+    [
+        ("/v1/chat/completions", {}, "openai"),
+        ("/chat/completions", {}, "openai"),
+        ("/agl-x/v1/responses", {}, "openai"),
+        ("/v1/models", {}, "openai"),
+        ("/v1/embeddings", {}, "openai"),
+        ("/", {}, "openai"),
+        ("/agl-x/rollout/train-1-2/v1/chat/completions", {}, "openai"),
+        ("/v1/messages", {}, "anthropic"),
+        ("/agl-x/v1/messages/count_tokens", {}, "anthropic"),
+        ("/v1/models", {"anthropic-version": "2023-06-01"}, "anthropic"),
+        ("/v1beta/models/policy:generateContent", {}, "google"),
+        ("/v1beta/models", {"x-goog-api-key": "any"}, "google"),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+async def test_a_client_that_loses_its_base_url_is_told_so_in_its_format(
+    method: str, path: str, headers: dict[str, str], form: str
+) -> None:
     async with open_rig() as rig:
-        refused = await rig.http.post("/v1/chat/completions", json={"messages": HELLO})
-        assert code_of(refused) == (404, "not_found")
-        assert "must keep all of its base URL" in refused.json()["error"]["message"]
+        refused = await rig.http.request(method, path, headers=headers)
+    body = refused.json()
+    assert (refused.status_code, refused.headers["x-should-retry"]) == (404, "false")
+    assert "must keep all of its base URL" in body["error"]["message"]
+    kind = "anthropic" if body.get("type") == "error" else "google" if "status" in body["error"] else "openai"
+    assert kind == form

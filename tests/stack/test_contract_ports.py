@@ -1,4 +1,5 @@
-"""docs/security.md lists every port that listens while a policy is served, and no other process listens."""
+"""docs/security.md lists every port that listens while a policy is served, and no other process listens. Whatever path
+a client sends to proxy or gateway, the answer is in a protocol's own form."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import ipaddress
 import re
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from policy_server import PolicyServer
@@ -39,3 +41,49 @@ def test_the_ports_that_listen_are_those_that_the_page_lists(policy_server: Poli
     rows = documented()
     assert len(rows) > 5
     assert listening(policy_server.pid) == rows
+
+
+def addresses(server: PolicyServer) -> dict[str, str]:
+    """The roots of Serve's proxy and of the gateway, which agents of its node call past the proxy."""
+    roots = {"proxy": str(httpx.URL(server.url).copy_with(path="/")).rstrip("/")}
+    for process in psutil.Process(server.pid).children(recursive=True):
+        if "-gateway" in " ".join(process.cmdline()):
+            for connection in process.net_connections(kind="tcp"):
+                root = f"http://127.0.0.1:{connection.laddr.port}"
+                if connection.status == psutil.CONN_LISTEN and is_gateway(root):
+                    roots["gateway"] = root
+    return roots
+
+
+def is_gateway(root: str) -> bool:
+    try:
+        return httpx.get(f"{root}/health", timeout=2.0).status_code == 200
+    except httpx.HTTPError:  # gRPC, or another address
+        return False
+
+
+LOST = [
+    ("POST", "/v1/chat/completions", {}, "error"),
+    ("POST", "/chat/completions", {}, "error"),
+    ("POST", "/v1/completions", {}, "error"),
+    ("POST", "/v1/responses", {}, "error"),
+    ("GET", "/v1/models", {}, "error"),
+    ("GET", "/", {}, "error"),
+    ("POST", "/rollout", {}, "error"),
+    ("PUT", "/any/thing?a=1", {}, "error"),
+    ("POST", "/v1/messages", {}, "type"),
+    ("GET", "/v1/models", {"anthropic-version": "2023-06-01"}, "type"),
+    ("POST", "/v1beta/models/policy:generateContent", {}, "status"),
+]
+
+
+@pytest.mark.parametrize("where", ["proxy", "gateway"])
+def test_a_client_that_loses_its_base_url_is_told_so_in_its_format(where: str, policy_server: PolicyServer) -> None:
+    with httpx.Client(base_url=addresses(policy_server)[where]) as http:
+        assert http.get("/health").json()["status"] == "ok"
+        for method, path, headers, key in LOST:
+            reply = http.request(method, path, headers=headers)
+            body = reply.json()
+            assert reply.status_code == 404, (method, path)
+            assert key in (body["error"] if key == "status" else body), (method, path, body)
+            assert "must keep all of its base URL" in body["error"]["message"], (method, path)
