@@ -83,8 +83,8 @@ def list_runs(root: Path) -> Table:
         cells = [str(run.config().get(key, "")) for key in ("experiment", "seed")] + [str(steps), "not finished", ""]
         if run.directory.summary.exists():
             summary = Summary.read(run.directory.summary)
-            rewards = f"{number(summary.val_reward_first)} -> {number(summary.val_reward_last)}"
-            cells = [summary.experiment, str(summary.seed), str(summary.steps), rewards, duration(summary.wall_s)]
+            held_out = f"loss {summary.held_out}" if summary.supervised else summary.held_out
+            cells = [summary.experiment, str(summary.seed), str(summary.steps), held_out, duration(summary.wall_s)]
         table.add_row(run.name, *cells, Text(f"{state}: {why}" if why else state))
     return table
 

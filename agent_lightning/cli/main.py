@@ -92,6 +92,10 @@ async def _run(options: argparse.Namespace) -> int:
     # `resume=RUN` is no key of the config: it says where the config comes from.
     overrides = [word for word in options.overrides if not word.startswith("resume=")]
     *_, resume = [None, *(word.removeprefix("resume=") for word in options.overrides if word.startswith("resume="))]
+    if options.command == "sft":
+        from agent_lightning.cli.sft import data_words
+
+        return await train.train(overrides if resume else data_words(overrides), resume=resume, supervised=True)
     if options.command == "train" and not options.multirun:
         return await train.train(overrides, resume=resume)
     return train.sweep(overrides, resume=resume, multirun=options.multirun)
@@ -126,6 +130,11 @@ config: every key of a config, its value, and where that came from; or what a ke
   agl config experiment=calc_tiny algorithm.lr=1e-3 --changed
   agl config algorithm.lr credit
   agl config
+
+sft: supervised training on chats: sft.jsonl of `agl import`, or any JSON lines of OpenAI messages with tools
+  agl sft experiment=calc_tiny data.train.path=imported/sft.jsonl steps=100
+  agl export runs/sft-calc_tiny-s0-20260101-120000 --model warm
+  agl train experiment=calc_tiny model.path=warm
 
 submit: train as a Ray job on a cluster
   agl submit experiment=calc_tiny --address http://HEAD:8265 --follow
@@ -230,7 +239,7 @@ def _add_arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     add("try", "--url", default="", help="against any OpenAI-compatible URL ending in /v1; OPENAI_API_KEY has its key")
     add("try", "--model", default="", help="of --url: the model's name there (default: model.path)")
     add("init", "folder", type=Path, help="a new folder, or an empty one")
-    with_keys = "train config submit try eval serve sweep reproduce"
+    with_keys = "train sft config submit try eval serve sweep reproduce"
     add(with_keys, "overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
     add("score", "file", type=Path, help=".jsonl or .jsonl.gz, rows with `pred`; - reads standard input")
     for name, readers in benchmarks.score_paths().items():

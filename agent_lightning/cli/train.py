@@ -11,8 +11,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -52,18 +53,18 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-async def train(overrides: Sequence[str], *, resume: str | None) -> int:
-    """`agl train`: run the loop to its end, and return the exit code. `resume` is a run that goes on. If a process of
-    the run dies, the run goes on from its newest checkpoint, at most `restarts` times. Raises UserError, EngineError,
-    StepFailed, PartDied."""
+async def train(overrides: Sequence[str], *, resume: str | None, supervised: bool = False) -> int:
+    """`agl train` and `agl sft`: run the loop to its end, and return the exit code. `resume` is a run that goes on, as
+    what it was. If a process of the run dies, the run goes on from its newest checkpoint, at most `restarts` times.
+    Raises UserError, EngineError, StepFailed, PartDied."""
     if resume is None:
         config = load(overrides)
-        tasks = checks.require(config, "train", "val").tasks  # before there is a folder of the run
-        run = _new_run(config, config.experiment)
+        make = _prepare(config, supervised)  # before there is a folder of the run
+        run = _new_run(config, f"sft-{config.experiment}" if supervised else config.experiment)
         with run.lock():
             run.config.write_text(to_yaml(config))
-            state = State(cursor=TaskCursor(seed=config.seed))
-            return await _train(_Attempt(config=config, run=run, state=state, resumed=False, tasks=tasks))
+            state = State(cursor=TaskCursor(seed=config.seed), supervised=supervised)
+            return await _train(make(config=config, run=run, state=state, resumed=False))
     remote = storage.is_remote(resume)
     run = RunDirectory(storage.local_copy(resume)) if remote else RunDirectory.open(Path(resume))
     with run.lock():  # before anything is read or written: the run may be alive
@@ -74,8 +75,16 @@ async def train(overrides: Sequence[str], *, resume: str | None) -> int:
         if state.step >= config.steps:
             done = f"{resume} has done its {state.step} steps"
             raise UserError(f"{done}: give steps=N with N above {state.step} to go on")
-        tasks = checks.require(config, "train", "val").tasks
-        return await _train(_Attempt(config=config, run=run, state=state, resumed=True, tasks=tasks))
+        return await _train(_prepare(config, state.supervised)(config=config, run=run, state=state, resumed=True))
+
+
+def _prepare(config: Config, supervised: bool) -> Callable[..., Attempt]:
+    """Make all checks and read the data; returns what makes an attempt with them. Raises UserError."""
+    if supervised:
+        from agent_lightning.cli.sft import prepare
+
+        return prepare(config)
+    return partial(Attempt, tasks=checks.require(config, "train", "val").tasks)
 
 
 def _new_run(config: Config, name: str) -> RunDirectory:
@@ -85,7 +94,7 @@ def _new_run(config: Config, name: str) -> RunDirectory:
     return RunDirectory.create(root, name, config.seed, config.name, is_taken=is_taken)
 
 
-async def _train(attempt: _Attempt) -> int:
+async def _train(attempt: Attempt) -> int:
     """Make an attempt, and further ones from the newest checkpoint if a process of the run dies; the exit code."""
     config, run = attempt.config, attempt.run
     place = config.runs_dir
@@ -105,7 +114,7 @@ async def _train(attempt: _Attempt) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Attempt:
+class Attempt:
     """An attempt to run the loop to its end, with processes of its own."""
 
     config: Config
@@ -123,16 +132,19 @@ class _Attempt:
     async def train(self) -> int:
         """Start the processes, run the loop until it ends or a signal stops it, and end them. Returns the exit code."""
         config, run, journal = self.config, self.run, None
-        if self.trains and config.buffer.journal:
+        if self.trains and config.buffer.journal and not self.state.supervised:
             journal = run.path / "journal" if config.buffer.path is None else Path(config.buffer.path)
             if not self.resumed and journal.is_dir() and list_segments(journal):
                 place = f"buffer.path={journal}"
                 raise UserError(f"{place} holds the journal of another run: resume that run, or choose another")
-        progress = Progress(config.experiment, steps=config.steps if self.trains else 0, console=self.console)
+        steps = config.steps if self.trains else 0
+        progress = Progress(
+            config.experiment, steps, self.console, measure="loss" if self.state.supervised else "reward"
+        )
         step = self.state.step if self.resumed else None
         observer = RunObserver(config=config, run=run, progress=progress, resumed_step=step)
         progress.start()
-        progress.waiting_for("start: Ray, the policy's engine, the learner")
+        progress.waiting_for("start: the processes of the run")
         stop, started = asyncio.Event(), time.monotonic()
         mirror = storage.Mirror(config.runs_dir, run.path) if storage.is_remote(config.runs_dir) else None
         start_s, resumed = math.nan, self.state if self.resumed else None
@@ -141,8 +153,7 @@ class _Attempt:
             with _stop_signals(stop) as install, mirror.following() if mirror else nullcontext():
                 try:
                     async with AsyncExitStack() as stack:
-                        starting = launch.system(config, train=self.trains, workers=config.rollout.workers, **places)
-                        system = await _first(stack.enter_async_context(starting), stop.wait())
+                        system = await _first(stack.enter_async_context(self.start(places)), stop.wait())
                         if isinstance(system, bool):
                             progress.stop()
                             self.console.print("stopped before it had started; nothing is changed")
@@ -151,7 +162,7 @@ class _Attempt:
                         start_s = time.monotonic() - started
                         from agent_lightning.core.actors import head_is_lost
 
-                        if lost := await _first(self._loop(system, observer, stop), head_is_lost()):
+                        if lost := await _first(self.loop(system, observer, stop), head_is_lost()):
                             raise PartDied(f"the cluster's head at {lost} does not answer any more")
                 finally:  # how the run ended is written however it ends
                     error = sys.exc_info()[1]
@@ -171,7 +182,12 @@ class _Attempt:
         self.evaluations.append(observer.evaluation)
         return STOPPED if stop.is_set() else 0
 
-    async def _loop(self, system: launch.System, observer: RunObserver, stop: asyncio.Event) -> None:
+    def start(self, places: Mapping[str, Any]) -> AbstractAsyncContextManager[Any]:
+        """Starts the processes of the attempt, and stops them at the end of the block."""
+        return launch.system(self.config, train=self.trains, workers=self.config.rollout.workers, **places)
+
+    async def loop(self, system: Any, observer: RunObserver, stop: asyncio.Event) -> None:
+        """Run the loop on what `start` has started."""
         if not self.trains:
             parts: Any = {"buffer": system.buffer, "observer": observer, "val_tasks": self.tasks["val"]}
             await Sampler(state=self.state, stop=stop, **parts).evaluate()
@@ -316,7 +332,7 @@ async def evaluate(overrides: Sequence[str], *, split: Split, out: Path | None) 
     config = config.model_copy(update={"tracking": tracking})
     run, state = _new_run(config, f"eval-{config.experiment}"), State(cursor=TaskCursor(seed=config.seed))
     settings: Any = {"resumed": False, "console": Console(stderr=True), "trains": False}
-    attempt = _Attempt(config=config, run=run, state=state, tasks=tasks, **settings)
+    attempt = Attempt(config=config, run=run, state=state, tasks=tasks, **settings)
     with run.lock():
         run.config.write_text(to_yaml(config))
         if await attempt.train() == STOPPED:

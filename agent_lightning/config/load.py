@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from inspect import cleandoc
@@ -36,7 +37,8 @@ def project_folder(name: str) -> Path:
 
 
 def resolve_path(path: str) -> str:
-    """A local path from here, or else from the project's folder; anything else (a hub id) as it is."""
+    """A local path from here, or else from the project's folder; ~ is the home; anything else (a hub id) as it is."""
+    path = os.path.expanduser(path)
     if Path(path).exists():
         return str(Path(path).resolve())
     parts = Path(path).parts

@@ -41,10 +41,10 @@ class Backend:
         """The resources of one policy replica; the first bundle holds the replica and its first engine worker."""
         return placement.engine_bundles(self.config)
 
-    def groups(self, *, train: bool = True) -> list[placement.BundleGroup]:
-        """The placement groups of a run."""
+    def groups(self, *, train: bool = True, serve: bool = True) -> list[placement.BundleGroup]:
+        """The placement groups of a run that trains or serves, or both."""
         learner = [placement.learner_group(self.config)] if train else []
-        return [placement.replica_group(self.config, self.replica_bundles()), *learner]
+        return [placement.replica_group(self.config, self.replica_bundles())] * serve + learner
 
     def replica(self) -> MakeReplica | None:
         """The maker of a policy replica; None: the vLLM replica that the serving configuration describes."""
@@ -70,7 +70,7 @@ class ToyBackend(Backend):
     def replica_bundles(self) -> tuple[placement.Resources, ...]:
         return ({"CPU": 0.01},)
 
-    def groups(self, *, train: bool = True) -> list[placement.BundleGroup]:
+    def groups(self, *, train: bool = True, serve: bool = True) -> list[placement.BundleGroup]:
         return super().groups(train=False)
 
     def replica(self) -> MakeReplica:

@@ -36,6 +36,7 @@ class Inspection:
 
     config: Config
     splits: Sequence[Split]  # the splits whose tasks are read; a run that reads "train" also trains
+    serves: bool = True  # whether there are engines
     download: bool = True  # whether models and data sets are downloaded, or only looked up on the hub
     assumed: Sequence[placement.Resources] = ()  # the resources of planned nodes, which replace those of the cluster
     nodes: Sequence[placement.Resources] = ()  # the resources of the nodes of the cluster, or the assumed ones
@@ -51,6 +52,15 @@ def require(config: Config, *splits: Split) -> Inspection:
     inspection = Inspection(config=config, splits=splits)
     for _, check in CHECKS if splits else ENGINE_CHECKS:
         check(inspection)
+    return inspection
+
+
+def require_supervised(config: Config) -> Inspection:
+    """Make the checks of supervised training, which has a learner alone, and read its chats. Raises UserError."""
+    inspection = Inspection(config=config, splits=("train", "val"), serves=False)
+    for what, check in CHECKS:
+        if what not in ("agent", "memory", "port"):
+            check(inspection)
     return inspection
 
 
@@ -108,7 +118,7 @@ def _check_port(inspection: Inspection) -> None:
 def _check_cluster(inspection: Inspection) -> None:
     """The nodes can hold the placement groups of the run. Joins the cluster, if the run does not start its own."""
     config = inspection.config
-    groups = backend.choose(config).groups(train="train" in inspection.splits)
+    groups = backend.choose(config).groups(train="train" in inspection.splits, serve=inspection.serves)
     inspection.nodes = inspection.assumed or cluster_nodes(config)
     lacks = placement.missing(groups, inspection.nodes)
     if lacks:
@@ -124,7 +134,7 @@ def _check_reach(inspection: Inspection) -> None:
     setting, instead = f"serving.gateways={gateways}", "leave it null for one on each node"
     if inspection.config.sampling.seeded:
         setting, instead = "sampling.seeded=true, which has one gateway,", "leave it false"
-    if gateways is not None and len(inspection.nodes) > 1 and serving.host != "0.0.0.0":
+    if inspection.serves and gateways is not None and len(inspection.nodes) > 1 and serving.host != "0.0.0.0":
         raise UserError(
             f"{setting} on {len(inspection.nodes)} nodes: workers on the others do not reach the head's proxy at "
             f"{serving.host}; {instead}, or set serving.host=0.0.0.0"

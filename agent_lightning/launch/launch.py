@@ -8,13 +8,14 @@ import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.buffer.buffer import Buffer
+from agent_lightning.config.learning import CreditConfig
 from agent_lightning.config.load import Config
 from agent_lightning.core import hub, ray_private
 from agent_lightning.core.errors import PartDied
@@ -31,6 +32,7 @@ from agent_lightning.run.state import State
 from agent_lightning.serving.policy import PolicyBoard
 
 if TYPE_CHECKING:
+    from agent_lightning.learners.verl import VerlLearner
     from agent_lightning.learners.verl_groups import Training
     from agent_lightning.serving.app import Deployment, Service
 
@@ -106,6 +108,34 @@ async def system(
         await _start_workers(config, buffer, service, workers, stack, logs)
         try:
             yield System(buffer=buffer, board=board, service=service, learner=learner)
+        except actors.ActorDied as error:
+            raise PartDied(f"a process of the run has died: {actors.who_died(error)}") from error
+
+
+@asynccontextmanager
+async def supervised(config: Config, *, logs: Path | None = None) -> AsyncIterator[VerlLearner]:
+    """Start a learner of chats, without engine, agents and buffer, and stop it at the end of the block. Raises
+    UserError if it cannot start, and PartDied if one of its processes is gone."""
+    facts = checks.require_supervised(config).model
+    ray_private.prepare_environment(_passed_on(config))
+    from agent_lightning.core import actors
+    from agent_lightning.learners.verl import VerlLearner
+
+    algorithm = config.algorithm
+    batches = -(-algorithm.tasks_per_step // (algorithm.rollouts_per_batch or algorithm.tasks_per_step))
+    async with AsyncExitStack() as stack:
+        await _start_ray(config, stack, logs)
+        settings = replace(
+            training(config, *_source(config, facts)),
+            algorithm=algorithm.model_copy(update={"kl_coef": 0.0, "importance_sampling": "none", "entropy_coef": 0.0}),
+            credit=CreditConfig(),
+            sft=True,
+            total_steps=config.steps * algorithm.epochs * batches,
+            temperature=1.0,
+        )
+        learner = await asyncio.wrap_future(start_thread(partial(VerlLearner, settings), "learner"))
+        try:
+            yield learner
         except actors.ActorDied as error:
             raise PartDied(f"a process of the run has died: {actors.who_died(error)}") from error
 

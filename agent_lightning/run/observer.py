@@ -74,6 +74,12 @@ class RunObserver:
         self._tracker.log(step, record)
         self._progress.show_evaluation(step, evaluation.reward, len(evaluation.rewards), evaluation.failures)
 
+    def record_loss(self, step: int, loss: float, chats: int) -> None:
+        """Log and show the loss of the held-out chats."""
+        self._check_folder()
+        self._tracker.log(step, {"val/loss": loss, "val/rows": float(chats)})
+        self._progress.show_evaluation(step, loss, chats)
+
     def record_step(self, step: int, record: Mapping[str, float]) -> None:
         self._check_folder()
         self._tracker.log(step, {**record, **(self._live.counts() if self._live is not None else {})})
@@ -118,6 +124,7 @@ def summarize(
 ) -> Summary:
     """The summary of a run in numbers, from the loop's state; `ended` has its `state` and `error`."""
     rewards = [reward for _, reward in state.val_rewards] or [math.nan]
+    losses = [loss for _, loss in state.val_losses] or [math.nan]
     steps = max(1, state.step)
     seconds = {name: state.seconds[name] / steps for name in ("total", "generate", "update", "publish", "other")}
     return Summary(
@@ -129,6 +136,8 @@ def summarize(
         val_reward_last=rewards[-1],
         val_reward_best=max(rewards),
         val_reward_by=dict(val_reward_by),
+        val_loss_first=losses[0],
+        val_loss_last=losses[-1],
         val_rows=val_rows,
         rollouts=RolloutCounts(
             admitted=state.admitted, trained=state.trained, dropped=dict(state.dropped), failed=dict(state.failed)

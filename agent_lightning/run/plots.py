@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,15 +51,24 @@ def evaluations(path: Path) -> list[tuple[int, float]]:
 
 def plot_learning_curve(metrics: Path, out: Path, title: str) -> None:
     """Draw the file `metrics` (metrics.jsonl) as a PNG of 1200 x 700 pixels at `out`. Above: the rewards of training
-    and of the held-out tasks. Below: the log-probability gap, and the time of a step by phase. Series that were never
-    logged are left out. Raises DataError if there is no metrics file.
+    and of the held-out tasks, or the losses of supervised training. Below: the log-probability gap, or the gradient's
+    norm, and the time of a step by phase. Series that were never logged are left out. Raises DataError if there is no
+    metrics file.
     Example: plot_learning_curve(run.metrics, run.curve, title="calc_x, seed 0")"""
     rows = read_metrics(metrics)
     figure = new_figure(title)
     grid = figure.add_gridspec(2, 2, height_ratios=(2.3, 1))
+    supervised = any("train/loss" in row for row in rows)
+    gap: Any = (_draw_gap, "nats", "log-probability gap, engine to trainer")
     for cell, margin, draw, unit, panel_title in (
-        (grid[0, :], 0.08, _draw_reward, "reward", ""),
-        (grid[1, 0], 0.02, _draw_gap, "nats", "log-probability gap, engine to trainer"),
+        (
+            grid[0, :],
+            0.08,
+            partial(_draw_curve, "loss" if supervised else "reward"),
+            "loss, nats a token" if supervised else "reward",
+            "",
+        ),
+        (grid[1, 0], 0.02, *((_draw_norm, "norm", "gradient before clipping") if supervised else gap)),
         (grid[1, 1], 0.02, _draw_seconds, "seconds", "time of a step"),
     ):
         axes = figure.add_subplot(cell)
@@ -109,24 +119,29 @@ def _series(rows: list[dict[str, float]], name: str) -> tuple[Series, Series]:
     return pair_N2[:, 0], pair_N2[:, 1]
 
 
-def _draw_reward(axes: Axes, rows: list[dict[str, float]]) -> None:
-    step_N, train_N = _series(rows, "train/reward")
+def _draw_curve(measure: str, axes: Axes, rows: list[dict[str, float]]) -> None:
+    step_N, train_N = _series(rows, f"train/{measure}")
     window = max(3, math.ceil(len(train_N) / 15))
     if len(train_N) > window:
         axes.plot(step_N, train_N, color=BLUE, alpha=0.3, linewidth=1.0, label="train, each step")
         axes.plot(step_N, smooth(train_N, window), color=BLUE, linewidth=2.2, label=f"train, mean of {window} steps")
     elif len(train_N):
         axes.plot(step_N, train_N, color=BLUE, linewidth=2.2, marker=".", label="train")
-    step_N, val_N = _series(rows, "val/reward")
+    step_N, val_N = _series(rows, f"val/{measure}")
     if len(val_N):
         style: dict[str, Any] = {"markersize": 7.0, "markeredgecolor": "white", "linewidth": 1.6}
-        axes.plot(step_N, val_N, color=RED, marker="o", zorder=4, label="held-out tasks", **style)
+        axes.plot(step_N, val_N, color=RED, marker="o", zorder=4, label="held out", **style)
     # The last value is written on the right of its point and the first on the left, away from the curve.
     text: dict[str, Any] = {"va": "center", "fontsize": 13, "fontweight": "bold", "color": RED}
     for index, offset, align in ((-1, 9, "left"), (0, -9, "right"))[: len(val_N)]:
         point = (step_N[index], val_N[index])
         axes.annotate(f"{point[1]:.3f}", point, (offset, 0), textcoords="offset points", ha=align, **text)
     axes.margins(y=0.12)
+
+
+def _draw_norm(axes: Axes, rows: list[dict[str, float]]) -> None:
+    step_N, norm_N = _series(rows, "learner/grad_norm")
+    axes.plot(step_N, norm_N, color=BLUE, linewidth=1.3, label="mean of the step")
 
 
 def _draw_gap(axes: Axes, rows: list[dict[str, float]]) -> None:

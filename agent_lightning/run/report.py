@@ -77,9 +77,24 @@ class Summary:
     val_reward_best: float
     val_reward_by: Mapping[str, float] = field(default_factory=dict)
     """The last held-out reward, by the values of the field `data.val_group_by` and by set."""
+    val_loss_first: float = math.nan
+    """Of supervised training: the loss of the held-out chats, in nats a token."""
+    val_loss_last: float = math.nan
     state: Literal["finished", "stopped", "failed"] = "finished"
     error: str = ""
     """Why the run failed, as one line."""
+
+    @property
+    def supervised(self) -> bool:
+        """Whether the run was supervised training on chats."""
+        return self.rollouts.trained > 0 and not self.sampled_tokens
+
+    @property
+    def held_out(self) -> str:
+        """The held-out reward before and after, or the loss: "0.312 -> 0.455"."""
+        if self.supervised:
+            return f"{number(self.val_loss_first)} -> {number(self.val_loss_last)}"
+        return f"{number(self.val_reward_first)} -> {number(self.val_reward_last)}"
 
     def write(self, path: Path) -> None:
         """Write JSON, with null for NaN."""
@@ -101,8 +116,8 @@ class Summary:
 def report(summary: Summary, run: RunDirectory) -> RenderableType:
     """The report at the end: the held-out reward before and after, what the run did, and the paths of its files."""
     gain = 100 * (summary.val_reward_last - summary.val_reward_first)
-    headline = Text(" held-out reward  ", style="bold")
-    headline.append(f"{number(summary.val_reward_first)} -> {number(summary.val_reward_last)}")
+    measure = "loss" if summary.supervised else "reward"
+    headline = Text(f" held-out {measure}  {summary.held_out}", style="bold")
     if math.isfinite(gain):
         headline.append(f"  {gain:+.1f} points", style="bold green" if gain > 0 else "bold red" if gain < 0 else "bold")
         headline.append(f"  (best {number(summary.val_reward_best)}, {summary.val_rows:,} rows)", style="dim")
@@ -122,6 +137,9 @@ def report(summary: Summary, run: RunDirectory) -> RenderableType:
         "policy": f"{summary.versions:,} versions published",
         "files": str(run.path),
     }
+    if summary.supervised:
+        rows = {name: rows[name] for name in ("steps", "time per step", "files")}
+        rows |= {"chats": f"{counts.trained:,} learnt", "tokens": trained}
     if summary.val_reward_by:
         rewards = ", ".join(f"{name} {number(reward)}" for name, reward in summary.val_reward_by.items())
         rows = {"held-out": rewards} | rows
@@ -208,10 +226,15 @@ class Progress(LiveBlock):
     """Progress while training: a block that redraws itself, or plain lines if the output is not a terminal."""
 
     def __init__(
-        self, experiment: str, steps: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        experiment: str,
+        steps: int,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        measure: Literal["reward", "loss"] = "reward",
     ) -> None:
         super().__init__(console or Console())
-        self._experiment, self._steps, self._clock = experiment, steps, clock
+        self._experiment, self._steps, self._clock, self._measure = experiment, steps, clock, measure
         self._started_at = self._waiting_since = self._stepped_at = clock()
         self._step, self._steps_here, self._waiting = 0, 0, ""
         self._record: Mapping[str, float] = {}
@@ -237,13 +260,13 @@ class Progress(LiveBlock):
         """Show the metrics of the step that has ended, such as "train/reward"; `step` steps are done."""
         self._step, self._record, self._stepped_at = step, record, self._clock()
         self._steps_here += 1
-        self._train.append(record.get("train/reward", math.nan))
+        self._train.append(record.get(f"train/{self._measure}", math.nan))
         failed = {name.removeprefix(FAILED): int(n) for name, n in record.items() if name.startswith(FAILED) and n > 0}
         self._failed.update(failed)
         if self._live is None:
             parts = [f"step {step}/{self._steps}", f"train {number(self._train[-1])}"]
             parts += [f"{number(record.get('time/step', math.nan), 1)} s", self._speed()]
-            parts += [f"gap {tiny(record.get('logprob_gap/mean_abs', math.nan))}"]
+            parts += [f"gap {tiny(record.get('logprob_gap/mean_abs', math.nan))}"] * (self._measure == "reward")
             parts += [f"failed: {format_counts(failed)}"] if failed else []
             self.message("  ".join([*parts, f"left {duration(self._left_s())}"]))
 
@@ -251,7 +274,8 @@ class Progress(LiveBlock):
         """Show the held-out reward after `step` steps, and the failures among its rollouts in words."""
         self._val.append((step, reward, rows))
         if self._live is None:
-            self.message(f"step {step}/{self._steps}  held-out {number(reward)} on {rows:,} rows")
+            what = "held-out" if self._measure == "reward" else "held-out loss"
+            self.message(f"step {step}/{self._steps}  {what} {number(reward)} on {rows:,} rows")
         if failures:
             self.message(f"  {failures}")
 
@@ -271,9 +295,9 @@ class Progress(LiveBlock):
         value = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         table = Table.grid(Column(style="cyan", no_wrap=True), value, padding=(0, 2), expand=True)
         table.add_row("step", line)
-        table.add_row("train reward", f"{number(self._train[-1] if self._train else math.nan)}  {spark}")
-        table.add_row("val reward", held_out)
-        table.add_row("sampled", self._speed())
+        table.add_row(f"train {self._measure}", f"{number(self._train[-1] if self._train else math.nan)}  {spark}")
+        table.add_row(f"val {self._measure}", held_out)
+        table.add_row("sampled" if self._measure == "reward" else "learnt", self._speed())
         waited = f"  {duration(now - self._waiting_since)}" if self._waiting else ""
         table.add_row("now", Text(f"{self._waiting or '-'}{waited}"))
         table.add_row("failed", Text(format_counts(self._failed) or "none", style="yellow" if self._failed else ""))
@@ -282,7 +306,8 @@ class Progress(LiveBlock):
 
     def _speed(self) -> str:
         seconds = self._record.get("time/step", math.nan)
-        tokens_per_s = self._record.get("tokens/sampled", math.nan) / seconds if seconds > 0 else math.nan
+        tokens = self._record.get("tokens/sampled" if self._measure == "reward" else "tokens/trained", math.nan)
+        tokens_per_s = tokens / seconds if seconds > 0 else math.nan
         return f"{number(tokens_per_s, 0)} tokens/s"
 
     def _left_s(self) -> float:

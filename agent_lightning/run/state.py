@@ -61,6 +61,10 @@ class State:
     """The number of the next group that the buffer will name, for each split."""
     val_rewards: list[tuple[int, float]] = field(default_factory=list)
     """(step, mean held-out reward) for each evaluation."""
+    supervised: bool = False
+    """Whether the run is of `agl sft`: then what is admitted and trained are chats."""
+    val_losses: list[tuple[int, float]] = field(default_factory=list)
+    """(step, loss of the held-out chats in nats a token) for each evaluation of supervised training."""
     admitted: int = 0
     """Training rollouts that entered the buffer: each is trained or dropped in the end (`check_conservation`)."""
     trained: int = 0
@@ -109,7 +113,8 @@ def read_state(folder: Path) -> State:
     values: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
     values.pop("files", None)
     values["cursor"] = TaskCursor(**values["cursor"])
-    values["val_rewards"] = [(int(step), float(reward)) for step, reward in values["val_rewards"]]
+    for name in {"val_rewards", "val_losses"} & values.keys():
+        values[name] = [(int(step), float(value)) for step, value in values[name]]
     for name in ("dropped", "dropped_tokens", "failed", "seconds"):
         values[name] = Counter(values[name])
     return State(**values)

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final, cast
+from typing import IO, Any, Final, TypeVar, cast
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from agent_lightning.core.text import one_line
 from agent_lightning.core.types import Task
 from agent_lightning.run.archive import read_rows
 
+T = TypeVar("T")
 FIX_ROOT = "set data.root to the folder that holds it, or write the path from here"
 
 
@@ -194,11 +195,11 @@ class TaskCursor:
     position: int = 0
     """The number of tasks of this epoch that have been drawn."""
 
-    def next(self, tasks: Sequence[Task], num: int) -> list[Task]:
+    def next(self, tasks: Sequence[T], num: int) -> list[T]:
         """Draw the next `num` tasks, across epochs if need be. Raises DataError if `tasks` is empty."""
         if not tasks:
             raise DataError("there are no tasks to draw from; check data")
-        drawn: list[Task] = []
+        drawn: list[T] = []
         while len(drawn) < num:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(len(tasks))
             chosen = order[self.position : self.position + num - len(drawn)]

@@ -1,0 +1,104 @@
+"""`agl sft`, below the command line: supervised training on chats, a run like any other."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from rich.console import Console
+
+from agent_lightning.cli.train import Attempt, make_plan
+from agent_lightning.config.load import Config
+from agent_lightning.core.errors import DataError, UserError
+from agent_lightning.core.types import Task
+from agent_lightning.launch import checks, hub, launch
+from agent_lightning.learners.chats import Chat, ChatEncoder
+from agent_lightning.run.observer import RunObserver
+from agent_lightning.run.state import checkpoint_folder
+from agent_lightning.run.supervised import SupervisedLearner, SupervisedLoop
+
+HELD_OUT: Final = 20
+"""Without chats in data.val, one in so many is held out."""
+
+
+def data_words(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with `data=jsonl` for chats in a file whatever rows the experiment reads."""
+    names = {word.partition("=")[0] for word in words}
+    is_file = "data.train.path" in names and not names & {"data", "data.train.kind"}
+    return ["data=jsonl", *words] if is_file else list(words)
+
+
+def prepare(config: Config) -> partial[SupervisedAttempt]:
+    """Make all checks, read and render the chats, and print how many are learnt, and which are left out and why.
+    Returns what makes an attempt. Raises UserError."""
+    if config.model.words:
+        raise UserError(f"model.path={config.model.path}: a toy model has no chat template; choose another model=")
+    inspection = checks.require_supervised(config)
+    facts = inspection.model
+    assert facts is not None
+    folder = hub.find_model(config.model.path, facts.revision)
+    encoder = ChatEncoder(folder, facts.end_tokens, config.model.max_len)
+    train, val = inspection.tasks["train"], [task for task in inspection.tasks["val"] if "messages" in task.payload]
+    if not val:
+        val = [task for task in train if _is_held_out(task, config.seed)]
+        train = [task for task in train if not _is_held_out(task, config.seed)]
+    chats = {split: _encode(encoder, split, tasks) for split, tasks in (("train", train), ("val", val))}
+    if not chats["train"]:
+        raise DataError("data.train: there are no chats that could be learnt")
+    return partial(SupervisedAttempt, chats=chats, tasks={"train": train, "val": val})
+
+
+def _encode(encoder: ChatEncoder, split: str, tasks: Sequence[Task]) -> list[Chat]:
+    """The chats of a split; prints their number, and the others by reason. Raises DataError if none can be learnt."""
+    chats, refused = encoder.encode_all(tasks)
+    reasons = [
+        f"{len(ids):,} {reason} ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
+        for reason, ids in refused.items()
+    ]
+    if tasks and not chats:
+        raise DataError(f"data.{split}: none of {len(tasks):,} chats can be learnt: {'; '.join(reasons)}")
+    tokens = sum(chat.tokens for chat in chats)
+    line = f"{split}: {len(chats):,} chats, {tokens:,} tokens of the assistant"
+    Console().print("; left out: ".join([line, *reasons][:2] + reasons[1:]), soft_wrap=True, highlight=False)
+    return chats
+
+
+def _is_held_out(task: Task, seed: int) -> bool:
+    """Whether a chat is held out, by what comes before its first reply: chats that answer the same stay together."""
+    opening = []
+    for message in task.payload.get("messages") or ():
+        if not isinstance(message, Mapping) or message.get("role") == "assistant":
+            break
+        opening.append(message)
+    digest = hashlib.sha256(json.dumps([seed, opening], sort_keys=True, default=str).encode()).digest()
+    return int.from_bytes(digest[:4]) % HELD_OUT == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisedAttempt(Attempt):
+    """An attempt to run the supervised loop to its end."""
+
+    chats: Mapping[str, Sequence[Chat]]
+
+    def start(self, places: Mapping[str, Any]) -> AbstractAsyncContextManager[SupervisedLearner]:
+        return launch.supervised(self.config, logs=places["logs"])
+
+    async def loop(self, learner: Any, observer: RunObserver, stop: asyncio.Event) -> None:
+        loop = SupervisedLoop(
+            plan=make_plan(self.config),
+            state=self.state,
+            learner=learner,
+            observer=observer,
+            train_chats=self.chats["train"],
+            val_chats=self.chats["val"],
+            stop=stop,
+        )
+        if self.resumed:
+            await loop.restore(checkpoint_folder(self.run.checkpoints, self.state.step))
+        await loop.run()
