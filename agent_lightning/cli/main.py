@@ -92,12 +92,8 @@ async def _run(options: argparse.Namespace) -> int:
     # `resume=RUN` is no key of the config: it says where the config comes from.
     overrides = [word for word in options.overrides if not word.startswith("resume=")]
     *_, resume = [None, *(word.removeprefix("resume=") for word in options.overrides if word.startswith("resume="))]
-    if options.command == "sft":
-        from agent_lightning.cli.sft import data_words
-
-        return await train.train(overrides if resume else data_words(overrides), resume=resume, supervised=True)
-    if options.command == "train" and not options.multirun:
-        return await train.train(overrides, resume=resume)
+    if options.command == "sft" or (options.command == "train" and not options.multirun):
+        return await train.train(overrides, resume=resume, supervised=options.command == "sft")
     return train.sweep(overrides, resume=resume, multirun=options.multirun)
 
 

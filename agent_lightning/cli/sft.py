@@ -16,7 +16,7 @@ from rich.console import Console
 from agent_lightning.cli.train import Attempt, make_plan
 from agent_lightning.config.load import Config
 from agent_lightning.core.errors import DataError, UserError
-from agent_lightning.core.types import Task
+from agent_lightning.core.types import Split, Task
 from agent_lightning.launch import checks, hub, launch
 from agent_lightning.learners.chats import Chat, ChatEncoder
 from agent_lightning.run.observer import RunObserver
@@ -27,13 +27,6 @@ HELD_OUT: Final = 20
 """Without chats in data.val, one in so many is held out."""
 
 
-def data_words(words: Sequence[str]) -> list[str]:
-    """The words of a command line, with `data=jsonl` for chats in a file whatever rows the experiment reads."""
-    names = {word.partition("=")[0] for word in words}
-    is_file = "data.train.path" in names and not names & {"data", "data.train.kind"}
-    return ["data=jsonl", *words] if is_file else list(words)
-
-
 def prepare(config: Config) -> partial[SupervisedAttempt]:
     """Make all checks, read and render the chats, and print how many are learnt, and which are left out and why.
     Returns what makes an attempt. Raises UserError."""
@@ -42,16 +35,18 @@ def prepare(config: Config) -> partial[SupervisedAttempt]:
     inspection = checks.require_supervised(config)
     facts = inspection.model
     assert facts is not None
-    folder = hub.find_model(config.model.path, facts.revision)
-    encoder = ChatEncoder(folder, facts.end_tokens, config.model.max_len)
-    train, val = inspection.tasks["train"], [task for task in inspection.tasks["val"] if "messages" in task.payload]
-    if not val:
-        val = [task for task in train if _is_held_out(task, config.seed)]
-        train = [task for task in train if not _is_held_out(task, config.seed)]
-    chats = {split: _encode(encoder, split, tasks) for split, tasks in (("train", train), ("val", val))}
-    if not chats["train"]:
-        raise DataError("data.train: there are no chats that could be learnt")
-    return partial(SupervisedAttempt, chats=chats, tasks={"train": train, "val": val})
+    encoder = ChatEncoder(hub.find_model(config.model.path, facts.revision), facts.end_tokens, config.model.max_len)
+    tasks: dict[Split, list[Task]] = {
+        "train": inspection.tasks["train"],
+        "val": [t for t in inspection.tasks["val"] if "messages" in t.payload],
+    }
+    if not tasks["val"]:
+        sides: tuple[list[Task], list[Task]] = ([], [])
+        for task in tasks["train"]:
+            sides[_is_held_out(task, config.seed)].append(task)
+        tasks = {"train": sides[0], "val": sides[1]} if sides[0] else tasks
+    chats = {split: _encode(encoder, split, rows) for split, rows in tasks.items()}
+    return partial(SupervisedAttempt, chats=chats, tasks=tasks)
 
 
 def _encode(encoder: ChatEncoder, split: str, tasks: Sequence[Task]) -> list[Chat]:
@@ -63,9 +58,9 @@ def _encode(encoder: ChatEncoder, split: str, tasks: Sequence[Task]) -> list[Cha
     ]
     if tasks and not chats:
         raise DataError(f"data.{split}: none of {len(tasks):,} chats can be learnt: {'; '.join(reasons)}")
-    tokens = sum(chat.tokens for chat in chats)
-    line = f"{split}: {len(chats):,} chats, {tokens:,} tokens of the assistant"
-    Console().print("; left out: ".join([line, *reasons][:2] + reasons[1:]), soft_wrap=True, highlight=False)
+    line = f"{split}: {len(chats):,} chats, {sum(chat.tokens for chat in chats):,} tokens of the assistant"
+    line += f"; left out: {'; '.join(reasons)}" if reasons else ""
+    Console().print(line, soft_wrap=True, highlight=False)
     return chats
 
 
@@ -84,7 +79,7 @@ def _is_held_out(task: Task, seed: int) -> bool:
 class SupervisedAttempt(Attempt):
     """An attempt to run the supervised loop to its end."""
 
-    chats: Mapping[str, Sequence[Chat]]
+    chats: Mapping[Split, Sequence[Chat]]
 
     def start(self, places: Mapping[str, Any]) -> AbstractAsyncContextManager[SupervisedLearner]:
         return launch.supervised(self.config, logs=places["logs"])

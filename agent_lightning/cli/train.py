@@ -58,7 +58,7 @@ async def train(overrides: Sequence[str], *, resume: str | None, supervised: boo
     what it was. If a process of the run dies, the run goes on from its newest checkpoint, at most `restarts` times.
     Raises UserError, EngineError, StepFailed, PartDied."""
     if resume is None:
-        config = load(overrides)
+        config = load(with_chats(overrides) if supervised else overrides)
         make = _prepare(config, supervised)  # before there is a folder of the run
         run = _new_run(config, f"sft-{config.experiment}" if supervised else config.experiment)
         with run.lock():
@@ -76,6 +76,13 @@ async def train(overrides: Sequence[str], *, resume: str | None, supervised: boo
             done = f"{resume} has done its {state.step} steps"
             raise UserError(f"{done}: give steps=N with N above {state.step} to go on")
         return await _train(_prepare(config, state.supervised)(config=config, run=run, state=state, resumed=True))
+
+
+def with_chats(words: Sequence[str]) -> list[str]:
+    """The words of `agl sft`, with `data=jsonl` for chats in a file whatever rows the experiment reads."""
+    names = {word.partition("=")[0] for word in words}
+    is_file = "data.train.path" in names and not names & {"data", "data.train.kind"}
+    return ["data=jsonl", *words] if is_file else list(words)
 
 
 def _prepare(config: Config, supervised: bool) -> Callable[..., Attempt]:

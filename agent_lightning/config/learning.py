@@ -124,6 +124,11 @@ class AlgorithmConfig(Section):
     failures: FailuresConfig = FailuresConfig()
 
     @property
+    def chats_per_step(self) -> int:
+        """Chats of a step of supervised training."""
+        return self.tasks_per_step
+
+    @property
     def rollouts_per_step(self) -> int:
         """Rollouts of one step, without those of dynamic sampling."""
         return self.tasks_per_step * self.rollouts_per_task

@@ -12,7 +12,7 @@ from agent_lightning.core.types import Batch, Sample
 def pack(
     samples: Sequence[Sample],
     *,
-    rollouts_per_batch: int | None,
+    rollouts_per_batch: int | None = None,
     pad_token: int,
     pad_multiple: int = 1,
     row_multiple: int = 1,

@@ -121,16 +121,15 @@ async def supervised(config: Config, *, logs: Path | None = None) -> AsyncIterat
     from agent_lightning.core import actors
     from agent_lightning.learners.verl import VerlLearner
 
-    algorithm = config.algorithm
-    batches = -(-algorithm.tasks_per_step // (algorithm.rollouts_per_batch or algorithm.tasks_per_step))
+    off = {"kl_coef": 0.0, "importance_sampling": "none", "entropy_coef": 0.0}  # all that belongs to rollouts
     async with AsyncExitStack() as stack:
         await _start_ray(config, stack, logs)
         settings = replace(
             training(config, *_source(config, facts)),
-            algorithm=algorithm.model_copy(update={"kl_coef": 0.0, "importance_sampling": "none", "entropy_coef": 0.0}),
+            algorithm=config.algorithm.model_copy(update=off),
             credit=CreditConfig(),
             sft=True,
-            total_steps=config.steps * algorithm.epochs * batches,
+            total_steps=config.steps * config.algorithm.epochs,
             temperature=1.0,
         )
         learner = await asyncio.wrap_future(start_thread(partial(VerlLearner, settings), "learner"))

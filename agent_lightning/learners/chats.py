@@ -12,15 +12,15 @@ A chat for which this is not possible is left out, with the reason.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from agent_lightning.core.text import error_line
-from agent_lightning.core.types import Ints, ModelCall, Outcome, RolloutKey, Sample, Task, Trajectory
+from agent_lightning.core.types import ModelCall, Outcome, RolloutKey, Sample, Task, Trajectory
 from agent_lightning.credit.samples import to_samples
 
 _SYSTEM: Final = ("system", "developer")
@@ -32,37 +32,19 @@ _BEFORE: Final[Mapping[str, Collection[str]]] = {
     "tool": ("tool calls", "tool"),
 }
 """The roles that a message may follow: "" is the start of a chat, "tool calls" an assistant that calls tools."""
-_PROBE: Final[Mapping[str, Any]] = {
-    "messages": [
-        {"role": "user", "content": "agl_question"},
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [
-                {"id": "agl000000", "type": "function", "function": {"name": "agl_call", "arguments": {"a": "agl_b"}}}
-            ],
-        },
-        {"role": "tool", "tool_call_id": "agl000000", "name": "agl_call", "content": "agl_result"},
-    ],
-    "tools": [
-        {
-            "type": "function",
-            "function": {
-                "name": "agl_tool",
-                "description": "agl",
-                "parameters": {"type": "object", "properties": {"a": {"type": "string"}}},
-            },
-        }
-    ],
-}
-_MARKS: Final = {"tools": ("agl_tool",), "tool calls": ("agl_call", "agl_b"), "results of tools": ("agl_result",)}
+_PROBE: Final[Mapping[str, Any]] = json.loads("""{
+"tools": [{"type": "function", "function": {"name": "agl_tool", "description": "-", "parameters": {"properties": {}}}}],
+"messages": [{"role": "user", "content": "-"}, {"role": "assistant", "content": "", "tool_calls": [
+{"id": "agl000000", "type": "function", "function": {"name": "agl_call", "arguments": {"a": "agl_value"}}}]},
+{"role": "tool", "tool_call_id": "agl000000", "name": "agl_call", "content": "agl_result"}]}""")
+_MARKS: Final = {"tools": {"agl_tool"}, "tool calls": {"agl_call", "agl_value"}, "results of tools": {"agl_result"}}
+"""What a template must show of the probe, by what it would otherwise drop without a word."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Chat:
     """A chat that can be learnt."""
 
-    chat_id: str
     samples: tuple[Sample, ...]
     """Its rows: several if the template renders earlier messages otherwise once later messages follow."""
 
@@ -91,28 +73,26 @@ class ChatEncoder:
     def encode_all(self, tasks: Sequence[Task]) -> tuple[list[Chat], dict[str, list[str]]]:
         """The chats that can be learnt; and the ids of the others by the reason."""
         chats: list[Chat] = []
-        refused: defaultdict[str, list[str]] = defaultdict(list)
+        refused: dict[str, list[str]] = {}
         for number, task in enumerate(tasks):
             try:
-                chats.append(Chat(chat_id=task.task_id, samples=self.encode(task, number)))
+                chats.append(Chat(self.encode(task, number)))
             except BadChat as error:
-                refused[str(error)].append(task.task_id)
-        return chats, dict(refused)
+                refused.setdefault(str(error), []).append(task.task_id)
+        return chats, refused
 
     def encode(self, task: Task, number: int) -> tuple[Sample, ...]:
         """The rows of a chat {"messages": [...], "tools": [...]}. Raises BadChat."""
         messages, tools = _messages(task.payload), task.payload.get("tools") or None
-        used = {"tools": bool(tools), "tool calls": any("tool_calls" in message for message in messages)}
-        used["results of tools"] = any(message["role"] == "tool" for message in messages)
-        for what, is_used in used.items():
-            if is_used and what in self._lost:
-                raise BadChat(f"the model's chat template drops {what}")
+        used = {"tools"} if tools else set()
+        used |= {"tool calls" for message in messages if "tool_calls" in message}
+        used |= {"results of tools" for message in messages if message["role"] == "tool"}
+        if lost := sorted(used & self._lost):
+            raise BadChat(f"the model's chat template drops {' and '.join(lost)}")
         key = RolloutKey(split="train", group=number, index=0)
         ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         calls = [self._call(key, messages[: end + 1], tools) for end in ends if messages[end].get("weight") != 0]
-        trajectory = Trajectory(
-            key=key, task_id=task.task_id, calls=tuple(calls), reward=None, outcome=Outcome.FINISHED
-        )
+        trajectory = Trajectory(key=key, task_id="", calls=tuple(calls), reward=None, outcome=Outcome.FINISHED)
         zeros = np.zeros(len(calls), np.float32)
         samples, dropped = to_samples(trajectory, calls, zeros, zeros, max_tokens=self._max_len)
         if dropped:
@@ -131,35 +111,27 @@ class ChatEncoder:
         end = next((i for i, token in enumerate(reply) if token in self._ends), None)
         if end is None:
             raise BadChat("the chat template does not close a reply with an end token of the model")
-        return ModelCall(
-            key=key,
-            call_id=str(len(messages)),
-            agent="",
-            policy_version=0,
-            prompt_T=_ints(prompt),
-            response_T=_ints(reply[: end + 1]),
-            logprob_T=np.zeros(end + 1, np.float32),
-            finish_reason="stop",
-            started_at=0.0,
-            ended_at=0.0,
-        )
+        tokens: Any = {"prompt_T": np.array(prompt, np.int32), "response_T": np.array(reply[: end + 1], np.int32)}
+        tokens["logprob_T"] = np.zeros(end + 1, np.float32)
+        names: Any = {"key": key, "call_id": "", "agent": "", "policy_version": 0, "finish_reason": "stop"}
+        return ModelCall(**names, **tokens, started_at=0.0, ended_at=0.0)
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, **settings: Any) -> list[int]:
-        try:
-            text = self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **settings)
-        except Exception as error:  # a template is a program, and raises what it likes
-            raise BadChat(f"the chat template refuses it: {error_line(error)}") from error
+    def _render(self, messages: Sequence[Any], tools: Any, **settings: Any) -> list[int]:
+        text = self._text(messages, tools, **settings)
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def _lost_by_template(self) -> list[str]:
-        """What the template leaves out without a word."""
+    def _text(self, messages: Sequence[Any], tools: Any, **settings: Any) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(
-                **{"conversation": _PROBE["messages"], "tools": _PROBE["tools"]}, tokenize=False
-            )
-        except Exception:  # a template is a program; what it refuses is not lost without a word
-            return []
-        return [what for what, marks in _MARKS.items() if not all(mark in text for mark in marks)]
+            return str(self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **settings))
+        except Exception as error:  # a template is a program, and raises what it likes
+            raise BadChat(f"the chat template refuses it: {error_line(error)}") from error
+
+    def _lost_by_template(self) -> set[str]:
+        """What the template leaves out without a word."""
+        with suppress(BadChat):
+            text = self._text(_PROBE["messages"], _PROBE["tools"])
+            return {what for what, marks in _MARKS.items() if not all(mark in text for mark in marks)}
+        return set()
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -205,7 +177,3 @@ def _tool_call(call: Any) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     raise BadChat("a tool call without a name, or whose arguments are no JSON object")
-
-
-def _ints(tokens: Sequence[int]) -> Ints:
-    return np.asarray(tokens, np.int32)

@@ -74,11 +74,11 @@ class RunObserver:
         self._tracker.log(step, record)
         self._progress.show_evaluation(step, evaluation.reward, len(evaluation.rewards), evaluation.failures)
 
-    def record_loss(self, step: int, loss: float, chats: int) -> None:
+    def record_loss(self, step: int, nats: float, chats: int) -> None:
         """Log and show the loss of the held-out chats."""
         self._check_folder()
-        self._tracker.log(step, {"val/loss": loss, "val/rows": float(chats)})
-        self._progress.show_evaluation(step, loss, chats)
+        self._tracker.log(step, {"val/loss": nats, "val/rows": float(chats)})
+        self._progress.show_evaluation(step, nats, chats)
 
     def record_step(self, step: int, record: Mapping[str, float]) -> None:
         self._check_folder()
@@ -124,7 +124,7 @@ def summarize(
 ) -> Summary:
     """The summary of a run in numbers, from the loop's state; `ended` has its `state` and `error`."""
     rewards = [reward for _, reward in state.val_rewards] or [math.nan]
-    losses = [loss for _, loss in state.val_losses] or [math.nan]
+    losses = [nats for _, nats in state.val_losses] or [math.nan]
     steps = max(1, state.step)
     seconds = {name: state.seconds[name] / steps for name in ("total", "generate", "update", "publish", "other")}
     return Summary(

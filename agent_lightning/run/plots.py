@@ -51,26 +51,20 @@ def evaluations(path: Path) -> list[tuple[int, float]]:
 
 def plot_learning_curve(metrics: Path, out: Path, title: str) -> None:
     """Draw the file `metrics` (metrics.jsonl) as a PNG of 1200 x 700 pixels at `out`. Above: the rewards of training
-    and of the held-out tasks, or the losses of supervised training. Below: the log-probability gap, or the gradient's
-    norm, and the time of a step by phase. Series that were never logged are left out. Raises DataError if there is no
+    and of the held-out tasks, or the losses of supervised training. Below: the log-probability gap, and the time
+    of a step by phase. Series that were never logged are left out. Raises DataError if there is no
     metrics file.
     Example: plot_learning_curve(run.metrics, run.curve, title="calc_x, seed 0")"""
     rows = read_metrics(metrics)
     figure = new_figure(title)
     grid = figure.add_gridspec(2, 2, height_ratios=(2.3, 1))
-    supervised = any("train/loss" in row for row in rows)
-    gap: Any = (_draw_gap, "nats", "log-probability gap, engine to trainer")
-    for cell, margin, draw, unit, panel_title in (
-        (
-            grid[0, :],
-            0.08,
-            partial(_draw_curve, "loss" if supervised else "reward"),
-            "loss, nats a token" if supervised else "reward",
-            "",
-        ),
-        (grid[1, 0], 0.02, *((_draw_norm, "norm", "gradient before clipping") if supervised else gap)),
-        (grid[1, 1], 0.02, _draw_seconds, "seconds", "time of a step"),
-    ):
+    loss = any("train/loss" in row for row in rows)  # supervised training has no engine, and no gap
+    panels = (
+        (grid[0, :], 0.08, partial(_draw_curve, "loss" if loss else "reward"), "nats" if loss else "reward", ""),
+        (grid[1, 0], 0.02, _draw_gap, "nats", "log-probability gap, engine to trainer"),
+        (grid[1, :] if loss else grid[1, 1], 0.02, _draw_seconds, "seconds", "time of a step"),
+    )
+    for cell, margin, draw, unit, panel_title in panels[:: 2 if loss else 1]:
         axes = figure.add_subplot(cell)
         plain_axes(axes, max((row["step"] for row in rows), default=0.0), margin)
         draw(axes, rows)
@@ -137,11 +131,6 @@ def _draw_curve(measure: str, axes: Axes, rows: list[dict[str, float]]) -> None:
         point = (step_N[index], val_N[index])
         axes.annotate(f"{point[1]:.3f}", point, (offset, 0), textcoords="offset points", ha=align, **text)
     axes.margins(y=0.12)
-
-
-def _draw_norm(axes: Axes, rows: list[dict[str, float]]) -> None:
-    step_N, norm_N = _series(rows, "learner/grad_norm")
-    axes.plot(step_N, norm_N, color=BLUE, linewidth=1.3, label="mean of the step")
 
 
 def _draw_gap(axes: Axes, rows: list[dict[str, float]]) -> None:

@@ -78,7 +78,7 @@ class Summary:
     val_reward_by: Mapping[str, float] = field(default_factory=dict)
     """The last held-out reward, by the values of the field `data.val_group_by` and by set."""
     val_loss_first: float = math.nan
-    """Of supervised training: the loss of the held-out chats, in nats a token."""
+    """The loss of the held-out chats in nats a token, in supervised training."""
     val_loss_last: float = math.nan
     state: Literal["finished", "stopped", "failed"] = "finished"
     error: str = ""

@@ -22,13 +22,11 @@ from agent_lightning.run.state import Plan, State
 
 
 class SupervisedLearner(Learner, Protocol):
-    """A learner that also says how likely the tokens of a batch are to it."""
-
     async def log_probs(self, batch: Batch) -> list[Floats]: ...
 
 
 class LossObserver(Observer, Protocol):
-    def record_loss(self, step: int, loss: float, chats: int) -> None: ...
+    def record_loss(self, step: int, nats: float, chats: int) -> None: ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,13 +55,12 @@ class SupervisedLoop:
             await self.save(force=self.stop.is_set() or self.state.step == self.plan.steps)
 
     async def step(self) -> None:
-        """Train on the next `algorithm.tasks_per_step` chats."""
+        """Train on the next `chats_per_step` chats: an optimiser step in each epoch."""
         clock, state, algorithm = Clock(), self.state, self.plan.algorithm
-        chats = state.cursor.next(self.train_chats, algorithm.tasks_per_step)
-        batches = self._pack(chats, algorithm.rollouts_per_batch)
+        chats = state.cursor.next(self.train_chats, algorithm.chats_per_step)
         self.observer.waiting_for(f"update: {len(chats)} chats")
         clock.lap("other")
-        record = values(await self.learner.update(batches, epochs=algorithm.epochs))
+        record = values(await self.learner.update([self._pack(chats)], epochs=algorithm.epochs))
         clock.lap("update")
         tokens = sum(chat.tokens for chat in chats)
         state.step += 1
@@ -80,14 +77,14 @@ class SupervisedLoop:
         if not self.val_chats:
             return
         losses: list[Floats] = []
-        for batch in self._pack(self.val_chats, self.plan.algorithm.tasks_per_step):
-            self.observer.waiting_for(f"evaluate: {len(self.val_chats)} chats")
-            rows = await self.learner.log_probs(batch)
-            pairs = zip(rows, batch.mask_NT, strict=True)
-            losses += [-row[mask_T[1 : row.size + 1]] for row, mask_T in pairs]
-        loss = float(np.concatenate(losses).mean())
-        self.state.val_losses.append((self.state.step, loss))
-        self.observer.record_loss(self.state.step, loss, len(self.val_chats))
+        self.observer.waiting_for(f"evaluate: {len(self.val_chats)} chats")
+        for start in range(0, len(self.val_chats), size := self.plan.algorithm.chats_per_step):
+            batch = self._pack(self.val_chats[start : start + size])
+            rows = zip(await self.learner.log_probs(batch), batch.mask_NT, strict=True)
+            losses += [-row[mask_T[1 : row.size + 1]] for row, mask_T in rows]
+        nats = float(np.concatenate(losses).mean())
+        self.state.val_losses.append((self.state.step, nats))
+        self.observer.record_loss(self.state.step, nats, len(self.val_chats))
 
     async def save(self, *, force: bool = False) -> None:
         """Save a checkpoint if it is due."""
@@ -100,12 +97,8 @@ class SupervisedLoop:
         """Restore the learner from a checkpoint."""
         await self.learner.restore(folder, 0)
 
-    def _pack(self, chats: Sequence[Chat], per_batch: int | None) -> list[Batch]:
-        """Batches in which each token weighs the same."""
-        plan, samples = self.plan, [sample for chat in chats for sample in chat.samples]
-        settings = {"pad_token": plan.pad_token, "row_multiple": plan.row_multiple}
-        batches = batching.pack(samples, rollouts_per_batch=per_batch, **settings)
-        return [
-            replace(batch, weight_NT=np.where(batch.mask_NT, 1 / batch.mask_NT.sum(), 0).astype(np.float32))
-            for batch in batches
-        ]
+    def _pack(self, chats: Sequence[Chat]) -> Batch:
+        """A batch in which each token weighs the same."""
+        samples, multiple = [sample for chat in chats for sample in chat.samples], self.plan.row_multiple
+        (batch,) = batching.pack(samples, pad_token=self.plan.pad_token, row_multiple=multiple)
+        return replace(batch, weight_NT=np.where(batch.mask_NT, 1 / batch.mask_NT.sum(), 0).astype(np.float32))

@@ -18,7 +18,6 @@ HEAVY_MODULES = {
     "agent_lightning.learners.attention",
     "agent_lightning.learners.verl_cpu",
     "agent_lightning.learners.verl_engines",
-    "agent_lightning.learners.verl_sft",
     "agent_lightning.cli.submit",
     "agent_lightning.learners.verl_worker",
     "agent_lightning.launch.nodes",
