@@ -11,7 +11,7 @@ PARALLEL := -p xdist.plugin -n 2 --no-loadscope-reorder
 SOURCES := agent_lightning tests examples scripts $(wildcard benchmarks)
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 venv: ## create .venv and install the locked CPU set; does nothing where that is done
 	@bash scripts/setup.sh
@@ -41,7 +41,7 @@ train-smollm2: venv ## warm-start and train a pretrained model of 135M parameter
 	mkdir -p build
 	[ -f build/smollm2-warm/config.json ] || { \
 	  $(BIN)/python examples/smollm2/chats.py $(if $(DATA),--root $(DATA)) --num 480 --out build/smollm2-chats.jsonl && \
-	  $(BIN)/agl sft $(SMOLLM2) data.train.path=build/smollm2-chats.jsonl steps=30 algorithm.lr=5e-5 runs_dir=build name=smollm2-sft && \
+	  rm -rf build/smollm2-sft && $(BIN)/agl sft $(SMOLLM2) data.train.path=build/smollm2-chats.jsonl steps=30 algorithm.lr=5e-5 runs_dir=build name=smollm2-sft && \
 	  $(BIN)/agl export build/smollm2-sft --model build/smollm2-warm; }
 	$(BIN)/agl train $(SMOLLM2) model.path=build/smollm2-warm $(if $(DATA),data.root=$(DATA),data=calcx_hub) $(ARGS)
 

@@ -53,6 +53,8 @@ class RunRow:
     """A run in the list of runs."""
 
     name: str
+    measure: str
+    """What the run improves: reward, or loss in supervised training."""
     experiment: str
     state: str
     reason: str
@@ -71,17 +73,19 @@ class RunRow:
 def run_row(name: str, run: RunFiles) -> RunRow:
     """Read what the list of runs shows of a run: small files only."""
     config, (state, reason) = run.config(), run.state()
-    held_out, train = run.series("val/reward"), run.series("train/reward")
+    measure = "loss" if run.series("train/loss") else "reward"
+    held_out, train = run.series(f"val/{measure}"), run.series(f"train/{measure}")
     rows = dict(run.series("val/rows"))
     step, last = held_out[-1] if held_out else (0.0, math.nan)
     # A reward in [0, 1] has at most the variance p (1 - p); of others the list does not know the spread.
     count = rows.get(step, 0.0)
-    variance = last * (1 - last) if 0 <= last <= 1 else math.nan
+    variance = last * (1 - last) if 0 <= last <= 1 and measure == "reward" else math.nan
     failed = sum(value for row in run.metrics() for key, value in row.items() if key.startswith("rollouts/failed/"))
     ended = failed + sum(value for _, value in run.series("rollouts/trained"))
     ended += sum(value for row in run.metrics() for key, value in row.items() if key.startswith("rollouts/dropped/"))
     return RunRow(
         name=name,
+        measure=measure,
         experiment=str(config.get("experiment", "")),
         state=state,
         reason=reason,
@@ -108,6 +112,7 @@ def compare_page(library: Library, names: Sequence[str]) -> Context:
         for title, key, dots in (
             ("Held-out reward", "val/reward", True),
             ("Training reward", "train/reward", False),
+            ("Held-out loss, nats a token", "val/loss", True),
             ("Sampled tokens a rollout", "rollout/response_tokens", False),
             ("Seconds a step", "time/step", False),
             ("Entropy, nats", "learner/entropy", False),
