@@ -1,13 +1,15 @@
 """Retrieval of the MuSiQue example, as JSON lines: what BM25 finds and how fast, and what 21 million vectors cost.
 
     python benchmarks/retrieval.py --data DATA/musique --plot docs/retrieval.png > retrieval.jsonl
+    python benchmarks/retrieval.py --data DATA/musique --encoder FOLDER --sizes   # dense and hybrid too
 
-BM25: MuSiQue's 7,697 passages, the development questions that come with paragraphs; recall@k is the share of a
-question's supporting paragraphs among the first k, in one shard and in eight. Dense: synthetic unit vectors of 768
-dimensions (2,000 clusters in 32 dimensions, plus noise), IVF-PQ as examples/musique/retrieval/dense.py builds it, at
-each of --sizes; recall@10 against exact search, with and without comparing the best candidates again. What 21 million
-cost is extrapolated by the terms that the work is made of (recall: by a line through the two largest sizes).
-All on one core.
+Passages: MuSiQue's 7,697, the development questions that come with paragraphs; recall@k is the share of a question's
+supporting paragraphs among the first k. BM25 in one shard and in eight; with --encoder also dense (exact) and hybrid:
+reciprocal rank fusion of both (Cormack, Clarke and Buettcher, SIGIR 2009, k = 60), 100 passages of each. Vectors:
+synthetic unit vectors of 768 dimensions (2,000 clusters in 32 dimensions, plus noise), IVF-PQ as
+examples/musique/retrieval/dense.py builds it, at each of --sizes; recall@10 against exact search, with and without
+comparing the best candidates again. What 21 million cost is extrapolated by the terms that the work is made of (recall:
+by a line through the two largest sizes). All on one core.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import shutil
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,43 +51,91 @@ def timed(search: Callable[[Any], Any], queries: Sequence[Any]) -> tuple[list[An
     return answers, {"p50_ms": p50 * 1e3, "p95_ms": p95 * 1e3, "queries_per_s": len(queries) / sum(seconds)}
 
 
-def bm25(data: Path, shards: int) -> dict[str, Any]:
-    """Recall and latency on MuSiQue's own passages, through the files that the service reads."""
+Hits = list[tuple[int, int, float]]
+"""(shard, number, score) of the passages of an answer, best first."""
+
+
+def build(data: Path, folder: Path, shards: int, encoder: str = "") -> tuple[list[Path], int]:
+    """The files that the service reads, with the number of passages: BM25, or dense with an encoder."""
     lines = list(read_lines([data / "corpus.jsonl.gz"]))
+    folders = [folder / str(i) for i in range(shards)]
+    for i, shard in enumerate(folders):
+        write_shard(shard, iter(lines[i::shards]))
+        if encoder:
+            dense.encode_shard(shard, encoder)
+        else:
+            sparse.build_shard(shard)
+    if encoder:
+        dense.train(folders, folder / dense.TRAINED)
+        dense.add_shard(folders[0], folder / dense.TRAINED, 0)
+        dense.merge(folders, folder / dense.INDEX)
+    return folders, sum(parse(line) is not None for _, line in lines)
+
+
+def measure(data: Path, folders: Sequence[Path], search: Callable[[str], Hits]) -> dict[str, Any]:
+    """Recall and latency of a search over MuSiQue's own passages."""
     with gzip.open(data / "dev_with_paragraphs.jsonl.gz") as file:
         rows = [json.loads(line) for line in file]
-    folder = Path(tempfile.mkdtemp())
-    started = time.perf_counter()
-    parts = [lines[i::shards] for i in range(shards)]
-    folders = [folder / str(i) for i in range(shards)]
-    for folder, part in zip(folders, parts, strict=True):
-        write_shard(folder, iter(part))
-        sparse.build_shard(folder)
-    build_s = time.perf_counter() - started
-    index, texts = sparse.Bm25Index(folders), [Shard(folder) for folder in folders]
-    answers, speed = timed(lambda row: index.search([row["question"]], max(CUTOFFS))[0], rows)
+    texts = [Shard(folder) for folder in folders]
+    answers, speed = timed(lambda row: search(row["question"]), rows)
     recall = dict.fromkeys(CUTOFFS, 0.0)
     for row, hits in zip(rows, answers, strict=True):
         gold = {(p["title"], p["paragraph_text"]) for p in row["paragraphs"] if p["is_supporting"]}
         titles = [(texts[shard][number].title, texts[shard][number].text) for shard, number, _ in hits]
         for k in CUTOFFS:
             recall[k] += len(gold & set(titles[:k])) / len(gold) / len(rows)
-    size = sum(file.stat().st_size for folder in folders for file in (folder / sparse.FOLDER).iterdir())
-    shutil.rmtree(folder)
-    passages = sum(parse(line) is not None for _, line in lines)
+    return {"questions": len(rows), **{f"recall@{k}": value for k, value in recall.items()}, **speed}
+
+
+def bm25(data: Path, shards: int) -> dict[str, Any]:
+    """BM25, through the files that the service reads."""
+    with tempfile.TemporaryDirectory() as name:
+        started = time.perf_counter()
+        folders, passages = build(data, Path(name), shards)
+        build_s = time.perf_counter() - started
+        index = sparse.Bm25Index(folders)
+        figures = measure(data, folders, lambda query: index.search([query], max(CUTOFFS))[0])
+        size = sum(file.stat().st_size for folder in folders for file in (folder / sparse.FOLDER).iterdir())
     scale = WIKIPEDIA / passages
     return {
         "figure": "bm25",
         "shards": shards,
         "passages": passages,
-        "questions": len(rows),
-        **{f"recall@{k}": value for k, value in recall.items()},
-        **speed,
+        **figures,
         "build_s": build_s,
         "index_bytes": size,
         "wikipedia_index_gb": size * scale / 1e9,
         "wikipedia_build_core_h": build_s * scale / 3600,
     }
+
+
+def fuse(*answers: Hits) -> Hits:
+    """Reciprocal rank fusion: a passage scores the sum of 1 / (60 + rank) over the answers that have it."""
+    scores: dict[tuple[int, int], float] = defaultdict(float)
+    for hits in answers:
+        for rank, (shard, number, _) in enumerate(hits, 1):
+            scores[shard, number] += 1 / (60 + rank)
+    ranked = sorted(scores.items(), key=lambda item: (-item[1], item[0]))
+    return [(*place, score) for place, score in ranked]
+
+
+def dense_and_hybrid(data: Path, encoder: str, query_prefix: str) -> list[dict[str, Any]]:
+    """Exact search over the vectors of a real encoder, alone and fused with BM25; one shard."""
+    with tempfile.TemporaryDirectory() as name:
+        folders, passages = build(data, Path(name) / "bm25", 1)
+        started = time.perf_counter()
+        vectors, _ = build(data, Path(name) / "dense", 1, encoder)
+        build_s = time.perf_counter() - started
+        words = sparse.Bm25Index(folders)
+        index = dense.DenseIndex(Path(name) / "dense", vectors, encoder, query_prefix)
+        searches = {
+            "dense": lambda query: index.search([query], max(CUTOFFS))[0],
+            "hybrid": lambda query: fuse(words.search([query], 100)[0], index.search([query], 100)[0]),
+        }
+        figures = {name: measure(data, folders, search) for name, search in searches.items()}
+    model = Path(encoder).parent.name if Path(encoder).is_dir() else encoder
+    shared = {"encoder": model, "shards": 1, "passages": passages}
+    return [{"figure": name, **shared, **row, "build_s": build_s} for name, row in figures.items()]
 
 
 class Synthetic:
@@ -220,7 +270,9 @@ def plot(rows: Sequence[dict[str, Any]], end: dict[str, Any], file: Path) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="the folder of MuSiQue; without it BM25 is not measured")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[20_000, 60_000, 200_000, 500_000])
+    parser.add_argument("--encoder", help="a sentence-transformers model, as a folder or a hub id: dense and hybrid")
+    parser.add_argument("--query-prefix", default="", help="what the encoder wants before a query")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[20_000, 60_000, 200_000, 500_000])
     parser.add_argument("--plot", type=Path, help="also draw the curve here")
     args = parser.parse_args()
     # One core: beside other work FAISS's threads wait for each other, and figures of one core add up.
@@ -230,7 +282,11 @@ def main() -> None:
     else:
         for shards in (1, 8):
             say(bm25(args.data, shards))
-    rows = [say(vectors(size)) for size in args.sizes]
+        if args.encoder:
+            for row in dense_and_hybrid(args.data, args.encoder, args.query_prefix):
+                say(row)
+    if not (rows := [say(vectors(size)) for size in args.sizes]):
+        return
     end = say(extrapolate(rows))
     if args.plot:
         plot(rows, end, args.plot)

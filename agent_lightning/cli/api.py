@@ -285,7 +285,7 @@ def _process(arguments: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
     """A process of the command line, which is stopped in order when the block ends."""
     environment = {**os.environ, "COLUMNS": str(shutil.get_terminal_size((100, 40)).columns), "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile("w+") as errors:
-        command = [sys.executable, "-m", "agent_lightning.cli", *arguments]
+        command = [sys.executable, "-m", "agent_lightning", *arguments]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
             try:
                 yield process

@@ -21,7 +21,7 @@ from agent_lightning.run.plots import evaluations
 from agent_lightning.run.state import STATE_FILE, checkpoint_folder, complete_checkpoints
 from agent_lightning.run.tracking import RunDirectory, remove_later_steps
 
-PROGRAM = (sys.executable, "-m", "agent_lightning.cli")
+PROGRAM = (sys.executable, "-m", "agent_lightning")
 POLL_SECONDS = 0.3
 STOP_SECONDS = 90.0
 """Time that a run has to write its checkpoint after SIGTERM; then it is killed."""

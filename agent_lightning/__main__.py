@@ -1,0 +1,8 @@
+"""`python -m agent_lightning` is `agl`."""
+
+import sys
+
+from agent_lightning.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())
