@@ -19,7 +19,7 @@ from agent_lightning.buffer import events
 from agent_lightning.buffer.breaker import Breaker, cause_of
 from agent_lightning.buffer.ledger import StoredRollout
 from agent_lightning.buffer.store import Store
-from agent_lightning.buffer.taken import TakenGroup
+from agent_lightning.buffer.taken import Deadlines, TakenGroup
 from agent_lightning.config.running import AgentConfig, BreakerConfig, BufferConfig
 from agent_lightning.core.errors import OverBudget, UnknownRollout
 from agent_lightning.core.types import Ending, ModelCall, Outcome, RolloutKey, Split, Task
@@ -69,6 +69,8 @@ class Stats:
     refused_finishes: int = 0  # endings that were reported for an attempt that was not running; of both splits
     calls: int = 0  # recorded model calls of both splits
     sampled_tokens: int = 0  # tokens that these calls sampled
+    replaced_tokens: int = 0  # those of attempts that were followed by another one
+    idle_s: float = 0.0  # seconds between rollouts in which none was waiting or running
     next_group: Mapping[Split, int]  # split -> the number of its next group
     trouble: str = ""
     """One line that says why the run should stop: the circuit breaker has tripped, or `alarm` was called."""
@@ -121,6 +123,7 @@ class Buffer:
         self._ledger = self._store.ledger
         self._changed = asyncio.Condition()
         self._cancels = 0
+        self._idle_s, self._ended_at = 0.0, math.inf
         self._refused: Counter[str] = Counter()
         self._dead: set[str] = set()
 
@@ -132,6 +135,7 @@ class Buffer:
         async with self._change():
             answer = self._ledger.answers.get(request)
             if answer is None:
+                self._idle_s += self._idle_now()
                 group = self._ledger.counts.next_group[split]
                 answer = (RolloutKey(split=split, group=group, index=0).group_id,)
                 left = self._ledger.groups.get(answer[0])
@@ -249,22 +253,28 @@ class Buffer:
                 ending = replace(ending, outcome=Outcome.NO_MODEL_CALL, error="no call was recorded")
             self._end(rollout, ending, failed_tool=failed_tool, retry=retry)
 
-    async def take(self, num_groups: int, *, split: Split, request: str = "") -> list[TakenGroup]:
-        """The first `num_groups` groups that became complete, ordered by group number; waits for them. After `cancel`,
-        and until the next `admit`, returns the groups that are complete, however few. See `taken.take_groups`."""
-        ledger, cancels = self._ledger, self._cancels
+    async def take(
+        self, num_groups: int, *, split: Split, deadlines: Deadlines | None = None, request: str = ""
+    ) -> list[TakenGroup]:
+        """The first `num_groups` groups that became complete, or those that `deadlines` chooses, ordered by group
+        number; waits for them. After `cancel`, and until the next `admit`, returns the groups that are complete,
+        however few. See `taken.take_groups`."""
+        ledger, cancels, complete = self._ledger, self._cancels, self._ledger.complete[split]
+        chosen, seen = tuple[str, ...](), -1
 
         def ready() -> bool:
-            enough = len(ledger.complete[split]) >= num_groups
-            return enough or request in ledger.answers or ledger.cancelled or self._cancels > cancels
+            nonlocal chosen, seen
+            if seen != len(complete) >= num_groups:  # groups only join `complete` meanwhile
+                seen, first = len(complete), tuple(itertools.islice(complete, num_groups))
+                chosen = first if deadlines is None else deadlines.choose(set(complete), num_groups)
+            return bool(chosen) or request in ledger.answers or ledger.cancelled or self._cancels > cancels
 
         async with self._changed:
             await self._changed.wait_for(ready)  # ends with finish, expire or cancel
-            answer = ledger.answers.get(request)
-            ids = tuple(itertools.islice(ledger.complete[split], num_groups)) if answer is None else answer
-            groups = [self._store.group(group_id) for group_id in ids]
-            if answer is None:
-                self._store.note(events.Taken(groups=ids, request=request))
+            answer = ledger.answers.get(request, chosen or tuple(itertools.islice(complete, num_groups)))
+            groups = [self._store.group(group_id) for group_id in answer]
+            if request not in ledger.answers:
+                self._store.note(events.Taken(groups=answer, request=request))
         await self._store.durable()
         return sorted(groups, key=lambda group: group.rollouts[0].key.group)
 
@@ -287,6 +297,7 @@ class Buffer:
                 self._store.note(events.Ended(key=rollout.key, ending=ending, again=False))
             self._store.note(events.Cancelled(reason=reason))
             self._cancels += 1
+            self._ended_at = time.monotonic() if opened else self._ended_at
         return len(opened)
 
     async def expire(self, now: float) -> int:
@@ -313,11 +324,12 @@ class Buffer:
         """Forget what was trained before the checkpoint of this step, which is complete."""
         await self._note(events.Released(step=step))
 
-    async def resume(self, step: int, next_group: Mapping[Split, int]) -> int:
+    async def resume(self, step: int, next_group: Mapping[Split, int], newest: int | None = None) -> int:
         """Start a new run from the checkpoint of this step, when the next groups had the numbers `next_group`. Attempts
-        of the old run are over. Returns the number of rollouts that have ended and need not be run again."""
+        of the old run that were running are over, and so are those with calls of a policy version above `newest`, whose
+        weights are lost. Returns the number of rollouts that have ended and need not be run again."""
         async with self._change():
-            self._store.note(events.Resumed(step=step, next_group=dict(next_group)))
+            self._store.note(events.Resumed(step=step, next_group=dict(next_group), newest=newest))
         untrained = [group for group in self._ledger.groups.values() if group.stage != "trained"]
         return sum(rollout.phase == "complete" for group in untrained for rollout in group.rollouts)
 
@@ -330,6 +342,7 @@ class Buffer:
             failed={Outcome(name): number for name, number in counts.failed.items()},
             next_group=dict(counts.next_group),
             trouble=self._alarm or self._breaker.tripped,
+            idle_s=self._idle_s + self._idle_now(),
             **(Counter(counts.count) + phases + self._refused),
         )
 
@@ -348,6 +361,11 @@ class Buffer:
     async def _note(self, event: events.Event) -> None:
         self._store.note(event)
         await self._store.durable()
+
+    def _idle_now(self) -> float:
+        """Seconds since the last rollout ended; 0 if a rollout is waiting or running, or none has ended."""
+        busy = self._ledger.waiting or any(r.phase == "running" for r in self._ledger.open_rollouts())
+        return 0.0 if busy else max(0.0, time.monotonic() - self._ended_at)
 
     def _has_spent(self, key: RolloutKey) -> bool:
         """Whether an attempt has used up its budget of bytes: the next record is refused, whatever its size."""
@@ -375,7 +393,7 @@ class Buffer:
         if ending.outcome not in (Outcome.CANCELLED, Outcome.WORKER_LOST):  # one death ends many rollouts at once
             self._breaker.note(cause_of(ending.outcome, ending.error, failed_tool))
         again = retry or self._retries.wanted(ending.outcome, self._ledger.spans(rollout.key).calls.values())
-        now, ready_at = time.time(), 0.0
+        now, ready_at, self._ended_at = time.time(), 0.0, time.monotonic()
         if again:
             same_split = [r for r in self._ledger.open_rollouts() if r.key.split == rollout.key.split]
             again = self._retries.allowed(rollout.retries, sum(r.retries for r in same_split), len(same_split))

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Self
 
 from agent_lightning.buffer.ledger import Counts, Ledger, Milestone, StoredGroup, StoredRollout, add_counts
@@ -100,8 +100,7 @@ class Admitted(Event):
             orphan.stage = "open"
             ledger.groups[group_id] = ledger.groups.pop(group_id)  # in the order of admission
             for rollout in orphan.rollouts:
-                ledger.counts.add(calls=rollout.num_calls, sampled_tokens=rollout.sampled_tokens)
-                ledger.count_ending(rollout)
+                ledger.count(rollout)
         else:
             ledger.drop(group_id)
             rollouts = [StoredRollout(key=key) for key in keys]
@@ -146,6 +145,7 @@ class Called(Event):
             return
         rollout.num_calls += 1
         rollout.sampled_tokens += len(call.response_T)
+        rollout.newest_version = max(rollout.newest_version, call.policy_version, call.last_version or 0)
         ledger.counts.add(calls=1, sampled_tokens=len(call.response_T))
         if rollout.cause is not None and call.started_at > rollout.cause.at:
             rollout.cause = None  # the agent recovered from that refusal, so it does not explain a later error
@@ -193,11 +193,10 @@ class Ended(Event):
     def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
         group, rollout = ledger.groups[self.key.group_id], ledger.attempt(self.key)
         if self.again:
-            ledger.forget_spans(self.key)
-            key = replace(self.key, attempt=self.key.attempt + 1)
-            group.rollouts[key.index] = StoredRollout(key=key, voided=rollout.voided, ready_at=self.ready_at)
-            ledger.waiting.appendleft(key)  # it goes first: the rest of its group waits for it
-            ledger.counts.add(retried=1)
+            group.rollouts[self.key.index] = following = ledger.next_attempt(rollout)
+            following.ready_at = self.ready_at
+            ledger.waiting.appendleft(following.key)  # it goes first: the rest of its group waits for it
+            ledger.counts.add(retried=1, replaced_tokens=rollout.sampled_tokens)
             return
         if rollout.phase == "waiting":
             ledger.waiting.remove(self.key)
@@ -274,6 +273,8 @@ class Checkpointed(Event):
     def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
         ledger.checkpoint_epoch += 1
         epoch, counts = ledger.checkpoint_epoch, deepcopy(ledger.counts)
+        for rollout in ledger.open_rollouts():  # `Resumed` counts what they are then
+            ledger.count(rollout, counts, sign=-1)
         ledger.milestones.append(Milestone(step=self.step, checkpoint_epoch=epoch, counts=counts))
 
 
@@ -302,6 +303,7 @@ class Resumed(Event):
 
     step: int
     next_group: Mapping[Split, int]
+    newest: int | None = None  # the newest policy version of the checkpoint; None: attempts of later ones count too
 
     def apply(self, ledger: Ledger, location: RecordLocation | None) -> None:
         # There are two milestones of a step if the step after the first was abandoned; the numbers of the next groups
@@ -326,14 +328,15 @@ class Resumed(Event):
                 continue
             for index, rollout in enumerate(group.rollouts):
                 cancelled = rollout.ending is not None and rollout.ending.outcome is Outcome.CANCELLED
-                if rollout.phase == "running" or cancelled:  # the attempt ended with its run: a new one replaces it
-                    ledger.forget_spans(rollout.key)
-                    key = replace(rollout.key, attempt=rollout.key.attempt + 1)
-                    group.rollouts[index] = StoredRollout(key=key, voided=rollout.voided + 1)
+                lost = self.newest is not None and rollout.newest_version > self.newest
+                if rollout.phase == "running" or cancelled or lost:  # it ended with its run: a new one replaces it
+                    group.rollouts[index] = ledger.next_attempt(rollout, voided=1)
             group.stage, group.checkpoint_epoch = "orphaned", ledger.checkpoint_epoch
             if group.number < counts.next_group[group.split]:
                 group.stage = "open"
                 ledger.queue(group)
+                for rollout in group.rollouts:
+                    ledger.count(rollout)
 
 
 _BY_NUMBER: Final[tuple[type[Event], ...]] = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from agent_lightning.buffer.segments import RecordLocation
@@ -39,6 +39,8 @@ class StoredRollout:
     ending: Ending | None = None  # of a complete attempt
     num_calls: int = 0
     sampled_tokens: int = 0
+    replaced_tokens: int = 0  # tokens that earlier attempts sampled
+    newest_version: int = 0  # of the policy, among the recorded calls
     voided: int = 0  # number of attempts that ended because their run did: they do not count against the rollout
 
     @property
@@ -222,12 +224,29 @@ class Ledger:
         for rollout in group.rollouts if group is not None else ():
             self.forget_spans(rollout.key)
 
-    def count_ending(self, rollout: StoredRollout) -> None:
-        """Count a rollout that has ended, if it has."""
+    def next_attempt(self, rollout: StoredRollout, *, voided: int = 0) -> StoredRollout:
+        """The attempt that replaces the one of `rollout`, whose spans are forgotten."""
+        self.forget_spans(rollout.key)
+        key = replace(rollout.key, attempt=rollout.key.attempt + 1)
+        tokens = rollout.replaced_tokens + rollout.sampled_tokens
+        return StoredRollout(key=key, voided=rollout.voided + voided, replaced_tokens=tokens)
+
+    def count(self, rollout: StoredRollout, counts: Counts | None = None, sign: int = 1) -> None:
+        """Add what a rollout has sampled and how it ended to `counts`, or with sign=-1 take it away; None: to those of
+        the run."""
+        counts = counts or self.counts
+        tokens = sign * (rollout.sampled_tokens + rollout.replaced_tokens)
+        replaced_tokens = sign * rollout.replaced_tokens
+        counts.add(calls=sign * rollout.num_calls, sampled_tokens=tokens, replaced_tokens=replaced_tokens)
+        self.count_ending(rollout, counts, sign)
+
+    def count_ending(self, rollout: StoredRollout, counts: Counts | None = None, sign: int = 1) -> None:
+        """The part of `count` for a rollout that has ended, if it has."""
         if rollout.ending is not None:
-            self.counts.add(ended=1)
+            counts = counts or self.counts
+            counts.add(ended=sign)
             if rollout.ending.outcome is not Outcome.FINISHED and rollout.key.split == "train":
-                add_counts(self.counts.failed, {rollout.ending.outcome: 1})
+                add_counts(counts.failed, {rollout.ending.outcome: sign})
 
     def queue(self, group: StoredGroup) -> None:
         """Queue the rollouts of a group that wait, or the group itself if it is complete."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from agent_lightning.core.types import Ending, Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
@@ -66,13 +67,39 @@ class TakenGroup:
         return Group(group_id=self.group_id, task=self.task, trajectories=trajectories)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadlines:
+    """Until when each group must be trained, which decides how far younger groups may overtake it (docs/async.md)."""
+
+    slack: Mapping[str, int]
+    """Group, the oldest first -> the number of updates that may come before the update that trains it."""
+    groups_per_step: int
+
+    def choose(self, complete: Collection[str], num_groups: int) -> tuple[str, ...]:
+        """The oldest `num_groups` groups that are complete, if the others can then be trained in time, in their order,
+        `groups_per_step` in each further step; else ().
+
+            slack {a: 0, b: 1, c: 1}, steps of 1 group, b and c complete: (), since a must be trained now
+            slack {a: 1, b: 1, c: 2}: b goes before a, and a must be next
+        """
+        chosen = tuple(islice((group for group in self.slack if group in complete), num_groups))
+        taken = set(chosen)
+        left = (slack for group, slack in self.slack.items() if group not in taken)
+        in_time = all(slack > index // self.groups_per_step for index, slack in enumerate(left))
+        # A run that was resumed with a smaller bound has groups that are late: the oldest go first.
+        oldest = chosen == tuple(islice(self.slack, num_groups))
+        return chosen if len(chosen) == num_groups and (in_time or oldest) else ()
+
+
 class GroupSource(Protocol):
     """The part of the Buffer from which groups are taken."""
 
-    async def take(self, num_groups: int, *, split: Split) -> list[TakenGroup]: ...
+    async def take(self, num_groups: int, *, split: Split, deadlines: Deadlines | None = None) -> list[TakenGroup]: ...
 
 
-async def take_groups(buffer: GroupSource, num_groups: int, *, split: Split) -> list[Group]:
+async def take_groups(
+    buffer: GroupSource, num_groups: int, *, split: Split, deadlines: Deadlines | None = None
+) -> list[Group]:
     """Take groups as `Buffer.take` does, and assemble them in a thread of this process: its event loop goes on."""
-    taken = await buffer.take(num_groups, split=split)
+    taken = await buffer.take(num_groups, split=split, deadlines=deadlines)
     return await asyncio.to_thread(lambda: [group.assemble() for group in taken])

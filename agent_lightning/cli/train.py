@@ -34,10 +34,11 @@ from agent_lightning.launch.sweeps.plan import SweepFolder, hydra_words, plan_sw
 from agent_lightning.launch.sweeps.view import SweepView, finish_sweep, sweep_report
 from agent_lightning.rollouts.agents import load as load_target
 from agent_lightning.run import storage
-from agent_lightning.run.loop import Evaluation, Loop, Sampler
+from agent_lightning.run.loop import Loop
 from agent_lightning.run.observer import RunObserver, reward_by, summarize
 from agent_lightning.run.plots import plot_learning_curve
 from agent_lightning.run.report import Progress, report
+from agent_lightning.run.sampler import Evaluation, Sampler
 from agent_lightning.run.state import (
     Plan,
     State,

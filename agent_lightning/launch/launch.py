@@ -170,7 +170,8 @@ async def _start_buffer(
         config=config.buffer,
     )
     if resumed is not None and journal is not None:
-        ready = await buffer.resume(resumed.step, resumed.next_group)
+        newest = resumed.version if config.loop.max_lag else None  # without lag the steps are repeated exactly
+        ready = await buffer.resume(resumed.step, resumed.next_group, newest)
         logger.warning("resumed from step %d: the journal has %d rollouts that need not run again", resumed.step, ready)
     return buffer
 

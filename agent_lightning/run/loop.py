@@ -4,91 +4,32 @@ generate   admit tasks, wait for complete groups     ends with the last rollout 
 train      credit -> samples -> batches -> update    ends with the optimiser's last step
 publish    new weights to every replica              ends when every replica serves the new version
 evaluate   one rollout for each held-out task        runs between steps, so a single version answers every call
+
+With `loop.max_lag` above 0, groups of later steps are in flight meanwhile; docs/async.md proves how old their tokens
+can become.
 """
 
 from __future__ import annotations
 
-import asyncio
-import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
-from agent_lightning.buffer.taken import TakenGroup, take_groups
+from agent_lightning.buffer.taken import Deadlines
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.metrics import Metrics, keep_most_counted, merge, values
-from agent_lightning.core.types import Group, Outcome, Split, Task, Trajectory
+from agent_lightning.core.types import Group, Split, Task
 from agent_lightning.credit import assign, batching
+from agent_lightning.credit.staleness import drop_stale, overlap_metrics
 from agent_lightning.learners.base import Learner, Weights
-from agent_lightning.rollouts.supervise import WatchedBuffer, watch
-from agent_lightning.run.state import STATE_FILE, Plan, State, check_conservation
+from agent_lightning.run.sampler import RUN_STOPPED, STEP_FAILED, Sampler, check_failures, count_failures
+from agent_lightning.run.state import STATE_FILE, InFlight, Plan, State, check_conservation
 
 MAX_NAMES: Final = 64
 """Names of emitted rewards, of parts of a reward, and reasons for refused spans, in the record of a step."""
-STEP_FAILED, RUN_STOPPED = "step_failed", "run_stopped"  # reasons for which all rollouts of a step are dropped
-NO_SCORE = (Outcome.SCORER_ERROR, Outcome.UNSCORED)  # nobody has scored these: an evaluation's mean leaves them out
-
-
-def count_failures(rollouts: Iterable[Trajectory]) -> Counter[str]:
-    """The rollouts that did not finish, by outcome."""
-    return Counter(rollout.outcome.value for rollout in rollouts if rollout.outcome is not Outcome.FINISHED)
-
-
-def _why(rollouts: Sequence[Trajectory]) -> str:
-    """How many rollouts failed with which outcome, and the most frequent error."""
-    counts = ", ".join(f"{count} {name}" for name, count in count_failures(rollouts).most_common())
-    errors = Counter(rollout.error for rollout in rollouts if rollout.error).most_common(1)
-    return counts + (f". Most often: {errors[0][0]}" if errors else "")
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """The rollouts of the held-out tasks, one of each."""
-
-    groups: Sequence[Group]
-
-    @property
-    def rollouts(self) -> list[Trajectory]:
-        return [rollout for group in self.groups for rollout in group.trajectories]
-
-    @property
-    def rewards(self) -> list[float]:
-        """The reward of each rollout that was scored; one that failed before it could be scored has 0."""
-        return [rollout.reward or 0.0 for rollout in self.rollouts if rollout.outcome not in NO_SCORE]
-
-    @property
-    def reward(self) -> float:
-        """The mean of `rewards`; NaN if there are none."""
-        return sum(self.rewards) / len(self.rewards) if self.rewards else math.nan
-
-    @property
-    def failures(self) -> str:
-        """The failed rollouts in words, such as "2 of 8 failed: 2 timeout. Most often: not done after 60 s"."""
-        failed = count_failures(self.rollouts).total()
-        return f"{failed} of {len(self.rollouts)} failed: {_why(self.rollouts)}" if failed else ""
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """The mean of each named part of the reward."""
-        values: dict[str, list[float]] = {}
-        for rollout in self.rollouts:
-            for name, value in rollout.reward_parts.items():
-                values.setdefault(name, []).append(value)
-        return {name: sum(values[name]) / len(values[name]) for name in sorted(values)}
-
-
-class LoopBuffer(WatchedBuffer, Protocol):
-    """The part of the Buffer that the loop uses."""
-
-    async def admit(self, task: Task, *, split: Split, num_rollouts: int) -> str: ...
-    async def take(self, num_groups: int, *, split: Split) -> list[TakenGroup]: ...
-    async def advance(self, *, trained: int, dropped: Mapping[str, int]) -> None: ...
-    async def cancel(self, reason: str) -> int: ...
-    async def milestone(self, step: int) -> None: ...
-    async def forget_before(self, step: int) -> None: ...
 
 
 class Board(Protocol):
@@ -98,104 +39,14 @@ class Board(Protocol):
     async def versions(self) -> dict[str, int]: ...
 
 
-class Observer(Protocol):
-    """The loop's reporter: it shows progress, records metrics and rollouts, and decides when to checkpoint."""
-
-    def waiting_for(self, text: str) -> None:
-        """Show what the run waits for now, such as "generate: 41/64 rollouts"; the first word names the phase."""
-
-    def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None: ...
-    def record_evaluation(self, step: int, evaluation: Evaluation) -> None: ...
-    def record_step(self, step: int, record: Mapping[str, float]) -> None: ...
-    def checkpoint_folder(self, state: State, *, force: bool) -> Path | None:
-        """The folder for a checkpoint of this state, which may exist already; None if no checkpoint is due. `force`:
-        the run ends here, so that this checkpoint is the last."""
-
-    def complete_checkpoint(self, folder: Path, state: State) -> None:
-        """Write the state beside the learner's files, which makes the checkpoint complete."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Sampler:
-    """Runs rollouts and evaluates. `stop` may be set at any time: the running rollouts are cancelled."""
-
-    state: State
-    buffer: LoopBuffer
-    observer: Observer
-    val_tasks: Sequence[Task]
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def generate(self, tasks: Sequence[Task], *, split: Split, num_rollouts: int) -> list[Group] | None:
-        """Admit the tasks and wait for their complete groups; None if the run was stopped meanwhile. Raises StepFailed
-        if most rollouts fail for the same reason, a reward does not fit the config, or no worker can be kept alive."""
-        for task in tasks:
-            await self.buffer.admit(task, split=split, num_rollouts=num_rollouts)
-        phase, total = ("generate" if split == "train" else "evaluate"), len(tasks) * num_rollouts
-        self.state.admitted += total if split == "train" else 0
-        taking = asyncio.ensure_future(take_groups(self.buffer, len(tasks), split=split))
-        stopping = asyncio.ensure_future(self.stop.wait())
-        ended_before = (await self.buffer.stats()).ended
-        show = self.observer.waiting_for
-        progress = watch(self.buffer, lambda stats: show(f"{phase}: {stats.ended - ended_before}/{total} rollouts"))
-        watching = asyncio.ensure_future(progress)
-        try:
-            await asyncio.wait((taking, stopping, watching), return_when=asyncio.FIRST_COMPLETED)
-            # `watch` ends, with a description of the trouble, if the rollouts cannot succeed.
-            trouble = watching.result() if watching.done() and not stopping.done() else ""
-            if taking.done():
-                trouble = trouble or (await self.buffer.stats()).trouble  # of the last rollouts
-                if not trouble:
-                    return taking.result()
-            await self.buffer.cancel(trouble or "the run was stopped")
-            groups = await taking
-            await self.abandon(groups, split, STEP_FAILED if trouble else RUN_STOPPED)
-            if trouble:
-                raise StepFailed(f"{phase}: {trouble}")
-            return None
-        finally:
-            for waiting in (taking, stopping, watching):
-                waiting.cancel()
-
-    async def evaluate(self) -> float:
-        """The mean reward over the held-out tasks, with a rollout for each; NaN if there are none, or if the run was
-        stopped meanwhile. Raises StepFailed, also if all of several rollouts fail, or none could be scored."""
-        groups = await self.generate(self.val_tasks, split="val", num_rollouts=1) if self.val_tasks else None
-        if groups is None:
-            return math.nan
-        self.observer.record_rollouts(self.state.step, self.state.version, groups)
-        evaluation = Evaluation(groups)
-        if len(groups) > 1 or not evaluation.rewards:  # that a single agent fails says nothing
-            check_failures(groups, "evaluation")
-        self.state.val_rewards.append((self.state.step, evaluation.reward))
-        self.observer.record_evaluation(self.state.step, evaluation)
-        return evaluation.reward
-
-    async def abandon(self, groups: Sequence[Group], split: Split, reason: str) -> None:
-        """Count the rollouts of groups that will not be trained. Those of a step or evaluation that failed are kept on
-        disk: they say why."""
-        if reason == STEP_FAILED:
-            self.observer.record_rollouts(self.state.step + (split == "train"), self.state.version, groups)
-        if split == "train" and (num_rollouts := sum(len(group.trajectories) for group in groups)):
-            await self.buffer.advance(trained=0, dropped={reason: num_rollouts})
-            self.state.dropped[reason] += num_rollouts
-
-
-def check_failures(groups: Sequence[Group], what: str) -> None:
-    """Raise StepFailed if all rollouts of a "step" or an "evaluation" failed: then there is nothing to learn from, and
-    no reward to report."""
-    rollouts = [rollout for group in groups for rollout in group.trajectories]
-    if rollouts and count_failures(rollouts).total() == len(rollouts):
-        raise StepFailed(f"all {len(rollouts)} rollouts of the {what} failed: {_why(rollouts)}")
-
-
 @dataclass(slots=True, kw_only=True)
 class Loop(Sampler):
     """The parts of a run and its progress. If `stop` is set, the step is abandoned, and `run` returns after a
     checkpoint.
 
-    Training is on-policy: the rollouts of a step start after its policy version is live on every replica, and end
-    before the next version is published. The loop knows protocols only, so it runs the same on plain objects in one
-    process and on Ray actors.
+    With loop.max_lag=0 training is on-policy: the rollouts of a step start after its policy version is live on every
+    replica, and end before the next version is published. The loop knows protocols only, so it runs the same on plain
+    objects in one process and on Ray actors.
     """
 
     plan: Plan
@@ -204,6 +55,7 @@ class Loop(Sampler):
     train_tasks: Sequence[Task]
     _saved: tuple[int, Mapping[Split, int]] | None = None
     """The step of the newest checkpoint, and the numbers of the buffer's next groups at that time."""
+    _idle_s: float = 0.0  # `Stats.idle_s` when the last step was recorded
 
     async def run(self) -> State:
         """Run to the last step, or until `stop` is set. Raises StepFailed, EngineError."""
@@ -223,6 +75,7 @@ class Loop(Sampler):
             self.state.wall_s = time.monotonic() - started
             await self.save(force=self.state.step == self.plan.steps)
         if self.stop.is_set():
+            await self.give_up((), RUN_STOPPED)
             await self.save(force=True)
         check_conservation(self.state)
         return self.state
@@ -249,33 +102,53 @@ class Loop(Sampler):
         return True
 
     async def _gather_groups(self) -> tuple[list[Group], list[assign.Credit]] | None:
-        """Generate the step's groups and assign their credit; None if the run was stopped. Raises StepFailed. Groups
-        without a sample to train on are replaced by groups of new tasks, in at most `algorithm.dynamic_sampling_rounds`
+        """Take the step's groups and assign their credit; None if the run was stopped. Raises StepFailed. Groups
+        without a sample to train on are replaced by other groups, in at most `algorithm.dynamic_sampling_rounds`
         further rounds: dynamic sampling of DAPO, arXiv 2503.14476 section 3.2."""
         groups: list[Group] = []
         credits: list[assign.Credit] = []
-        # An abandoned step takes no tasks: the resumed run draws the same tasks again.
-        cursor_before, algorithm = replace(self.state.cursor), self.plan.algorithm
-        missing = algorithm.tasks_per_step
+        state, algorithm = self.state, self.plan.algorithm
+        size = missing = algorithm.tasks_per_step
         for _ in range(1 + algorithm.dynamic_sampling_rounds):
-            tasks = self.state.cursor.next(self.train_tasks, missing)
-            try:
-                new_groups = await self.generate(tasks, split="train", num_rollouts=algorithm.rollouts_per_task)
-                groups += new_groups or []
-                check_failures(groups if new_groups else [], "step")
-            except StepFailed:
-                self.state.cursor = cursor_before
-                await self.abandon(groups, "train", STEP_FAILED)
-                raise
+            # Groups of this step that will not be trained make room for as many others.
+            await self._admit(len(groups) - (size - missing))
+            taken, newest = {group.group_id for group in groups}, state.version - self.plan.loop.max_lag
+            slack = {group.group_id: group.version - newest for group in state.in_flight if group.group_id not in taken}
+            deadlines = Deadlines(slack=slack, groups_per_step=size)
+            new_groups = await self.gather(missing, split="train", deadlines=deadlines, kept=groups)
             if new_groups is None:
-                self.state.cursor = cursor_before
-                await self.abandon(groups, "train", RUN_STOPPED)
                 return None
-            credits += [assign.assign(group, self.plan.rules) for group in new_groups]
-            missing = algorithm.tasks_per_step - sum(bool(credit.samples) for credit in credits)
+            groups += new_groups
+            try:
+                check_failures(groups, "step")
+            except StepFailed:
+                await self.give_up(groups, STEP_FAILED)
+                raise
+            for group in new_groups:
+                credit = assign.assign(group, self.plan.rules)
+                credits.append(drop_stale(credit, state.version, self.plan.loop.drop_beyond))
+            missing = size - sum(bool(credit.samples) for credit in credits)
             if missing == 0:
                 break
         return groups, credits
+
+    async def _admit(self, extra: int) -> None:
+        """Admit groups at the current version, while fewer are in flight than the steps up to `loop.max_lag` updates
+        ahead will train, and `extra`; never more than the run's remaining steps will."""
+        state, algorithm = self.state, self.plan.algorithm
+        if not state.in_flight:
+            self._before = replace(state.cursor), [*state.redo]
+        steps = max(1, min(self.plan.loop.max_lag + 1, self.plan.steps - state.step))
+        room = max(0, algorithm.tasks_per_step * steps + extra - len(state.in_flight))
+        redo = {task.task_id: task for task in self.train_tasks if task.task_id in state.redo[:room]}
+        tasks = [redo[task_id] for task_id in state.redo[:room] if task_id in redo]
+        state.redo = state.redo[room:]
+        tasks += state.cursor.next(self.train_tasks, room - len(tasks))
+        for task in tasks:
+            number = algorithm.rollouts_per_task
+            group_id = await self.buffer.admit(task, split="train", num_rollouts=number)
+            state.in_flight.append(InFlight(group_id, state.version, number, task.task_id))
+            state.admitted += number
 
     async def publish(self) -> None:
         """Publish the learner's weights and wait until every replica serves them."""
@@ -310,6 +183,12 @@ class Loop(Sampler):
         await self.learner.restore(folder, max(0, self.state.version - 1))
         if self.state.version:  # at version 0 the engines have these weights already
             await self.publish()
+        stats = await self.buffer.stats()
+        in_buffer = stats.waiting + stats.running + stats.complete
+        if self.state.in_flight and not in_buffer:  # without a journal, the buffer has lost what was in flight
+            self.state.dropped[RUN_STOPPED] += sum(group.num_rollouts for group in self.state.in_flight)
+            self.state.redo = [group.task_id for group in self.state.in_flight] + self.state.redo
+            self.state.in_flight = []
 
     async def _record_step(
         self, groups: list[Group], version: int, credits: list[assign.Credit], update_metrics: Metrics, clock: Clock
@@ -320,10 +199,13 @@ class Loop(Sampler):
         trained = sum(credit.trained_rollouts for credit in credits)
         dropped = _sum_counts(credit.dropped_rollouts for credit in credits)
         await self.buffer.advance(trained=trained, dropped=dropped)
+        taken, self._before = {group.group_id for group in groups}, None
+        state.in_flight = [group for group in state.in_flight if group.group_id not in taken]
         rollouts = [rollout for group in groups for rollout in group.trajectories]
         failed = count_failures(rollouts)
         sampled_tokens = sum(credit.sampled_tokens for credit in credits)
-        trained_tokens = sum(int(sample.mask_T.sum()) for credit in credits for sample in credit.samples)
+        samples = [sample for credit in credits for sample in credit.samples]
+        trained_tokens = sum(int(sample.mask_T.sum()) for sample in samples)
         state.trained += trained
         state.dropped.update(dropped)
         state.failed.update(failed)
@@ -345,6 +227,9 @@ class Loop(Sampler):
         record |= {f"rollouts/failed/{outcome}": count for outcome, count in failed.items()}
         refused = _sum_counts(rollout.refused_spans for rollout in rollouts)
         record |= {f"spans/refused/{reason}": count for reason, count in refused.most_common(MAX_NAMES)}
+        record |= overlap_metrics(rollouts, samples, version) | {"time/learner_idle": clock.seconds["generate"]}
+        idle_before, self._idle_s = self._idle_s, (await self.buffer.stats()).idle_s
+        record["time/engine_idle"] = max(0.0, self._idle_s - idle_before)
         self.observer.record_rollouts(state.step, version, groups)
         clock.lap("other")
         state.seconds.update(clock.seconds)

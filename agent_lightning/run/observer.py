@@ -15,8 +15,8 @@ from agent_lightning.core.errors import UserError
 from agent_lightning.core.types import Group
 from agent_lightning.run.archive import RolloutWriter
 from agent_lightning.run.live import from_environment
-from agent_lightning.run.loop import Evaluation, count_failures
 from agent_lightning.run.report import Progress, RolloutCounts, StepSeconds, Summary
+from agent_lightning.run.sampler import Evaluation, count_failures
 from agent_lightning.run.state import State, checkpoint_folder, prune_checkpoints, write_state
 from agent_lightning.run.tracking import JsonLines, RunDirectory, Sink, TensorBoardSink, Tracker, WandbSink
 

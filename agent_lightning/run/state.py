@@ -13,7 +13,7 @@ import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.running import LoopConfig
@@ -49,6 +49,16 @@ class Plan:
         return step == self.steps or bool(self.eval_every and step % self.eval_every == 0)
 
 
+class InFlight(NamedTuple):
+    """A training group that is admitted and neither trained nor dropped."""
+
+    group_id: str
+    version: int
+    """The policy version when it was admitted: none of its tokens is older."""
+    num_rollouts: int
+    task_id: str
+
+
 @dataclass(slots=True, kw_only=True)
 class State:
     """The progress of a run, as a checkpoint keeps it beside the learner's files. Counts go over the complete run."""
@@ -57,6 +67,10 @@ class State:
     version: int = 0
     """The policy version that the engines serve."""
     cursor: TaskCursor
+    in_flight: list[InFlight] = field(default_factory=list)
+    """The oldest first. A checkpoint has none of them if loop.max_lag is 0."""
+    redo: list[str] = field(default_factory=list)
+    """Ids of tasks that were drawn and whose groups were abandoned: they are drawn again, before those of `cursor`."""
     next_group: dict[Split, int] = field(default_factory=dict)
     """The number of the next group that the buffer will name, for each split."""
     val_rewards: list[tuple[int, float]] = field(default_factory=list)
@@ -66,7 +80,7 @@ class State:
     val_losses: list[tuple[int, float]] = field(default_factory=list)
     """(step, loss of the held-out chats in nats a token) for each evaluation of supervised training."""
     admitted: int = 0
-    """Training rollouts that entered the buffer: each is trained or dropped in the end (`check_conservation`)."""
+    """Training rollouts that entered the buffer: each is in flight, trained or dropped (`check_conservation`)."""
     trained: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     """Rollouts that were not trained, by reason."""
@@ -85,9 +99,11 @@ class State:
 
 
 def check_conservation(state: State) -> None:
-    """Check that every admitted rollout and every sampled token was trained or dropped. Raises AccountingError."""
+    """Check that every admitted rollout is in flight, trained or dropped, and that every sampled token of those that
+    are not in flight was trained or dropped. Raises AccountingError."""
+    ended = state.admitted - sum(group.num_rollouts for group in state.in_flight)
     for name, entered, trained, dropped in (
-        ("rollouts", state.admitted, state.trained, state.dropped),
+        ("rollouts", ended, state.trained, state.dropped),
         ("tokens", state.sampled_tokens, state.trained_tokens, state.dropped_tokens),
     ):
         if entered != trained + sum(dropped.values()):
@@ -113,6 +129,7 @@ def read_state(folder: Path) -> State:
     values: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
     values.pop("files", None)
     values["cursor"] = TaskCursor(**values["cursor"])
+    values["in_flight"] = [InFlight(*group) for group in values.get("in_flight", ())]
     for name in {"val_rewards", "val_losses"} & values.keys():
         values[name] = [(int(step), float(value)) for step, value in values[name]]
     for name in ("dropped", "dropped_tokens", "failed", "seconds"):

@@ -21,15 +21,17 @@ import uvicorn
 from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.config.learning import AlgorithmConfig
-from agent_lightning.config.running import Agent, AgentConfig, BufferConfig
+from agent_lightning.config.running import Agent, AgentConfig, BufferConfig, LoopConfig
 from agent_lightning.core.types import Group, Split, Task
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.supervise import Workers
 from agent_lightning.rollouts.worker import RolloutWorker
-from agent_lightning.run.loop import Evaluation, Loop
+from agent_lightning.run.loop import Loop
+from agent_lightning.run.sampler import Evaluation
 from agent_lightning.run.state import Plan, State, checkpoint_folder, newest_checkpoint, read_state, write_state
 from agent_lightning.run.tasks import TaskCursor
+from agent_lightning.serving.gate import Gate
 from agent_lightning.serving.gateway import Gateway, GatewayConfig, application
 from agent_lightning.serving.policy import PolicyBoard
 from agent_lightning.testing.model import PAD, ToyEngine, ToyLanguage, ToyLearner
@@ -98,6 +100,7 @@ class ToyWorld:
     algorithm: AlgorithmConfig = AlgorithmConfig()  # the size of a group; a step has all tasks
     retries: Retries = field(default_factory=Retries)
     breaker: Breaker | None = None
+    max_lag: int = 0  # see LoopConfig
     max_len: int = 4096
     sampling: Mapping[Split, Mapping[str, float | int]] = field(default_factory=lambda: SAMPLING)
     lr: float = 8.0
@@ -139,7 +142,8 @@ class ToyWorld:
             config=self.buffer_config,
         )
         self.board = PolicyBoard()
-        self.engine = ToyEngine(language, seed=self.seed, max_len=self.max_len)
+        gate = Gate("keep" if self.max_lag else "wait")
+        self.engine = ToyEngine(language, seed=self.seed, max_len=self.max_len, gate=gate)
         self.learner = ToyLearner(language, lr=self.lr)
         self.observer = QuietObserver(checkpoints=self.checkpoints, every=self.checkpoint_every)
         config = GatewayConfig(
@@ -152,7 +156,7 @@ class ToyWorld:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self.buffer.close)
             if self.resume and self.journal is not None:
-                await self.buffer.resume(state.step, state.next_group)
+                await self.buffer.resume(state.step, state.next_group, state.version if self.max_lag else None)
             running = await stack.enter_async_context(asyncio.TaskGroup())
             self.url = await stack.enter_async_context(serve_locally(gateway))
             await self.engine.join(self.board)
@@ -203,6 +207,7 @@ class ToyWorld:
         plan = Plan(
             steps=0,
             algorithm=self.algorithm.model_copy(update={"tasks_per_step": len(self.tasks)}),
+            loop=LoopConfig(max_lag=self.max_lag),
             rules=CreditRules(max_tokens=self.max_len),
             pad_token=PAD,
             row_multiple=1,

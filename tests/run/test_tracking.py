@@ -24,7 +24,6 @@ from agent_lightning.config.running import TrackingConfig
 from agent_lightning.core.errors import DataError, UserError
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
 from agent_lightning.run.archive import RolloutWriter, read_rollouts
-from agent_lightning.run.loop import Evaluation
 from agent_lightning.run.observer import RunObserver, summarize
 from agent_lightning.run.plots import plot_learning_curve, read_metrics, smooth
 from agent_lightning.run.report import (
@@ -37,6 +36,7 @@ from agent_lightning.run.report import (
     report,
     sparkline,
 )
+from agent_lightning.run.sampler import Evaluation
 from agent_lightning.run.state import State
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.run.tracking import JsonLines, RunDirectory, TensorBoardSink, Tracker, WandbSink

@@ -1,0 +1,47 @@
+"""How old the tokens of a step are, in updates, and how long its rollouts took (docs/async.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+
+from agent_lightning.core.types import Sample, Trajectory
+from agent_lightning.credit.assign import Credit
+
+STALE: Final = "stale"
+
+
+def drop_stale(credit: Credit, version: int, beyond: int | None) -> Credit:
+    """The credit of a group, without samples if one of its rows is more than `beyond` updates older than the `version`
+    that is trained; None: no group is too old."""
+    oldest = min((sample.policy_version for sample in credit.samples), default=version)
+    if beyond is None or version - oldest <= beyond:
+        return credit
+    rollouts, tokens = credit.trained_rollouts + sum(credit.dropped_rollouts.values()), credit.sampled_tokens
+    dropped: dict[str, Any] = {"dropped_rollouts": {STALE: rollouts}, "dropped_tokens": {STALE: tokens}}
+    return replace(credit, samples=(), trained_rollouts=0, **dropped)
+
+
+def overlap_metrics(rollouts: Sequence[Trajectory], samples: Sequence[Sample], version: int) -> dict[str, float]:
+    """The metrics of a step that trains `version`:
+
+    time/rollout_p50, _p99      seconds of the step's rollouts, from lease to end
+    lag/mean, lag/max           updates since the oldest version of a trained row, over tokens
+    lag/tokens/2                trained tokens of rows that are two updates old
+    lag/mixed_rollouts          share of rollouts whose tokens are of more than one version
+    """
+    seconds = [rollout.ended_at - rollout.started_at for rollout in rollouts if rollout.started_at]
+    metrics = {f"time/rollout_p{q}": float(np.percentile(seconds, q)) for q in (50, 99) if seconds}
+    if samples:
+        lag_N = np.array([version - sample.policy_version for sample in samples])
+        tokens_N = np.array([sample.mask_T.sum() for sample in samples])
+        metrics |= {"lag/mean": float(np.average(lag_N, weights=tokens_N)), "lag/max": float(lag_N.max())}
+        metrics |= {f"lag/tokens/{lag}": float(tokens_N[lag_N == lag].sum()) for lag in np.unique(lag_N)}
+    versions = [
+        {v for call in r.calls for v in (call.policy_version, call.last_version) if v is not None} for r in rollouts
+    ]
+    mixed = [len(of_rollout) > 1 for of_rollout in versions if of_rollout]
+    return metrics | ({"lag/mixed_rollouts": float(np.mean(mixed))} if mixed else {})
