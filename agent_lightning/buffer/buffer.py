@@ -116,16 +116,13 @@ class Buffer:
         self._run_secret = run_secret
         self._retries = retries or Retries()
         self._breaker = breaker or Breaker(BreakerConfig(window=0))
-        self._alarm = ""
         self._agent = agent or AgentConfig(target="")
         self._grace = grace
         self._store = Store(journal, config, first_group=first_group)
         self._ledger = self._store.ledger
         self._changed = asyncio.Condition()
-        self._cancels = 0
+        self._alarm, self._cancels, self._refused, self._dead = "", 0, Counter[str](), set[str]()
         self._idle_s, self._ended_at = 0.0, math.inf
-        self._refused: Counter[str] = Counter()
-        self._dead: set[str] = set()
 
     async def admit(self, task: Task, *, split: Split, num_rollouts: int, request: str = "") -> str:
         """Queue the rollouts of a task; returns their group's id, such as "train-12". If an interrupted step left the

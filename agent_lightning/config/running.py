@@ -233,6 +233,11 @@ class LoopConfig(Section):
             raise ConfigError(f"loop.drop_beyond={self.drop_beyond}: {bound}; leave it out")
         return self
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether rollouts and training overlap."""
+        return self.max_lag > 0
+
     def check_method(self, method: str, *, seeded: bool) -> None:
         """Raise ConfigError for a method of credit, or for seeded sampling, that needs rollouts of one version."""
         if self.max_lag and method == "gae":

@@ -27,8 +27,8 @@ from agent_lightning.launch.models import ModelFacts
 from agent_lightning.learners.base import Learner
 from agent_lightning.rollouts.supervise import Workers, wait_until_healthy
 from agent_lightning.rollouts.worker import RolloutWorker
-from agent_lightning.run.call_log import CallLog
 from agent_lightning.run.state import State
+from agent_lightning.serving.call_log import CallLog
 from agent_lightning.serving.policy import PolicyBoard
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ async def _start_buffer(
         config=config.buffer,
     )
     if resumed is not None and journal is not None:
-        newest = resumed.version if config.loop.max_lag else None  # without lag the steps are repeated exactly
+        newest = resumed.version if config.loop.overlaps else None  # without lag the steps are repeated exactly
         ready = await buffer.resume(resumed.step, resumed.next_group, newest)
         logger.warning("resumed from step %d: the journal has %d rollouts that need not run again", resumed.step, ready)
     return buffer

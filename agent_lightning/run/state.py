@@ -36,7 +36,7 @@ class Plan:
     steps: int
     algorithm: AlgorithmConfig
     """The size of a step; the learner reads the rest."""
-    loop: LoopConfig = field(default_factory=LoopConfig)
+    loop: LoopConfig = LoopConfig()
     eval_every: int = 0
     """Steps between evaluations. The first step is always preceded, and the last followed, by an evaluation."""
     rules: CreditRules

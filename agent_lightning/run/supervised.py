@@ -17,7 +17,8 @@ from agent_lightning.core.types import Batch, Floats
 from agent_lightning.credit import batching
 from agent_lightning.learners.base import Learner
 from agent_lightning.learners.chats import Chat
-from agent_lightning.run.loop import Clock, Observer
+from agent_lightning.run.loop import Clock
+from agent_lightning.run.sampler import Observer
 from agent_lightning.run.state import Plan, State
 
 

@@ -100,7 +100,7 @@ class ToyWorld:
     algorithm: AlgorithmConfig = AlgorithmConfig()  # the size of a group; a step has all tasks
     retries: Retries = field(default_factory=Retries)
     breaker: Breaker | None = None
-    max_lag: int = 0  # see LoopConfig
+    overlap: LoopConfig = LoopConfig()
     max_len: int = 4096
     sampling: Mapping[Split, Mapping[str, float | int]] = field(default_factory=lambda: SAMPLING)
     lr: float = 8.0
@@ -142,7 +142,7 @@ class ToyWorld:
             config=self.buffer_config,
         )
         self.board = PolicyBoard()
-        gate = Gate("keep" if self.max_lag else "wait")
+        gate = Gate("keep" if self.overlap.overlaps else "wait")
         self.engine = ToyEngine(language, seed=self.seed, max_len=self.max_len, gate=gate)
         self.learner = ToyLearner(language, lr=self.lr)
         self.observer = QuietObserver(checkpoints=self.checkpoints, every=self.checkpoint_every)
@@ -156,7 +156,7 @@ class ToyWorld:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self.buffer.close)
             if self.resume and self.journal is not None:
-                await self.buffer.resume(state.step, state.next_group, state.version if self.max_lag else None)
+                await self.buffer.resume(state.step, state.next_group, state.version if self.overlap.overlaps else None)
             running = await stack.enter_async_context(asyncio.TaskGroup())
             self.url = await stack.enter_async_context(serve_locally(gateway))
             await self.engine.join(self.board)
@@ -207,7 +207,7 @@ class ToyWorld:
         plan = Plan(
             steps=0,
             algorithm=self.algorithm.model_copy(update={"tasks_per_step": len(self.tasks)}),
-            loop=LoopConfig(max_lag=self.max_lag),
+            loop=self.overlap,
             rules=CreditRules(max_tokens=self.max_len),
             pad_token=PAD,
             row_multiple=1,

@@ -16,7 +16,7 @@ from agent_lightning.core.types import Batch, Floats, RolloutKey, Sample
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.learners.base import Weights
 from agent_lightning.learners.chats import Chat
-from agent_lightning.run.loop import Evaluation
+from agent_lightning.run.sampler import Evaluation
 from agent_lightning.run.state import Plan, State, newest_checkpoint, read_state, write_state
 from agent_lightning.run.supervised import SupervisedLoop
 from agent_lightning.run.tasks import TaskCursor

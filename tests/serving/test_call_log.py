@@ -9,7 +9,7 @@ from pathlib import Path
 from builders import model_call
 
 from agent_lightning.core.types import Outcome, RolloutKey
-from agent_lightning.run.call_log import CallLog
+from agent_lightning.serving.call_log import CallLog
 from agent_lightning.spans.traces import export
 
 KEY = RolloutKey(split="val", group=0, index=0)
