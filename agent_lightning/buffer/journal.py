@@ -265,7 +265,7 @@ class Journal:
                     self._wake(None, waiting)
                 for segment, _ in dirty[:-1]:
                     if segment in self._open:
-                        self._retired.append(segment.descriptor)
+                        self._retired += [segment.descriptor] if segment.descriptor >= 0 else []  # it may have no file
                         self._open.remove(segment)
                 if [(segment, segment.written) for segment in self._open] == dirty[-1:] and self._written is None:
                     return

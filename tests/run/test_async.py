@@ -7,7 +7,8 @@ import itertools
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_resume import Agent, agent, make_world
 from toy_figures import CASES, figures
 
 from agent_lightning.buffer.buffer import Buffer
@@ -29,9 +31,11 @@ from agent_lightning.credit.failures import Retries
 from agent_lightning.learners.base import Weights
 from agent_lightning.run.loop import Loop
 from agent_lightning.run.sampler import Evaluation
-from agent_lightning.run.state import Plan, State
+from agent_lightning.run.state import Plan, State, check_conservation
 from agent_lightning.run.tasks import TaskCursor
+from agent_lightning.testing.world import QuietObserver, ToyWorld
 
+__all__ = ["agent"]  # the fixture
 STORED = json.loads((Path(__file__).parent / "toy_figures.json").read_text())
 
 
@@ -183,3 +187,125 @@ def test_no_trained_token_is_older_than_the_bound(max_lag: int, size: int, round
         assert state.admitted == state.trained + sum(state.dropped.values())
 
     asyncio.run(run())
+
+
+# Stop, kill and resume with rollouts in flight.
+
+
+@dataclass(kw_only=True)
+class StepObserver(QuietObserver):
+    """Keeps the training groups of each step, of which a resumed run may make some again."""
+
+    steps: dict[int, tuple[int, Sequence[Group]]] = field(default_factory=dict)
+
+    def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
+        if groups[0].trajectories[0].key.split == "train":
+            self.steps[step] = version, groups
+
+
+async def enter(world: ToyWorld, max_lag: int, observer: StepObserver, stack: AsyncExitStack) -> ToyWorld:
+    world.overlap, world.seeded = LoopConfig(max_lag=max_lag), False
+    await stack.enter_async_context(world)
+    observer.checkpoints, observer.every = world.checkpoints, world.checkpoint_every
+    world.observer = world.loop.observer = observer
+    return world
+
+
+async def check_run(world: ToyWorld, observer: StepObserver, max_lag: int, steps: int) -> None:
+    state, stats = world.loop.state, await world.buffer.stats()
+    check_conservation(state)
+    assert (state.step, sorted(observer.steps)) == (steps, list(range(1, steps + 1)))
+    assert (state.admitted, state.trained) == (stats.admitted, stats.trained)
+    assert stats.waiting == stats.running == stats.complete == stats.taken == 0
+    rollouts = [t for _, groups in observer.steps.values() for group in groups for t in group.trajectories]
+    assert len({t.key.rollout_id for t in rollouts}) == len(rollouts) == steps * 3 * 4
+    calls = [call.call_id for t in rollouts for call in t.calls]
+    assert len(set(calls)) == len(calls) == 2 * len(rollouts)
+    for version, groups in observer.steps.values():
+        lags = [version - call.policy_version for group in groups for t in group.trajectories for call in t.calls]
+        assert 0 <= min(lags) <= max(lags) <= max_lag
+
+
+@pytest.mark.parametrize(("max_lag", "every"), [(1, 1), (1, 3), (4, 2)])
+async def test_a_run_killed_anywhere_goes_on_with_what_was_in_flight(
+    agent: Agent, tmp_path: Path, max_lag: int, every: int
+) -> None:
+    steps, source, observer = 6, random.Random(max_lag + every), StepObserver()
+    folder, resume, done, life = tmp_path / "0", False, False, 0
+    while not done:
+        life += 1
+        agent.ended, agent.snapshot_taken = [], asyncio.Event()
+        agent.snapshot_after, agent.snapshot = source.randrange(3, 30), (folder, tmp_path / f"{life}")
+        async with asyncio.timeout(30), AsyncExitStack() as stack:
+            world = make_world(agent, folder, every=every, resume=resume)
+            await enter(world, max_lag, observer, stack)
+            training = asyncio.create_task(world.train(steps=steps))
+            killed = asyncio.create_task(agent.snapshot_taken.wait())
+            await asyncio.wait((training, killed), return_when=asyncio.FIRST_COMPLETED)
+            done = training.done() and not training.cancelled()
+            if done:
+                training.result()
+                await check_run(world, observer, max_lag, steps)
+            training.cancel()
+            killed.cancel()
+            await asyncio.wait((training, killed))
+        folder, resume = tmp_path / f"{life}", True
+    assert life > 2
+
+
+@pytest.mark.parametrize("journal", [True, False])
+async def test_a_stopped_run_redoes_the_tasks_that_were_in_flight(agent: Agent, tmp_path: Path, journal: bool) -> None:
+    observer = StepObserver()
+    for steps, resume in ((50, False), (6, True)):
+        async with asyncio.timeout(30), AsyncExitStack() as stack:
+            world = make_world(agent, tmp_path, every=1, resume=resume)
+            world.journal = world.journal if journal else None
+            await enter(world, 2, observer, stack)
+            training = asyncio.create_task(world.train(steps=steps))
+            if not resume:
+                while world.loop.state.step < 3:
+                    await asyncio.sleep(0.001)
+                world.stop()
+            state = await training
+            check_conservation(state)
+            assert not state.in_flight
+            if not resume:
+                assert state.dropped["run_stopped"] == 4 * len(state.redo) > 0
+                redo = state.redo
+            else:
+                drawn = {group.task.task_id for _, groups in observer.steps.values() for group in groups}
+                assert set(redo) <= drawn
+                assert not state.redo
+    assert sorted(observer.steps) == list(range(1, 7))
+
+
+async def test_without_a_journal_what_was_in_flight_is_counted_and_made_anew(agent: Agent, tmp_path: Path) -> None:
+    observer = StepObserver()
+    async with asyncio.timeout(30), AsyncExitStack() as stack:
+        world = make_world(agent, tmp_path, every=1)
+        world.journal = None
+        await enter(world, 1, observer, stack)
+        training = asyncio.create_task(world.train(steps=50))
+        while world.loop.state.step < 3:
+            await asyncio.sleep(0.001)
+        training.cancel()
+        await asyncio.wait((training,))
+    async with asyncio.timeout(30), AsyncExitStack() as stack:
+        world = make_world(agent, tmp_path, every=1, resume=True)
+        world.journal = None
+        await enter(world, 1, observer, stack)
+        assert world.loop.state.dropped["run_stopped"] == 4 * len(world.loop.state.redo) == 4 * 3
+        state = await world.train(steps=6)
+    assert (state.step, state.dropped["run_stopped"], state.redo) == (6, 12, [])
+
+
+async def test_groups_with_tokens_that_are_too_old_are_dropped_if_a_user_wants_it(agent: Agent, tmp_path: Path) -> None:
+    observer = StepObserver()
+    async with asyncio.timeout(30), AsyncExitStack() as stack:
+        world = await enter(make_world(agent, tmp_path, every=0), 3, observer, stack)
+        world.loop.plan = replace(world.loop.plan, loop=LoopConfig(max_lag=3, drop_beyond=0))
+        state = await world.train(steps=6)
+        stats = await world.buffer.stats()
+    check_conservation(state)
+    assert state.dropped["stale"] == stats.dropped["stale"] > 0
+    assert all(record.get("lag/max", 0) == 0 for record in world.observer.records)
