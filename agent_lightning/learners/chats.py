@@ -138,7 +138,7 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages of a row to the assistant's last, as engines hand them to templates. Raises BadChat."""
     given = row.get("messages")
     if not isinstance(given, list) or not all(isinstance(message, Mapping) for message in given):
-        raise BadChat("no list of messages")
+        raise BadChat('no {"messages": [...]}')
     before, messages, end = "", [], 0
     for message in given:
         role = message.get("role")

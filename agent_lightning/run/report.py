@@ -77,8 +77,7 @@ class Summary:
     val_reward_best: float
     val_reward_by: Mapping[str, float] = field(default_factory=dict)
     """The last held-out reward, by the values of the field `data.val_group_by` and by set."""
-    val_loss_first: float = math.nan
-    """The loss of the held-out chats in nats a token, in supervised training."""
+    val_loss_first: float = math.nan  # of the held-out chats of supervised training, in nats a token
     val_loss_last: float = math.nan
     state: Literal["finished", "stopped", "failed"] = "finished"
     error: str = ""
@@ -92,9 +91,8 @@ class Summary:
     @property
     def held_out(self) -> str:
         """The held-out reward before and after, or the loss: "0.312 -> 0.455"."""
-        if self.supervised:
-            return f"{number(self.val_loss_first)} -> {number(self.val_loss_last)}"
-        return f"{number(self.val_reward_first)} -> {number(self.val_reward_last)}"
+        losses, rewards = (self.val_loss_first, self.val_loss_last), (self.val_reward_first, self.val_reward_last)
+        return " -> ".join(map(number, losses if self.supervised else rewards))
 
     def write(self, path: Path) -> None:
         """Write JSON, with null for NaN."""
@@ -274,8 +272,8 @@ class Progress(LiveBlock):
         """Show the held-out reward after `step` steps, and the failures among its rollouts in words."""
         self._val.append((step, reward, rows))
         if self._live is None:
-            what = "held-out" if self._measure == "reward" else "held-out loss"
-            self.message(f"step {step}/{self._steps}  {what} {number(reward)} on {rows:,} rows")
+            loss = "" if self._measure == "reward" else " loss"
+            self.message(f"step {step}/{self._steps}  held-out{loss} {number(reward)} on {rows:,} rows")
         if failures:
             self.message(f"  {failures}")
 

@@ -1,4 +1,4 @@
-"""The loop of supervised training: a step takes chats, makes one optimiser step for each batch, and some steps measure
+"""The loop of supervised training: a step takes chats, makes an optimiser step, and some steps measure
 the loss on held-out chats. Plan, state, learner, checkpoints and metrics are those of `Loop`; there is no engine."""
 
 from __future__ import annotations

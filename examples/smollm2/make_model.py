@@ -64,7 +64,7 @@ def make(out: Path, model: str | None) -> None:
         path = gguf_file()
         model, source = str(path.parent), {"gguf_file": path.name}
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **source)
-    tokenizer = AutoTokenizer.from_pretrained(model, **source)
+    tokenizer = AutoTokenizer.from_pretrained(model, clean_up_tokenization_spaces=False, **source)
     end, pad = tokenizer.convert_tokens_to_ids([END, "<|endoftext|>"])
     tokenizer.eos_token, tokenizer.pad_token = END, "<|endoftext|>"
     tokenizer.bos_token = "<|im_start|>"

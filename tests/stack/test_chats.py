@@ -76,7 +76,7 @@ def test_the_tokens_of_the_assistant_are_learnt_to_the_end_token(
     ("task", "reason"),
     [
         (chat(), "no message of the assistant"),
-        (Task(task_id="chat", payload={"question": "1 + 1?"}), "no list of messages"),
+        (Task(task_id="chat", payload={"question": "1 + 1?"}), r'no {"messages": \[\.\.\.\]}'),
         (chat(USER), "no message of the assistant"),
         (chat(USER, {**ANSWER, "weight": 0}), "no message of the assistant"),
         (chat(USER, USER, ANSWER), "roles do not alternate: user after user"),

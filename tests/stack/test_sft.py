@@ -72,20 +72,23 @@ def test_traces_become_a_warm_start_that_reinforcement_goes_on_from(tmp_path: Pa
 
 
 def check_prompts(run: Path, policy: Path) -> None:
-    """The engine read and sampled the tokens that supervised training would learn from the same messages."""
+    """The engine read the tokens that supervised training would learn from the same messages. It also sampled them,
+    except where a policy at temperature 1 spells a text in other tokens than the tokenizer does."""
     from agent_lightning.core.types import Task
     from agent_lightning.learners.chats import ChatEncoder
 
-    encoder, compared = ChatEncoder(str(policy), (), 512), 0
+    encoder, same = ChatEncoder(str(policy), (), 512), []
     for row in read_rollouts(run).to_pylist():
         for call in row["calls"]:
-            messages = [*json.loads(call["request"])["messages"], json.loads(call["reply"])]
-            task = Task(task_id="", payload={"messages": messages, "tools": chats(1)[0]["tools"]})
-            if call["finish_reason"] in ("stop", "tool_calls") and messages[-1].get("content", "") is not None:
-                (sample,) = encoder.encode(task, 0)
-                assert sample.token_T.tolist() == call["prompt_ids"] + call["response_ids"]
-                compared += 1
-    assert compared
+            messages = [*json.loads(call["request"]), json.loads(call["reply"])]
+            if call["finish_reason"] in ("stop", "tool_calls") and any(
+                map(messages[-1].get, ("content", "tool_calls"))
+            ):
+                task = Task(task_id="", payload={"messages": messages, "tools": chats(1)[0]["tools"]})
+                tokens = encoder.encode(task, 0)[0].token_T.tolist()
+                assert tokens[: len(call["prompt_ids"])] == call["prompt_ids"]
+                same.append(tokens == call["prompt_ids"] + call["response_ids"])
+    assert sum(same) > 0.5 * len(same) > 0
 
 
 def test_bad_chats_end_the_command_before_anything_starts(tmp_path: Path) -> None:
