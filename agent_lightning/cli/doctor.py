@@ -6,10 +6,9 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions, entry_points
 from pathlib import Path
@@ -23,9 +22,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agent_lightning.config.load import project_folder
+from agent_lightning.config.load import load, project_folder
 from agent_lightning.core.errors import UserError
-from agent_lightning.launch import models
+from agent_lightning.launch import models, placement
+from agent_lightning.launch.backend import choose, list_gpus
 
 DISTRIBUTION = "agent-lightning-ray"
 MAIN = ("ray", "verl", "transformers", "tensordict")
@@ -52,7 +52,7 @@ def doctor() -> int:
     own = next((package.requires or [] for package in distributions(name=DISTRIBUTION)), [])
     lock = project_folder("requirements") / "cpu.lock"
     cpu = read_pins(lock.read_text()) if lock.is_file() else {}
-    gpus = _gpus()
+    gpus = list_gpus()
     checks = [*_machine(), Check("GPUs", ", ".join(gpus) or "none")]
     checks += [*package_checks(installed, cpu, read_pins("\n".join(own)), on_gpu=bool(gpus)), *_project()]
     table = Table("", "what", "found", "wanted")
@@ -65,6 +65,28 @@ def doctor() -> int:
     for check in problems:
         console.print(f"[red]{escape(check.name)}[/red]: {escape(check.fix)}", soft_wrap=True, highlight=False)
     console.print(f"{len(problems)} to fix" if problems else "[green]all is well[/green]")
+    return 1 if problems else 0
+
+
+def doctor_model(words: Sequence[str]) -> int:
+    """Print what a model's files say, what training it costs here, and what would stop a run. `words` are overrides; a
+    word without "=" is the model. Returns the exit code: 1 if something stops a run. Raises UserError."""
+    overrides = [word if "=" in word else f"model.path='{word}'" for word in words]
+    is_own = not any(word.startswith(("experiment=", "agent")) for word in words)
+    config = load([*(["agent.target=doctor.py:none"] if is_own else []), *overrides])
+    facts = choose(config).read_model()
+    if facts is None:
+        raise UserError("model.words is set: the toy has no files to read")
+    console = Console(soft_wrap=True, highlight=False)
+    for line in facts.lines():
+        console.print(escape(line))
+    if facts.size is not None:
+        console.print(choose(config).judge_memory(placement.memory(config, facts.size)))
+    problems = list(models.problems(facts, config))
+    for problem in problems:
+        console.print(f"[red]✗[/red] {escape(problem)}")
+    if not problems:
+        console.print(f"[green]✓[/green] can be trained with model.max_len={config.model.max_len}")
     return 1 if problems else 0
 
 
@@ -132,18 +154,6 @@ def _machine() -> Iterator[Check]:
     for name, size, least_gib, fix in spaces:
         gib = size / 2**30
         yield Check(name, f"{gib:.1f} GiB", f"{least_gib} GiB", fix if gib < least_gib else "")
-
-
-def _gpus() -> list[str]:
-    """The GPUs that nvidia-smi lists; empty if there is no nvidia-smi, or it does not answer."""
-    if (command := shutil.which("nvidia-smi")) is None:
-        return []
-    query = [command, "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    try:
-        reply = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in reply.stdout.splitlines() if line.strip()]
 
 
 def _project() -> Iterator[Check]:

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from agent_lightning.cli import USER_ERROR
-from agent_lightning.config.load import load
+from agent_lightning.config.load import Config, load, reload
 from agent_lightning.core.errors import ConfigError
 from agent_lightning.launch import backend, checks, placement
+from agent_lightning.run import storage
+from agent_lightning.run.tracking import RunDirectory
 
 
-def dry_run(overrides: Sequence[str], assume: str | None) -> int:
-    """Print a run's plan, for the cluster `assume` ("2x8"), and what it misses. Returns the exit code. Raises
-    ConfigError."""
-    inspection = checks.inspect(load(overrides), assumed(assume) if assume else ())
+def dry_run(overrides: Sequence[str], assume: str | None, resume: str | None = None) -> int:
+    """Print the plan of a new run, or of the run `resume` that goes on, for the cluster `assume` ("2x8"), and what it
+    misses. Returns the exit code. Raises ConfigError, and UserError if there is no such run."""
+    config = load(overrides) if resume is None else _resumed(resume, overrides)
+    inspection = checks.inspect(config, assumed(assume) if assume else ())
     show(inspection, Console())
     return USER_ERROR if inspection.missing else 0
+
+
+def _resumed(place: str, overrides: Sequence[str]) -> Config:
+    """The config of an earlier run, with overrides on top. Raises UserError."""
+    with TemporaryDirectory(prefix="agl-") as folder:
+        if storage.is_remote(place):
+            return reload(storage.fetch(f"{place.rstrip('/')}/config.yaml", Path(folder)), overrides)
+    return reload(RunDirectory.open(storage.local_root(place)).config, overrides)
 
 
 def assumed(text: str) -> list[placement.Resources]:
@@ -77,8 +90,7 @@ def _plan(inspection: checks.Inspection) -> Iterator[tuple[str, str]]:
         yield "memory", f"learner: {memory.learner:.2f} GiB in each of {processes} processes, activations on top"
         yield "", f"engine: {memory.engine_weights:.2f} GiB of weights, KV cache {per_gib:,.0f} tokens a GiB"
         yield "", f"{memory.conversations} conversations of {config.model.max_len}: {memory.kv_wanted:.2f} GiB"
-        if config.hardware.device == "cpu":
-            yield "", f"serving.kv_cache_gib={serving.kv_cache_gib} holds {serving.kv_cache_gib * per_gib:,.0f} tokens"
+        yield "", backend.choose(config).judge_memory(memory)
     total = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
     where = "one started here" if checks.cluster_is_own(config) else (config.hardware.address or "RAY_ADDRESS")
     yield "cluster", f"{where}: {len(nodes)} nodes, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs"

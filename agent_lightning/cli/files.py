@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich import box
 from rich.console import Console
@@ -19,7 +21,7 @@ from agent_lightning.config.load import project_folder, reload
 from agent_lightning.config.running import Dtype
 from agent_lightning.core.errors import DataError, JournalError, UserError
 from agent_lightning.launch.hub import find_model
-from agent_lightning.run import state
+from agent_lightning.run import state, storage
 from agent_lightning.run.archive import read_origins, read_trajectories
 from agent_lightning.run.tracking import RunDirectory
 from agent_lightning.spans.traces import export, imports
@@ -76,7 +78,7 @@ def import_traces(files: Sequence[Path], out: Path) -> int:
 
 
 def export_run(
-    run: Path,
+    place: str,
     *,
     out: Path,
     format: export.Format,
@@ -86,14 +88,24 @@ def export_run(
     max_shard_size: str,
 ) -> int:
     """`agl export`: write the rollouts of a run to the folder `out`, as a file for other tools; or with `model`, its
-    trained model to that folder. Raises DataError, UserError."""
+    trained model to that folder. The run is a folder, or at a remote place. Raises DataError, UserError."""
     if model is not None:
-        return _export_model(run, model, checkpoint, dtype, max_shard_size)
+        with _local(place, without="rollouts") as run:
+            return _export_model(run, model, checkpoint, dtype, max_shard_size)
     if checkpoint is not None or dtype is not None:
         raise UserError("--checkpoint and --dtype are of --model DIR: --out writes rollouts")
-    path, count = export.write(read_trajectories(run), out, format, read_origins(run))
+    with _local(place, without="checkpoints") as run:
+        path, count = export.write(read_trajectories(run), out, format, read_origins(run))
     Console().print(f"{path}: {count} rollouts")
     return 0
+
+
+@contextmanager
+def _local(place: str, *, without: str) -> Iterator[Path]:
+    """The folder of a run; of one at a remote place a copy, without files below `without`, while the block runs."""
+    with TemporaryDirectory(prefix="agl-export-") as copies:
+        is_remote = storage.is_remote(place)
+        yield storage.fetch(place, Path(copies), without=without) if is_remote else storage.local_root(place)
 
 
 def _export_model(run: Path, target: Path, step: int | None, dtype: Dtype | None, shard_size: str) -> int:

@@ -45,7 +45,7 @@ async def _run(options: argparse.Namespace) -> int:
         case "doctor":
             from agent_lightning.cli import doctor
 
-            return doctor.doctor()
+            return doctor.doctor_model(options.overrides) if options.overrides else doctor.doctor()
         case "import" | "export" | "journal" | "init":
             from agent_lightning.cli import files
 
@@ -82,19 +82,25 @@ async def _run(options: argparse.Namespace) -> int:
         case "train" if options.dry_run and not options.multirun:
             from agent_lightning.cli import dry_run
 
-            return dry_run.dry_run(options.overrides, options.assume)
+            overrides, resume = _split_resume(options.overrides)
+            return dry_run.dry_run(overrides, options.assume, resume)
     from agent_lightning.cli import train
 
     if options.command == "serve":
         return await train.serve(options.overrides)
     if options.command == "eval":
         return await train.evaluate(options.overrides, split=options.split, out=options.out)
-    # `resume=RUN` is no key of the config: it says where the config comes from.
-    overrides = [word for word in options.overrides if not word.startswith("resume=")]
-    *_, resume = [None, *(word.removeprefix("resume=") for word in options.overrides if word.startswith("resume="))]
+    overrides, resume = _split_resume(options.overrides)
     if options.command == "sft" or (options.command == "train" and not options.multirun):
         return await train.train(overrides, resume=resume, supervised=options.command == "sft")
     return train.sweep(overrides, resume=resume, multirun=options.multirun)
+
+
+def _split_resume(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """Overrides, and RUN of `resume=RUN`, which is no key of the config: it says where the config comes from."""
+    overrides = [word for word in words if not word.startswith("resume=")]
+    *_, resume = [None, *(word.removeprefix("resume=") for word in words if word.startswith("resume="))]
+    return overrides, resume
 
 
 async def _look(options: argparse.Namespace) -> int:
@@ -185,8 +191,9 @@ export: the trained model of a run in Hugging Face's format; or its rollouts, as
 journal: verify the journal of a run: every record, the rollouts it holds, and where it is damaged
   agl journal check runs/calc_tiny-s0-20260101-120000
 
-doctor: what is installed, what is wrong, and what to type
-  agl doctor"""
+doctor: what is installed, what is wrong, and what to type; or what a model is, and whether it can be trained here
+  agl doctor
+  agl doctor Qwen/Qwen2.5-0.5B-Instruct model.max_len=8192"""
 """Every command with its help and its examples, in the order in which `agl --help` lists them."""
 
 
@@ -237,6 +244,7 @@ def _add_arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     add("init", "folder", type=Path, help="a new folder, or an empty one")
     with_keys = "train sft config submit try eval serve sweep reproduce"
     add(with_keys, "overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
+    add("doctor", "overrides", nargs="*", metavar="MODEL|KEY=VALUE", help="a model's folder or hub id, and overrides")
     add("score", "file", type=Path, help=".jsonl or .jsonl.gz, rows with `pred`; - reads standard input")
     for name, readers in benchmarks.score_paths().items():
         text = "; ".join(f"{benchmark}: {text}" for benchmark, text in readers.items())
@@ -247,7 +255,8 @@ def _add_arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     add("runs", "--min-reward", type=float, default=-math.inf)
     add("runs", "--max-reward", type=float, default=math.inf)
     add("runs", "--limit", type=int, default=50, help="rows to show (default: 50)")
-    add("explain export", "run", type=Path, help="the run's folder")
+    add("explain", "run", type=Path, help="the run's folder")
+    add("export", "run", help="the run's folder, or its place: s3://bucket/runs/NAME")
     add("explain", "rollout", help="the rollout's id, as `agl runs RUN` lists it")
     add("explain", "--tokens", **flag, help="also the sampled text, coloured by advantage")
     add("view", "place", nargs="?", default="runs", help="a run, a sweep, or a folder of them (default: runs)")

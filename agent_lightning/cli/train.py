@@ -67,7 +67,7 @@ async def train(overrides: Sequence[str], *, resume: str | None, supervised: boo
             state = State(cursor=TaskCursor(seed=config.seed), supervised=supervised)
             return await _train(make(config=config, run=run, state=state, resumed=False))
     remote = storage.is_remote(resume)
-    run = RunDirectory(storage.local_copy(resume)) if remote else RunDirectory.open(Path(resume))
+    run = RunDirectory(storage.local_copy(resume)) if remote else RunDirectory.open(storage.local_root(resume))
     with run.lock():  # before anything is read or written: the run may be alive
         if remote:
             run = RunDirectory.open(storage.fetch(resume, run.path.parent))
@@ -282,7 +282,7 @@ def sweep(words: Sequence[str], *, resume: str | None, multirun: bool) -> int:
         lock.close()
         actors.shutdown_ray()
     best = finish_sweep(plan, folder, view.records)
-    console.print(sweep_report(plan, folder, view.records))
+    console.print(sweep_report(plan, folder, view.records), crop=False)
     if sum(record.ended for record in view.records) < plan.num_trials:
         console.print(f" stopped; go on with: agl sweep resume={folder.path}", soft_wrap=True)
         return STOPPED

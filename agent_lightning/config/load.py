@@ -74,7 +74,13 @@ def load(overrides: Sequence[str]) -> Config:
         given = error.override.removeprefix("++")
         raise ConfigError(f"{given}: cannot be read; quote a value that has special characters") from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(one_line(error)) from error
+        text = one_line(error)
+        if listed := re.match(r"Ambiguous value for argument '\+*([^=]*)=(.*)'", text):
+            key, value = listed.groups()
+            text = (
+                f"{key}={value}: a list is written {key}=[{value}]; quote a text that has a comma: {key}='\"{value}\"'"
+            )
+        raise ConfigError(text) from error
     config = from_mapping(values)
     for override in prepared:
         key, value = _split(override)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,6 +15,19 @@ from agent_lightning.learners.base import Learner
 
 if TYPE_CHECKING:
     from agent_lightning.serving.app import MakeReplica
+
+
+def list_gpus() -> list[str]:
+    """The GPUs that nvidia-smi lists, such as "NVIDIA H200, 143771 MiB"; empty if there is no nvidia-smi, or it does
+    not answer."""
+    if (command := shutil.which("nvidia-smi")) is None:
+        return []
+    query = [command, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        reply = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in reply.stdout.splitlines() if line.strip().endswith("MiB")]
 
 
 def choose(config: Config) -> Backend:
@@ -36,6 +51,22 @@ class Backend:
 
         if self.config.hardware.device == "cpu":
             self.config.serving.check_memory(psutil.virtual_memory().available / placement.GIB)
+
+    def judge_memory(self, memory: placement.Memory) -> str:
+        """Whether a run fits into the memory of this machine, as a line."""
+        import psutil
+
+        config, engine = self.config, memory.engine_weights + memory.kv_wanted / memory.conversations
+        if config.hardware.device == "cpu":
+            engines = config.serving.replicas * (memory.engine_weights + config.serving.kv_cache_gib)
+            needed, has = config.learner.processes * memory.learner + engines, psutil.virtual_memory().available / 2**30
+            tokens = config.serving.kv_cache_gib / memory.kv_per_token
+            where = f"of the memory that is free here (a KV cache of {tokens:,.0f} tokens)"
+        else:
+            needed = memory.learner + engine if config.hardware.placement == "together" else max(memory.learner, engine)
+            has, where = min((float(line.split()[-2]) / 1024 for line in list_gpus()), default=0.0), "on each GPU"
+        known = f"{has:.1f} GiB: {'fits' if needed <= has else 'does not fit'}" if has else "there is none here"
+        return f"needs at least {needed:.2f} GiB {where}, {known}"
 
     def replica_bundles(self) -> tuple[placement.Resources, ...]:
         """The resources of one policy replica; the first bundle holds the replica and its first engine worker."""

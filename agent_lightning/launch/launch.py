@@ -228,6 +228,7 @@ def _deployment(config: Config, facts: ModelFacts | None) -> Deployment:
 
     port = config.serving.port or ray_private.free_port(config.serving.host)
     model, revision = _source(config, facts)
+    overrides = facts.engine_overrides if facts is not None else {}
     return Deployment(
         model=config.model.model_copy(update={"path": model}),
         revision=revision,
@@ -235,7 +236,7 @@ def _deployment(config: Config, facts: ModelFacts | None) -> Deployment:
         device=config.hardware.device,
         bundles=backend.choose(config).replica_bundles(),
         seed=config.seed,
-        engine=config.vllm,
+        engine=({"hf_overrides": overrides} if overrides else {}) | dict(config.vllm),
     )
 
 

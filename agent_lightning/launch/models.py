@@ -23,6 +23,9 @@ _LENGTHS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq
 _SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 _TRAINABLE: Final = ("ForCausalLM", "ForConditionalGeneration")
 _INDEX: Final = "model.safetensors.index.json"
+_RECURRENT_LAYERS: Final = frozenset(("conv", "linear_attention", "mamba", "recurrent"))
+_RECURRENT_FIELDS: Final = frozenset(("mamba_d_state", "state_size", "linear_conv_kernel_dim", "conv_L_cache"))
+"""Fields of models with such layers, for a config.json without `layer_types`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +66,35 @@ class ModelFacts:
     @property
     def longest(self) -> int | None:
         """The most tokens that the model has positions for; None if config.json does not say."""
-        rope = self.text.get("rope_scaling") or self.text.get("rope_parameters") or {}
         known = [int(self.text[name]) for name in _LENGTHS if self.text.get(name)]
-        return math.ceil(max(known) * max(1.0, float(rope.get("factor") or 1.0))) if known else None
+        return math.ceil(max(known) * max(1.0, float(self.rope.get("factor") or 1.0))) if known else None
+
+    @property
+    def rope(self) -> Mapping[str, Any]:
+        """How rotary position embeddings are scaled, with `rope_type`; empty if config.json does not say."""
+        rope = self.text.get("rope_scaling") or self.text.get("rope_parameters") or {}
+        return {"rope_type": rope.get("type"), "rope_theta": self.text.get("rope_theta"), **rope} if rope else {}
+
+    @property
+    def engine_overrides(self) -> dict[str, Any]:
+        """Fields of config.json that vLLM is given with other values, since it reads them otherwise than Transformers
+        does, with which the policy is trained. Each is an entry of the table in tests/stack/test_architectures.py."""
+        rope, changed = self.rope, dict[str, Any]()
+        if self.architecture == "Cohere2ForCausalLM" and (window := self.text.get("sliding_window")):
+            changed["sliding_window"] = window - 1  # vLLM adds the token itself to the window
+        if self.architecture == "DeepseekV3ForCausalLM":  # Transformers has no others
+            changed |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+        if rope.get("rope_type") == "yarn" and "kv_lora_rank" not in self.text:  # vLLM has its own yarn for those
+            scale, of_query, of_all = map(rope.get, ("attention_factor", "mscale", "mscale_all_dim"))
+            growth = 0.1 * math.log(max(1.0, float(rope["factor"])))
+            if scale is None and of_query and of_all:
+                scale = (growth * of_query + 1) / (growth * of_all + 1)
+            if scale is not None:  # vLLM reads none of the three
+                changed["rope_parameters"] = {**rope, "attn_factor": scale / (growth + 1)}
+        if beta := rope.get("llama_4_scaling_beta"):
+            original = rope["original_max_position_embeddings"]
+            changed["llama_4_scaling"] = {"beta": beta, "original_max_position_embeddings": original}
+        return changed if self.text is self.config or not changed else {"text_config": changed}
 
     @property
     def vocab_size(self) -> int:
@@ -91,15 +120,24 @@ class ModelFacts:
         except (KeyError, TypeError):
             return None
 
-    def __str__(self) -> str:
-        size, ends = self.size, ", ".join(map(str, self.end_tokens))
+    def lines(self) -> Iterator[str]:
+        """What the files say, a line for each thing."""
+        size = self.size
+        weights = [size_bytes for name, size_bytes in self.files.items() if name.endswith((".safetensors", ".bin"))]
         ignored = [f"{name}={self.generation[name]}" for name in _SAMPLING if self.generation.get(name) is not None]
-        parts = [self.location, self.architecture]
-        parts += [f"{size.parameters / 1e6:,.1f}M parameters"] if size else []
-        parts += [f"{self.longest:,} positions"] if self.longest else []
-        parts += [f"end tokens {ends}"] if ends else []
-        parts += [f"its own {', '.join(ignored)} not used"] if ignored else []
-        return ", ".join(parts)
+        yield f"{self.location}{f' at {self.revision}' if self.revision else ''}"
+        yield self.architecture or "no architecture"
+        yield f"{size.parameters / 1e6:,.1f}M parameters" if size else "an unknown number of parameters"
+        yield f"{len(weights)} files of weights, {sum(weights) / placement.GIB:.2f} GiB"
+        yield f"{self.longest:,} positions" if self.longest else "positions without a limit"
+        yield f"tokenizer: {next((name for name in _TOKENIZERS if name in self.files), 'none')}"
+        yield f"chat template: {'yes' if self.has_template else 'none'}"
+        yield f"end tokens: {' '.join(map(str, self.end_tokens)) or 'none'}"
+        if ignored:
+            yield f"its own {', '.join(ignored)} not used"
+
+    def __str__(self) -> str:
+        return ", ".join(self.lines())
 
 
 def read(path: str, revision: str | None = None) -> ModelFacts:
@@ -183,6 +221,28 @@ def problems(facts: ModelFacts, config: Config) -> Iterator[str]:
     yield from (f"{path}: {fault}" for fault in facts.faults)
     if facts.longest is not None and model.max_len > facts.longest:
         yield f"model.max_len={model.max_len}: the model has positions for {facts.longest:,} tokens"
+    yield from _engine_problems(facts, config)
     heads, parallel = text.get("num_attention_heads"), len(placement.engine_bundles(config))
     if isinstance(heads, int) and heads % parallel:
         yield f"serving.tensor_parallel_size={parallel}: must divide the model's {heads} attention heads"
+
+
+def _engine_problems(facts: ModelFacts, config: Config) -> Iterator[str]:
+    """Why vLLM cannot serve the model, or computes other log-probabilities than Transformers does."""
+    path, rope = f"model.path={config.model.path}", facts.rope
+    original = rope.get("original_max_position_embeddings") or facts.text.get("original_max_position_embeddings")
+    limits = {"dynamic": facts.text.get("max_position_embeddings"), "longrope": original, "su": original}
+    if (limit := limits.get(rope.get("rope_type", ""))) and config.model.max_len > limit:
+        yield (
+            f"model.max_len={config.model.max_len}: vLLM stretches {rope['rope_type']} rotary embeddings by max_len, "
+            f"and Transformers by each row's length; at most {limit:,} tokens are exact"
+        )
+    kinds = facts.text.get("layer_types")
+    recurrent = _RECURRENT_LAYERS.intersection(kinds) if kinds else _RECURRENT_FIELDS.intersection(facts.text)
+    if recurrent and config.hardware.device == "cpu" and config.model.dtype == "float32":
+        yield (
+            f"{path}: on a CPU vLLM has no float32 kernel for its convolutional or recurrent layers "
+            f"({min(recurrent)}); choose a GPU (hardware=), or another model"
+        )
+    if "vision_config" in facts.config and not any("processor_config.json" in name for name in facts.files):
+        yield f"{path}: has no preprocessor_config.json, without which vLLM does not load a model that reads images"

@@ -194,6 +194,15 @@ def test_resume_needs_a_run_with_a_checkpoint(tmp_path: Path, capfd: pytest.Capt
     assert "nothing to resume from" in refuse(capfd, "train", f"resume={run}")
 
 
+@pytest.mark.parametrize("place", ["{}", "file://{}", "local://{}"])
+def test_the_dry_run_of_a_run_that_goes_on(place: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(load(["experiment=toy", "steps=3"])))
+    assert main(["train", f"resume={place.format(tmp_path)}", "steps=7", "--dry-run"]) == 0
+    assert " 7 steps: " in capfd.readouterr().out
+    nothing = tmp_path / "none"
+    assert f"{nothing} is no run: it has no config.yaml" in refuse(capfd, "train", f"resume={nothing}", "--dry-run")
+
+
 def test_a_run_that_is_alive_is_not_touched(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Neither by `resume` of the run nor of a sweep; and when the process that has it has ended, its lock is gone."""
     run = tmp_path / "run"

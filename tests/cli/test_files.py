@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from builders import group, model_call, trajectory
@@ -258,15 +259,19 @@ def test_a_rollout_is_imported_once_and_others_get_free_numbers(tmp_path: Path) 
     assert dict(reports[2].refused) == {"a rollout for the second time": 1}
 
 
-def test_the_commands_take_a_run_out_and_in_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("place", ["{}", "file://{}", "local://{}", "memory://runs/run"])
+def test_the_commands_take_a_run_out_and_in_again(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     (run / "rollouts").mkdir(parents=True)
     writer = RolloutWriter(run / "rollouts")
     writer.write(1, 0, [group(replace(a_rollout(), reward=0.0))])
     writer.write(1, 0, [group(a_rollout())])  # as a run that was resumed does
     assert [trajectory.reward for trajectory in read_trajectories(run)] == [1.0]
+    fsspec.filesystem("memory").put(str(run), "/runs/run", recursive=True)
     for form, name in FILES.items():
-        assert main(["export", str(run), "--out", str(tmp_path / form), "--format", form]) == 0
+        assert main(["export", place.format(run), "--out", str(tmp_path / form), "--format", form]) == 0
         assert main(["import", str(tmp_path / form / name), "--out", str(tmp_path / "in")]) == 0
         (again,) = read_files([tmp_path / "in" / "rollouts.jsonl"])[0].rollouts
         assert [call.call_id for call in again.trajectory.calls] == ["chatcmpl-1", "chatcmpl-2"]
@@ -296,10 +301,11 @@ def test_a_model_that_cannot_be_exported_is_one_line(
     write_state(folder, State(cursor=TaskCursor(seed=0), step=4))
     if experiment:
         (tmp_path / "config.yaml").write_text(to_yaml(load([f"experiment={experiment}"])))
-    assert main(["export", str(tmp_path), "--model", str(tmp_path / "out"), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert re.search(words, error)
-    assert error.count("\n") == 1
+    for place in (f"{tmp_path}", f"file://{tmp_path}", f"local://{tmp_path}"):  # the last is read as s3:// is
+        assert main(["export", place, "--model", str(tmp_path / "out"), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert re.search(words, error)
+        assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -151,6 +151,11 @@ def test_a_key_that_no_file_names_can_be_set(override: str, value: object) -> No
         ("name=${nowhere}", "name: Interpolation key 'nowhere' not found"),
         ("steps", "steps: must have the form key=value"),
         ("=3", "=3: must have the form key=value"),
+        (
+            "agent.trained=a,b",
+            "agent.trained=a,b: a list is written agent.trained=[a,b]; quote a text that has a comma: "
+            """agent.trained='"a,b"'""",
+        ),
         ("steps=[1", "steps=[1: cannot be read; quote a value that has special characters"),
         ("hardware=huge", "hardware=huge: unknown; choose one of cluster, cpu, gpu1, gpu2, gpu8"),
         ("experiment=nope", f"experiment=nope: unknown; choose one of {EXPERIMENTS}"),

@@ -17,6 +17,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from agent_lightning.core.text import error_line
+from agent_lightning.launch import models
 
 PROMPTS = [f"What is {n} + {3 * n}? Tell me." for n in range(16)]
 SAMPLING = SamplingParams(temperature=1.0, max_tokens=24, logprobs=0, ignore_eos=True)
@@ -24,7 +25,8 @@ OPTIONS = {"enforce_eager": True, "max_num_seqs": 16, "generation_config": "vllm
 
 
 def sample(folder: Path) -> None:
-    engine = LLM(str(folder), dtype="float32", logprobs_mode="processed_logprobs", **OPTIONS)
+    overrides = models.read(str(folder)).engine_overrides
+    engine = LLM(str(folder), dtype="float32", logprobs_mode="processed_logprobs", hf_overrides=overrides, **OPTIONS)
     samples = []
     for reply in engine.generate(PROMPTS, SAMPLING, use_tqdm=False):
         (choice,) = reply.outputs

@@ -28,6 +28,14 @@ _MAMBA: Final[dict[str, Any]] = {
     "mamba_chunk_size": 16,
 }
 _EXPERTS: Final[dict[str, Any]] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_YARN: Final[dict[str, Any]] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 _TEXT_VL: Final[dict[str, Any]] = {
     **_DENSE,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
@@ -35,11 +43,16 @@ _TEXT_VL: Final[dict[str, Any]] = {
 
 ARCHITECTURES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "Llama": ("llama", _DENSE),
+    "Llama, yarn": ("llama", _DENSE | {"rope_parameters": _YARN}),
+    "Llama, dynamic rope": (
+        "llama",
+        _DENSE | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
     "Llama, tied": ("llama", _DENSE | {"tie_word_embeddings": True}),
     "Mistral, sliding window": ("mistral", _DENSE | _HEADS | {"sliding_window": 8}),
     "Mixtral": ("mixtral", _DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "Ministral": ("ministral", _DENSE | _HEADS | {"sliding_window": 8}),
-    "Ministral 3": ("ministral3", _DENSE | _HEADS),
+    "Ministral 3": ("ministral3", _DENSE | _HEADS | {"rope_parameters": _YARN | {"llama_4_scaling_beta": 0.5}}),
     "Qwen2": ("qwen2", _DENSE),
     "Qwen2-MoE": ("qwen2_moe", _DENSE | _EXPERTS | {"shared_expert_intermediate_size": 32}),
     "Qwen3": ("qwen3", _DENSE | _HEADS),
@@ -62,6 +75,19 @@ ARCHITECTURES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "Gemma 2": ("gemma2", _DENSE | _HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 32}),
     "Gemma 3": ("gemma3_text", _DENSE | _HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 32}),
     "Phi-3": ("phi3", _DENSE),
+    "Phi-3, longrope": (
+        "phi3",
+        _DENSE
+        | {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 16,
+                "long_factor": [2.0] * 16,
+            },
+        },
+    ),
     "OLMo 2": ("olmo2", _DENSE),
     "OLMo 3": ("olmo3", _DENSE | {"sliding_window": 8}),
     "SmolLM3": ("smollm3", _DENSE | {"no_rope_layers": [1, 0]}),
@@ -79,9 +105,21 @@ ARCHITECTURES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
             "position_embedding_type": "rope",
         },
     ),
+    "Granite-MoE-Hybrid, attention": (
+        "granitemoehybrid",
+        _DENSE
+        | _MAMBA
+        | {"layer_types": ["attention", "attention"], "shared_intermediate_size": 32, "num_local_experts": 0},
+    ),
     "LFM2": (
         "lfm2",
-        _DENSE | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 64},
+        _DENSE
+        | {
+            "layer_types": ["conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+            "conv_dim": 64,
+            "block_dim": 64,
+        },
     ),
     "Mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "conv_kernel": 4, "expand": 2}),
     "Mamba 2": (
@@ -110,10 +148,10 @@ ARCHITECTURES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
             "n_group": 1,
             "topk_group": 1,
             "first_k_dense_replace": 1,
-            "kv_lora_rank": 32,
+            "kv_lora_rank": 512,
             "q_lora_rank": 32,
             "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 32,
+            "qk_rope_head_dim": 64,
             "v_head_dim": 32,
         },
     ),

@@ -85,7 +85,9 @@ def sweep_report(plan: SweepPlan, folder: SweepFolder, records: Sequence[TrialRe
     else:
         lines.append(f"best: {best.name}, held-out {number(best.last)} at step {best.step}: {' '.join(best.words)}")
         lines.append(f"run it: agl train experiment={folder.best}")
-    return Group(trial_table(records, plan.steps), Text(), *(Text(f" {line}", overflow="fold") for line in lines))
+    return Group(
+        trial_table(records, plan.steps), Text(), *(Text(f" {line}", no_wrap=True, overflow="ignore") for line in lines)
+    )
 
 
 def finish_sweep(plan: SweepPlan, folder: SweepFolder, records: Sequence[TrialRecord]) -> TrialRecord | None:
