@@ -82,7 +82,7 @@ def doctor_model(words: Sequence[str]) -> int:
         console.print(escape(line))
     if facts.size is not None:
         console.print(choose(config).judge_memory(placement.memory(config, facts.size)))
-    problems = list(models.problems(facts, config))
+    problems = [*models.problems(facts, config), *models.engine_problems(facts, config)]
     for problem in problems:
         console.print(f"[red]✗[/red] {escape(problem)}")
     if not problems:

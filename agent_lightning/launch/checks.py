@@ -85,7 +85,10 @@ def _check_model(inspection: Inspection) -> None:
     if (facts := backend.choose(config).read_model()) is None:
         return
     inspection.model = facts
-    if lines := list(models.problems(facts, config)):
+    if lines := [
+        *models.problems(facts, config),
+        *(models.engine_problems(facts, config) if inspection.serves else ()),
+    ]:
         raise UserError("; ".join(lines))
     if inspection.download and cluster_is_own(config):  # in another cluster, each node downloads for itself
         hub.find_model(config.model.path, facts.revision)

@@ -221,13 +221,12 @@ def problems(facts: ModelFacts, config: Config) -> Iterator[str]:
     yield from (f"{path}: {fault}" for fault in facts.faults)
     if facts.longest is not None and model.max_len > facts.longest:
         yield f"model.max_len={model.max_len}: the model has positions for {facts.longest:,} tokens"
-    yield from _engine_problems(facts, config)
     heads, parallel = text.get("num_attention_heads"), len(placement.engine_bundles(config))
     if isinstance(heads, int) and heads % parallel:
         yield f"serving.tensor_parallel_size={parallel}: must divide the model's {heads} attention heads"
 
 
-def _engine_problems(facts: ModelFacts, config: Config) -> Iterator[str]:
+def engine_problems(facts: ModelFacts, config: Config) -> Iterator[str]:
     """Why vLLM cannot serve the model, or computes other log-probabilities than Transformers does."""
     path, rope = f"model.path={config.model.path}", facts.rope
     original = rope.get("original_max_position_embeddings") or facts.text.get("original_max_position_embeddings")
@@ -244,5 +243,7 @@ def _engine_problems(facts: ModelFacts, config: Config) -> Iterator[str]:
             f"{path}: on a CPU vLLM has no float32 kernel for its convolutional or recurrent layers "
             f"({min(recurrent)}); choose a GPU (hardware=), or another model"
         )
+    if "kv_lora_rank" in facts.text and config.hardware.device == "cpu":
+        yield f"{path}: vLLM's latent attention (kv_lora_rank) is inexact on a CPU; choose a GPU (hardware=)"
     if "vision_config" in facts.config and not any("processor_config.json" in name for name in facts.files):
         yield f"{path}: has no preprocessor_config.json, without which vLLM does not load a model that reads images"

@@ -76,6 +76,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "too long": (lambda folder: None, ["model.max_len=2048"], "positions for 1,024 tokens"),
     "heads": (lambda folder: None, ["serving.tensor_parallel_size=3"], "must divide the model's 5 attention heads"),
     "recurrent": (edit("config.json", layer_types=["conv", "full_attention"]), [], "no float32 kernel .*conv"),
+    "latent attention": (edit("config.json", kv_lora_rank=32), [], "latent attention .kv_lora_rank. is inexact"),
     "a longrope": (
         edit("config.json", rope_parameters={"rope_type": "longrope", "original_max_position_embeddings": 64}),
         [],

@@ -85,8 +85,9 @@ def test_every_architecture_is_exact_or_refused(tmp_path: Path) -> None:
 def before_a_start(folder: Path) -> str:
     """Why a dry run refuses a model on a CPU in float32, as its first line; "" if it does not."""
     words = ["experiment=calc_tiny", f"model.path='{folder}'", "model.max_len=128", "sampling.train.max_tokens=24"]
-    lines = models.problems(models.read(str(folder)), load([*words, "sampling.val.max_tokens=24"]))
-    return next(iter(lines), "").replace(f"model.path={folder}: ", "")
+    facts, config = models.read(str(folder)), load([*words, "sampling.val.max_tokens=24"])
+    lines = [*models.problems(facts, config), *models.engine_problems(facts, config), ""]
+    return lines[0].replace(f"model.path={folder}: ", "")
 
 
 def lines_of(rows: dict[str, dict[str, Any]], refused: dict[str, str], engines: dict[str, str]) -> list[str]:
