@@ -169,6 +169,17 @@ def tiny(value: float) -> str:
     return f"{value:.1e}" if value and math.isfinite(value) else "0" if value == 0 else "-"
 
 
+def lag_text(record: Mapping[str, float]) -> str:
+    """The age of a step's tokens in updates, its slow rollouts, and who waited; "" if all tokens were new.
+    Example: "0.8, max 2; rollouts p50 9 s, p99 31 s; idle: engines 0 s, learner 4 s"
+    """
+    names = ("rollout_p50", "rollout_p99", "engine_idle", "learner_idle")
+    p50, p99, engines, learner = (duration(record.get(f"time/{name}", math.nan)) for name in names)
+    lag = f"{number(record.get('lag/mean', math.nan), 1)}, max {record.get('lag/max', 0):.0f}"
+    text = f"{lag}; rollouts p50 {p50}, p99 {p99}; idle: engines {engines}, learner {learner}"
+    return text if record.get("lag/max") else ""
+
+
 def duration(seconds: float) -> str:
     """42.3 -> "42 s"; 192 -> "3:12"; 3723 -> "1:02:03"; NaN -> "-"."""
     if not math.isfinite(seconds):
@@ -265,6 +276,7 @@ class Progress(LiveBlock):
             parts = [f"step {step}/{self._steps}", f"train {number(self._train[-1])}"]
             parts += [f"{number(record.get('time/step', math.nan), 1)} s", self._speed()]
             parts += [f"gap {tiny(record.get('logprob_gap/mean_abs', math.nan))}"] * (self._measure == "reward")
+            parts += [f"lag {lag}"] if (lag := lag_text(record)) else []
             parts += [f"failed: {format_counts(failed)}"] if failed else []
             self.message("  ".join([*parts, f"left {duration(self._left_s())}"]))
 
@@ -296,6 +308,8 @@ class Progress(LiveBlock):
         table.add_row(f"train {self._measure}", f"{number(self._train[-1] if self._train else math.nan)}  {spark}")
         table.add_row(f"val {self._measure}", held_out)
         table.add_row("sampled" if self._measure == "reward" else "learnt", self._speed())
+        if lag := lag_text(self._record):
+            table.add_row("lag", lag)
         waited = f"  {duration(now - self._waiting_since)}" if self._waiting else ""
         table.add_row("now", Text(f"{self._waiting or '-'}{waited}"))
         table.add_row("failed", Text(format_counts(self._failed) or "none", style="yellow" if self._failed else ""))

@@ -30,6 +30,7 @@ from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
 from agent_lightning.learners.base import Weights
 from agent_lightning.run.loop import Loop
+from agent_lightning.run.report import lag_text
 from agent_lightning.run.sampler import Evaluation
 from agent_lightning.run.state import Plan, State, check_conservation
 from agent_lightning.run.tasks import TaskCursor
@@ -309,3 +310,11 @@ async def test_groups_with_tokens_that_are_too_old_are_dropped_if_a_user_wants_i
     check_conservation(state)
     assert state.dropped["stale"] == stats.dropped["stale"] > 0
     assert all(record.get("lag/max", 0) == 0 for record in world.observer.records)
+
+
+def test_the_terminal_shows_the_lag_of_a_step_that_has_one() -> None:
+    record = {"lag/mean": 0.81, "lag/max": 2.0, "time/rollout_p50": 9.1, "time/rollout_p99": 75.0}
+    record |= {"time/engine_idle": 0.2, "time/learner_idle": 4.2}
+    line = "0.8, max 2; rollouts p50 9 s, p99 1:15; idle: engines 0 s, learner 4 s"
+    assert lag_text(record) == line
+    assert lag_text({"lag/mean": 0.0, "lag/max": 0.0}) == lag_text({}) == ""
