@@ -40,23 +40,25 @@ def prepare(config: Config) -> partial[SupervisedAttempt]:
         "train": inspection.tasks["train"],
         "val": [t for t in inspection.tasks["val"] if "messages" in t.payload],
     }
-    if not tasks["val"]:
+    given = bool(tasks["val"])
+    if not given:
         sides: tuple[list[Task], list[Task]] = ([], [])
         for task in tasks["train"]:
             sides[_is_held_out(task, config.seed)].append(task)
         tasks = {"train": sides[0], "val": sides[1]} if sides[0] else tasks
-    chats = {split: _encode(encoder, split, rows) for split, rows in tasks.items()}
+    chats = {split: _encode(encoder, split, rows, needed=given or split == "train") for split, rows in tasks.items()}
     return partial(SupervisedAttempt, chats=chats, tasks=tasks)
 
 
-def _encode(encoder: ChatEncoder, split: str, tasks: Sequence[Task]) -> list[Chat]:
-    """The chats of a split; prints their number, and the others by reason. Raises DataError if none can be learnt."""
+def _encode(encoder: ChatEncoder, split: str, tasks: Sequence[Task], *, needed: bool) -> list[Chat]:
+    """The chats of a split; prints their number, and the others by reason. Raises DataError if none can be learnt and
+    some are needed."""
     chats, refused = encoder.encode_all(tasks)
     reasons = [
         f"{len(ids):,} {reason} ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
         for reason, ids in refused.items()
     ]
-    if tasks and not chats:
+    if needed and not chats:
         raise DataError(f"data.{split}: none of {len(tasks):,} chats can be learnt: {'; '.join(reasons)}")
     line = f"{split}: {len(chats):,} chats, {sum(chat.tokens for chat in chats):,} tokens of the assistant"
     line += f"; left out: {'; '.join(reasons)}" if reasons else ""

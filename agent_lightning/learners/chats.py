@@ -38,7 +38,7 @@ _PROBE: Final[Mapping[str, Any]] = json.loads("""{
 {"id": "agl000000", "type": "function", "function": {"name": "agl_call", "arguments": {"a": "agl_value"}}}]},
 {"role": "tool", "tool_call_id": "agl000000", "name": "agl_call", "content": "agl_result"}]}""")
 _MARKS: Final = {"tools": {"agl_tool"}, "tool calls": {"agl_call", "agl_value"}, "results of tools": {"agl_result"}}
-"""What a template must show of the probe, by what it would otherwise drop without a word."""
+"""What a template must show of the first, first two and all three messages of the probe; else it drops this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +128,12 @@ class ChatEncoder:
 
     def _lost_by_template(self) -> set[str]:
         """What the template leaves out without a word."""
-        with suppress(BadChat):
-            text = self._text(_PROBE["messages"], _PROBE["tools"])
-            return {what for what, marks in _MARKS.items() if not all(mark in text for mark in marks)}
-        return set()
+        lost = set()
+        for end, (what, marks) in enumerate(_MARKS.items(), start=1):
+            with suppress(BadChat):  # what it refuses is not lost without a word
+                text = self._text(_PROBE["messages"][:end], _PROBE["tools"])
+                lost |= {what} if any(mark not in text for mark in marks) else set()
+        return lost
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:

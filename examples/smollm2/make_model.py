@@ -64,10 +64,11 @@ def make(out: Path, model: str | None) -> None:
         path = gguf_file()
         model, source = str(path.parent), {"gguf_file": path.name}
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **source)
-    tokenizer = AutoTokenizer.from_pretrained(model, clean_up_tokenization_spaces=False, **source)
+    tokenizer = AutoTokenizer.from_pretrained(model, **source)
     end, pad = tokenizer.convert_tokens_to_ids([END, "<|endoftext|>"])
     tokenizer.eos_token, tokenizer.pad_token = END, "<|endoftext|>"
     tokenizer.bos_token = "<|im_start|>"
+    tokenizer.init_kwargs["clean_up_tokenization_spaces"] = tokenizer.clean_up_tokenization_spaces = False
     tokenizer.chat_template = TEMPLATE.read_text()
     ids = {"eos_token_id": end, "pad_token_id": pad, "bos_token_id": tokenizer.bos_token_id}
     policy.config.update(ids)

@@ -106,6 +106,15 @@ def test_a_chat_that_cannot_be_learnt_has_a_reason(task: Task, reason: str, enco
         (("message.tool_calls or []", "[]"), chat(USER, CALLS), "drops tool calls"),
         (("{{ call.function.arguments | tojson }}", "{}"), chat(USER, CALLS), "drops tool calls"),
         (("loop.first and tools", "false"), chat(USER, ANSWER, tools=TOOLS), "drops tools"),
+        (
+            ("loop.first and tools %}", "false %}{% endif %}{% if message.tool_calls %}{{ raise_exception('no') }}"),
+            *(chat(USER, ANSWER, tools=TOOLS), "drops tools"),
+        ),
+        (
+            ("{{ message.content }}", "{% if message.role != 'tool' %}{{ message.content }}{% endif %}"),
+            chat(USER, CALLS, RESULT, ANSWER),
+            "drops results of tools",
+        ),
         (("<|im_end|>", ""), chat(USER, ANSWER), "does not close a reply with an end token"),
         (("assistant\n{% endif", "assistant\nSo: {% endif"), chat(USER, ANSWER), "otherwise than after its prompt"),
         (
