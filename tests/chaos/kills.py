@@ -99,10 +99,10 @@ class Fleet:
             process.join()
 
 
-def one_run(folder: Path, faults: Faults, report: Report, *, kills: int, mean_s: float, steps: int, seed: int) -> None:
+def one_run(folder: Path, faults: Faults, report: Report, *, kills: int, mean_s: float, **settings: int) -> None:
     """Run to the end, and kill up to `kills` processes, with `mean_s` seconds between two kills on average."""
     left, incarnation, progress = kills, 0, 0
-    fleet = Fleet(new_incarnation(folder, incarnation, steps=steps, seed=seed))
+    fleet = Fleet(new_incarnation(folder, incarnation, **settings))
     killed = moved = time.monotonic()
     pause = faults.pause(mean_s)
     try:
@@ -110,7 +110,7 @@ def one_run(folder: Path, faults: Faults, report: Report, *, kills: int, mean_s:
             if state == "dead":
                 fleet.end()
                 incarnation += 1
-                fleet = Fleet(new_incarnation(folder, incarnation, steps=steps, seed=seed))
+                fleet = Fleet(new_incarnation(folder, incarnation, **settings))
             now = time.monotonic()
             seen = sum(path.stat().st_size for path in (fleet.run.acknowledged, fleet.run.taken) if path.exists())
             if seen != progress:
@@ -138,10 +138,11 @@ def one_run(folder: Path, faults: Faults, report: Report, *, kills: int, mean_s:
 
 def check(run: RunProcesses, report: Report) -> None:
     """Check that each acknowledged span is in a taken group, once, and that the counts of run and buffer agree."""
-    groups = {}
+    groups, lag = {}, 0
     for line in run.taken.read_text().splitlines():
         group = json.loads(line)
         groups[group["group"]] = group["rollouts"]  # if a step was made twice, the second time counts
+        lag = max(lag, group["lag"])
     final = {rollout["rollout"]: rollout for rollouts in groups.values() for rollout in rollouts}
     counted = Counter(call for rollout in final.values() for call in rollout["calls"])
     report.doubled += [call for call, times in counted.items() if times > 1]
@@ -164,6 +165,7 @@ def check(run: RunProcesses, report: Report) -> None:
         + sum(stats["dropped"].values()),
         "run and buffer": (result["admitted"], result["trained"]) != (stats["admitted"], stats["trained"]),
         "steps": result["steps"] != run.steps,
+        f"the bound: tokens {lag} updates old": lag > run.max_lag,
         "the sizes of groups": sizes != {ROLLOUTS: steps["train"]},
         "rollouts that are open": bool(stats["waiting"] or stats["running"] or stats["complete"] or stats["taken"]),
     }
@@ -172,7 +174,7 @@ def check(run: RunProcesses, report: Report) -> None:
     report.failed.update(result["failed"])
 
 
-def destroy(*, kills: int, per_run: int, mean_s: float, steps: int, seed: int) -> dict[str, Any]:
+def destroy(*, kills: int, per_run: int, mean_s: float, steps: int, seed: int, max_lag: int = 0) -> dict[str, Any]:
     """Make runs until `kills` processes have been killed; returns the counts."""
     faults, report, started = Faults(seed), Report(), time.monotonic()
     multiprocessing.get_context("forkserver").set_forkserver_preload(["multi_process_run"])
@@ -180,7 +182,8 @@ def destroy(*, kills: int, per_run: int, mean_s: float, steps: int, seed: int) -
     while (left := kills - report.kills.total()) > 0 and not report.broken:
         folder = root / f"run-{report.runs}"
         folder.mkdir()
-        one_run(folder, faults, report, kills=min(per_run, left), mean_s=mean_s, steps=steps, seed=seed + report.runs)
+        settings = {"steps": steps, "seed": seed + report.runs, "max_lag": max_lag}
+        one_run(folder, faults, report, kills=min(per_run, left), mean_s=mean_s, **settings)
         sys.stderr.write(f"{report.kills.total()} kills, {report.runs} runs, {time.monotonic() - started:.0f} s\n")
     bad = bool(report.lost or report.doubled or report.broken)
     if not bad:
@@ -211,6 +214,7 @@ def main() -> int:
     parser.add_argument("--mean-s", type=float, default=0.3, help="mean seconds between two kills")
     parser.add_argument("--steps", type=int, default=8, help="steps of each run, with 32 rollouts each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-lag", type=int, default=0, help="updates by which rollouts and training overlap")
     result = destroy(**vars(parser.parse_args()))
     sys.stdout.write(json.dumps(result) + "\n")
     return int(bool(result["lost"] or result["doubled"] or result["broken"]))

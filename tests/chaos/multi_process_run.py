@@ -26,7 +26,7 @@ from processes import Peer, end_with, listen
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.config.learning import AlgorithmConfig
-from agent_lightning.config.running import AgentConfig, BufferConfig
+from agent_lightning.config.running import AgentConfig, BufferConfig, LoopConfig
 from agent_lightning.core.types import Group, ModelCall, Policy, Task
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
@@ -35,6 +35,7 @@ from agent_lightning.run.loop import Loop
 from agent_lightning.run.state import STATE_FILE, Plan, State, checkpoint_folder, newest_checkpoint, read_state
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.serving.engine import Completion, Refusal
+from agent_lightning.serving.gate import Gate
 from agent_lightning.serving.gateway import RETRY_HEADER, Gateway, GatewayConfig, application
 from agent_lightning.serving.policy import PolicyBoard
 from agent_lightning.testing.model import PAD, ToyEngine, ToyLanguage, ToyLearner
@@ -59,6 +60,7 @@ class RunProcesses:
     run_secret: bytes
     steps: int
     seed: int
+    max_lag: int = 0
 
     def at(self, part: str) -> Path:
         return self.folder / f"{self.incarnation}-{part}"
@@ -88,12 +90,12 @@ class RunProcesses:
         return Peer(self.at("buffer"), cls=Buffer, patience_s=PATIENCE_S)
 
 
-def new_incarnation(folder: Path, incarnation: int, *, steps: int, seed: int) -> RunProcesses:
+def new_incarnation(folder: Path, incarnation: int, **settings: int) -> RunProcesses:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     secret = secrets.token_bytes(32)
-    return RunProcesses(folder=folder, incarnation=incarnation, port=port, run_secret=secret, steps=steps, seed=seed)
+    return RunProcesses(folder=folder, incarnation=incarnation, port=port, run_secret=secret, **settings)
 
 
 def run_part(part: str, run: RunProcesses, parent: int) -> None:
@@ -130,7 +132,8 @@ async def _learner(part: str, run: RunProcesses) -> None:
 
 
 async def _policy(part: str, run: RunProcesses) -> None:
-    engine = ToyEngine(ToyLanguage(WORDS), seed=run.seed + int(part[-1]), delay_s=0.03)
+    gate = Gate("keep" if run.max_lag else "wait")
+    engine = ToyEngine(ToyLanguage(WORDS), seed=run.seed + int(part[-1]), delay_s=0.03, gate=gate)
     board: Any = Peer(run.at("board"), cls=PolicyBoard, patience_s=PATIENCE_S)
     await engine.join(board)
     await listen(run.at(part), engine)
@@ -213,6 +216,11 @@ async def _worker(part: str, run: RunProcesses) -> None:
     await RolloutWorker(buffer=run.buffer(), agent=spec, policy_url=url, model=MODEL, worker=name, concurrency=8).run()
 
 
+def lag_of(version: int, group: Group) -> int:
+    """How many updates old the oldest token of a group is."""
+    return max((version - call.policy_version for t in group.trajectories for call in t.calls), default=0)
+
+
 class TakenGroups(QuietObserver):
     """Writes down the groups of each step, and has a checkpoint written after each step."""
 
@@ -235,7 +243,12 @@ class TakenGroups(QuietObserver):
                     }
                     for trajectory in group.trajectories
                 ]
-                file.write(json.dumps({"step": step, "group": group.group_id, "rollouts": rollouts}) + "\n")
+                file.write(
+                    json.dumps(
+                        {"step": step, "group": group.group_id, "rollouts": rollouts, "lag": lag_of(version, group)}
+                    )
+                    + "\n"
+                )
 
 
 async def _driver(part: str, run: RunProcesses) -> None:
@@ -249,6 +262,7 @@ async def _driver(part: str, run: RunProcesses) -> None:
     plan = Plan(
         steps=run.steps,
         algorithm=AlgorithmConfig(tasks_per_step=len(TASKS), rollouts_per_task=ROLLOUTS),
+        loop=LoopConfig(max_lag=run.max_lag),
         rules=CreditRules(max_tokens=4096),
         pad_token=PAD,
         row_multiple=1,
@@ -266,7 +280,7 @@ async def _driver(part: str, run: RunProcesses) -> None:
     while not run.at("learner").exists() or len(await board.versions()) < REPLICAS:
         await asyncio.sleep(0.02)
     if newest is not None:
-        await buffer.resume(state.step, state.next_group)
+        await buffer.resume(state.step, state.next_group, state.version if run.max_lag else None)
         await loop.restore(newest)
     run.ready.touch()
     state = await loop.run()

@@ -23,8 +23,9 @@ def no_log() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def test_runs_whose_processes_are_killed_lose_nothing_and_end_by_themselves() -> None:
-    result = destroy(kills=100, per_run=25, mean_s=0.2, steps=6, seed=42)
+@pytest.mark.parametrize("max_lag", [0, 1, 4])
+def test_runs_whose_processes_are_killed_lose_nothing_and_end_by_themselves(max_lag: int) -> None:
+    result = destroy(kills=100, per_run=25, mean_s=0.2, steps=6, seed=42, max_lag=max_lag)
     assert result["kills"] == 100
     assert (result["lost"], result["doubled"], result["broken"]) == (0, 0, []), result
     assert result["acknowledged_spans"] > 1000
