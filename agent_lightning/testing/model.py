@@ -321,17 +321,18 @@ class ToyLearner:
     def _step(self, batch: Batch, *, gap: bool) -> Metrics:
         gradient = np.zeros(self.table.shape, np.float64)
         objective, clipped, gaps = 0.0, [], []
+        current_N = batch.version_N >= self._version  # the table has moved since it sampled the other rows
         for row, position in np.argwhere(batch.mask_NT):
             word = int(batch.token_NT[row, position]) - FIRST_WORD
             old = float(batch.logprob_NT[row, position])
             if word < 0:  # END has probability 1, so it has no gradient
-                gaps += [] if np.isnan(old) else [abs(old)]
+                gaps += [abs(old)] if current_N[row] and not np.isnan(old) else []
                 continue
             state = self._language.state(batch.token_NT[row, :position])
             logprobs = _log_softmax(self.table[state] / self._temperature)
             if np.isnan(old):  # the engine gave none
                 old = float(logprobs[word])
-            else:
+            elif current_N[row]:
                 gaps.append(abs(float(logprobs[word]) - old))
             ratio = float(np.exp(logprobs[word] - old))
             advantage = float(batch.advantage_NT[row, position])
@@ -348,7 +349,7 @@ class ToyLearner:
             "learner/grad_norm": Mean.of([float(np.linalg.norm(gradient))]),
             "learner/clip_fraction": Mean.of(clipped),
         }
-        if gap:
+        if gap and gaps:
             metrics |= {"logprob_gap/mean_abs": Mean.of(gaps), "logprob_gap/max_abs": Max(max(gaps, default=0.0))}
         return metrics
 
