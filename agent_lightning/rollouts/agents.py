@@ -66,7 +66,9 @@ def load(target: str) -> Agent:
     except ConfigError:
         raise
     except Exception as error:  # whatever a user's module does while it is imported
-        raise ConfigError(f"{target!r} cannot be imported: {described(error)}") from error
+        top = where.replace("/", ".").lstrip(".").partition(".")[0]
+        hint = f"; Python has a module {top!r} of its own: rename yours" if top in sys.stdlib_module_names else ""
+        raise ConfigError(f"{target!r} cannot be imported: {described(error)}{hint}") from error
     try:
         function = operator.attrgetter(name)(module)
     except AttributeError:

@@ -77,6 +77,11 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         rows = csv.DictReader(lines, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
         try:
+            names = rows.fieldnames or ()
+            if len(set(names)) < len(names) or (len(names) == 1 and set(";\t|") & set(names[0])):
+                raise DataError(
+                    f"{path}:1: columns {list(names)}: each needs a name of its own, and a comma between two"
+                )
             for number, row in enumerate(rows, start=1):
                 if None in row or None in row.values():
                     raise DataError(f"{path}:{rows.line_num}: the row has other columns than {rows.fieldnames}")

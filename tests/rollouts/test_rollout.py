@@ -483,6 +483,11 @@ def test_a_file_that_cannot_be_imported_is_a_config_error_in_one_line(tmp_path: 
         load(f"{file}:solve")
 
 
+def test_a_package_named_like_one_of_python_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"No module named 'json\.agent'; Python has a module 'json' of its own"):
+        load("json.agent:solve")
+
+
 # Agents of a project of one's own.
 
 PACKAGE = {

@@ -275,6 +275,9 @@ def test_rows_come_from_parquet_and_veRLs_rows_have_a_question_and_a_result(tmp_
     [
         ("a.csv", b"q,a\n1\n", r"a.csv:2: the row has other columns than \['q', 'a'\]"),
         ("a.csv", b"q,a\n1,2,3\n", "a.csv:2: the row has other columns"),
+        ("a.csv", b"q;a\n1;2\n", r"a.csv:1: columns \['q;a'\]: each needs .* a comma between two"),
+        ("a.csv", b"q\ta\n1\t2\n", r"a.csv:1: columns .* a comma between two"),
+        ("a.csv", b"q,q\n1,2\n", r"a.csv:1: columns \['q', 'q'\]: each needs a name of its own"),
         ("a.csv", b"q,a\n\xff,2\n", "not CSV in UTF-8"),
         ("a.json", b'{"a": 1, "b": 2}', "must hold a list of objects, or an object a line"),
         ("a.json", b"[1]", "row 1 must be an object, this is int"),
