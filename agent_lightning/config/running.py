@@ -92,6 +92,21 @@ class DataConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685): the parameters stay as they are, and W + alpha / rank * B A is trained."""
+
+    rank: AtLeast0 = 0
+    """Rank of the adapters; 0: all parameters are trained."""
+    alpha: AtLeast1 = 32
+    """Scale of the adapters, which is divided by the rank."""
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers with an adapter, such as [q_proj, v_proj]; all-linear: all but the output head."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that `agl sft` drops in training."""
+    path: str | None = None
+    """Folder of an adapter in peft's format, from which training begins, with its alpha and targets."""
+
+
 class ModelConfig(Section):
     """The policy that is trained."""
 
@@ -109,6 +124,7 @@ class ModelConfig(Section):
     """vLLM's parser of the model's tool calls; null: none."""
     completions_only: bool = False
     """Whether the agent uses v1/completions alone, so that the model needs no chat template."""
+    lora: LoraConfig = LoraConfig()
 
 
 class RetryConfig(Section):

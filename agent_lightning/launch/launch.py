@@ -212,6 +212,7 @@ def training(config: Config, model: str, revision: str | None = None) -> Trainin
         credit=config.credit,
         critic=config.critic,
         learner=config.learner,
+        lora=config.model.lora,
         device=config.hardware.device,
         gpu_share=placement.learner_gpu(config) or 1.0,
         dtype=config.model.dtype,

@@ -20,11 +20,14 @@ _KEPT: Final = (".json", ".model", ".tiktoken", ".txt", ".jinja")
 _REPLACED: Final = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
-def export_model(checkpoint: Path, original: Path | None, target: Path, *, dtype: Dtype, shard_size: str) -> int:
+def export_model(
+    checkpoint: Path, original: Path | None, target: Path, *, dtype: Dtype, shard_size: str, merged: bool = False
+) -> int:
     """Write the policy of a checkpoint to the new folder `target`; returns the number of its parameters.
 
-    Config, tokenizer, chat template and generation config are those of `original`, the folder of the model that the run
-    began with; None takes those that the checkpoint has. Weights are converted to `dtype`, and split into files of at
+    A checkpoint of LoRA gives the adapter in peft's format, or if `merged` the model with the adapter added. Config,
+    tokenizer, chat template and generation config are those of `original`, the folder of the model that the run began
+    with; None takes those that the checkpoint has. Weights are converted to `dtype`, and split into files of at
     most `shard_size`, such as "5GB". Raises UserError; then there is no folder `target`.
     """
     if target.exists():
@@ -32,7 +35,16 @@ def export_model(checkpoint: Path, original: Path | None, target: Path, *, dtype
     unfinished = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        model = _load(checkpoint, original or checkpoint / "huggingface", dtype)
+        weights, adapter = _merge(checkpoint), _read_json(checkpoint / "lora_train_meta.json")
+        if adapter and not merged:
+            number = _write_adapter(weights, adapter, str(original or ""), unfinished, dtype)
+            unfinished.rename(target)
+            return number
+        if adapter and original is None:
+            raise UserError(f"{checkpoint} holds an adapter alone: its base model is needed for --merged")
+        if adapter and original is not None:
+            weights = _add_adapter(_base_weights(original), weights, adapter)
+        model = _load(weights, original or checkpoint / "huggingface", dtype)
         unfinished.mkdir(parents=True)
         model.save_pretrained(unfinished, max_shard_size=shard_size)
         _copy_rest(original or checkpoint / "huggingface", unfinished, dtype)
@@ -52,8 +64,53 @@ def export_model(checkpoint: Path, original: Path | None, target: Path, *, dtype
     return int(model.num_parameters())
 
 
-def _load(checkpoint: Path, source: Path, dtype: Dtype) -> Any:
-    """The model that the config in `source` describes, with the weights of the checkpoint."""
+def _read_json(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def _write_adapter(weights: dict[str, Any], adapter: dict[str, Any], base: str, folder: Path, dtype: Dtype) -> int:
+    """Write LoRA's matrices in peft's format; returns the number of their values."""
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in weights})
+    rank, alpha = adapter["r"], adapter["lora_alpha"]
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM", base_model_name_or_path=base
+    )
+    folder.mkdir(parents=True)
+    config.save_pretrained(str(folder))
+    tensors = {
+        name.replace(".default.weight", ".weight"): tensor.to(vars(torch)[dtype]).contiguous()
+        for name, tensor in weights.items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _base_weights(original: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    weights: dict[str, Any] = {}
+    for file in sorted(original.glob("*.safetensors")):
+        weights |= load_file(file)
+    return weights
+
+
+def _add_adapter(base: dict[str, Any], weights: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
+    """W + alpha / r * B A for each matrix that has an adapter, in float32."""
+    merged, scale = dict(base), adapter["lora_alpha"] / adapter["r"]
+    for name, low in weights.items():
+        layer, is_low, _ = name.removeprefix("base_model.model.").partition(".lora_A.")
+        if is_low:
+            high = weights[name.replace(".lora_A.", ".lora_B.")]
+            merged[f"{layer}.weight"] = merged[f"{layer}.weight"].float() + scale * (high @ low)
+    return merged
+
+
+def _load(weights: dict[str, Any], source: Path, dtype: Dtype) -> Any:
+    """The model that the config in `source` describes, with these weights."""
     import torch
     from transformers import AutoConfig
     from verl.utils.model import get_hf_auto_model_class
@@ -61,7 +118,9 @@ def _load(checkpoint: Path, source: Path, dtype: Dtype) -> Any:
     config = AutoConfig.from_pretrained(source, attn_implementation="eager")
     with torch.device("meta"):
         model = get_hf_auto_model_class(config).from_config(config)
-    model.load_state_dict(_merge(checkpoint), strict=True, assign=True)
+    if config.tie_word_embeddings:  # files have the shared matrix once
+        weights.setdefault("lm_head.weight", weights.get("model.embed_tokens.weight"))
+    model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
     return model.to(vars(torch)[dtype])
 

@@ -36,9 +36,11 @@ class VerlLearner:
         self.layout = verl_groups.load_model(self._group, config)
         """How the rows of a batch go through the model: "packed, ..." or "padded, ..."."""
         self._group.set_loss_fn(verl_groups.policy_loss_of(config))
-        self._reference = groups.reference if config.algorithm.has_reference else None
+        self._reference = groups.reference if config.has_own_reference else None
         if self._reference is not None:
             verl_groups.load_model(self._reference, config)
+        elif config.algorithm.has_reference:
+            self._reference = self._group
         self._critic = None
         if config.has_critic:
             from agent_lightning.learners.verl_worker import value_loss
@@ -118,11 +120,11 @@ class VerlLearner:
             "reference_NT": (self._reference, "log_probs"),
             "value_NT": (self._critic, "values"),
         }
-        pending = {
-            name: (group.infer_batch(verl_groups.to_tensordict(batch, self._config)), key)
-            for name, (group, key) in outputs.items()
-            if group is not None
-        }
+        pending = {}
+        for name, (group, key) in outputs.items():
+            if group is not None:
+                data = verl_groups.to_tensordict(batch, self._config, adapters=name != "reference_NT")
+                pending[name] = group.infer_batch(data), key
         arrays = {name: verl_groups.from_jagged(output.get()[key], batch) for name, (output, key) in pending.items()}
         return Forward(**arrays)
 

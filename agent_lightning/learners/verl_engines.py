@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 import torch.distributed
+from peft.tuners.lora import LoraLayer
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -73,6 +74,15 @@ class _CausalModel(FSDPEngineWithLMHead):
             self._fused, kind.forward = kind.forward, self._plain
         return module
 
+    def _build_lora_module(self, module: Any) -> Any:
+        """veRL's adapters, with the dropout that it does not know."""
+        module = super()._build_lora_module(module)
+        if rate := self.model_config.lora["dropout"]:
+            for part in module.modules():
+                if isinstance(part, LoraLayer):
+                    part.lora_dropout["default"] = torch.nn.Dropout(rate)
+        return module
+
     def choose_layout(self, bound: float) -> str:
         """Use the fastest layout in which rows of a batch have the outputs of rows alone, up to a mean difference of
         `bound`. Every rank takes part. Returns the layout in words. Raises EngineError if there is none."""
@@ -120,8 +130,9 @@ class _CausalModel(FSDPEngineWithLMHead):
     def _use(self, layout: Layout) -> None:
         self.layout = layout
         self.module.config._attn_implementation = layout.attention
-        # veRL would put its forward function into the model's class, for good.
-        self.module.forward = MethodType(self._fused if layout.fused else self._plain, self.module)
+        # veRL would put its forward function into the model's class, for good. With LoRA peft's model is around it.
+        model = self.module.get_base_model() if self._is_lora else self.module
+        model.forward = MethodType(self._fused if layout.fused else self._plain, model)
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
         """veRL's, with micro-batches that are small enough even if their rows are padded; and with the verdict on the

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from agent_lightning.config.learning import AlgorithmConfig, CreditConfig, CriticConfig
-from agent_lightning.config.running import Device, Dtype, LearnerConfig
+from agent_lightning.config.running import Device, Dtype, LearnerConfig, LoraConfig
 from agent_lightning.core.errors import UserError
 from agent_lightning.core.text import error_line
 from agent_lightning.core.types import Batch, Floats
@@ -45,6 +45,7 @@ class Training:
     credit: CreditConfig = CreditConfig()
     critic: CriticConfig = CriticConfig()
     learner: LearnerConfig = LearnerConfig()
+    lora: LoraConfig = field(default_factory=LoraConfig)
     device: Device = "cpu"
     gpu_share: float = 1.0
     """Share of a GPU that each process takes."""
@@ -66,6 +67,11 @@ class Training:
     def has_critic(self) -> bool:
         """Whether a critic turns the batches' rewards into advantages."""
         return self.credit.method == "gae"
+
+    @property
+    def has_own_reference(self) -> bool:
+        """Whether the reference is a model of its own; with LoRA it is the policy with its adapters off."""
+        return self.algorithm.has_reference and not self.lora.rank
 
 
 def policy_loss_of(config: Training) -> Any:
@@ -111,7 +117,7 @@ def start_groups(config: Training) -> Groups:
     from verl.single_controller.ray import RayResourcePool
     from verl.single_controller.ray.base import sort_placement_group_by_node_ip
 
-    needed = {"policy": True, "reference": config.algorithm.has_reference, "critic": config.has_critic}
+    needed = {"policy": True, "reference": config.has_own_reference, "critic": config.has_critic}
     roles: list[Role] = [role for role in get_args(Role) if needed[role]]
     # An actor of each role takes 1 / max_colocate_count of a GPU; together they take gpu_share.
     count = len(roles) if config.gpu_share == 1 else round(len(roles) / config.gpu_share)
@@ -163,7 +169,7 @@ def _start(config: Training, role: Role, pool: Any) -> Any:
             betas=config.betas,
             clip_grad=algorithm.clip_grad,
         ),
-        checkpoint_config=CheckpointConfig(),
+        checkpoint_config=CheckpointConfig(save_lora_only=True),
     )
     process: dict[str, Any] = {"device": config.device, "seed": config.seed, "num_threads": learner.threads}
     process["revision"] = config.model_revision
@@ -200,6 +206,11 @@ def _model(config: Training, role: Role) -> HFModelConfig:
         override["initializer_range"] = 1e-6
     return HFModelConfig(
         path=config.model_path,
+        lora_rank=config.lora.rank if role == "policy" else 0,
+        lora_alpha=config.lora.alpha,
+        target_modules=config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets),
+        lora_adapter_path=config.lora.path,
+        lora={"dropout": config.lora.dropout},
         enable_gradient_checkpointing=not on_cpu,
         # Every model has this attention. The engine then chooses a faster one that gives the same (verl_engines.py).
         # What is under "model_config" is written into checkpoints; the name of our attention is not.
@@ -207,9 +218,11 @@ def _model(config: Training, role: Role) -> HFModelConfig:
     )
 
 
-def to_tensordict(batch: Batch, config: Training, columns: Mapping[str, Floats] | None = None) -> TensorDict:
+def to_tensordict(
+    batch: Batch, config: Training, columns: Mapping[str, Floats] | None = None, *, adapters: bool = True
+) -> TensorDict:
     """A batch in veRL's form, with its string keys: rows as jagged tensors, and settings of the batch. `columns` holds
-    further inputs, each float32[N, T] with every value at its token."""
+    further inputs, each float32[N, T] with every value at its token; without `adapters` LoRA's are off."""
     import torch
     from verl.utils import tensordict_utils
 
@@ -233,6 +246,7 @@ def to_tensordict(batch: Batch, config: Training, columns: Mapping[str, Floats] 
             "update_lr_scheduler": True,
             "compute_loss": False,
             "calculate_entropy": config.algorithm.entropy_coef > 0,
+            "no_lora_adapter": not adapters,
         }
         | ({"gap_bound": largest_gap(config.learner, config.dtype)} if "is_current" in floats else {}),
     )

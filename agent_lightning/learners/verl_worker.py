@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import ray
 import torch
 import torch.distributed
+from peft.tuners.lora import LoraLayer
 from tensordict import TensorDict
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.ppo.core_algos import compute_value_loss, get_policy_loss_fn, kl_penalty
 from verl.utils.metric import AggregationType, Metric
@@ -70,7 +73,7 @@ class ModelWorker(TrainingWorker):
         rank 0 a pair for each bucket: the parameters, each {"name", "dtype", "shape", "offset"}, and a reference to a
         uint8 array; on the other ranks [].
         """
-        parameters, _ = self.engine.get_per_tensor_param()
+        parameters = self._merged() if self.model_config.lora_rank else self.engine.get_per_tensor_param()[0]
         buckets: list[tuple[list[dict[str, Any]], ray.ObjectRef]] = []
         entries: list[dict[str, Any]] = []
         pieces: list[Tensor] = []
@@ -89,6 +92,24 @@ class ModelWorker(TrainingWorker):
         if pieces:
             buckets.append((entries, store.put(pieces)))
         return buckets
+
+    def _merged(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters with the adapters added, by the base model's names. veRL's own merge rounds to bfloat16."""
+        module: Any = self.engine.module
+        state = module.state_dict()
+        scales = {name: part.scaling["default"] for name, part in module.named_modules() if isinstance(part, LoraLayer)}
+        for name, tensor in state.items():
+            if "lora_" in name:
+                continue
+            value, layer = _gathered(tensor), name.removesuffix(".base_layer.weight")
+            if layer != name:
+                low, high = (_gathered(state[f"{layer}.lora_{part}.default.weight"]) for part in "AB")
+                value = value + scales[layer] * (high @ low)
+            yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), value
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class _ObjectStore:
