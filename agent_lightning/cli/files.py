@@ -86,14 +86,15 @@ def export_run(
     checkpoint: int | None,
     dtype: Dtype | None,
     max_shard_size: str,
+    merged: bool,
 ) -> int:
     """`agl export`: write the rollouts of a run to the folder `out`, as a file for other tools; or with `model`, its
     trained model to that folder. The run is a folder, or at a remote place. Raises DataError, UserError."""
     if model is not None:
         with _local(place, without="rollouts") as run:
-            return _export_model(run, model, checkpoint, dtype, max_shard_size)
-    if checkpoint is not None or dtype is not None:
-        raise UserError("--checkpoint and --dtype are of --model DIR: --out writes rollouts")
+            return _export_model(run, model, checkpoint, dtype, max_shard_size, merged)
+    if checkpoint is not None or dtype is not None or merged:
+        raise UserError("--checkpoint, --dtype and --merged are of --model DIR: --out writes rollouts")
     with _local(place, without="checkpoints") as run:
         path, count = export.write(read_trajectories(run), out, format, read_origins(run))
     Console().print(f"{path}: {count} rollouts")
@@ -108,9 +109,11 @@ def _local(place: str, *, without: str) -> Iterator[Path]:
         yield storage.fetch(place, Path(copies), without=without) if is_remote else storage.local_root(place)
 
 
-def _export_model(run: Path, target: Path, step: int | None, dtype: Dtype | None, shard_size: str) -> int:
-    """Write the policy of a run's newest checkpoint, or of the checkpoint of `step`, in Hugging Face's format; in the
-    run's `model.dtype` unless `dtype` is given."""
+def _export_model(
+    run: Path, target: Path, step: int | None, dtype: Dtype | None, shard_size: str, merged: bool
+) -> int:
+    """Write the policy of a run's newest checkpoint, or of the checkpoint of `step`, in Hugging Face's format, with LoRA
+    its adapter unless `merged`; in the run's `model.dtype` unless `dtype` is given."""
     from agent_lightning.learners import export as learner  # it imports torch
 
     directory = RunDirectory.open(run)
@@ -127,8 +130,12 @@ def _export_model(run: Path, target: Path, step: int | None, dtype: Dtype | None
         original = Path(find_model(config.model.path))
     except UserError as error:
         console.print(f"{error}; config and tokenizer are taken from the checkpoint")
-    number = learner.export_model(folder, original, target, dtype=dtype, shard_size=shard_size)
-    console.print(f"{target}: the policy after step {state.read_state(folder).step}, {number} parameters, {dtype}")
+    if merged and not config.model.lora.rank:
+        raise UserError(f"--merged: {run} was trained without LoRA; leave it out")
+    form = {"dtype": dtype, "shard_size": shard_size, "merged": merged}
+    number = learner.export_model(folder, original, target, **form)
+    what = "adapter" if config.model.lora.rank and not merged else "policy"
+    console.print(f"{target}: the {what} after step {state.read_state(folder).step}, {number} parameters, {dtype}")
     return 0
 
 

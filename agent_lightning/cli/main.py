@@ -54,7 +54,7 @@ async def _run(options: argparse.Namespace) -> int:
             if options.command == "import":
                 return files.import_traces(options.files, options.out)
             if options.command == "export":
-                names = ("out", "format", "model", "checkpoint", "dtype", "max_shard_size")
+                names = ("out", "format", "model", "checkpoint", "dtype", "max_shard_size", "merged")
                 return files.export_run(options.run, **{name: given[name] for name in names})
             return files.check_journal(options.path)
         case "explain" | "runs" | "view" | "try":
@@ -270,6 +270,7 @@ def _add_arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     add("export", "--checkpoint", type=int, metavar="STEP", help="of --model (default: the newest checkpoint)")
     add("export", "--dtype", choices=("float32", "bfloat16"), help="of --model (default: the run's model.dtype)")
     add("export", "--max-shard-size", default="5GB", metavar="SIZE", help="of a file of --model (default: 5GB)")
+    add("export", "--merged", **flag, help="of --model, with LoRA: the model and not the adapter alone")
     add("export", "--format", choices=("jsonl", "otlp"), default="jsonl", help="(default: jsonl)")
     add("journal", "what", choices=("check",))
     add("journal", "path", type=Path, help="a run's folder, or a journal's")

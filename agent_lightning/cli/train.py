@@ -214,6 +214,8 @@ class Attempt:
         )
         if self.resumed:
             await loop.restore(checkpoint_folder(self.run.checkpoints, self.state.step))
+        elif self.config.model.lora.path is not None:
+            await loop.publish()  # the engines have the base model
         await loop.run()
 
 

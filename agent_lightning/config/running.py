@@ -106,6 +106,12 @@ class LoraConfig(Section):
     path: str | None = None
     """Folder of an adapter in peft's format, from which training begins, with its alpha and targets."""
 
+    @model_validator(mode="after")
+    def _check(self) -> LoraConfig:
+        for name, unread in (("path", self.path), ("dropout", self.dropout), ("targets", self.targets != "all-linear")):
+            refuse_unread(f"model.lora.{name}", bool(unread) and not self.rank, "model.lora.rank is 0")
+        return self
+
 
 class ModelConfig(Section):
     """The policy that is trained."""

@@ -22,7 +22,7 @@ from agent_lightning.core import ray_private
 from agent_lightning.core.errors import ConfigError, UserError
 from agent_lightning.core.text import one_line
 from agent_lightning.core.types import Split, Task
-from agent_lightning.launch import backend, engine_fields, hub, models, placement
+from agent_lightning.launch import adapters, backend, engine_fields, hub, models, placement
 from agent_lightning.launch.models import ModelFacts
 from agent_lightning.rollouts import agents, client
 from agent_lightning.run import tasks
@@ -85,10 +85,15 @@ def _check_model(inspection: Inspection) -> None:
     if (facts := backend.choose(config).read_model()) is None:
         return
     inspection.model = facts
-    if lines := [
-        *models.problems(facts, config),
-        *(models.engine_problems(facts, config) if inspection.serves else ()),
-    ]:
+    lora, trains = config.model.lora, "train" in inspection.splits
+    lines = [*models.problems(facts, config), *(models.engine_problems(facts, config) if inspection.serves else ())]
+    if lora.rank and Path(facts.location).is_dir():
+        lines += adapters.problems(Path(facts.location), lora)
+    if lora.path is not None and not trains:
+        lines.append("model.lora.path: only training begins from an adapter; serve what `agl export --merged` writes")
+    if lora.dropout and trains and inspection.serves:
+        lines.append("model.lora.dropout: the sampled tokens would be trained by another policy; agl sft may have it")
+    if lines:
         raise UserError("; ".join(lines))
     if inspection.download and cluster_is_own(config):  # in another cluster, each node downloads for itself
         hub.find_model(config.model.path, facts.revision)

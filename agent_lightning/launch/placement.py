@@ -51,7 +51,8 @@ def learner_group(config: Config) -> BundleGroup:
     """The placement groups of veRL's learner processes, one group on each of its nodes."""
     learner, gpu = config.learner, learner_gpu(config)
     # Each process holds the policy, with a KL term the reference, and with GAE the critic.
-    models = 1.0 + config.algorithm.has_reference + (config.credit.method == "gae")
+    own_reference = config.algorithm.has_reference and not config.model.lora.rank
+    models = 1.0 + own_reference + (config.credit.method == "gae")
     bundle = {"CPU": models / (gpu or 1.0)} | ({"GPU": gpu} if gpu else {})
     bundles = (bundle,) * (learner.processes // learner.nodes)
     return BundleGroup(what="learner", number=learner.nodes, bundles=bundles, one_node=True)
@@ -137,7 +138,9 @@ class Memory:
 def memory(config: Config, size: ModelSize) -> Memory:
     """Estimate the memory of a run that trains a model of this size."""
     width = 4 if config.model.dtype == "float32" else 2
-    trained = 16 * (1 + (config.credit.method == "gae")) + 4 * config.algorithm.has_reference
+    # LoRA has no gradients and moments but those of its adapters, about a hundredth; its reference is the base itself.
+    policy = 4 if config.model.lora.rank else 16 + 4 * config.algorithm.has_reference
+    trained = policy + 16 * (config.credit.method == "gae")
     per_token = size.kv_values * width / GIB
     return Memory(
         learner=size.parameters * trained / config.learner.processes / GIB,
