@@ -109,11 +109,9 @@ def _local(place: str, *, without: str) -> Iterator[Path]:
         yield storage.fetch(place, Path(copies), without=without) if is_remote else storage.local_root(place)
 
 
-def _export_model(
-    run: Path, target: Path, step: int | None, dtype: Dtype | None, shard_size: str, merged: bool
-) -> int:
-    """Write the policy of a run's newest checkpoint, or of the checkpoint of `step`, in Hugging Face's format, with LoRA
-    its adapter unless `merged`; in the run's `model.dtype` unless `dtype` is given."""
+def _export_model(run: Path, target: Path, step: int | None, dtype: Dtype | None, shard_size: str, merged: bool) -> int:
+    """Write the policy of a run's newest checkpoint, or of the checkpoint of `step`, in Hugging Face's format, with
+    LoRA its adapter unless `merged`; in the run's `model.dtype` unless `dtype` is given."""
     from agent_lightning.learners import export as learner  # it imports torch
 
     directory = RunDirectory.open(run)
@@ -132,8 +130,7 @@ def _export_model(
         console.print(f"{error}; config and tokenizer are taken from the checkpoint")
     if merged and not config.model.lora.rank:
         raise UserError(f"--merged: {run} was trained without LoRA; leave it out")
-    form = {"dtype": dtype, "shard_size": shard_size, "merged": merged}
-    number = learner.export_model(folder, original, target, **form)
+    number = learner.export_model(folder, original, target, dtype=dtype, shard_size=shard_size, merged=merged)
     what = "adapter" if config.model.lora.rank and not merged else "policy"
     console.print(f"{target}: the {what} after step {state.read_state(folder).step}, {number} parameters, {dtype}")
     return 0
