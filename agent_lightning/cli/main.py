@@ -242,8 +242,13 @@ def _add_arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     add("try", "--url", default="", help="against any OpenAI-compatible URL ending in /v1; OPENAI_API_KEY has its key")
     add("try", "--model", default="", help="of --url: the model's name there (default: model.path)")
     add("init", "folder", type=Path, help="a new folder, or an empty one")
-    with_keys = "train sft config submit try eval serve sweep reproduce"
-    add(with_keys, "overrides", nargs="*", metavar="KEY=VALUE", help="config overrides, as in Hydra")
+    add(
+        "train sft config submit try eval serve sweep reproduce",
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="config overrides, as in Hydra",
+    )
     add("doctor", "overrides", nargs="*", metavar="MODEL|KEY=VALUE", help="a model's folder or hub id, and overrides")
     add("score", "file", type=Path, help=".jsonl or .jsonl.gz, rows with `pred`; - reads standard input")
     for name, readers in benchmarks.score_paths().items():
