@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 TARGETS: Mapping[str, float] = {
-    "lines in all": 26_100,
+    "lines in all": 26_600,
     "entries of the package": 14,
     "most files in a folder": 14,
     "headers, % of lines": 9.0,
@@ -43,7 +43,7 @@ VAGUE = {"one", "found", "asked", "said", "whole", "there", "theirs"}
 GENERIC_KEYS = re.compile(
     r"address|agent|agents|algorithm|baseline|bound|breaker|buffer|cancelled|cap|concurrency|credit|critic|data"
     r"|device|discount|dtype|enabled|epochs|experiment|failures|form|group|hardware|host|instrument|journal|kind"
-    r"|learner|loop|lr|match|max_len|max_tokens|method|mode|model|name|names|nodes|num|on|path|placement|port"
+    r"|learner|loop|lora|lr|match|max_len|max_tokens|method|mode|model|name|names|nodes|num|on|path|placement|port"
     r"|processes|project|replicas|restarts|retry|reward|rollout|root|rules|sampling|scale|seed|seeded|serving"
     r"|share|signals|split|steps|tags|target|temperature|threads|timeout|timeout_s|tool|top_p|tracking|train"
     r"|trained|val|value|verl|vllm|window|words|workers"

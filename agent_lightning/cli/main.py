@@ -261,7 +261,6 @@ def _add_arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     add("runs", "--max-reward", type=float, default=math.inf)
     add("runs", "--limit", type=int, default=50, help="rows to show (default: 50)")
     add("explain", "run", type=Path, help="the run's folder")
-    add("export", "run", help="the run's folder, or its place: s3://bucket/runs/NAME")
     add("explain", "rollout", help="the rollout's id, as `agl runs RUN` lists it")
     add("explain", "--tokens", **flag, help="also the sampled text, coloured by advantage")
     add("view", "place", nargs="?", default="runs", help="a run, a sweep, or a folder of them (default: runs)")
@@ -269,16 +268,22 @@ def _add_arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     add("view", "--out", type=Path, metavar="FILE", help="write the pages of a run to one HTML file instead")
     add("import", "files", type=Path, nargs="+", metavar="FILE", help="traces; the format is seen from what is in it")
     add("import", "--out", type=Path, required=True, help="folder for rollouts.jsonl and sft.jsonl")
-    what = commands["export"].add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", type=Path, metavar="DIR", help="new folder for the model")
-    what.add_argument("--out", type=Path, help="folder for rollouts.jsonl or traces.jsonl")
-    add("export", "--checkpoint", type=int, metavar="STEP", help="of --model (default: the newest checkpoint)")
-    add("export", "--dtype", choices=("float32", "bfloat16"), help="of --model (default: the run's model.dtype)")
-    add("export", "--max-shard-size", default="5GB", metavar="SIZE", help="of a file of --model (default: 5GB)")
-    add("export", "--merged", **flag, help="of --model, with LoRA: the model and not the adapter alone")
-    add("export", "--format", choices=("jsonl", "otlp"), default="jsonl", help="(default: jsonl)")
+    _add_export_arguments(commands["export"])
     add("journal", "what", choices=("check",))
     add("journal", "path", type=Path, help="a run's folder, or a journal's")
+
+
+def _add_export_arguments(export: argparse.ArgumentParser) -> None:
+    add = export.add_argument
+    add("run", help="the run's folder, or its place: s3://bucket/runs/NAME")
+    what = export.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", type=Path, metavar="DIR", help="new folder for the model")
+    what.add_argument("--out", type=Path, help="folder for rollouts.jsonl or traces.jsonl")
+    add("--checkpoint", type=int, metavar="STEP", help="of --model (default: the newest checkpoint)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of --model (default: the run's model.dtype)")
+    add("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of --model (default: 5GB)")
+    add("--merged", action="store_true", help="of --model, with LoRA: the model and not the adapter alone")
+    add("--format", choices=("jsonl", "otlp"), default="jsonl", help="(default: jsonl)")
 
 
 def _numbers(text: str) -> list[int]:
