@@ -47,12 +47,12 @@ GENERIC_KEYS = re.compile(
     r"|processes|project|replicas|restarts|retry|reward|rollout|root|rules|sampling|scale|seed|seeded|serving"
     r"|share|signals|split|steps|tags|target|temperature|threads|timeout|timeout_s|tool|top_p|tracking|train"
     r"|trained|val|value|verl|vllm|window|words|workers"
-    r"|gae_lambda|max_spans|search|rank|alpha"
+    r"|gae_lambda|max_spans|search|rank|alpha|targets"
 )
 """Keys of the config that are left out of "files that name a config key": sections, and words that name other things
-too (a path, a seed, a learning rate), so that their number says nothing of the config. The last five: gae_lambda is a
+too (a path, a seed, a learning rate), so that their number says nothing of the config. The last six: gae_lambda is a
 symbol of the formula in credit/, max_spans the limit of one OTLP body in spans/, search a method of `re`, rank the
-number of a process of torch, and alpha the opacity of a line in a plot."""
+number of a process of torch, alpha the opacity of a line in a plot, and targets those of a Serve proxy."""
 
 STUB = re.compile(r"#\s*(?:TODO|FIXME|XXX)|raise NotImplementedError")
 MOCK = re.compile(r"\b(?:Mock|MagicMock|AsyncMock|mocker)\b|\bpatch(?:\.object|\.dict)?\(|monkeypatch\.setattr")
