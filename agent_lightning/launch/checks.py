@@ -37,6 +37,7 @@ class Inspection:
     config: Config
     splits: Sequence[Split]  # the splits whose tasks are read; a run that reads "train" also trains
     serves: bool = True  # whether there are engines
+    trains: bool = True  # whether there is a learner
     download: bool = True  # whether models and data sets are downloaded, or only looked up on the hub
     assumed: Sequence[placement.Resources] = ()  # the resources of planned nodes, which replace those of the cluster
     nodes: Sequence[placement.Resources] = ()  # the resources of the nodes of the cluster, or the assumed ones
@@ -46,10 +47,10 @@ class Inspection:
     missing: list[str] = field(default_factory=list)  # a line for each check that failed
 
 
-def require(config: Config, *splits: Split) -> Inspection:
+def require(config: Config, *splits: Split, trains: bool = True) -> Inspection:
     """Make all checks of a run with tasks of these splits, or without splits those of its engine. Raises the UserError
     of the first check that fails."""
-    inspection = Inspection(config=config, splits=splits)
+    inspection = Inspection(config=config, splits=splits, trains=trains)
     for _, check in CHECKS if splits else ENGINE_CHECKS:
         check(inspection)
     return inspection
@@ -85,13 +86,13 @@ def _check_model(inspection: Inspection) -> None:
     if (facts := backend.choose(config).read_model()) is None:
         return
     inspection.model = facts
-    lora, trains = config.model.lora, "train" in inspection.splits
+    lora = config.model.lora
     lines = [*models.problems(facts, config), *(models.engine_problems(facts, config) if inspection.serves else ())]
     if lora.rank and Path(facts.location).is_dir():
         lines += adapters.problems(Path(facts.location), lora)
-    if lora.path is not None and not trains:
+    if lora.path is not None and not inspection.trains:
         lines.append("model.lora.path: only training begins from an adapter; serve what `agl export --merged` writes")
-    if lora.dropout and trains and inspection.serves:
+    if lora.dropout and inspection.serves:
         lines.append("model.lora.dropout: the sampled tokens would be trained by another policy; agl sft may have it")
     if lines:
         raise UserError("; ".join(lines))

@@ -73,7 +73,7 @@ async def system(
         logs: the folder for workers/, what agents print, and for ray/, the logs of Ray's processes at the end of a
             cluster that the run starts.
     """
-    facts = checks.require(config).model
+    facts = checks.require(config, trains=train).model
     ray_private.prepare_environment(_passed_on(config))
     # These imports take seconds, so they come after the checks that refuse a config at once.
     from agent_lightning.core import actors

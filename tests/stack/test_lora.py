@@ -3,6 +3,9 @@ log-probabilities; the reference is the base; checkpoints hold the adapter alone
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from agent_lightning.learners.verl import VerlLearner
 from agent_lightning.learners.verl_groups import Training
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
+ROOT = Path(__file__).parents[2]
 LORA = LoraConfig(rank=4, alpha=8)
 
 
@@ -124,3 +128,23 @@ async def test_training_begins_from_an_adapter(tmp_path: Path) -> None:
             np.testing.assert_allclose(published[name], parameter.detach().numpy(), atol=1e-6)
     finally:
         actors.shutdown_ray()
+
+
+def agl(*arguments: str) -> None:
+    command = [sys.executable, "-m", "agent_lightning", *arguments]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.slow
+def test_adapters_learn_on_the_real_stack_and_training_goes_on_from_one(tmp_path: Path) -> None:
+    """Engine and learner agree at every step (else the run would end), also from an adapter that is not zero."""
+    shared = ["experiment=calc_tiny", "model.lora.rank=8", "algorithm.lr=2e-3", f"runs_dir={tmp_path}"]
+    agl("train", *shared, "steps=4", "eval_every=4", "name=first", "tracking.wandb=disabled")
+    first = json.loads((tmp_path / "first" / "summary.json").read_text())
+    assert first["val_reward_last"] > first["val_reward_first"] + 0.1, first
+    agl("export", str(tmp_path / "first"), "--model", str(tmp_path / "adapter"))
+    again = [f"model.lora.path={tmp_path / 'adapter'}", "steps=1", "eval_every=1", "name=second"]
+    agl("train", *shared, *again, "tracking.wandb=disabled")
+    second = json.loads((tmp_path / "second" / "summary.json").read_text())
+    assert second["val_reward_first"] == pytest.approx(first["val_reward_last"], abs=1e-6)
