@@ -13,7 +13,7 @@ from agent_lightning.core.errors import ConfigError
 Loss = Literal["vanilla", "gspo", "cispo"]
 KlPlace = Literal["loss", "reward"]
 KlKind = Literal["k1", "abs", "k2", "k3"]
-ImportanceSampling = Literal["none", "token", "sequence"]
+ImportanceSampling = Literal["none", "token", "sequence", "decoupled", "icepop", "geometric"]
 Method = Literal["identical", "return_to_go", "same_state", "gae"]
 Scale = Literal["std", "none", "batch"]
 Baseline = Literal["mean", "leave_one_out", "none"]
@@ -116,9 +116,12 @@ class AlgorithmConfig(Section):
     kl_kind: KlKind | None = None
     """veRL's estimator of the KL; null: k3 in the loss, k1 in the reward."""
     importance_sampling: ImportanceSampling = "none"
-    """Truncated importance sampling between engine and learner, by token or by sequence; it costs a forward pass."""
+    """Correction of the difference between the engine, or an older version, and the policy before the step, which the
+    ratio of PPO-clip then begins from; it costs a forward pass. Weights of the advantages, policy / engine: token and
+    sequence are truncated at the cap, decoupled is not; icepop drops tokens, and geometric rows, outside 1/cap to cap.
+    """
     importance_sampling_cap: Annotated[float, Field(ge=1)] = 2.0
-    """The ratio at which importance sampling is truncated."""
+    """The ratio at which importance sampling is truncated, or a token or row dropped; geometric wants about 1.01."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0 computes no entropy."""
     failures: FailuresConfig = FailuresConfig()
@@ -162,8 +165,9 @@ class AlgorithmConfig(Section):
     def _check_read(self) -> AlgorithmConfig:
         refuse_unread("algorithm.kl_in", self.kl_in != "loss" and not self.kl_coef, "algorithm.kl_coef is 0")
         refuse_unread("algorithm.kl_kind", self.kl_kind is not None and not self.kl_coef, "algorithm.kl_coef is 0")
-        unread = self.importance_sampling_cap != 2 and self.importance_sampling == "none"
-        refuse_unread("algorithm.importance_sampling_cap", unread, "algorithm.importance_sampling is none")
+        kind = self.importance_sampling
+        unread = self.importance_sampling_cap != 2 and kind in ("none", "decoupled")
+        refuse_unread("algorithm.importance_sampling_cap", unread, f"algorithm.importance_sampling is {kind}")
         return self
 
 

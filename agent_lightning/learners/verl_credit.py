@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.core.metrics import Max, Mean, Metrics, Sum, merge
 from agent_lightning.core.types import Batch, Bools, Floats
 from agent_lightning.credit.tokens import explained_variance, share_first_values, step_advantages, whiten_step
@@ -41,8 +42,8 @@ def prepare(
     """The batches of a step, with everything that the losses read; `forwards` holds the outputs for each batch. Rows
     sampled before the policy's `version` do not count for the gap.
 
-    old log-probabilities   the engine's. With importance sampling the policy's, and each advantage is multiplied by
-                            min(policy / engine, cap), computed by veRL. A row for which the engine gave no
+    old log-probabilities   the engine's. With importance sampling the policy's (decoupled PPO, arXiv 2110.00641), and
+                            each advantage is multiplied by a weight (`_weights`). A row for which the engine gave no
                             log-probabilities has the policy's, and no correction; such rows are counted.
     advantages              the batch's. With a critic, generalised advantages of the batch's rewards. A KL in the
                             reward subtracts coef * KL from each token's reward, arXiv 2203.02155 eq. 2; without a
@@ -90,20 +91,40 @@ def _old_logprobs(
     }
     if config.algorithm.importance_sampling == "none":
         return np.where(known_NT, batch.logprob_NT, policy_NT).astype(np.float32), ones_NT, metrics
-    import torch
-    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
+    weight_NT = _weights(log_ratio_NT, batch.mask_NT, config.algorithm)
+    weights, cap = weight_NT[known_NT], config.algorithm.importance_sampling_cap
+    metrics["learner/importance_weight"] = Mean.of(weights.tolist())
+    if config.algorithm.importance_sampling in ("token", "sequence"):
+        metrics["learner/importance_capped"] = Mean.of((weights >= cap).tolist())
+    elif config.algorithm.importance_sampling in ("icepop", "geometric"):
+        metrics["learner/importance_dropped"] = Mean.of((weights == 0).tolist())
+    return policy_NT, weight_NT, metrics
 
-    cap = config.algorithm.importance_sampling_cap
-    weight_NT, _ = compute_rollout_correction_weights(
-        torch.from_numpy(log_ratio_NT),
-        torch.from_numpy(batch.mask_NT.copy()),
-        rollout_is=config.algorithm.importance_sampling,
-        rollout_is_threshold=cap,
+
+def _weights(log_ratio_NT: Floats, mask_NT: Bools, algorithm: AlgorithmConfig) -> Floats:
+    """The weight of each token, float32[N, T], by veRL's functions, from log r = log(policy / engine) of each token:
+
+    token       min(r, cap)
+    sequence    min(product of r over the row, cap)
+    decoupled   r
+    icepop      r if 1/cap <= r <= cap, else 0 (arXiv 2510.18855)
+    geometric   1 if the geometric mean of r over the row is from 1/cap to cap, else 0
+    """
+    import torch
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights, compute_rollout_rejection_mask
+
+    log_ratio, mask = torch.from_numpy(log_ratio_NT), torch.from_numpy(mask_NT.copy())
+    kind, cap = algorithm.importance_sampling, algorithm.importance_sampling_cap
+    bounds = f"{1 / cap}_{cap}"
+    if kind == "geometric":
+        kept, _ = compute_rollout_rejection_mask(log_ratio, mask.float(), "seq_mean_k1", bounds)
+        return np.asarray(kept.numpy(), np.float32)
+    thresholds: dict[str, str | float] = {"icepop": bounds, "decoupled": 1e30}
+    level = "sequence" if kind == "sequence" else "token"
+    weight, _ = compute_rollout_correction_weights(
+        log_ratio, mask, rollout_is=level, rollout_is_threshold=thresholds.get(kind, cap)
     )
-    weight: Floats = weight_NT.numpy()
-    metrics["learner/importance_weight"] = Mean.of(weight[known_NT].tolist())
-    metrics["learner/importance_capped"] = Mean.of((weight[known_NT] >= cap).tolist())
-    return policy_NT, weight, metrics
+    return np.asarray(weight.numpy(), np.float32)
 
 
 def _kl_penalty(batch: Batch, old_NT: Floats, reference_NT: Floats | None, config: Training) -> tuple[Floats, Metrics]:

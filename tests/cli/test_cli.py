@@ -251,7 +251,7 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
 def test_overrides_come_before_and_after_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "experiment=toy", "--changed", "steps=3"]) == 0
     assert re.search(r"steps\s+│ 3\s", capsys.readouterr().out)
-    for words in (["config", "experiment=toy", "--changed", "nonsense"], ["doctor", "steps=3"]):
+    for words in (["config", "experiment=toy", "--changed", "nonsense"], ["view", "runs", "steps=3"]):
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert ended.value.code == USER_ERROR

@@ -139,7 +139,57 @@ def test_importance_weights_are_veRL_s(level: str) -> None:
     assert metrics["logprob_gap/max_abs"] == pytest.approx(float(gap.max()), rel=1e-5)
 
 
-@pytest.mark.parametrize("level", ["none", "token", "sequence"])
+@pytest.mark.parametrize(
+    ("kind", "preset"),
+    [
+        ("token", "decoupled_token_is"),
+        ("sequence", "decoupled_seq_is"),
+        ("icepop", "decoupled_token_icepop"),
+        ("geometric", "decoupled_geo_rs"),
+    ],
+)
+def test_corrections_are_veRL_s_presets(kind: str, preset: str) -> None:
+    """Weights times mask, of veRL's own preset with the same bounds, to 1e-6; and some of each kind are dropped."""
+    from verl.trainer.config.algorithm import RolloutCorrectionConfig
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
+
+    cap = 1.05 if kind == "geometric" else 1.5
+    bounds = {
+        "icepop": {"threshold": cap, "threshold_lower": 1 / cap},
+        "geometric": {"rs_threshold": f"{1 / cap}_{cap}"},
+    }
+    made = getattr(RolloutCorrectionConfig, preset)(**bounds.get(kind, {"threshold": cap}))
+    own = -np.abs(noise())
+    engine = np.where(BATCH.mask_NT, own + 0.3 * noise(), 0).clip(max=0).astype(np.float32)
+    old, rollout, mask = tensors(own, engine, BATCH.mask_NT)
+    weights, kept, _ = compute_rollout_correction_and_rejection_mask(
+        old,
+        rollout,
+        mask,
+        made.rollout_is,
+        made.rollout_is_threshold,
+        False,
+        made.rollout_rs,
+        made.rollout_rs_threshold,
+    )
+    expected = kept.numpy() if weights is None else (weights.batch["rollout_is_weights"] * kept).numpy()
+    batch = replace(BATCH, logprob_NT=engine)
+    result, metrics = prepared(batch, Forward(logprob_NT=own), importance_sampling=kind, importance_sampling_cap=cap)
+    np.testing.assert_allclose(result.batch.advantage_NT, BATCH.advantage_NT * expected, atol=1e-6)
+    share = metrics["learner/importance_dropped" if kind in ("icepop", "geometric") else "learner/importance_capped"]
+    assert 0 < share < 1
+
+
+def test_decoupled_ppo_weighs_without_a_cap() -> None:
+    own = -np.abs(noise())
+    engine = np.where(BATCH.mask_NT, own - np.abs(noise()), 0).astype(np.float32)
+    result, _ = prepared(replace(BATCH, logprob_NT=engine), Forward(logprob_NT=own), importance_sampling="decoupled")
+    expected = BATCH.advantage_NT * np.exp(own - engine)
+    np.testing.assert_allclose(result.batch.advantage_NT[BATCH.mask_NT], expected[BATCH.mask_NT], rtol=1e-5)
+    np.testing.assert_array_equal(result.batch.logprob_NT, own)
+
+
+@pytest.mark.parametrize("level", ["none", "token", "sequence", "decoupled", "icepop"])
 def test_a_row_without_log_probabilities_is_not_corrected_and_no_other_row_minds(level: str) -> None:
     own = -np.abs(noise())
     engine = np.where(BATCH.mask_NT, own + 0.3 * np.abs(noise()), 0).clip(max=0).astype(np.float32)
