@@ -37,11 +37,11 @@ async def run_child(
     stdin: str,
     env: Mapping[str, str],
     show: Callable[[str], None] = lambda text: None,
-    shows_stdout: bool = True,
+    show_stdout: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """Run a command to its end, and return the last MiB of its stdout. `show` gets its stderr as it comes, and also its
-    stdout. If the caller is cancelled, the child is killed. Raises AgentProcessError, with the last line of its stderr,
-    if its exit code is not 0."""
+    """Run a command to its end, and return the last MiB of its stdout. `show` gets its stderr as it comes, and
+    `show_stdout` its stdout. If the caller is cancelled, the child is killed. Raises AgentProcessError, with the last
+    line of its stderr, if its exit code is not 0."""
     pipe, tag = asyncio.subprocess.PIPE, f"{_guarded_tag(os.getpid())[0]}{uuid.uuid4().hex}"
     child = await asyncio.create_subprocess_exec(
         *command, stdin=pipe, stdout=pipe, stderr=pipe, env={**env, CHILD: tag}, start_new_session=True
@@ -51,7 +51,7 @@ async def run_child(
     assert child.stderr is not None
     helpers = [
         asyncio.create_task(_feed(child, stdin.encode())),
-        asyncio.create_task(_drain(child.stdout, stdout, show if shows_stdout else lambda text: None)),
+        asyncio.create_task(_drain(child.stdout, stdout, show_stdout)),
         asyncio.create_task(_drain(child.stderr, stderr, show)),
     ]
     try:

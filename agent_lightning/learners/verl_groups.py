@@ -246,7 +246,7 @@ def to_tensordict(
             "update_lr_scheduler": True,
             "compute_loss": False,
             "calculate_entropy": config.algorithm.entropy_coef > 0,
-            "no_lora_adapter": not adapters,
+            "no_lora_adapter": bool(config.lora.rank) and not adapters,
         }
         | ({"gap_bound": largest_gap(config.learner, config.dtype)} if "is_current" in floats else {}),
     )

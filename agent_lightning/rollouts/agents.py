@@ -147,14 +147,15 @@ async def run_agent(
             return await call(function, *_arguments(function, payload, policy))
     env = os.environ | policy.environment() | rollout.environment() | {"AGL_MODEL": policy.model}
     env |= bypass_proxies(env, policy.base_url)
-    show = (printed or Printed(rollout.rollout_id)).write
+    printed = printed or Printed(rollout.rollout_id)
     if mode == "command":
         text = _to_json(payload)
+        shown = {"show": printed.write_error, "show_stdout": printed.write}
         env |= {"AGL_TASK": text} if len(text) <= _LONGEST_VARIABLE else {}
-        return last_line(await run_child(shlex.split(str(agent)), stdin=text, env=env, show=show))
+        return last_line(await run_child(shlex.split(str(agent)), stdin=text, env=env, **shown))
     job = {"payload": payload, "policy": dataclasses.asdict(policy), "instrumentors": list(instrumentors)}
     command = [sys.executable, "-m", "agent_lightning.rollouts.agents", str(agent)]
-    output = await run_child(command, stdin=_to_json(job), env=env, show=show, shows_stdout=False)
+    output = await run_child(command, stdin=_to_json(job), env=env, show=printed.write)
     line = next((line for line in reversed(output.split("\n")) if line.startswith((_RESULT, _ERROR))), None)
     if line is None:
         raise AgentProcessError("the agent's process ended without a result")

@@ -84,10 +84,20 @@ class Printed:
     """
 
     def __init__(self, name: str) -> None:
-        self._name, self._tail, self._line = name, "", ""  # the name begins each line in the worker's log
+        self._name, self._line = name, ""  # the name begins each line in the worker's log
+        self._tail, self._errors = "", ""
 
     def write(self, text: str) -> None:
         self._tail = (self._tail + text)[-_KEPT:]
+        self._log(text)
+
+    def write_error(self, text: str) -> None:
+        """Add text of a stderr that has a pipe of its own, so that its place in the output is not known: its last 2 KiB
+        are kept at the end."""
+        self._errors = (self._errors + text)[-_KEPT // 2 :]
+        self._log(text)
+
+    def _log(self, text: str) -> None:
         *lines, rest = (self._line + text).split("\n")
         self._line = rest[-_KEPT:]
         for line in lines if log.handlers else ():
@@ -95,7 +105,9 @@ class Printed:
 
     def text(self) -> str:
         """The last 4 KiB."""
-        return self._tail.encode("utf-8", "replace")[-_KEPT:].decode("utf-8", "ignore")
+        errors = self._errors.encode("utf-8", "replace")[-_KEPT // 2 :]
+        tail = self._tail.encode("utf-8", "replace")[-_KEPT + len(errors) :]
+        return (tail + errors).decode("utf-8", "ignore")
 
 
 @contextmanager

@@ -317,7 +317,7 @@ def test_a_model_that_cannot_be_exported_is_one_line(
         (["import", "{folder}/text.txt"], "1 a record of no known format"),
         (["import", "{folder}/bytes.pb"], "1 a record of no known format"),
         (["export", "{folder}"], "no rollouts at"),
-        (["export", "{folder}", "--checkpoint", "3"], "--checkpoint and --dtype are of --model DIR"),
+        (["export", "{folder}", "--checkpoint", "3"], "--checkpoint, --dtype and --merged are of --model DIR"),
     ],
 )
 def test_files_with_nothing_to_read_are_refused_in_one_line(

@@ -67,7 +67,7 @@ class Sampler(Buffer):
         generator = torch.Generator().manual_seed(0)
         self._noise = noise * torch.randn(model.config.vocab_size, generator=generator)
 
-    async def take(self, num_groups: int, *, split: Split) -> list[TakenGroup]:
+    async def take(self, num_groups: int, *, split: Split, **settings: Any) -> list[TakenGroup]:
         leases = await self.lease(10**6, 1.0)
         first = [[1, 10 + lease.key.group % 8] for lease in leases]
         sampled = self._sample(first)
@@ -76,7 +76,7 @@ class Sampler(Buffer):
             leases, zip(first, second, strict=True), zip(sampled, self._sample(second), strict=True), strict=True
         ):
             await self._finish(lease, prompts, replies)
-        return await super().take(num_groups, split=split)
+        return await super().take(num_groups, split=split, **settings)
 
     async def publish(self, weights: Weights, timeout: float) -> int:
         state = {name: torch.from_numpy(array.copy()) for name, array in to_arrays(weights).items()}

@@ -89,20 +89,28 @@ async def check_all(folder: Path, ranks: int, batch: Batch) -> dict[str, np.ndar
         learner.shutdown()
 
 
-@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
-async def test_the_published_policy_is_base_and_adapter(tmp_path: Path, tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("tied", "ranks"),
+    [
+        (True, (1,)),
+        pytest.param(True, (1, 2), marks=pytest.mark.slow),
+        pytest.param(False, (1, 2), marks=pytest.mark.slow),
+    ],
+)
+async def test_the_published_policy_is_base_and_adapter(tmp_path: Path, tied: bool, ranks: tuple[int, ...]) -> None:
     model = random_model(tmp_path, seed=0, tied=tied)
     batch = random_batch(0, rows=8, vocab=model.config.vocab_size)
     actors.init_ray(num_cpus=6)
     try:
-        single = await check_all(tmp_path, 1, batch)
-        double = await check_all(tmp_path, 2, batch)
+        first, *others = [await check_all(tmp_path, number, batch) for number in ranks]
     finally:
         actors.shutdown_ray()
-    for name, value in single.items():
-        assert np.quantile(np.abs(double[name] - value), 0.99) < 1e-3, name
+    for other in others:
+        for name, value in first.items():
+            assert np.quantile(np.abs(other[name] - value), 0.99) < 1e-3, name
 
 
+@pytest.mark.slow
 async def test_training_begins_from_an_adapter(tmp_path: Path) -> None:
     from peft import LoraConfig as PeftConfig
     from peft import PeftModel, get_peft_model
