@@ -109,6 +109,18 @@ class RolloutIndex:
             table = table.filter(pa.array(mask, pa.bool_()))
         return table
 
+    def best_and_worst(self) -> list[tuple[str, float]]:
+        """(rollout id, reward) of the best and of the worst rollout of the newest training step that called the policy;
+        [] if there is none."""
+        import pyarrow.compute as pc
+
+        table = self.table()
+        called, scored = pc.field("num_calls") > 0, pc.field("reward").is_valid()
+        table = table.filter((pc.field("split") == "train") & called & scored)
+        table = table.filter(pc.equal(table.column("step"), pc.max(table.column("step"))))
+        rows = sorted(table.select(["reward", "rollout_id"]).to_pylist(), key=lambda row: row["reward"])
+        return [(row["rollout_id"], row["reward"]) for row in (rows[-1], rows[0])] if rows else []
+
     def columns(self, table: pyarrow.Table, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Read more columns of the rollouts of an index table: rollout id -> column -> value."""
         import pyarrow.compute as pc

@@ -131,6 +131,8 @@ def _draw_curve(measure: str, axes: Axes, rows: list[dict[str, float]]) -> None:
         point = (step_N[index], val_N[index])
         axes.annotate(f"{point[1]:.3f}", point, (offset, 0), textcoords="offset points", ha=align, **text)
     axes.margins(y=0.12)
+    if min((*train_N, *val_N), default=-1.0) >= 0:
+        axes.set_ylim(bottom=0)  # a curve that begins elsewhere makes each gain look large
 
 
 def _draw_gap(axes: Axes, rows: list[dict[str, float]]) -> None:

@@ -150,6 +150,7 @@ def report(summary: Summary, run: RunDirectory) -> RenderableType:
     for path, description in descriptions.items():
         if path.is_file() or any(path.glob("*")):
             table.add_row("", f"{path.name:<13} {description}")
+    table.add_row(" next", f"agl view {run.path}")
     title = Text(f" {summary.experiment}, seed {summary.seed}", style="bold")
     return Group(title, Text(), headline, Text(), table)
 

@@ -143,17 +143,14 @@ def _match_calls(
         match(call, silent[0] if len(silent) == 1 else None)
     for call in own:  # last, as an agent may give up a call and send it again
         # An agent that gives up, at the rollout's deadline, say, has an error where the gateway has a later reply.
-        cut = [c for c in unmatched.values() if c.error and replies[c.call_id] is None and _overlap(c, call)]
+        at = call.started_at  # the agent was still waiting then
+        waiting = [c for c in unmatched.values() if c.started_at - SKEW <= at <= c.ended_at + SKEW]
+        cut = [candidate for candidate in waiting if candidate.error and replies[candidate.call_id] is None]
         alike = [candidate for candidate in cut if candidate.request and _messages(candidate) == _messages(call)]
         silent = [candidate for candidate in cut if not candidate.request]
         match(call, min(alike, key=lambda candidate: abs(candidate.started_at - call.started_at), default=None))
         match(call, silent[0] if len(silent) == 1 else None)
     return matches
-
-
-def _overlap(traced: ModelCall, call: ModelCall) -> bool:
-    """Whether the agent was still waiting in `traced` when the gateway's call began."""
-    return traced.started_at - SKEW <= call.started_at <= traced.ended_at + SKEW
 
 
 def _messages(call: ModelCall) -> object:

@@ -93,33 +93,23 @@ def read_spans(spans: Sequence[RawSpan], key: RolloutKey) -> TraceContent:
         refused["repaired: an attribute's name that is not understood"] = unread
     tree = SpanTree(list(unique.values()), refused)
     calls, about_calls = _calls(tree, key, refused)
-    return TraceContent(
-        calls=tuple(calls),
-        tools=_tools(tree, key, calls),
-        rewards=_rewards(tree, key, refused),
-        agents=tuple(
-            AgentSpan(
-                key=key,
-                span_id=tree.kept_id[span.span_id],
-                parent_id=tree.parent_of(span),
-                name=fields.agent_name_of(span.name, span.attributes),
-                started_at=span.started_at,
-                ended_at=max(span.started_at, span.ended_at),
-            )
-            for span in tree.of(Kind.AGENT)
-        ),
-        refused=_few_names(+refused),
-        **about_calls,
+    tools, rewards = _tools(tree, key, calls), _rewards(tree, key, refused)
+    agents = tuple(
+        AgentSpan(
+            key=key,
+            span_id=tree.kept_id[span.span_id],
+            parent_id=tree.parent_of(span),
+            name=fields.agent_name_of(span.name, span.attributes),
+            started_at=span.started_at,
+            ended_at=max(span.started_at, span.ended_at),
+        )
+        for span in tree.of(Kind.AGENT)
     )
-
-
-def _few_names(refused: Counter[str]) -> Counter[str]:
-    """The counts with at most 20 different names, as an agent may send any: the other reasons lose their names."""
-    names = dict.fromkeys([reason for reason in refused if reason.endswith(")")][:20])
-    few = Counter[str]()
-    for reason, count in refused.items():
+    # At most 20 different names, as an agent may send any: the other reasons lose their names.
+    names, few = [reason for reason in +refused if reason.endswith(")")][:20], Counter[str]()
+    for reason, count in (+refused).items():
         few[reason if reason in names else reason.partition(" (")[0]] += count
-    return few
+    return TraceContent(calls=tuple(calls), tools=tools, rewards=rewards, agents=agents, refused=few, **about_calls)
 
 
 def _identified(tree: SpanTree) -> list[RawSpan]:

@@ -162,8 +162,9 @@ def join(accounts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def _fields_in(attribute: str, value: Any) -> set[str]:
     """The fields that an attribute holds: none if it is empty."""
-    names = [] if value in (None, "", []) else [name for name in _PREFIXES if attribute.startswith(name)]
-    return _HELD.get(attribute, set()).union(*(_HELD[name] for name in names)) if value not in (None, "", []) else set()
+    if value in (None, "", []):
+        return set()
+    return _HELD.get(attribute, set()).union(*(_HELD[name] for name in _PREFIXES if attribute.startswith(name)))
 
 
 def number(value: Any) -> float:
@@ -207,8 +208,17 @@ def request_of(accounts: Sequence[Mapping[str, Any]], refused: Counter[str]) -> 
     system = next(filter(None, (to_text(first(attributes, "system prompt")) for attributes in accounts)), "")
     if messages and system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    previous, conversation = _continued(accounts, given)
-    return Request(messages=messages, tools=offered, previous=previous, conversation=conversation, is_whole=is_whole)
+    # The ids of the reply and of the conversation that the request continues on the server, as OpenAI writes them.
+    parameters = [parse_value(value) for attributes in accounts for value in values(attributes, "parameters")]
+    replies, conversations = [first(attributes, "previous reply") for attributes in accounts], list[Any]()
+    for value in map(as_mapping, (*given, *parameters)):
+        replies.append(value.get("previous_response_id"))
+        conversations.append(as_mapping(value.get("conversation")).get("id") or value.get("conversation"))
+    for name in (str(first(attributes, "conversation")) for attributes in accounts):
+        (replies if name.startswith("resp_") else conversations).append(name)
+    previous = next((name for name in replies if name and isinstance(name, str)), "")
+    known = (name for name in conversations if isinstance(name, str) and name.startswith(("conv_", "thread_")))
+    return Request(messages=messages, tools=offered, previous=previous, conversation=next(known, ""), is_whole=is_whole)
 
 
 def _best(read: Callable[..., Any], given: Sequence[Any], refused: Counter[str]) -> tuple[Any, Any, bool]:
@@ -237,19 +247,6 @@ def named(reason: str, name: str) -> str:
     -> "repaired: a part that is not understood (compaction)"
     """
     return f"{reason} ({name if re.fullmatch(r'[A-Za-z0-9_.:-]{1,40}', name) else '?'})"
-
-
-def _continued(accounts: Sequence[Mapping[str, Any]], given: Sequence[Any]) -> tuple[str, str]:
-    """The ids of the reply and of the conversation that a request continues on the server, as OpenAI writes them."""
-    parameters = [parse_value(value) for attributes in accounts for value in values(attributes, "parameters")]
-    replies, conversations = [first(attributes, "previous reply") for attributes in accounts], list[Any]()
-    for value in map(as_mapping, (*given, *parameters)):
-        replies.append(value.get("previous_response_id"))
-        conversations.append(as_mapping(value.get("conversation")).get("id") or value.get("conversation"))
-    for name in (str(first(attributes, "conversation")) for attributes in accounts):
-        (replies if name.startswith("resp_") else conversations).append(name)
-    kept = [name for name in conversations if isinstance(name, str) and name.startswith(("conv_", "thread_"))]
-    return next((name for name in replies if name and isinstance(name, str)), ""), next(iter(kept), "")
 
 
 def has_any(accounts: Sequence[Mapping[str, Any]], side: str) -> bool:

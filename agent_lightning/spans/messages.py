@@ -105,7 +105,9 @@ def _messages(value: Any, notes: Notes, role: str) -> Iterator[Message]:
         raise forms.UnknownFormError
     elif "choices" in value:
         choices = map(as_mapping, value["choices"][:1] if isinstance(value["choices"], list) else ())
-        yield from _of_list([{"role": role, **_choice(choice)} for choice in choices], notes, role)
+        # A choice of a chat, of its stream, or of a completion.
+        inside = (as_mapping(c.get("message") or c.get("delta")) or {"content": c["text"]} for c in choices)
+        yield from _of_list([{"role": role, **message} for message in inside], notes, role)
     elif "generations" in value:
         first = value["generations"]
         while isinstance(first, list) and first:
@@ -127,11 +129,6 @@ def _messages(value: Any, notes: Notes, role: str) -> Iterator[Message]:
         inner = inner[0] if isinstance(inner, list) and len(inner) == 1 and isinstance(inner[0], str) else inner
         parsed = parse_value(inner)
         yield from [{"role": role, "content": inner}] if isinstance(parsed, str) else _messages(parsed, notes, role)
-
-
-def _choice(choice: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message of a choice: of a chat, of its stream, or of a completion."""
-    return as_mapping(choice.get("message") or choice.get("delta")) or {"content": choice["text"]}
 
 
 def _of_gemini(value: Mapping[str, Any], notes: Notes, role: str) -> Iterator[Message]:

@@ -71,10 +71,25 @@ def decode(
         raise DataError(f"OTLP body of more than {max_bytes} bytes: send fewer spans at once")
     refused: Counter[str] = Counter()
     kind = content_type.partition(";")[0].strip().lower()
+    messages: Iterable[trace_pb2.Span]
     if kind == PROTOBUF:
-        messages = _protobuf_spans(plain)
+        request = trace_service_pb2.ExportTraceServiceRequest()
+        try:
+            request.ParseFromString(plain)
+        except DecodeError:
+            raise DataError("OTLP body is truncated or not protobuf") from None
+        if plain and not request.resource_spans:
+            raise DataError("body is protobuf, but no OTLP trace request")
+        scopes = (scope for resource in request.resource_spans for scope in resource.scope_spans)
+        messages = (span for scope in scopes for span in scope.spans)
     elif kind == JSON:
-        messages = _json_spans([_parsed(plain)], refused)
+        try:
+            tree = json.loads(plain)
+        except (ValueError, RecursionError):
+            raise DataError("OTLP body is truncated or not JSON") from None
+        if not isinstance(tree, dict) or (tree and not any(name in tree for name in RESOURCES)):
+            raise DataError("body is JSON, but no OTLP trace request: it has no resourceSpans")
+        messages = _json_spans([tree], refused)
     else:
         raise DataError(f"content type {kind!r}: OTLP is {PROTOBUF} or {JSON}")
     return _by_trace(messages, refused, max_spans), +refused
@@ -161,31 +176,10 @@ def acknowledge(content_type: str, *, rejected: int, message: str) -> tuple[byte
     return bytes(answer.SerializeToString()), PROTOBUF
 
 
-def _protobuf_spans(body: bytes) -> Iterator[trace_pb2.Span]:
-    request = trace_service_pb2.ExportTraceServiceRequest()
-    try:
-        request.ParseFromString(body)
-    except DecodeError:
-        raise DataError("OTLP body is truncated or not protobuf") from None
-    if body and not request.resource_spans:
-        raise DataError("body is protobuf, but no OTLP trace request")
-    yield from (span for resource in request.resource_spans for scope in resource.scope_spans for span in scope.spans)
-
-
 RESOURCES = ("resourceSpans", "resource_spans", "batches")
 """Keys under which a request in JSON has its spans: OTLP's, the same as protobuf names it, and Grafana Tempo's."""
 _SCOPES = ("scopeSpans", "scope_spans", "instrumentationLibrarySpans", "instrumentation_library_spans")
 _IDS = {"traceId": "trace_id", "spanId": "span_id", "parentSpanId": "parent_span_id"}
-
-
-def _parsed(body: bytes) -> dict[str, Any]:
-    try:
-        tree = json.loads(body)
-    except (ValueError, RecursionError):
-        raise DataError("OTLP body is truncated or not JSON") from None
-    if not isinstance(tree, dict) or (tree and not any(name in tree for name in RESOURCES)):
-        raise DataError("body is JSON, but no OTLP trace request: it has no resourceSpans")
-    return tree
 
 
 def _json_spans(trees: Iterable[Mapping[str, Any]], refused: Counter[str]) -> Iterator[trace_pb2.Span]:

@@ -209,6 +209,14 @@ def test_a_group_that_was_written_again_counts_once(tmp_path: Path) -> None:
     assert len(index.select(Filters(min_reward=0.9))) == 1
 
 
+def test_the_best_and_the_worst_are_of_the_newest_step(tmp_path: Path) -> None:
+    index, writer = RolloutIndex(tmp_path), RolloutWriter(tmp_path)
+    assert index.best_and_worst() == []
+    writer.write(1, 0, [group("train", 1, [0.0, 1.0])])
+    writer.write(2, 1, [group("train", 2, [0.25, 0.75, 0.5]), group("val", 2, [1.0])])
+    assert index.best_and_worst() == [("train-2-1", 0.75), ("train-2-0", 0.25)]
+
+
 def test_a_folder_may_be_a_run_a_sweep_or_empty(runs: Path, tmp_path: Path) -> None:
     assert Library(runs / "finished").names() == ["finished"]
     assert Library(runs / "sweep-calc_tiny").names() == ["trial-000"]
@@ -278,6 +286,11 @@ def test_the_command_prints_an_address_that_opens(runs: Path) -> None:
         opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
         with opener.open(address, timeout=30) as response:
             assert b"finished" in response.read()
+        for name in ("best", "worst"):
+            line = process.stdout.readline()
+            assert line.startswith(f"{name} of the last step (")
+            with opener.open(line.split("): ")[1].strip(), timeout=30) as response:
+                assert "/run/finished/tokens/train-" in response.url
         port = re.search(r":(\d+)/", address)
         assert port is not None
         assert main(["view", str(runs), "--port", port[1]]) == 2, "the port is in use"

@@ -7,6 +7,7 @@ import tempfile
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.parse import quote
 
 from rich.console import Console
 
@@ -47,6 +48,10 @@ async def view(place: str, port: int, out: Path | None) -> int:
 
         def show(address: str) -> None:
             console.print(f"{address}/?token={token}", soft_wrap=True, highlight=False)
+            ends = RunFiles(root).index.best_and_worst() if is_run(root) else []
+            for name, (rollout, reward) in zip(("best", "worst"), ends, strict=False):
+                page = f"{address}/run/{quote(root.resolve().name)}/tokens/{rollout}?token={token}"
+                console.print(f"{name} of the last step ({reward:.3f}): {page}", soft_wrap=True, highlight=False)
             console.print("Only this machine can open it; Ctrl-C ends it. It reads, and never writes.", style="dim")
 
         await serve(Viewer(library, find_rules, token=token), port, show)

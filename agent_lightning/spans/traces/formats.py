@@ -78,18 +78,16 @@ def read_traces(body: bytes) -> tuple[tuple[str, ...], list[FileTrace], Counter[
     """The formats that occur in a file, its traces, and the number of refused lines and records for each reason."""
     refused: Counter[str] = Counter()
     try:
-        records = read_table(body) if body.startswith(PARQUET) else _records(body.decode("utf-8-sig"), refused)
-    except UnicodeDecodeError:
-        records = None
-    except DataError:
-        records = []
-        refused["a record of no known format"] += 1
-    if records is None:
         try:
-            return ("OTLP",), _otlp(body, otlp.PROTOBUF, refused), refused
-        except DataError:
-            refused["a record of no known format"] += 1
-            return (), [], refused
+            records = read_table(body) if body.startswith(PARQUET) else _records(body.decode("utf-8-sig"), refused)
+        except UnicodeDecodeError:
+            records = None
+        if records is None:
+            kind = otlp.PROTOBUF
+            spans, counted = otlp.decode(body, content_type=kind, max_bytes=_MAX_BYTES, max_spans=_MAX_SPANS)
+            return ("OTLP",), _sources(spans), Counter(counted)
+    except DataError:
+        return (), [], Counter({"a record of no known format": 1})
     by_format: dict[str, list[Mapping[str, Any]]] = {}
     for record in chain.from_iterable(map(_unpacked, records)):
         name = _format_of(as_mapping(record))
@@ -134,6 +132,8 @@ def _unpacked(record: Any) -> list[Any]:
 
 
 Adapter = Callable[[Sequence[Mapping[str, Any]], Counter[str]], list[FileTrace]]
+_DAMAGED = (LookupError, TypeError, ValueError, AttributeError, OverflowError, DataError)
+"""Errors that reading a damaged record raises: it may be any JSON."""
 
 
 def _each(read: Callable[[Mapping[str, Any], Counter[str]], FileTrace]) -> Adapter:
@@ -144,21 +144,31 @@ def _each(read: Callable[[Mapping[str, Any], Counter[str]], FileTrace]) -> Adapt
         for record in records:
             try:
                 sources.append(read(record, refused))
-            except (LookupError, TypeError, ValueError, AttributeError, OverflowError, DataError):
+            except _DAMAGED:
                 refused["a damaged record"] += 1
         return sources
 
     return adapt
 
 
-def _otlp_records(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[FileTrace]:
-    return _sources(otlp.read_json(records, refused))
+def _grouped(read: Callable[[Mapping[str, Any]], tuple[str, RawSpan]]) -> Adapter:
+    """The adapter of a format in which each record is a span, from a function that reads its trace's id and it."""
+
+    def adapt(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[FileTrace]:
+        traces: dict[str, list[RawSpan]] = {}
+        for record in records:
+            try:
+                name, span = read(record)
+            except _DAMAGED:
+                refused["a damaged record"] += 1
+            else:
+                traces.setdefault(name, []).append(span)
+        return [FileTrace(name=name, spans=tuple(spans)) for name, spans in traces.items()]
+
+    return adapt
 
 
-def _otlp(body: bytes, content_type: str, refused: Counter[str]) -> list[FileTrace]:
-    traces, counted = otlp.decode(body, content_type=content_type, max_bytes=_MAX_BYTES, max_spans=_MAX_SPANS)
-    refused.update(counted)
-    return _sources(traces)
+_plain_spans = _grouped(plain_span)
 
 
 def _sources(traces: Mapping[str, tuple[RawSpan, ...]]) -> list[FileTrace]:
@@ -182,27 +192,11 @@ def _sources(traces: Mapping[str, tuple[RawSpan, ...]]) -> list[FileTrace]:
     return sources
 
 
-def _plain_spans(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> list[FileTrace]:
-    """The traces in spans that are a record each."""
-    traces: dict[str, list[RawSpan]] = {}
-    for record in records:
-        try:
-            name, span = plain_span(record)
-        except (LookupError, TypeError, ValueError, AttributeError):
-            refused["a damaged record"] += 1
-        else:
-            traces.setdefault(name, []).append(span)
-    return [FileTrace(name=name, spans=tuple(spans)) for name, spans in traces.items()]
-
-
 def _mlflow(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
     """A trace of MLflow: about the trace, and its spans; the numbers that people or judges gave it are rewards."""
     about, data = as_mapping(record.get("info")), as_mapping(parse_value(record.get("data")))
-    spans = [
-        span
-        for source in _plain_spans(data.get("spans") or record.get("spans") or (), refused)
-        for span in source.spans
-    ]
+    sources = _plain_spans(data.get("spans") or record.get("spans") or (), refused)
+    spans = [span for source in sources for span in source.spans]
     name = str(about.get("trace_id") or about.get("request_id") or record.get("trace_id") or "")
     for index, given in enumerate(about.get("assessments") or ()):
         value = as_mapping(given.get("feedback")).get("value")
@@ -274,17 +268,11 @@ def _langsmith(records: Sequence[Mapping[str, Any]], refused: Counter[str]) -> l
                 continue
             given = {name: value for name, value in run.items() if value not in (None, {}, [])}
             runs[str(run["id"])] = runs.get(str(run["id"]), {}) | given
-    traces: dict[str, list[RawSpan]] = {}
-    for identity, run in runs.items():
-        try:
-            traces.setdefault(str(run.get("trace_id") or identity), []).append(_run(identity, run))
-        except (LookupError, TypeError, ValueError, AttributeError):
-            refused["a damaged record"] += 1
-    return [FileTrace(name=name, spans=tuple(spans)) for name, spans in traces.items()]
+    return _grouped(_run)(list(runs.values()), refused)
 
 
-def _run(identity: str, run: Mapping[str, Any]) -> RawSpan:
-    """The span of a LangSmith run."""
+def _run(run: Mapping[str, Any]) -> tuple[str, RawSpan]:
+    """The id of the trace, and the span, of a LangSmith run."""
     # In LangSmith's bulk export mappings are JSON text.
     inputs, outputs, extra = (as_mapping(parse_value(run.get(name))) for name in ("inputs", "outputs", "extra"))
     metadata = as_mapping(extra.get("metadata"))
@@ -301,7 +289,8 @@ def _run(identity: str, run: Mapping[str, Any]) -> RawSpan:
     attributes |= {name: as_text(value) for name, value in texts.items() if value != {}}
     attributes = {name: value for name, value in attributes.items() if value is not None}
     times = run["start_time"], run.get("end_time")
-    return make_span(identity, run.get("parent_run_id"), run.get("name"), times, attributes, run.get("error"))
+    span = make_span(run["id"], run.get("parent_run_id"), run.get("name"), times, attributes, run.get("error"))
+    return str(run.get("trace_id") or run["id"]), span
 
 
 def _agent_lightning(record: Mapping[str, Any], refused: Counter[str]) -> FileTrace:
@@ -374,7 +363,7 @@ def _keys(*alternatives: str) -> tuple[frozenset[str], ...]:
 
 
 FORMATS: tuple[tuple[str, tuple[frozenset[str], ...], Adapter], ...] = (
-    ("OTLP", _keys(*otlp.RESOURCES), _otlp_records),
+    ("OTLP", _keys(*otlp.RESOURCES), lambda records, refused: _sources(otlp.read_json(records, refused))),
     ("Langfuse", _keys("observations"), _each(_langfuse)),
     ("Langfuse observations", _keys("traceId type startTime"), _langfuse_observations),
     ("LangSmith", _keys("post", "patch"), _langsmith),
