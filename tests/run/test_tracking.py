@@ -490,7 +490,7 @@ def test_the_report_fits_80_columns_and_says_what_was_gained(tmp_path: Path) -> 
         " policy         100 versions published",
     ]
     assert any("summary.json" in line for line in lines)
-    assert any(line.startswith(" next           agl view ") for line in lines)
+    assert any(line.startswith(" next           agl view") for line in lines)
     assert "curve.png" not in "".join(lines)  # only files that exist
 
 
