@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from agent_lightning.config.load import resolve_path
 from agent_lightning.config.running import LoraConfig
 from agent_lightning.core.text import error_line
 
+_NOT_PLAIN: Final = ("rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "modules_to_save")
+"""Settings of an adapter that is more than W + alpha / rank * B A."""
 Shapes = Mapping[str, tuple[int, ...]]
 """The shape of each tensor, by its name."""
 
@@ -23,7 +26,10 @@ def problems(model: Path, lora: LoraConfig) -> Iterator[str]:
         if unknown:
             yield f"model.lora.targets: the model has no layer {', '.join(unknown)}; it has {', '.join(layers)}"
     if lora.path is not None:
-        yield from (f"model.lora.path={lora.path}: {line}" for line in _adapter_problems(Path(lora.path), lora, shapes))
+        yield from (
+            f"model.lora.path={lora.path}: {line}"
+            for line in _adapter_problems(Path(resolve_path(lora.path)), lora, shapes)
+        )
 
 
 def _adapter_problems(folder: Path, lora: LoraConfig, shapes: Shapes) -> Iterator[str]:
@@ -37,16 +43,18 @@ def _adapter_problems(folder: Path, lora: LoraConfig, shapes: Shapes) -> Iterato
     except Exception as error:  # safetensors has its own error, which is no OSError
         yield f"cannot be read: {error_line(error)}"
         return
-    if settings.get("peft_type") != "LORA" or settings.get("rank_pattern") or settings.get("use_dora"):
+    if special := [name for name in _NOT_PLAIN if settings.get(name)]:
+        yield f"is no plain LoRA adapter ({', '.join(special)})"
+    elif settings.get("peft_type") != "LORA":
         yield f"is no plain LoRA adapter ({settings.get('peft_type')})"
     elif settings.get("r") != lora.rank:
         yield f"has rank {settings.get('r')}; set model.lora.rank={settings.get('r')}"
-    for name, (_, size) in adapter.items():
+    for name, shape in adapter.items():
         layer, is_low, _ = name.removeprefix("base_model.model.").partition(".lora_A")
         base = shapes.get(f"{layer}.weight")
-        if shapes and is_low and (base is None or base[-1] != size):
+        if shapes and is_low and (base is None or base[-1] != shape[-1]):
             has = f"{base[-1]} inputs there" if base else "no such layer"
-            yield f"belongs to another model: {layer} of the adapter has {size} inputs, and model.path has {has}"
+            yield f"belongs to another model: {layer} of the adapter has {shape[-1]} inputs, and model.path has {has}"
             return
 
 

@@ -88,7 +88,7 @@ def _check_model(inspection: Inspection) -> None:
     inspection.model = facts
     lora = config.model.lora
     lines = [*models.problems(facts, config), *(models.engine_problems(facts, config) if inspection.serves else ())]
-    if lora.rank and Path(facts.location).is_dir():
+    if lora.rank and not lines and Path(facts.location).is_dir():
         lines += adapters.problems(Path(facts.location), lora)
     if lora.path is not None and not inspection.trains:
         lines.append("model.lora.path: only training begins from an adapter; serve what `agl export --merged` writes")

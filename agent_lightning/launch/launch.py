@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.config.learning import CreditConfig
-from agent_lightning.config.load import Config
+from agent_lightning.config.load import Config, resolve_path
 from agent_lightning.core import hub, ray_private
 from agent_lightning.core.errors import PartDied
 from agent_lightning.core.threads import start_thread
@@ -204,7 +204,7 @@ def training(config: Config, model: str, revision: str | None = None) -> Trainin
     """How the policy is trained, from the model in this folder, or from this commit of a model on the hub."""
     from agent_lightning.learners.verl_groups import Training
 
-    algorithm = config.algorithm
+    algorithm, lora = config.algorithm, config.model.lora
     return Training(
         model_path=model,
         model_revision=revision,
@@ -212,7 +212,7 @@ def training(config: Config, model: str, revision: str | None = None) -> Trainin
         credit=config.credit,
         critic=config.critic,
         learner=config.learner,
-        lora=config.model.lora,
+        lora=lora.model_copy(update={"path": resolve_path(lora.path)}) if lora.path else lora,
         device=config.hardware.device,
         gpu_share=placement.learner_gpu(config) or 1.0,
         dtype=config.model.dtype,

@@ -59,7 +59,9 @@ def test_a_layer_that_the_model_does_not_have_is_named(tmp_path: Path) -> None:
         ({"size": 16}, f"belongs to another model: {LAYER} of the adapter has 16 inputs, and model.path has 8 inputs"),
         ({"layer": "model.layers.9.mlp.up_proj"}, "belongs to another model: model.layers.9.mlp.up_proj"),
         ({"peft_type": "IA3"}, "is no plain LoRA adapter (IA3)"),
-        ({"use_dora": True}, "is no plain LoRA adapter (LORA)"),
+        ({"use_dora": True}, "is no plain LoRA adapter (use_dora)"),
+        ({"use_rslora": True}, "is no plain LoRA adapter (use_rslora)"),
+        ({"alpha_pattern": {"q_proj": 4}}, "is no plain LoRA adapter (alpha_pattern)"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:

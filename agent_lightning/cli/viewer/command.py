@@ -34,7 +34,7 @@ async def view(place: str, port: int, out: Path | None) -> int:
             root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agl-view-")))
             root = storage.fetch(place, root, without="checkpoints")
             _follow(place, root.parent)
-        library = Library(root)
+        library = Library(root.absolute())  # "." has no name
         if out is not None:
             if not is_run(root):
                 raise UserError(f"--out writes the pages of one run, and {place} is no run")
@@ -48,10 +48,11 @@ async def view(place: str, port: int, out: Path | None) -> int:
 
         def show(address: str) -> None:
             console.print(f"{address}/?token={token}", soft_wrap=True, highlight=False)
-            ends = RunFiles(root).index.best_and_worst() if is_run(root) else []
-            for name, (rollout, reward) in zip(("best", "worst"), ends, strict=False):
-                page = f"{address}/run/{quote(root.resolve().name)}/tokens/{rollout}?token={token}"
-                console.print(f"{name} of the last step ({reward:.3f}): {page}", soft_wrap=True, highlight=False)
+            if is_run(root):
+                run = library.run(library.root.name)
+                for name, (rollout, reward) in zip(("best", "worst"), run.index.best_and_worst(), strict=False):
+                    page = f"{address}/run/{quote(run.name)}/tokens/{rollout}?token={token}"
+                    console.print(f"{name} of the last step ({reward:.3f}): {page}", soft_wrap=True, highlight=False)
             console.print("Only this machine can open it; Ctrl-C ends it. It reads, and never writes.", style="dim")
 
         await serve(Viewer(library, find_rules, token=token), port, show)
