@@ -72,8 +72,8 @@ async def measure(model: Path, rank: int, updates: int, threads: int) -> dict[st
             await learner.publish()
             update_s.append(updated - started)
             publish_s.append(time.perf_counter() - updated)
-        workers = [p for p in psutil.process_iter() if "ModelWorker" in " ".join(p.cmdline())]
-        memory = max(worker.memory_info().rss for worker in workers)
+        processes = [process.info for process in psutil.process_iter(["cmdline", "memory_info"])]  # None of a zombie
+        memory = max(info["memory_info"].rss for info in processes if "ModelWorker" in " ".join(info["cmdline"] or ()))
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             await learner.save(Path(folder))
