@@ -150,7 +150,7 @@ async def train(started: tuple[str, Groups], overrides: Sequence[str], *, noise:
         ["algorithm=reinforce_plus_plus", *KL, "algorithm.kl_in=reward"],
         pytest.param(["algorithm=reinforce_plus_plus", "credit.baseline=mean"], marks=pytest.mark.slow),
         ["algorithm=dapo", "algorithm.entropy_coef=1e-3"],
-        ["algorithm=gspo"],
+        pytest.param(["algorithm=gspo"], marks=pytest.mark.slow),
         pytest.param(["algorithm=cispo"], marks=pytest.mark.slow),
         PPO,
         pytest.param([*PPO, "credit.gae_level=call", *KL, "algorithm.kl_in=reward"], marks=pytest.mark.slow),

@@ -47,6 +47,7 @@ def run(
     return records
 
 
+@pytest.mark.slow
 def test_asha_stops_the_worse_trials_and_a_failed_trial_ends_no_other(tmp_path: Path) -> None:
     plan, _ = plan_sweep(
         [*FIXED, "sweep=asha", "sweep.reduction=2", "algorithm.lr=uniform(1,3)", "seed=choice(14,14,13)"]
