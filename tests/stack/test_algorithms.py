@@ -149,7 +149,7 @@ async def train(started: tuple[str, Groups], overrides: Sequence[str], *, noise:
         pytest.param(["algorithm=rloo"], marks=pytest.mark.slow),
         ["algorithm=reinforce_plus_plus", *KL, "algorithm.kl_in=reward"],
         pytest.param(["algorithm=reinforce_plus_plus", "credit.baseline=mean"], marks=pytest.mark.slow),
-        ["algorithm=dapo", "algorithm.entropy_coef=1e-3"],
+        pytest.param(["algorithm=dapo", "algorithm.entropy_coef=1e-3"], marks=pytest.mark.slow),
         pytest.param(["algorithm=gspo"], marks=pytest.mark.slow),
         pytest.param(["algorithm=cispo"], marks=pytest.mark.slow),
         PPO,

@@ -91,6 +91,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(stopped: tuple[Path, int, lis
     assert_accounted(summary)
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_from_there_and_keeps_its_books(stopped: tuple[Path, int, list[str]]) -> None:
     run, _, _ = stopped
     before = json.loads((run / "summary.json").read_text())
