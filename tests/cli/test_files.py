@@ -23,6 +23,7 @@ from agent_lightning.config.load import load, to_yaml
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.json_values import compact
 from agent_lightning.core.types import (
+    POLICY,
     AgentSpan,
     ModelCall,
     Outcome,
@@ -82,7 +83,7 @@ def rollouts(draw: st.DrawFn) -> Trajectory:
                 request=draw(st.just("") | st.lists(prompts, min_size=1, max_size=3).map(compact) | st.just("no JSON")),
                 reply=draw(st.just("") | replies.map(compact)),
                 parent_id=parent,
-                model=draw(texts),
+                model=draw(texts.filter(lambda text: text != POLICY)),  # "" stands for the policy
                 error=draw(texts),
             )
         )
