@@ -170,13 +170,14 @@ class Agent:
 
 
 async def wave(world: ToyWorld, tasks: list[Task], per_task: int) -> tuple[float, list[Group]]:
-    """Rollouts per second of the honest tasks, until the last of them has ended; and all groups."""
+    """Rollouts per second of the tasks that attack in no round, until the last of them has ended; and all groups."""
     begun = time.time()
     groups = await world.loop.generate(tasks, split="train", num_rollouts=per_task)
     assert groups is not None
     honest = [t for g in groups if not g.task.payload["attack"] for t in g.trajectories]
     assert all(t.outcome is Outcome.FINISHED and len(t.calls) == 2 for t in honest), honest[0].error
-    return len(honest) / (max(t.ended_at for t in honest) - begun), groups
+    measured = [t for g in groups if int(g.task.task_id) % 10 for t in g.trajectories]
+    return len(measured) / (max(t.ended_at for t in measured) - begun), groups
 
 
 async def measure(options: argparse.Namespace, folder: Path, pipe: Connection, checks: Connection) -> None:
@@ -190,7 +191,7 @@ async def measure(options: argparse.Namespace, folder: Path, pipe: Connection, c
         spec = AgentConfig(target=agent, timeout_s=60.0)
         settings: dict[str, Any] = {"agent": spec, "concurrency": options.concurrent, **sections, "journal": folder}
         count = options.rollouts // options.per_task
-        first = [Task(task_id="t", payload={"question": "0?", "answer": "0", "attack": ""})]
+        first = [Task(task_id="1", payload={"question": "0?", "answer": "0", "attack": ""})]
         async with ToyWorld(tasks=first, **settings) as world:
             world.engine.delay_s = options.delay
             for number in range(2 * options.rounds + 1):

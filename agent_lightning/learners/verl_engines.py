@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 from types import MethodType
 from typing import Any, Final
 
@@ -20,9 +21,9 @@ from verl.utils.device import get_device_name
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
-import agent_lightning.learners.attention  # noqa: F401
 from agent_lightning.core.errors import EngineError
 from agent_lightning.core.text import error_line
+from agent_lightning.learners.attention import share_prefixes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,15 +36,18 @@ class Layout:
     """Whether the rows lie end to end, [1, N], so that they cost only their tokens; else they are padded, [N, T]."""
     fused: bool = False
     """Whether log-probabilities are computed for some tokens at a time, as logits are as wide as the vocabulary."""
+    shared: bool = False
+    """Whether what packed rows have in common at their beginning, such as a group's prompt, is computed once."""
 
     def __str__(self) -> str:
-        return f"{'packed' if self.packed else 'padded'}, {self.attention}{', fused' if self.fused else ''}"
+        options = [name for name in ("fused", "shared") if getattr(self, name)]
+        return ", ".join(["packed" if self.packed else "padded", self.attention, *options])
 
 
 _ALONE: Final = Layout(attention="eager")
 """The layout of a single row that all others are compared with: Transformers' own formulas, and nothing to pad."""
-_PROBE: Final = (20, 31, 9)
-"""Lengths of the rows that are compared, in tokens."""
+_PROBE: Final = (20, 31, 9, 14)
+"""Lengths of the rows that are compared, in tokens. Half of each row's tokens are those of the row before it."""
 
 
 class _CausalModel(FSDPEngineWithLMHead):
@@ -90,13 +94,15 @@ class _CausalModel(FSDPEngineWithLMHead):
         fast = "flash_attention_2" if on_gpu and find_spec("flash_attn") is not None else "rows_sdpa"
         attentions = [(fast, True), *((name, False) for name in (fast, "sdpa", "eager") if name != "rows_sdpa")]
         layouts = [
-            Layout(attention=attention, packed=packed, fused=fused)
+            Layout(attention=attention, packed=packed, fused=fused, shared=shared)
             for attention, packed in attentions
-            for fused in (True, False)
-            if self.fuses or not fused
+            for shared in (True, False)[attention != "rows_sdpa" :]
+            for fused in (True, False)[not self.fuses :]
         ]
         size = self.module.get_input_embeddings().num_embeddings
         rows = [torch.randint(size, (length,), generator=torch.Generator().manual_seed(length)) for length in _PROBE]
+        for before, row in pairwise(rows):
+            row[: len(row) // 2] = before[: len(row) // 2]
         alone, reasons = torch.cat([self._outputs([row], _ALONE) for row in rows]), []
         for layout in layouts:
             try:
@@ -159,7 +165,27 @@ class _CausalModel(FSDPEngineWithLMHead):
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
         layout = {"use_remove_padding": self.layout.packed, "use_fused_kernels": self.layout.fused}
         tensordict_utils.assign_non_tensor(micro_batch, **layout)
-        return super().forward_step(micro_batch, loss_function, forward_only)
+        if not self.layout.shared:
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        rows = micro_batch["input_ids"]
+        kept, index = share_prefixes(rows.unbind())
+        positions = [torch.arange(start, start + len(tokens), device=tokens.device) for tokens, start in kept]
+        smaller = micro_batch.copy()
+        smaller["input_ids"] = torch.nested.as_nested_tensor([tokens for tokens, _ in kept], layout=torch.jagged)
+        smaller["position_ids"] = torch.nested.as_nested_tensor(positions, layout=torch.jagged)
+
+        def expand(output: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            offsets, places = rows.offsets(), index.to(rows.device)
+            return {
+                name: torch.nested.nested_tensor_from_jagged(values.values()[places].to(rows.device), offsets)
+                for name, values in output.items()
+            }
+
+        def loss(model_output: dict[str, Tensor], data: TensorDict, dp_group: object) -> Any:
+            return loss_function(model_output=expand(model_output), data=micro_batch, dp_group=dp_group)
+
+        value, output = super().forward_step(smaller, loss if loss_function is not None else None, forward_only)
+        return value, output | {"model_output": expand(output["model_output"])}
 
 
 @EngineRegistry.register(model_type="policy", backend="fsdp2", device="cuda")

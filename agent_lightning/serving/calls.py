@@ -133,6 +133,8 @@ async def take_traces(
     content_type = headers.get("content-type", otlp.PROTOBUF)
 
     def decode() -> tuple[Mapping[str, tuple[RawSpan, ...]], Mapping[str, int]]:
+        if attempt.over_budget:  # since this body has come
+            raise OverBudget(attempt.over_budget)
         options = {"content_type": content_type, "secret": attempt.secret}
         return otlp.decode(raw, max_bytes=len(raw), max_spans=_MAX_SPANS, **options)
 

@@ -125,7 +125,8 @@ def load(folder: str) -> Any:
 
 
 def random_batch(seed: int, *, rows: int, vocab: int, version: int = 0) -> Batch:
-    """Rows of unequal length with about half of the later tokens trained, advantages of both signs."""
+    """Rows of unequal length, each two with the same first tokens, with about half of the later tokens trained and
+    advantages of both signs."""
     rng = np.random.default_rng(seed)
     length = rng.integers(12, 32, rows).astype(np.int32)
     shape = (rows, int(length.max()))
@@ -134,8 +135,10 @@ def random_batch(seed: int, *, rows: int, vocab: int, version: int = 0) -> Batch
         mask[i, 6:end] = rng.random(end - 6) < 0.5
         mask[i, 6] = True
     weight = mask / mask.sum(1, keepdims=True) / rows
+    token = rng.integers(0, vocab, shape).astype(np.int32)
+    token[1::2, :9] = token[: 2 * (rows // 2) : 2, :9]
     return Batch(
-        token_NT=rng.integers(0, vocab, shape).astype(np.int32),
+        token_NT=token,
         mask_NT=mask,
         logprob_NT=np.where(mask, -rng.uniform(5, 9, shape), 0).astype(np.float32),
         advantage_NT=np.where(mask, rng.normal(size=(rows, 1)), 0).astype(np.float32),

@@ -40,6 +40,43 @@ def test_rows_end_to_end_give_what_each_gives_alone(name: str) -> None:
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_that_share_their_beginning_give_what_each_gives_alone(name: str) -> None:
+    """Log-probabilities and gradients: rows of a group, the turns of a conversation, and two rows that are equal."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from agent_lightning.learners.attention import share_prefixes
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**CONFIGS[name], **SHAPE | {"initializer_range": 0.1})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    prompt, *pieces = (torch.randint(50, (length,)) for length in (9, 4, 6, 1, 5, 2, 3))
+    rows = [torch.cat([prompt, piece]) for piece in pieces[:3]]
+    rows += [prompt, torch.cat([rows[1], pieces[3]]), torch.cat([prompt[:5], pieces[4]]), pieces[5], rows[1].clone()]
+
+    def outputs(logits: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        return logits.log_softmax(-1).gather(1, row.roll(-1)[:, None])[:, 0]
+
+    def gradients(values: list[torch.Tensor]) -> list[torch.Tensor]:
+        model.zero_grad()
+        sum(row[:-1].sum() for row in values).backward()  # type: ignore[union-attr]
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    alone = [outputs(model(row[None], use_cache=False).logits[0], row) for row in rows]
+    expected = gradients(alone)
+    model.set_attn_implementation("rows_sdpa")
+    kept, index = share_prefixes(rows)
+    assert sum(len(tokens) for tokens, _ in kept) < 0.5 * sum(len(row) for row in rows)
+    tokens = torch.cat([tokens for tokens, _ in kept])
+    positions = torch.cat([torch.arange(start, start + len(tokens)) for tokens, start in kept])
+    flat = outputs(model(tokens[None], position_ids=positions[None], use_cache=False).logits[0], tokens)
+    together = list(flat[index].split([len(row) for row in rows]))
+    for row, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(row[:-1], other[:-1], atol=1e-5, rtol=1e-5)
+    for gradient, other in zip(gradients(together), expected, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-3, rtol=1e-3)
+
+
 def test_what_it_would_leave_out_is_refused() -> None:
     from agent_lightning.learners.attention import rows_attention
 
