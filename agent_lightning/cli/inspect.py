@@ -62,7 +62,7 @@ def show_rollout(run: Path, rollout_id: str, *, tokens: bool) -> int:
     group = read_group(run, rollout_id)
     index = [trajectory.key.rollout_id for trajectory in group.trajectories].index(rollout_id)
     rollout = group.trajectories[index]
-    credits = explain_credit(group, index, credit_rules(config)) if rollout.key.split == "train" else None
+    credits = explain_credit(group, credit_rules(config))[index] if rollout.key.split == "train" else None
     console = Console()
     console.print(explain(rollout, group.task, credits))
     if tokens and credits is not None:

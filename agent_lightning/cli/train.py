@@ -149,14 +149,14 @@ class Attempt:
         progress = Progress(
             config.experiment, steps, self.console, measure="loss" if self.state.supervised else "reward"
         )
-        step = self.state.step if self.resumed else None
-        observer = RunObserver(config=config, run=run, progress=progress, resumed_step=step)
+        places: Any = {"run": run, "resumed_step": self.state.step if self.resumed else None}
+        observer = RunObserver(config=config, progress=progress, rules=credit_rules(config), **places)
         progress.start()
         progress.waiting_for("start: the processes of the run")
         stop, started = asyncio.Event(), time.monotonic()
         mirror = storage.Mirror(config.runs_dir, run.path) if storage.is_remote(config.runs_dir) else None
         start_s, resumed = math.nan, self.state if self.resumed else None
-        places: Any = {"journal": journal, "resumed": resumed, "logs": run.logs}
+        places = {"journal": journal, "resumed": resumed, "logs": run.logs}
         try:
             with _stop_signals(stop) as install, mirror.following() if mirror else nullcontext():
                 try:

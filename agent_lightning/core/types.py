@@ -200,6 +200,8 @@ class ModelCall:
     """Version of the weights when the call ended, if an update happened while it ran
     (serving.on_weight_update=keep): no token was sampled by a newer version. None: a single version sampled all tokens.
     Each log-probability was computed by the version that sampled the token."""
+    offered: tuple[str, ...] = ()
+    """Names of the tools that the request offered."""
 
     def __post_init__(self) -> None:
         if self.response_T.shape != self.logprob_T.shape:

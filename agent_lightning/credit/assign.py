@@ -146,9 +146,13 @@ class CallCredit:
     """What the call caused, and what AIR paid for it."""
 
 
-def explain_credit(group: Group, index: int, rules: CreditRules) -> tuple[CallCredit, ...]:
-    """The credit that `assign` gives to each call of the rollout at `index` of the group's trajectories."""
+def explain_credit(group: Group, rules: CreditRules) -> tuple[tuple[CallCredit, ...], ...]:
+    """The credit that `assign` gives to each call of each rollout of the group."""
     accounting = _Accounting.of(group, rules)
+    return tuple(_explain(accounting, index, rules) for index in range(len(accounting.rollouts)))
+
+
+def _explain(accounting: _Accounting, index: int, rules: CreditRules) -> tuple[CallCredit, ...]:
     rollout, share = accounting.rollouts[index], accounting.shares[index]
     advantages = dict(zip(rollout.selected, accounting.advantages[index].tolist(), strict=True))
     trajectory, credits = rollout.trajectory, []

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from agent_lightning.core import types
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.files import replacing
 from agent_lightning.core.text import error_line, replace_surrogates
+from agent_lightning.credit.assign import CallCredit, CreditRules, explain_credit
 from agent_lightning.spans.traces.export import Origin
 
 if TYPE_CHECKING:
@@ -33,8 +34,12 @@ class RolloutWriter:
         numbers = [int(part.stem.removeprefix("part-")) for part in directory.glob("part-*.parquet")]
         self._next_part = max(numbers, default=-1) + 1
 
-    def write(self, step: int, policy_version: int, groups: Sequence[types.Group]) -> Path | None:
-        """Write the rollouts of `groups`; None if they have none. Raises OSError, for example on a full disk."""
+    def write(
+        self, step: int, policy_version: int, groups: Sequence[types.Group], rules: CreditRules | None = None
+    ) -> Path | None:
+        """Write the rollouts of `groups`; None if they have none. With `rules`, each call of a training rollout has its
+        `credit`, as `CallCredit` describes it; a value that the learner computes is null. Raises OSError, for example
+        on a full disk."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -42,9 +47,9 @@ class RolloutWriter:
             {"rollout_id": rollout.key.rollout_id, "group_id": group.group_id, "split": rollout.key.split}
             | {"attempt": rollout.key.attempt, "step": step, "policy_version": policy_version}
             | {"task": json.dumps(dict(group.task.payload), default=str), "num_calls": len(rollout.calls)}
-            | _row(rollout)
+            | _with_credit(_row(rollout), credits)
             for group in groups
-            for rollout in group.trajectories
+            for rollout, credits in zip(group.trajectories, _credits(group, rules), strict=True)
         ]
         if not rows:
             return None
@@ -136,7 +141,8 @@ def _trajectory(row: Mapping[str, Any]) -> types.Trajectory:
     key = types.RolloutKey.parse(row["rollout_id"], row["attempt"])
     columns = [column for column, _ in _ARRAYS.values()]
     calls = [
-        {name: value for name, value in call.items() if name not in columns}
+        {name: value for name, value in call.items() if name not in (*columns, "credit", "offered")}
+        | {"offered": tuple(call.get("offered") or ())}
         | {name: np.array(call[column], kind) for name, (column, kind) in _ARRAYS.items()}
         for call in row["calls"]
     ]
@@ -162,6 +168,8 @@ _ARRAYS: Mapping[str, tuple[str, type[np.generic]]] = {
     "logprob_T": ("logprobs", np.float32),
 }
 """Array fields of a ModelCall, and their columns and number types."""
+_CREDIT: Final = ("advantage", "intermediate", "return_to_go", "status")
+"""Fields of a CallCredit that a call's row has."""
 
 
 def _rollout_schema() -> pyarrow.Schema:
@@ -170,14 +178,17 @@ def _rollout_schema() -> pyarrow.Schema:
     text, real, integer = pa.string(), pa.float64(), pa.int32()
     arrow_types = {"str": text, "ToolStatus": text, "Source": text, "float": real, "int": integer}
     arrow_types |= {"int | None": integer, "Ints": pa.list_(integer), "Floats": pa.list_(pa.float32())}
+    arrow_types["tuple[str, ...]"] = pa.list_(text)
 
-    def list_of(kind: type[_Span]) -> pyarrow.DataType:
+    def list_of(kind: type[_Span], **more: pyarrow.DataType) -> pyarrow.DataType:
         columns = [(_column(field.name), arrow_types[str(field.type)]) for field in fields(kind) if field.name != "key"]
-        return pa.list_(pa.struct(columns))
+        return pa.list_(pa.struct(columns + list(more.items())))
 
+    credit = pa.struct([(name, text if name == "status" else real) for name in _CREDIT])
+    calls = list_of(types.ModelCall, credit=credit)
     row = {"rollout_id": text, "group_id": text, "split": text, "attempt": integer, "task_id": text, "task": text}
     row |= {"step": integer, "policy_version": integer, "reward": real, "outcome": text, "error": text, "output": text}
-    row |= {"started_at": real, "ended_at": real, "num_calls": integer, "calls": list_of(types.ModelCall)}
+    row |= {"started_at": real, "ended_at": real, "num_calls": integer, "calls": calls}
     row |= {"tools": list_of(types.ToolCall), "rewards": list_of(types.Reward), "agents": list_of(types.AgentSpan)}
     row |= {"refused_spans": pa.map_(text, integer), "reward_parts": pa.map_(text, real)}
     row |= {"trace": text, "printed": text}
@@ -189,11 +200,25 @@ def _row(record: types.Trajectory | _Span) -> dict[str, Any]:
     return {_column(item.name): _cell(getattr(record, item.name)) for item in fields(record) if item.name != "key"}
 
 
+def _credits(group: types.Group, rules: CreditRules | None) -> Sequence[Sequence[CallCredit]]:
+    if rules is None or not group.trajectories or group.trajectories[0].key.split != "train":
+        return [()] * len(group.trajectories)
+    return explain_credit(group, rules)
+
+
+def _with_credit(row: dict[str, Any], credits: Sequence[CallCredit]) -> dict[str, Any]:
+    """A rollout's row with the credit of its calls."""
+    for call, credit in zip(row["calls"], credits, strict=bool(credits)):
+        values = {name: getattr(credit, name) for name in _CREDIT}
+        call["credit"] = {name: None if value != value else value for name, value in values.items()}  # NaN: unknown
+    return row
+
+
 def _cell(value: Any) -> Any:
     if isinstance(value, str):
         return replace_surrogates(value)
     if isinstance(value, tuple):
-        return list(map(_row, value))
+        return [item if isinstance(item, str) else _row(item) for item in value]
     return list(value.items()) if isinstance(value, Mapping) else value
 
 

@@ -13,6 +13,7 @@ from agent_lightning.config.load import Config, to_mapping
 from agent_lightning.config.running import DataConfig
 from agent_lightning.core.errors import UserError
 from agent_lightning.core.types import Group
+from agent_lightning.credit.assign import CreditRules
 from agent_lightning.run.archive import RolloutWriter
 from agent_lightning.run.live import from_environment
 from agent_lightning.run.report import Progress, RolloutCounts, StepSeconds, Summary
@@ -27,10 +28,17 @@ class RunObserver:
     """Passes the reports of `Loop` to the terminal (`Progress`), the metric sinks, and the files of the run folder."""
 
     def __init__(
-        self, *, config: Config, run: RunDirectory, progress: Progress, resumed_step: int | None = None
+        self,
+        *,
+        config: Config,
+        run: RunDirectory,
+        progress: Progress,
+        rules: CreditRules,
+        resumed_step: int | None = None,
     ) -> None:
-        """`resumed_step`: the step of the checkpoint that the run resumes from; metrics of later steps are removed."""
-        self._config, self._run, self._progress = config, run, progress
+        """`rules` say what each call is worth. `resumed_step`: the step of the checkpoint that the run resumes from;
+        metrics of later steps are removed."""
+        self._config, self._run, self._progress, self._rules = config, run, progress, rules
         self._writer: RolloutWriter | None = RolloutWriter(run.rollouts)
         tracking = config.tracking
         sinks: list[Sink] = [JsonLines(run.metrics, resumed_step=resumed_step)]
@@ -54,7 +62,7 @@ class RunObserver:
         if self._writer is None:
             return
         try:
-            self._writer.write(step, version, groups)
+            self._writer.write(step, version, groups, self._rules)
         except OSError as error:
             # A full disk must not end the run; the weights and metrics may still fit.
             logger.warning("rollouts are no longer written: %s", error)

@@ -197,6 +197,11 @@ def check_vocabulary(answer: Completion | Refusal, vocab_size: int) -> Completio
     return answer
 
 
+def offered_tools(request: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the tools that a request offers."""
+    return tuple(str(tool["function"]["name"]) for tool in request.get("tools") or ())
+
+
 def assistant_message(choice: Mapping[str, Any]) -> dict[str, Any]:
     """The assistant's message in a choice of a chat or text completion, streamed or not."""
     message = choice.get("message") or {"content": choice.get("text")}

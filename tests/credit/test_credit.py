@@ -326,9 +326,8 @@ def test_where_the_step_decides_a_group_without_spread_is_trained() -> None:
 def test_a_critic_s_advantage_is_not_known_to_explain() -> None:
     two_agents = trajectory(0, [1, 1], reward=1.0, agents=["writer", "judge"])
     rules = CreditRules(agents="writer", credit=CreditConfig(method="gae", scale="none"))
-    first, second = explain_credit(
-        Group(group_id="train-0", task=Task(task_id="t", payload={}), trajectories=(two_agents,)), 0, rules
-    )
+    group = Group(group_id="train-0", task=Task(task_id="t", payload={}), trajectories=(two_agents,))
+    ((first, second),) = explain_credit(group, rules)
     assert (first.status, second.status, second.advantage) == ("trained", "not selected", 0.0)
     assert math.isnan(first.advantage)
     assert first.return_to_go == 1.0

@@ -27,6 +27,7 @@ from rich.console import Console
 from agent_lightning.config.load import load
 from agent_lightning.core.errors import UserError
 from agent_lightning.core.types import Group, RolloutKey
+from agent_lightning.credit.assign import CreditRules
 from agent_lightning.run.live import LiveTraces, from_environment
 from agent_lightning.run.observer import RunObserver
 from agent_lightning.run.report import Progress
@@ -195,7 +196,8 @@ def test_the_rollouts_of_a_run_are_sent_and_counted_in_its_metrics(
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", state.url)
         config, run = load(["experiment=toy"]), RunDirectory.create(tmp_path, "toy", 0)
         run.config.touch()
-        observer = RunObserver(config=config, run=run, progress=Progress("toy", steps=1, console=Console(quiet=True)))
+        progress = Progress("toy", steps=1, console=Console(quiet=True))
+        observer = RunObserver(config=config, run=run, progress=progress, rules=CreditRules())
         observer.record_rollouts(1, 0, [rollouts(3)])
         deadline = time.monotonic() + 10
         while len(state.names()) < 6 and time.monotonic() < deadline:

@@ -19,11 +19,13 @@ import pytest
 from builders import group, trajectory
 from rich.console import Console
 
+from agent_lightning.config.learning import CreditConfig
 from agent_lightning.config.load import load
 from agent_lightning.config.running import TrackingConfig
 from agent_lightning.core.errors import DataError, UserError
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
-from agent_lightning.run.archive import RolloutWriter, read_rollouts
+from agent_lightning.credit.assign import CreditRules
+from agent_lightning.run.archive import RolloutWriter, read_group, read_rollouts
 from agent_lightning.run.observer import RunObserver, summarize
 from agent_lightning.run.plots import plot_learning_curve, read_metrics, smooth
 from agent_lightning.run.report import (
@@ -272,6 +274,7 @@ def a_group(number: int, rewards: tuple[float | None, ...] = (1.0, None)) -> Gro
             ended_at=11.5,
             request='[{"role": "user"}]',
             reply="half a pair \ud83d",
+            offered=("calculator",),
         )
         return Trajectory(
             key=key,
@@ -290,7 +293,8 @@ def a_group(number: int, rewards: tuple[float | None, ...] = (1.0, None)) -> Gro
 def test_rollouts_come_back_exactly(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "calc_x", 0)
     writer = RolloutWriter(run.rollouts)
-    assert writer.write(1, 0, [a_group(0), a_group(1)]) == run.rollouts / "part-00000.parquet"
+    rules = CreditRules(credit=CreditConfig(scale="none"))
+    assert writer.write(1, 0, [a_group(0), a_group(1)], rules) == run.rollouts / "part-00000.parquet"
     assert writer.write(2, 1, []) is None
     assert RolloutWriter(run.rollouts).write(2, 1, [a_group(2)]) == run.rollouts / "part-00001.parquet"
     rows = read_rollouts(run.path).to_pylist()
@@ -305,6 +309,10 @@ def test_rollouts_come_back_exactly(tmp_path: Path) -> None:
     assert first["calls"][0]["logprobs"] == [-0.5, -0.25, -1.0]
     assert first["calls"][0]["policy_version"] == 2
     assert first["calls"][0]["reply"] == "half a pair ?"
+    assert first["calls"][0]["offered"] == ["calculator"]
+    credit = {"advantage": 0.5, "intermediate": 0.0, "return_to_go": 1.0, "status": "trained"}
+    assert [row["calls"][0]["credit"] for row in (first, rows[2], rows[4])] == [credit, credit, None]
+    assert read_group(run.path, "train-0-0").trajectories[0].calls[0].offered == ("calculator",)
     assert (second["reward"], second["outcome"], second["calls"]) == (None, "no_model_call", [])
 
 
@@ -533,7 +541,8 @@ def test_held_out_reward_is_reported_by_the_values_of_a_field(tmp_path: Path) ->
         ]
 
     run.config.write_text("")
-    observer = RunObserver(config=config, run=run, progress=Progress("calc_x", steps=1, console=Console(quiet=True)))
+    progress = Progress("calc_x", steps=1, console=Console(quiet=True))
+    observer = RunObserver(config=config, run=run, progress=progress, rules=CreditRules())
     observer.record_rollouts(0, 0, groups("train"))
     assert observer.val_reward_by == {}
     observer.record_evaluation(3, Evaluation(groups("val")))
@@ -549,7 +558,8 @@ def test_held_out_reward_is_reported_by_the_values_of_a_field(tmp_path: Path) ->
 def test_a_run_whose_folder_is_removed_says_so_at_the_next_step(tmp_path: Path) -> None:
     config, run = load(["experiment=calc_tiny", "tracking.wandb=disabled"]), RunDirectory.create(tmp_path, "calc_x", 0)
     run.config.write_text("")
-    observer = RunObserver(config=config, run=run, progress=Progress("calc_x", steps=1, console=Console(quiet=True)))
+    progress = Progress("calc_x", steps=1, console=Console(quiet=True))
+    observer = RunObserver(config=config, run=run, progress=progress, rules=CreditRules())
     observer.record_step(1, {})
     shutil.move(run.path, tmp_path / "elsewhere")
     for record in (lambda: observer.record_step(2, {}), lambda: observer.record_evaluation(2, Evaluation([]))):

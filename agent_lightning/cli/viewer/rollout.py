@@ -86,7 +86,7 @@ class Token:
 def rollout_page(group: Group, rollout_id: str, rules: CreditRules | None) -> Context:
     """Everything about one rollout. `rules` is None if the run's config cannot be read: there is then no credit."""
     index, rollout = _find(group, rollout_id)
-    credits = _credits(group, index, rules)
+    credits = _credits(group, rules)[index]
     siblings = [trajectory.key.rollout_id for trajectory in group.trajectories]
     return {
         "rollout": rollout,
@@ -106,9 +106,9 @@ def group_page(group: Group, rules: CreditRules | None) -> Context:
     texts = [replies(rollout) for rollout in group.trajectories]
     order = sorted(range(len(texts)), key=lambda index: -_sortable(group.trajectories[index].reward))
     best = texts[order[0]]
-    cards = []
+    cards, all_credits = [], _credits(group, rules)
     for index in order:
-        credits = _credits(group, index, rules) or ()
+        credits = all_credits[index] or ()
         advantages = {credit.advantage for credit in credits if credit.status == "trained"}
         shared = common_prefix(best, texts[index])
         cards.append(
@@ -136,8 +136,9 @@ def tokens_page(
 ) -> Context:
     """The sampled tokens of a rollout, coloured by `colour`: advantage, logprob or version."""
     index, rollout = _find(group, rollout_id)
-    credits = _credits(group, index, rules)
-    others = [credit for other in range(len(group.trajectories)) for credit in _credits(group, other, rules) or ()]
+    all_credits = _credits(group, rules)
+    credits = all_credits[index]
+    others = [credit for rollout_credits in all_credits for credit in rollout_credits or ()]
     largest = max((abs(credit.advantage) for credit in others if math.isfinite(credit.advantage)), default=0.0)
     trained = sum(credit.tokens for credit in credits or () if credit.status == "trained")
     newest = max((call.policy_version for call in rollout.calls), default=0)
@@ -390,8 +391,8 @@ def _find(group: Group, rollout_id: str) -> tuple[int, Trajectory]:
     return ids.index(rollout_id), group.trajectories[ids.index(rollout_id)]
 
 
-def _credits(group: Group, index: int, rules: CreditRules | None) -> Sequence[CallCredit] | None:
-    """The credit of each call of a rollout; None for a held-out rollout, which is never trained."""
-    if rules is None or group.trajectories[index].key.split != "train":
-        return None
-    return explain_credit(group, index, rules)
+def _credits(group: Group, rules: CreditRules | None) -> Sequence[Sequence[CallCredit] | None]:
+    """The credit of each call of each rollout; None for held-out rollouts, which are never trained."""
+    if rules is None or group.trajectories[0].key.split != "train":
+        return [None] * len(group.trajectories)
+    return explain_credit(group, rules)
