@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from agent_lightning.cli.train import credit_rules
-from agent_lightning.cli.viewer.folder import RunFiles
+from agent_lightning.cli.viewer.folder import RunFiles, sweep_state
+from agent_lightning.cli.viewer.pages import run_row
 from agent_lightning.cli.viewer.rollout import decoder, spans, turns
 from agent_lightning.config.load import reload
 from agent_lightning.core.errors import DataError
@@ -23,11 +24,12 @@ from agent_lightning.core.types import ModelCall, Task, Trajectory
 from agent_lightning.credit.air import observed_events
 from agent_lightning.credit.assign import CallCredit, explain_credit
 from agent_lightning.launch import hub
+from agent_lightning.launch.sweeps.view import STYLES
 from agent_lightning.run.archive import read_group, read_rollouts
-from agent_lightning.run.report import Summary, duration, number
+from agent_lightning.run.report import duration, number, with_interval
 from agent_lightning.run.tracking import RunDirectory
 
-BAR_WIDTH = 24  # characters of the bars that show when a span began and how long it took
+BAR_WIDTH = 24  # most characters of the bars that show when a span began and how long it took
 MESSAGE_LENGTH = 2000  # characters that are shown of a message
 TEXT_WIDTH = 100  # characters that are shown of a reply, a tool's result or an error
 
@@ -64,34 +66,44 @@ def show_rollout(run: Path, rollout_id: str, *, tokens: bool) -> int:
     rollout = group.trajectories[index]
     credits = explain_credit(group, credit_rules(config))[index] if rollout.key.split == "train" else None
     console = Console()
-    console.print(explain(rollout, group.task, credits))
+    console.print(explain(rollout, group.task, credits, console.width))
     if tokens and credits is not None:
         console.print(coloured(rollout.calls, credits, Path(hub.find_model(config.model.path)) / "tokenizer.json"))
     return 0
 
 
-def list_runs(root: Path) -> Table:
-    """The runs in a folder, oldest first. Raises DataError if it has none."""
-    if not (configs := sorted(root.glob("*/config.yaml"), key=lambda config: config.stat().st_mtime)):
+def list_runs(root: Path) -> RenderableType:
+    """The runs and sweeps in a folder, oldest first, and why they ended so. Raises DataError if it has none."""
+    paths = sorted([*root.glob("*/config.yaml"), *root.glob("*/sweep.yaml")], key=lambda path: path.stat().st_mtime)
+    if not paths:
         raise DataError(f"no runs in {root}; give the folder that runs_dir= named, or a run")
-    right = ("seed", "steps", "held out", "time")
-    table = _table("run", "experiment", *right, "state", right=right)
-    for config in configs:
-        run = RunFiles(config.parent)
-        state, why = run.state()
-        steps = max((int(step) for step, _ in run.series("time/step")), default=0)
-        cells = [str(run.config().get(key, "")) for key in ("experiment", "seed")] + [str(steps), "not finished", ""]
-        if run.directory.summary.exists():
-            summary = Summary.read(run.directory.summary)
-            held_out = f"loss {summary.held_out}" if summary.supervised else summary.held_out
-            cells = [summary.experiment, str(summary.seed), str(summary.steps), held_out, duration(summary.wall_s)]
-        table.add_row(run.name, *cells, Text(f"{state}: {why}" if why else state))
-    return table
+    right = ("seed", "steps", "time")
+    table, notes = _table("run", "experiment", "seed", "steps", "held out", "time", "state", right=right), []
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    for path in paths:
+        run = RunFiles(path.parent)
+        if path.name == "sweep.yaml":
+            state, why = sweep_state(path.parent)
+            cells = [""] * 5
+        else:
+            row, (state, why) = run_row(run.name, run), run.state()
+            held_out = with_interval(row.last, row.half_width)
+            if len(run.series(f"val/{row.measure}")) > 1:
+                held_out = f"{number(row.first)} -> {held_out}"
+            held_out = f"loss {held_out}" if row.measure == "loss" else held_out
+            alive_s = max((values.get("wall_s", 0.0) for values in run.metrics()), default=math.nan)
+            steps = f"{row.steps}/{row.of_steps}"
+            seed = str(run.config().get("seed", ""))
+            cells = [row.experiment, seed, steps, held_out if math.isfinite(row.last) else "-", duration(alive_s)]
+        table.add_row(Text(run.name, overflow="fold"), *cells, Text(state, style=STYLES.get(state, "")))
+        notes += [Text(f"{run.name}: {why}", style="dim")] if why else []
+    return Lines(table, *notes)
 
 
-def explain(rollout: Trajectory, task: Task, credits: Sequence[CallCredit] | None) -> RenderableType:
+def explain(rollout: Trajectory, task: Task, credits: Sequence[CallCredit] | None, width: int = 100) -> RenderableType:
     """The spans of a rollout as a waterfall, its rewards, and which of its tokens were trained. `credits` holds the
-    credit of each call, in order; None for a held-out rollout, which is never trained."""
+    credit of each call, in order; None for a held-out rollout, which is never trained. `width` is the console's."""
     head = Text.assemble((rollout.key.rollout_id, "bold"), f"  attempt {rollout.key.attempt}  task {rollout.task_id}  ")
     head.append(rollout.outcome.value, style="green" if rollout.reward else "yellow")
     head.append(f"  reward {number(rollout.reward if rollout.reward is not None else math.nan)}")
@@ -102,7 +114,7 @@ def explain(rollout: Trajectory, task: Task, credits: Sequence[CallCredit] | Non
         parts.append(Text(rollout.trace, style="yellow"))
     if rollout.reward_parts:
         parts.append(Text(f"parts: {', '.join(f'{name} {value:g}' for name, value in rollout.reward_parts.items())}"))
-    parts += [_waterfall(rollout), *_messages(rollout)]
+    parts += [_waterfall(rollout, width), *_messages(rollout)]
     for reason, count in rollout.refused_spans.items():
         parts.append(Text(f"{count} spans of its trace: {reason}", style="yellow"))
     if credits is not None:
@@ -123,20 +135,23 @@ def _messages(rollout: Trajectory) -> Iterator[Text]:
             yield Text.assemble((f"{message.role:<10}", "cyan"), f"{text}{tools}")
 
 
-def _waterfall(rollout: Trajectory) -> Table:
-    """Every span with its place in time, under the span that it is a part of."""
+def _waterfall(rollout: Trajectory, width: int) -> Table:
+    """Every span with its place in time, under the span that it is a part of; a line each, so that bars stay under
+    each other: replies are cut at the console's width, and the messages below have all of them."""
     table = _table("at", "", "seconds", "span", "reply", right=("at", "seconds"))
+    bar_width = max(6, min(BAR_WIDTH, (width - 40) // 3))
     for column in table.columns:
-        column.no_wrap, column.overflow = column.header == "span", "fold"
+        column.no_wrap = column.header != "reply"  # the column that gives way where the console is narrow
     total = max(rollout.ended_at - rollout.started_at, 1e-9)
     for span in spans(rollout):
         tool = "yellow" if span.failed else "green"
         style = {"agent": "bold", "model": "cyan", "tool": tool, "reward": "magenta"}[span.kind]
-        start = min(BAR_WIDTH - 1, round(BAR_WIDTH * span.x / 100))
-        bar = " " * start + "━" * max(1, min(BAR_WIDTH - start, round(BAR_WIDTH * span.width / 100)))
+        start = min(bar_width - 1, round(bar_width * span.x / 100))
+        bar = " " * start + "━" * max(1, min(bar_width - start, round(bar_width * span.width / 100)))
         name = Text(f"{'  ' * span.depth}{span.kind}  {span.name}  {span.badge}".rstrip(), style=style)
         at, seconds = f"{total * span.x / 100:.2f}", f"{span.seconds:.2f}"
-        table.add_row(at, Text(bar, style=style), seconds, name, Text(_cut(span.detail)))
+        reply = Text(_cut(span.detail), no_wrap=True, overflow="ellipsis")
+        table.add_row(at, Text(bar, style=style), seconds, name, reply)
     return table
 
 

@@ -274,7 +274,7 @@ def sweep(words: Sequence[str], *, resume: str | None, multirun: bool) -> int:
     own = actors.init_ray(config.hardware.address, cpus, resources={tune.SEAT: concurrent})
     if plan.settings.concurrent is None and (not own or cpus is None):
         concurrent = actors.room_for(trial)
-    view = SweepView(plan, console, folder.read())
+    view = SweepView(plan, console, folder)
     view.start()
     try:
         tune.run(plan, folder.path, concurrent=concurrent, seats=own, resume=resume is not None, update=view.update)

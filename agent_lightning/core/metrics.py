@@ -5,9 +5,13 @@ merge({"reward": Mean.of([1.0, 0.0])}, {"reward": Mean.of([1.0])})["reward"].val
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, cast
+
+Z95: Final = 1.96
+"""Standard deviations on both sides of a mean that hold 95 % of a normal distribution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,18 @@ def keep_most_counted(metrics: Metrics, prefix: str, limit: int) -> dict[str, Me
     means = {name: metric for name, metric in metrics.items() if name.startswith(prefix) and isinstance(metric, Mean)}
     kept = set(sorted(means, key=lambda name: (-means[name].count, len(name), name))[:limit])
     return {name: metric for name, metric in metrics.items() if name in kept or name not in means}
+
+
+def interval(numbers: Iterable[float]) -> tuple[float, float]:
+    """Mean of independent numbers, and half the width of its 95 % interval (normal approximation); NaN where unknown.
+    Numbers that are not finite are left out. Example: interval([0, 1, 1, 0]) -> (0.5, 0.57)"""
+    known = [number for number in numbers if math.isfinite(number)]
+    count = len(known)
+    mean = math.fsum(known) / count if count else math.nan
+    if count < 2:
+        return mean, math.nan
+    variance = math.fsum((number - mean) ** 2 for number in known) / (count - 1)
+    return mean, Z95 * math.sqrt(variance / count)
 
 
 def values(metrics: Metrics) -> dict[str, float]:

@@ -20,7 +20,7 @@ from typing import Final, Protocol
 
 from agent_lightning.buffer.taken import Deadlines
 from agent_lightning.core.errors import StepFailed
-from agent_lightning.core.metrics import Metrics, keep_most_counted, merge, values
+from agent_lightning.core.metrics import Metrics, interval, keep_most_counted, merge, values
 from agent_lightning.core.types import Group, Split, Task
 from agent_lightning.credit import assign, batching
 from agent_lightning.credit.staleness import drop_stale, overlap_metrics
@@ -217,12 +217,15 @@ class Loop(Sampler):
             metrics = keep_most_counted(metrics, prefix, MAX_NAMES)
         record = values(metrics)
         record["train/reward"] = record.pop("reward")
+        # Rollouts of a task are not independent of each other: the interval is that of the means of the groups.
+        record["train/reward_ci95"] = interval(values(credit.metrics)["reward"] for credit in credits)[1]
         if "logprob_gap/mean_abs" in record:
             state.gap_total += record["logprob_gap/mean_abs"] * trained_tokens
             state.gap_count += trained_tokens
             state.gap_max = max(state.gap_max, record["logprob_gap/max_abs"])
         record |= {"tokens/sampled": sampled_tokens, "tokens/trained": trained_tokens, "policy/version": version}
-        record |= {"rollouts/trained": trained, "rollouts/retried": sum(rollout.key.attempt for rollout in rollouts)}
+        record |= {"rollouts/groups": len(groups), "rollouts/trained": trained}
+        record |= {"rollouts/retried": sum(rollout.key.attempt for rollout in rollouts)}
         record |= {f"rollouts/dropped/{reason}": count for reason, count in dropped.items()}
         record |= {f"rollouts/failed/{outcome}": count for outcome, count in failed.items()}
         refused = _sum_counts(rollout.refused_spans for rollout in rollouts)

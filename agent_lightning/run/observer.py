@@ -73,14 +73,15 @@ class RunObserver:
         self._check_folder()
         self.evaluation = evaluation
         self.val_reward_by = reward_by(evaluation.groups, self._config.data)
-        record = {"val/reward": evaluation.reward, "val/rows": float(len(evaluation.rewards))}
+        reward, ci95, rows = evaluation.reward, evaluation.ci95, len(evaluation.rewards)
+        record = {"val/reward": reward, "val/reward_ci95": ci95, "val/rows": float(rows)}
         record |= {f"val/reward/{name}": reward for name, reward in self.val_reward_by.items()}
         record |= {f"val/reward_part/{name}": value for name, value in evaluation.parts.items()}
         record |= {
             f"val/failed/{outcome}": float(count) for outcome, count in count_failures(evaluation.rollouts).items()
         }
         self._tracker.log(step, record)
-        self._progress.show_evaluation(step, evaluation.reward, len(evaluation.rewards), evaluation.failures)
+        self._progress.show_evaluation(step, reward, rows, evaluation.failures, ci95)
 
     def record_loss(self, step: int, nats: float, chats: int) -> None:
         """Log and show the loss of the held-out chats."""
@@ -133,6 +134,7 @@ def summarize(
     """The summary of a run in numbers, from the loop's state; `ended` has its `state` and `error`."""
     rewards = [reward for _, reward in state.val_rewards] or [math.nan]
     losses = [nats for _, nats in state.val_losses] or [math.nan]
+    ci95 = [dict(state.val_ci95).get(step, math.nan) for step, _ in state.val_rewards] or [math.nan]
     steps = max(1, state.step)
     seconds = {name: state.seconds[name] / steps for name in ("total", "generate", "update", "publish", "other")}
     return Summary(
@@ -144,6 +146,8 @@ def summarize(
         val_reward_last=rewards[-1],
         val_reward_best=max(rewards),
         val_reward_by=dict(val_reward_by),
+        val_ci95_first=ci95[0],
+        val_ci95_last=ci95[-1],
         val_loss_first=losses[0],
         val_loss_last=losses[-1],
         val_rows=val_rows,

@@ -60,7 +60,7 @@ def plot_learning_curve(metrics: Path, out: Path, title: str) -> None:
     grid = figure.add_gridspec(2, 2, height_ratios=(2.3, 1))
     loss = any("train/loss" in row for row in rows)  # supervised training has no engine, and no gap
     panels = (
-        (grid[0, :], 0.08, partial(_draw_curve, "loss" if loss else "reward"), "nats" if loss else "reward", ""),
+        (grid[0, :], 0.08, partial(draw_curve, "loss" if loss else "reward"), "nats" if loss else "reward", ""),
         (grid[1, 0], 0.02, _draw_gap, "nats", "log-probability gap, engine to trainer"),
         (grid[1, :] if loss else grid[1, 1], 0.02, _draw_seconds, "seconds", "time of a step"),
     )
@@ -113,18 +113,22 @@ def _series(rows: list[dict[str, float]], name: str) -> tuple[Series, Series]:
     return pair_N2[:, 0], pair_N2[:, 1]
 
 
-def _draw_curve(measure: str, axes: Axes, rows: list[dict[str, float]]) -> None:
+def draw_curve(measure: str, axes: Axes, rows: list[dict[str, float]]) -> None:
+    """Draw training and held-out "reward" or "loss", each with its 95 % interval if the metrics have it."""
     step_N, train_N = _series(rows, f"train/{measure}")
     window = max(3, math.ceil(len(train_N) / 15))
     if len(train_N) > window:
         axes.plot(step_N, train_N, color=BLUE, alpha=0.3, linewidth=1.0, label="train, each step")
         axes.plot(step_N, smooth(train_N, window), color=BLUE, linewidth=2.2, label=f"train, mean of {window} steps")
+        _draw_band(axes, rows, f"train/{measure}", BLUE, window)
     elif len(train_N):
         axes.plot(step_N, train_N, color=BLUE, linewidth=2.2, marker=".", label="train")
+        _draw_band(axes, rows, f"train/{measure}", BLUE)
     step_N, val_N = _series(rows, f"val/{measure}")
     if len(val_N):
         style: dict[str, Any] = {"markersize": 7.0, "markeredgecolor": "white", "linewidth": 1.6}
         axes.plot(step_N, val_N, color=RED, marker="o", zorder=4, label="held out", **style)
+        _draw_band(axes, rows, f"val/{measure}", RED)
     # The last value is written on the right of its point and the first on the left, away from the curve.
     text: dict[str, Any] = {"va": "center", "fontsize": 13, "fontweight": "bold", "color": RED}
     for index, offset, align in ((-1, 9, "left"), (0, -9, "right"))[: len(val_N)]:
@@ -133,6 +137,20 @@ def _draw_curve(measure: str, axes: Axes, rows: list[dict[str, float]]) -> None:
     axes.margins(y=0.12)
     if min((*train_N, *val_N), default=-1.0) >= 0:
         axes.set_ylim(bottom=0)  # a curve that begins elsewhere makes each gain look large
+
+
+def _draw_band(axes: Axes, rows: list[dict[str, float]], name: str, color: str, window: int = 1) -> None:
+    """Draw the 95 % interval of a metric, or of its mean over the last `window` steps, as a band with bars at its ends:
+    a single point has no band. Steps are independent of each other: variances of a mean add up."""
+    known = {row["step"]: row.get(f"{name}_ci95", math.nan) for row in rows}
+    step_N, mean_N = _series(rows, name)
+    half_N = np.array([known[step] for step in step_N])
+    if np.isfinite(half_N).any():
+        count_N = np.minimum(np.arange(len(half_N)) + 1, window)
+        mean_N, half_N = smooth(mean_N, window), np.sqrt(smooth(half_N**2, window) / count_N)
+        label = "95 % interval" if color == RED else None  # once in the legend
+        axes.fill_between(step_N, mean_N - half_N, mean_N + half_N, color=color, alpha=0.13, linewidth=0, label=label)
+        axes.vlines(step_N[[0, -1]], (mean_N - half_N)[[0, -1]], (mean_N + half_N)[[0, -1]], color=color, alpha=0.4)
 
 
 def _draw_gap(axes: Axes, rows: list[dict[str, float]]) -> None:

@@ -28,6 +28,14 @@ from agent_lightning.run.tracking import RunDirectory
 LEVELS = "▁▂▃▅▇"
 FAILED = "rollouts/failed/"
 """A record counts the step's failed rollouts under this prefix and the outcome: "rollouts/failed/timeout"."""
+DROPPED = "rollouts/dropped/"
+"""The same for rollouts that were not trained, by the reasons of `credit.assign.Credit`."""
+DROPPED_BECAUSE = {
+    "no_spread": "in groups of equal rewards",
+    "no_selected_call": "without a reply of a trained agent",
+    "overlong_sample": "longer than model.max_len",
+    "stale": "older than loop.drop_beyond allows",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +85,8 @@ class Summary:
     val_reward_best: float
     val_reward_by: Mapping[str, float] = field(default_factory=dict)
     """The last held-out reward, by the values of the field `data.val_group_by` and by set."""
+    val_ci95_first: float = math.nan  # half the width of the 95 % interval of val_reward_first
+    val_ci95_last: float = math.nan
     val_loss_first: float = math.nan  # of the held-out chats of supervised training, in nats a token
     val_loss_last: float = math.nan
     state: Literal["finished", "stopped", "failed"] = "finished"
@@ -90,9 +100,11 @@ class Summary:
 
     @property
     def held_out(self) -> str:
-        """The held-out reward before and after, or the loss: "0.312 -> 0.455"."""
-        losses, rewards = (self.val_loss_first, self.val_loss_last), (self.val_reward_first, self.val_reward_last)
-        return " -> ".join(map(number, losses if self.supervised else rewards))
+        """The held-out reward before and after, or the loss: "0.312 ±0.050 -> 0.455 ±0.053"."""
+        if self.supervised:
+            return f"{number(self.val_loss_first)} -> {number(self.val_loss_last)}"
+        before = with_interval(self.val_reward_first, self.val_ci95_first)
+        return f"{before} -> {with_interval(self.val_reward_last, self.val_ci95_last)}"
 
     def write(self, path: Path) -> None:
         """Write JSON, with null for NaN."""
@@ -118,7 +130,8 @@ def report(summary: Summary, run: RunDirectory) -> RenderableType:
     headline = Text(f" held-out {measure}  {summary.held_out}", style="bold")
     if math.isfinite(gain):
         headline.append(f"  {gain:+.1f} points", style="bold green" if gain > 0 else "bold red" if gain < 0 else "bold")
-        headline.append(f"  (best {number(summary.val_reward_best)}, {summary.val_rows:,} rows)", style="dim")
+    rows_text = f"{summary.val_rows:,} rows" + (", ±: 95 % interval" if "±" in summary.held_out else "")
+    best = Text(f" best {number(summary.val_reward_best)}, {rows_text}", style="dim")
     counts, seconds = summary.rollouts, summary.step_s
     none = "none trained: the policy is as it was"
     trained = f"{summary.trained_tokens:,} trained" if summary.trained_tokens else none
@@ -152,7 +165,7 @@ def report(summary: Summary, run: RunDirectory) -> RenderableType:
             table.add_row("", f"{path.name:<13} {description}")
     table.add_row(" next", f"agl view {run.path}")
     title = Text(f" {summary.experiment}, seed {summary.seed}", style="bold")
-    return Group(title, Text(), headline, Text(), table)
+    return Group(title, Text(), headline, *([best] if math.isfinite(gain) else []), Text(), table)
 
 
 def format_counts(counts: Mapping[str, int]) -> str:
@@ -163,6 +176,24 @@ def format_counts(counts: Mapping[str, int]) -> str:
 def number(value: float, digits: int = 3) -> str:
     """0.25 -> "0.250"; NaN -> "-"."""
     return f"{value:,.{digits}f}" if math.isfinite(value) else "-"
+
+
+def with_interval(mean: float, half_width: float) -> str:
+    """A mean and its 95 % interval: "0.455 ±0.053", or "0.455" if the interval is unknown."""
+    return number(mean) + (f" ±{number(half_width)}" if math.isfinite(mean + half_width) else "")
+
+
+def untrained(record: Mapping[str, float]) -> str:
+    """Why a step has trained nothing, in words; "" if it has trained something.
+    Examples: "all 16 groups had equal rewards"; "of 32 rollouts 24 in groups of equal rewards, 8 masked: timeout" """
+    if record.get("tokens/trained", 1):
+        return "" if record.get("learner/grad_norm", 1) else "the gradient was zero"
+    dropped = Counter({name.removeprefix(DROPPED): int(n) for name, n in record.items() if name.startswith(DROPPED)})
+    if [*+dropped] == ["no_spread"]:
+        return f"all {record.get('rollouts/groups', 0):,.0f} groups had equal rewards"
+    words = {reason: reason.replace("masked_", "masked: ") for reason in dropped} | DROPPED_BECAUSE
+    reasons = ", ".join(f"{count:,} {words[reason]}" for reason, count in (+dropped).most_common())
+    return f"of {dropped.total():,} rollouts {reasons or 'none'}"
 
 
 def tiny(value: float) -> str:
@@ -279,14 +310,15 @@ class Progress(LiveBlock):
             parts += [f"gap {tiny(record.get('logprob_gap/mean_abs', math.nan))}"] * (self._measure == "reward")
             parts += [f"lag {lag}"] if (lag := lag_text(record)) else []
             parts += [f"failed: {format_counts(failed)}"] if failed else []
+            parts += [f"trained nothing: {reason}"] if (reason := untrained(record)) else []
             self.message("  ".join([*parts, f"left {duration(self._left_s())}"]))
 
-    def show_evaluation(self, step: int, reward: float, rows: int, failures: str = "") -> None:
-        """Show the held-out reward after `step` steps, and the failures among its rollouts in words."""
+    def show_evaluation(self, step: int, reward: float, rows: int, failures: str = "", ci95: float = math.nan) -> None:
+        """Show the held-out reward after `step` steps, half the width of its interval, and its failures in words."""
         self._val.append((step, reward, rows))
         if self._live is None:
             loss = "" if self._measure == "reward" else " loss"
-            self.message(f"step {step}/{self._steps}  held-out{loss} {number(reward)} on {rows:,} rows")
+            self.message(f"step {step}/{self._steps}  held-out{loss} {with_interval(reward, ci95)} on {rows:,} rows")
         if failures:
             self.message(f"  {failures}")
 
@@ -311,6 +343,8 @@ class Progress(LiveBlock):
         table.add_row("sampled" if self._measure == "reward" else "learnt", self._speed())
         if lag := lag_text(self._record):
             table.add_row("lag", lag)
+        if reason := untrained(self._record):
+            table.add_row("trained", Text(f"nothing: {reason}", style="yellow"))
         waited = f"  {duration(now - self._waiting_since)}" if self._waiting else ""
         table.add_row("now", Text(f"{self._waiting or '-'}{waited}"))
         table.add_row("failed", Text(format_counts(self._failed) or "none", style="yellow" if self._failed else ""))

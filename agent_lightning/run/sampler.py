@@ -13,6 +13,7 @@ from typing import Protocol
 from agent_lightning.buffer.buffer import Stats
 from agent_lightning.buffer.taken import Deadlines, TakenGroup, take_groups
 from agent_lightning.core.errors import StepFailed
+from agent_lightning.core.metrics import interval
 from agent_lightning.core.types import Group, Outcome, Split, Task, Trajectory
 from agent_lightning.rollouts.supervise import WatchedBuffer, watch
 from agent_lightning.run.state import State
@@ -53,6 +54,11 @@ class Evaluation:
     def reward(self) -> float:
         """The mean of `rewards`; NaN if there are none."""
         return sum(self.rewards) / len(self.rewards) if self.rewards else math.nan
+
+    @property
+    def ci95(self) -> float:
+        """Half the width of the 95 % interval of `reward`."""
+        return interval(self.rewards)[1]
 
     @property
     def failures(self) -> str:
@@ -176,6 +182,7 @@ class Sampler:
                 await self.give_up((), STEP_FAILED)
                 raise
         self.state.val_rewards.append((self.state.step, evaluation.reward))
+        self.state.val_ci95.append((self.state.step, evaluation.ci95))
         self.observer.record_evaluation(self.state.step, evaluation)
         return evaluation.reward
 

@@ -75,6 +75,8 @@ class State:
     """The number of the next group that the buffer will name, for each split."""
     val_rewards: list[tuple[int, float]] = field(default_factory=list)
     """(step, mean held-out reward) for each evaluation."""
+    val_ci95: list[tuple[int, float]] = field(default_factory=list)
+    """(step, half the width of that mean's 95 % interval); none of what an earlier version evaluated."""
     supervised: bool = False
     """Whether the run is of `agl sft`: then what is admitted and trained are chats."""
     val_losses: list[tuple[int, float]] = field(default_factory=list)
@@ -130,7 +132,7 @@ def read_state(folder: Path) -> State:
     values.pop("files", None)
     values["cursor"] = TaskCursor(**values["cursor"])
     values["in_flight"] = [InFlight(*group) for group in values.get("in_flight", ())]
-    for name in {"val_rewards", "val_losses"} & values.keys():
+    for name in {"val_rewards", "val_ci95", "val_losses"} & values.keys():
         values[name] = [(int(step), float(value)) for step, value in values[name]]
     for name in ("dropped", "dropped_tokens", "failed", "seconds"):
         values[name] = Counter(values[name])

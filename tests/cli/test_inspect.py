@@ -3,11 +3,13 @@
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console, RenderableType
+from viewer_runs import write_run, write_sweep
 
 from agent_lightning.cli.inspect import coloured, explain, list_runs, token_counts
 from agent_lightning.cli.main import main
@@ -16,7 +18,7 @@ from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Ta
 from agent_lightning.credit.assign import CallCredit
 from agent_lightning.credit.tools import tool_calls
 from agent_lightning.run.archive import RolloutWriter, read_group
-from agent_lightning.run.tracking import RunDirectory
+from agent_lightning.run.tracking import RunDirectory, take_folder
 
 TOKENIZER = Path(__file__).parents[2] / "examples/calc_x/tiny_policy/tokenizer.json"
 TOOL_CALLS = [{"id": "t", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "1/0"}'}}]
@@ -82,8 +84,8 @@ def shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *
     return capsys.readouterr().out
 
 
-def as_text(part: RenderableType) -> str:
-    console = Console(width=140, record=True, file=io.StringIO())
+def as_text(part: RenderableType, width: int = 140) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(part)
     return console.export_text()
 
@@ -111,6 +113,22 @@ def test_explain_shows_spans_rewards_advantages_and_token_counts(
     assert rows[1] == ["1", "1.000", "+0.000", "3", "not", "selected"]
     assert rows[2] == ["2", "1.000", "+0.525", "3", "trained"]
     assert "tokens: 6 sampled = 6 trained; 3 not selected" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 99, 140])
+def test_each_span_of_the_waterfall_is_one_line(
+    width: int, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["explain", str(run), "train-4-0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line.rstrip()) <= width for line in lines)
+    head = next(number for number, line in enumerate(lines) if "seconds" in line)
+    spans = [line for line in lines[head + 1 :] if re.match(r" *\d\.\d\d  ", line)]
+    assert spans == lines[head + 1 : head + 5], "three calls and a tool, and no line that goes on"
+    assert all("━" in line for line in spans)
+    assert "model  solver  v3" in spans[0]
+    assert "error: division by zero" in "".join(lines), "cut in the waterfall, and with the messages"
 
 
 def test_a_masked_rollout_says_why(
@@ -158,7 +176,24 @@ def test_token_counts_add_up() -> None:
 def test_runs_lists_runs_and_filters_rollouts(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "not finished" in as_text(list_runs(run.parent))
+    write_sweep(run.parent)
+    write_run(run.parent, "done", steps=2)
+    write_run(run.parent, "bad", steps=1, error="the reward failed")
+    metrics = run / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "wall_s": 65.0, "val/reward": 0.5, "val/rows": 4, "val/reward_ci95": 0.125}\n')
+    for width in (80, 140):
+        lines = [line.split() for line in as_text(list_runs(run.parent), width).splitlines()]
+        rows = {line[0]: line for line in lines}
+        assert rows["first"][-4:] == ["0.500", "±0.125", "1:05", "killed"], "one evaluation is one figure"
+        assert rows["done"][1:6] == ["calc_tiny", "0", "2/2", "0.000", "->"]
+        assert rows["done"][-1] == "finished"
+        assert rows["bad:"] == ["bad:", "the", "reward", "failed"]
+        assert rows["sweep-calc_tiny"][-1] == "finished"
+        assert rows["sweep-calc_tiny:"][1:6] == ["2", "of", "2", "trials", "ended;"]
+        assert rows["first:"][1:6] == ["it", "ended", "without", "a", "summary;"]
+    with take_folder(run, "run"):
+        rows = {line.split()[0]: line for line in as_text(list_runs(run.parent)).splitlines()}
+        assert rows["first"].split()[-1] == "running"
     assert "3 of 3 rollouts: 2 finished, 1 engine_error" in shown(capsys, monkeypatch, "runs", run)
     text = shown(capsys, monkeypatch, "runs", run, "--max-reward", "0.5")
     assert "train-4-1" in text

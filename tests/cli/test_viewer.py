@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
-from viewer_runs import HOSTILE, group, trajectory, write_library, write_run
+from viewer_runs import HOSTILE, group, trajectory, write_library, write_run, write_sweep
 
 from agent_lightning.cli.main import main
 from agent_lightning.cli.viewer.app import Viewer
 from agent_lightning.cli.viewer.command import find_rules
-from agent_lightning.cli.viewer.folder import Library, RunFiles, interval
+from agent_lightning.cli.viewer.folder import Library, RunFiles, sweep_state
+from agent_lightning.cli.viewer.pages import rewards_by_step
 from agent_lightning.cli.viewer.rollout import common_prefix, turns
 from agent_lightning.run.archive import RolloutWriter
 from agent_lightning.run.index import Filters, RolloutIndex, error_form
+from agent_lightning.run.tracking import take_folder
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +229,33 @@ def test_a_folder_may_be_a_run_a_sweep_or_empty(runs: Path, tmp_path: Path) -> N
         assert "There is no run in this folder yet" in text_of(client, "/")
 
 
+def test_a_sweep_says_how_it_stands(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path)
+    assert sweep_state(sweep) == ("finished", "2 of 2 trials ended; 1 failed; best trial-000 0.600")
+    with take_folder(sweep, "sweep"):
+        assert sweep_state(sweep)[0] == "running"
+    (sweep / "sweep.yaml").write_text("command: [experiment=calc_tiny]\ntrials: 4\n")
+    assert sweep_state(sweep)[0] == "stopped"
+    assert (
+        f"2 of 4 trials ended; 1 failed; best trial-000 0.600; go on with: agl sweep resume={sweep}"
+        in (sweep_state(sweep)[1])
+    )
+    trials = sweep / "trials.jsonl"
+    trials.write_text(trials.read_text().replace('"done"', '"failed"') * 2)
+    assert sweep_state(sweep)[0] == "failed"
+    for broken in ("{", "[]", '{"words": 1}'):
+        trials.write_text(broken)
+        state, why = sweep_state(sweep)
+        assert (state, bool(why), "\n" in why) == ("damaged", True, False)
+    trials.unlink()
+    assert sweep_state(sweep)[0] == "stopped"
+
+
+def test_rewards_of_a_group_are_one_number_of_an_interval(tmp_path: Path) -> None:
+    RolloutWriter(tmp_path).write(1, 0, [group("train", 1, [0.0, 1.0]), group("train", 2, [1.0, 1.0])])
+    assert rewards_by_step(RolloutIndex(tmp_path).table(), "train") == {1: [0.5, 1.0]}
+
+
 def test_a_conversation_repeats_no_message() -> None:
     first, second = turns(trajectory("train", 1, 0, 1.0), None)
     assert [message.role for message in first.new] == ["system", "user"]
@@ -248,10 +277,7 @@ def test_equal_errors_have_one_form(error: str, form: str) -> None:
     assert error_form(error) == form
 
 
-def test_intervals_and_prefixes() -> None:
-    mean, half = interval([0, 1, 1, 0])
-    assert mean == 0.5
-    assert half == pytest.approx(1.96 * (1 / 3) ** 0.5 / 2)
+def test_common_prefixes() -> None:
     assert common_prefix("12+3", "12-3") == 2
     assert common_prefix("ab", "abc") == 2
 

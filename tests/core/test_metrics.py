@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_lightning.core.metrics import Max, Mean, Metrics, Sum, merge, values
+from agent_lightning.core.metrics import Max, Mean, Metrics, Sum, interval, merge, values
 
 numbers = st.lists(st.integers(-1000, 1000).map(float), min_size=1, max_size=10)
 
@@ -44,3 +44,17 @@ def test_one_name_has_one_kind(first: Sum | Mean, second: Max | Sum) -> None:
 
 def test_merging_nothing_is_empty() -> None:
     assert merge() == {}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "mean", "half"),
+    [
+        ([0, 1, 1, 0], 0.5, 1.96 * (1 / 3) ** 0.5 / 2),
+        ([0, 1, math.nan, 1, math.inf, 0], 0.5, 1.96 * (1 / 3) ** 0.5 / 2),
+        ([0.25, 0.25], 0.25, 0.0),
+        ([1], 1, math.nan),
+        ([], math.nan, math.nan),
+    ],
+)
+def test_an_interval_is_of_the_known_numbers(numbers: list[float], mean: float, half: float) -> None:
+    assert interval(numbers) == pytest.approx((mean, half), nan_ok=True)

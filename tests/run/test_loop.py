@@ -22,6 +22,7 @@ from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.types import ModelCall, Outcome, Policy, RolloutKey, Task
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.client import emit_reward
+from agent_lightning.run.report import untrained
 from agent_lightning.run.state import State, newest_checkpoint, read_state
 from agent_lightning.serving.gateway import Gateway, GatewayConfig, application
 from agent_lightning.testing.model import ToyEngine, ToyLanguage
@@ -298,6 +299,9 @@ async def test_a_step_with_nothing_to_learn_changes_nothing(client: openai.Async
         state = await world.train(steps=2)
         await check_accounts(world)
     assert (state.version, state.trained, state.dropped) == (0, 0, {"no_spread": 64})
+    assert untrained(world.observer.records[0]) == "all 4 groups had equal rewards"
+    assert world.observer.records[0]["train/reward_ci95"] == 0
+    assert state.val_ci95 == [(step, 0.0) for step, _ in state.val_rewards]
 
 
 async def test_groups_without_samples_are_replaced(client: openai.AsyncOpenAI) -> None:

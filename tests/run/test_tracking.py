@@ -24,11 +24,14 @@ from agent_lightning.config.load import load
 from agent_lightning.config.running import TrackingConfig
 from agent_lightning.core.errors import DataError, UserError
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
-from agent_lightning.credit.assign import CreditRules
+from agent_lightning.credit.assign import NO_SELECTED_CALL, NO_SPREAD, CreditRules
+from agent_lightning.credit.samples import OVERLONG_SAMPLE
+from agent_lightning.credit.staleness import STALE
 from agent_lightning.run.archive import RolloutWriter, read_group, read_rollouts
 from agent_lightning.run.observer import RunObserver, summarize
-from agent_lightning.run.plots import plot_learning_curve, read_metrics, smooth
+from agent_lightning.run.plots import draw_curve, new_figure, plot_learning_curve, read_metrics, smooth
 from agent_lightning.run.report import (
+    DROPPED_BECAUSE,
     Progress,
     RolloutCounts,
     StepSeconds,
@@ -37,6 +40,7 @@ from agent_lightning.run.report import (
     number,
     report,
     sparkline,
+    untrained,
 )
 from agent_lightning.run.sampler import Evaluation
 from agent_lightning.run.state import State
@@ -60,6 +64,8 @@ SUMMARY = Summary(
     versions=100,
     start_s=43.2,
     val_reward_best=0.41,
+    val_ci95_first=0.0521,
+    val_ci95_last=0.0624,
 )
 
 
@@ -363,12 +369,32 @@ def test_the_picture_has_its_size_whatever_was_logged(tmp_path: Path, num_steps:
     for step in range(1, num_steps + 1):
         record = {"train/reward": step / 250, "logprob_gap/mean_abs": 0.01, "logprob_gap/max_abs": 0.0}
         record |= {"time/generate": 8.0, "time/update": math.nan, "val/reward": 0.5 if step % 50 == 0 else math.nan}
+        record |= {"train/reward_ci95": 0.1 if step % 3 else math.nan, "val/reward_ci95": 0.1}
         sink.log(step, record)
     sink.close()
     plot_learning_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png", "calc_x")
     picture = imread(tmp_path / "curve.png")
     assert picture.shape[:2] == (700, 1200)
     assert picture[..., :3].std() > 0.01
+
+
+@pytest.mark.parametrize(("num_steps", "window"), [(1, 1), (4, 1), (250, 17)])
+def test_the_curves_have_bands_of_their_intervals(num_steps: int, window: int) -> None:
+    rows = [{"step": float(step), "train/reward": 0.5, "train/reward_ci95": 0.2} for step in range(num_steps)]
+    rows[0] |= {"val/reward": 0.3, "val/reward_ci95": 0.05}
+    rows[-1] |= {"val/reward": 0.4, "val/reward_ci95": math.nan}  # of a single held-out task
+    axes = new_figure("").add_subplot()
+    draw_curve("reward", axes, rows)
+    train = axes.collections[0].get_datalim(axes.transData)
+    half = 0.2 / min(num_steps, window) ** 0.5  # of the mean over a window, steps being independent
+    assert (train.x0, train.x1) == (0, num_steps - 1)
+    if num_steps > 1:
+        last = axes.collections[0].get_paths()[0].vertices[:, 1]
+        assert (last.min(), last.max()) == pytest.approx((0.3, 0.7)), "the first steps have no mean of a window yet"
+        assert np.isclose(last, 0.5 + half).any()
+    old = new_figure("").add_subplot()
+    draw_curve("reward", old, [{name: row[name] for name in row if "ci95" not in name} for row in rows])
+    assert not old.collections, "metrics of an earlier version have no intervals, and no bands"
 
 
 def test_smooth_skips_values_that_are_not_finite() -> None:
@@ -403,7 +429,7 @@ def trained(console: Console, clock: Clock) -> Progress:
     """A run of 100 steps after its tenth, with two evaluations."""
     progress = Progress("calc_x", 100, console=console, clock=clock)
     progress.start()
-    progress.show_evaluation(0, 0.213, 237)
+    progress.show_evaluation(0, 0.213, 237, ci95=0.0521)
     for step in range(1, 11):
         clock.now += 12.0
         record = {"train/reward": step / 10, "tokens/sampled": 12_000.0, "time/step": 12.0}
@@ -457,10 +483,47 @@ def test_a_pipe_gets_one_plain_line_a_step_and_no_control_codes(force_color: boo
     lines = pipe.getvalue().splitlines()
     assert "\x1b" not in pipe.getvalue()
     assert len(lines) == 13
-    assert lines[0] == "step 0/100  held-out 0.213 on 237 rows"
+    assert lines[0] == "step 0/100  held-out 0.213 ±0.052 on 237 rows"
     assert lines[1] == "step 1/100  train 0.100  12.0 s  1,000 tokens/s  gap -  left 19:48"
     assert "failed: timeout 1" in lines[3]
     assert lines[-1].startswith("[bold]not markup")
+
+
+def spent(trained: int = 0, groups: int = 16, **dropped: int) -> dict[str, float]:
+    record = {"tokens/trained": float(trained), "rollouts/groups": float(groups), "train/reward": 1.0}
+    return record | {f"rollouts/dropped/{reason}": float(count) for reason, count in dropped.items()}
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({}, ""),
+        (spent(5, no_spread=120), ""),
+        (spent(5) | {"learner/grad_norm": 0.3}, ""),
+        (spent(5) | {"learner/grad_norm": 0.0}, "the gradient was zero"),
+        (spent(no_spread=128), "all 16 groups had equal rewards"),
+        (spent(no_spread=128, stale=0), "all 16 groups had equal rewards"),
+        (spent(masked_timeout=32), "of 32 rollouts 32 masked: timeout"),
+        (spent(masked_timeout=8, no_spread=24), "of 32 rollouts 24 in groups of equal rewards, 8 masked: timeout"),
+        (spent(overlong_sample=4), "of 4 rollouts 4 longer than model.max_len"),
+        (spent(stale=8), "of 8 rollouts 8 older than loop.drop_beyond allows"),
+        (spent(no_selected_call=8), "of 8 rollouts 8 without a reply of a trained agent"),
+        (spent(of_a_later_version=2), "of 2 rollouts 2 of_a_later_version"),
+        (spent(), "of 0 rollouts none"),
+    ],
+)
+def test_a_step_that_trained_nothing_says_why(record: Mapping[str, float], words: str) -> None:
+    assert untrained(record) == words
+    pipe, block = io.StringIO(), Console(record=True, width=88, file=io.StringIO())
+    progress = Progress("calc_x", 100, console=Console(width=88, file=pipe), clock=Clock())
+    progress.show_step(3, record)
+    block.print(progress.render())
+    assert (f"  trained nothing: {words}  left " in pipe.getvalue()) == bool(words)
+    assert ("trained       nothing: " + words[:50] in block.export_text()) == bool(words)
+
+
+def test_every_reason_for_which_a_rollout_is_not_trained_has_words() -> None:
+    assert {NO_SPREAD, NO_SELECTED_CALL, OVERLONG_SAMPLE, STALE} == DROPPED_BECAUSE.keys()
 
 
 def test_a_block_without_numbers_says_so() -> None:
@@ -482,13 +545,14 @@ def test_the_report_fits_80_columns_and_says_what_was_gained(tmp_path: Path) -> 
     SUMMARY.write(run.summary)
     console.print(report(SUMMARY, run))
     lines = text_of(console)
-    assert lines[:4] == [
+    assert lines[:5] == [
         " calc_x, seed 0",
         "",
-        " held-out reward  0.213 -> 0.402  +18.9 points  (best 0.410, 237 rows)",
+        " held-out reward  0.213 ±0.052 -> 0.402 ±0.062  +18.9 points",
+        " best 0.410, 237 rows, ±: 95 % interval",
         "",
     ]
-    assert lines[4:11] == [
+    assert lines[5:12] == [
         " steps          100 in 24:00; service ready after 43 s",
         " rollouts       6,400 admitted, 6,388 trained, 12 dropped: stale 12",
         " failed         timeout 3, agent_error 1",
@@ -550,6 +614,7 @@ def test_held_out_reward_is_reported_by_the_values_of_a_field(tmp_path: Path) ->
     assert observer.val_reward_by == {"easy": 0.5, "hard": 1.0}
     logged = json.loads(run.metrics.read_text())
     assert (logged["step"], logged["val/reward/easy"], logged["val/reward/hard"]) == (3, 0.5, 1.0)
+    assert logged["val/reward_ci95"] == pytest.approx(1.96 * (1 / 3) ** 0.5 / 3**0.5), "rewards 1, 0 and 1"
     console = Console(record=True, width=80, file=io.StringIO())
     console.print(report(replace(SUMMARY, val_reward_by=observer.val_reward_by), run))
     assert " held-out       easy 0.500, hard 1.000" in text_of(console)
@@ -608,3 +673,22 @@ def test_a_summary_says_how_the_run_ended(tmp_path: Path, state: str, error: str
     summary.write(tmp_path / "summary.json")
     written = json.loads((tmp_path / "summary.json").read_text())
     assert (written["state"], written["error"]) == (state, error)
+
+
+@pytest.mark.parametrize(
+    ("ci95", "first", "last"),
+    [([(0, 0.05), (4, 0.06)], 0.05, 0.06), ([(4, 0.06)], math.nan, 0.06), ([], math.nan, math.nan)],
+)
+def test_a_summary_has_the_intervals_of_its_rewards(
+    ci95: list[tuple[int, float]], first: float, last: float, tmp_path: Path
+) -> None:
+    """A resumed run of an earlier version has none of its first evaluations."""
+    state = State(cursor=TaskCursor(seed=0), val_rewards=[(0, 0.2), (4, 0.3)], val_ci95=ci95)
+    summary = summarize(load(["experiment=toy"]), state, val_rows=9, val_reward_by={}, start_s=1.0)
+    assert (summary.val_ci95_first, summary.val_ci95_last) == pytest.approx((first, last), nan_ok=True)
+    summary.write(tmp_path / "summary.json")
+    again = Summary.read(tmp_path / "summary.json")
+    assert again.held_out == summary.held_out
+    values = json.loads((tmp_path / "summary.json").read_text())
+    (tmp_path / "old.json").write_text(json.dumps({k: v for k, v in values.items() if "ci95" not in k}))
+    assert Summary.read(tmp_path / "old.json").held_out == "0.200 -> 0.300"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,15 +13,13 @@ import yaml
 
 from agent_lightning.core.errors import AgentLightningError, DataError, UserError
 from agent_lightning.core.text import error_line
+from agent_lightning.launch.sweeps.plan import SweepFolder, best_of
 from agent_lightning.run.archive import read_group
 from agent_lightning.run.index import RolloutIndex
 from agent_lightning.run.tracking import RunDirectory
 
 if TYPE_CHECKING:
     from agent_lightning.core.types import Group
-
-Z95: Final = 1.96
-"""Standard deviations on both sides of a mean that hold 95 % of a normal distribution."""
 
 
 class RunFiles:
@@ -73,8 +71,7 @@ class RunFiles:
     def state(self) -> tuple[str, str]:
         """How the run stands (running, finished, or another word of summary.json), and why it ended so."""
         summary = self.summary()
-        locks = [self.directory.path / "journal" / "lock", *self.directory.path.glob("*lock")]
-        if any(map(_is_locked, locks)):
+        if _is_locked(self.directory.path):
             return "running", ""
         if not summary:
             return "killed", f"it ended without a summary; go on with: agl train resume={self.directory.path}"
@@ -106,14 +103,33 @@ def _version(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _is_locked(path: Path) -> bool:
-    """Whether a process holds a lock on a file. It is read from /proc: to try the lock could refuse it to a run that
+def _is_locked(folder: Path) -> bool:
+    """Whether a process has a run or a sweep. It is read from /proc: to try the lock could refuse it to a run that
     starts in this moment."""
     try:
-        inode = path.stat().st_ino
-        return any(f":{inode} " in line for line in Path("/proc/locks").read_text().split("\n"))
+        inodes = [path.stat().st_ino for path in (*folder.glob("journal/lock"), *folder.glob("*lock"))]
+        return any(f":{inode} " in line for line in Path("/proc/locks").read_text().split("\n") for inode in inodes)
     except OSError:
         return False
+
+
+def sweep_state(path: Path) -> tuple[str, str]:
+    """How a sweep stands (running, stopped, finished or failed), and its trials in words."""
+    folder = SweepFolder(path)
+    try:
+        records, count = folder.read(), folder.num_trials()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        return "damaged", error_line(error)
+    ended, best = sum(record.ended for record in records), best_of(records)
+    words = [f"{ended} of {count or len(records)} trials ended"]
+    words += [f"{failed} failed"] if (failed := sum(record.state == "failed" for record in records)) else []
+    words += [f"best {best.name} {best.last:.3f}"] if best is not None else []
+    state = "finished" if best is not None else "failed"
+    if _is_locked(path):
+        state = "running"
+    elif ended < max(count, len(records), 1):
+        state, words = "stopped", [*words, f"go on with: agl sweep resume={path}"]
+    return state, "; ".join(words)
 
 
 @dataclass(slots=True)
@@ -161,14 +177,3 @@ def is_run(path: Path) -> bool:
 
 def is_sweep(path: Path) -> bool:
     return (path / "sweep.yaml").is_file()
-
-
-def interval(rewards: Sequence[float]) -> tuple[float, float]:
-    """Mean of some rewards, and half the width of its 95 % interval (normal approximation); NaN where unknown.
-    Example: interval([0, 1, 1, 0]) -> (0.5, 0.57)"""
-    count = len(rewards)
-    mean = math.fsum(rewards) / count if count else math.nan
-    if count < 2:
-        return mean, math.nan
-    variance = math.fsum((reward - mean) ** 2 for reward in rewards) / (count - 1)
-    return mean, Z95 * math.sqrt(variance / count)

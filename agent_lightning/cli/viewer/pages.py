@@ -12,8 +12,9 @@ from urllib.parse import urlencode
 import numpy as np
 
 from agent_lightning.cli.viewer.charts import Chart, Line, Link, line_chart, sparkline, stacked_chart
-from agent_lightning.cli.viewer.folder import Library, RunFiles, interval
+from agent_lightning.cli.viewer.folder import Library, RunFiles, sweep_state
 from agent_lightning.core.errors import DataError
+from agent_lightning.core.metrics import Z95, interval
 from agent_lightning.credit.tools import canonical_arguments
 from agent_lightning.run.index import Filters, error_form
 
@@ -77,9 +78,10 @@ def run_row(name: str, run: RunFiles) -> RunRow:
     held_out, train = run.series(f"val/{measure}"), run.series(f"train/{measure}")
     rows = dict(run.series("val/rows"))
     step, last = held_out[-1] if held_out else (0.0, math.nan)
-    # A reward in [0, 1] has at most the variance p (1 - p); of others the list does not know the spread.
+    # Earlier versions wrote no interval: a reward in [0, 1] has at most the variance p (1 - p).
     count = rows.get(step, 0.0)
     variance = last * (1 - last) if 0 <= last <= 1 and measure == "reward" else math.nan
+    widest = Z95 * math.sqrt(variance / count) if count else math.nan
     failed = sum(value for row in run.metrics() for key, value in row.items() if key.startswith("rollouts/failed/"))
     ended = failed + sum(value for _, value in run.series("rollouts/trained"))
     ended += sum(value for row in run.metrics() for key, value in row.items() if key.startswith("rollouts/dropped/"))
@@ -93,7 +95,7 @@ def run_row(name: str, run: RunFiles) -> RunRow:
         of_steps=int(config.get("steps") or 0),
         first=held_out[0][1] if held_out else math.nan,
         last=last,
-        half_width=1.96 * math.sqrt(variance / count) if count else math.nan,
+        half_width=dict(run.series("val/reward_ci95")).get(step, widest),
         failed=failed / ended if ended else math.nan,
         spark=sparkline([value for _, value in (held_out if len(held_out) > 2 else train)]),
     )
@@ -101,7 +103,8 @@ def run_row(name: str, run: RunFiles) -> RunRow:
 
 def runs_page(library: Library) -> Context:
     rows = [run_row(name, library.run(name)) for name in library.names()]
-    return {"rows": [row for row in rows if "/" not in row.name], "sweeps": library.sweeps(), "root": library.root}
+    sweeps = [(name, *sweep_state(library.sweep(name))) for name in library.sweeps()]
+    return {"rows": [row for row in rows if "/" not in row.name], "sweeps": sweeps, "root": library.root}
 
 
 def compare_page(library: Library, names: Sequence[str]) -> Context:
@@ -193,13 +196,14 @@ def run_page(name: str, run: RunFiles, links: Links) -> Context:
 
 
 def rewards_by_step(table: pyarrow.Table, split: str) -> dict[int, list[float]]:
-    """The rewards of each step's rollouts; a rollout without a reward counts as 0."""
-    rewards: defaultdict[int, list[float]] = defaultdict(list)
-    columns = (table.column(name).to_pylist() for name in ("split", "step", "reward"))
-    for kind, step, reward in zip(*columns, strict=True):
+    """The mean reward of each of a step's groups: rollouts of a task are not independent. A rollout without a reward
+    counts as 0."""
+    rewards: defaultdict[int, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    columns = (table.column(name).to_pylist() for name in ("split", "step", "group_id", "reward"))
+    for kind, step, group_id, reward in zip(*columns, strict=True):
         if kind == split:
-            rewards[step].append(reward or 0.0)
-    return rewards
+            rewards[step][group_id].append(reward or 0.0)
+    return {step: [sum(group) / len(group) for group in groups.values()] for step, groups in rewards.items()}
 
 
 def error_groups(table: pyarrow.Table) -> list[tuple[str, int]]:

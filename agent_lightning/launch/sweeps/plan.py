@@ -227,7 +227,8 @@ class SweepFolder:
         """Make a new folder in `root`, with the command line in it. Raises UserError if `root` cannot be written."""
         folder = cls(new_folder(root, f"sweep-{plan.experiment}-{time.strftime('%Y%m%d-%H%M%S')}"))
         (folder.path / "logs").mkdir()
-        folder.command_file.write_text(yaml.safe_dump({"command": list(plan.command)}, allow_unicode=True))
+        content = {"command": list(plan.command), "trials": plan.num_trials}
+        folder.command_file.write_text(yaml.safe_dump(content, allow_unicode=True))
         return folder
 
     @classmethod
@@ -241,6 +242,10 @@ class SweepFolder:
     def command(self) -> list[str]:
         """The command line with which the sweep was started, with the names that its keys have today."""
         return rename_keys(str(word) for word in yaml.safe_load(self.command_file.read_text())["command"])
+
+    def num_trials(self) -> int:
+        """The number of trials that were planned; 0 if the sweep is of an earlier version, which did not write it."""
+        return int(yaml.safe_load(self.command_file.read_text()).get("trials", 0))
 
     def write(self, records: Sequence[TrialRecord]) -> None:
         files.write_text(self.trials, "".join(json.dumps(asdict(record)) + "\n" for record in records))

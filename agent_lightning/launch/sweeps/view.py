@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +24,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLES = {"running": "cyan", "done": "green", "stopped": "dim", "failed": "red"}
+STYLES = {"running": "cyan", "done": "green", "finished": "green", "stopped": "dim", "failed": "red", "killed": "red"}
 
 
 class SweepView(LiveBlock):
     """The progress of a sweep: a table that redraws itself, or a line for each change if there is no terminal."""
 
-    def __init__(self, plan: SweepPlan, console: Console, records: Sequence[TrialRecord]) -> None:
-        """`records`: the trials of an interrupted sweep that is resumed."""
+    def __init__(self, plan: SweepPlan, console: Console, folder: SweepFolder) -> None:
+        """`folder` may hold the trials of an interrupted sweep that is resumed."""
         super().__init__(console)
-        self._plan, self._started = plan, time.monotonic()
-        self._records = {record.name: record for record in records}
+        self._plan, self._folder, self._started = plan, folder, time.monotonic()
+        self._records = {record.name: record for record in folder.read()}
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -41,8 +42,10 @@ class SweepView(LiveBlock):
         return [self._records[name] for name in sorted(self._records)]
 
     def update(self, record: TrialRecord) -> None:
-        """Take a trial's new record, and print a line if there is no table."""
+        """Take a trial's new record, write it to disk, and print a line if there is no table."""
         before, self._records[record.name] = self._records.get(record.name), record
+        with suppress(OSError):  # a disk that is full now may have room when the sweep ends
+            self._folder.write(self.records)
         if self._live is None and (before is None or (before.state, before.rewards) != (record.state, record.rewards)):
             reached = f"step {record.step}/{self._plan.steps}  held-out {number(record.last)}" if record.rewards else ""
             parts = [f"{record.name} {record.state:<8}", reached, " ".join(record.words), record.error]

@@ -153,10 +153,11 @@ def test_the_best_config_is_an_experiment_that_trains_the_same(tmp_path: Path) -
 def test_a_sweep_writes_its_trials_its_best_experiment_and_two_pictures(tmp_path: Path) -> None:
     plan, _ = plan_sweep(COMMAND)
     folder = SweepFolder.create(tmp_path, plan)
-    view = SweepView(plan, Console(file=(tmp_path / "output").open("w"), width=80), [])
+    view = SweepView(plan, Console(file=(tmp_path / "output").open("w"), width=80), folder)
     for trial_record in (record(0, 0.1, 0.5), record(1, 0.1, 0.7, lr="3"), record(2, state="failed", lr="4")):
         view.update(trial_record)
-    folder.write(view.records)
+        assert folder.read() == view.records, "a sweep that is killed now has its trials"
+    assert folder.num_trials() == plan.num_trials
     assert SweepFolder.open(folder.path).read() == view.records
     assert folder.command() == COMMAND
     # The words of an earlier sweep may name keys as they were called then.
