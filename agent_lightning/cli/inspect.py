@@ -14,16 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from agent_lightning.cli.train import credit_rules
+from agent_lightning.cli.viewer.decode import Decode, decoder_of
 from agent_lightning.cli.viewer.folder import RunFiles, sweep_state
 from agent_lightning.cli.viewer.pages import run_row
-from agent_lightning.cli.viewer.rollout import decoder, spans, turns
+from agent_lightning.cli.viewer.rollout import spans, turns
 from agent_lightning.config.load import reload
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.text import one_line
 from agent_lightning.core.types import ModelCall, Task, Trajectory
 from agent_lightning.credit.air import observed_events
 from agent_lightning.credit.assign import CallCredit, explain_credit
-from agent_lightning.launch import hub
 from agent_lightning.launch.sweeps.view import STYLES
 from agent_lightning.run.archive import read_group, read_rollouts
 from agent_lightning.run.report import duration, number, with_interval
@@ -68,7 +68,7 @@ def show_rollout(run: Path, rollout_id: str, *, tokens: bool) -> int:
     console = Console()
     console.print(explain(rollout, group.task, credits, console.width))
     if tokens and credits is not None:
-        console.print(coloured(rollout.calls, credits, Path(hub.find_model(config.model.path)) / "tokenizer.json"))
+        console.print(coloured(rollout.calls, credits, decoder_of(config.model)))
     return 0
 
 
@@ -186,11 +186,10 @@ def token_counts(credits: Sequence[CallCredit]) -> Text:
     return Text(f"{text}; {unselected} not selected" if unselected else text)
 
 
-def coloured(calls: Sequence[ModelCall], credits: Sequence[CallCredit], tokenizer: Path) -> RenderableType:
+def coloured(calls: Sequence[ModelCall], credits: Sequence[CallCredit], decode: Decode) -> RenderableType:
     """The sampled text, a line for each call: green if its advantage is positive, red if it is negative. Tokens that
-    were unlikely (probability below 0.5) are underlined. `tokenizer` is a tokenizer.json. Raises DataError if it cannot
-    be read."""
-    decode, lines = decoder(tokenizer), []
+    were unlikely (probability below 0.5) are underlined."""
+    lines = []
     for call, credit in zip(calls, credits, strict=True):
         colour = "green" if credit.advantage > 0 else "red" if credit.advantage < 0 else "dim"
         line = Text(f"{credit.advantage:+.3f}  " if math.isfinite(credit.advantage) else "")

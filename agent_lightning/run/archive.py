@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -101,6 +102,24 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def read_group(path: Path, rollout_id: str) -> types.Group:
     """Read the group of a rollout, such as "train-12" for "train-12-3". Raises DataError if `path` lacks it."""
+    rows = _group_rows(path, rollout_id)
+    task = types.Task(task_id=rows[0]["task_id"], payload=json.loads(rows[0]["task"]))
+    group_id = rollout_id.rpartition("-")[0]
+    return types.Group(group_id=group_id, task=task, trajectories=tuple(_trajectory(row) for row in rows))
+
+
+def read_credits(path: Path, rollout_id: str) -> list[list[CallCredit] | None]:
+    """The credit that was written with each call of the rollouts of `read_group`; None for a rollout without."""
+
+    def credit(call: Mapping[str, Any]) -> CallCredit:
+        values: Any = {name: math.nan if value is None else value for name, value in call["credit"].items()}
+        return CallCredit(call_id=call["call_id"], tokens=len(call["response_ids"]), **values)
+
+    rollouts = [row["calls"] for row in _group_rows(path, rollout_id)]
+    return [[*map(credit, calls)] if all(call.get("credit") for call in calls) else None for calls in rollouts]
+
+
+def _group_rows(path: Path, rollout_id: str) -> list[dict[str, Any]]:
     import pyarrow.compute as pc
 
     table = read_rollouts(path)
@@ -111,9 +130,7 @@ def read_group(path: Path, rollout_id: str) -> types.Group:
     if rollout_id not in latest:
         example = table.column("rollout_id")[0].as_py()
         raise DataError(f"{path} has no rollout {rollout_id}; `agl runs {path}` lists them, the first is {example}")
-    ordered = sorted(latest.values(), key=lambda row: types.RolloutKey.parse(row["rollout_id"], 0))
-    task = types.Task(task_id=ordered[0]["task_id"], payload=json.loads(ordered[0]["task"]))
-    return types.Group(group_id=group_id, task=task, trajectories=tuple(_trajectory(row) for row in ordered))
+    return sorted(latest.values(), key=lambda row: types.RolloutKey.parse(row["rollout_id"], 0))
 
 
 def read_trajectories(path: Path) -> Iterator[types.Trajectory]:

@@ -64,6 +64,13 @@ class ToyLanguage:
             tokens += [ROLES[message["role"]], *inside, END]
         return np.array([*tokens, ROLES["assistant"]], np.int32)
 
+    def text(self, token: int) -> str:
+        """A token as people read it: a word, a character of other text, or a mark such as "⟨user⟩"."""
+        if FIRST_BYTE <= token < FIRST_WORD:
+            return chr(token - FIRST_BYTE)
+        marks = {PAD: "⟨pad⟩", END: "⟨end⟩"} | {number: f"⟨{role}⟩" for role, number in sorted(ROLES.items())}
+        return marks.get(token) or self.words[token - FIRST_WORD]
+
     def prompts(self, request: Mapping[str, Any]) -> tuple[Ints, ...]:
         """The prompts of a chat or completion request, as token ids. Raises ValueError as vLLM does."""
         size = FIRST_WORD + len(self.words)

@@ -13,6 +13,7 @@ from viewer_runs import write_run, write_sweep
 
 from agent_lightning.cli.inspect import coloured, explain, list_runs, token_counts
 from agent_lightning.cli.main import main
+from agent_lightning.cli.viewer.decode import decoder
 from agent_lightning.config.load import load, to_yaml
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
 from agent_lightning.credit.assign import CallCredit
@@ -20,7 +21,7 @@ from agent_lightning.credit.tools import tool_calls
 from agent_lightning.run.archive import RolloutWriter, read_group
 from agent_lightning.run.tracking import RunDirectory, take_folder
 
-TOKENIZER = Path(__file__).parents[2] / "examples/calc_x/tiny_policy/tokenizer.json"
+DECODE = decoder(Path(__file__).parents[2] / "examples/calc_x/tiny_policy/tokenizer.json")
 TOOL_CALLS = [{"id": "t", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "1/0"}'}}]
 
 
@@ -146,7 +147,7 @@ def test_tokens_are_coloured_by_advantage(
     group = read_group(run, "train-4-0")
     credit = CallCredit(call_id="a", intermediate=0, return_to_go=1, advantage=-1.0, tokens=3, status="trained")
     console = Console(width=100, force_terminal=True, color_system="standard", record=True)
-    console.print(coloured(group.trajectories[0].calls[:1], [credit], TOKENIZER))
+    console.print(coloured(group.trajectories[0].calls[:1], [credit], DECODE))
     styles = console.export_text(styles=True)
     assert "\x1b[31m" in styles  # red
     assert "\x1b[4;31m" in styles  # and unlikely
@@ -159,7 +160,7 @@ def test_what_only_the_critic_knew_is_not_made_up() -> None:
     rollout = Trajectory(key=key, task_id="t", calls=calls, reward=1.0, outcome=Outcome.FINISHED)
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(explain(rollout, Task(task_id="t", payload={}), [credit]))
-    console.print(coloured(calls, [credit], TOKENIZER))
+    console.print(coloured(calls, [credit], DECODE))
     text = console.export_text()
     assert "by the critic" in text
     assert "nan" not in text

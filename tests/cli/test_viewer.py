@@ -200,6 +200,31 @@ def test_a_damaged_part_costs_itself(tmp_path: Path) -> None:
         assert "24 of 24" in text_of(client, "/run/damaged/rollouts")
 
 
+def test_without_a_config_the_credit_is_that_which_was_written(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "run", steps=1)
+    RolloutWriter(path / "rollouts").write(
+        2, 1, [group("train", 50, [1.0, 0.5, None])], find_rules(path / "config.yaml")[0]
+    )
+
+    def texts(*pages: str) -> list[str]:
+        viewer = Viewer(Library(tmp_path), find_rules, token="t")
+        with TestClient(viewer.app, base_url="http://127.0.0.1", cookies={"agl_view": "t"}) as client:
+            return [text_of(client, f"/run/run/{page}") for page in pages]
+
+    before = texts("group/train-50", "tokens/train-50-0")
+    advantages = re.findall(r"[+-]\d\.\d{3}", before[1])
+    assert len(advantages) == 2
+    assert "masked_engine_error" in before[0]
+    (path / "config.yaml").write_text("no: [config")
+    after = texts("group/train-50", "group/train-4", "tokens/train-50-0", "tokens/train-4-0")
+    assert after[0] == before[0]
+    assert after[1].count("advantage –") == 4, "an old run wrote none"
+    assert "12 trained tokens" in after[2]
+    assert re.findall(r"[+-]\d\.\d{3}", after[2]) == advantages
+    assert "⟨40⟩⟨41⟩" in after[2].replace(" ", ""), "without a model's name, tokens are ids"
+    assert "their credit is not known" in after[3]
+
+
 def test_a_group_that_was_written_again_counts_once(tmp_path: Path) -> None:
     writer = RolloutWriter(tmp_path)
     writer.write(1, 0, [group("train", 1, [0.0, 0.0])])

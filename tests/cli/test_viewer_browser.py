@@ -1,9 +1,8 @@
-"""The viewer's pages in a real Chromium: no error in the console, keys and filters work, readable, and accessible."""
+"""The viewer in a real Chromium, on runs that are written by hand: hostile texts, keys, filters, copies."""
 
 from __future__ import annotations
 
 import fcntl
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import CHROMIUM, check_page, serving
 from optional import needs
 from viewer_runs import group, write_library, write_run
 
 from agent_lightning.run.archive import RolloutWriter
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     needs("playwright", "axe_playwright_python"),
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH; `make browser` installs it"),
 ]
+# test_viewer_runs.py has the pages of real runs.
 PAGES = [
-    *("/", "/compare?run=finished&run=failed", "/sweep/sweep-calc_tiny", "/run/finished", "/run/failed"),
-    *("/run/finished/rollouts", "/run/finished/group/train-4", "/run/finished/rollout/train-4-0"),
-    *("/run/finished/tokens/train-4-0", "/run/finished/tokens/val-0-0?colour=logprob", "/run/finished/tools"),
-    *("/run/finished/tasks", "/run/finished/task/task-0", "/run/hostile/rollout/train-4-0", "/run/nowhere"),
+    *("/compare?run=finished&run=failed", "/run/killed", "/run/hostile", "/run/hostile/rollouts"),
+    *("/run/hostile/group/train-4", "/run/hostile/rollout/train-4-0", "/run/hostile/tokens/train-4-0"),
+    *("/run/hostile/tools", "/run/hostile/task/task-0", "/run/nowhere"),
 ]
 
 
@@ -36,53 +35,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(runs: Path) -> Iterator[str]:
-    command = [sys.executable, "-m", "agent_lightning.cli", "view", str(runs)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-        process.terminate()
-
-
-@pytest.fixture(scope="module")
-def context(address: str) -> Iterator[Any]:
-    """A browser that has opened the address which the command printed."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        context = browser.new_context(base_url=address.partition("/?")[0])
-        context.grant_permissions(["clipboard-read", "clipboard-write"])
-        context.new_page().goto(address)
-        yield context
-        browser.close()
-
-
-@pytest.fixture
-def page(context: Any) -> Iterator[Any]:
-    """A new page. A test fails if its console shows an error, or if its content ran as a script."""
-    page = context.new_page()
-    problems: list[str] = []
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    yield page
-    assert page.title() != "owned"
-    page.close()
-    assert [problem for problem in problems if "404" not in problem] == []
+    with serving(runs) as lines:
+        yield next(lines)
 
 
 @pytest.mark.parametrize("path", PAGES)
 def test_pages_are_readable_at_any_width_and_accessible(page: Any, path: str) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
-    for width in (400, 1600):
-        page.set_viewport_size({"width": width, "height": 900})
-        page.goto(path)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{path} is wider than {width} pixels"
-    findings = Axe().run(page).response["violations"]
-    serious = [
-        (found["id"], found["nodes"][0]["html"]) for found in findings if found["impact"] in ("serious", "critical")
-    ]
-    assert serious == []
+    check_page(page, path)
 
 
 def test_links_filters_and_keys(page: Any) -> None:

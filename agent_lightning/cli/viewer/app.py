@@ -24,11 +24,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agent_lightning.cli.viewer import pages, rollout
 from agent_lightning.cli.viewer.charts import Line, line_chart, number_text
+from agent_lightning.cli.viewer.decode import Decode
 from agent_lightning.cli.viewer.folder import Library, RunFiles
 from agent_lightning.cli.viewer.pages import Context, Links
 from agent_lightning.core.errors import AgentLightningError, UserError
 from agent_lightning.core.text import error_line
-from agent_lightning.credit.assign import CreditRules
+from agent_lightning.core.types import Group
+from agent_lightning.credit.assign import CreditRules, explain_credit
 from agent_lightning.launch.sweeps.plan import SweepFolder, best_of
 from agent_lightning.run.index import Filters
 from agent_lightning.run.report import duration
@@ -43,8 +45,8 @@ POLICY: Final = (
 LOOK_SECONDS: Final = 1.0
 """Seconds between two looks at the files of a run that a page follows."""
 
-FindRules = Callable[[Path], tuple[CreditRules, Path]]
-"""From a run's config.yaml to its rules of credit and its tokenizer.json. Raises AgentLightningError."""
+FindRules = Callable[[Path], tuple[CreditRules | None, Decode, str]]
+"""From a run's config.yaml to what `command.find_rules` returns."""
 
 
 class Viewer:
@@ -130,12 +132,6 @@ class Viewer:
         name = request.path_params["run"].replace("~", "/")
         return name, self._library.run(name)
 
-    def _rules(self, run: RunFiles) -> CreditRules | None:
-        try:
-            return self._find_rules(run.directory.config)[0]
-        except AgentLightningError:
-            return None
-
     def run_context(self, name: str, run: RunFiles) -> Context:
         """What the templates of every page of a run read."""
         state, reason = run.state()
@@ -153,13 +149,15 @@ class Viewer:
 
     def _group(self, request: Request) -> tuple[str, Context]:
         name, run = self._find(request)
-        values = rollout.group_page(run.group(f"{request.path_params['group']}-0"), self._rules(run))
+        group = run.group(f"{request.path_params['group']}-0")
+        values = rollout.group_page(group, credits_of(run, group, self._find_rules(run.directory.config)[0]))
         return "group.html", self.run_context(name, run) | values
 
     def _rollout(self, request: Request) -> tuple[str, Context]:
         name, run = self._find(request)
-        rollout_id = request.path_params["rollout"]
-        values = rollout.rollout_page(run.group(rollout_id), rollout_id, self._rules(run))
+        group = run.group(rollout_id := request.path_params["rollout"])
+        credits = credits_of(run, group, self._find_rules(run.directory.config)[0])
+        values = rollout.rollout_page(group, rollout_id, credits)
         return "rollout.html", self.run_context(name, run) | values
 
     def _tokens(self, request: Request) -> tuple[str, Context]:
@@ -168,9 +166,10 @@ class Viewer:
         return "tokens.html", self.run_context(name, run) | self.tokens(run, rollout_id, colour)
 
     def tokens(self, run: RunFiles, rollout_id: str, colour: str) -> Context:
-        """What the page of a rollout's tokens shows. Raises AgentLightningError, also if there is no tokenizer."""
-        rules, tokenizer = self._find_rules(run.directory.config)
-        return rollout.tokens_page(run.group(rollout_id), rollout_id, rules, rollout.decoder(tokenizer), colour)
+        """What the page of a rollout's tokens shows. Raises AgentLightningError."""
+        rules, decode, problem = self._find_rules(run.directory.config)
+        group = run.group(rollout_id)
+        return rollout.tokens_page(group, rollout_id, credits_of(run, group, rules), decode, colour, problem)
 
     def _tools(self, request: Request) -> tuple[str, Context]:
         name, run = self._find(request)
@@ -210,6 +209,14 @@ class Viewer:
     async def _failed(self, request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
         return HTMLResponse(self.render("message.html", {"text": "there is no such page"}), status)
+
+
+def credits_of(run: RunFiles, group: Group, rules: CreditRules | None) -> rollout.Credits:
+    """The credit of each call of a group by the run's rules; without them, what the run has written. Held-out rollouts
+    have none."""
+    if group.trajectories[0].key.split != "train":
+        return [None] * len(group.trajectories)
+    return explain_credit(group, rules) if rules is not None else run.credits(group)
 
 
 class _Guard:

@@ -13,12 +13,12 @@ from rich.console import Console
 
 from agent_lightning.cli.train import credit_rules
 from agent_lightning.cli.viewer.app import Viewer, serve
+from agent_lightning.cli.viewer.decode import Decode, decoder, decoder_of
 from agent_lightning.cli.viewer.export import write_file
 from agent_lightning.cli.viewer.folder import Library, RunFiles, is_run
 from agent_lightning.config.load import reload
-from agent_lightning.core.errors import UserError
+from agent_lightning.core.errors import AgentLightningError, UserError
 from agent_lightning.credit.assign import CreditRules
-from agent_lightning.launch import hub
 from agent_lightning.run import storage
 
 FETCH_SECONDS = 15.0
@@ -59,12 +59,16 @@ async def view(place: str, port: int, out: Path | None) -> int:
     return 0
 
 
-def find_rules(config_file: Path) -> tuple[CreditRules, Path]:
-    """The rules of credit of a run, and its model's tokenizer.json. Raises AgentLightningError."""
-    config = reload(config_file, [])
-    saved = sorted(config_file.parent.glob("checkpoints/*/**/tokenizer.json"))
-    tokenizer = saved[-1] if saved else Path(hub.find_model(config.model.path)) / "tokenizer.json"
-    return credit_rules(config), tokenizer
+def find_rules(config_file: Path) -> tuple[CreditRules | None, Decode, str]:
+    """The rules of credit of a run, None if its config cannot be read; what turns its tokens into text, or into their
+    ids if there is no tokenizer; and why something is missing."""
+    rules, saved = None, sorted(config_file.parent.glob("checkpoints/*/**/tokenizer.json"))
+    try:
+        config = reload(config_file, [])
+        rules = credit_rules(config)
+        return rules, decoder(saved[-1]) if saved else decoder_of(config.model), ""
+    except AgentLightningError as error:
+        return rules, decoder(saved[-1]) if saved else "⟨{}⟩".format, str(error)
 
 
 def _follow(place: str, root: Path) -> None:

@@ -10,11 +10,10 @@ from typing import Final
 from markupsafe import Markup
 
 from agent_lightning.cli.viewer import pages, rollout
-from agent_lightning.cli.viewer.app import HERE, FindRules, templates
+from agent_lightning.cli.viewer.app import HERE, FindRules, credits_of, templates
 from agent_lightning.cli.viewer.folder import RunFiles
 from agent_lightning.cli.viewer.pages import Context, Links
 from agent_lightning.core import files
-from agent_lightning.core.errors import AgentLightningError
 from agent_lightning.run.index import Filters
 
 GROUPS: Final = 12
@@ -46,12 +45,7 @@ def write_file(run: RunFiles, find_rules: FindRules, out: Path) -> None:
         keys = [trajectory.key.rollout_id for trajectory in group.trajectories]
         links.included |= {f"group/{group.group_id}", *(f"rollout/{key}" for key in keys)}
         links.included |= {f"tokens/{key}" for key in keys}
-    rules, decode = None, None
-    try:
-        rules, tokenizer = find_rules(run.directory.config)
-        decode = rollout.decoder(tokenizer)
-    except AgentLightningError:
-        links.included = {page for page in links.included if not page.startswith("tokens/")}
+    rules, decode, problem = find_rules(run.directory.config)
     state, reason = run.state()
     shared: Context = {"run": run.name, "path": run.directory.path, "state": state, "reason": reason}
 
@@ -62,13 +56,13 @@ def write_file(run: RunFiles, find_rules: FindRules, out: Path) -> None:
 
     sections = [section("", "run.html", pages.run_page(run.name, run, links))]
     for group in groups:
-        sections.append(section(f"group/{group.group_id}", "group.html", rollout.group_page(group, rules)))
+        credits = credits_of(run, group, rules)
+        sections.append(section(f"group/{group.group_id}", "group.html", rollout.group_page(group, credits)))
         for trajectory in group.trajectories:
             key = trajectory.key.rollout_id
-            sections.append(section(f"rollout/{key}", "rollout.html", rollout.rollout_page(group, key, rules)))
-            if decode is not None:
-                values = rollout.tokens_page(group, key, rules, decode, "advantage")
-                sections.append(section(f"tokens/{key}", "tokens.html", values))
+            sections.append(section(f"rollout/{key}", "rollout.html", rollout.rollout_page(group, key, credits)))
+            values = rollout.tokens_page(group, key, credits, decode, "advantage", problem)
+            sections.append(section(f"tokens/{key}", "tokens.html", values))
     style, script = ((HERE / "static" / name).read_text(encoding="utf-8") for name in ("view.css", "view.js"))
     values = {"style": Markup(style), "script": Markup(script), "sections": sections, "groups": groups}
     values |= {"policy": f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'"}

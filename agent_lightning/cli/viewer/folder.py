@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import yaml
 
 from agent_lightning.core.errors import AgentLightningError, DataError, UserError
 from agent_lightning.core.text import error_line
 from agent_lightning.launch.sweeps.plan import SweepFolder, best_of
-from agent_lightning.run.archive import read_group
+from agent_lightning.run.archive import read_credits, read_group
 from agent_lightning.run.index import RolloutIndex
 from agent_lightning.run.tracking import RunDirectory
 
 if TYPE_CHECKING:
     from agent_lightning.core.types import Group
+    from agent_lightning.credit.assign import CallCredit
+
+T = TypeVar("T")
 
 
 class RunFiles:
@@ -84,10 +87,17 @@ class RunFiles:
 
     def group(self, rollout_id: str) -> Group:
         """Read the group of a rollout. Raises DataError if the run has no such rollout, or its file is damaged."""
+        return self._read(rollout_id, read_group)
+
+    def credits(self, group: Group) -> Sequence[Sequence[CallCredit] | None]:
+        """The credit that the run wrote with each call of a group; None for rollouts without. Raises DataError."""
+        return self._read(group.trajectories[0].key.rollout_id, read_credits)
+
+    def _read(self, rollout_id: str, read: Callable[[Path, str], T]) -> T:
         if (part := self.index.part_of(rollout_id.rpartition("-")[0])) is None:
             raise DataError(f"{self.name} has no rollout {rollout_id}")
         try:
-            return read_group(part, rollout_id)
+            return read(part, rollout_id)
         except AgentLightningError:
             raise
         except Exception as error:  # Parquet raises what it likes where a file is damaged

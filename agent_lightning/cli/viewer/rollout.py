@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Final
 
 from agent_lightning.cli.viewer.charts import number_text
+from agent_lightning.cli.viewer.decode import Decode
 from agent_lightning.cli.viewer.pages import Context
-from agent_lightning.core.errors import DataError
 from agent_lightning.core.types import Group, ModelCall, ToolCall, Trajectory
-from agent_lightning.credit.assign import CallCredit, CreditRules, explain_credit
+from agent_lightning.credit.assign import CallCredit
+
+Credits = Sequence[Sequence[CallCredit] | None]
+"""The credit of each call of each rollout of a group; None for rollouts that are held out, or of unknown credit."""
 
 SHADES: Final = 5
 """Shades of a colour on each side of zero."""
@@ -83,10 +84,10 @@ class Token:
     untrained: bool
 
 
-def rollout_page(group: Group, rollout_id: str, rules: CreditRules | None) -> Context:
-    """Everything about one rollout. `rules` is None if the run's config cannot be read: there is then no credit."""
+def rollout_page(group: Group, rollout_id: str, all_credits: Credits) -> Context:
+    """Everything about one rollout."""
     index, rollout = _find(group, rollout_id)
-    credits = _credits(group, rules)[index]
+    credits = all_credits[index]
     siblings = [trajectory.key.rollout_id for trajectory in group.trajectories]
     return {
         "rollout": rollout,
@@ -100,13 +101,13 @@ def rollout_page(group: Group, rollout_id: str, rules: CreditRules | None) -> Co
     }
 
 
-def group_page(group: Group, rules: CreditRules | None) -> Context:
+def group_page(group: Group, all_credits: Credits) -> Context:
     """The rollouts of a group side by side, the best first: reward, advantage, and the first place where the replies
     of each differ from those of the best."""
     texts = [replies(rollout) for rollout in group.trajectories]
     order = sorted(range(len(texts)), key=lambda index: -_sortable(group.trajectories[index].reward))
     best = texts[order[0]]
-    cards, all_credits = [], _credits(group, rules)
+    cards = []
     for index in order:
         credits = all_credits[index] or ()
         advantages = {credit.advantage for credit in credits if credit.status == "trained"}
@@ -132,11 +133,11 @@ def group_page(group: Group, rules: CreditRules | None) -> Context:
 
 
 def tokens_page(
-    group: Group, rollout_id: str, rules: CreditRules | None, decode: Callable[[int], str], colour: str
+    group: Group, rollout_id: str, all_credits: Credits, decode: Decode, colour: str, problem: str = ""
 ) -> Context:
-    """The sampled tokens of a rollout, coloured by `colour`: advantage, logprob or version."""
+    """The sampled tokens of a rollout, coloured by `colour`: advantage, logprob or version. `problem` says why they are
+    shown as ids."""
     index, rollout = _find(group, rollout_id)
-    all_credits = _credits(group, rules)
     credits = all_credits[index]
     others = [credit for rollout_credits in all_credits for credit in rollout_credits or ()]
     largest = max((abs(credit.advantage) for credit in others if math.isfinite(credit.advantage)), default=0.0)
@@ -159,26 +160,22 @@ def tokens_page(
         "largest": largest,
         "group_id": group.group_id,
         "held_out": rollout.key.split != "train",
+        "problem": problem,
     }
 
 
 def _tokens(
-    call: ModelCall,
-    credit: CallCredit | None,
-    decode: Callable[[int], str],
-    colour: str,
-    largest: float,
-    trained: int,
-    newest: int,
+    call: ModelCall, credit: CallCredit | None, decode: Decode, colour: str, largest: float, trained: int, newest: int
 ) -> Iterator[Token]:
-    reason = "held out: never trained" if credit is None else "" if credit.status == "trained" else credit.status
+    reason = "" if credit is None or credit.status == "trained" else credit.status
+    reason = reason if call.key.split == "train" else "held out: never trained"
     version = f"v{call.policy_version}" + (f"–{call.last_version}" if call.last_version is not None else "")
     for token, logprob in zip(call.response_T[:MAX_TOKENS].tolist(), call.logprob_T.tolist(), strict=False):
         advantage = credit.advantage if credit is not None and not reason else math.nan
         tip = f"token {token} · log-probability {number_text(logprob)} (p {math.exp(logprob):.3f}) · {version}"
         if reason:
             tip += f" · not trained: {reason}"
-        else:
+        elif credit is not None:
             tip += f" · advantage {advantage:+.3f} · weight 1/{trained} of the rollout's"
         if colour == "logprob":
             shade = "" if math.isnan(logprob) else f"p{min(SHADES, int((1 - math.exp(logprob)) * (SHADES + 1)))}"
@@ -189,23 +186,6 @@ def _tokens(
             level = math.ceil(abs(scaled) * SHADES)
             shade = f"{'up' if scaled > 0 else 'down'}{level}" if level else ""
         yield Token(text=decode(token), shade=shade, tip=tip, untrained=bool(reason))
-
-
-@lru_cache(maxsize=4)
-def decoder(tokenizer: Path) -> Callable[[int], str]:
-    """A function from a token id to its text. Raises DataError if the file, a tokenizer.json, cannot be read."""
-    from tokenizers import Tokenizer
-
-    try:
-        decode = Tokenizer.from_file(str(tokenizer)).decode
-    except Exception as error:  # the library raises nothing more exact
-        raise DataError(f"{tokenizer}: cannot be read as a tokenizer ({error})") from error
-
-    @lru_cache(maxsize=65536)
-    def text(token: int) -> str:
-        return str(decode([token], skip_special_tokens=False)) or f"⟨{token}⟩"
-
-    return text
 
 
 def spans(rollout: Trajectory) -> Iterator[SpanRow]:
@@ -389,10 +369,3 @@ def _sortable(reward: float | None) -> float:
 def _find(group: Group, rollout_id: str) -> tuple[int, Trajectory]:
     ids = [trajectory.key.rollout_id for trajectory in group.trajectories]
     return ids.index(rollout_id), group.trajectories[ids.index(rollout_id)]
-
-
-def _credits(group: Group, rules: CreditRules | None) -> Sequence[Sequence[CallCredit] | None]:
-    """The credit of each call of each rollout; None for held-out rollouts, which are never trained."""
-    if rules is None or group.trajectories[0].key.split != "train":
-        return [None] * len(group.trajectories)
-    return explain_credit(group, rules)

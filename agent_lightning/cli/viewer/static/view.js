@@ -1,7 +1,12 @@
 // The viewer's script: copying, keys, and following a run. Every page works without it.
 "use strict";
 
-function rows() { return [...document.querySelectorAll(".rows tbody tr, .cards .card")]; }
+function rows() { return [...document.querySelectorAll(".rows tbody tr, .cards .card, .tokens:not(.prompt) .tok")]; }
+
+function tell(token) {
+  const tip = document.getElementById("tip");
+  if (token && tip) tip.textContent = token.title;
+}
 
 function move(by) {
   const all = rows();
@@ -13,6 +18,7 @@ function move(by) {
   const link = all[next].querySelector("a.open");
   if (link) link.focus({ preventScroll: true });
   all[next].scrollIntoView({ block: "nearest" });
+  if (all[next].matches(".tok")) tell(all[next]);
 }
 
 function go(...selectors) {
@@ -44,11 +50,7 @@ document.addEventListener("click", async (event) => {
   setTimeout(() => { button.textContent = before; }, 1200);
 });
 
-document.addEventListener("mouseover", (event) => {
-  const token = event.target.closest(".tokens .tok");
-  const tip = document.getElementById("tip");
-  if (token && tip) tip.textContent = token.title;
-});
+document.addEventListener("mouseover", (event) => tell(event.target.closest(".tokens .tok")));
 
 // A running run: when it has written something, the main part of the page is fetched again and exchanged.
 const events = document.body.dataset.events;
