@@ -65,11 +65,10 @@ class ToyLanguage:
         return np.array([*tokens, ROLES["assistant"]], np.int32)
 
     def text(self, token: int) -> str:
-        """A token as people read it: a word, a character of other text, or a mark such as "⟨user⟩"."""
-        if FIRST_BYTE <= token < FIRST_WORD:
-            return chr(token - FIRST_BYTE)
-        marks = {PAD: "⟨pad⟩", END: "⟨end⟩"} | {number: f"⟨{role}⟩" for role, number in sorted(ROLES.items())}
-        return marks.get(token) or self.words[token - FIRST_WORD]
+        """A token as people read it: a word, a character of other text, or the number of a mark such as END."""
+        if token < FIRST_WORD:
+            return f"⟨{token}⟩" if token < FIRST_BYTE else chr(token - FIRST_BYTE)
+        return self.words[token - FIRST_WORD]
 
     def prompts(self, request: Mapping[str, Any]) -> tuple[Ints, ...]:
         """The prompts of a chat or completion request, as token ids. Raises ValueError as vLLM does."""

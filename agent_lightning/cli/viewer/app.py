@@ -162,14 +162,11 @@ class Viewer:
 
     def _tokens(self, request: Request) -> tuple[str, Context]:
         name, run = self._find(request)
-        rollout_id, colour = request.path_params["rollout"], request.query_params.get("colour", "advantage")
-        return "tokens.html", self.run_context(name, run) | self.tokens(run, rollout_id, colour)
-
-    def tokens(self, run: RunFiles, rollout_id: str, colour: str) -> Context:
-        """What the page of a rollout's tokens shows. Raises AgentLightningError."""
+        group = run.group(rollout_id := request.path_params["rollout"])
         rules, decode, problem = self._find_rules(run.directory.config)
-        group = run.group(rollout_id)
-        return rollout.tokens_page(group, rollout_id, credits_of(run, group, rules), decode, colour, problem)
+        credits, colour = credits_of(run, group, rules), request.query_params.get("colour", "advantage")
+        values = rollout.tokens_page(group, rollout_id, credits, decode, colour, problem)
+        return "tokens.html", self.run_context(name, run) | values
 
     def _tools(self, request: Request) -> tuple[str, Context]:
         name, run = self._find(request)
