@@ -39,13 +39,13 @@ def samples(vocab: int) -> list[Sample]:
     return [
         Sample(
             key=RolloutKey(split="train", group=0, index=index),
-            policy_version=0,
             token_T=rng.integers(0, vocab, length).astype(np.int32),
             mask_T=mask_T.copy(),
             logprob_T=np.where(mask_T, -5.0, 0.0).astype(np.float32),
             advantage_T=np.where(mask_T, rng.normal(), 0.0).astype(np.float32),
             reward_T=np.zeros(length, np.float32),
             call_T=np.zeros(length, np.int32),
+            version_T=np.zeros(length, np.int32),
         )
         for index in range(ROWS)
     ]

@@ -185,10 +185,10 @@ def to_batch(rows: Sequence[Row]) -> Batch:
         advantage_NT=zeros.copy(),
         reward_NT=zeros.copy(),
         call_NT=np.zeros(shape, np.int32),
+        version_NT=np.zeros(shape, np.int32),
         weight_NT=weight / weight.sum(),
         length_N=np.asarray([len(ids) for ids, _ in rows], np.int32),
         rollout_N=np.arange(len(rows), dtype=np.int32),
-        version_N=np.zeros(len(rows), np.int32),
         num_rollouts=len(rows),
     )
 

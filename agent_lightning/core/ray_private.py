@@ -1,11 +1,12 @@
 """Everything of Ray and Ray Serve that their documentation does not promise: environment variables and private calls.
 
-It holds for Ray 2.60.0. tests/core/test_ray_private.py names each line that another version of Ray breaks. Functions
+It holds for Ray 2.60.0 and vLLM 0.29. tests/core/test_ray_private.py names what another version breaks. Functions
 import Ray themselves: this module costs nothing, and Ray's LLM server, which brings vLLM, is loaded in replicas only.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import socket
@@ -301,6 +302,26 @@ def _llm_requests() -> tuple[type[Any], type[Any]]:
             return replace(super().build_tok_params(model_config), max_output_tokens=1)
 
     return Chat, Completion
+
+
+async def count_sampled(server: Any) -> list[tuple[str, int, int]]:
+    """How far a paused LLM server is with each choice that it has not completed: the request's id, the choice's index,
+    and the number of its tokens. Raises EngineDeadError."""
+    from vllm.v1.engine import EngineCoreOutputs
+
+    client, counts = server.engine._engine_client, []
+    states, outputs = client.output_processor.request_states, client.engine_core.outputs_queue
+    if states:
+        outputs.put_nowait(EngineCoreOutputs())  # once this is taken, all that the engine sampled before is counted
+    while states and not outputs.empty():
+        if client.errored:
+            raise client.dead_error
+        await asyncio.sleep(0)
+    for state in states.values():
+        _, name, *prompt = state.external_req_id.split("-")  # chatcmpl-NAME, or cmpl-NAME-PROMPT
+        first = int(prompt[0]) * (state.parent_req.n if state.parent_req else 1) if prompt else 0
+        counts.append((name, first + state.request_index, state.detokenizer.num_output_tokens()))
+    return counts
 
 
 def llm_error(reply: object) -> tuple[str, int, str] | None:

@@ -1,14 +1,12 @@
 """The nouns of the system: frozen dataclasses over read-only NumPy arrays.
 
-A task is run as a group of rollouts. A rollout has one attempt or more (`RolloutKey`). An attempt leaves spans
-(`ModelCall`, `ToolCall`, `Reward`, `AgentSpan`), which become a `Trajectory`; trajectories become `Sample`s to train
-on, and samples become a `Batch`.
+A task is run as a group of rollouts, each of one attempt or more (`RolloutKey`), which leaves spans (`ModelCall`,
+`ToolCall`, `Reward`, `AgentSpan`). Spans become a `Trajectory`, trajectories `Sample`s, and samples a `Batch`.
 
 Names end in the shape of their array: `_T` tokens of one sequence, `_N` rows of a batch, `_G` groups, `_R` rollouts of
 a group. `token_NT` has shape [N, T]. Times (`at`, `started_at`, `ended_at`) are Unix seconds.
 
-Arrays are made read-only on construction, because Ray returns them read-only: a test on a laptop then fails in the same
-way as a cluster would.
+Arrays are read-only from construction on, as Ray returns them: a test on a laptop then fails as a cluster would.
 """
 
 from __future__ import annotations
@@ -28,8 +26,7 @@ OnWeightUpdate = Literal["wait", "keep", "restart"]
 """What happens to a call that is running when the policy's weights are updated; see serving/gate.py."""
 Split = Literal["train", "val"]
 Source = Literal["gateway", "trace", "request"]
-"""Where a span was seen: at the gateway; in a trace that the agent's process sent (OpenTelemetry); or in a later
-request, whose tool messages answer an earlier reply."""
+"""Where a span was seen: at the gateway, in a trace (OpenTelemetry), or in the tool messages of a later request."""
 
 DEFAULT_AGENT = "agent"
 """The agent's name in a rollout's URL, unless the config or the agent chooses another."""
@@ -177,7 +174,7 @@ class ModelCall:
     response_T: Ints
     """Token ids that the engine sampled, including the end-of-turn token if it was sampled."""
     logprob_T: Floats
-    """Natural log-probability of each token of `response_T` when it was sampled; NaN if unknown."""
+    """Natural log-probability of each token of `response_T` under the version that sampled it; NaN if unknown."""
     finish_reason: str
     """Why the reply ended, in the engine's words: stop, length, tool_calls, …"""
     started_at: float
@@ -197,17 +194,24 @@ class ModelCall:
     source: Source = "gateway"
     """A call with source "trace" was made to another model, or in another run. It is never trained."""
     last_version: int | None = None
-    """Version of the weights when the call ended, if an update happened while it ran
-    (serving.on_weight_update=keep): no token was sampled by a newer version. None: a single version sampled all tokens.
-    Each log-probability was computed by the version that sampled the token."""
+    """Version that sampled the last token, if it is newer than `policy_version`; else None."""
     offered: tuple[str, ...] = ()
     """Names of the tools that the request offered."""
+    new_versions: tuple[tuple[int, int], ...] = ()
+    """(index in `response_T`, version) of the first token of each version that came while the call ran, ascending."""
+
+    @property
+    def version_T(self) -> Ints:
+        """Version that sampled each token; `policy_version` in calls recorded before there were `new_versions`."""
+        version_T = np.full(self.response_T.shape, self.policy_version, np.int32)
+        for first, version in self.new_versions:
+            version_T[first:] = version
+        return version_T
 
     def __post_init__(self) -> None:
         if self.response_T.shape != self.logprob_T.shape:
-            raise ValueError(
-                f"call {self.call_id}: {self.response_T.size} tokens but {self.logprob_T.size} log-probabilities"
-            )
+            sizes = f"{self.response_T.size} tokens but {self.logprob_T.size} log-probabilities"
+            raise ValueError(f"call {self.call_id}: {sizes}")
         if (np.isinf(self.logprob_T) | (self.logprob_T > 0)).any():
             raise ValueError(f"call {self.call_id}: a log-probability must be at most 0 and finite, or NaN for unknown")
         _freeze(self.prompt_T, self.response_T, self.logprob_T)
@@ -341,8 +345,6 @@ class Sample:
     """
 
     key: RolloutKey
-    policy_version: int
-    """The oldest version among the calls of the chain."""
     token_T: Ints
     """The last call's prompt and response, which contain all earlier ones."""
     mask_T: Bools
@@ -355,9 +357,12 @@ class Sample:
     """The reward of each call, at the last token that the call sampled; else 0."""
     call_T: Ints
     """Index, among the rollout's trained calls, of the call that sampled the token; 0 for tokens not sampled."""
+    version_T: Ints
+    """Version of the policy that sampled the token; 0 for tokens not sampled."""
 
     def __post_init__(self) -> None:
-        arrays = (self.token_T, self.mask_T, self.logprob_T, self.advantage_T, self.reward_T, self.call_T)
+        floats = (self.logprob_T, self.advantage_T, self.reward_T)
+        arrays = (self.token_T, self.mask_T, *floats, self.call_T, self.version_T)
         shapes = {array.shape for array in arrays}
         if len(shapes) != 1:
             raise ValueError(f"sample of {self.key.rollout_id}: arrays of different shapes {sorted(shapes)}")
@@ -366,8 +371,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Right-padded samples of one optimiser step. Rows of one rollout are never split between batches. The arrays with
-    two dimensions hold, row for row, the arrays of the samples."""
+    """Right-padded samples of one optimiser step: row n of an `_NT` array is a sample's. A rollout is never split."""
 
     token_NT: Ints
     mask_NT: Bools
@@ -375,6 +379,7 @@ class Batch:
     advantage_NT: Floats
     reward_NT: Floats
     call_NT: Ints
+    version_NT: Ints
     weight_NT: Floats
     """Weight of each trained token in the loss. The weights of a batch sum to 1: each rollout has 1 / num_rollouts,
     spread evenly over its trained tokens. All-zero rows are padding."""
@@ -382,13 +387,11 @@ class Batch:
     """Number of tokens of each row before padding."""
     rollout_N: Ints
     """Index, among the batch's rollouts, of the rollout that each row comes from; -1 for a padding row."""
-    version_N: Ints
-    """The oldest policy version that sampled tokens of each row; 0 for a padding row."""
     num_rollouts: int
 
     def __post_init__(self) -> None:
         _freeze(self.token_NT, self.mask_NT, self.logprob_NT, self.advantage_NT, self.reward_NT, self.call_NT)
-        _freeze(self.weight_NT, self.length_N, self.rollout_N, self.version_N)
+        _freeze(self.weight_NT, self.length_N, self.rollout_N, self.version_NT)
 
 
 def _freeze(*arrays: NDArray[Any]) -> None:

@@ -56,11 +56,10 @@ def _pad(rollouts: Sequence[Sequence[Sample]], pad_token: int, pad_multiple: int
     shape = num_rows, _round_up(max(row.token_T.size for rows in rollouts for row in rows), pad_multiple)
     token_NT = np.full(shape, pad_token, np.int32)
     mask_NT = np.zeros(shape, np.bool_)
-    call_NT = np.zeros(shape, np.int32)
+    call_NT, version_NT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     logprob_NT, advantage_NT, reward_NT, weight_NT = (np.zeros(shape, np.float32) for _ in range(4))
     length_N = np.ones(num_rows, np.int32)
     rollout_N = np.full(num_rows, -1, np.int32)
-    version_N = np.zeros(num_rows, np.int32)
     n = 0
     for rollout, rows in enumerate(rollouts):
         weight = 1.0 / (len(rollouts) * sum(int(row.mask_T.sum()) for row in rows))
@@ -72,10 +71,10 @@ def _pad(rollouts: Sequence[Sequence[Sample]], pad_token: int, pad_multiple: int
             advantage_NT[n, :length] = row.advantage_T
             reward_NT[n, :length] = row.reward_T
             call_NT[n, :length] = row.call_T
+            version_NT[n, :length] = row.version_T
             weight_NT[n, :length] = row.mask_T * weight
             length_N[n] = length
             rollout_N[n] = rollout
-            version_N[n] = row.policy_version
             n += 1
     return Batch(
         token_NT=token_NT,
@@ -84,10 +83,10 @@ def _pad(rollouts: Sequence[Sequence[Sample]], pad_token: int, pad_multiple: int
         advantage_NT=advantage_NT,
         reward_NT=reward_NT,
         call_NT=call_NT,
+        version_NT=version_NT,
         weight_NT=weight_NT,
         length_N=length_N,
         rollout_N=rollout_N,
-        version_N=version_N,
         num_rollouts=len(rollouts),
     )
 

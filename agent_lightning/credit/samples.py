@@ -150,7 +150,7 @@ def _flatten(
     token_T = np.concatenate([chain[-1].prompt_T, chain[-1].response_T]).astype(np.int32)
     mask_T = np.zeros(token_T.shape, np.bool_)
     logprob_T, advantage_T, reward_T = (np.zeros(token_T.shape, np.float32) for _ in range(3))
-    call_T = np.zeros(token_T.shape, np.int32)
+    call_T, version_T = np.zeros(token_T.shape, np.int32), np.zeros(token_T.shape, np.int32)
     for index, call in zip(members, chain, strict=True):
         response = slice(call.prompt_T.size, call.prompt_T.size + call.response_T.size)
         mask_T[response] = True
@@ -158,13 +158,14 @@ def _flatten(
         advantage_T[response] = advantage[index]
         reward_T[response][-1:] = reward[index]
         call_T[response] = index
+        version_T[response] = call.version_T
     return Sample(
         key=trajectory.key,
-        policy_version=min(call.policy_version for call in chain),
         token_T=token_T,
         mask_T=mask_T,
         logprob_T=logprob_T,
         advantage_T=advantage_T,
         reward_T=reward_T,
         call_T=call_T,
+        version_T=version_T,
     )

@@ -15,9 +15,11 @@ STALE: Final = "stale"
 
 
 def drop_stale(credit: Credit, version: int, beyond: int | None) -> Credit:
-    """The credit of a group, without samples if one of its rows is more than `beyond` updates older than the `version`
-    that is trained; None: no group is too old."""
-    oldest = min((sample.policy_version for sample in credit.samples), default=version)
+    """The credit of a group, without samples if one of its tokens is more than `beyond` updates older than the
+    `version` that is trained; None: no group is too old."""
+    oldest = min(
+        (int(sample.version_T[sample.mask_T].min(initial=version)) for sample in credit.samples), default=version
+    )
     if beyond is None or version - oldest <= beyond:
         return credit
     rollouts, tokens = credit.trained_rollouts + sum(credit.dropped_rollouts.values()), credit.sampled_tokens
@@ -29,19 +31,16 @@ def overlap_metrics(rollouts: Sequence[Trajectory], samples: Sequence[Sample], v
     """The metrics of a step that trains `version`:
 
     time/rollout_p50, _p99      seconds of the step's rollouts, from lease to end
-    lag/mean, lag/max           updates since the oldest version of a trained row, over tokens
-    lag/tokens/2                trained tokens of rows that are two updates old
+    lag/mean, lag/max           updates since the version that sampled a trained token
+    lag/tokens/2                trained tokens that are two updates old
     lag/mixed_rollouts          share of rollouts whose tokens are of more than one version
     """
     seconds = [rollout.ended_at - rollout.started_at for rollout in rollouts if rollout.started_at]
     metrics = {f"time/rollout_p{q}": float(np.percentile(seconds, q)) for q in (50, 99) if seconds}
     if samples:
-        lag_N = np.array([version - sample.policy_version for sample in samples])
-        tokens_N = np.array([sample.mask_T.sum() for sample in samples])
-        metrics |= {"lag/mean": float(np.average(lag_N, weights=tokens_N)), "lag/max": float(lag_N.max())}
-        metrics |= {f"lag/tokens/{lag}": float(tokens_N[lag_N == lag].sum()) for lag in np.unique(lag_N)}
-    versions = [
-        {v for call in r.calls for v in (call.policy_version, call.last_version) if v is not None} for r in rollouts
-    ]
+        lag_T = version - np.concatenate([sample.version_T[sample.mask_T] for sample in samples])
+        metrics |= {"lag/mean": float(lag_T.mean()), "lag/max": float(lag_T.max())}
+        metrics |= {f"lag/tokens/{lag}": float((lag_T == lag).sum()) for lag in np.unique(lag_T)}
+    versions = [{version for call in r.calls for version in call.version_T.tolist()} for r in rollouts]
     mixed = [len(of_rollout) > 1 for of_rollout in versions if of_rollout]
     return metrics | ({"lag/mixed_rollouts": float(np.mean(mixed))} if mixed else {})

@@ -132,8 +132,7 @@ class VerlLearner:
         """An optimiser step of the critic, if there is one, and at the same time of the policy if `with_policy`."""
         columns = dict(prepared.columns)
         if with_gap:
-            current_N1 = (prepared.batch.version_N >= self._version)[:, None]
-            columns["is_current"] = np.broadcast_to(current_N1, prepared.batch.mask_NT.shape).astype(np.float32)
+            columns["is_current"] = (prepared.batch.version_NT >= self._version).astype(np.float32)
         data = verl_groups.to_tensordict(prepared.batch, self._config, columns)
         critic_output = self._critic.train_batch(data) if self._critic is not None else None
         policy_output = self._group.train_batch(data) if with_policy else None

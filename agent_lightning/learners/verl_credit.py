@@ -39,7 +39,7 @@ class Prepared:
 def prepare(
     batches: Sequence[Batch], forwards: Sequence[Forward], config: Training, version: int
 ) -> tuple[list[Prepared], Metrics]:
-    """The batches of a step, with everything that the losses read; `forwards` holds the outputs for each batch. Rows
+    """The batches of a step, with everything that the losses read; `forwards` holds the outputs for each batch. Tokens
     sampled before the policy's `version` do not count for the gap.
 
     old log-probabilities   the engine's. With importance sampling the policy's (decoupled PPO, arXiv 2110.00641), and
@@ -86,7 +86,7 @@ def _old_logprobs(
     known_NT = batch.mask_NT & ~unknown_N[:, None]
     log_ratio_NT = np.where(known_NT, policy_NT - batch.logprob_NT, 0).astype(np.float32)
     metrics: dict[str, Mean | Sum | Max] = {
-        **measure(np.extract(known_NT & (batch.version_N >= version)[:, None], log_ratio_NT)),
+        **measure(np.extract(known_NT & (batch.version_NT >= version), log_ratio_NT)),
         "learner/rows_without_logprobs": Sum(float(unknown_N.sum())),
     }
     if config.algorithm.importance_sampling == "none":

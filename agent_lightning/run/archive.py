@@ -158,8 +158,9 @@ def _trajectory(row: Mapping[str, Any]) -> types.Trajectory:
     key = types.RolloutKey.parse(row["rollout_id"], row["attempt"])
     columns = [column for column, _ in _ARRAYS.values()]
     calls = [
-        {name: value for name, value in call.items() if name not in (*columns, "credit", "offered")}
+        {name: value for name, value in call.items() if name not in (*columns, "credit", "offered", "new_versions")}
         | {"offered": tuple(call.get("offered") or ())}
+        | {"new_versions": tuple(map(tuple, call.get("new_versions") or ()))}
         | {name: np.array(call[column], kind) for name, (column, kind) in _ARRAYS.items()}
         for call in row["calls"]
     ]
@@ -195,7 +196,7 @@ def _rollout_schema() -> pyarrow.Schema:
     text, real, integer = pa.string(), pa.float64(), pa.int32()
     arrow_types = {"str": text, "ToolStatus": text, "Source": text, "float": real, "int": integer}
     arrow_types |= {"int | None": integer, "Ints": pa.list_(integer), "Floats": pa.list_(pa.float32())}
-    arrow_types["tuple[str, ...]"] = pa.list_(text)
+    arrow_types |= {"tuple[str, ...]": pa.list_(text), "tuple[tuple[int, int], ...]": pa.list_(pa.list_(integer))}
 
     def list_of(kind: type[_Span], **more: pyarrow.DataType) -> pyarrow.DataType:
         columns = [(_column(field.name), arrow_types[str(field.type)]) for field in fields(kind) if field.name != "key"]
@@ -235,7 +236,7 @@ def _cell(value: Any) -> Any:
     if isinstance(value, str):
         return replace_surrogates(value)
     if isinstance(value, tuple):
-        return [item if isinstance(item, str) else _row(item) for item in value]
+        return [item if isinstance(item, str | tuple) else _row(item) for item in value]
     return list(value.items()) if isinstance(value, Mapping) else value
 
 

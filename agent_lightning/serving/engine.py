@@ -29,7 +29,7 @@ _SMALLEST_TOP_P = 1e-6
 _GREEDY = 1e-5  # vLLM takes a lower temperature for 0
 CUT = "cancelled"
 """Finish reason of a choice whose agent went away before its end."""
-_IDS = ("token_ids", "prompt_token_ids", "prompt_logprobs")
+_IDS = ("token_ids", "prompt_token_ids", "prompt_logprobs", "new_versions")
 _END = ("stop_reason", "finish_reason")
 
 
@@ -42,6 +42,8 @@ class Choice:
     logprob_T: Floats
     """Log-probability of each response token, with the shape of `response_T`; NaN if the engine gave none."""
     finish_reason: str
+    new_versions: tuple[tuple[int, int], ...] = ()
+    """As in a ModelCall."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,20 +54,17 @@ class Completion:
     """The JSON without token ids, with log-probabilities as the engine gave them."""
     choices: tuple[Choice, ...]
     policy_version: int
-    """The policy's version at the first token."""
-    last_version: int | None = None
-    """The policy's version at the last token, if an update came in between; else None."""
+    """The policy's version when the call began."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A piece of a streamed answer: one chunk of the engine's JSON, with token ids and log-probabilities."""
+    """A piece of a streamed answer: one chunk of the engine's JSON, with token ids and log-probabilities, and with the
+    `new_versions` of each choice so far, if there are any."""
 
     chunk: Mapping[str, Any]
     policy_version: int
-    """The policy's version at the first token of the answer."""
-    last_version: int | None = None
-    """The newest version that can have sampled this piece, if it is not `policy_version`."""
+    """The policy's version when the call began."""
 
     def visible(self) -> Iterator[dict[str, Any]]:
         """The choices as an agent may see them at once: without ids, and without the end, which is sent only after the
@@ -159,7 +158,7 @@ def is_constrained(request: Mapping[str, Any]) -> bool:
     return has_format or is_forced or is_strict or request.get("structured_outputs") is not None
 
 
-def parse_reply(raw: Mapping[str, Any], *, policy_version: int, last_version: int | None = None) -> Completion:
+def parse_reply(raw: Mapping[str, Any], *, policy_version: int) -> Completion:
     """Split vLLM's reply into OpenAI JSON and arrays. Log-probabilities that are missing are NaN. Raises ValueError if
     token ids are missing, or if an id is outside any vocabulary."""
     choices, visible = [], []
@@ -173,10 +172,14 @@ def parse_reply(raw: Mapping[str, Any], *, policy_version: int, last_version: in
         values = [entry["logprob"] for entry in logprobs.get("content") or ()] or logprobs.get("token_logprobs") or []
         prompt_T, response_T = (np.asarray(ids, dtype=np.int32) for ids in (prompt, tokens))
         logprob_T, reason = clean_logprobs(values, len(tokens)), str(choice["finish_reason"])
-        choices.append(Choice(prompt_T=prompt_T, response_T=response_T, logprob_T=logprob_T, finish_reason=reason))
+        # Two updates may have come before a token, and one after the last that the agent waited for.
+        new_versions = dict(choice.get("new_versions", ()))
+        new = tuple((first, version) for first, version in new_versions.items() if first < len(tokens))
+        ends: Any = {"finish_reason": reason, "new_versions": new}
+        choices.append(Choice(prompt_T=prompt_T, response_T=response_T, logprob_T=logprob_T, **ends))
         visible.append({key: value for key, value in choice.items() if key not in _IDS})
     reply = {key: value for key, value in raw.items() if key not in _IDS} | {"choices": visible}
-    return Completion(reply=reply, choices=tuple(choices), policy_version=policy_version, last_version=last_version)
+    return Completion(reply=reply, choices=tuple(choices), policy_version=policy_version)
 
 
 def join_parts(parts: Sequence[Part]) -> Completion:
@@ -184,7 +187,7 @@ def join_parts(parts: Sequence[Part]) -> Completion:
     is missing has the finish reason CUT. Raises ValueError as `parse_reply` does."""
     raw = join_chunks(part.chunk for part in parts)
     raw["choices"] = [{"finish_reason": CUT, "token_ids": []} | choice for choice in raw["choices"]]
-    return parse_reply(raw, policy_version=parts[0].policy_version, last_version=parts[-1].last_version)
+    return parse_reply(raw, policy_version=parts[0].policy_version)
 
 
 def check_vocabulary(answer: Completion | Refusal, vocab_size: int) -> Completion | Refusal:

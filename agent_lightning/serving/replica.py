@@ -1,7 +1,8 @@
 """A replica of the policy: vLLM through Ray Serve LLM, which follows the PolicyBoard.
 
-One version answers a call from its first to its last token, unless the rule of its Gate is "keep". No token is sampled
-from a KV cache that older weights have computed, not even in a call that continues.
+One version answers a call from its first to its last token, unless the rule of its Gate is "keep"; then the first token
+of each new version is noted. No token is sampled from a KV cache that older weights have computed, not even in a call
+that continues.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import asyncio
 import json
 import logging
 import os
+import uuid
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import Any
@@ -37,6 +40,8 @@ from agent_lightning.serving.policy import Follower, PolicyBoard
 from agent_lightning.serving.weights import in_shared_memory
 
 logger = logging.getLogger(__name__)
+_NewVersions = Mapping[int, list[tuple[int, int]]]
+"""Index of a choice -> (index of the first token, version) of each version that was installed during the call."""
 _INVALID = (VLLMClientError, ValidationError, ValueError, TypeError, KeyError, RecursionError)
 """What vLLM raises for a bad request: its own errors, and those that its chat templates and models do not catch."""
 
@@ -52,6 +57,8 @@ class PolicyServer:
         self._server = ray_private.llm_server(settings)
         self._gate = Gate(serving.on_weight_update or "wait")
         self._version = 0
+        self._running: dict[str, _NewVersions] = {}
+        """The calls that are being answered, by the id of their request."""
         self._follower = Follower(board, self._install, self.check_health)
         self._following: asyncio.Task[None] | None = None
 
@@ -78,40 +85,47 @@ class PolicyServer:
     async def _generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
         version = self._version
         request, copies = without_copies(request)
-        try:
-            replies = [reply async for reply in await ray_private.ask_llm(self._server, request)]
-        except _INVALID as error:
-            return _refused(one_line(f"{type(error).__name__}: {error}")[:500], 400)
-        reply = replies[-1]
-        if (error_fields := ray_private.llm_error(reply)) is not None:
-            return _refused(*error_fields)
-        raw = repeat_choices(reply.model_dump(), copies)
-        return parse_reply(raw, policy_version=version, last_version=self._newer(version))
+        with self._named(request) as (named, new_versions):
+            try:
+                replies = [reply async for reply in await ray_private.ask_llm(self._server, named)]
+            except _INVALID as error:
+                return _refused(one_line(f"{type(error).__name__}: {error}")[:500], 400)
+            reply = replies[-1]
+            if (error_fields := ray_private.llm_error(reply)) is not None:
+                return _refused(*error_fields)
+            raw = repeat_choices(_with_versions(reply.model_dump(), new_versions), copies)
+            return parse_reply(raw, policy_version=version)
 
     async def _stream(self, request: Mapping[str, Any]) -> AsyncGenerator[Part | Refusal, None]:
         version = self._version
         request, copies = without_copies(request)
-        try:
-            async for batch in await ray_private.ask_llm(self._server, request):
-                last_version = self._newer(version)  # when the batch arrives, not when its parts are read
-                for text in batch:
-                    if (error_fields := ray_private.llm_error(text)) is not None:
-                        yield _refused(*error_fields)
-                        return
-                    data = text.removeprefix("data: ").strip()
-                    chunk = {} if data == "[DONE]" else json.loads(data)
-                    if error := chunk.get("error"):
-                        yield _refused(error["message"], int(error.get("code") or 500), error.get("param") or "")
-                        return
-                    if chunk:
-                        chunk = repeat_choices(chunk, copies)
-                        yield Part(chunk=chunk, policy_version=version, last_version=last_version)
-        except _INVALID as invalid:
-            yield _refused(one_line(f"{type(invalid).__name__}: {invalid}")[:500], 400)
+        with self._named(request) as (named, new_versions):
+            try:
+                async for batch in await ray_private.ask_llm(self._server, named):
+                    for text in batch:
+                        if (error_fields := ray_private.llm_error(text)) is not None:
+                            yield _refused(*error_fields)
+                            return
+                        data = text.removeprefix("data: ").strip()
+                        chunk = {} if data == "[DONE]" else json.loads(data)
+                        if error := chunk.get("error"):
+                            yield _refused(error["message"], int(error.get("code") or 500), error.get("param") or "")
+                            return
+                        if chunk:
+                            chunk = repeat_choices(_with_versions(chunk, new_versions), copies)
+                            yield Part(chunk=chunk, policy_version=version)
+            except _INVALID as invalid:
+                yield _refused(one_line(f"{type(invalid).__name__}: {invalid}")[:500], 400)
 
-    def _newer(self, version: int) -> int | None:
-        """The current version, if it is above `version`; else None."""
-        return self._version if self._version > version else None
+    @contextmanager
+    def _named(self, request: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], _NewVersions]]:
+        """A block in which a request is answered: the request with an id, and what updates note about it."""
+        name, new_versions = uuid.uuid4().hex, defaultdict[int, list[tuple[int, int]]](list)
+        self._running[name] = new_versions
+        try:
+            yield {**request, "request_id": name}, new_versions
+        finally:
+            del self._running[name]
 
     async def _follow(self) -> None:
         """Install new weights as they are published. If that fails, end the process: Serve then replaces the replica at
@@ -136,8 +150,20 @@ class PolicyServer:
                     update = {"path": await anext(paths), "parameters": list(bucket.parameters)}
                     await self._server.collective_rpc("update_weights", kwargs={"update_info": update})
             await self._server.collective_rpc("finish_weight_update")
-            self._version = weights.version  # before its first token can be sampled
+            # Before the new version can sample its first token. A call that vLLM does not know is answered already, or
+            # still to be read: the latter keeps the older version, with which its lag is not understated.
+            self._version = weights.version
+            for name, choice, sampled in await ray_private.count_sampled(self._server):
+                if name in self._running:
+                    self._running[name][choice].append((sampled, weights.version))
             await self._server.resume()
+
+
+def _with_versions(raw: dict[str, Any], new_versions: _NewVersions) -> dict[str, Any]:
+    """A reply or a chunk of a stream with the new versions in each of its choices."""
+    for choice in raw["choices"]:
+        choice["new_versions"] = list(new_versions.get(choice["index"], ()))
+    return raw
 
 
 @contextmanager

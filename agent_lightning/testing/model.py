@@ -191,6 +191,8 @@ class ToyEngine:
                 for token, value in zip(texts, values, strict=True)
             ]
             ended = tokens.stop in (None, choice.response_T.size)
+            # The word is sampled when the call begins, and END when it is out.
+            kept_on = self.version > version and tokens.stop != 1
             piece = {
                 "index": index,
                 "prompt_token_ids": choice.prompt_T.tolist(),
@@ -198,12 +200,12 @@ class ToyEngine:
                 "finish_reason": choice.finish_reason if ended else None,
                 "logprobs": {"tokens": texts, "token_logprobs": values} if raw else {"content": entries},
                 **({"text": text} if raw else {"delta": {"content": text}}),
+                **({"new_versions": [(1, self.version)]} if kept_on else {}),
             }
             pieces += [piece] if ids else []
         prompt, completion = choices[0].prompt_T.size, sum(choice.response_T.size for choice in choices)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-        newer = self.version if self.version > version else None
-        return Part(chunk={"choices": pieces, "usage": usage}, policy_version=version, last_version=newer)
+        return Part(chunk={"choices": pieces, "usage": usage}, policy_version=version)
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
@@ -327,18 +329,18 @@ class ToyLearner:
     def _step(self, batch: Batch, *, gap: bool) -> Metrics:
         gradient = np.zeros(self.table.shape, np.float64)
         objective, clipped, gaps = 0.0, [], []
-        current_N = batch.version_N >= self._version  # the table has moved since it sampled the other rows
+        current_NT = batch.version_NT >= self._version  # the table has moved since it sampled the other tokens
         for row, position in np.argwhere(batch.mask_NT):
             word = int(batch.token_NT[row, position]) - FIRST_WORD
             old = float(batch.logprob_NT[row, position])
             if word < 0:  # END has probability 1, so it has no gradient
-                gaps += [abs(old)] if current_N[row] and not np.isnan(old) else []
+                gaps += [abs(old)] if current_NT[row, position] and not np.isnan(old) else []
                 continue
             state = self._language.state(batch.token_NT[row, :position])
             logprobs = _log_softmax(self.table[state] / self._temperature)
             if np.isnan(old):  # the engine gave none
                 old = float(logprobs[word])
-            elif current_N[row]:
+            elif current_NT[row, position]:
                 gaps.append(abs(float(logprobs[word]) - old))
             ratio = float(np.exp(logprobs[word] - old))
             advantage = float(batch.advantage_NT[row, position])

@@ -85,6 +85,7 @@ def rollouts(draw: st.DrawFn) -> Trajectory:
                 parent_id=parent,
                 model=draw(texts.filter(lambda text: text != POLICY)),  # "" stands for the policy
                 error=draw(texts),
+                new_versions=draw(st.just(()) | st.tuples(st.tuples(st.integers(0, 3), st.integers(6, 9)))),
             )
         )
     calls.sort(key=lambda call: (call.started_at, call.call_id))
@@ -139,7 +140,7 @@ def test_a_rollout_that_leaves_as_json_comes_back_the_same(trajectory: Trajector
 def without_source(row: dict[str, Any]) -> dict[str, Any]:
     """Without what a trace says otherwise: a version is of one run only, and a trace has its own ids for spans."""
     for call in row["calls"]:
-        call |= {"source": "", "policy_version": 0, "span_id": ""}
+        call |= {"source": "", "policy_version": 0, "span_id": "", "new_versions": []}
         call["request"], call["reply"] = (_value(call[name]) for name in ("request", "reply"))
     return row
 

@@ -106,6 +106,29 @@ def test_the_llm_server_has_the_methods_that_we_override() -> None:
     assert "run_init_node" in parameters(CallbackCtx), CHANGED + "CallbackCtx"
 
 
+@pytest.mark.stack
+def test_vllm_has_what_tells_how_far_its_requests_are() -> None:
+    from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import AsyncMPClient
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+    from vllm.v1.engine.parallel_sampling import ParentRequest
+
+    uses = {
+        VLLMEngine: ("_engine_client",),
+        AsyncLLM: ("output_processor", "engine_core", "errored", "dead_error"),
+        AsyncMPClient: ("outputs_queue",),
+        OutputProcessor: ("request_states",),
+        RequestState: ("external_req_id", "parent_req", "request_index", "detokenizer"),
+        IncrementalDetokenizer: ("num_output_tokens",),
+        ParentRequest: ("def n",),
+    }
+    for kind, names in uses.items():
+        code = inspect.getsource(kind)
+        assert all(name in code for name in names), CHANGED + f"{kind.__name__} of vLLM"
+
+
 @pytest.mark.skipif(
     not hasattr(os, "sched_getscheduler") or os.sched_getscheduler(0) != os.SCHED_OTHER, reason="another policy is set"
 )

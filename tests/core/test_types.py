@@ -3,6 +3,7 @@
 import math
 import pickle
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,13 +33,13 @@ def model_call(num_logprobs: int = 2) -> ModelCall:
 def sample(num_masks: int = 3) -> Sample:
     return Sample(
         key=KEY,
-        policy_version=0,
         token_T=np.zeros(3, np.int32),
         mask_T=np.ones(num_masks, np.bool_),
         logprob_T=np.zeros(3, np.float32),
         advantage_T=np.zeros(3, np.float32),
         reward_T=np.zeros(3, np.float32),
         call_T=np.zeros(3, np.int32),
+        version_T=np.zeros(3, np.int32),
     )
 
 
@@ -85,6 +86,13 @@ def test_a_sample_has_arrays_of_one_shape() -> None:
         sample(num_masks=2)
 
 
+@pytest.mark.parametrize(
+    ("new_versions", "version_T"), [((), [0, 0]), (((1, 1),), [0, 1]), (((0, 2),), [2, 2]), (((0, 1), (1, 3)), [1, 3])]
+)
+def test_a_call_knows_the_version_of_each_token(new_versions: Any, version_T: list[int]) -> None:
+    assert replace(model_call(), new_versions=new_versions).version_T.tolist() == version_T
+
+
 def test_arrays_are_read_only() -> None:
     batch = Batch(
         token_NT=np.zeros((1, 2), np.int32),
@@ -93,10 +101,10 @@ def test_arrays_are_read_only() -> None:
         advantage_NT=np.zeros((1, 2), np.float32),
         reward_NT=np.zeros((1, 2), np.float32),
         call_NT=np.zeros((1, 2), np.int32),
+        version_NT=np.zeros((1, 2), np.int32),
         weight_NT=np.zeros((1, 2), np.float32),
         length_N=np.ones(1, np.int32),
         rollout_N=np.zeros(1, np.int32),
-        version_N=np.zeros(1, np.int32),
         num_rollouts=1,
     )
     for array in (model_call().prompt_T, model_call().logprob_T, sample().mask_T, batch.weight_NT, batch.length_N):

@@ -15,13 +15,13 @@ def row(index: int, tokens: Sequence[int], mask: Sequence[int]) -> Sample:
     mask_T = np.array(mask, np.bool_)
     return Sample(
         key=RolloutKey(split="train", group=index // 4, index=index % 4),
-        policy_version=0,
         token_T=np.array(tokens, np.int32),
         mask_T=mask_T,
         logprob_T=np.where(mask_T, -0.5, 0.0).astype(np.float32),
         advantage_T=np.where(mask_T, index + 1.0, 0.0).astype(np.float32),
         reward_T=np.where(mask_T, index / 2, 0.0).astype(np.float32),
         call_T=np.where(mask_T, index, 0).astype(np.int32),
+        version_T=np.where(mask_T, np.arange(mask_T.size), 0).astype(np.int32),
     )
 
 
@@ -53,6 +53,7 @@ def test_the_example_of_the_docstring() -> None:
     # fmt: on
     assert batch.logprob_NT.tolist() == (-0.5 * batch.mask_NT).tolist()
     assert batch.length_N.tolist() == [3, 2, 2, 1]
+    assert batch.version_NT.tolist() == [[0, 1, 2], [0, 1, 0], [0, 1, 0], [0, 0, 0]]
     assert batch.num_rollouts == 2
 
 

@@ -20,13 +20,13 @@ def row(rollout: int, calls: Sequence[int], rewards: Sequence[float]) -> Sample:
     zeros_T = np.zeros(call_T.shape, np.float32)
     return Sample(
         key=RolloutKey(split="train", group=0, index=rollout),
-        policy_version=0,
         token_T=np.zeros(call_T.shape, np.int32),
         mask_T=mask_T,
         logprob_T=zeros_T,
         advantage_T=zeros_T.copy(),
         reward_T=np.array(rewards, np.float32),
         call_T=np.where(mask_T, call_T, 0).astype(np.int32),
+        version_T=np.zeros(call_T.shape, np.int32),
     )
 
 

@@ -169,7 +169,8 @@ def test_each_call_is_in_one_chain_and_extends_the_one_before(calls: list[ModelC
 
 
 def test_a_chain_becomes_one_row() -> None:
-    calls = [call("a1", [5, 6], [7, 8], version=4), call("a2", [5, 6, 7, 8, 9], [4], version=3)]
+    first = replace(call("a1", [5, 6], [7, 8], version=3), new_versions=((1, 4),))
+    calls = [first, call("a2", [5, 6, 7, 8, 9], [4], version=5)]
     (row,), dropped = samples_of(calls, [0.5, -1.0])
     # fmt: off
     assert row.token_T.tolist()     == [5, 6,   7,   8, 9,  4]
@@ -178,8 +179,8 @@ def test_a_chain_becomes_one_row() -> None:
     assert row.advantage_T.tolist() == [0, 0, 0.5, 0.5, 0, -1]
     assert row.reward_T.tolist()    == [0, 0,   0, 0.5, 0, -1]
     assert row.call_T.tolist()      == [0, 0,   0,   0, 0,  1]
+    assert row.version_T.tolist()   == [0, 0,   3,   4, 0,  5]
     # fmt: on
-    assert row.policy_version == 3
     assert row.key == KEY
     assert dropped == ()
 

@@ -28,13 +28,13 @@ def chat(number: int, prompt: int, reply: int) -> Chat:
     zeros = np.zeros(size, np.float32)
     sample = Sample(
         key=RolloutKey(split="train", group=number, index=0),
-        policy_version=0,
         token_T=np.full(size, number, np.int32),
         mask_T=np.arange(size) >= prompt,
         logprob_T=zeros,
         advantage_T=zeros,
         reward_T=zeros,
         call_T=np.zeros(size, np.int32),
+        version_T=np.zeros(size, np.int32),
     )
     return Chat((sample,))
 

@@ -10,7 +10,15 @@ import pytest
 from contract import INSIDE
 
 from agent_lightning.core.types import Split
-from agent_lightning.serving.engine import Refusal, engine_request, is_constrained, parse_error, parse_reply
+from agent_lightning.serving.engine import (
+    Part,
+    Refusal,
+    engine_request,
+    is_constrained,
+    join_parts,
+    parse_error,
+    parse_reply,
+)
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 POLICY: dict[str, float | int] = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 64}
@@ -167,6 +175,33 @@ def test_a_reply_without_what_is_trained_on_is_refused(changes: dict[str, Any], 
 def test_a_log_probability_that_is_missing_is_not_a_number(logprobs: Any, expected: list[float]) -> None:
     (choice,) = parse_reply(vllm_reply(logprobs=logprobs), policy_version=0).choices
     np.testing.assert_array_equal(choice.logprob_T, np.array(expected, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("noted", "new_versions"),
+    [
+        ([], ()),
+        ([(1, 4)], ((1, 4),)),
+        ([(0, 4), (1, 5)], ((0, 4), (1, 5))),
+        ([(1, 4), (1, 5)], ((1, 5),)),  # no token between two updates
+        ([(1, 4), (2, 5)], ((1, 4),)),  # an update after the last token
+    ],
+)
+def test_the_first_token_of_each_new_version_is_kept(noted: list[tuple[int, int]], new_versions: Any) -> None:
+    completion = parse_reply(vllm_reply(new_versions=noted), policy_version=3)
+    assert (completion.policy_version, completion.choices[0].new_versions) == (3, new_versions)
+    assert "new_versions" not in json.dumps(completion.reply)
+
+
+def test_a_stream_knows_the_new_versions_of_what_was_read_of_it() -> None:
+    def part(token: int, index: int, **noted: Any) -> Part:
+        choice = {"index": index, "token_ids": [token], "delta": {}, "prompt_token_ids": [5], **noted}
+        return Part(chunk={"choices": [choice]}, policy_version=3)
+
+    before = [part(7, index) for index in (0, 1)]
+    after = [part(8, 0, new_versions=[(1, 4)]), part(8, 1, new_versions=[(1, 4)]), part(9, 1, new_versions=[(1, 4)])]
+    noted = [[c.new_versions for c in join_parts([*before, *after[:n]]).choices] for n in range(4)]
+    assert noted == [[(), ()], [((1, 4),), ()], [((1, 4),)] * 2, [((1, 4),)] * 2]
 
 
 @pytest.mark.parametrize("prompt", [{}, {"prompt_token_ids": None}])

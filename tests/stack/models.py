@@ -144,9 +144,9 @@ def random_batch(seed: int, *, rows: int, vocab: int, version: int = 0) -> Batch
         advantage_NT=np.where(mask, rng.normal(size=(rows, 1)), 0).astype(np.float32),
         reward_NT=(mask * (rng.random(shape) < 0.2)).astype(np.float32),
         call_NT=np.zeros(shape, np.int32),
+        version_NT=np.full(shape, version, np.int32),
         weight_NT=weight.astype(np.float32),
         length_N=length,
         rollout_N=np.arange(rows, dtype=np.int32),
-        version_N=np.full(rows, version, np.int32),
         num_rollouts=rows,
     )

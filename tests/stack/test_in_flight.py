@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -18,69 +19,79 @@ from agent_lightning.core.types import Ending, ModelCall, OnWeightUpdate, Outcom
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(420)]
 SECRET = b"0123456789abcdef"
-CALLS, TOKENS = 8, 400
+CALLS, TOKENS = 6, 360
+BLOCK = 32
+"""Tokens of a block of vLLM's prefix cache."""
+SYSTEM = {"role": "system", "content": "Add the two numbers: 1 + 2 = 3, 2 + 3 = 5, 3 + 4 = 7. " * 2}
 
 
 @pytest.mark.parametrize("rule", ["wait", "keep", "restart"])
 async def test_calls_in_flight_during_a_publish(rule: OnWeightUpdate, tmp_path: Path) -> None:
-    old = random_model(tmp_path / "old", seed=0, tied=True)
-    new = random_model(tmp_path / "new", seed=1, tied=True)
+    models = [random_model(tmp_path / str(seed), seed=seed, tied=True) for seed in range(3)]
+    newest = 2 if rule == "keep" else 1
     settings = {"max_len": 512, "on_weight_update": rule}
-    async with serving(tmp_path / "old", secret=SECRET, max_tokens=TOKENS, **settings) as (buffer, board, service):
-        streamed, *unstreamed = await calls_around(
-            buffer, service.url, board.publish(as_weights(new, 1, ray.put), 300.0)
-        )
-    versions = [(call.policy_version, call.last_version) for call in unstreamed]
+    async with serving(tmp_path / "0", secret=SECRET, max_tokens=TOKENS, **settings) as (buffer, board, service):
+
+        async def publish() -> None:
+            for version in range(1, newest + 1):
+                await board.publish(as_weights(models[version], version, ray.put), 300.0)
+
+        streamed, unstreamed, late = await calls_around(buffer, service.url, publish)
+    assert (len(streamed), len(unstreamed), len(late)) == (2, 4 + CALLS, 1)
+    versions = {(call.policy_version, call.new_versions) for call in unstreamed}
     match rule:
         case "wait":
-            assert versions == [(0, None)] * CALLS
+            assert versions == {(0, ())}
         case "restart":
-            assert versions == [(1, None)] * CALLS
-            assert (streamed.policy_version, streamed.last_version) == (0, None)  # it was seen: it is waited for
+            assert versions == {(1, ())}
+            assert {(c.policy_version, c.new_versions) for c in streamed} == {(0, ())}  # seen, so it was waited for
         case "keep":
-            assert versions == [(0, 1)] * CALLS
-            assert (streamed.policy_version, streamed.last_version) == (0, 1)
-            assert 0 < switch(streamed, old, new) < TOKENS
-    for call in (streamed, *unstreamed):
+            for call in (*streamed, *unstreamed):
+                assert (call.policy_version, [version for _, version in call.new_versions]) == (0, [1, 2])
+                assert call.last_version == 2
+            assert all(call.new_versions[0][0] > 0 for call in streamed)
+    # The same prompt, of which the engine had blocks in its cache that older versions had computed.
+    assert (late[0].policy_version, late[0].new_versions) == (newest, ())
+    assert late[0].prompt_T.size > 2 * BLOCK
+    assert late[0].prompt_T.tolist() == unstreamed[-1].prompt_T.tolist()
+    for call in (*streamed, *unstreamed, *late):
         assert call.response_T.size == TOKENS
-        assert call.last_version is not None or switch(call, old, new) == (0 if call.policy_version else TOKENS)
+        by_version = np.stack([reference_logprobs(model, call) for model in models])
+        assert np.abs(np.diff(by_version, axis=0)).mean() > 0.1, "the models must differ, or this test could not fail"
+        assert np.abs(call.logprob_T - by_version[call.version_T, np.arange(TOKENS)]).max() < 2e-2
 
 
-async def calls_around(buffer: Buffer, url: str, publish: Any) -> list[ModelCall]:
-    """A streamed call and CALLS unstreamed calls, and weights that are published once the first token is out."""
-    await buffer.admit(Task(task_id="t", payload={}), split="train", num_rollouts=1 + CALLS)
-    leases = await buffer.lease(1 + CALLS, 10.0)
-    async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
+async def calls_around(
+    buffer: Buffer, url: str, publish: Callable[[], Coroutine[Any, Any, None]]
+) -> tuple[list[ModelCall], list[ModelCall], list[ModelCall]]:
+    """A streamed request of two choices and unstreamed ones, the first for two choices of each of two prompts; weights
+    that are published once the first token is out; and the last request again, after that."""
+    await buffer.admit(Task(task_id="t", payload={}), split="train", num_rollouts=3 + CALLS)
+    leases = await buffer.lease(3 + CALLS, 10.0)
+    async with aiohttp.ClientSession() as session:
         started = asyncio.Event()
 
-        async def ask(number: int) -> None:
-            key = leases[number].key
-            address = f"{url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{leases[number].secret}/writer/v1"
-            messages = [{"role": "user", "content": f"What is {number} + 4?"}]
-            body = {"model": "policy", "messages": messages, "stream": number == 0, "ignore_eos": True}
-            async with session.post(f"{address}/chat/completions", json=body) as response:
+        async def ask(index: int, number: int, path: str = "chat/completions", **fields: Any) -> None:
+            key = leases[index].key
+            address = f"{url}/rollout/{key.rollout_id}/attempt/{key.attempt}/{leases[index].secret}/writer/v1"
+            messages = [SYSTEM, {"role": "user", "content": f"What is {number} + 4?"}]
+            body = {"model": "policy", "ignore_eos": True} | (fields if "prompt" in fields else {"messages": messages})
+            async with session.post(f"{address}/{path}", json=body | fields) as response:
                 assert response.status == 200, await response.text()
                 async for _ in response.content.iter_any():
                     started.set()
 
-        for number in range(1, 1 + CALLS):
-            group.create_task(ask(number))
-        await asyncio.sleep(0.02)
-        group.create_task(ask(0))
-        await started.wait()
-        await publish
+        async with asyncio.TaskGroup() as group:
+            for index in range(2, 2 + CALLS):
+                group.create_task(ask(index, index))
+            group.create_task(ask(1, 1, "completions", prompt=["What is 1 + 4?", "3"], n=2))
+            await asyncio.sleep(0.02)
+            group.create_task(ask(0, 0, stream=True, n=2))
+            await started.wait()
+            await publish()
+        await ask(2 + CALLS, 1 + CALLS)
     for lease in leases:
         await buffer.finish(lease.key, Ending(outcome=Outcome.FINISHED, reward=0.0))
     (ended,) = await take_groups(buffer, 1, split="train")
-    by_index = sorted(ended.trajectories, key=lambda trajectory: trajectory.key.index)
-    return [call for trajectory in by_index for call in trajectory.calls]
-
-
-def switch(call: ModelCall, old: Any, new: Any) -> int:
-    """The number of tokens that the old model sampled; each log-probability must be that of either model."""
-    gaps = [np.abs(call.logprob_T - reference_logprobs(model, call)) for model in (old, new)]
-    assert gaps[0].mean() > 0.1 or gaps[1].mean() > 0.1, "the two models must differ, or this test could not fail"
-    before, after = (np.concatenate([[0.0], gap.cumsum()]) for gap in gaps)
-    count = int(np.argmin(before + after[-1] - after))
-    assert max(gaps[0][:count].max(initial=0.0), gaps[1][count:].max(initial=0.0)) < 2e-2
-    return count
+    calls = [list(t.calls) for t in sorted(ended.trajectories, key=lambda trajectory: trajectory.key.index)]
+    return calls[0], [call for of_one in calls[1:-1] for call in of_one], calls[-1]

@@ -79,10 +79,10 @@ def one_token_a_rollout(rewards: list[float]) -> Batch:
         advantage_NT=reward.copy(),
         reward_NT=reward,
         call_NT=np.zeros((rows, 3), np.int32),
+        version_NT=np.zeros((rows, 3), np.int32),
         weight_NT=(mask / rows).astype(np.float32),
         length_N=np.full(rows, 3, np.int32),
         rollout_N=np.arange(rows, dtype=np.int32),
-        version_N=np.zeros(rows, np.int32),
         num_rollouts=rows,
     )
 

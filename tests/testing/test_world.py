@@ -160,26 +160,26 @@ async def test_an_update_waits_for_slow_answers() -> None:
 
 
 async def test_on_an_update_running_calls_are_restarted_or_kept_as_the_rule_says() -> None:
-    for rule, expected in (("restart", (1, None)), ("keep", (0, 1))):
+    for rule, expected in (("restart", (1, ())), ("keep", (0, ((1, 1),)))):
         engine = ToyEngine(LANGUAGE, delay_s=0.05, gate=Gate(rule))
         answering = asyncio.create_task(ask(engine, user("A")))
         await asyncio.sleep(0.01)
         await engine.install(await ToyLearner(LANGUAGE).publish())
         assert not answering.done()
         completion = await answering
-        assert (completion.policy_version, completion.last_version) == expected
+        assert (completion.policy_version, completion.choices[0].new_versions) == expected
 
 
 @pytest.mark.parametrize(
     ("rule", "seen", "versions"),
     [
-        ("restart", False, (1, None)),
-        ("restart", True, (0, None)),  # its first token cannot be taken back, so the update waits
-        ("keep", True, (0, 1)),
-        ("wait", False, (0, None)),
+        ("restart", False, (1, ())),
+        ("restart", True, (0, ())),  # its first token cannot be taken back, so the update waits
+        ("keep", True, (0, ((1, 1),))),
+        ("wait", False, (0, ())),
     ],
 )
-async def test_an_update_during_a_stream(rule: OnWeightUpdate, seen: bool, versions: tuple[int, int | None]) -> None:
+async def test_an_update_during_a_stream(rule: OnWeightUpdate, seen: bool, versions: tuple[int, Any]) -> None:
     engine, parts = ToyEngine(LANGUAGE, delay_s=0.1, gate=Gate(rule)), list[Part | Refusal]()
 
     async def read() -> None:
@@ -195,7 +195,7 @@ async def test_an_update_during_a_stream(rule: OnWeightUpdate, seen: bool, versi
         await reading
     completion = join_parts([part for part in parts if isinstance(part, Part)])
     assert completion.choices[0].response_T.size == 2
-    assert (completion.policy_version, completion.last_version) == versions
+    assert (completion.policy_version, completion.choices[0].new_versions) == versions
 
 
 # The learner.

@@ -142,11 +142,10 @@ def tokens_page(
     others = [credit for rollout_credits in all_credits for credit in rollout_credits or ()]
     largest = max((abs(credit.advantage) for credit in others if math.isfinite(credit.advantage)), default=0.0)
     trained = sum(credit.tokens for credit in credits or () if credit.status == "trained")
-    newest = max((call.policy_version for call in rollout.calls), default=0)
     rows = []
     for number, call in enumerate(rollout.calls):
         credit = credits[number] if credits else None
-        shown = list(_tokens(call, credit, decode, colour, largest, trained, newest))
+        shown = list(_tokens(call, credit, decode, colour, largest, trained))
         prompt = "".join(map(decode, call.prompt_T[-MAX_TOKENS:].tolist()))
         rows.append({"number": number, "call": call, "credit": credit, "prompt": prompt, "tokens": shown})
         rows[-1]["rest"] = call.response_T.size - len(shown)
@@ -158,6 +157,7 @@ def tokens_page(
         "reasons": reasons,
         "trained": trained,
         "largest": largest,
+        "versions": sorted({version for call in rollout.calls for version in call.version_T.tolist()}),
         "group_id": group.group_id,
         "held_out": rollout.key.split != "train",
         "problem": problem,
@@ -165,14 +165,14 @@ def tokens_page(
 
 
 def _tokens(
-    call: ModelCall, credit: CallCredit | None, decode: Decode, colour: str, largest: float, trained: int, newest: int
+    call: ModelCall, credit: CallCredit | None, decode: Decode, colour: str, largest: float, trained: int
 ) -> Iterator[Token]:
     reason = "" if credit is None or credit.status == "trained" else credit.status
     reason = reason if call.key.split == "train" else "held out: never trained"
-    version = f"v{call.policy_version}" + (f"–{call.last_version}" if call.last_version is not None else "")
-    for token, logprob in zip(call.response_T[:MAX_TOKENS].tolist(), call.logprob_T.tolist(), strict=False):
+    arrays = (call.response_T[:MAX_TOKENS], call.logprob_T, call.version_T)
+    for token, logprob, version in zip(*(array.tolist() for array in arrays), strict=False):
         advantage = credit.advantage if credit is not None and not reason else math.nan
-        tip = f"token {token} · log-probability {number_text(logprob)} (p {math.exp(logprob):.3f}) · {version}"
+        tip = f"token {token} · log-probability {number_text(logprob)} (p {math.exp(logprob):.3f}) · v{version}"
         if reason:
             tip += f" · not trained: {reason}"
         elif credit is not None:
@@ -180,7 +180,7 @@ def _tokens(
         if colour == "logprob":
             shade = "" if math.isnan(logprob) else f"p{min(SHADES, int((1 - math.exp(logprob)) * (SHADES + 1)))}"
         elif colour == "version":
-            shade = f"c{(newest - call.policy_version) % 6}"
+            shade = f"c{version % 6}"
         else:
             scaled = advantage / largest if largest and math.isfinite(advantage) else 0.0
             level = math.ceil(abs(scaled) * SHADES)
