@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from agents_for_tests import RUN_SECRET, make_call, make_task
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from agent_lightning.buffer import segments
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.codec import decode, encode
-from agent_lightning.buffer.events import KINDS, Admitted, Base
+from agent_lightning.buffer.events import KINDS, Admitted, Base, Called
 from agent_lightning.buffer.taken import TakenGroup, take_groups
 from agent_lightning.cli.main import main
 from agent_lightning.config.running import BufferConfig
@@ -448,6 +449,19 @@ def test_payloads_are_read_back_unchanged() -> None:
     read = decode(encode(event))
     assert isinstance(read, Admitted)
     assert same(read, replace(event, task=Task(task_id="t", payload={**payload, "half of a pair": "?"})))
+
+
+def test_a_call_knows_its_versions_after_a_restart_and_in_a_journal_of_before() -> None:
+    call = make_call(RolloutKey(split="train", group=0, index=0), "c0", num_tokens=3)
+    event = Called(call=replace(call, last_version=2, new_versions=((1, 1), (2, 2))))
+    payload = encode(event)
+    read = decode(payload)
+    assert same(read, event)
+    assert read.call.version_T.tolist() == [0, 1, 2]  # type: ignore[attr-defined]
+    fields = msgspec.msgpack.decode(payload[1:])
+    del fields["call"]["new_versions"]
+    old = decode(payload[:1] + msgspec.msgpack.encode(fields))
+    assert same(old, Called(call=replace(event.call, new_versions=())))
 
 
 def test_values_that_a_journal_cannot_hold_are_refused_with_a_reason() -> None:

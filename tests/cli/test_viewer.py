@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,21 @@ def test_a_damaged_part_costs_itself(tmp_path: Path) -> None:
         assert f"{part.name} cannot be read" in page
         assert "24" in page
         assert "24 of 24" in text_of(client, "/run/damaged/rollouts")
+
+
+def test_tokens_have_the_colour_of_their_own_version(tmp_path: Path) -> None:
+    path, written = write_run(tmp_path, "run", steps=1), group("train", 50, [1.0, 0.5])
+    rollouts = [
+        replace(t, calls=tuple(replace(call, new_versions=((4, 3),), last_version=3) for call in t.calls))
+        for t in written.trajectories
+    ]
+    RolloutWriter(path / "rollouts").write(2, 1, [replace(written, trajectories=tuple(rollouts))])
+    viewer = Viewer(Library(tmp_path), find_rules, token="t")
+    with TestClient(viewer.app, base_url="http://127.0.0.1", cookies={"agl_view": "t"}) as client:
+        page = client.get("/run/run/tokens/train-50-0?colour=version").text
+    legend, *calls = page.split("<h2>Call")
+    assert re.findall(r"tok c(\d)", legend) == ["2", "3"]
+    assert [re.findall(r"tok c(\d)", shown) for shown in calls] == [["2"] * 4 + ["3"] * 2] * 2
 
 
 def test_without_a_config_the_credit_is_that_which_was_written(tmp_path: Path) -> None:

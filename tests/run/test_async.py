@@ -110,7 +110,7 @@ class Engine:
         for rollout in (rollout for group in groups for rollout in group.trajectories):
             if rollout.key.split == "train":
                 self.trained.append(rollout.key.rollout_id)
-                self.lags += [version - call.policy_version for call in rollout.calls]
+                self.lags += [version - of_token for call in rollout.calls for of_token in call.version_T.tolist()]
             else:
                 assert {call.policy_version for call in rollout.calls} <= {self.version}  # one version answers it
 
@@ -223,7 +223,8 @@ async def check_run(world: ToyWorld, observer: StepObserver, max_lag: int, steps
     calls = [call.call_id for t in rollouts for call in t.calls]
     assert len(set(calls)) == len(calls) == 2 * len(rollouts)
     for version, groups in observer.steps.values():
-        lags = [version - call.policy_version for group in groups for t in group.trajectories for call in t.calls]
+        trained = [call for group in groups for t in group.trajectories for call in t.calls]
+        lags = [version - of_token for call in trained for of_token in call.version_T.tolist()]
         assert 0 <= min(lags) <= max(lags) <= max_lag
 
 

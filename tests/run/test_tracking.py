@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from builders import group, trajectory
 from rich.console import Console
@@ -281,6 +283,8 @@ def a_group(number: int, rewards: tuple[float | None, ...] = (1.0, None)) -> Gro
             request='[{"role": "user"}]',
             reply="half a pair \ud83d",
             offered=("calculator",),
+            last_version=4,
+            new_versions=((1, 3), (2, 4)),
         )
         return Trajectory(
             key=key,
@@ -316,10 +320,24 @@ def test_rollouts_come_back_exactly(tmp_path: Path) -> None:
     assert first["calls"][0]["policy_version"] == 2
     assert first["calls"][0]["reply"] == "half a pair ?"
     assert first["calls"][0]["offered"] == ["calculator"]
+    assert (first["calls"][0]["last_version"], first["calls"][0]["new_versions"]) == (4, [[1, 3], [2, 4]])
     credit = {"advantage": 0.5, "intermediate": 0.0, "return_to_go": 1.0, "status": "trained"}
     assert [row["calls"][0]["credit"] for row in (first, rows[2], rows[4])] == [credit, credit, None]
-    assert read_group(run.path, "train-0-0").trajectories[0].calls[0].offered == ("calculator",)
+    (call,) = read_group(run.path, "train-0-0").trajectories[0].calls
+    assert (call.offered, call.version_T.tolist()) == (("calculator",), [2, 3, 4])
     assert (second["reward"], second["outcome"], second["calls"]) == (None, "no_model_call", [])
+
+
+def test_rollouts_from_before_a_column_was_added_are_read(tmp_path: Path) -> None:
+    written = RolloutWriter(tmp_path).write(1, 0, [a_group(0, (1.0,))])
+    rows, schema = read_rollouts(tmp_path).to_pylist(), pq.read_schema(written)
+    columns = schema.field("calls").type.value_type
+    before = pa.list_(pa.struct([column for column in columns if column.name not in ("new_versions", "offered")]))
+    schema = schema.set(schema.get_field_index("calls"), pa.field("calls", before))
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), written)
+    RolloutWriter(tmp_path).write(2, 1, [a_group(1, (1.0,))])
+    calls = [read_group(tmp_path, f"train-{number}-0").trajectories[0].calls[0] for number in (0, 1)]
+    assert [(call.last_version, call.version_T.tolist()) for call in calls] == [(4, [2, 2, 2]), (4, [2, 3, 4])]
 
 
 def test_half_a_part_is_never_read(tmp_path: Path) -> None:

@@ -139,6 +139,20 @@ def test_importance_weights_are_veRL_s(level: str) -> None:
     assert metrics["logprob_gap/max_abs"] == pytest.approx(float(gap.max()), rel=1e-5)
 
 
+def test_the_gap_is_measured_on_the_tokens_of_the_current_version() -> None:
+    engine, own = -np.abs(noise()), -np.abs(noise())
+    version_NT = np.broadcast_to(np.arange(SHAPE[1]) % 3, SHAPE).astype(np.int32)  # several versions in each row
+    batch = replace(BATCH, logprob_NT=np.where(BATCH.mask_NT, engine, 0).astype(np.float32), version_NT=version_NT)
+    training = Training(model_path="", credit=CreditConfig(), algorithm=AlgorithmConfig(importance_sampling="token"))
+    (result,), metrics = prepare([batch], [Forward(logprob_NT=own)], training, 2)
+    gap = np.abs(own - engine)[BATCH.mask_NT & (version_NT == 2)]
+    assert values(metrics)["logprob_gap/mean_abs"] == pytest.approx(float(gap.mean()), rel=1e-5)
+    weight_NT = np.minimum(np.exp(own - engine), AlgorithmConfig().importance_sampling_cap)  # every token is corrected
+    np.testing.assert_allclose(
+        result.batch.advantage_NT, BATCH.advantage_NT * np.where(BATCH.mask_NT, weight_NT, 0), rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "preset"),
     [
