@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
 """Tasks: the path of a file, or rows (a list of dicts, a DataFrame, a data set of `datasets`)."""
+MAX_TARGET = 120_000
+"""Most characters of a function's pickle: Linux takes 131,071 of a word, and the key stands before it."""
 
 
 class RunFailed(AgentLightningError):
@@ -227,12 +229,19 @@ def _words(
 
 
 def target(function: str | Callable[..., Any]) -> str:
-    """The name of a function for the config: its pickle, so that a worker on another machine has it by value."""
+    """The name of a function for the config: its pickle, so that a worker on another machine has it by value. Raises
+    UserError if it is larger than Linux lets a word of a command line be."""
     if isinstance(function, str):
         return function
     import cloudpickle
 
-    return BY_VALUE + base64.urlsafe_b64encode(cloudpickle.dumps(function)).decode().rstrip("=")
+    name = BY_VALUE + base64.urlsafe_b64encode(cloudpickle.dumps(function)).decode().rstrip("=")
+    if len(name) > MAX_TARGET:
+        size = f"{len(name) // 1000:,} kB, more than {MAX_TARGET // 1000}"
+        raise UserError(
+            f"a function and the variables that it uses are {size}: read data and models within the function"
+        )
+    return name
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], folder: Path) -> Path:

@@ -206,7 +206,7 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
         key, value = _split(override)
         if key[0] in "+~":
             prepared.append(override)
-        elif any((place / key / f"{value}.yaml").is_file() for place in places):
+        elif len(value) < 256 and any((place / key / f"{value}.yaml").is_file() for place in places):
             # The groups of conf/ stand in the defaults list of train.yaml; a group of your own is added to it.
             prepared.append(override if (conf / key).is_dir() else f"+{override}")
         elif (conf / key).is_dir():

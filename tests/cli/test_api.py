@@ -56,6 +56,31 @@ def test_a_function_travels_by_value(tmp_path: Path) -> None:
         load("pickle:nonsense")
 
 
+@pytest.mark.parametrize("size", [10, 1_000, 5_000, 80_000])
+def test_a_function_of_any_size_reaches_the_config(size: int) -> None:
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + size // 3)))
+
+    def solve(task: dict[str, int]) -> str:
+        return text
+
+    words = words_of({"experiment": "toy", "agent.target": target(solve), "agent.reward": target(solve)})
+    config = load_config(words)
+    assert load(config.agent.target)({}) == text
+    subprocess.run(["true", *words], check=True)  # a process takes it
+
+
+def test_a_function_that_is_too_large_says_what_to_do() -> None:
+    table = bytes(range(256)) * 1000
+
+    def solve(task: dict[str, int]) -> int:
+        return len(table)
+
+    with pytest.raises(
+        UserError, match=r"^a function .* 34\d kB, more than 120: read data and models within the function$"
+    ):
+        target(solve)
+
+
 def test_rows_of_any_kind_are_written_once(tmp_path: Path) -> None:
     rows = [{"id": "a", "question": "1+1"}, {"id": "b", "question": "2+2"}]
     path = write_rows(rows, tmp_path)
