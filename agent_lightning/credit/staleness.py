@@ -17,9 +17,7 @@ STALE: Final = "stale"
 def drop_stale(credit: Credit, version: int, beyond: int | None) -> Credit:
     """The credit of a group, without samples if one of its tokens is more than `beyond` updates older than the
     `version` that is trained; None: no group is too old."""
-    oldest = min(
-        (int(sample.version_T[sample.mask_T].min(initial=version)) for sample in credit.samples), default=version
-    )
+    oldest = min((row.version_T[row.mask_T].min(initial=version) for row in credit.samples), default=version)
     if beyond is None or version - oldest <= beyond:
         return credit
     rollouts, tokens = credit.trained_rollouts + sum(credit.dropped_rollouts.values()), credit.sampled_tokens
