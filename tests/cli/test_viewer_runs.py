@@ -189,6 +189,7 @@ def test_every_page_of_runs_of_the_real_stack(tmp_path: Path, browser: Any) -> N
     assert len(list(pictures.glob("view-*.png"))) > 12
     with serving(runs) as lines, watched_page(let_in(browser, next(lines))) as page:
         for kind in ("calc_tiny", "calc_team", "musique", "failed"):
+            page.emulate_media(color_scheme="dark" if kind == "calc_team" else "light")
             check_run(page, runs / kind, pages_of(runs / kind), every_link=True)
         for path in ("/", *check_page(page, "/")):
             if path == "/" or path.startswith("/sweep/"):

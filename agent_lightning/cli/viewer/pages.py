@@ -189,6 +189,7 @@ def run_page(name: str, run: RunFiles, links: Links) -> Context:
         "rates": line_chart("Sampled tokens a second", [Line(name="tokens/s", points=rates)], link=train),
         "config": sorted(flatten(run.config()).items()),
         "rollouts": len(table),
+        "failed": sum(outcome != "finished" for outcome in table.column("outcome").to_pylist()),
         "damaged": run.index.damaged,
         "errors": error_groups(table)[:8],
         "summary": run.summary(),
