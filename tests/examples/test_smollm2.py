@@ -6,12 +6,14 @@ import importlib
 import importlib.metadata
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
-from agent_lightning.config.load import load, project_folder
+from agent_lightning.config.load import load, project_folder, resolve_path
 
 EXAMPLES = project_folder("examples")
 sys.path += [str(EXAMPLES / "smollm2"), str(EXAMPLES / "calc_x")]
@@ -83,3 +85,13 @@ def test_the_experiment_is_the_same_with_a_model_of_the_hub() -> None:
     assert config.vllm == {"block_size": 32, "enable_prefix_caching": True}
     hub = load(["experiment=calc_mawps_smollm2", "model.path=HuggingFaceTB/SmolLM2-135M-Instruct"])
     assert hub.model_copy(update={"model": config.model}) == config
+
+
+def test_the_adapter_to_start_from_is_small_and_of_the_experiment_s_rank_and_model() -> None:
+    lora = load(["experiment=calc_mawps_smollm2", "model.lora.path=examples/smollm2/start"]).model.lora
+    folder = Path(resolve_path(str(lora.path)))
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 12_000_000
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == lora.rank
+    with safe_open(folder / "adapter_model.safetensors", framework="np") as tensors:
+        shapes = Counter(tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys() if "lora_A" in name)  # noqa: SIM118
+    assert shapes == {(lora.rank, 576): 30 * 6, (lora.rank, 1536): 30}
