@@ -84,7 +84,7 @@ class SupervisedAttempt(Attempt):
     chats: Mapping[Split, Sequence[Chat]]
 
     def start(self, places: Mapping[str, Any]) -> AbstractAsyncContextManager[SupervisedLearner]:
-        return launch.supervised(self.config, logs=places["logs"])
+        return launch.supervised(self.config, logs=places["logs"], joined=places["joined"])
 
     async def loop(self, learner: Any, observer: RunObserver, stop: asyncio.Event) -> None:
         loop = SupervisedLoop(

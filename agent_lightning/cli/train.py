@@ -158,7 +158,7 @@ class Attempt:
         start_s, resumed = math.nan, self.state if self.resumed else None
         places = {"journal": journal, "resumed": resumed, "logs": run.logs}
         try:
-            with _stop_signals(stop) as install, mirror.following() if mirror else nullcontext():
+            with _stop_signals(stop) as places["joined"], mirror.following() if mirror else nullcontext():
                 try:
                     async with AsyncExitStack() as stack:
                         system = await _first(stack.enter_async_context(self.start(places)), stop.wait())
@@ -166,7 +166,6 @@ class Attempt:
                             progress.stop()
                             self.console.print("stopped before it had started; nothing is changed")
                             return STOPPED
-                        install()
                         start_s = time.monotonic() - started
                         from agent_lightning.core.actors import head_is_lost
 
@@ -377,9 +376,8 @@ async def serve(overrides: Sequence[str]) -> int:
     stem = f"serve-{config.experiment}-{time.strftime('%Y%m%d-%H%M%S')}"
     calls = new_folder(storage.local_root(config.runs_dir), stem) / "calls.jsonl"
     try:
-        with _stop_signals(stop) as install:
-            async with launch.system(config, train=False, workers=0, calls=calls) as system:
-                install()
+        with _stop_signals(stop) as joined:
+            async with launch.system(config, train=False, workers=0, calls=calls, joined=joined) as system:
                 # A rollout that stays open: its URL and secret are the agent's.
                 await system.buffer.admit(Task(task_id="serve", payload={}), split="val", num_rollouts=1)
                 (lease,) = await system.buffer.lease(1, 10.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -59,10 +59,10 @@ async def system(
     resumed: State | None = None,
     calls: Path | None = None,
     logs: Path | None = None,
+    joined: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[System]:
-    """Start all parts of a run, and stop them at the end of the block, however it ends. May be cancelled while it
-    starts. Raises UserError or EngineError if a part cannot start, JournalError if the journal cannot be used, and
-    PartDied if a process of the run is gone that cannot be replaced.
+    """Start all parts of a run, and stop them when the block ends. May be cancelled while it starts. Raises UserError
+    or EngineError if a part cannot start, JournalError, and PartDied if a process is gone that cannot be replaced.
 
     Args:
         train: whether there is a learner.
@@ -70,8 +70,8 @@ async def system(
         journal: the folder of the buffer's journal; None: the buffer keeps its rollouts in memory only.
         resumed: the state of the checkpoint from which the run continues.
         calls: the file to which the gateway writes model calls, without end, in place of the buffer.
-        logs: the folder for workers/, what agents print, and for ray/, the logs of Ray's processes at the end of a
-            cluster that the run starts.
+        logs: the folder for workers/, what agents print, and for ray/, the logs of a cluster that the run starts.
+        joined: called when Ray's core runs in this process.
     """
     facts = checks.require(config, trains=train).model
     ray_private.prepare_environment(_passed_on(config))
@@ -81,6 +81,7 @@ async def system(
 
     async with AsyncExitStack() as stack:
         own = await _start_ray(config, stack, logs)
+        joined()
         run_secret = secrets.token_bytes(32)
         # The loss of another node must not take the buffer or the board with it.
         here = actors.on_node(actors.nodes()[0].node_id)
@@ -101,8 +102,7 @@ async def system(
         if not own:  # the end of a cluster of our own ends the service too
             stack.callback(lambda: None if serving.exception() else serving.result().stop())
         # Both threads are awaited, even if one of them fails.
-        threads = asyncio.wrap_future(serving), asyncio.wrap_future(learning)
-        await asyncio.gather(*threads, return_exceptions=True)
+        await asyncio.gather(asyncio.wrap_future(serving), asyncio.wrap_future(learning), return_exceptions=True)
         service, learner = serving.result(), learning.result()
         await wait_until_healthy(service.url, 60.0)
         await _start_workers(config, buffer, service, workers, stack, logs)
@@ -113,9 +113,11 @@ async def system(
 
 
 @asynccontextmanager
-async def supervised(config: Config, *, logs: Path | None = None) -> AsyncIterator[VerlLearner]:
-    """Start a learner of chats, without engine, agents and buffer, and stop it at the end of the block. Raises
-    UserError if it cannot start, and PartDied if one of its processes is gone."""
+async def supervised(
+    config: Config, *, logs: Path | None = None, joined: Callable[[], None] = lambda: None
+) -> AsyncIterator[VerlLearner]:
+    """Start a learner of chats, without engine, agents and buffer, and stop it at the end of the block. `logs` and
+    `joined`: see `system`. Raises UserError if it cannot start, and PartDied if one of its processes is gone."""
     facts = checks.require_supervised(config).model
     ray_private.prepare_environment(_passed_on(config))
     from agent_lightning.core import actors
@@ -124,6 +126,7 @@ async def supervised(config: Config, *, logs: Path | None = None) -> AsyncIterat
     off = {"kl_coef": 0.0, "importance_sampling": "none", "entropy_coef": 0.0}  # all that belongs to rollouts
     async with AsyncExitStack() as stack:
         await _start_ray(config, stack, logs)
+        joined()
         settings = replace(
             training(config, *_source(config, facts)),
             algorithm=config.algorithm.model_copy(update=off),
@@ -189,7 +192,7 @@ async def _start_ray(config: Config, stack: AsyncExitStack, logs: Path | None) -
     try:
         return await asyncio.shield(joining)
     except asyncio.CancelledError:
-        await asyncio.wait((joining,))  # Ray can be shut down only once it has started
+        await asyncio.gather(joining, return_exceptions=True)  # Ray can be shut down only once it has started
         raise
 
 
