@@ -92,6 +92,11 @@ def _check_model(inspection: Inspection) -> None:
         lines += adapters.problems(Path(facts.location), lora)
     if lora.path is not None and not inspection.trains:
         lines.append("model.lora.path: only training begins from an adapter; serve what `agl export --merged` writes")
+    if lora.path is not None and inspection.serves and config.algorithm.has_reference:
+        reference = (
+            "its reference would be the model without the adapter of model.lora.path, not the policy at the start"
+        )
+        lines.append(f"algorithm.kl_coef: {reference}; give both merged as model.path (agl export --merged, or peft)")
     if lora.dropout and inspection.serves:
         lines.append("model.lora.dropout: the sampled tokens would be trained by another policy; agl sft may have it")
     if lines:

@@ -142,3 +142,9 @@ def test_data_of_ones_own_without_an_experiment(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ConfigError, match=r"^experiment: missing; give experiment=NAME, or agent\.target="):
         load(["data.train.path=train.csv"])
     assert load([*own[:1], "data.train.path=openai/gsm8k"]).data.train.kind == "hub"
+
+
+def test_a_kl_term_needs_the_policy_at_the_start_as_its_reference() -> None:
+    lora = ["model.lora.rank=8", "model.lora.path=examples/smollm2/start", "algorithm.kl_coef=0.01"]
+    (line,) = inspect(load(["experiment=calc_tiny", *lora])).missing
+    assert "algorithm.kl_coef: its reference would be the model without the adapter of model.lora.path" in line
