@@ -88,14 +88,11 @@ def list_runs(root: Path) -> RenderableType:
             cells = [""] * 5
         else:
             row, (state, why) = run_row(run.name, run), run.state()
-            held_out = with_interval(row.last, row.half_width)
-            if len(run.series(f"val/{row.measure}")) > 1:
-                held_out = f"{number(row.first)} -> {held_out}"
-            held_out = f"loss {held_out}" if row.measure == "loss" else held_out
+            before = f"{number(row.first)} -> " if len(run.series(f"val/{row.measure}")) > 1 else ""
+            held_out = f"{'loss ' * (row.measure == 'loss')}{before}{with_interval(row.last, row.half_width)}"
             alive_s = max((values.get("wall_s", 0.0) for values in run.metrics()), default=math.nan)
-            steps = f"{row.steps}/{row.of_steps}"
-            seed = str(run.config().get("seed", ""))
-            cells = [row.experiment, seed, steps, held_out if math.isfinite(row.last) else "-", duration(alive_s)]
+            cells = [row.experiment, str(run.config().get("seed", "")), f"{row.steps}/{row.of_steps}"]
+            cells += [held_out if math.isfinite(row.last) else "-", duration(alive_s)]
         table.add_row(Text(run.name, overflow="fold"), *cells, Text(state, style=STYLES.get(state, "")))
         notes += [Text(f"{run.name}: {why}", style="dim")] if why else []
     return Lines(table, *notes)

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
-Z95: Final = 1.96
-"""Standard deviations on both sides of a mean that hold 95 % of a normal distribution."""
+Z95: Final = 1.96  # standard deviations on both sides of a mean that hold 95 % of a normal distribution
 
 
 @dataclass(frozen=True, slots=True)

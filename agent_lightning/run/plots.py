@@ -148,9 +148,9 @@ def _draw_band(axes: Axes, rows: list[dict[str, float]], name: str, color: str, 
     if np.isfinite(half_N).any():
         count_N = np.minimum(np.arange(len(half_N)) + 1, window)
         mean_N, half_N = smooth(mean_N, window), np.sqrt(smooth(half_N**2, window) / count_N)
-        label = "95 % interval" if color == RED else None  # once in the legend
-        axes.fill_between(step_N, mean_N - half_N, mean_N + half_N, color=color, alpha=0.13, linewidth=0, label=label)
-        axes.vlines(step_N[[0, -1]], (mean_N - half_N)[[0, -1]], (mean_N + half_N)[[0, -1]], color=color, alpha=0.4)
+        low_N, high_N, label = mean_N - half_N, mean_N + half_N, "95 % interval" if color == RED else None  # once
+        axes.fill_between(step_N, low_N, high_N, color=color, alpha=0.13, linewidth=0, label=label)
+        axes.vlines(step_N[[0, -1]], low_N[[0, -1]], high_N[[0, -1]], color=color, alpha=0.4)
 
 
 def _draw_gap(axes: Axes, rows: list[dict[str, float]]) -> None:

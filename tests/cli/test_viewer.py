@@ -52,6 +52,7 @@ def text_of(client: TestClient, path: str, status: int = 200) -> str:
         ("/", "finished calc_tiny finished 3 of 3 0 → 1"),
         ("/", "all 16 rollouts of the step failed"),
         ("/", "killed it ended without a summary; go on with: agl train resume="),
+        ("/", "sweep-calc_tiny finished 2 of 2 trials ended; 1 failed; best trial-000 0.600"),
         ("/run/finished", "held-out reward 0 → 1"),
         ("/run/finished", "KeyError: 'row …' × 3"),
         ("/run/finished", "Log-probability gap, engine to learner"),

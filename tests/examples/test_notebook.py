@@ -54,6 +54,16 @@ def pages(outputs: list[Any]) -> list[tuple[str, str]]:
     return [(base64.b64decode(a.partition("#")[0]).decode(), a.partition("#")[2]) for a in addresses]
 
 
+def check_pages(outputs: list[Any], *kinds: str) -> None:
+    """Check that each frame opens at a page of its kind that is in the file, and that tokens are shown."""
+    opened = pages(outputs)
+    assert [page.partition("-train-")[0] for _, page in opened] == [*kinds]
+    for html, page in opened:
+        _, found, rest = html.partition(f'<section class="page" id="{page}">')
+        assert found, f"{page} is in the file"
+        assert ('class="tok' in rest.partition('<section class="page"')[0]) == page.startswith("page-tokens")
+
+
 def pictures(outputs: list[Any]) -> list[bytes]:
     return [
         base64.b64decode(output["data"]["image/png"]) for output in outputs if "image/png" in output.get("data", {})
@@ -67,9 +77,7 @@ def test_the_agent_of_the_notebook_learns_on_the_toy_model(tmp_path: Path, monke
     assert "held-out reward  0.000" in "".join(output.get("text", "") for output in outputs)
     (picture,) = pictures(outputs)
     assert picture.startswith(b"\x89PNG")
-    ((html, page),) = pages(outputs)
-    assert page.startswith("page-group-train-")
-    assert f'id="{page}"' in html, "it opens at the page of the group"
+    check_pages(outputs, "page-group", "page-tokens")
     (run,) = (tmp_path / "runs").glob("*/summary.json")
     summary = json.loads(run.read_text())
     assert summary["val_reward_last"] > summary["val_reward_first"]
@@ -85,10 +93,4 @@ def test_the_notebook_shows_curves_groups_and_tokens_of_a_model(
 ) -> None:
     outputs = execute(tmp_path, monkeypatch, model=True)
     assert len(pictures(outputs)) == 2
-    opened = pages(outputs)
-    assert [page.rpartition("-train-")[0] for _, page in opened] == ["page-group", "page-group", "page-tokens"]
-    assert all(f'id="{page}"' in html for html, page in opened)
-    html, page = opened[-1]
-    tokens = html.partition(f'id="{page}"')[2].partition('<section class="page"')[0]
-    assert "advantage" in tokens
-    assert 'class="tok' in tokens
+    check_pages(outputs, *["page-group", "page-tokens"] * 2)
