@@ -97,7 +97,7 @@ def test_a_running_run_shows_what_it_writes(page: Any, runs: Path) -> None:
         assert "running" in page.inner_text("header")
         assert "24 of 24" in page.inner_text("h1")
         RolloutWriter(path / "rollouts").write(2, 1, [group("train", 50, [1.0, 0.0])])
-        page.locator("h1:has-text('26 of 26')").wait_for(timeout=20_000)
+        page.locator("h1:has-text('26 of 26')").wait_for()
 
 
 def test_the_file_for_colleagues_opens_without_a_server(page: Any, runs: Path, tmp_path: Path) -> None:

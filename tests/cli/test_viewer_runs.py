@@ -123,13 +123,13 @@ def test_a_running_run_is_followed_without_a_reload(page: Any, runs: Path) -> No
             assert "running" in page.inner_text("header")
             page.evaluate("window.mark = 1")
             seen = page.evaluate(STEPS)
-            page.wait_for_function(f"seen => {STEPS} !== seen", arg=seen, timeout=30_000)
+            page.wait_for_function(f"seen => {STEPS} !== seen", arg=seen)
             page.wait_for_selector(".charts svg")
             check_page(page, pages_of(runs / "running")[4])
             page.goto("/run/running")
             page.evaluate("window.mark = 1")
             process.terminate()
-            page.wait_for_selector("header .state-stopped", timeout=30_000)
+            page.wait_for_selector("header .state-stopped")
             assert page.evaluate("window.mark") == 1, "it was never loaded again"
         finally:
             process.kill()

@@ -39,6 +39,7 @@ def chromium() -> Iterator[Any]:
 def let_in(browser: Any, address: str) -> Any:
     """A context of the browser that has opened the address which the command printed."""
     context = browser.new_context(base_url=address.partition("/?")[0])
+    context.set_default_timeout(120_000)  # a busy machine is no failure
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     context.new_page().goto(address)
     return context
