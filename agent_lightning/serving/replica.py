@@ -83,22 +83,19 @@ class PolicyServer:
                 yield part
 
     async def _generate(self, request: Mapping[str, Any]) -> Completion | Refusal:
-        version = self._version
-        request, copies = without_copies(request)
+        version, (request, copies) = self._version, without_copies(request)
         with self._named(request) as (named, new_versions):
             try:
                 replies = [reply async for reply in await ray_private.ask_llm(self._server, named)]
             except _INVALID as error:
                 return _refused(one_line(f"{type(error).__name__}: {error}")[:500], 400)
-            reply = replies[-1]
-            if (error_fields := ray_private.llm_error(reply)) is not None:
+            if (error_fields := ray_private.llm_error(replies[-1])) is not None:
                 return _refused(*error_fields)
-            raw = repeat_choices(_with_versions(reply.model_dump(), new_versions), copies)
+            raw = repeat_choices(_with_versions(replies[-1].model_dump(), new_versions), copies)
             return parse_reply(raw, policy_version=version)
 
     async def _stream(self, request: Mapping[str, Any]) -> AsyncGenerator[Part | Refusal, None]:
-        version = self._version
-        request, copies = without_copies(request)
+        version, (request, copies) = self._version, without_copies(request)
         with self._named(request) as (named, new_versions):
             try:
                 async for batch in await ray_private.ask_llm(self._server, named):
@@ -111,8 +108,7 @@ class PolicyServer:
                         if error := chunk.get("error"):
                             yield _refused(error["message"], int(error.get("code") or 500), error.get("param") or "")
                             return
-                        if chunk:
-                            chunk = repeat_choices(_with_versions(chunk, new_versions), copies)
+                        if chunk := chunk and repeat_choices(_with_versions(chunk, new_versions), copies):
                             yield Part(chunk=chunk, policy_version=version)
             except _INVALID as invalid:
                 yield _refused(one_line(f"{type(invalid).__name__}: {invalid}")[:500], 400)

@@ -60,9 +60,9 @@ async def serving(
     model: Path, *, secret: bytes, max_tokens: int, **settings: Any
 ) -> AsyncIterator[tuple[Any, Any, app.Service]]:
     """Buffer, board and service of a model on a Ray of their own; `settings` are of the serving section, of the model
-    section (max_len, dtype), and of app.Deployment (device, bundles)."""
+    section (max_len, dtype), and of app.Deployment (device, bundles, engine)."""
     of_model = {key: settings.pop(key) for key in ("max_len", "dtype") if key in settings}
-    of_run = {key: settings.pop(key) for key in ("device", "bundles") if key in settings}
+    of_run = {key: settings.pop(key) for key in ("device", "bundles", "engine") if key in settings}
     sections = {
         "model": ModelConfig(path=str(model), **of_model),
         "serving": ServingConfig(port=free_port("127.0.0.1"), **settings),

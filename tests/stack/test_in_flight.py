@@ -29,7 +29,8 @@ SYSTEM = {"role": "system", "content": "Add the two numbers: 1 + 2 = 3, 2 + 3 = 
 async def test_calls_in_flight_during_a_publish(rule: OnWeightUpdate, tmp_path: Path) -> None:
     models = [random_model(tmp_path / str(seed), seed=seed, tied=True) for seed in range(3)]
     newest = 2 if rule == "keep" else 1
-    settings = {"max_len": 512, "on_weight_update": rule}
+    engine = {"block_size": BLOCK, "enable_prefix_caching": True}
+    settings = {"max_len": 512, "on_weight_update": rule, "engine": engine}
     async with serving(tmp_path / "0", secret=SECRET, max_tokens=TOKENS, **settings) as (buffer, board, service):
 
         async def publish() -> None:
