@@ -108,9 +108,10 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         agl.train(agent="nowhere.py:solve", train=tmp_path / "nowhere.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.stack
-@pytest.mark.parametrize("resumes", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_function_of_a_cell_is_trained(tmp_path: Path, resumes: bool) -> None:
+def test_a_function_of_a_cell_is_trained_and_resumed(tmp_path: Path) -> None:
+    """`make test` trains the functions of the notebook's cells."""
     bonus = 0.0
     rows = [{"id": f"t{n}", "question": "Say yes."} for n in range(4)]
 
@@ -130,5 +131,4 @@ def test_a_function_of_a_cell_is_trained(tmp_path: Path, resumes: bool) -> None:
     )
     assert run.summary["steps"] == 1
     assert set(run.rollouts.task_id) <= {row["id"] for row in rows}
-    if resumes:
-        assert agl.train(resume=run, steps=2).summary["steps"] == 2
+    assert agl.train(resume=run, steps=2).summary["steps"] == 2

@@ -184,7 +184,7 @@ def test_runs_lists_runs_and_filters_rollouts(
     metrics.write_text('{"step": 1, "wall_s": 65.0, "val/reward": 0.5, "val/rows": 4, "val/reward_ci95": 0.125}\n')
     for width in (80, 140):
         lines = [line.split() for line in as_text(list_runs(run.parent), width).splitlines()]
-        rows = {line[0]: line for line in lines}
+        rows = {line[0]: line for line in reversed(lines)}  # a note's last line may be the end of the run's path
         assert rows["first"][-4:] == ["0.500", "±0.125", "1:05", "killed"], "one evaluation is one figure"
         assert rows["done"][1:6] == ["calc_tiny", "0", "2/2", "0.000", "->"]
         assert rows["done"][-1] == "finished"
@@ -193,7 +193,7 @@ def test_runs_lists_runs_and_filters_rollouts(
         assert rows["sweep-calc_tiny:"][1:6] == ["2", "of", "2", "trials", "ended;"]
         assert rows["first:"][1:6] == ["it", "ended", "without", "a", "summary;"]
     with take_folder(run, "run"):
-        rows = {line.split()[0]: line for line in as_text(list_runs(run.parent)).splitlines()}
+        rows = {line.split()[0]: line for line in reversed(as_text(list_runs(run.parent)).splitlines())}
         assert rows["first"].split()[-1] == "running"
     assert "3 of 3 rollouts: 2 finished, 1 engine_error" in shown(capsys, monkeypatch, "runs", run)
     text = shown(capsys, monkeypatch, "runs", run, "--max-reward", "0.5")

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.stack, pytest.mark.timeout(240)]
 
 
 def has_raylet(process: int, log: str) -> bool:
@@ -31,9 +31,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "single-start")) for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_sigterm_ends_a_run_in_words(name: str, tmp_path: Path) -> None:
     kill, reached, words = CASES[name]
     command = [sys.executable, "-m", "agent_lightning", "train", "experiment=toy", "steps=100000", "eval_every=0"]
