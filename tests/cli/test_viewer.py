@@ -16,6 +16,7 @@ import pytest
 from starlette.testclient import TestClient
 from viewer_runs import HOSTILE, group, trajectory, write_library, write_run, write_sweep
 
+import agent_lightning
 from agent_lightning.cli.main import main
 from agent_lightning.cli.viewer.app import Viewer
 from agent_lightning.cli.viewer.command import find_rules
@@ -56,6 +57,8 @@ def text_of(client: TestClient, path: str, status: int = 200) -> str:
         ("/run/finished", "held-out reward 0 → 1"),
         ("/run/finished", "KeyError: 'row …' × 3"),
         ("/run/finished", "Log-probability gap, engine to learner"),
+        ("/run/finished", "Trained tokens by their lag"),
+        ("/run/finished", "Staleness of trained tokens"),
         ("/run/failed", "failed : all 16 rollouts of the step failed"),
         ("/run/finished/rollouts", "56 of 56"),
         ("/run/finished/rollouts?split=val", "8 of 56"),
@@ -105,6 +108,16 @@ def test_pages_say_what_a_run_holds(client: TestClient, path: str, words: str) -
 )
 def test_what_is_not_there_is_a_page_that_says_so(client: TestClient, path: str, words: str) -> None:
     assert words in text_of(client, path, 404)
+
+
+def test_every_metric_that_the_page_of_a_run_draws_is_written_by_a_run() -> None:
+    library = Path(agent_lightning.__file__).parent
+    template = (library / "cli/viewer/templates/run.html").read_text()
+    keys = [key for part in re.findall(r"curves\([^{]*({[^}]*})", template) for key in re.findall(r"'([\w/]+)':", part)]
+    rooms = ("core", "credit", "learners", "run")
+    written = "".join(path.read_text() for room in rooms for path in (library / room).glob("*.py"))
+    assert len(keys) > 15
+    assert [key for key in keys if f'"{re.sub("[0-9]+$", "{q}", key)}"' not in written] == []
 
 
 def test_every_link_of_every_page_leads_to_a_page(client: TestClient) -> None:

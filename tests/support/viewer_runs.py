@@ -93,6 +93,7 @@ def write_run(root: Path, name: str, *, steps: int = 3, text: str = "The answer 
             writer.write(step, step - 1, groups)
             record = {"train/reward": 0.2 + step / 10, "logprob_gap/mean_abs": 1e-7, "emitted/format": 0.5}
             record |= {"time/step": 2.0, "time/generate": 1.5, "time/update": 0.5, "tokens/sampled": 96.0}
+            record |= {"lag/mean": 0.25, "lag/max": 1.0, "lag/tokens/0": 9.0, "lag/tokens/1": 3.0}
             metrics.log(step, record | {"rollouts/trained": 15.0, "rollouts/failed/engine_error": 1.0})
         if step in (0, steps):
             writer.write(step, step, [group("val", 4 * step + n, [float(step > 0)], text) for n in range(4)])

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 PAGE_ROWS: Final = 50
 """Rollouts on a page of the list."""
 PHASES: Final = ("generate", "update", "publish", "other")
+LAG: Final = "lag/tokens/"
+"""Metrics that count the trained tokens by how many updates older than the policy they are."""
 Context = dict[str, Any]
 """The values that a template reads."""
 
@@ -171,6 +173,7 @@ def run_page(name: str, run: RunFiles, links: Links) -> Context:
             outcomes[outcome][step] += 1
     ordered = {name: outcomes[name] for name in sorted(outcomes, key=lambda name: (name != "finished", name))}
     parts = {key for row in run.metrics() for key in row if key.startswith(("emitted/", "reward/", "air/"))}
+    lags = sorted({int(key[len(LAG) :]) for row in run.metrics() for key in row if key.startswith(LAG)})
     spent = dict(run.series("time/step"))
     rates = [(step, count / spent[step]) for step, count in run.series("tokens/sampled") if spent.get(step)]
     return {
@@ -181,6 +184,11 @@ def run_page(name: str, run: RunFiles, links: Links) -> Context:
         "held_out": held_out,
         "parts": {key: key for key in sorted(parts)[:8]},
         "outcomes": stacked_chart("Outcomes of the rollouts", ordered, link=train, unit="rollouts"),
+        "lags": stacked_chart(
+            *("Trained tokens by their lag", {f"{lag}": dict(run.series(f"{LAG}{lag}")) for lag in lags}),
+            link=train,
+            unit="tokens",
+        ),
         "phases": stacked_chart(
             *("Seconds of a step, by phase", {phase: dict(run.series(f"time/{phase}")) for phase in PHASES}),
             link=train,
