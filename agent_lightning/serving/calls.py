@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,6 +30,8 @@ AGENT_HEADER = "x-agl-agent"
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
 _MAX_SPANS = 10_000
 """Spans of a body that are read; the others are counted as rejected."""
+_REMEMBERED = 100
+"""Bodies of spans of an attempt that are known if they come again."""
 
 
 class Recorder(Protocol):
@@ -64,6 +66,9 @@ class Attempt:
     """How often each request was made, by a hash of it; counted only if calls are seeded."""
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a large body is read: one after the other."""
+    traces: OrderedDict[bytes, tuple[bytes, str]] = field(default_factory=OrderedDict)
+    """The answers to the latest bodies of spans, by a hash of each: exporters send a body again if its answer is late,
+    and it is recorded once."""
     over_budget: str = ""
     """Why the buffer takes no more spans of this attempt: their bodies are not read any more."""
     ended: str = ""
@@ -131,6 +136,10 @@ async def take_traces(
     be read, 409 if the rollout has ended, and 413 if it has sent too much or the journal is full: exporters repeat none
     of these."""
     content_type = headers.get("content-type", otlp.PROTOBUF)
+    digest = hashlib.sha256(f"{content_type}\n".encode() + raw).digest()
+    if digest in attempt.traces:
+        body, kind = attempt.traces[digest]
+        return Response(body, media_type=kind)
 
     def decode() -> tuple[Mapping[str, tuple[RawSpan, ...]], Mapping[str, int]]:
         if attempt.over_budget:  # since this body has come
@@ -154,6 +163,9 @@ async def take_traces(
         message = "the run can record no more spans: its journal is full or broken"
         return JSONResponse({"code": 8, "message": message}, status_code=413)
     body, kind = otlp.acknowledge(content_type, rejected=rejected, message=", ".join(faults))
+    attempt.traces[digest] = body, kind
+    if len(attempt.traces) > _REMEMBERED:
+        attempt.traces.popitem(last=False)
     return Response(body, media_type=kind)
 
 

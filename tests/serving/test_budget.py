@@ -120,7 +120,7 @@ async def test_spans_of_an_attempt_that_has_sent_too_much_are_not_even_read(tmp_
         rig.buffer._agent = AgentConfig(target="", max_recorded_mib=0.001)
         url, small = f"{url_of(rig.key)}/traces", spans_of("x" * 2000)
         assert (await rig.http.post(url, content=small)).status_code == 200
-        for body in (small, b"no protobuf, and not read"):
+        for body in (spans_of("y" * 2000), b"no protobuf, and not read"):
             refused = await rig.http.post(url, content=body)
             assert (refused.status_code, refused.json()["code"]) == (413, 8)
             assert "over 0.001 MiB" in refused.json()["message"]

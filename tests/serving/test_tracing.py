@@ -90,6 +90,15 @@ async def test_spans_beyond_the_limit_are_refused_and_counted(door: Door) -> Non
     assert seen.refused_spans == {"over 3 in one attempt": 2}
 
 
+async def test_a_body_that_comes_again_is_recorded_once(door: Door) -> None:
+    sent = encode_json(spans(*"abcde"), trace_id="t", resource={}).encode()
+    answers = [await door.post(sent, "application/json") for _ in range(3)]
+    answers.append(await door.post(gzip.compress(sent), "application/json", content_encoding="gzip"))
+    assert {(answer.status_code, answer.content) for answer in answers} == {(200, answers[0].content)}
+    assert "rejectedSpans" in answers[0].text
+    assert (await door.trajectory()).refused_spans == {"over 3 in one attempt": 2}
+
+
 @pytest.mark.parametrize(
     ("content", "content_type", "status"),
     [
