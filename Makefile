@@ -36,12 +36,12 @@ train: venv ## train the tiny policy on a CPU: make train ARGS="seed=1 steps=20"
 # Without DATA=DIR, the folder with mawps_train and mawps_validation, the questions are those of the hub.
 SMOLLM2 := experiment=calc_mawps_smollm2
 train-smollm2: smollm2 ## train a pretrained model of 135M parameters on a CPU: make train-smollm2 DATA=DIR
-	$(BIN)/agl train $(SMOLLM2) model.lora.path=examples/smollm2/start $(if $(DATA),data.root=$(DATA),data=calcx_hub) $(ARGS)
+	$(BIN)/agl train $(SMOLLM2) model.lora.path=examples/smollm2/start serving.threads=2 $(if $(DATA),data.root=$(DATA),data=calcx_hub) $(ARGS)
 
 smollm2-start: smollm2 ## make the adapter that train-smollm2 starts from again, as build/smollm2-start
 	mkdir -p build
 	$(BIN)/python examples/smollm2/chats.py $(if $(DATA),--root $(DATA)) --num 480 --out build/smollm2-chats.jsonl
-	$(BIN)/agl sft $(SMOLLM2) data.train.path=build/smollm2-chats.jsonl steps=20 algorithm.lr=1e-3 runs_dir=build name=smollm2-sft
+	$(BIN)/agl sft $(SMOLLM2) data.train.path=build/smollm2-chats.jsonl steps=20 algorithm.lr=1e-3 algorithm.tasks_per_step=16 runs_dir=build name=smollm2-sft
 	$(BIN)/agl export build/smollm2-sft --model build/smollm2-start
 
 smollm2: venv

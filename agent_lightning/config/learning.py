@@ -146,11 +146,13 @@ class AlgorithmConfig(Section):
         """Batches of one step; each is one optimiser step in each epoch."""
         return -(-self.rollouts_per_step // (self.rollouts_per_batch or self.rollouts_per_step))
 
-    def check_groups(self) -> None:
-        """Raise ConfigError for groups of a single rollout, which has no other to be compared with."""
-        if self.rollouts_per_task < 2:
+    def check_groups(self, pass_at: int) -> None:
+        """Raise ConfigError for groups of a single rollout, which has no other to be compared with, or of so few that
+        they have no `pass_at` rollouts with different best ones."""
+        if self.rollouts_per_task <= pass_at:
+            why = "to compare them" if pass_at == 1 else f"to compare the best of credit.pass_at={pass_at}"
             raise ConfigError(
-                f"algorithm.rollouts_per_task={self.rollouts_per_task}: must be at least 2, to compare them"
+                f"algorithm.rollouts_per_task={self.rollouts_per_task}: must be at least {pass_at + 1}, {why}"
             )
 
     def check_toy(self) -> None:
@@ -181,6 +183,9 @@ class CreditConfig(Section):
     """Divisor of advantages: std of the group (GRPO), none (Dr. GRPO); batch: whitened over the step (REINFORCE++)."""
     baseline: Baseline = "mean"
     """Subtracted from a reward: mean of the group; leave_one_out: mean of the others (RLOO, with scale=none); none."""
+    pass_at: AtLeast1 = 1
+    """Rollouts of a group of which the best counts: above 1, groups that mostly succeed teach little (pass@k training).
+    Only identical reads it."""
     discount: Share = 1.0
     """Discount for each model call, of return_to_go and same_state; for each step of gae."""
     state_weight: NotNegative = 1.0
@@ -216,6 +221,9 @@ class CreditConfig(Section):
             raise ConfigError("credit.method=gae: needs credit.scale=batch or none, and no other credit.baseline")
         if self.baseline == "none" and self.scale == "std":
             raise ConfigError("credit.baseline=none: needs credit.scale=batch or none; std is of the group")
+        if self.pass_at > 1 and (method != "identical" or self.scale == "batch" or self.baseline != "mean"):
+            needed = "credit.method=identical, credit.baseline=mean and credit.scale=std or none"
+            raise ConfigError(f"credit.pass_at={self.pass_at}: needs {needed}")
         if self.discount != 1 and method == "identical":
             raise ConfigError("credit.discount: credit.method=identical does not read it; choose another method")
         if self.state_weight != 1 and method != "same_state":

@@ -41,8 +41,7 @@ class SourceConfig(Section):
     names: tuple[str, ...] = ()
     """generated: parts of the data, such as [mawps_train] of Calc-X, for a function that takes names."""
     path: str | None = None
-    """jsonl: the file, from here or from data.root; hub: the data set's id or folder; data.val: null holds nothing
-    out."""
+    """jsonl: the file, from here or from data.root; hub: its id or folder. data.val: null holds nothing out."""
     name: str | None = None
     """hub: the data set's configuration."""
     split: str | None = None
@@ -177,8 +176,7 @@ class AgentConfig(Section):
     max_spans: AtLeast0 = 10_000
     """Most OpenTelemetry spans that the agent's side may send for one rollout."""
     max_recorded_mib: Positive = 64.0
-    """Most MiB that the buffer records of one rollout: its calls with their messages, and spans, also spans that are
-    sent again. Then its calls and spans are refused."""
+    """Most MiB that the buffer records of one rollout, also of what is sent again. Then it refuses calls and spans."""
     instrument: tuple[str, ...] = ()
     """OpenTelemetry instrumentors to turn on in the agent's process, by entry point, such as [langchain]."""
     max_attempts: AtLeast1 = 3
@@ -311,6 +309,8 @@ class ServingConfig(Section):
     keep if loop.max_lag is above 0, else wait."""
     kv_cache_gib: AtLeast1 = 1
     """Memory of each engine's KV cache on a CPU, in GiB."""
+    threads: AtLeast1 = 1
+    """Threads of each engine on a CPU. More pay with models of about 100 million parameters and more."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Share of a GPU's memory that an engine takes."""
 
@@ -359,8 +359,7 @@ class HardwareConfig(Section):
     address: str | None = None
     """Address of a running Ray cluster; null starts Ray here, or joins RAY_ADDRESS."""
     pass_env: tuple[str, ...] = ()
-    """Environment variables that the processes of a running cluster get from here, besides those of the hub (HF_HOME,
-    HF_TOKEN, HF_ENDPOINT): the names."""
+    """Names of environment variables that a running cluster gets from here, besides HF_HOME, HF_TOKEN, HF_ENDPOINT."""
 
     @model_validator(mode="after")
     def _check(self) -> HardwareConfig:
@@ -381,6 +380,7 @@ class HardwareConfig(Section):
         on_cpu, why = self.device == "cpu", f"hardware.device is {self.device}"
         refuse_unread("serving.gpu_memory_utilization", on_cpu and share != default.gpu_memory_utilization, why)
         refuse_unread("serving.kv_cache_gib", not on_cpu and serving.kv_cache_gib != default.kv_cache_gib, why)
+        refuse_unread("serving.threads", not on_cpu and serving.threads != default.threads, why)
         refuse_unread("learner.threads", not on_cpu and learner.threads != LearnerConfig().threads, why)
 
 

@@ -124,7 +124,7 @@ class Config(Section):
                 "credit.emitted=ignored: the agent is not trusted, so agent.reward must score what it does"
             )
         if self.credit.compares:
-            self.algorithm.check_groups()
+            self.algorithm.check_groups(self.credit.pass_at)
         if self.sampling.seeded and self.serving.gateways not in (None, 1):
             raise ConfigError("sampling.seeded: serving.gateways must be 1, as each counts what it is asked by itself")
         self.loop.check_method(self.credit.method, seeded=self.sampling.seeded)

@@ -31,6 +31,17 @@ _TAIL: Final = 1 << 20
 """Bytes of a child's output that are kept: enough for any result, and a bound for a child that prints forever."""
 
 
+def cpu_environment(threads: int) -> dict[str, str]:
+    """The variables of a process that computes on a CPU with this many threads. Ray would give it one.
+
+    Each operation of torch allocates tensors of many MB. By default glibc maps each one anew, and the kernel zeroes it
+    page by page; with these settings memory is used again, in large pages: publishing 538 MB takes 1.5 s instead of
+    3.5. A GLIBC_TUNABLES that is set already stays.
+    """
+    allocator = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1073741824:glibc.malloc.hugetlb=1"
+    return {"OMP_NUM_THREADS": str(threads), "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", allocator)}
+
+
 async def run_child(
     command: Sequence[str],
     *,

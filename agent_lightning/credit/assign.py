@@ -310,7 +310,9 @@ def _advantages(rollouts: Sequence[_Rollout], credit: CreditConfig) -> list[Floa
     advantage_C = np.zeros(rollout_C.size, np.float64)
     if credit.method in ("identical", "same_state"):
         total_R = np.array([rollout.total for rollout in rollouts], np.float64)
-        shared_R = estimators.normalise_group(total_R, valid_R, scale=credit.scale, baseline=credit.baseline)
+        shared_R = estimators.normalise_group(
+            total_R, valid_R, scale=credit.scale, baseline=credit.baseline, k=credit.pass_at
+        )
         advantage_C += shared_R[rollout_C]
     if credit.method in ("return_to_go", "same_state"):
         valid_C = valid_R[rollout_C]

@@ -7,6 +7,7 @@ Statistics are taken over rollouts: a rollout with ten calls weighs as much as o
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
@@ -23,13 +24,14 @@ _EPSILON = 1e-6
 
 
 def normalise_group(
-    rewards_R: NDArray[np.floating], valid_R: Bools, *, scale: Scale = "std", baseline: Baseline = "mean"
+    rewards_R: NDArray[np.floating], valid_R: Bools, *, scale: Scale = "std", baseline: Baseline = "mean", k: int = 1
 ) -> Floats:
     """The advantage of each rollout over its group; shape [R], computed in float64.
 
     scale="std" is GRPO, arXiv 2402.03300 section 4.1: (r - mean) / (std + epsilon), with the sample standard deviation
     (ddof=1). scale="none" is Dr. GRPO, arXiv 2503.20783: r - mean. baseline="leave_one_out" with scale="none" is RLOO,
-    arXiv 2402.14740 eq. 8: r minus the mean of the others, which is (r - mean) * R / (R - 1).
+    arXiv 2402.14740 eq. 8: r minus the mean of the others, which is (r - mean) * R / (R - 1). `k` above 1: see
+    `best_of`.
 
     Example:
 
@@ -46,7 +48,10 @@ def normalise_group(
         raise ValueError(f"rewards of shape {rewards_R.shape}, validity of shape {valid_R.shape}")
     advantage_R = np.zeros(rewards_R.shape, np.float32)
     valid = rewards_R[valid_R].astype(np.float64)
-    advantage_R[valid_R] = normalise(valid, np.arange(valid.size), scale=scale, baseline=baseline)
+    if k > 1:
+        advantage_R[valid_R] = best_of(valid, k, scale=scale)
+    else:
+        advantage_R[valid_R] = normalise(valid, np.arange(valid.size), scale=scale, baseline=baseline)
     return advantage_R
 
 
@@ -85,6 +90,37 @@ def normalise(
     spread_C = value_C - total_R.sum() / rollouts
     std = np.sqrt((weight_C * spread_C**2).sum() / (rollouts - 1))
     return np.asarray(centred_C / (std + _EPSILON))
+
+
+def best_of(reward_R: Values, k: int, *, scale: Scale = "std") -> Values:
+    """The advantage of each rollout where k of them count as their best: pass@k training, arXiv 2508.10751 section 2.3.
+
+    Over all subsets of k rollouts: the mean of the best reward among subsets with this rollout, minus the mean over all
+    subsets; with scale="std" divided by the deviation over all subsets. The paper's closed form is for rewards of 0 and
+    1; this one is for any. Groups that mostly succeed get little or nothing, so that the policy does not merely become
+    surer of what it does already. All get 0 if no subset has another best reward than the others.
+
+    Example, k=2, scale="none": the best of two is 1 in half of the subsets of four rewards, and in those with the 1.
+
+        reward_R            1      0      0      0
+                          0.5  -0.17  -0.17  -0.17
+    """
+    if not np.isfinite(reward_R).all():
+        raise ValueError(f"values {reward_R.tolist()} are not all finite")
+    size, k = reward_R.size, min(k, reward_R.size)
+    order = np.argsort(reward_R)
+    sorted_R = reward_R[order]
+    if size < 2 or not has_spread(sorted_R[k - 1 :]):
+        return np.zeros(size, np.float64)
+    share_R = np.array([math.comb(rank, k - 1) / math.comb(size, k) for rank in range(size)])
+    best = share_R @ sorted_R
+    # Of the subsets with a rollout: those in which a later one is the best, and those in which it is.
+    later_R = np.array([math.comb(rank - 1, k - 2) if rank > 0 else 0 for rank in range(size)]) * sorted_R
+    own_R = np.array([math.comb(rank, k - 1) for rank in range(size)]) * sorted_R
+    with_R = (own_R + np.append(np.cumsum(later_R[::-1])[-2::-1], 0)) / math.comb(size - 1, k - 1)
+    advantage_R = np.empty(size, np.float64)
+    advantage_R[order] = with_R - best
+    return advantage_R / (np.sqrt(share_R @ (sorted_R - best) ** 2) + _EPSILON) if scale == "std" else advantage_R
 
 
 def whiten(value_C: Values, rollout_C: NDArray[np.integer]) -> Values:

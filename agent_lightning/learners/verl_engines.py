@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from types import MethodType
@@ -15,7 +16,6 @@ from peft.tuners.lora import LoraLayer
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from verl.models.transformers.monkey_patch import patch_forward_with_backends
 from verl.utils import tensordict_utils
 from verl.utils.device import get_device_name
 from verl.workers.engine import EngineRegistry
@@ -23,6 +23,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDP
 
 from agent_lightning.core.errors import EngineError
 from agent_lightning.core.text import error_line
+from agent_lightning.learners import head
 from agent_lightning.learners.attention import share_prefixes
 
 
@@ -61,6 +62,9 @@ class _CausalModel(FSDPEngineWithLMHead):
     """Whether the outputs are log-probabilities, which can be computed for some tokens at a time."""
     layout = _ALONE
     _gap_is_small = True
+    _wanted_N: Tensor | None = None
+    """Whether the loss reads the outputs at each token of the micro-batch that is computed; None: all are read."""
+    _with_entropy = False
 
     def _build_module(self) -> Any:
         self.model_config.model_type = "language_model"
@@ -71,11 +75,6 @@ class _CausalModel(FSDPEngineWithLMHead):
         module = super()._build_module()
         for name in absent:
             delattr(config, name)
-        kind = type(module)
-        self._plain = self._fused = kind.forward
-        if self.fuses:
-            patch_forward_with_backends(module, use_fused_kernels=True, fused_kernels_backend="torch")
-            self._fused, kind.forward = kind.forward, self._plain
         return module
 
     def _build_lora_module(self, module: Any) -> Any:
@@ -93,11 +92,13 @@ class _CausalModel(FSDPEngineWithLMHead):
         on_gpu = get_device_name() != "cpu"
         fast = "flash_attention_2" if on_gpu and find_spec("flash_attn") is not None else "rows_sdpa"
         attentions = [(fast, True), *((name, False) for name in (fast, "sdpa", "eager") if name != "rows_sdpa")]
+        # An adapter of the output head does nothing yet, so a trial would not show that it is left out.
+        fuses = self.fuses and not isinstance(self.module.get_output_embeddings(), LoraLayer)
         layouts = [
             Layout(attention=attention, packed=packed, fused=fused, shared=shared)
             for attention, packed in attentions
             for shared in (True, False)[attention != "rows_sdpa" :]
-            for fused in (True, False)[not self.fuses :]
+            for fused in (True, False)[not fuses :]
         ]
         size = self.module.get_input_embeddings().num_embeddings
         rows = [torch.randint(size, (length,), generator=torch.Generator().manual_seed(length)) for length in _PROBE]
@@ -136,9 +137,12 @@ class _CausalModel(FSDPEngineWithLMHead):
     def _use(self, layout: Layout) -> None:
         self.layout = layout
         self.module.config._attn_implementation = layout.attention
-        # veRL would put its forward function into the model's class, for good. With LoRA peft's model is around it.
+        # With LoRA peft's model is around it.
         model = self.module.get_base_model() if self._is_lora else self.module
-        model.forward = MethodType(self._fused if layout.fused else self._plain, model)
+        model.forward = partial(self._fused, model) if layout.fused else MethodType(type(model).forward, model)
+
+    def _fused(self, model: Any, **inputs: Any) -> Any:
+        return head.outputs(model, wanted_N=self._wanted_N, with_entropy=self._with_entropy, **inputs)
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
         """veRL's, with micro-batches that are small enough even if their rows are padded; and with the verdict on the
@@ -165,10 +169,19 @@ class _CausalModel(FSDPEngineWithLMHead):
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
         layout = {"use_remove_padding": self.layout.packed, "use_fused_kernels": self.layout.fused}
         tensordict_utils.assign_non_tensor(micro_batch, **layout)
+        self._with_entropy = tensordict_utils.get(micro_batch, "calculate_entropy", default=False)
+        wanted_N = None  # in training, the outputs at tokens whose next one is trained
+        if self.layout.packed and loss_function is not None and not forward_only:
+            wanted_N = micro_batch["loss_mask"].values().roll(-1).bool()
         if not self.layout.shared:
+            self._wanted_N = wanted_N
             return super().forward_step(micro_batch, loss_function, forward_only)
         rows = micro_batch["input_ids"]
         kept, index = share_prefixes(rows.unbind())
+        self._wanted_N = None
+        if wanted_N is not None:
+            self._wanted_N = torch.zeros(sum(len(tokens) for tokens, _ in kept), dtype=torch.bool, device=rows.device)
+            self._wanted_N[index.to(rows.device)[wanted_N]] = True
         positions = [torch.arange(start, start + len(tokens), device=tokens.device) for tokens, start in kept]
         smaller = micro_batch.copy()
         smaller["input_ids"] = torch.nested.as_nested_tensor([tokens for tokens, _ in kept], layout=torch.jagged)
@@ -190,7 +203,7 @@ class _CausalModel(FSDPEngineWithLMHead):
 
 @EngineRegistry.register(model_type="policy", backend="fsdp2", device="cuda")
 class PolicyEngine(_CausalModel):
-    """veRL's engine, which also gathers the output head's weight, for veRL's fused log-probabilities. They read the
+    """veRL's engine, which also gathers the output head's weight, for fused log-probabilities. They read the
     weight without calling the head, but FSDP2 gathers a module's shards only when it is called; a head that is not tied
     to the embedding would stay sharded. After the backward pass FSDP2 shards it again."""
 

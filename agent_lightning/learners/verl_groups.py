@@ -16,6 +16,7 @@ import numpy as np
 from agent_lightning.config.learning import AlgorithmConfig, CreditConfig, CriticConfig
 from agent_lightning.config.running import Device, Dtype, LearnerConfig, LoraConfig
 from agent_lightning.core.errors import UserError
+from agent_lightning.core.processes import cpu_environment
 from agent_lightning.core.text import error_line
 from agent_lightning.core.types import Batch, Floats
 from agent_lightning.learners.gap import LARGEST_DIFFERENCE, largest_gap
@@ -178,7 +179,7 @@ def _start(config: Training, role: Role, pool: Any) -> Any:
         RayClassWithInitArgs(ray.remote(ModelWorker), config=training, **process),
         name_prefix=role,
         device_name=config.device,
-        worker_env=CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(learner.threads)} if on_cpu else GPU_ENVIRONMENT,
+        worker_env=CPU_ENVIRONMENT | cpu_environment(learner.threads) if on_cpu else GPU_ENVIRONMENT,
     )
 
 

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from agent_lightning.config.running import Device, ModelConfig, ServingConfig
 from agent_lightning.core import ray_private
 from agent_lightning.core.errors import EngineError, UserError
+from agent_lightning.core.processes import cpu_environment
 from agent_lightning.core.text import error_line
 from agent_lightning.core.threads import start_thread
 from agent_lightning.rollouts.supervise import is_healthy
@@ -309,6 +310,7 @@ def _environment(config: Deployment) -> dict[str, str]:
     # Serve's controller, which starts the replicas, has none of the run's environment.
     environment = {**ray_private.PASSED_ON, "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     if config.device == "cpu":
+        environment |= cpu_environment(config.serving.threads)
         environment |= {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": str(config.serving.kv_cache_gib)}
         # The learner and the agents need the cores too: engine threads pinned to some cores would starve them.
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}

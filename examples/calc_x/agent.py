@@ -24,6 +24,9 @@ TIMEOUT = 600.0
 Messages = list[Any]
 """OpenAI message dicts."""
 
+Conversation = Generator[Messages, ChatCompletionMessage, str]
+"""Yields the messages to send, is sent the reply, returns the final text."""
+
 
 class Policy(Protocol):
     """Where the model is. The training passes such an object; the agent needs no more than this."""
@@ -38,11 +41,23 @@ class Policy(Protocol):
 
 async def solve(task: Mapping[str, Any], policy: Policy, *, role: str | None = None) -> str:
     """Answer the question of a task; the text of the last turn. `role`: the agent's name. Raises openai.APIError."""
+    return await _talk(conversation(task["question"]), policy, role)
+
+
+async def solve_to_result(task: Mapping[str, Any], policy: Policy) -> str:
+    """Answer with the calculator's first result, which the model is not asked to repeat. Raises openai.APIError.
+
+    AutoGen's AssistantAgent does so unless it is told otherwise, and the OpenAI Agents SDK with "stop_on_first_tool".
+    """
+    return await _talk(conversation(task["question"], to_result=True), policy)
+
+
+async def _talk(talk: Conversation, policy: Policy, role: str | None = None) -> str:
+    """Hold a conversation with the policy; the final text."""
     names = {"x-agl-agent": role} if role else {}
     client = (await _shared_client()).with_options(
         base_url=policy.base_url, api_key=policy.api_key, default_headers=names
     )
-    talk = conversation(task["question"])
     messages = next(talk)
     while True:
         reply = await client.chat.completions.create(model=policy.model, messages=messages, tools=[TOOL])
@@ -78,10 +93,11 @@ def solve_blocking(task: Mapping[str, Any]) -> str:
                 return str(end.value)
 
 
-def conversation(question: str) -> Generator[Messages, ChatCompletionMessage, str]:
+def conversation(question: str, *, to_result: bool = False) -> Conversation:
     """The agent without its transport: yields the messages to send, is sent the reply, returns the final text.
 
-    A reply with tool calls is answered with their results, at most MAX_TURNS times asked in all.
+    A reply with tool calls is answered with their results; the model is asked at most MAX_TURNS times in all.
+    `to_result` ends the conversation with the first result of the calculator; an error goes back to the model.
     """
     messages: Messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
     for _ in range(MAX_TURNS):
@@ -89,7 +105,10 @@ def conversation(question: str) -> Generator[Messages, ChatCompletionMessage, st
         if not reply.tool_calls:
             break
         messages.append(_sent_back(reply))
-        messages.extend(_run(tool_call) for tool_call in reply.tool_calls)
+        results = [_run(tool_call) for tool_call in reply.tool_calls]
+        messages.extend(results)
+        if to_result and not results[-1]["content"].startswith("error: "):
+            return str(results[-1]["content"])
     return reply.content or ""
 
 

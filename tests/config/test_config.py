@@ -40,9 +40,12 @@ def refusal(*overrides: str) -> str:
 @pytest.mark.parametrize("algorithm", names("algorithm"))
 @pytest.mark.parametrize("experiment", REAL)
 def test_every_algorithm_composes_with_every_experiment(experiment: str, algorithm: str) -> None:
-    config = load([f"experiment={experiment}", f"algorithm={algorithm}", "credit=air"])
+    # pass_at_k compares entire rollouts: AIR's rewards count for it, in their sums.
+    air = ["air.enabled=true", "credit.pass_at=2"] if algorithm == "pass_at_k" else ["credit=air"]
+    config = load([f"experiment={experiment}", f"algorithm={algorithm}", *air])
     assert config.air.enabled
-    assert config.credit.method == ("gae" if algorithm == "ppo" else "return_to_go")
+    methods = {"ppo": "gae", "pass_at_k": "identical"}
+    assert config.credit.method == methods.get(algorithm, "return_to_go")
     assert config.algorithm.lr == own_lr(experiment)
 
 
@@ -169,6 +172,10 @@ def test_a_wrong_override_is_one_line_that_says_what_to_do(override: str, messag
     ("override", "message"),
     [
         ("algorithm.rollouts_per_task=1", "algorithm.rollouts_per_task=1: must be at least 2, to compare them"),
+        (
+            "credit.pass_at=8",
+            "algorithm.rollouts_per_task=8: must be at least 9, to compare the best of credit.pass_at=8",
+        ),
         ("critic.warmup_steps=-1", "critic.warmup_steps=-1: must be at least 0"),
         ("algorithm.kl_coef=-1", "algorithm.kl_coef=-1: must be at least 0"),
         ("serving.kv_cache_gib=0", "serving.kv_cache_gib=0: must be at least 1"),
@@ -386,6 +393,8 @@ def test_credit_that_is_refused(override: str, message: str) -> None:
 
 
 def test_an_algorithm_and_a_method_that_contradict_are_refused() -> None:
+    for method in ("credit=return_to_go", "credit.scale=batch", "algorithm=rloo"):
+        assert refusal("credit.pass_at=2", method).startswith("credit.pass_at=2: needs credit.method=identical")
     refused = refusal("algorithm=ppo", "credit=return_to_go")
     assert refused == "credit=return_to_go: the algorithm's is credit.method=gae; leave one out"
 

@@ -1,6 +1,8 @@
 """Returns and advantages of a group's calls: statistics over rollouts, and what the papers and veRL compute."""
 
+import itertools
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from pydantic import ValidationError
 from agent_lightning.config.learning import CreditConfig
 from agent_lightning.credit.estimators import (
     Scale,
+    best_of,
     generalised_advantage,
     normalise,
     normalise_group,
@@ -135,6 +138,33 @@ def test_leave_one_out_agrees_with_verl() -> None:
     )
     ours = normalise_group(rewards, np.ones(12, np.bool_), scale="none", baseline="leave_one_out")
     np.testing.assert_allclose(ours, reference[:, 0].numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_the_best_of_k_is_that_of_all_subsets(k: int, scale: Literal["std", "none"]) -> None:
+    rng = np.random.default_rng(k)
+    for reward_R in (rng.integers(0, 2, 6).astype(float), rng.normal(size=6), np.array([0.0, 0, 0, 0, 0, 1])):
+        subsets = [list(subset) for subset in itertools.combinations(range(6), k)]
+        best = np.array([reward_R[subset].max() for subset in subsets])
+        means = [np.mean([value for subset, value in zip(subsets, best, strict=True) if r in subset]) for r in range(6)]
+        expected = (np.array(means) - best.mean()) / (best.std() + 1e-6 if scale == "std" else 1)
+        ours = normalise_group(reward_R, np.ones(6, np.bool_), scale=scale, k=k)
+        np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+def test_the_best_of_k_leaves_groups_alone_that_mostly_succeed() -> None:
+    """The closed form of arXiv 2508.10751 for rewards of 0 and 1: with N rollouts of which F fail, the mean of the best
+    is 1 - C(F, k) / C(N, k)."""
+    for failures in range(9):
+        reward_R = np.array([0.0] * failures + [1.0] * (8 - failures))
+        advantage_R = best_of(reward_R, 4, scale="none")
+        best = 1 - math.comb(failures, 4) / math.comb(8, 4)
+        if failures < 4 or failures == 8:
+            assert not advantage_R.any()
+            continue
+        assert advantage_R[-1] == pytest.approx(1 - best)
+        assert advantage_R[0] == pytest.approx(1 - best - math.comb(failures - 1, 3) / math.comb(7, 3))
 
 
 # Calls with values of their own ---------------------------------------------------------------------------------------

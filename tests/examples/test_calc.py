@@ -357,6 +357,13 @@ async def test_agent_uses_its_tool(serve):
         assert after["messages"][: len(before["messages"])] == before["messages"]
 
 
+async def test_agent_answers_with_the_first_result_of_its_tool(serve):
+    model = Model(ask("1/0"), ask("(14+3)*2"), {"content": "never asked"})
+    assert await agent.solve_to_result(QUESTION, await serve(model)) == "34"
+    assert len(model.requests) == 2
+    assert await agent.solve_to_result(QUESTION, await serve(Model({"content": "It is 34."}))) == "It is 34."
+
+
 async def test_agent_stops_after_its_last_turn(serve):
     model = Model(*[{"content": f"turn {i}", **ask("1+1")} for i in range(9)])
     assert await agent.solve(QUESTION, await serve(model)) == "turn 3"

@@ -77,6 +77,22 @@ def test_rows_that_share_their_beginning_give_what_each_gives_alone(name: str) -
         torch.testing.assert_close(gradient, other, atol=1e-3, rtol=1e-3)
 
 
+def test_rows_of_similar_lengths_are_one_call() -> None:
+    """No row is missing, and a block's padding is bounded; a padded query sees a key also with a window."""
+    from agent_lightning.learners.attention import _blocks
+
+    lengths = [12, *range(1, 9), 40, 300]
+    rows = [(0, 30), *((25, length) for length in lengths), (0, 500), (0, 8)]
+    positions = tuple(position for start, length in rows for position in range(start, start + length))
+    blocks, order = _blocks(positions, 3, torch.device("cpu"))
+    assert len(blocks) < 8
+    places = torch.cat([block.query_RT.flatten() for block in blocks])[order]
+    assert places.tolist() == list(range(len(positions)))
+    work = sum(length * (start + length) for start, length in rows)
+    assert sum(block.query_RT.numel() * block.key_RL.shape[1] for block in blocks) < 2.1 * work
+    assert all(block.mask_R1TL is not None and block.mask_R1TL.any(dim=-1).all() for block in blocks)
+
+
 def test_what_it_would_leave_out_is_refused() -> None:
     from agent_lightning.learners.attention import rows_attention
 

@@ -1,5 +1,5 @@
 """docs/security.md lists every port that listens while a policy is served, and no other process listens. Whatever path
-a client sends to proxy or gateway, the answer is in a protocol's own form."""
+a client sends to proxy or gateway, the answer is in a protocol's own form. The engine computes as the config says."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import httpx
 import psutil
 import pytest
 from policy_server import PolicyServer
+
+from agent_lightning.config.running import ServingConfig
+from agent_lightning.core.processes import cpu_environment
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
@@ -41,6 +44,15 @@ def test_the_ports_that_listen_are_those_that_the_page_lists(policy_server: Poli
     rows = documented()
     assert len(rows) > 5
     assert listening(policy_server.pid) == rows
+
+
+def test_the_engine_has_the_threads_and_the_allocator_of_the_config(policy_server: PolicyServer) -> None:
+    processes = psutil.Process(policy_server.pid).children(recursive=True)
+    (engine,) = [process for process in processes if process.name().startswith("VLLM::Engine")]
+    environment, wanted = engine.environ(), cpu_environment(ServingConfig().threads)
+    assert environment["OMP_NUM_THREADS"] == wanted["OMP_NUM_THREADS"]
+    # glibc cuts its own copy at the first colon when it has read it.
+    assert wanted["GLIBC_TUNABLES"].startswith(environment["GLIBC_TUNABLES"])
 
 
 def addresses(server: PolicyServer) -> dict[str, str]:
