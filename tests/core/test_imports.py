@@ -17,6 +17,7 @@ HEAVY_MODULES = {
     "agent_lightning.core.actors",
     "agent_lightning.learners.attention",
     "agent_lightning.learners.verl_cpu",
+    "agent_lightning.learners.head",
     "agent_lightning.learners.verl_engines",
     "agent_lightning.cli.submit",
     "agent_lightning.learners.verl_worker",
