@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from agent_lightning.core.errors import RewardError
 from agent_lightning.core.text import error_line
@@ -133,13 +134,15 @@ def _match_calls(
         match(call, unmatched.get(call.call_id))
         match(call, by_span.get(nearest(call.parent_id, parents, by_span, passed)))
     replies = {call.call_id: reply_identity(call) for call in (*own, *traced)}
-    for call in own:
-        start, end = call.started_at + SKEW, call.ended_at - SKEW
-        near = [traced for traced in unmatched.values() if traced.started_at <= start and end <= traced.ended_at]
+    # First without skew: a busy gateway may begin a call so late that the next span with its reply is nearer.
+    for skew, call in product((0.0, SKEW), own):
+        at = call.started_at
+        near = [c for c in unmatched.values() if c.started_at - skew <= at <= c.ended_at + skew]
+        near = [candidate for candidate in near if call.ended_at - SKEW <= candidate.ended_at]
         alike = [candidate for candidate in near if replies[candidate.call_id] == replies[call.call_id]]
         # A trace may be configured to leave out the messages: then only the time tells which call a span is.
         silent = [candidate for candidate in near if replies[candidate.call_id] is None and not candidate.error]
-        match(call, min(alike, key=lambda candidate: abs(candidate.started_at - call.started_at), default=None))
+        match(call, min(alike, key=lambda candidate: abs(candidate.started_at - at), default=None))
         match(call, silent[0] if len(silent) == 1 else None)
     for call in own:  # last, as an agent may give up a call and send it again
         # An agent that gives up, at the rollout's deadline, say, has an error where the gateway has a later reply.

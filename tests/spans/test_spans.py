@@ -122,6 +122,14 @@ def test_a_model_call_seen_twice_is_one_with_its_place_in_the_trace(trace: list[
     assert item.response_T.tolist() == [1]
 
 
+def test_calls_that_reach_a_busy_gateway_late_are_not_taken_for_the_next_ones() -> None:
+    calls = [replace(call(n), ended_at=n + 0.1) for n in range(4)]
+    trace = [chat(f"s{n}", n - 0.8, "hm", seconds=0.95) for n in range(4)]  # the next one begins at n + 0.2
+    assert [(item.call_id, item.span_id) for item in assemble(KEY, calls, trace).calls] == [
+        (f"chat-{n}", f"s{n}") for n in range(4)
+    ]
+
+
 ASKED = [{"role": "user", "content": "1+1?"}]
 
 
