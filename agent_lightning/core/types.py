@@ -196,7 +196,7 @@ class ModelCall:
     last_version: int | None = None
     """Version that sampled the last token, if it is newer than `policy_version`; else None."""
     offered: tuple[str, ...] = ()
-    """Names of the tools that the request offered."""
+    """JSON text of the definition, in OpenAI's form, of each tool that the request offered."""
     new_versions: tuple[tuple[int, int], ...] = ()
     """(index in `response_T`, version) of the first token of each version that came while the call ran, ascending."""
 

@@ -236,7 +236,7 @@ def _cell(value: Any) -> Any:
     if isinstance(value, str):
         return replace_surrogates(value)
     if isinstance(value, tuple):
-        return [item if isinstance(item, str | tuple) else _row(item) for item in value]
+        return [_cell(item) if isinstance(item, str | int | tuple) else _row(item) for item in value]
     return list(value.items()) if isinstance(value, Mapping) else value
 
 

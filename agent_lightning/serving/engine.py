@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from agent_lightning.core.json_values import clean_logprobs, join_chunks
+from agent_lightning.core.json_values import clean_logprobs, compact, join_chunks
 from agent_lightning.core.types import Floats, Ints, Split
 
 MAX_TOKENS = ("max_tokens", "max_completion_tokens")
@@ -201,8 +201,8 @@ def check_vocabulary(answer: Completion | Refusal, vocab_size: int) -> Completio
 
 
 def offered_tools(request: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the tools that a request offers."""
-    return tuple(str(tool["function"]["name"]) for tool in request.get("tools") or ())
+    """JSON text of the definition of each tool that a request offers."""
+    return tuple(compact(tool) for tool in request.get("tools") or ())
 
 
 def assistant_message(choice: Mapping[str, Any]) -> dict[str, Any]:

@@ -318,7 +318,7 @@ class Gateway:
         ended_at, context = time.time(), call.context
         prompt = context.engine.get("prompt")
         messages = context.engine["messages"] if prompt is None else [{"role": "user", "content": prompt}]
-        offered = tuple(hide_secret(name, call.attempt.secret) for name in engine.offered_tools(context.engine))
+        offered = tuple(hide_secret(tool, call.attempt.secret) for tool in engine.offered_tools(context.engine))
         # Unknown log-probabilities are computed by the learner.
         is_unknown = call.attempt.key.split == "train" and engine.is_constrained(context.engine)
         for index, choice in enumerate(completion.choices):

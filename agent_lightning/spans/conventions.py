@@ -58,8 +58,6 @@ class TraceContent:
     agents: tuple[AgentSpan, ...] = ()
     refused: Mapping[str, int] = field(default_factory=Counter)
     """Reason (see REASONS) -> number of spans that were left out, or repaired. Some end in a name: "… (name)"."""
-    offered: Mapping[str, str] = field(default_factory=dict)
-    """`call_id` -> JSON text of the definitions of the tools that its request offered, in OpenAI's form."""
     usage: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """`call_id` -> number of tokens of the prompt and of the reply, as the trace counts them."""
     partial: frozenset[str] = frozenset()
@@ -169,7 +167,6 @@ def _read_call(tree: SpanTree, span: RawSpan, refused: Counter[str]) -> _ReadCal
 def _calls(tree: SpanTree, key: RolloutKey, refused: Counter[str]) -> tuple[list[ModelCall], dict[str, Any]]:
     """The model calls, and the fields of TraceContent about them."""
     calls: list[ModelCall] = []
-    offered: dict[str, str] = {}
     usage: dict[str, tuple[int, int]] = {}
     partial: set[str] = set()
     around_tools = {tree.event_above(span.span_id) for span in tree.of(Kind.TOOL)}
@@ -206,14 +203,13 @@ def _calls(tree: SpanTree, key: RolloutKey, refused: Counter[str]) -> tuple[list
                 model="" if model == POLICY and "agl.policy_version" in span.attributes else model,
                 error=span.error,
                 source="trace",
+                offered=tuple(map(dump, call.turn.request.tools)),
             )
         )
-        if call.turn.request.tools:
-            offered[call_id] = dump(call.turn.request.tools)
         counts = integer(first(span.attributes, "prompt tokens")), integer(first(span.attributes, "reply tokens"))
         if any(counts):
             usage[call_id] = counts
-    return calls, {"offered": offered, "usage": usage, "partial": frozenset(partial)}
+    return calls, {"usage": usage, "partial": frozenset(partial)}
 
 
 def _tools(tree: SpanTree, key: RolloutKey, calls: Sequence[ModelCall]) -> tuple[ToolCall, ...]:

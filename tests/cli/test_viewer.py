@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import html
+import json
 import re
 import subprocess
 import sys
@@ -318,6 +319,18 @@ def test_a_conversation_repeats_no_message() -> None:
     assert [message.role for message in second.known] == ["system", "user", "assistant"]
     assert [message.role for message in second.new] == ["tool"]
     assert not first.tools, "its result is in the next request"
+
+
+def test_a_copied_request_has_the_tools_on_offer() -> None:
+    calls = trajectory("train", 1, 0, 1.0).calls
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    offers = [(), (json.dumps(tool),), ("add", "{")]  # the last as runs wrote them that kept only names
+    rows = [
+        turns(replace(trajectory("train", 1, 0, 1.0), calls=(replace(calls[0], offered=offered),)), None)[0]
+        for offered in offers
+    ]
+    assert [row.offered for row in rows] == [(), ("add",), ("add", "{")]
+    assert [json.loads(row.body).get("tools") for row in rows[:2]] == [None, [tool]]
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,7 @@ def a_group(number: int, rewards: tuple[float | None, ...] = (1.0, None)) -> Gro
             ended_at=11.5,
             request='[{"role": "user"}]',
             reply="half a pair \ud83d",
-            offered=("calculator",),
+            offered=('{"function":{"name":"\ud83d"}}',),
             last_version=4,
             new_versions=((1, 3), (2, 4)),
         )
@@ -319,12 +319,12 @@ def test_rollouts_come_back_exactly(tmp_path: Path) -> None:
     assert first["calls"][0]["logprobs"] == [-0.5, -0.25, -1.0]
     assert first["calls"][0]["policy_version"] == 2
     assert first["calls"][0]["reply"] == "half a pair ?"
-    assert first["calls"][0]["offered"] == ["calculator"]
+    assert first["calls"][0]["offered"] == ['{"function":{"name":"?"}}']
     assert (first["calls"][0]["last_version"], first["calls"][0]["new_versions"]) == (4, [[1, 3], [2, 4]])
     credit = {"advantage": 0.5, "intermediate": 0.0, "return_to_go": 1.0, "status": "trained"}
     assert [row["calls"][0]["credit"] for row in (first, rows[2], rows[4])] == [credit, credit, None]
     (call,) = read_group(run.path, "train-0-0").trajectories[0].calls
-    assert (call.offered, call.version_T.tolist()) == (("calculator",), [2, 3, 4])
+    assert (call.offered, call.version_T.tolist()) == (('{"function":{"name":"?"}}',), [2, 3, 4])
     assert (second["reward"], second["outcome"], second["calls"]) == (None, "no_model_call", [])
 
 

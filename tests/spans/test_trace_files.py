@@ -367,7 +367,7 @@ def test_recorded_calls_are_rollouts_of_one_call_each() -> None:
             (item["name"], item["arguments"]) for item in requested
         ]
         assert rollout.num_tokens == line["response"]["usage"]["total_tokens"]
-        offered = [tool["function"]["name"] for tool in json.loads(rollout.offered.get(call.call_id, "[]"))]
+        offered = [tool["function"]["name"] for tool in map(json.loads, call.offered)]
         assert offered == [tool["function"]["name"] for tool in line["request"].get("tools", ())]
     named = {index: tool.name for index, item in enumerate(report.rollouts) for tool in item.trajectory.tools}
     assert named == CACHED

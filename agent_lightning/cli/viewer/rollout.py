@@ -69,6 +69,8 @@ class Turn:
     credit: CallCredit | None
     tools: tuple[ToolCall, ...]
     """The tools that the reply called and whose results no later request holds."""
+    offered: tuple[str, ...]
+    """Names of the tools that the request offered."""
     curl: str
     body: str
 
@@ -243,7 +245,8 @@ def turns(rollout: Trajectory, credits: Sequence[CallCredit] | None) -> list[Tur
             known += 1
         reply = parse_reply(call)
         before[call.agent] = (*messages, reply)
-        body = _body(call)
+        offered = [_definition(tool) for tool in call.offered]
+        body = _body(call, offered)
         rows.append(
             Turn(
                 number=number,
@@ -257,6 +260,7 @@ def turns(rollout: Trajectory, credits: Sequence[CallCredit] | None) -> list[Tur
                     for tool in rollout.tools
                     if tool.call_id == call.call_id and not _is_sent(rollout, number, tool)
                 ),
+                offered=tuple(str(tool["function"].get("name")) for tool in offered),
                 body=body,
                 curl=_curl(body),
             )
@@ -331,13 +335,25 @@ def _pretty(arguments: Any) -> str:
         return str(arguments)
 
 
-def _body(call: ModelCall) -> str:
-    """The call's request as OpenAI JSON."""
+def _definition(text: str) -> dict[str, Any]:
+    """A tool that a request offered, in OpenAI's form. Runs before December 2026 have written only its name."""
+    try:
+        tool = json.loads(text)
+    except ValueError:
+        tool = None
+    return tool if isinstance(tool, dict) and isinstance(tool.get("function"), dict) else {"function": {"name": text}}
+
+
+def _body(call: ModelCall, offered: Sequence[Mapping[str, Any]]) -> str:
+    """The call's messages, and the tools on offer, as an OpenAI request."""
     try:
         messages = json.loads(call.request)
     except ValueError:
         messages = [{"role": "user", "content": call.request}]
-    return json.dumps({"model": call.model or "policy", "messages": messages}, indent=2, ensure_ascii=False)
+    request = {"model": call.model or "policy", "messages": messages}
+    if offered:
+        request["tools"] = [{"type": "function", **tool} for tool in offered]
+    return json.dumps(request, indent=2, ensure_ascii=False)
 
 
 def _curl(body: str) -> str:

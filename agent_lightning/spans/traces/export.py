@@ -205,9 +205,12 @@ def _call_attributes(call: ModelCall, exact: bool) -> dict[str, Any]:
     attributes |= {"gen_ai.response.id": call.call_id, "gen_ai.response.model": _model_name(call)}
     attributes |= {"gen_ai.response.finish_reasons": [call.finish_reason] if call.finish_reason else []}
     attributes |= _messages(call, exact)
+    if call.offered:
+        attributes["gen_ai.tool.definitions"] = json.dumps(list(map(parse_value, call.offered)))
     if call.source == "gateway":
         attributes |= {"agl.policy_version": call.policy_version}
         attributes |= {} if call.last_version is None else {"agl.last_policy_version": call.last_version}
+        attributes |= {"agl.new_policy_versions": json.dumps(call.new_versions)} if call.new_versions else {}
     if call.prompt_T.size or call.response_T.size:
         attributes |= {"gen_ai.usage.input_tokens": call.prompt_T.size}
         attributes |= {"gen_ai.usage.output_tokens": call.response_T.size}

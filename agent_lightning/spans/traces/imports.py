@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,6 @@ class Imported:
     """A rollout that was read from a file."""
 
     trajectory: Trajectory
-    offered: Mapping[str, str] = field(default_factory=dict)
-    """`call_id` -> JSON text of the tools that its request offered."""
     partial: frozenset[str] = frozenset()
     """`call_id` of the calls of whose messages something is missing."""
     num_tokens: int = 0
@@ -111,7 +109,7 @@ def conversations(rollouts: Sequence[Imported]) -> Iterator[dict[str, Any]]:
             messages = [{**message, "content": message["content"] or ""} for message in (*request[0], reply)]
             for message in messages:
                 message.pop("status", None)
-            tools = json.loads(rollout.offered.get(call.call_id, "[]")) or request[1]
+            tools = list(map(json.loads, call.offered)) or request[1]
             texts = list(map(_compared, messages))
             ends = [end for end in range(1, len(texts)) if messages[end - 1]["role"] == "assistant"]
             continued.update("\n".join(texts[:end]) for end in ends)
@@ -157,4 +155,4 @@ def _import(source: FileTrace, key: RolloutKey, refused: Counter[str]) -> Import
     counted = {call.call_id: call.prompt_T.size + call.response_T.size for call in traced.calls if call.response_T.size}
     counted |= {call_id: sum(numbers) for call_id, numbers in traced.usage.items()}
     tokens = sum(counted.values())
-    return Imported(trajectory=trajectory, offered=traced.offered, partial=traced.partial, num_tokens=tokens)
+    return Imported(trajectory=trajectory, partial=traced.partial, num_tokens=tokens)
