@@ -23,9 +23,9 @@ from agent_lightning.core.errors import DataError
 from agent_lightning.core.text import one_line
 from agent_lightning.core.types import ModelCall, Task, Trajectory
 from agent_lightning.credit.air import observed_events
-from agent_lightning.credit.assign import CallCredit, explain_credit
+from agent_lightning.credit.assign import CallCredit
 from agent_lightning.launch.sweeps.view import STYLES
-from agent_lightning.run.archive import read_group, read_rollouts
+from agent_lightning.run.archive import read_credits, read_group, read_rollouts
 from agent_lightning.run.report import duration, number, with_interval
 from agent_lightning.run.tracking import RunDirectory
 
@@ -64,7 +64,7 @@ def show_rollout(run: Path, rollout_id: str, *, tokens: bool) -> int:
     group = read_group(run, rollout_id)
     index = [trajectory.key.rollout_id for trajectory in group.trajectories].index(rollout_id)
     rollout = group.trajectories[index]
-    credits = explain_credit(group, credit_rules(config))[index] if rollout.key.split == "train" else None
+    credits = read_credits(run, group, credit_rules(config))[index]
     console = Console()
     console.print(explain(rollout, group.task, credits, console.width))
     if tokens and credits is not None:

@@ -244,6 +244,7 @@ def credit_rules(config: Config) -> CreditRules:
         bound=config.air.bound,
         state_key=cast(StateKey, load_target(own_key)) if own_key is not None else None,
         max_tokens=config.model.max_len,
+        drop_beyond=config.loop.drop_beyond,
     )
 
 

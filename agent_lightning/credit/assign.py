@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -26,6 +26,7 @@ from agent_lightning.credit.states import StateKey
 
 NO_SPREAD: Final = "no_spread"
 NO_SELECTED_CALL: Final = "no_selected_call"
+STALE: Final = "stale"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,8 @@ class CreditRules:
     """A user's function for credit.state_key; None: the function that it names."""
     max_tokens: int = 2**31
     """Longest row that is trained; a longer one is dropped."""
+    drop_beyond: int | None = None
+    """Updates by which a token may be older than the version that is trained, or its group is dropped; None: any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,7 @@ class Credit:
     no_spread          every advantage of the group is zero, and so is its policy gradient. This reason is not used if
                        the advantage depends on the other groups of the step, or on a critic
     overlong_sample    the row is longer than `max_tokens`; the rollout is dropped if all of its rows are
+    stale              a token that would be trained in the group is more than `drop_beyond` updates old
     """
 
     samples: tuple[Sample, ...]
@@ -74,8 +78,9 @@ class Credit:
     metrics: Metrics
 
 
-def assign(group: Group, rules: CreditRules) -> Credit:
+def assign(group: Group, rules: CreditRules, version: int = 0) -> Credit:
     """The samples of a group, with an advantage on every trained token, and an account of what is not trained.
+    `version` is the version that the step trains; only `rules.drop_beyond` reads it.
 
     With scale="batch" and method="gae" the learner computes the final advantages from those of all groups of the step.
 
@@ -88,7 +93,7 @@ def assign(group: Group, rules: CreditRules) -> Credit:
 
     Raises ConfigError if the pattern of trained agents has an empty name.
     """
-    accounting = _Accounting.of(group, rules)
+    accounting = _Accounting.of(group, rules, version)
     rollouts, shares = accounting.rollouts, accounting.shares
     samples = tuple(sample for share in shares for sample in share.samples)
     calls = [call for rollout in rollouts for call in rollout.calls]
@@ -146,9 +151,9 @@ class CallCredit:
     """What the call caused, and what AIR paid for it."""
 
 
-def explain_credit(group: Group, rules: CreditRules) -> tuple[tuple[CallCredit, ...], ...]:
+def explain_credit(group: Group, rules: CreditRules, version: int = 0) -> tuple[tuple[CallCredit, ...], ...]:
     """The credit that `assign` gives to each call of each rollout of the group."""
-    accounting = _Accounting.of(group, rules)
+    accounting = _Accounting.of(group, rules, version)
     return tuple(_explain(accounting, index, rules) for index in range(len(accounting.rollouts)))
 
 
@@ -189,7 +194,7 @@ class _Accounting:
     """Whether the state of each selected call occurs in another rollout; None unless the method compares states."""
 
     @classmethod
-    def of(cls, group: Group, rules: CreditRules) -> _Accounting:
+    def of(cls, group: Group, rules: CreditRules, version: int) -> _Accounting:
         rollouts = [_Rollout.of(trajectory, rules) for trajectory in group.trajectories]
         advantages, shared = _advantages(rollouts, rules.credit), None
         if rules.credit.method == "same_state":
@@ -201,6 +206,10 @@ class _Accounting:
         is_useful = spread or not rules.credit.is_per_group
         pairs = zip(rollouts, advantages, strict=True)
         shares = [_Share.of(rollout, advantage, is_useful=is_useful, rules=rules) for rollout, advantage in pairs]
+        versions = [sample.version_T[sample.mask_T] for share in shares for sample in share.samples]
+        oldest = min((version_T.min(initial=version) for version_T in versions), default=version)
+        if rules.drop_beyond is not None and version - oldest > rules.drop_beyond:
+            shares = [share.stale() for share in shares]
         return cls(rollouts=rollouts, advantages=advantages, spread=spread, shares=shares, shared=shared)
 
 
@@ -358,3 +367,10 @@ class _Share:
             tokens[drop.reason] += drop.tokens
         dropped_calls = {call_id: drop.reason for drop in dropped for call_id in drop.calls}
         return cls(samples, None if samples else OVERLONG_SAMPLE, tokens, dropped_calls)
+
+    def stale(self) -> _Share:
+        """The share without its samples, if it has any."""
+        if not self.samples:
+            return self
+        num_trained = sum(int(sample.mask_T.sum()) for sample in self.samples)
+        return replace(self, samples=(), reason=STALE, dropped_tokens={**self.dropped_tokens, STALE: num_trained})

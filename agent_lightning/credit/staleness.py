@@ -3,26 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Final
 
 import numpy as np
 
 from agent_lightning.core.types import Sample, Trajectory
-from agent_lightning.credit.assign import Credit
-
-STALE: Final = "stale"
-
-
-def drop_stale(credit: Credit, version: int, beyond: int | None) -> Credit:
-    """The credit of a group, without samples if one of its tokens is more than `beyond` updates older than the
-    `version` that is trained; None: no group is too old."""
-    oldest = min((row.version_T[row.mask_T].min(initial=version) for row in credit.samples), default=version)
-    if beyond is None or version - oldest <= beyond:
-        return credit
-    rollouts, tokens = credit.trained_rollouts + sum(credit.dropped_rollouts.values()), credit.sampled_tokens
-    dropped: dict[str, Any] = {"dropped_rollouts": {STALE: rollouts}, "dropped_tokens": {STALE: tokens}}
-    return replace(credit, samples=(), trained_rollouts=0, **dropped)
 
 
 def overlap_metrics(rollouts: Sequence[Trajectory], samples: Sequence[Sample], version: int) -> dict[str, float]:

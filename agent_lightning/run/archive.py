@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -50,7 +50,7 @@ class RolloutWriter:
             | {"task": json.dumps(dict(group.task.payload), default=str), "num_calls": len(rollout.calls)}
             | _with_credit(_row(rollout), credits)
             for group in groups
-            for rollout, credits in zip(group.trajectories, _credits(group, rules), strict=True)
+            for rollout, credits in zip(group.trajectories, _credits(group, rules, policy_version), strict=True)
         ]
         if not rows:
             return None
@@ -108,15 +108,24 @@ def read_group(path: Path, rollout_id: str) -> types.Group:
     return types.Group(group_id=group_id, task=task, trajectories=tuple(_trajectory(row) for row in rows))
 
 
-def read_credits(path: Path, rollout_id: str) -> list[list[CallCredit] | None]:
-    """The credit that was written with each call of the rollouts of `read_group`; None for a rollout without."""
+def read_credits(path: Path, group: types.Group, rules: CreditRules | None) -> list[Sequence[CallCredit] | None]:
+    """The credit of each call of a group, as the run wrote it: a resumed run may have other rules now than when it
+    trained the group. The rules give the events that caused it, and the credit of calls that were written without. A
+    rollout has None if neither knows its credit; held-out rollouts have none."""
+    rollouts = _group_rows(path, group.trajectories[0].key.rollout_id)
+    all_computed: Sequence[Sequence[CallCredit]] = _credits(group, rules, rollouts[0]["policy_version"])
 
     def credit(call: Mapping[str, Any]) -> CallCredit:
         values: Any = {name: math.nan if value is None else value for name, value in call["credit"].items()}
         return CallCredit(call_id=call["call_id"], tokens=len(call["response_ids"]), **values)
 
-    rollouts = [row["calls"] for row in _group_rows(path, rollout_id)]
-    return [[*map(credit, calls)] if all(call.get("credit") for call in calls) else None for calls in rollouts]
+    def of_rollout(calls: Sequence[Mapping[str, Any]], computed: Sequence[CallCredit]) -> Sequence[CallCredit] | None:
+        if not calls or not all(call.get("credit") for call in calls):
+            return computed or None
+        events = [own.events for own in computed] or [()] * len(calls)
+        return [replace(credit(call), events=caused) for call, caused in zip(calls, events, strict=True)]
+
+    return [of_rollout(row["calls"], computed) for row, computed in zip(rollouts, all_computed, strict=True)]
 
 
 def _group_rows(path: Path, rollout_id: str) -> list[dict[str, Any]]:
@@ -218,10 +227,10 @@ def _row(record: types.Trajectory | _Span) -> dict[str, Any]:
     return {_column(item.name): _cell(getattr(record, item.name)) for item in fields(record) if item.name != "key"}
 
 
-def _credits(group: types.Group, rules: CreditRules | None) -> Sequence[Sequence[CallCredit]]:
+def _credits(group: types.Group, rules: CreditRules | None, version: int) -> Sequence[Sequence[CallCredit]]:
     if rules is None or not group.trajectories or group.trajectories[0].key.split != "train":
         return [()] * len(group.trajectories)
-    return explain_credit(group, rules)
+    return explain_credit(group, rules, version)
 
 
 def _with_credit(row: dict[str, Any], credits: Sequence[CallCredit]) -> dict[str, Any]:

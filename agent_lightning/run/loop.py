@@ -23,7 +23,7 @@ from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.metrics import Metrics, interval, keep_most_counted, merge, values
 from agent_lightning.core.types import Group, Split, Task
 from agent_lightning.credit import assign, batching
-from agent_lightning.credit.staleness import drop_stale, overlap_metrics
+from agent_lightning.credit.staleness import overlap_metrics
 from agent_lightning.learners.base import Learner, Weights
 from agent_lightning.run.sampler import RUN_STOPPED, STEP_FAILED, Sampler, check_failures, count_failures
 from agent_lightning.run.state import STATE_FILE, InFlight, Plan, State, check_conservation
@@ -125,8 +125,7 @@ class Loop(Sampler):
                 await self.give_up(groups, STEP_FAILED)
                 raise
             for group in new_groups:
-                credit = assign.assign(group, self.plan.rules)
-                credits.append(drop_stale(credit, state.version, self.plan.loop.drop_beyond))
+                credits.append(assign.assign(group, self.plan.rules, state.version))
             missing = size - sum(bool(credit.samples) for credit in credits)
             if missing == 0:
                 break

@@ -24,6 +24,8 @@ from agent_lightning.cli.viewer.command import find_rules
 from agent_lightning.cli.viewer.folder import Library, RunFiles, sweep_state
 from agent_lightning.cli.viewer.pages import rewards_by_step
 from agent_lightning.cli.viewer.rollout import common_prefix, turns
+from agent_lightning.config.learning import CreditConfig
+from agent_lightning.credit.assign import CreditRules
 from agent_lightning.run.archive import RolloutWriter
 from agent_lightning.run.index import Filters, RolloutIndex, error_form
 from agent_lightning.run.tracking import take_folder
@@ -254,6 +256,18 @@ def test_without_a_config_the_credit_is_that_which_was_written(tmp_path: Path) -
     assert re.findall(r"[+-]\d\.\d{3}", after[2]) == advantages
     assert "⟨40⟩⟨41⟩" in after[2].replace(" ", ""), "without a model's name, tokens are ids"
     assert "their credit is not known" in after[3]
+
+
+def test_a_run_that_was_resumed_with_other_rules_shows_the_credit_that_it_trained_with(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "run", steps=1)
+    written = group("train", 50, [1.0, 0.5])
+    RolloutWriter(path / "rollouts").write(2, 1, [written], CreditRules(credit=CreditConfig(scale="none")))
+    rules, _, _ = find_rules(path / "config.yaml")
+    assert rules is not None
+    assert rules.credit.scale == "std"
+    shown = RunFiles(path).credits(written, rules)
+    assert [{call.advantage for call in calls or ()} for calls in shown] == [{0.25}, {-0.25}]
+    assert any(call.events for calls in shown for call in calls or ()), "what the calls caused"
 
 
 def test_a_group_that_was_written_again_counts_once(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
-from agent_lightning.credit.assign import CreditRules, assign
+from agent_lightning.credit.assign import STALE, CreditRules, assign, explain_credit
 from agent_lightning.credit.samples import to_samples
-from agent_lightning.credit.staleness import STALE, drop_stale, overlap_metrics
+from agent_lightning.credit.staleness import overlap_metrics
 
 KEY = RolloutKey(split="train", group=0, index=0)
 
@@ -63,9 +63,10 @@ def test_the_oldest_token_decides_whether_a_group_is_dropped(beyond: int | None,
     other = replace(rollout([3]), key=replace(KEY, index=1), reward=0.0)
     group = Group(group_id="train-0", task=Task(task_id="t", payload={}), trajectories=(rollout([1, 3, 3]), other))
     credit = assign(group, CreditRules())
-    after = drop_stale(credit, 3, beyond)
-    assert (after is credit) is kept
+    after, explained = (of(group, CreditRules(drop_beyond=beyond), 3) for of in (assign, explain_credit))
+    assert (after.dropped_rollouts == credit.dropped_rollouts) is kept
     assert kept or (after.samples, after.dropped_rollouts, after.dropped_tokens) == ((), {STALE: 2}, {STALE: 4})
+    assert {call.status for calls in explained for call in calls} == {"trained" if kept else STALE}
 
 
 def test_a_call_that_an_update_kept_from_beginning_is_of_the_new_version() -> None:

@@ -305,7 +305,8 @@ async def test_groups_with_tokens_that_are_too_old_are_dropped_if_a_user_wants_i
     observer = StepObserver()
     async with asyncio.timeout(30), AsyncExitStack() as stack:
         world = await enter(make_world(agent, tmp_path, every=0), 3, observer, stack)
-        world.loop.plan = replace(world.loop.plan, loop=LoopConfig(max_lag=3, drop_beyond=0))
+        rules = replace(world.loop.plan.rules, drop_beyond=0)
+        world.loop.plan = replace(world.loop.plan, loop=LoopConfig(max_lag=3, drop_beyond=0), rules=rules)
         state = await world.train(steps=6)
         stats = await world.buffer.stats()
     check_conservation(state)

@@ -26,9 +26,8 @@ from agent_lightning.config.load import load
 from agent_lightning.config.running import TrackingConfig
 from agent_lightning.core.errors import DataError, UserError
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Split, Task, Trajectory
-from agent_lightning.credit.assign import NO_SELECTED_CALL, NO_SPREAD, CreditRules
+from agent_lightning.credit.assign import NO_SELECTED_CALL, NO_SPREAD, STALE, CreditRules
 from agent_lightning.credit.samples import OVERLONG_SAMPLE
-from agent_lightning.credit.staleness import STALE
 from agent_lightning.run.archive import RolloutWriter, read_group, read_rollouts
 from agent_lightning.run.observer import RunObserver, summarize
 from agent_lightning.run.plots import draw_curve, new_figure, plot_learning_curve, read_metrics, smooth

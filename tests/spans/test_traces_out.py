@@ -21,6 +21,7 @@ CALL = {"id": "c0", "type": "function", "function": {"name": "add", "arguments":
 ASKED: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
 CALLED: dict[str, Any] = {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [CALL]}
 ANSWERED = [*ASKED, CALLED, {"role": "tool", "content": "error: no", "tool_call_id": "c0"}]
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 ORIGIN = Origin(run="calc-s0", step=7, task={"question": "1+1?"})
 
 
@@ -29,6 +30,7 @@ def a_rollout() -> Trajectory:
     first = replace(
         first, request=compact(ASKED), reply=compact(CALLED), finish_reason="tool_calls", parent_id="a" * 16
     )
+    first = replace(first, offered=(compact(TOOL),), last_version=5, new_versions=((0, 5),))
     last = model_call(KEY, [1, 2, 3, 4], [5], agent="writer", started_at=12.0, call_id="chatcmpl-2")
     last = replace(last, request=compact(ANSWERED), reply=compact({"role": "assistant", "content": "2"}))
     other = replace(
@@ -86,6 +88,7 @@ def test_an_exported_rollout_is_a_trace_by_the_conventions() -> None:
             }
         ],
     ]
+    assert json.loads(call.pop("gen_ai.tool.definitions")) == [TOOL]
     assert call == {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "agent_lightning",
@@ -97,6 +100,8 @@ def test_an_exported_rollout_is_a_trace_by_the_conventions() -> None:
         "gen_ai.usage.output_tokens": 1,
         "gen_ai.agent.name": "writer",
         "agl.policy_version": 4,
+        "agl.last_policy_version": 5,
+        "agl.new_policy_versions": "[[0, 5]]",
         "agl.prompt_token_ids": "[1, 2]",
         "agl.response_token_ids": "[3]",
         "agl.logprobs": "[-1.0]",

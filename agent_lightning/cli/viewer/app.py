@@ -29,8 +29,7 @@ from agent_lightning.cli.viewer.folder import Library, RunFiles
 from agent_lightning.cli.viewer.pages import Context, Links
 from agent_lightning.core.errors import AgentLightningError, UserError
 from agent_lightning.core.text import error_line
-from agent_lightning.core.types import Group
-from agent_lightning.credit.assign import CreditRules, explain_credit
+from agent_lightning.credit.assign import CreditRules
 from agent_lightning.launch.sweeps.plan import SweepFolder, best_of
 from agent_lightning.run.index import Filters
 from agent_lightning.run.report import duration
@@ -150,13 +149,13 @@ class Viewer:
     def _group(self, request: Request) -> tuple[str, Context]:
         name, run = self._find(request)
         group = run.group(f"{request.path_params['group']}-0")
-        values = rollout.group_page(group, credits_of(run, group, self._find_rules(run.directory.config)[0]))
+        values = rollout.group_page(group, run.credits(group, self._find_rules(run.directory.config)[0]))
         return "group.html", self.run_context(name, run) | values
 
     def _rollout(self, request: Request) -> tuple[str, Context]:
         name, run = self._find(request)
         group = run.group(rollout_id := request.path_params["rollout"])
-        credits = credits_of(run, group, self._find_rules(run.directory.config)[0])
+        credits = run.credits(group, self._find_rules(run.directory.config)[0])
         values = rollout.rollout_page(group, rollout_id, credits)
         return "rollout.html", self.run_context(name, run) | values
 
@@ -164,7 +163,7 @@ class Viewer:
         name, run = self._find(request)
         group = run.group(rollout_id := request.path_params["rollout"])
         rules, decode, problem = self._find_rules(run.directory.config)
-        credits, colour = credits_of(run, group, rules), request.query_params.get("colour", "advantage")
+        credits, colour = run.credits(group, rules), request.query_params.get("colour", "advantage")
         values = rollout.tokens_page(group, rollout_id, credits, decode, colour, problem)
         return "tokens.html", self.run_context(name, run) | values
 
@@ -206,14 +205,6 @@ class Viewer:
     async def _failed(self, request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
         return HTMLResponse(self.render("message.html", {"text": "there is no such page"}), status)
-
-
-def credits_of(run: RunFiles, group: Group, rules: CreditRules | None) -> rollout.Credits:
-    """The credit of each call of a group by the run's rules; without them, what the run has written. Held-out rollouts
-    have none."""
-    if group.trajectories[0].key.split != "train":
-        return [None] * len(group.trajectories)
-    return explain_credit(group, rules) if rules is not None else run.credits(group)
 
 
 class _Guard:

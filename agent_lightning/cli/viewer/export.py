@@ -10,7 +10,7 @@ from typing import Final
 from markupsafe import Markup
 
 from agent_lightning.cli.viewer import pages, rollout
-from agent_lightning.cli.viewer.app import HERE, FindRules, credits_of, templates
+from agent_lightning.cli.viewer.app import HERE, FindRules, templates
 from agent_lightning.cli.viewer.folder import RunFiles
 from agent_lightning.cli.viewer.pages import Context, Links
 from agent_lightning.core import files
@@ -56,7 +56,7 @@ def write_file(run: RunFiles, find_rules: FindRules, out: Path) -> None:
 
     sections = [section("", "run.html", pages.run_page(run.name, run, links))]
     for group in groups:
-        credits = credits_of(run, group, rules)
+        credits = run.credits(group, rules)
         sections.append(section(f"group/{group.group_id}", "group.html", rollout.group_page(group, credits)))
         for trajectory in group.trajectories:
             key = trajectory.key.rollout_id

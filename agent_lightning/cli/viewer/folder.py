@@ -13,6 +13,7 @@ import yaml
 
 from agent_lightning.core.errors import AgentLightningError, DataError, UserError
 from agent_lightning.core.text import error_line
+from agent_lightning.credit.assign import CallCredit, CreditRules
 from agent_lightning.launch.sweeps.plan import SweepFolder, best_of
 from agent_lightning.run.archive import read_credits, read_group
 from agent_lightning.run.index import RolloutIndex
@@ -89,9 +90,9 @@ class RunFiles:
         """Read the group of a rollout. Raises DataError if the run has no such rollout, or its file is damaged."""
         return self._read(rollout_id, read_group)
 
-    def credits(self, group: Group) -> Sequence[Sequence[CallCredit] | None]:
-        """The credit that the run wrote with each call of a group; None for rollouts without. Raises DataError."""
-        return self._read(group.trajectories[0].key.rollout_id, read_credits)
+    def credits(self, group: Group, rules: CreditRules | None) -> Sequence[Sequence[CallCredit] | None]:
+        """The credit of each call of a group; see `read_credits`. Raises DataError."""
+        return self._read(group.trajectories[0].key.rollout_id, lambda part, _: read_credits(part, group, rules))
 
     def _read(self, rollout_id: str, read: Callable[[Path, str], T]) -> T:
         if (part := self.index.part_of(rollout_id.rpartition("-")[0])) is None:
