@@ -186,6 +186,8 @@ class CreditConfig(Section):
     pass_at: AtLeast1 = 1
     """Rollouts of a group of which the best counts: above 1, groups that mostly succeed teach little (pass@k training).
     Only identical reads it."""
+    pass_at_steps: AtLeast1 | None = None
+    """Steps after which `pass_at` is 1: what the policy found by then, it becomes sure of. null: it stays."""
     discount: Share = 1.0
     """Discount for each model call, of return_to_go and same_state; for each step of gae."""
     state_weight: NotNegative = 1.0

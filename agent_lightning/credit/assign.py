@@ -49,6 +49,12 @@ class CreditRules:
     drop_beyond: int | None = None
     """Updates by which a token may be older than the version that is trained, or its group is dropped; None: any."""
 
+    def at(self, step: int) -> CreditRules:
+        """The rules of a step; the run's first is 1."""
+        if self.credit.pass_at_steps is None or step <= self.credit.pass_at_steps:
+            return self
+        return replace(self, credit=self.credit.model_copy(update={"pass_at": 1}))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:

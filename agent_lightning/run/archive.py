@@ -50,7 +50,7 @@ class RolloutWriter:
             | {"task": json.dumps(dict(group.task.payload), default=str), "num_calls": len(rollout.calls)}
             | _with_credit(_row(rollout), credits)
             for group in groups
-            for rollout, credits in zip(group.trajectories, _credits(group, rules, policy_version), strict=True)
+            for rollout, credits in zip(group.trajectories, _credits(group, rules, step, policy_version), strict=True)
         ]
         if not rows:
             return None
@@ -113,7 +113,7 @@ def read_credits(path: Path, group: types.Group, rules: CreditRules | None) -> l
     trained the group. The rules give the events that caused it, and the credit of calls that were written without. A
     rollout has None if neither knows its credit; held-out rollouts have none."""
     rollouts = _group_rows(path, group.trajectories[0].key.rollout_id)
-    all_computed: Sequence[Sequence[CallCredit]] = _credits(group, rules, rollouts[0]["policy_version"])
+    all_computed = _credits(group, rules, rollouts[0]["step"], rollouts[0]["policy_version"])
 
     def credit(call: Mapping[str, Any]) -> CallCredit:
         values: Any = {name: math.nan if value is None else value for name, value in call["credit"].items()}
@@ -227,10 +227,10 @@ def _row(record: types.Trajectory | _Span) -> dict[str, Any]:
     return {_column(item.name): _cell(getattr(record, item.name)) for item in fields(record) if item.name != "key"}
 
 
-def _credits(group: types.Group, rules: CreditRules | None, version: int) -> Sequence[Sequence[CallCredit]]:
+def _credits(group: types.Group, rules: CreditRules | None, step: int, version: int) -> Sequence[Sequence[CallCredit]]:
     if rules is None or not group.trajectories or group.trajectories[0].key.split != "train":
         return [()] * len(group.trajectories)
-    return explain_credit(group, rules, version)
+    return explain_credit(group, rules.at(step), version)
 
 
 def _with_credit(row: dict[str, Any], credits: Sequence[CallCredit]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class Loop(Sampler):
                 await self.give_up(groups, STEP_FAILED)
                 raise
             for group in new_groups:
-                credits.append(assign.assign(group, self.plan.rules, state.version))
+                credits.append(assign.assign(group, self.plan.rules.at(state.step + 1), state.version))
             missing = size - sum(bool(credit.samples) for credit in credits)
             if missing == 0:
                 break

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from agent_lightning.buffer.buffer import Buffer, attempt_secret
-from agent_lightning.config.learning import AlgorithmConfig
+from agent_lightning.config.learning import AlgorithmConfig, CreditConfig
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.types import ModelCall, Outcome, Policy, RolloutKey, Task
@@ -302,6 +302,23 @@ async def test_a_step_with_nothing_to_learn_changes_nothing(client: openai.Async
     assert untrained(world.observer.records[0]) == "all 4 groups had equal rewards"
     assert world.observer.records[0]["train/reward_ci95"] == 0
     assert state.val_ci95 == [(step, 0.0) for step, _ in state.val_rewards]
+
+
+async def test_after_some_steps_groups_that_mostly_succeed_are_trained_too(client: openai.AsyncOpenAI) -> None:
+    num_asked: Counter[str] = Counter()
+
+    async def mostly_right(task: Mapping[str, Any], policy: Policy) -> float:
+        await Asks(client)(task, policy)
+        num_asked[task["question"]] += 1
+        return float(num_asked[task["question"]] % 8 > 0)
+
+    async with make_world(client, agent=mostly_right) as world:
+        credit = CreditConfig(pass_at=4, pass_at_steps=1)
+        world.loop.plan = replace(world.loop.plan, rules=replace(world.loop.plan.rules, credit=credit))
+        state = await world.train(steps=2)
+        await check_accounts(world)
+    assert (state.trained, state.dropped) == (32, {"no_spread": 32})
+    assert [record["rollouts/trained"] for record in world.observer.records] == [0, 32]
 
 
 async def test_groups_without_samples_are_replaced(client: openai.AsyncOpenAI) -> None:

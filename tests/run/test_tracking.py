@@ -299,6 +299,17 @@ def a_group(number: int, rewards: tuple[float | None, ...] = (1.0, None)) -> Gro
     return Group(group_id=f"train-{number}", task=task, trajectories=trajectories)
 
 
+def test_after_pass_at_steps_each_rollout_counts_by_itself(tmp_path: Path) -> None:
+    rules = CreditRules(credit=CreditConfig(pass_at=2, pass_at_steps=5))
+    assert [rules.at(step).credit.pass_at for step in (1, 5, 6)] == [2, 2, 1]
+    assert rules.at(6).credit.scale == rules.credit.scale
+    writer, rewards = RolloutWriter(tmp_path), (1.0, 1.0, 0.0)  # the best of any two is 1: nothing to learn
+    for step in (5, 6):
+        writer.write(step, 0, [a_group(step, rewards)], rules)
+    credits = [row["calls"][0]["credit"] for row in read_rollouts(tmp_path).to_pylist()]
+    assert [credit["status"] for credit in credits] == ["no_spread"] * 3 + ["trained"] * 3
+
+
 def test_rollouts_come_back_exactly(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "calc_x", 0)
     writer = RolloutWriter(run.rollouts)
