@@ -72,8 +72,9 @@ def plot(runs: list[Path], against: list[Path], out: Path, title: str, names: li
         for points in curves:
             axes.plot(*zip(*points, strict=True), color=colour, alpha=0.35, linewidth=1.2, marker=".")
         if curves:
-            steps = [step for step, _ in curves[0]]
-            middle = [statistics.median(points[i][1] for points in curves) for i in range(len(steps))]
+            rewards = [dict(points) for points in curves]
+            steps = [step for step in rewards[0] if all(step in run for run in rewards)]
+            middle = [statistics.median(run[step] for run in rewards) for step in steps]
             axes.plot(steps, middle, color=colour, linewidth=2.6, label=f"{name}, median of {len(group)} seeds")
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel("step")

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sqlite3
+import subprocess
 import sys
 from pathlib import Path
 
@@ -109,6 +110,20 @@ def test_a_broken_file_is_one_line(root, text):
         return
     with pytest.raises(DataError, match=r"train_spider.json is not a file of Spider's release"):
         data.questions(root=str(root), split="train", num=9, seed=0)
+
+
+def test_chats_to_warm_start_from_are_what_the_agent_would_say(root):
+    command = [sys.executable, EXAMPLE.parent / "smollm2" / "spider_chats.py", "--root", root, "--out", root / "chats"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("chats: 1 chats\n")
+    chat = json.loads((root / "chats").read_text())
+    assert [message["role"] for message in chat["messages"]] == ["system", "user", "assistant"]
+    assert chat["messages"][1]["content"].startswith("table singer: name, age\nQuestion: How many singers?")
+    (root / "train_spider.json").unlink()
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.count("\n") == 1
+    assert "does not exist; set data.root to the folder of Spider" in failed.stderr
 
 
 @needs_data
