@@ -2,8 +2,8 @@
 
     python examples/smollm2/spider_chats.py --root DATA/spider --num 480 --out chats.jsonl
 
-A chat has the agent's own messages, and the gold query or a verdict as the reply. The databases are of Spider's training
-split; a rewriter's chat has a query that was spoiled, and its result.
+A chat has the agent's own messages, and the gold query or a verdict as the reply. The databases are of Spider's
+training split; a rewriter's chat has a query that was spoiled, and its result.
 """
 
 from __future__ import annotations
