@@ -136,6 +136,8 @@ def _match_calls(
     replies = {call.call_id: reply_identity(call) for call in (*own, *traced)}
     # First without skew: a busy gateway may begin a call so late that the next span with its reply is nearer.
     for skew, call in product((0.0, SKEW), own):
+        if call.call_id in matches:
+            continue
         at = call.started_at
         near = [c for c in unmatched.values() if c.started_at - skew <= at <= c.ended_at + skew]
         near = [candidate for candidate in near if call.ended_at - SKEW <= candidate.ended_at]

@@ -56,6 +56,14 @@ _WORDS = {"None": "null", "True": "true", "False": "false", "(": "[", ")": "]"}
 _ESCAPE = re.compile(r'\\(?:x([0-9a-fA-F]{2})|U(000[0-9a-fA-F]{5}|0010[0-9a-fA-F]{4})|.)|"', re.DOTALL)
 
 
+def definitions(offered: Iterable[str]) -> list[Any]:
+    """The definitions of `ModelCall.offered`. Runs before December 2026 have written names there, which define nothing.
+
+    Example: definitions(['{"function": {"name": "add"}}', "add"]) -> [{"function": {"name": "add"}}]
+    """
+    return [tool for tool in map(parse_json, offered) if isinstance(tool, Mapping)]
+
+
 def parse_value(value: Any) -> Any:
     """The value of a text that is JSON, or a dict or list in Python's notation; any other value unchanged. The time is
     linear in the length of the text.

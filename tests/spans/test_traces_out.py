@@ -15,6 +15,7 @@ from agent_lightning.core.json_values import compact
 from agent_lightning.core.types import AgentSpan, Outcome, Reward, RolloutKey, ToolCall, ToolStatus, Trajectory
 from agent_lightning.spans import otlp
 from agent_lightning.spans.traces.export import Origin, to_otlp, to_spans
+from agent_lightning.spans.traces.imports import Imported, conversations
 
 KEY = RolloutKey(split="val", group=3, index=1, attempt=2)
 CALL = {"id": "c0", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
@@ -126,6 +127,15 @@ def test_an_exported_rollout_is_a_trace_by_the_conventions() -> None:
         "agl.reward.about": "chatcmpl-2",
         "agl.span_id": "r",
     }
+
+
+@pytest.mark.parametrize(("offered", "tools"), [((compact(TOOL), "add"), [TOOL]), (("add",), None)])
+def test_tools_on_offer_come_back_and_names_that_old_runs_wrote_define_none(offered: Any, tools: Any) -> None:
+    rollout = a_rollout()
+    rollout = replace(rollout, calls=tuple(replace(call, offered=offered) for call in rollout.calls))
+    assert [row.get("tools") for row in conversations([Imported(trajectory=rollout)])] == [tools]
+    _, _, call, *_ = map(attributes_of, read_strictly(to_otlp(rollout, ORIGIN)))
+    assert json.loads(call.get("gen_ai.tool.definitions", "null")) == tools
 
 
 def test_traces_of_two_runs_and_of_a_rollout_that_runs_again_share_no_id() -> None:

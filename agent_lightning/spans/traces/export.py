@@ -21,7 +21,7 @@ from agent_lightning.core.json_values import as_mapping
 from agent_lightning.core.text import hide_attempt_secrets, one_line, replace_surrogates
 from agent_lightning.core.types import AgentSpan, ModelCall, Reward, RolloutKey, ToolCall, ToolStatus, Trajectory
 from agent_lightning.spans import otlp
-from agent_lightning.spans.message_forms import Message, parse_value
+from agent_lightning.spans.message_forms import Message, definitions, parse_value
 from agent_lightning.spans.messages import read_reply, read_request
 from agent_lightning.spans.tree import RawSpan
 
@@ -205,8 +205,8 @@ def _call_attributes(call: ModelCall, exact: bool) -> dict[str, Any]:
     attributes |= {"gen_ai.response.id": call.call_id, "gen_ai.response.model": _model_name(call)}
     attributes |= {"gen_ai.response.finish_reasons": [call.finish_reason] if call.finish_reason else []}
     attributes |= _messages(call, exact)
-    if call.offered:
-        attributes["gen_ai.tool.definitions"] = json.dumps(list(map(parse_value, call.offered)))
+    if tools := definitions(call.offered):
+        attributes["gen_ai.tool.definitions"] = json.dumps(tools)
     if call.source == "gateway":
         attributes |= {"agl.policy_version": call.policy_version}
         attributes |= {} if call.last_version is None else {"agl.last_policy_version": call.last_version}

@@ -14,6 +14,7 @@ from agent_lightning.core.files import write_text
 from agent_lightning.core.types import RolloutKey, ToolCall, Trajectory
 from agent_lightning.credit.tools import canonical_arguments, tool_calls
 from agent_lightning.spans.conventions import read_spans
+from agent_lightning.spans.message_forms import definitions
 from agent_lightning.spans.messages import begins_midway, read_reply, read_request
 from agent_lightning.spans.traces.export import to_line
 from agent_lightning.spans.traces.formats import FileTrace, read_bytes, read_traces
@@ -109,7 +110,7 @@ def conversations(rollouts: Sequence[Imported]) -> Iterator[dict[str, Any]]:
             messages = [{**message, "content": message["content"] or ""} for message in (*request[0], reply)]
             for message in messages:
                 message.pop("status", None)
-            tools = list(map(json.loads, call.offered)) or request[1]
+            tools = definitions(call.offered) or request[1]
             texts = list(map(_compared, messages))
             ends = [end for end in range(1, len(texts)) if messages[end - 1]["role"] == "assistant"]
             continued.update("\n".join(texts[:end]) for end in ends)
