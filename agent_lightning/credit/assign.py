@@ -212,10 +212,11 @@ class _Accounting:
         is_useful = spread or not rules.credit.is_per_group
         pairs = zip(rollouts, advantages, strict=True)
         shares = [_Share.of(rollout, advantage, is_useful=is_useful, rules=rules) for rollout, advantage in pairs]
-        versions = [sample.version_T[sample.mask_T] for share in shares for sample in share.samples]
-        oldest = min((version_T.min(initial=version) for version_T in versions), default=version)
-        if rules.drop_beyond is not None and version - oldest > rules.drop_beyond:
-            shares = [share.stale() for share in shares]
+        if rules.drop_beyond is not None:
+            samples = [sample for share in shares for sample in share.samples]
+            oldest = min((sample.version_T[sample.mask_T].min(initial=version) for sample in samples), default=version)
+            if version - oldest > rules.drop_beyond:
+                shares = [share.stale() for share in shares]
         return cls(rollouts=rollouts, advantages=advantages, spread=spread, shares=shares, shared=shared)
 
 
