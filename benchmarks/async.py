@@ -28,8 +28,8 @@ from typing import Any
 
 from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.running import AgentConfig, LoopConfig
-from agent_lightning.core.metrics import Metrics
 from agent_lightning.core.types import Batch, ModelCall, Policy, RolloutKey, Task
+from agent_lightning.learners.base import Update
 from agent_lightning.testing.world import ToyWorld
 
 CALLS, PER_TASK, SIGMA = 5, 8, 0.8
@@ -89,10 +89,10 @@ class SlowLearner:
         self._learner, self._seconds = learner, seconds
         self.publish = learner.publish
 
-    async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Metrics:
+    async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Update:
         await asyncio.sleep(self._seconds)
-        metrics: Metrics = await self._learner.update(batches, epochs=epochs)
-        return metrics
+        update: Update = await self._learner.update(batches, epochs=epochs)
+        return update
 
 
 async def toy(max_lag: int, options: argparse.Namespace) -> dict[str, Any]:

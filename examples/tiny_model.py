@@ -144,7 +144,7 @@ async def pretrain(
     note: dict[str, Any] = {}
     started = time.monotonic()
     for step in range(1, args.steps + 1):
-        loss = (await learner.update([to_batch(next(rows))]))["learner/nll"]
+        loss = (await learner.update([to_batch(next(rows))])).metrics["learner/nll"]
         if step % args.evaluate_every == 0 or step == args.steps:
             weights = state_dict(await learner.publish())
             if tied:

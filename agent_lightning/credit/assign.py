@@ -155,6 +155,9 @@ class CallCredit:
     """"trained", "not selected", or the reason why the call was dropped."""
     events: tuple[tuple[ObservedEvent, float], ...] = ()
     """What the call caused, and what AIR paid for it."""
+    learner_logprobs: tuple[float, ...] = ()
+    """Log-probability of each sampled token under the policy that was trained, before the update; empty if they were
+    not computed. Where that policy is the one that sampled, they differ from the engine's by the gap."""
 
 
 def explain_credit(group: Group, rules: CreditRules, version: int = 0) -> tuple[tuple[CallCredit, ...], ...]:

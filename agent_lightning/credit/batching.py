@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from agent_lightning.core.types import Batch, Sample
+from agent_lightning.core.types import Batch, Floats, Sample
 
 
 def pack(
@@ -37,9 +37,7 @@ def pack(
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}, must be at least 1")
-    rollouts: dict[str, list[Sample]] = {}
-    for sample in samples:
-        rollouts.setdefault(sample.key.rollout_id, []).append(sample)
+    rollouts = _by_rollout(samples)
     for rollout_id, rows in rollouts.items():
         if not any(row.mask_T.any() for row in rows):
             raise ValueError(f"rollout {rollout_id} has no trained token")
@@ -49,6 +47,26 @@ def pack(
     num_parts = 1 if rollouts_per_batch is None else -(-len(rollouts) // rollouts_per_batch)
     parts = np.array_split(np.array(list(rollouts)), num_parts)
     return tuple(_pad([rollouts[name] for name in part], pad_token, pad_multiple, row_multiple) for part in parts)
+
+
+def unpack(
+    samples: Sequence[Sample], batches: Sequence[Batch], values: Sequence[Floats | None]
+) -> Iterator[tuple[Sample, Floats]]:
+    """The samples of `pack`, each with its row of `values`, which has an array float32[N, T] for each batch, or None
+    for a batch whose samples are left out. A row has the shape of the sample's arrays."""
+    in_order = (sample for rows in _by_rollout(samples).values() for sample in rows)
+    for batch, value_NT in zip(batches, values, strict=True):
+        for n in np.flatnonzero(batch.rollout_N >= 0):
+            sample = next(in_order)
+            if value_NT is not None:
+                yield sample, value_NT[n, : batch.length_N[n]]
+
+
+def _by_rollout(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    rollouts: dict[str, list[Sample]] = {}
+    for sample in samples:
+        rollouts.setdefault(sample.key.rollout_id, []).append(sample)
+    return rollouts
 
 
 def _pad(rollouts: Sequence[Sequence[Sample]], pad_token: int, pad_multiple: int, row_multiple: int) -> Batch:

@@ -6,7 +6,7 @@ exactly one `Dropped`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final
@@ -110,6 +110,26 @@ def to_samples(
     earned = np.zeros(len(trained), np.float32)
     earned[kept] = carry_back(reward, kept)
     return tuple(_flatten(trajectory, trained, members, advantage, earned) for members in rows), tuple(dropped)
+
+
+def by_call(
+    rows: Iterable[tuple[Sample, Floats]], rollouts: Iterable[Trajectory], pattern: str
+) -> dict[tuple[str, str], Floats]:
+    """The values of samples at the tokens that each call sampled, by the ids of rollout and call. `rows` has a value
+    for each token of a sample; `rollouts` are those of the samples, and `pattern` that of `select_calls`.
+
+    Example: the row of `to_samples` with values 1 2 3 4 5 -> {("train-0-0", "a1"): [3], ("train-0-0", "a2"): [5]}
+    """
+    all_calls = {rollout.key.rollout_id: rollout.calls for rollout in rollouts}
+    values: dict[tuple[str, str], Floats] = {}
+    for sample, value_T in rows:
+        rollout_id = sample.key.rollout_id
+        calls = all_calls[rollout_id]
+        trained = select_calls(calls, pattern)
+        for index in np.unique(sample.call_T[sample.mask_T]):
+            call_id = calls[trained[index]].call_id
+            values[rollout_id, call_id] = value_T[sample.mask_T & (sample.call_T == index)]
+    return values
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from agent_lightning.core.metrics import Metrics
-from agent_lightning.core.types import Batch
+from agent_lightning.core.types import Batch, Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +29,20 @@ class Weights:
     buckets: tuple[WeightBucket, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What an update gave."""
+
+    metrics: Metrics
+    logprobs: tuple[Floats | None, ...] = ()
+    """For each batch, float32[N, T]: log-probabilities of the tokens under the policy before the update, from the same
+    computation as the loss; None for a batch for which none were computed before an optimiser step."""
+
+
 class Learner(Protocol):
     """Trains the policy on batches."""
 
-    async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Metrics:
+    async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Update:
         """Train on all batches of a step: one optimiser step for each batch, in order, `epochs` times over."""
 
     async def publish(self) -> Weights:

@@ -17,7 +17,7 @@ from agent_lightning.core.errors import UserError
 from agent_lightning.core.metrics import Max, Mean, Metrics, merge
 from agent_lightning.core.types import Batch, Floats
 from agent_lightning.learners import verl_groups
-from agent_lightning.learners.base import WeightBucket, Weights
+from agent_lightning.learners.base import Update, WeightBucket, Weights
 from agent_lightning.learners.gap import check, largest_gap
 from agent_lightning.learners.verl_credit import Forward, Prepared, prepare
 from agent_lightning.learners.verl_groups import Groups, Training
@@ -49,7 +49,7 @@ class VerlLearner:
             verl_groups.load_model(self._critic, config)
             self._critic.set_loss_fn(partial(value_loss, config.critic.clip_range))
 
-    async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Metrics:
+    async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Update:
         """Train on a step's batches: one optimiser step for each batch and epoch.
 
         The models' forward passes before the first optimiser step are used in all of them. If these include the
@@ -64,13 +64,15 @@ class VerlLearner:
         forwards = [await asyncio.to_thread(self._forward, batch, with_policy) for batch in batches]
         prepared, metrics = prepare(batches, forwards, config, self._version)
         self._check_gap(metrics)
-        records = [metrics]
+        records, logprobs = [metrics], [forward.logprob_NT for forward in forwards]
         for index, batch in enumerate(prepared * epochs):
             with_gap = index == 0 and not with_policy and not config.sft
-            records.append(await asyncio.to_thread(self._train, batch, not warming_up, with_gap))
-            self._check_gap(records[-1])
+            trained = await asyncio.to_thread(self._train, batch, not warming_up, with_gap)
+            records.append(trained.metrics)
+            self._check_gap(trained.metrics)
+            logprobs[: len(trained.logprobs)] = trained.logprobs
         self._updates += 1
-        return merge(*records)
+        return Update(metrics=merge(*records), logprobs=tuple(logprobs))
 
     async def publish(self) -> Weights:
         """The current weights under the next version number, in Ray's object store."""
@@ -128,8 +130,9 @@ class VerlLearner:
         arrays = {name: verl_groups.from_jagged(output.get()[key], batch) for name, (output, key) in pending.items()}
         return Forward(**arrays)
 
-    def _train(self, prepared: Prepared, with_policy: bool, with_gap: bool) -> Metrics:
-        """An optimiser step of the critic, if there is one, and at the same time of the policy if `with_policy`."""
+    def _train(self, prepared: Prepared, with_policy: bool, with_gap: bool) -> Update:
+        """An optimiser step of the critic, if there is one, and at the same time of the policy if `with_policy`. The
+        log-probabilities are in it if `with_gap`."""
         columns = dict(prepared.columns)
         if with_gap:
             columns["is_current"] = (prepared.batch.version_NT >= self._version).astype(np.float32)
@@ -137,8 +140,10 @@ class VerlLearner:
         critic_output = self._critic.train_batch(data) if self._critic is not None else None
         policy_output = self._group.train_batch(data) if with_policy else None
         metrics: dict[str, Mean | Max] = {}
+        logprobs: tuple[Floats, ...] = ()
         if policy_output is not None:
-            raw = policy_output.get()["metrics"]
+            output = policy_output.get()
+            raw = output["metrics"]
             metrics["learner/loss"] = Mean.of([_number(raw, "loss")])
             metrics["learner/grad_norm"] = Mean.of([_number(raw, "grad_norm")])
             metrics["learner/lr"] = Mean.of([_number(raw, "lr")])
@@ -148,6 +153,7 @@ class VerlLearner:
             for name, key in (("learner/kl_to_reference", "actor/kl_loss"), ("learner/entropy", "actor/entropy")):
                 if key in raw:
                     metrics[name] = Mean.of([_number(raw, key, np.sum)])
+            logprobs = (verl_groups.from_jagged(output["log_probs"], prepared.batch),) if with_gap else ()
             if with_gap and (tokens := _number(raw, "gap/tokens", np.sum)):
                 metrics["logprob_gap/mean_abs"] = Mean(_number(raw, "gap/sum", np.sum), tokens)
                 metrics["logprob_gap/mean"] = Mean(_number(raw, "gap/signed", np.sum), tokens)
@@ -157,7 +163,7 @@ class VerlLearner:
             metrics["critic/loss"] = Mean.of([_number(raw, "critic/loss", np.sum)])
             metrics["critic/grad_norm"] = Mean.of([_number(raw, "grad_norm")])
             metrics["critic/clip_fraction"] = Mean.of([_number(raw, "critic/clip_fraction")])
-        return metrics
+        return Update(metrics=metrics, logprobs=logprobs)
 
 
 def _number(raw: dict[str, Any], name: str, reduce: Any = np.mean) -> float:

@@ -61,6 +61,8 @@ class _CausalModel(FSDPEngineWithLMHead):
     fuses = False
     """Whether the outputs are log-probabilities, which can be computed for some tokens at a time."""
     layout = _ALONE
+    trained_output: Mapping[str, Tensor] = {}
+    """What the model put out for the last batch that it was trained on, if the batch asked for it."""
     _gap_is_small = True
     _wanted_N: Tensor | None = None
     """Whether the loss reads the outputs at each token of the micro-batch that is computed; None: all are read."""
@@ -153,6 +155,7 @@ class _CausalModel(FSDPEngineWithLMHead):
             size = max(size for size in range(1, rows + 1) if rows % size == 0 and size <= most)
             tensordict_utils.assign_non_tensor(data, use_dynamic_bsz=False, micro_batch_size_per_gpu=size)
         output = super().forward_backward_batch(data, loss_function, forward_only)
+        self.trained_output = {} if forward_only else dict(output["model_output"])
         bound, metrics = tensordict_utils.get(data, "gap_bound", default=None), output["metrics"]
         if bound is not None and not forward_only and "gap/sum" in metrics:  # a critic has none
             sums = torch.tensor(

@@ -249,7 +249,11 @@ def to_tensordict(
             "calculate_entropy": config.algorithm.entropy_coef > 0,
             "no_lora_adapter": bool(config.lora.rank) and not adapters,
         }
-        | ({"gap_bound": largest_gap(config.learner, config.dtype)} if "is_current" in floats else {}),
+        | (
+            {"gap_bound": largest_gap(config.learner, config.dtype), "return_model_output": True}
+            if "is_current" in floats
+            else {}
+        ),
     )
 
 

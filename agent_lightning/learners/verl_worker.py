@@ -14,9 +14,10 @@ from peft.tuners.lora import LoraLayer
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from verl.single_controller.base.decorator import Dispatch, register
+from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.trainer.ppo.core_algos import compute_value_loss, get_policy_loss_fn, kl_penalty
 from verl.utils.metric import AggregationType, Metric
+from verl.utils.tensordict_utils import get_tensordict
 from verl.workers.config import ActorConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
@@ -64,6 +65,16 @@ class ModelWorker(TrainingWorker):
         groups = self.engine.optimizer.param_groups
         for group, rate, decay, factor in zip(groups, rates, decays, scheduler.lr_lambdas, strict=True):
             group |= {"initial_lr": rate, "lr": rate * factor(scheduler.last_epoch), "weight_decay": decay}
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
+    def train_batch(self, data: TensorDict) -> TensorDict:
+        """veRL's, which drops what the model put out; here its log-probabilities are returned if the batch asks for
+        them by `return_model_output`."""
+        output = super().train_batch(data)
+        log_probs = self.engine.trained_output.get("log_probs")
+        if log_probs is None:
+            return output
+        return get_tensordict({"log_probs": log_probs.cpu()}, {"metrics": output["metrics"]})
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def export_weights(self, bucket_bytes: int, dtype: str) -> list[tuple[list[dict[str, Any]], ray.ObjectRef]]:

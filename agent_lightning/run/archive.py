@@ -36,11 +36,16 @@ class RolloutWriter:
         self._next_part = max(numbers, default=-1) + 1
 
     def write(
-        self, step: int, policy_version: int, groups: Sequence[types.Group], rules: CreditRules | None = None
+        self,
+        step: int,
+        policy_version: int,
+        groups: Sequence[types.Group],
+        rules: CreditRules | None = None,
+        logprobs: Mapping[tuple[str, str], types.Floats] | None = None,
     ) -> Path | None:
         """Write the rollouts of `groups`; None if they have none. With `rules`, each call of a training rollout has its
-        `credit`, as `CallCredit` describes it; a value that the learner computes is null. Raises OSError, for example
-        on a full disk."""
+        `credit`, as `CallCredit` describes it; a value that the learner computes is null. `logprobs` has the learner's
+        log-probabilities of calls, by the ids of rollout and call. Raises OSError, for example on a full disk."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -48,7 +53,7 @@ class RolloutWriter:
             {"rollout_id": rollout.key.rollout_id, "group_id": group.group_id, "split": rollout.key.split}
             | {"attempt": rollout.key.attempt, "step": step, "policy_version": policy_version}
             | {"task": json.dumps(dict(group.task.payload), default=str), "num_calls": len(rollout.calls)}
-            | _with_credit(_row(rollout), credits)
+            | _with_credit(_row(rollout), credits, rollout.key.rollout_id, logprobs or {})
             for group in groups
             for rollout, credits in zip(group.trajectories, _credits(group, rules, step, policy_version), strict=True)
         ]
@@ -117,6 +122,7 @@ def read_credits(path: Path, group: types.Group, rules: CreditRules | None) -> l
 
     def credit(call: Mapping[str, Any]) -> CallCredit:
         values: Any = {name: math.nan if value is None else value for name, value in call["credit"].items()}
+        values["learner_logprobs"] = tuple(call.get("learner_logprobs") or ())
         return CallCredit(call_id=call["call_id"], tokens=len(call["response_ids"]), **values)
 
     def of_rollout(calls: Sequence[Mapping[str, Any]], computed: Sequence[CallCredit]) -> Sequence[CallCredit] | None:
@@ -167,7 +173,7 @@ def _trajectory(row: Mapping[str, Any]) -> types.Trajectory:
     key = types.RolloutKey.parse(row["rollout_id"], row["attempt"])
     columns = [column for column, _ in _ARRAYS.values()]
     calls = [
-        {name: value for name, value in call.items() if name not in (*columns, "credit", "offered", "new_versions")}
+        {name: value for name, value in call.items() if name not in (*columns, *_ADDED, "offered", "new_versions")}
         | {"offered": tuple(call.get("offered") or ())}
         | {"new_versions": tuple(map(tuple, call.get("new_versions") or ()))}
         | {name: np.array(call[column], kind) for name, (column, kind) in _ARRAYS.items()}
@@ -197,6 +203,8 @@ _ARRAYS: Mapping[str, tuple[str, type[np.generic]]] = {
 """Array fields of a ModelCall, and their columns and number types."""
 _CREDIT: Final = ("advantage", "intermediate", "return_to_go", "status")
 """Fields of a CallCredit that a call's row has."""
+_ADDED: Final = ("credit", "learner_logprobs")
+"""Columns of a call that are no fields of a ModelCall."""
 
 
 def _rollout_schema() -> pyarrow.Schema:
@@ -212,7 +220,7 @@ def _rollout_schema() -> pyarrow.Schema:
         return pa.list_(pa.struct(columns + list(more.items())))
 
     credit = pa.struct([(name, text if name == "status" else real) for name in _CREDIT])
-    calls = list_of(types.ModelCall, credit=credit)
+    calls = list_of(types.ModelCall, credit=credit, learner_logprobs=pa.list_(pa.float32()))
     row = {"rollout_id": text, "group_id": text, "split": text, "attempt": integer, "task_id": text, "task": text}
     row |= {"step": integer, "policy_version": integer, "reward": real, "outcome": text, "error": text, "output": text}
     row |= {"started_at": real, "ended_at": real, "num_calls": integer, "calls": calls}
@@ -233,8 +241,15 @@ def _credits(group: types.Group, rules: CreditRules | None, step: int, version: 
     return explain_credit(group, rules.at(step), version)
 
 
-def _with_credit(row: dict[str, Any], credits: Sequence[CallCredit]) -> dict[str, Any]:
-    """A rollout's row with the credit of its calls."""
+def _with_credit(
+    row: dict[str, Any],
+    credits: Sequence[CallCredit],
+    rollout_id: str,
+    logprobs: Mapping[tuple[str, str], types.Floats],
+) -> dict[str, Any]:
+    """A rollout's row with the credit of its calls, and their log-probabilities in the learner."""
+    for call in row["calls"]:
+        call["learner_logprobs"] = logprobs.get((rollout_id, call["call_id"]))
     for call, credit in zip(row["calls"], credits, strict=bool(credits)):
         values = {name: getattr(credit, name) for name in _CREDIT}
         call["credit"] = {name: None if value != value else value for name, value in values.items()}  # NaN: unknown

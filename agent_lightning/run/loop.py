@@ -20,11 +20,12 @@ from typing import Final, Protocol
 
 from agent_lightning.buffer.taken import Deadlines
 from agent_lightning.core.errors import StepFailed
-from agent_lightning.core.metrics import Metrics, interval, keep_most_counted, merge, values
-from agent_lightning.core.types import Group, Split, Task
+from agent_lightning.core.metrics import interval, keep_most_counted, merge, values
+from agent_lightning.core.types import Batch, Group, Split, Task
 from agent_lightning.credit import assign, batching
+from agent_lightning.credit.samples import by_call
 from agent_lightning.credit.staleness import overlap_metrics
-from agent_lightning.learners.base import Learner, Weights
+from agent_lightning.learners.base import Learner, Update, Weights
 from agent_lightning.run.sampler import RUN_STOPPED, STEP_FAILED, Sampler, check_failures, count_failures
 from agent_lightning.run.state import STATE_FILE, InFlight, Plan, State, check_conservation
 
@@ -91,14 +92,14 @@ class Loop(Sampler):
         size, multiple = self.plan.algorithm.rollouts_per_batch, self.plan.row_multiple
         batches = batching.pack(samples, rollouts_per_batch=size, pad_token=self.plan.pad_token, row_multiple=multiple)
         clock.lap("other")
-        update_metrics: Metrics = {}
+        update = Update(metrics={})
         if batches:
             self.observer.waiting_for(f"update: {len(samples)} rows")
-            update_metrics = await self.learner.update(batches, epochs=self.plan.algorithm.epochs)
+            update = await self.learner.update(batches, epochs=self.plan.algorithm.epochs)
             clock.lap("update")
             await self.publish()
             clock.lap("publish")
-        await self._record_step(groups, version, credits, update_metrics, clock)
+        await self._record_step(groups, version, credits, batches, update, clock)
         return True
 
     async def _gather_groups(self) -> tuple[list[Group], list[assign.Credit]] | None:
@@ -190,7 +191,13 @@ class Loop(Sampler):
             self.state.in_flight = []
 
     async def _record_step(
-        self, groups: list[Group], version: int, credits: list[assign.Credit], update_metrics: Metrics, clock: Clock
+        self,
+        groups: list[Group],
+        version: int,
+        credits: list[assign.Credit],
+        batches: Sequence[Batch],
+        update: Update,
+        clock: Clock,
     ) -> None:
         """Count the step, whose rollouts are of policy `version`, in buffer and state, and log its metrics."""
         state = self.state
@@ -211,7 +218,7 @@ class Loop(Sampler):
         state.sampled_tokens += sampled_tokens
         state.trained_tokens += trained_tokens
         state.dropped_tokens.update(_sum_counts(credit.dropped_tokens for credit in credits))
-        metrics = merge(*(credit.metrics for credit in credits), update_metrics)
+        metrics = merge(*(credit.metrics for credit in credits), update.metrics)
         for prefix in ("emitted/", "reward_part/"):
             metrics = keep_most_counted(metrics, prefix, MAX_NAMES)
         record = values(metrics)
@@ -232,7 +239,9 @@ class Loop(Sampler):
         record |= overlap_metrics(rollouts, samples, version) | {"time/learner_idle": clock.seconds["generate"]}
         idle_before, self._idle_s = self._idle_s, (await self.buffer.stats()).idle_s
         record["time/engine_idle"] = max(0.0, self._idle_s - idle_before)
-        self.observer.record_rollouts(state.step, version, groups)
+        learnt = batching.unpack(samples, batches[: len(update.logprobs)], update.logprobs)
+        logprobs = by_call(learnt, rollouts, self.plan.rules.agents)
+        self.observer.record_rollouts(state.step, version, groups, logprobs)
         clock.lap("other")
         state.seconds.update(clock.seconds)
         record |= {f"time/{'step' if name == 'total' else name}": spent for name, spent in clock.seconds.items()}

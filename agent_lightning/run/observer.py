@@ -12,7 +12,7 @@ from typing import Any
 from agent_lightning.config.load import Config, to_mapping
 from agent_lightning.config.running import DataConfig
 from agent_lightning.core.errors import UserError
-from agent_lightning.core.types import Group
+from agent_lightning.core.types import Floats, Group
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.run.archive import RolloutWriter
 from agent_lightning.run.live import from_environment
@@ -55,14 +55,16 @@ class RunObserver:
     def waiting_for(self, text: str) -> None:
         self._progress.waiting_for(text)
 
-    def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
+    def record_rollouts(
+        self, step: int, version: int, groups: Sequence[Group], logprobs: Mapping[tuple[str, str], Floats] | None = None
+    ) -> None:
         """Write rollouts to disk, and send them where OpenTelemetry's variables say."""
         if self._live is not None:
             self._live.send(step, groups)
         if self._writer is None:
             return
         try:
-            self._writer.write(step, version, groups, self._rules)
+            self._writer.write(step, version, groups, self._rules, logprobs)
         except OSError as error:
             # A full disk must not end the run; the weights and metrics may still fit.
             logger.warning("rollouts are no longer written: %s", error)

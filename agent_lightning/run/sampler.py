@@ -14,7 +14,7 @@ from agent_lightning.buffer.buffer import Stats
 from agent_lightning.buffer.taken import Deadlines, TakenGroup, take_groups
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.metrics import interval
-from agent_lightning.core.types import Group, Outcome, Split, Task, Trajectory
+from agent_lightning.core.types import Floats, Group, Outcome, Split, Task, Trajectory
 from agent_lightning.rollouts.supervise import WatchedBuffer, watch
 from agent_lightning.run.state import State
 from agent_lightning.run.tasks import TaskCursor
@@ -93,7 +93,11 @@ class Observer(Protocol):
     def waiting_for(self, text: str) -> None:
         """Show what the run waits for now, such as "generate: 41/64 rollouts"; the first word names the phase."""
 
-    def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None: ...
+    def record_rollouts(
+        self, step: int, version: int, groups: Sequence[Group], logprobs: Mapping[tuple[str, str], Floats] | None = None
+    ) -> None:
+        """`logprobs` has the learner's log-probabilities of calls that are trained, by the ids of rollout and call."""
+
     def record_evaluation(self, step: int, evaluation: Evaluation) -> None: ...
     def record_step(self, step: int, record: Mapping[str, float]) -> None: ...
     def checkpoint_folder(self, state: State, *, force: bool) -> Path | None:

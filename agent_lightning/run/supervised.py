@@ -61,7 +61,7 @@ class SupervisedLoop:
         chats = state.cursor.next(self.train_chats, algorithm.chats_per_step)
         self.observer.waiting_for(f"update: {len(chats)} chats")
         clock.lap("other")
-        record = values(await self.learner.update([self._pack(chats)], epochs=algorithm.epochs))
+        record = values((await self.learner.update([self._pack(chats)], epochs=algorithm.epochs)).metrics)
         clock.lap("update")
         tokens = sum(chat.tokens for chat in chats)
         state.step += 1

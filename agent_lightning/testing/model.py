@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from agent_lightning.core.json_values import as_mapping, parse_json
 from agent_lightning.core.metrics import Max, Mean, Metrics, merge
-from agent_lightning.core.types import Batch, Ints
-from agent_lightning.learners.base import WeightBucket, Weights
+from agent_lightning.core.types import Batch, Floats, Ints
+from agent_lightning.learners.base import Update, WeightBucket, Weights
 from agent_lightning.serving.engine import Choice, Completion, Part, Refusal, join_parts, parse_error
 from agent_lightning.serving.gate import Gate
 from agent_lightning.serving.policy import Follower, PolicyBoard
@@ -307,10 +307,12 @@ class ToyLearner:
         self.table = np.zeros((language.num_states, len(language.words)), np.float32)
         self._version = 0
 
-    async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Metrics:
+    async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Update:
         """Take a step for each batch. Only the first reports the gap between the engine's log-probabilities and the
         table's: later steps see another table than the engine had."""
-        return merge(*(self._step(batch, gap=index == 0) for index, batch in enumerate([*batches] * epochs)))
+        logprobs = tuple(map(self._logprobs, batches))
+        steps = [self._step(batch, gap=index == 0) for index, batch in enumerate([*batches] * epochs)]
+        return Update(metrics=merge(*steps), logprobs=logprobs)
 
     async def publish(self) -> Weights:
         self._version += 1
@@ -325,6 +327,15 @@ class ToyLearner:
     async def restore(self, path: Path, version: int) -> None:
         self.table = np.load(path / "table.npy")
         self._version = version
+
+    def _logprobs(self, batch: Batch) -> Floats:
+        """The table's log-probabilities of the trained tokens, float32[N, T]; END has 0, since it is certain."""
+        logprob_NT = np.zeros(batch.token_NT.shape, np.float32)
+        for row, position in np.argwhere(batch.mask_NT):
+            if (word := int(batch.token_NT[row, position]) - FIRST_WORD) >= 0:
+                state = self._language.state(batch.token_NT[row, :position])
+                logprob_NT[row, position] = _log_softmax(self.table[state] / self._temperature)[word]
+        return logprob_NT
 
     def _step(self, batch: Batch, *, gap: bool) -> Metrics:
         gradient = np.zeros(self.table.shape, np.float64)

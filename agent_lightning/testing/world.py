@@ -22,7 +22,7 @@ from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.running import Agent, AgentConfig, BufferConfig, LoopConfig
-from agent_lightning.core.types import Group, Split, Task
+from agent_lightning.core.types import Floats, Group, Split, Task
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
 from agent_lightning.rollouts.supervise import Workers
@@ -58,7 +58,9 @@ class QuietObserver:
     def waiting_for(self, text: str) -> None:
         self.doing = text
 
-    def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
+    def record_rollouts(
+        self, step: int, version: int, groups: Sequence[Group], logprobs: Mapping[tuple[str, str], Floats] | None = None
+    ) -> None:
         self.groups.extend(groups)
 
     def record_evaluation(self, step: int, evaluation: Evaluation) -> None:

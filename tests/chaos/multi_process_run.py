@@ -231,7 +231,7 @@ class TakenGroups(QuietObserver):
     def checkpoint_folder(self, state: State, *, force: bool) -> Path | None:
         return checkpoint_folder(self._run.checkpoints, state.step)
 
-    def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
+    def record_rollouts(self, step: int, version: int, groups: Sequence[Group], logprobs: Any = None) -> None:
         with self._run.taken.open("a") as file:
             for group in groups:
                 rollouts = [

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 from viewer_runs import HOSTILE, group, trajectory, write_library, write_run, write_sweep
@@ -231,6 +232,24 @@ def test_tokens_have_the_colour_of_their_own_version(tmp_path: Path) -> None:
     legend, *calls = page.split("<h2>Call")
     assert re.findall(r"tok c(\d)", legend) == ["2", "3"]
     assert [re.findall(r"tok c(\d)", shown) for shown in calls] == [["2"] * 4 + ["3"] * 2] * 2
+
+
+def test_tokens_show_the_gap_between_engine_and_learner(tmp_path: Path) -> None:
+    path, written = write_run(tmp_path, "run", steps=1), group("train", 50, [1.0, 0.5])
+    call = written.trajectories[0].calls[0]
+    logprobs = {("train-50-0", call.call_id): call.logprob_T + np.array([0, 2e-7, 0, -1e-6, 0, 0], np.float32)}
+    rules, _, _ = find_rules(path / "config.yaml")
+    RolloutWriter(path / "rollouts").write(2, 1, [written], rules, logprobs)
+    viewer = Viewer(Library(tmp_path), find_rules, token="t")
+    with TestClient(viewer.app, base_url="http://127.0.0.1", cookies={"agl_view": "t"}) as client:
+        page = client.get("/run/run/tokens/train-50-0?colour=gap").text
+        assert "were not computed" in client.get("/run/run/tokens/train-50-1?colour=gap").text
+        assert "the rollout is held out" in client.get("/run/run/tokens/val-0-0?colour=gap").text
+    legend, first, second = page.split("<h2>Call")
+    assert "+9.5e-07" in legend, "the largest gap, in float32"
+    assert re.findall(r'"tok ([a-z]*\d?)', first) == ["", "up1", "", "down5", "", ""]
+    assert "gap -9.5e-07" in first
+    assert "gap" not in second, "the second call was not in the first batch"
 
 
 def test_without_a_config_the_credit_is_that_which_was_written(tmp_path: Path) -> None:

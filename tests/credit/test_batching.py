@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_lightning.core.types import RolloutKey, Sample
-from agent_lightning.credit.batching import pack
+from agent_lightning.core.types import Floats, RolloutKey, Sample
+from agent_lightning.credit.batching import pack, unpack
 
 
 def row(index: int, tokens: Sequence[int], mask: Sequence[int]) -> Sample:
@@ -77,6 +77,13 @@ def test_rows_of_a_rollout_that_arrive_apart_are_brought_together() -> None:
     samples = [row(0, [1], [1]), row(1, [2], [1]), row(0, [3], [1])]
     batches = pack(samples, rollouts_per_batch=1, pad_token=0)
     assert [batch.token_NT.tolist() for batch in batches] == [[[1], [3]], [[2]]]
+    values: list[Floats | None] = [batch.token_NT.astype(np.float32) for batch in batches]
+    assert [(s.token_T[0], value_T.tolist()) for s, value_T in unpack(samples, batches, values)] == [
+        (1, [1]),
+        (3, [3]),
+        (2, [2]),
+    ]
+    assert [s.token_T[0] for s, _ in unpack(samples, batches, [None, *values[1:]])] == [2]
 
 
 def test_a_rollout_without_a_trained_token_is_refused() -> None:

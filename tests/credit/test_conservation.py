@@ -18,7 +18,9 @@ from agent_lightning.config.learning import CreditConfig, Method
 from agent_lightning.core.errors import UnknownRollout
 from agent_lightning.core.types import Ending, Group, ModelCall, Outcome, RolloutKey, Task
 from agent_lightning.credit.assign import Credit, CreditRules, assign
+from agent_lightning.credit.batching import pack, unpack
 from agent_lightning.credit.failures import Retries, learned_reward
+from agent_lightning.credit.samples import by_call
 
 FAILURES = [Outcome.AGENT_ERROR, Outcome.ENGINE_ERROR, Outcome.TIMEOUT, Outcome.CANCELLED]
 
@@ -110,6 +112,17 @@ def test_every_token_is_trained_once_or_dropped_for_a_reason_whatever_the_order_
         calls = attempts[trajectory.key.attempt][0] if trajectory.key.attempt < len(attempts) else []
         assert [call.call_id for call in trajectory.calls] == [call.call_id for call in calls]
     assert refused["late"] == sum(bool(calls) for rollout in story.rollouts for calls, _, _ in rollout)
+    # What the learner computes for a batch comes back to the calls that sampled the tokens.
+    batches = pack(credit.samples, rollouts_per_batch=2, pad_token=0, row_multiple=3)
+    learnt = unpack(credit.samples, batches, [batch.logprob_NT for batch in batches])
+    returned = by_call(learnt, group.trajectories, agents)
+    for trajectory in group.trajectories:
+        for call in trajectory.calls:
+            values_T = returned.pop((trajectory.key.rollout_id, call.call_id), None)
+            assert values_T is None or values_T.tolist() == call.logprob_T.tolist()
+            is_trained = any(set(call.response_T.tolist()) & set(s.token_T[s.mask_T].tolist()) for s in credit.samples)
+            assert is_trained == (values_T is not None)
+    assert not returned
     # Each token of a selected call is in exactly one row, or dropped; no other token is in any row.
     trained = Counter(token for s in credit.samples for token in s.token_T[s.mask_T].tolist())
     chosen = [c for t in group.trajectories for c in t.calls if agents == "*" or c.agent.startswith(agents.rstrip("*"))]

@@ -24,11 +24,10 @@ from agent_lightning.buffer.taken import Deadlines
 from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.running import LoopConfig, RetryConfig
 from agent_lightning.core.errors import UnknownRollout
-from agent_lightning.core.metrics import Metrics
 from agent_lightning.core.types import Batch, Ending, Group, ModelCall, Outcome, RolloutKey, Task
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.credit.failures import Retries
-from agent_lightning.learners.base import Weights
+from agent_lightning.learners.base import Update, Weights
 from agent_lightning.run.loop import Loop
 from agent_lightning.run.report import lag_text
 from agent_lightning.run.sampler import Evaluation
@@ -95,18 +94,18 @@ class Engine:
             self.version = weights.version
         return Weights(version=self.version + 1, buckets=())
 
-    async def update(self, batches: Sequence[Batch], *, epochs: int) -> Metrics:
+    async def update(self, batches: Sequence[Batch], *, epochs: int) -> Update:
         for _ in range(20):
             await asyncio.sleep(0)
             await self.check()
-        return {}
+        return Update(metrics={})
 
     def waiting_for(self, text: str) -> None: ...
     def record_evaluation(self, step: int, evaluation: Evaluation) -> None: ...
     def record_step(self, step: int, record: Mapping[str, float]) -> None: ...
     def checkpoint_folder(self, state: State, *, force: bool) -> None: ...
 
-    def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
+    def record_rollouts(self, step: int, version: int, groups: Sequence[Group], logprobs: Any = None) -> None:
         for rollout in (rollout for group in groups for rollout in group.trajectories):
             if rollout.key.split == "train":
                 self.trained.append(rollout.key.rollout_id)
@@ -199,7 +198,7 @@ class StepObserver(QuietObserver):
 
     steps: dict[int, tuple[int, Sequence[Group]]] = field(default_factory=dict)
 
-    def record_rollouts(self, step: int, version: int, groups: Sequence[Group]) -> None:
+    def record_rollouts(self, step: int, version: int, groups: Sequence[Group], logprobs: Any = None) -> None:
         if groups[0].trajectories[0].key.split == "train":
             self.steps[step] = version, groups
 

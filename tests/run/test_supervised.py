@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from agent_lightning.config.learning import AlgorithmConfig
-from agent_lightning.core.metrics import Mean, Metrics
+from agent_lightning.core.metrics import Mean
 from agent_lightning.core.types import Batch, Floats, RolloutKey, Sample
 from agent_lightning.credit.assign import CreditRules
-from agent_lightning.learners.base import Weights
+from agent_lightning.learners.base import Update, Weights
 from agent_lightning.learners.chats import Chat
 from agent_lightning.run.sampler import Evaluation
 from agent_lightning.run.state import Plan, State, newest_checkpoint, read_state, write_state
@@ -49,12 +49,12 @@ class CountingLearner:
         self.learnt: list[tuple[list[int], float]] = []
         self.factor = 1.0
 
-    async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Metrics:
+    async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Update:
         (batch,) = batches
         self.factor /= 2
         self.learnt.append((sorted(batch.token_NT[:, 0].tolist()), float(batch.weight_NT.sum())))
         assert len(set(batch.weight_NT[batch.mask_NT].tolist())) == 1  # each token weighs the same
-        return {"learner/nll": Mean.of([self.factor])}
+        return Update(metrics={"learner/nll": Mean.of([self.factor])})
 
     async def log_probs(self, batch: Batch) -> list[Floats]:
         rows = zip(batch.token_NT, batch.length_N, strict=True)
@@ -80,7 +80,7 @@ class FolderObserver:
         self.records: list[Mapping[str, float]] = []
 
     def waiting_for(self, text: str) -> None: ...
-    def record_rollouts(self, step: int, version: int, groups: object) -> None: ...
+    def record_rollouts(self, step: int, version: int, groups: object, logprobs: object = None) -> None: ...
     def record_evaluation(self, step: int, evaluation: Evaluation) -> None: ...
     def record_loss(self, step: int, nats: float, chats: int) -> None: ...
 

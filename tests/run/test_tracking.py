@@ -334,6 +334,7 @@ def test_rollouts_come_back_exactly(tmp_path: Path) -> None:
     credit = {"advantage": 0.5, "intermediate": 0.0, "return_to_go": 1.0, "status": "trained"}
     assert [row["calls"][0]["credit"] for row in (first, rows[2], rows[4])] == [credit, credit, None]
     (call,) = read_group(run.path, "train-0-0").trajectories[0].calls
+    assert first["calls"][0]["learner_logprobs"] is None
     assert (call.offered, call.version_T.tolist()) == (('{"function":{"name":"?"}}',), [2, 3, 4])
     assert (second["reward"], second["outcome"], second["calls"]) == (None, "no_model_call", [])
 

@@ -194,12 +194,12 @@ async def test_a_checkpoint_keeps_the_critic_and_how_far_its_warm_up_is(
     with pytest.raises(UserError, match="holds no critic"):
         await learner.restore(tmp_path, version=1)
     at_first = to_arrays(await learner.publish())
-    warming = values(await learner.update([batch]))
+    warming = values((await learner.update([batch])).metrics)
     assert "learner/loss" not in warming
     assert warming["logprob_gap/mean_abs"] > 0
     assert warming["critic/explained_variance"] == pytest.approx(0.0, abs=1e-3)  # values begin at zero
     await learner.save(tmp_path)
-    records = [values(await learner.update([batch])) for _ in range(3)]
+    records = [values((await learner.update([batch])).metrics) for _ in range(3)]
     assert ["learner/loss" in record for record in records] == [False, True, True]
     after = to_arrays(await learner.publish())
     assert any(np.abs(after[name] - at_first[name]).max() > 1e-3 for name in after)

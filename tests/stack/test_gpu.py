@@ -41,7 +41,7 @@ async def test_an_update_on_cuda_is_that_of_plain_torch(tmp_path: Path, tied: bo
         any_gap = LearnerConfig(max_logprob_gap=None)
         algorithm = AlgorithmConfig(lr=LR)
         learner = VerlLearner(Training(model_path=str(tmp_path), device="cuda", algorithm=algorithm, learner=any_gap))
-        metrics = await learner.update([batch])
+        metrics = (await learner.update([batch])).metrics
         updated = to_arrays(await learner.publish())
     finally:
         cluster.shutdown_ray()

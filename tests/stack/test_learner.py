@@ -55,7 +55,13 @@ async def run(
     config = Training(model_path=str(folder), algorithm=AlgorithmConfig(lr=LR), learner=processes)
     learner = VerlLearner(config)
     try:
-        metrics = await learner.update(batches)
+        before = await learner.log_probs(batches[0])
+        update = await learner.update(batches)
+        metrics, (logprob_NT, *_) = update.metrics, update.logprobs
+        assert logprob_NT is not None
+        for row, mask_T, logprob_T in zip(before, batches[0].mask_NT, logprob_NT, strict=True):
+            trained_T = mask_T[1 : row.size + 1]
+            np.testing.assert_allclose(logprob_T[1 : row.size + 1][trained_T], row[trained_T], atol=1e-5)
         await check_export(learner, folder, folder / f"checkpoint-{world_size}", batches[0])
         return metrics, to_arrays(await learner.publish())
     finally:
@@ -139,16 +145,16 @@ async def test_kl_to_the_start_is_zero_at_first_then_grows_and_a_checkpoint_rest
     )
     try:
         learner = VerlLearner(config)
-        first = await learner.update([batch])
-        second = await learner.update([batch])
+        first = (await learner.update([batch])).metrics
+        second = (await learner.update([batch])).metrics
         assert first["learner/kl_to_reference"].value == pytest.approx(0.0, abs=1e-5)
         assert second["learner/kl_to_reference"].value > 1e-4
 
         await learner.save(tmp_path / "checkpoint")
-        third = await learner.update([batch])
+        third = (await learner.update([batch])).metrics
         after = to_arrays(await learner.publish())
         await learner.restore(tmp_path / "checkpoint", version=7)
-        again = await learner.update([batch])
+        again = (await learner.update([batch])).metrics
         weights = await learner.publish()
         assert weights.version == 8
         assert again["learner/loss"].value == pytest.approx(third["learner/loss"].value, rel=1e-5)

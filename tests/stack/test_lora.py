@@ -56,7 +56,7 @@ async def check_all(folder: Path, ranks: int, batch: Batch) -> dict[str, np.ndar
         published = to_arrays(await learner.publish())
         for name, parameter in base.named_parameters():
             np.testing.assert_array_equal(published[name], parameter.detach().numpy())
-        records = [await learner.update([batch]) for _ in range(5)]
+        records = [(await learner.update([batch])).metrics for _ in range(5)]
         kl = [record["learner/kl_to_reference"].value for record in records]
         assert kl[0] == pytest.approx(0.0, abs=1e-6)
         assert kl[-1] > 1e-4
@@ -79,10 +79,10 @@ async def check_all(folder: Path, ranks: int, batch: Batch) -> dict[str, np.ndar
             plain = load(str(target if is_merged else folder))
             await check(learner, plain if is_merged else PeftModel.from_pretrained(plain, str(target)).eval(), batch)
 
-        sixth = await learner.update([batch])
+        sixth = (await learner.update([batch])).metrics
         await learner.restore(checkpoint, version=7)
         await check(learner, merged, batch)
-        again = await learner.update([batch])
+        again = (await learner.update([batch])).metrics
         assert again["learner/loss"].value == pytest.approx(sixth["learner/loss"].value, rel=1e-5)
         return published
     finally:

@@ -243,11 +243,11 @@ async def test_the_gradient_is_that_of_the_objective() -> None:
 async def test_metrics_of_an_update() -> None:
     engine, learner = ToyEngine(LANGUAGE, seed=3), ToyLearner(LANGUAGE, lr=200.0)
     batch = await batch_of(engine, "A", {"no": 0.0, "yes": 1.0, "call:2+3": 0.0})
-    first = await learner.update([batch])
+    first = (await learner.update([batch])).metrics
     assert first["logprob_gap/max_abs"].value < 1e-6
     assert first["learner/clip_fraction"].value == 0.0
     assert first["learner/grad_norm"].value > 0.0
-    second = await learner.update([batch])  # off-policy now: every ratio is outside the clip range
+    second = (await learner.update([batch])).metrics  # off-policy now: every ratio is outside the clip range
     assert second["logprob_gap/max_abs"].value > 0.2
     assert second["learner/clip_fraction"].value == 1.0
 

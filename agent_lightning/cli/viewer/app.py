@@ -22,7 +22,7 @@ from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Re
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from agent_lightning.cli.viewer import pages, rollout
+from agent_lightning.cli.viewer import pages, rollout, tokens
 from agent_lightning.cli.viewer.charts import Line, line_chart, number_text
 from agent_lightning.cli.viewer.decode import Decode
 from agent_lightning.cli.viewer.folder import Library, RunFiles
@@ -164,7 +164,7 @@ class Viewer:
         group = run.group(rollout_id := request.path_params["rollout"])
         rules, decode, problem = self._find_rules(run.directory.config)
         credits, colour = run.credits(group, rules), request.query_params.get("colour", "advantage")
-        values = rollout.tokens_page(group, rollout_id, credits, decode, colour, problem)
+        values = tokens.tokens_page(group, rollout_id, credits, decode, colour, problem)
         return "tokens.html", self.run_context(name, run) | values
 
     def _tools(self, request: Request) -> tuple[str, Context]:

@@ -9,7 +9,7 @@ from typing import Final
 
 from markupsafe import Markup
 
-from agent_lightning.cli.viewer import pages, rollout
+from agent_lightning.cli.viewer import pages, rollout, tokens
 from agent_lightning.cli.viewer.app import HERE, FindRules, templates
 from agent_lightning.cli.viewer.folder import RunFiles
 from agent_lightning.cli.viewer.pages import Context, Links
@@ -61,7 +61,7 @@ def write_file(run: RunFiles, find_rules: FindRules, out: Path) -> None:
         for trajectory in group.trajectories:
             key = trajectory.key.rollout_id
             sections.append(section(f"rollout/{key}", "rollout.html", rollout.rollout_page(group, key, credits)))
-            values = rollout.tokens_page(group, key, credits, decode, "advantage", problem)
+            values = tokens.tokens_page(group, key, credits, decode, "advantage", problem)
             sections.append(section(f"tokens/{key}", "tokens.html", values))
     style, script = ((HERE / "static" / name).read_text(encoding="utf-8") for name in ("view.css", "view.js"))
     values = {"style": Markup(style), "script": Markup(script), "sections": sections, "groups": groups}

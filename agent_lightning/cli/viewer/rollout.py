@@ -1,4 +1,4 @@
-"""The contents of the viewer's pages about one rollout and its group: waterfall, conversation, tokens, differences."""
+"""The contents of the viewer's pages about one rollout and its group: waterfall, conversation, differences."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from agent_lightning.cli.viewer.charts import number_text
-from agent_lightning.cli.viewer.decode import Decode
 from agent_lightning.cli.viewer.pages import Context
 from agent_lightning.core.types import Group, ModelCall, ToolCall, Trajectory
 from agent_lightning.credit.assign import CallCredit
@@ -18,10 +16,6 @@ from agent_lightning.credit.assign import CallCredit
 Credits = Sequence[Sequence[CallCredit] | None]
 """The credit of each call of each rollout of a group; None for rollouts that are held out, or of unknown credit."""
 
-SHADES: Final = 5
-"""Shades of a colour on each side of zero."""
-MAX_TOKENS: Final = 6000
-"""Tokens of a call that its page shows; the others are counted."""
 CARD_CHARACTERS: Final = 1500
 """Characters of a rollout's replies, before and after the first difference, that the page of its group shows."""
 
@@ -75,20 +69,9 @@ class Turn:
     body: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Token:
-    """A sampled token with what became of it."""
-
-    text: str
-    shade: str
-    """The class of its colour."""
-    tip: str
-    untrained: bool
-
-
 def rollout_page(group: Group, rollout_id: str, all_credits: Credits) -> Context:
     """Everything about one rollout."""
-    index, rollout = _find(group, rollout_id)
+    index, rollout = find(group, rollout_id)
     credits = all_credits[index]
     siblings = [trajectory.key.rollout_id for trajectory in group.trajectories]
     return {
@@ -132,62 +115,6 @@ def group_page(group: Group, all_credits: Credits) -> Context:
         "task": json.dumps(dict(group.task.payload), indent=2, ensure_ascii=False, default=str),
         "split": group.trajectories[0].key.split,
     }
-
-
-def tokens_page(
-    group: Group, rollout_id: str, all_credits: Credits, decode: Decode, colour: str, problem: str = ""
-) -> Context:
-    """The sampled tokens of a rollout, coloured by `colour`: advantage, logprob or version. `problem` says why they are
-    shown as ids."""
-    index, rollout = _find(group, rollout_id)
-    credits = all_credits[index]
-    others = [credit for rollout_credits in all_credits for credit in rollout_credits or ()]
-    largest = max((abs(credit.advantage) for credit in others if math.isfinite(credit.advantage)), default=0.0)
-    trained = sum(credit.tokens for credit in credits or () if credit.status == "trained")
-    rows = []
-    for number, call in enumerate(rollout.calls):
-        credit = credits[number] if credits else None
-        shown = list(_tokens(call, credit, decode, colour, largest, trained))
-        prompt = "".join(map(decode, call.prompt_T[-MAX_TOKENS:].tolist()))
-        rows.append({"number": number, "call": call, "credit": credit, "prompt": prompt, "tokens": shown})
-        rows[-1]["rest"] = call.response_T.size - len(shown)
-    reasons = sorted({credit.status for credit in credits or () if credit.status != "trained"})
-    return {
-        "rollout": rollout,
-        "rows": rows,
-        "colour": colour,
-        "reasons": reasons,
-        "trained": trained,
-        "largest": largest,
-        "versions": sorted({version for call in rollout.calls for version in call.version_T.tolist()}),
-        "group_id": group.group_id,
-        "held_out": rollout.key.split != "train",
-        "problem": problem,
-    }
-
-
-def _tokens(
-    call: ModelCall, credit: CallCredit | None, decode: Decode, colour: str, largest: float, trained: int
-) -> Iterator[Token]:
-    reason = "" if credit is None or credit.status == "trained" else credit.status
-    reason = reason if call.key.split == "train" else "held out: never trained"
-    arrays = (call.response_T[:MAX_TOKENS], call.logprob_T, call.version_T)
-    for token, logprob, version in zip(*(array.tolist() for array in arrays), strict=False):
-        advantage = credit.advantage if credit is not None and not reason else math.nan
-        tip = f"token {token} · log-probability {number_text(logprob)} (p {math.exp(logprob):.3f}) · v{version}"
-        if reason:
-            tip += f" · not trained: {reason}"
-        elif credit is not None:
-            tip += f" · advantage {advantage:+.3f} · weight 1/{trained} of the rollout's"
-        if colour == "logprob":
-            shade = "" if math.isnan(logprob) else f"p{min(SHADES, int((1 - math.exp(logprob)) * (SHADES + 1)))}"
-        elif colour == "version":
-            shade = f"c{version % 6}"
-        else:
-            scaled = advantage / largest if largest and math.isfinite(advantage) else 0.0
-            level = math.ceil(abs(scaled) * SHADES)
-            shade = f"{'up' if scaled > 0 else 'down'}{level}" if level else ""
-        yield Token(text=decode(token), shade=shade, tip=tip, untrained=bool(reason))
 
 
 def spans(rollout: Trajectory) -> Iterator[SpanRow]:
@@ -382,6 +309,6 @@ def _sortable(reward: float | None) -> float:
     return -math.inf if reward is None or math.isnan(reward) else reward
 
 
-def _find(group: Group, rollout_id: str) -> tuple[int, Trajectory]:
+def find(group: Group, rollout_id: str) -> tuple[int, Trajectory]:
     ids = [trajectory.key.rollout_id for trajectory in group.trajectories]
     return ids.index(rollout_id), group.trajectories[ids.index(rollout_id)]
