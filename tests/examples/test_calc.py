@@ -580,6 +580,14 @@ def test_parts_are_joined(tmp_path: Path) -> None:
         ids("third")
 
 
+def test_every_fifth_question_is_held_out_and_known_ones_are_left_out(tmp_path: Path) -> None:
+    write_part(tmp_path / "asdiv_a_test.jsonl.gz", *range(12))
+    write_part(tmp_path / "mawps_train.jsonl.gz", 5, 6)
+    config = load_config(["experiment=calc_asdiv_smollm2", f"data.root={tmp_path}", "model.path=tiny"])
+    train, val = ([task.task_id for task in load_tasks(config, split)] for split in ("train", "val"))
+    assert (train, val) == (["a1", "a2", "a3", "a4", "a7", "a8", "a9", "a11"], ["a0", "a10"])
+
+
 def test_calc_mawps_reads_its_parts_under_data_root(tmp_path: Path) -> None:
     write_part(tmp_path / "mawps_train.jsonl.gz", 1, 2)
     write_part(tmp_path / "mawps_validation.jsonl", 3)
