@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -67,11 +68,14 @@ def prepare(
         advantages = whiten_step(batches, advantages)
     if config.has_critic and batches:
         records.append({"critic/explained_variance": Mean.of([_explained_variance(batches, columns)])})
-    rows = zip(batches, old_logprobs, advantages, corrections, columns, strict=True)
-    prepared = [
-        Prepared(batch=replace(batch, logprob_NT=old, advantage_NT=advantage * correction), columns=column)
-        for batch, old, advantage, correction, column in rows
-    ]
+    prepared = []
+    for index, (batch, correction_NT) in enumerate(zip(batches, corrections, strict=True)):
+        changes: dict[str, Any] = {"logprob_NT": old_logprobs[index], "advantage_NT": advantages[index] * correction_NT}
+        if (
+            config.algorithm.importance_sampling == "geometric"
+        ):  # of a dropped row, entropy and KL are not trained either
+            changes["mask_NT"] = batch.mask_NT & (correction_NT != 0)
+        prepared.append(Prepared(batch=replace(batch, **changes), columns=columns[index]))
     return prepared, merge(*records)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors import safe_open
 from agent_lightning.config.load import load, project_folder, resolve_path
 
 EXAMPLES = project_folder("examples")
+DATA = Path(os.environ.get("AGL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 sys.path += [str(EXAMPLES / "smollm2"), str(EXAMPLES / "calc_x")]
 
 chats, make_model = map(importlib.import_module, ("chats", "make_model"))
@@ -95,3 +98,20 @@ def test_the_adapter_to_start_from_is_small_and_of_the_experiment_s_rank_and_mod
     with safe_open(folder / "adapter_model.safetensors", framework="np") as tensors:
         shapes = Counter(tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys() if "lora_A" in name)  # noqa: SIM118
     assert shapes == {(lora.rank, 576): 30 * 6, (lora.rank, 1536): 30}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "musique").is_dir(), reason="needs the data of MuSiQue")
+def test_chats_of_the_agent_that_searches_have_their_answer_in_the_passage(tmp_path: Path) -> None:
+    out = tmp_path / "chats.jsonl"
+    command = [sys.executable, str(EXAMPLES / "smollm2" / "musique_chats.py"), "--num", "50", "--out", str(out)]
+    subprocess.run([*command, "--root", str(DATA / "musique")], check=True, cwd=EXAMPLES.parent)
+    for chat in map(json.loads, out.read_text().splitlines()):
+        system, question, query, passage, answer = (message["content"] for message in chat["messages"])
+        entity, _, relation = question.partition(" >> ")
+        assert query == f"<think> {relation}</think><query> {entity}</query>"
+        text = answer.removeprefix(f"<think> {relation}</think><answer> ").removesuffix("</answer>")
+        assert text in passage
+        assert system == "Search, then answer."
+    refused = subprocess.run([*command, "--root", "nowhere"], capture_output=True, text=True, cwd=EXAMPLES.parent)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)

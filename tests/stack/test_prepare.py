@@ -190,6 +190,7 @@ def test_corrections_are_veRL_s_presets(kind: str, preset: str) -> None:
     batch = replace(BATCH, logprob_NT=engine)
     result, metrics = prepared(batch, Forward(logprob_NT=own), importance_sampling=kind, importance_sampling_cap=cap)
     np.testing.assert_allclose(result.batch.advantage_NT, BATCH.advantage_NT * expected, atol=1e-6)
+    np.testing.assert_array_equal(result.batch.mask_NT, kept.numpy().astype(bool))
     share = metrics["learner/importance_dropped" if kind in ("icepop", "geometric") else "learner/importance_capped"]
     assert 0 < share < 1
 
