@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--median", type=float, default=MEDIAN_S, help="median seconds of a tool")
     parser.add_argument("--update", type=float, default=3.0, help="seconds of an update of the toy's learner")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 2, 4])
+    parser.add_argument("--lags", type=_numbers, default=[0, 1, 2, 4], metavar="0,1,2,4")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for --vllm")
     options = parser.parse_args()
     results = []
@@ -170,6 +170,10 @@ def main() -> None:
         result["gain"] = round(result["rollouts_per_s"] / first, 2)
     engine = "vllm" if options.vllm else "toy"
     print(json.dumps({"benchmark": "async", "engine": engine, "at_once": options.rollouts, "lags": results}))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

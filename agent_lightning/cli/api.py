@@ -103,10 +103,13 @@ class Run:
         _run(["export", str(self.path), "--out", str(out), "--format", format])
         return Path(out)
 
-    def export_model(self, out: str | Path, *, step: int | None = None, dtype: str | None = None) -> Path:
+    def export_model(
+        self, out: str | Path, *, step: int | None = None, dtype: str | None = None, merged: bool = False
+    ) -> Path:
         """Write the trained model in Hugging Face's format into a new folder: of the newest checkpoint, or of a step's.
-        `dtype`: float32 or bfloat16."""
+        `dtype`: float32 or bfloat16. With LoRA it is the adapter alone, or if `merged` the model with it."""
         options = [*(["--checkpoint", str(step)] if step is not None else []), *(["--dtype", dtype] if dtype else [])]
+        options += ["--merged"] if merged else []
         _run(["export", str(self.path), "--model", str(out), *options])
         return Path(out)
 
