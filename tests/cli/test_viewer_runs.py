@@ -55,7 +55,7 @@ def pages_of(run: Path) -> list[str]:
         f"/group/{name.rpartition('-')[0]}",
         f"/rollout/{name}",
     ]
-    pages += [f"/tokens/{name}", f"/tokens/{name}?colour=logprob", f"/tokens/{name}?colour=version"]
+    pages += [f"/tokens/{name}", *(f"/tokens/{name}?colour={colour}" for colour in ("logprob", "version", "gap"))]
     return [f"/run/{run.name}{page}" for page in (*pages, "/tools", "/tasks", f"/task/{task}")]
 
 
@@ -85,7 +85,7 @@ def check_run(page: Any, run: Path, pages: Sequence[str], *, every_link: bool = 
 @pytest.mark.parametrize("kind", toy_runs.KINDS)
 def test_every_page_of_a_run(page: Any, runs: Path, kind: str) -> None:
     pages = pages_of(runs / kind)
-    check_run(page, runs / kind, pages if kind == "calc_team" else [pages[0], *pages[3:6], *pages[8:9]])
+    check_run(page, runs / kind, pages if kind == "calc_team" else [pages[0], *pages[3:6], *pages[9:10]])
     rows = read_rollouts(runs / kind).to_pylist()
     page.goto(next(path for path in pages if "/rollout/" in path))
     text = page.inner_text("main")
@@ -100,6 +100,8 @@ def test_every_page_of_a_run(page: Any, runs: Path, kind: str) -> None:
         page.goto(next(path for path in pages if "/tokens/" in path))
         texts = page.inner_text(".turn >> nth=0")
         assert any(words in texts for words in toy_runs.KINDS[kind].says), "the toy's tokens are its words"
+        page.goto(next(path for path in pages if "colour=gap" in path))
+        assert "nats, learner minus engine" in page.inner_text(".legend")
 
 
 def test_a_sweep(page: Any, runs: Path) -> None:
