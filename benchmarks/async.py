@@ -3,7 +3,7 @@ a tool that takes log-normal seconds.
 
     python benchmarks/async.py                                # the toy's engine and learner, 1,000 rollouts at once
     python benchmarks/async.py --rollouts 10000 --median 15   # ten times as many, at the same pace
-    python benchmarks/async.py --vllm                         # vLLM and veRL: experiment=calc_tiny with waiting tools
+    python benchmarks/async.py --vllm rollout.concurrency=1280   # vLLM and veRL: experiment=calc_tiny, waiting tools
 
 Of the toy, everything but HTTP is real: agents ask the engine without the gateway, which one process could not serve
 as fast. Its learner takes `--update` seconds on another machine. `gain` is relative to max_lag 0; `engine_busy` the
@@ -168,8 +168,8 @@ def main() -> None:
     first = results[0]["rollouts_per_s"]
     for result in results:
         result["gain"] = round(result["rollouts_per_s"] / first, 2)
-    engine = "vllm" if options.vllm else "toy"
-    print(json.dumps({"benchmark": "async", "engine": engine, "at_once": options.rollouts, "lags": results}))
+    engine = {"engine": "vllm"} if options.vllm else {"engine": "toy", "at_once": options.rollouts}
+    print(json.dumps({"benchmark": "async", **engine, "lags": results}))
 
 
 def _numbers(text: str) -> list[int]:
