@@ -211,6 +211,6 @@ async def test_a_checkpoint_keeps_the_critic_and_how_far_its_warm_up_is(
     for name, array in to_arrays(weights).items():
         np.testing.assert_array_equal(array, at_first[name])
     for record in records:
-        assert values(await resumed.update([batch])) == pytest.approx(record, rel=1e-4, abs=1e-6)
+        assert values((await resumed.update([batch])).metrics) == pytest.approx(record, rel=1e-4, abs=1e-6)
     for name, array in to_arrays(await resumed.publish()).items():
         np.testing.assert_allclose(array, after[name], atol=1e-6)
