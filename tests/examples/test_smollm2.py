@@ -102,16 +102,18 @@ def test_the_adapter_to_start_from_is_small_and_of_the_experiment_s_rank_and_mod
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "musique").is_dir(), reason="needs the data of MuSiQue")
-def test_chats_of_the_agent_that_searches_have_their_answer_in_the_passage(tmp_path: Path) -> None:
+def test_chats_of_the_agent_that_searches_mostly_copy_their_answer_from_the_passage(tmp_path: Path) -> None:
     out = tmp_path / "chats.jsonl"
     command = [sys.executable, str(EXAMPLES / "smollm2" / "musique_chats.py"), "--num", "50", "--out", str(out)]
     subprocess.run([*command, "--root", str(DATA / "musique")], check=True, cwd=EXAMPLES.parent)
+    copied = []
     for chat in map(json.loads, out.read_text().splitlines()):
         system, question, query, passage, answer = (message["content"] for message in chat["messages"])
         entity, _, relation = question.partition(" >> ")
         assert query == f"<think> {relation}</think><query> {entity}</query>"
         text = answer.removeprefix(f"<think> {relation}</think><answer> ").removesuffix("</answer>")
-        assert text in passage
+        copied.append(text in passage)  # not so: an American's country
         assert system == "Search, then answer."
+    assert 0.7 < sum(copied) / 50 < 1
     refused = subprocess.run([*command, "--root", "nowhere"], capture_output=True, text=True, cwd=EXAMPLES.parent)
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
