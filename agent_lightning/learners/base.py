@@ -36,7 +36,7 @@ class Update:
     metrics: Metrics
     logprobs: tuple[Floats | None, ...] = ()
     """For each batch, float32[N, T]: log-probabilities of the tokens under the policy before the update, from the same
-    computation as the loss; None for a batch for which none were computed before an optimiser step."""
+    computation as the loss; None, or no entry, for a batch for which none were computed before an optimiser step."""
 
 
 class Learner(Protocol):

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_lightning.core.json_values import as_mapping, parse_json
-from agent_lightning.core.metrics import Max, Mean, Metrics, merge
-from agent_lightning.core.types import Batch, Floats, Ints
+from agent_lightning.core.metrics import Max, Mean, merge
+from agent_lightning.core.types import Batch, Ints
 from agent_lightning.learners.base import Update, WeightBucket, Weights
 from agent_lightning.serving.engine import Choice, Completion, Part, Refusal, join_parts, parse_error
 from agent_lightning.serving.gate import Gate
@@ -310,9 +310,8 @@ class ToyLearner:
     async def update(self, batches: Sequence[Batch], *, epochs: int = 1) -> Update:
         """Take a step for each batch. Only the first reports the gap between the engine's log-probabilities and the
         table's: later steps see another table than the engine had."""
-        logprobs = tuple(map(self._logprobs, batches))
         steps = [self._step(batch, gap=index == 0) for index, batch in enumerate([*batches] * epochs)]
-        return Update(metrics=merge(*steps), logprobs=logprobs)
+        return Update(metrics=merge(*(step.metrics for step in steps)), logprobs=steps[0].logprobs if steps else ())
 
     async def publish(self) -> Weights:
         self._version += 1
@@ -328,16 +327,8 @@ class ToyLearner:
         self.table = np.load(path / "table.npy")
         self._version = version
 
-    def _logprobs(self, batch: Batch) -> Floats:
-        """The table's log-probabilities of the trained tokens, float32[N, T]; END has 0, since it is certain."""
-        logprob_NT = np.zeros(batch.token_NT.shape, np.float32)
-        for row, position in np.argwhere(batch.mask_NT):
-            if (word := int(batch.token_NT[row, position]) - FIRST_WORD) >= 0:
-                state = self._language.state(batch.token_NT[row, :position])
-                logprob_NT[row, position] = _log_softmax(self.table[state] / self._temperature)[word]
-        return logprob_NT
-
-    def _step(self, batch: Batch, *, gap: bool) -> Metrics:
+    def _step(self, batch: Batch, *, gap: bool) -> Update:
+        logprob_NT = np.zeros(batch.token_NT.shape, np.float32)  # END has 0
         gradient = np.zeros(self.table.shape, np.float64)
         objective, clipped, gaps = 0.0, [], []
         current_NT = batch.version_NT >= self._version  # the table has moved since it sampled the other tokens
@@ -349,6 +340,7 @@ class ToyLearner:
                 continue
             state = self._language.state(batch.token_NT[row, :position])
             logprobs = _log_softmax(self.table[state] / self._temperature)
+            logprob_NT[row, position] = logprobs[word]
             if np.isnan(old):  # the engine gave none
                 old = float(logprobs[word])
             elif current_NT[row, position]:
@@ -370,7 +362,7 @@ class ToyLearner:
         }
         if gap and gaps:
             metrics |= {"logprob_gap/mean_abs": Mean.of(gaps), "logprob_gap/max_abs": Max(max(gaps, default=0.0))}
-        return metrics
+        return Update(metrics=metrics, logprobs=(logprob_NT,))
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
