@@ -71,9 +71,7 @@ def prepare(
     prepared = []
     for index, (batch, correction_NT) in enumerate(zip(batches, corrections, strict=True)):
         changes: dict[str, Any] = {"logprob_NT": old_logprobs[index], "advantage_NT": advantages[index] * correction_NT}
-        if (
-            config.algorithm.importance_sampling == "geometric"
-        ):  # of a dropped row, entropy and KL are not trained either
+        if config.algorithm.importance_sampling == "geometric":  # a dropped row trains no entropy and no KL either
             changes["mask_NT"] = batch.mask_NT & (correction_NT != 0)
         prepared.append(Prepared(batch=replace(batch, **changes), columns=columns[index]))
     return prepared, merge(*records)

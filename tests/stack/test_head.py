@@ -12,9 +12,9 @@ pytestmark = pytest.mark.stack
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("with_entropy", [False, True])
-@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("share", [None, 0.5, 0.0])  # of the tokens that are wanted; 0: a micro-batch without any
 def test_outputs_and_gradients_are_those_of_all_logits(
-    trained: bool, with_entropy: bool, wanted: bool, monkeypatch: pytest.MonkeyPatch
+    trained: bool, with_entropy: bool, share: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -27,7 +27,7 @@ def test_outputs_and_gradients_are_those_of_all_logits(
     model = AutoModelForCausalLM.from_config(config)
     model.lm_head.weight.requires_grad_(trained)
     tokens, (logprob_weights, entropy_weights) = torch.randint(50, (1, 24)), torch.randn(2, 24)
-    wanted_N = torch.rand(24) < 0.5 if wanted else None
+    wanted_N = torch.rand(24) < share if share is not None else None
     temperature = 0.7
 
     def gradients(log_probs: torch.Tensor, entropy: torch.Tensor) -> list[Any]:
