@@ -25,20 +25,29 @@ __all__ = [
     "evaluate",
     "load_run",
     "serve",
+    "sft",
     "sweep",
     "tool",
     "train",
 ]
 
 if TYPE_CHECKING:
-    from agent_lightning.cli.api import Run, RunFailed, evaluate, load_run, serve, sweep, train
+    from agent_lightning.api.calls import evaluate, serve, sft, sweep, train
+    from agent_lightning.api.runs import Run, load_run
+    from agent_lightning.core.errors import RunFailed
     from agent_lightning.rollouts.client import current_rollout, emit_reward, tool
+
+
+_MODULES = {
+    **dict.fromkeys(("current_rollout", "emit_reward", "tool"), "rollouts.client"),
+    **dict.fromkeys(("Run", "load_run"), "api.runs"),
+    "RunFailed": "core.errors",
+}
+"""Where a public name is, unless it is in `api.calls`."""
 
 
 def __getattr__(name: str) -> object:
     """Import the public names when they are first used: OpenTelemetry would slow down every import of the package."""
-    if name in ("current_rollout", "emit_reward", "tool"):
-        return getattr(import_module("agent_lightning.rollouts.client"), name)
     if name in __all__:
-        return getattr(import_module("agent_lightning.cli.api"), name)
+        return getattr(import_module(f"agent_lightning.{_MODULES.get(name, 'api.calls')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -98,7 +98,9 @@ def take_all(page: Page, runs: Path, out: Path) -> None:
     take(page, "/run/failed", out / "view-failed.png")
     take_rollout(page, "failed", "", out / "view-failed-rollout.png")
     take_rollout(page, "calc_team", "split=train&sort=calls", out / "view-team.png", height=900)
-    take(page, page.url.replace("/rollout/", "/tokens/"), out / "view-tokens.png", height=900)
+    tokens = page.url.replace("/rollout/", "/tokens/")
+    take(page, tokens, out / "view-tokens.png", height=900)
+    take(page, f"{tokens}?colour=gap", out / "view-gap.png", height=900)
     if (runs / "musique").is_dir():
         take_rollout(page, "musique", "split=train&sort=-reward&tool=search", out / "view-musique.png", height=900)
 

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from agent_lightning.api import export as api
 from agent_lightning.buffer import segments
 from agent_lightning.buffer.codec import kind_of
 from agent_lightning.buffer.ledger import Ledger
 from agent_lightning.buffer.store import apply_record
-from agent_lightning.config.load import project_folder, reload
+from agent_lightning.config.load import project_folder
 from agent_lightning.config.running import Dtype
 from agent_lightning.core.errors import DataError, JournalError, UserError
-from agent_lightning.launch.hub import find_model
-from agent_lightning.run import state, storage
-from agent_lightning.run.archive import read_origins, read_trajectories
-from agent_lightning.run.tracking import RunDirectory
 from agent_lightning.spans.traces import export, imports
 
 
@@ -91,48 +87,13 @@ def export_run(
     """`agl export`: write the rollouts of a run to the folder `out`, as a file for other tools; or with `model`, its
     trained model to that folder. The run is a folder, or at a remote place. Raises DataError, UserError."""
     if model is not None:
-        with _local(place, without="rollouts") as run:
-            return _export_model(run, model, checkpoint, dtype, max_shard_size, merged)
-    if checkpoint is not None or dtype is not None or merged:
+        settings: Any = {"step": checkpoint, "dtype": dtype, "shard_size": max_shard_size, "merged": merged}
+        line = api.export_model(place, model, **settings)
+    elif checkpoint is not None or dtype is not None or merged:
         raise UserError("--checkpoint, --dtype and --merged are of --model DIR: --out writes rollouts")
-    with _local(place, without="checkpoints") as run:
-        path, count = export.write(read_trajectories(run), out, format, read_origins(run))
-    Console().print(f"{path}: {count} rollouts")
-    return 0
-
-
-@contextmanager
-def _local(place: str, *, without: str) -> Iterator[Path]:
-    """The folder of a run; of one at a remote place a copy, without files below `without`, while the block runs."""
-    with TemporaryDirectory(prefix="agl-export-") as copies:
-        is_remote = storage.is_remote(place)
-        yield storage.fetch(place, Path(copies), without=without) if is_remote else storage.local_root(place)
-
-
-def _export_model(run: Path, target: Path, step: int | None, dtype: Dtype | None, shard_size: str, merged: bool) -> int:
-    """Write the policy of a run's newest checkpoint, or of the checkpoint of `step`, in Hugging Face's format, with
-    LoRA its adapter unless `merged`; in the run's `model.dtype` unless `dtype` is given."""
-    from agent_lightning.learners import export as learner  # it imports torch
-
-    directory = RunDirectory.open(run)
-    config = reload(directory.config, ())
-    if config.model.words:
-        raise UserError(f"{run}: a toy model is a table, and has no form that Transformers would load")
-    checkpoints, dtype = directory.checkpoints, dtype or config.model.dtype
-    folder = state.newest_checkpoint(checkpoints) if step is None else state.checkpoint_folder(checkpoints, step)
-    if step is not None and (damage := state.find_damage(folder)):
-        names = ", ".join(path.name for path in state.complete_checkpoints(checkpoints))
-        raise UserError(f"{damage}; complete checkpoints: {names or 'none'}")
-    console, original = Console(soft_wrap=True, highlight=False), None
-    try:
-        original = Path(find_model(config.model.path))
-    except UserError as error:
-        console.print(f"{error}; config and tokenizer are taken from the checkpoint")
-    if merged and not config.model.lora.rank:
-        raise UserError(f"--merged: {run} was trained without LoRA; leave it out")
-    number = learner.export_model(folder, original, target, dtype=dtype, shard_size=shard_size, merged=merged)
-    what = "adapter" if config.model.lora.rank and not merged else "policy"
-    console.print(f"{target}: the {what} after step {state.read_state(folder).step}, {number} parameters, {dtype}")
+    else:
+        line = api.export_rollouts(place, out, format)
+    Console(soft_wrap=True, highlight=False).print(line)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import math
 import sys
@@ -11,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from rich.console import Console
+
 from agent_lightning import __version__
 from agent_lightning.cli import FAILED, STOPPED, USER_ERROR, benchmarks
-from agent_lightning.core.errors import AgentLightningError, UserError
+from agent_lightning.core.errors import AgentLightningError, Stopped, UserError
 from agent_lightning.core.text import one_line
 from agent_lightning.core.types import Outcome
 
@@ -30,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return asyncio.run(_run(options))
+    except Stopped:
+        return STOPPED
     except AgentLightningError as error:
         sys.stderr.write(f"agl: {one_line(error)}\n")
         return USER_ERROR if isinstance(error, UserError) else FAILED
@@ -84,16 +89,28 @@ async def _run(options: argparse.Namespace) -> int:
 
             overrides, resume = _split_resume(options.overrides)
             return dry_run.dry_run(overrides, options.assume, resume)
-    from agent_lightning.cli import train
+    return await _work(options)
+
+
+async def _work(options: argparse.Namespace) -> int:
+    """Run a command that trains, evaluates, sweeps or serves."""
+    from agent_lightning.api import work
 
     if options.command == "serve":
-        return await train.serve(options.overrides)
-    if options.command == "eval":
-        return await train.evaluate(options.overrides, split=options.split, out=options.out)
-    overrides, resume = _split_resume(options.overrides)
-    if options.command == "sft" or (options.command == "train" and not options.multirun):
-        return await train.train(overrides, resume=resume, supervised=options.command == "sft")
-    return train.sweep(overrides, resume=resume, multirun=options.multirun)
+        await work.serve(options.overrides)
+    elif options.command == "eval":
+        figures = await work.evaluate(options.overrides, split=options.split, console=Console(stderr=True))
+        text = json.dumps(figures, indent=1)
+        if options.out is not None:
+            options.out.write_text(text + "\n")
+        Console().print_json(text)
+    else:
+        overrides, resume = _split_resume(options.overrides)
+        if options.command == "sweep" or (options.command == "train" and options.multirun):
+            await work.sweep(overrides, resume=resume, multirun=options.multirun)
+        else:
+            await work.train(overrides, resume=resume, supervised=options.command == "sft")
+    return 0
 
 
 def _split_resume(words: Sequence[str]) -> tuple[list[str], str | None]:
@@ -111,15 +128,15 @@ async def _look(options: argparse.Namespace) -> int:
         settings = {name: vars(options)[name] for name in ("task", "split", "toy", "url", "model")}
         return await try_one(options.overrides, **settings)
     if options.command == "view":
-        from agent_lightning.cli.viewer.command import view
+        from agent_lightning.viewer.command import view
 
         return await view(options.place, options.port, options.out)
-    from agent_lightning.cli import inspect
+    from agent_lightning.viewer import terminal
 
     if options.command == "explain":
-        return inspect.show_rollout(options.run, options.rollout, tokens=options.tokens)
+        return terminal.show_rollout(options.run, options.rollout, tokens=options.tokens)
     rewards = (options.min_reward, options.max_reward)
-    return inspect.show_runs(options.path, options.split, options.outcome, rewards, options.limit)
+    return terminal.show_runs(options.path, options.split, options.outcome, rewards, options.limit)
 
 
 _COMMANDS: Final = """\

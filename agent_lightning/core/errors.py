@@ -80,6 +80,15 @@ class GapError(AgentLightningError):
     """Engine and learner do not agree on the log-probabilities of sampled tokens. The message says what is likely."""
 
 
+class RunFailed(AgentLightningError):
+    """A run that the Python API started in a process of its own ended without its result. The message is the process's
+    last line."""
+
+
+class Stopped(AgentLightningError):
+    """A signal has ended the work in order. A run has written its checkpoint."""
+
+
 class StepFailed(AgentLightningError):
     """Every rollout of a step failed. The message counts the reasons."""
 

@@ -13,15 +13,19 @@ import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from agent_lightning.config.learning import AlgorithmConfig
+from agent_lightning.config.load import Config
 from agent_lightning.config.running import LoopConfig
 from agent_lightning.core import files
 from agent_lightning.core.errors import AccountingError, UserError
 from agent_lightning.core.text import error_line
 from agent_lightning.core.types import Split
+from agent_lightning.credit.air import Air, Signal
 from agent_lightning.credit.assign import CreditRules
+from agent_lightning.credit.states import StateKey
+from agent_lightning.rollouts.agents import load as load_target
 from agent_lightning.run.tasks import TaskCursor
 
 logger = logging.getLogger(__name__)
@@ -47,6 +51,36 @@ class Plan:
 
     def evaluates_after(self, step: int) -> bool:
         return step == self.steps or bool(self.eval_every and step % self.eval_every == 0)
+
+
+def make_plan(config: Config) -> Plan:
+    """The plan of the loop, as the config says. Raises ConfigError."""
+    return Plan(
+        steps=config.steps,
+        algorithm=config.algorithm,
+        loop=config.loop,
+        eval_every=config.eval_every,
+        rules=credit_rules(config),
+        pad_token=0,
+        row_multiple=config.learner.processes,
+    )
+
+
+def credit_rules(config: Config) -> CreditRules:
+    """The rules of credit, as the config says. Raises ConfigError, also if a signal of AIR cannot be loaded."""
+    signals = tuple(cast(Signal, load_target(target)) for target in config.air.signals)
+    own_key = config.credit.state_key if ":" in config.credit.state_key else None
+    return CreditRules(
+        credit=config.credit,
+        failures=config.algorithm.failures,
+        air=Air(config.air, signals) if config.air.enabled else None,
+        agents=config.agent.trained,
+        reward_range=config.agent.reward_range,
+        bound=config.air.bound,
+        state_key=cast(StateKey, load_target(own_key)) if own_key is not None else None,
+        max_tokens=config.model.max_len,
+        drop_beyond=config.loop.drop_beyond,
+    )
 
 
 class InFlight(NamedTuple):

@@ -20,7 +20,6 @@ from models import load, random_batch, random_model, to_arrays
 
 from agent_lightning.buffer.buffer import Buffer, Lease
 from agent_lightning.buffer.taken import TakenGroup
-from agent_lightning.cli.train import make_plan
 from agent_lightning.config.load import load as load_config
 from agent_lightning.core import actors as cluster
 from agent_lightning.core.errors import GapError, UserError
@@ -31,7 +30,7 @@ from agent_lightning.learners.base import Weights
 from agent_lightning.learners.verl import VerlLearner
 from agent_lightning.learners.verl_groups import Groups, start_groups
 from agent_lightning.run.loop import Loop
-from agent_lightning.run.state import State
+from agent_lightning.run.state import State, make_plan
 from agent_lightning.run.tasks import TaskCursor
 from agent_lightning.testing.world import QuietObserver
 

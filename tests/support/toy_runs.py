@@ -19,13 +19,13 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from agent_lightning.cli.train import credit_rules, make_plan
 from agent_lightning.config.load import load, to_yaml
 from agent_lightning.core.errors import StepFailed
 from agent_lightning.core.types import Task
 from agent_lightning.launch.sweeps.plan import SweepFolder, TrialRecord, plan_sweep
 from agent_lightning.run.observer import RunObserver, summarize
 from agent_lightning.run.report import Progress
+from agent_lightning.run.state import credit_rules, make_plan
 from agent_lightning.run.tracking import RunDirectory
 from agent_lightning.testing.world import ToyWorld
 

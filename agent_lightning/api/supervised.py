@@ -13,14 +13,14 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from agent_lightning.cli.train import Attempt, make_plan
+from agent_lightning.api.attempt import Attempt
 from agent_lightning.config.load import Config
 from agent_lightning.core.errors import DataError, UserError
 from agent_lightning.core.types import Split, Task
 from agent_lightning.launch import checks, hub, launch
 from agent_lightning.learners.chats import Chat, ChatEncoder
 from agent_lightning.run.observer import RunObserver
-from agent_lightning.run.state import checkpoint_folder
+from agent_lightning.run.state import checkpoint_folder, make_plan
 from agent_lightning.run.supervised import SupervisedLearner, SupervisedLoop
 
 HELD_OUT: Final = 20

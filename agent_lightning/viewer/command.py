@@ -11,15 +11,15 @@ from urllib.parse import quote
 
 from rich.console import Console
 
-from agent_lightning.cli.train import credit_rules
-from agent_lightning.cli.viewer.app import Viewer, serve
-from agent_lightning.cli.viewer.decode import Decode, decoder, decoder_of
-from agent_lightning.cli.viewer.export import write_file
-from agent_lightning.cli.viewer.folder import Library, RunFiles, is_run
 from agent_lightning.config.load import reload
 from agent_lightning.core.errors import AgentLightningError, UserError
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.run import storage
+from agent_lightning.run.state import credit_rules
+from agent_lightning.viewer.app import Viewer, serve
+from agent_lightning.viewer.decode import Decode, decoder, decoder_of
+from agent_lightning.viewer.export import write_file
+from agent_lightning.viewer.folder import Library, RunFiles, is_run
 
 FETCH_SECONDS = 15.0
 """Seconds between two looks at a remote place."""
@@ -38,10 +38,7 @@ async def view(place: str, port: int, out: Path | None) -> int:
         if out is not None:
             if not is_run(root):
                 raise UserError(f"--out writes the pages of one run, and {place} is no run")
-            try:
-                write_file(RunFiles(root), find_rules, out)
-            except OSError as error:
-                raise UserError(f"{out}: {error.strerror or error}") from error
+            write(root, out)
             console.print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, opens in any browser", highlight=False)
             return 0
         token = secrets.token_urlsafe(16)
@@ -57,6 +54,14 @@ async def view(place: str, port: int, out: Path | None) -> int:
 
         await serve(Viewer(library, find_rules, token=token), port, show)
     return 0
+
+
+def write(run: Path, out: Path) -> None:
+    """Write the pages of a run's folder to one file. Raises UserError."""
+    try:
+        write_file(RunFiles(run), find_rules, out)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror or error}") from error
 
 
 def find_rules(config_file: Path) -> tuple[CreditRules | None, Decode, str]:
