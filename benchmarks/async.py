@@ -125,7 +125,7 @@ async def toy(max_lag: int, options: argparse.Namespace) -> dict[str, Any]:
 def real(max_lag: int, options: argparse.Namespace) -> dict[str, Any]:
     """A run of experiment=calc_tiny on vLLM and veRL, without its evaluations."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "agent_lightning.cli", "train", "experiment=calc_tiny", f"runs_dir={folder}"]
+        command = [sys.executable, "-m", "agent_lightning", "train", "experiment=calc_tiny", f"runs_dir={folder}"]
         command += [f"steps={options.steps}", "name=run", "eval_every=0", "data.val.num=8", f"loop.max_lag={max_lag}"]
         command += [f"agent.target={Path(__file__).resolve()}:solve", *options.overrides]
         subprocess.run(command, check=True, stdout=sys.stderr)

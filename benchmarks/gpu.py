@@ -96,7 +96,7 @@ def used_gib() -> float:
 def run(folder: Path, model: Path, steps: int, words: list[str]) -> dict[str, Any]:
     """Until the last step is over, and then to its end by force."""
     here = Path(__file__).resolve()
-    command = [sys.executable, "-m", "agent_lightning.cli", "train", "experiment=calc_tiny", "hardware=gpu1"]
+    command = [sys.executable, "-m", "agent_lightning", "train", "experiment=calc_tiny", "hardware=gpu1"]
     command += [f"model.path={model}", "model.dtype=bfloat16", "model.max_len=2048", "model.tool_parser=null"]
     command += [f"agent.target={here}:solve", f"agent.reward={here}:coin", f"sampling.train.max_tokens={TOKENS}"]
     command += ["data.val.num=8", "sampling.val.max_tokens=8", "eval_every=0", "checkpoint_every=0", "restarts=0"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import gzip
 import json
 import multiprocessing
@@ -23,6 +22,7 @@ import numpy as np
 
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.core.types import Task
+from agent_lightning.serving.bodies import prepare_process
 from agent_lightning.serving.gateway import Gateway, GatewayConfig
 from agent_lightning.testing.model import ToyEngine, ToyLanguage
 from agent_lightning.testing.world import SAMPLING, serve_locally
@@ -52,7 +52,7 @@ async def serve(pipe: Connection) -> None:
 
 
 def run_server(pipe: Connection) -> None:
-    gc.freeze()  # as a gateway on Ray Serve does
+    prepare_process()  # as a gateway on Ray Serve does
     asyncio.run(serve(pipe))
 
 

@@ -69,7 +69,7 @@ class Cluster:
                 hosts.join()
             words = [*words_of(self._experiment, self._workers), *self._words]
             words += [f"hardware.address={hosts.address}", f"runs_dir={folder}"]
-            command = hosts.head.command(sys.executable, "-m", "agent_lightning.cli", *words)
+            command = hosts.head.command(sys.executable, "-m", "agent_lightning", *words)
             run = subprocess.Popen(command, cwd=ROOT, env=hosts.environment, stdout=sys.stderr)
             self._metrics = Path(folder) / "run" / "metrics.jsonl"
             deadline = time.monotonic() + START_SECONDS

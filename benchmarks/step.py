@@ -24,7 +24,7 @@ PARTS = ("step", "generate", "update", "publish", "other")
 
 def run(steps: int, folder: str, overrides: list[str]) -> Path:
     """A short run with nothing but its steps; returns its directory."""
-    command = [sys.executable, "-m", "agent_lightning.cli", "train", "experiment=calc_tiny", f"steps={steps}"]
+    command = [sys.executable, "-m", "agent_lightning", "train", "experiment=calc_tiny", f"steps={steps}"]
     command += ["eval_every=0", "data.val.num=16", f"runs_dir={folder}", "name=step", *overrides]
     subprocess.run(command, check=True, stdout=sys.stderr)
     return Path(folder) / "step"

@@ -19,7 +19,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
-AGL = (sys.executable, "-m", "agent_lightning.cli")
+AGL = (sys.executable, "-m", "agent_lightning")
 SMALL = ("algorithm.tasks_per_step=12", "data.val.num=60", "eval_every=1")
 MUSIQUE = "experiment=musique_tiny_relations"
 RUNS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, wait
@@ -25,6 +24,7 @@ from agent_lightning.core.processes import cpu_environment
 from agent_lightning.core.text import error_line
 from agent_lightning.core.threads import start_thread
 from agent_lightning.rollouts.supervise import is_healthy
+from agent_lightning.serving.bodies import prepare_process
 from agent_lightning.serving.calls import Recorder
 from agent_lightning.serving.engine import Completion, Part, Refusal, engine_error
 from agent_lightning.serving.gateway import Engine, Gateway, GatewayConfig, application
@@ -138,7 +138,7 @@ class GatewayDeployment:
     """A `Gateway` as a Serve deployment."""
 
     def __init__(self, policy: DeploymentHandle[Any], recorder: Recorder, config: GatewayConfig) -> None:
-        gc.freeze()  # what is imported stays: collections of a large request's garbage need not look at it
+        prepare_process()
         self._gateway = Gateway(engine=HandleEngine(policy), recorder=recorder, config=config)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -242,7 +242,7 @@ def test_bad_input_is_refused_before_ray_is_imported(model: str) -> None:
 
 
 def test_the_module_is_the_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "agent_lightning.cli", "train", "experiment=nope"]
+    command = [sys.executable, "-m", "agent_lightning", "train", "experiment=nope"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert (ended.returncode, ended.stdout) == (USER_ERROR, "")
     assert ended.stderr == f"agl: experiment=nope: unknown; choose one of {EXPERIMENTS}\n"

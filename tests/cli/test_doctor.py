@@ -65,7 +65,7 @@ def test_another_version_a_stray_package_and_the_wrong_torch_are_named() -> None
 
 def test_the_command_answers_in_seconds_from_any_folder(tmp_path: Path) -> None:
     started = time.monotonic()
-    command = [sys.executable, "-m", "agent_lightning.cli", "doctor"]
+    command = [sys.executable, "-m", "agent_lightning", "doctor"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert time.monotonic() - started < 30
     assert ended.returncode in (0, 1), ended.stderr

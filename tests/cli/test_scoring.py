@@ -140,7 +140,7 @@ def test_nothing_to_score_is_one_line(tmp_path: Path, arguments: list[str], caps
 
 
 def test_standard_input_is_read() -> None:
-    command = [sys.executable, "-m", "agent_lightning.cli", "score", "calc_x", "-"]
+    command = [sys.executable, "-m", "agent_lightning", "score", "calc_x", "-"]
     text = '{"pred": "12", "result": "12"}\n'
     done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
@@ -149,7 +149,7 @@ def test_standard_input_is_read() -> None:
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", *['{"pred": "12", "result": "12"}\n'] * 20_000)
-    command = [sys.executable, "-m", "agent_lightning.cli", "score", "calc_x", path]
+    command = [sys.executable, "-m", "agent_lightning", "score", "calc_x", path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stderr

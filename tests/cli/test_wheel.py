@@ -31,7 +31,7 @@ def site_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def agl(site_packages: Path, folder: Path, *arguments: str, text: str = "") -> str:
     environment = {**os.environ, "PYTHONPATH": str(site_packages), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "agent_lightning.cli", *arguments]
+    command = [sys.executable, "-m", "agent_lightning", *arguments]
     ended = subprocess.run(
         command, cwd=folder, env=environment, input=text, capture_output=True, text=True, timeout=100
     )

@@ -17,7 +17,7 @@ SMALL = ["experiment=calc_tiny", "data.train.num=400", "data.val.num=24", "track
 
 
 def agl(*arguments: str) -> str:
-    command = [sys.executable, "-m", "agent_lightning.cli", *arguments]
+    command = [sys.executable, "-m", "agent_lightning", *arguments]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout

@@ -99,7 +99,7 @@ def test_the_whole_loop_runs_on_one_gpu(tmp_path: Path) -> None:
     words = ["experiment=calc_tiny", "hardware=gpu1", "model.dtype=bfloat16", "steps=3", "eval_every=3"]
     words += ["tracking.wandb=disabled"]
     small = ["data.train.num=400", "data.val.num=24", "algorithm.tasks_per_step=8"]
-    command = [sys.executable, "-m", "agent_lightning.cli", "train", *words, *small, f"runs_dir={tmp_path}", "name=run"]
+    command = [sys.executable, "-m", "agent_lightning", "train", *words, *small, f"runs_dir={tmp_path}", "name=run"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -98,7 +98,8 @@ def test_two_runs_at_once_do_not_meet_and_say_what_a_local_one_says(dashboard: s
 
 def test_a_stopped_job_leaves_a_checkpoint(dashboard: str, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    follower = agl("submit", "experiment=toy", "steps=1000", f"runs_dir={runs}", "--address", dashboard, "--wait")
+    words = ("experiment=toy", "steps=1000", "loop.max_lag=2", f"runs_dir={runs}")  # stopped with rollouts in flight
+    follower = agl("submit", *words, "--address", dashboard, "--wait")
     assert follower.stderr is not None
     names = (re.search(r"submitted (\S+);", line) for line in follower.stderr)  # Ray's client may speak first
     name = next(match[1] for match in names if match)
@@ -110,8 +111,12 @@ def test_a_stopped_job_leaves_a_checkpoint(dashboard: str, tmp_path: Path) -> No
     logs = subprocess.run(command, env=os.environ | TOKEN, capture_output=True, text=True, check=True).stdout
     assert "run folder" in logs
     assert "SIGTERM received" not in logs, "a stop that was asked for is no crash with a stack trace"
-    *_, state = sorted(runs.glob("*/checkpoints/*/state.json"))
-    assert json.loads(state.read_text())["step"] >= 1
+    *_, path = sorted(runs.glob("*/checkpoints/*/state.json"))
+    state = json.loads(path.read_text())
+    assert state["step"] >= 1
+    assert state["in_flight"] == []
+    assert state["dropped"]["run_stopped"] > 0
+    assert state["admitted"] == state["trained"] + sum(state["dropped"].values())
 
 
 def test_rays_own_command_and_the_exit_code_of_a_run_that_is_refused(dashboard: str) -> None:

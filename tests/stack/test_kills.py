@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def agl(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "agent_lightning.cli", *arguments]
+    return [sys.executable, "-m", "agent_lightning", *arguments]
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def test_searches_arrive_as_tool_spans_and_calls_are_trained(tmp_path: Path) -> 
         with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
             file.writelines(json.dumps(row) + "\n" for row in content)
     options = ["experiment=musique_tiny_relations", f"data.root={tmp_path}", "steps=1", "algorithm.tasks_per_step=16"]
-    command = [sys.executable, "-m", "agent_lightning.cli", "train", *options, f"runs_dir={tmp_path}", "name=run"]
+    command = [sys.executable, "-m", "agent_lightning", "train", *options, f"runs_dir={tmp_path}", "name=run"]
     subprocess.run(command, cwd=ROOT, check=True)
     rollouts = read_rollouts(tmp_path / "run").to_pylist()
     assert {row["outcome"] for row in rollouts} == {"finished"}

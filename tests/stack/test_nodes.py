@@ -46,7 +46,7 @@ def wait_for(what: Callable[[], object], seconds: float, process: subprocess.Pop
 def training(hosts: Hosts, folder: Path, *settings: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """`agl train` on the head; the process and its log."""
     words = ("train", *TOY, f"hardware.address={hosts.address}", f"runs_dir={folder}", "name=run", *settings)
-    command = hosts.head.command(sys.executable, "-m", "agent_lightning.cli", *words)
+    command = hosts.head.command(sys.executable, "-m", "agent_lightning", *words)
     log = folder / "log"
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=hosts.environment, text=True, stdout=out, stderr=out)
@@ -115,7 +115,7 @@ def test_workers_and_gateways_come_and_go_with_their_nodes(hosts: Hosts, tmp_pat
         reached = steps_of(run)
         wait_for(lambda: steps_of(run) >= reached + 5, 240, process, log)
         assert [number_on(host, "ray::RolloutWorker") for host in (hosts.head, third, fourth)] == [2, 2, 2]
-        os.kill(hosts.head.processes("agent_lightning.cli")[-1].pid, signal.SIGINT)
+        os.kill(hosts.head.processes("-m agent_lightning train")[-1].pid, signal.SIGINT)
         assert process.wait(timeout=240) == 130, log.read_text()
     rollouts = json.loads((run / "summary.json").read_text())["rollouts"]
     assert rollouts["admitted"] == rollouts["trained"] + sum(rollouts["dropped"].values())

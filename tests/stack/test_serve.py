@@ -24,7 +24,7 @@ TOOL = {"type": "function", "function": {"name": "calculator", "parameters": {"p
 
 
 def agl(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "agent_lightning.cli", *arguments]
+    return [sys.executable, "-m", "agent_lightning", *arguments]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ EXAMPLE = project_folder("examples") / "calc_x"
 
 
 def agl(*arguments: str, code: int = 0) -> str:
-    command = [sys.executable, "-m", "agent_lightning.cli", *arguments]
+    command = [sys.executable, "-m", "agent_lightning", *arguments]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ended.returncode == code, ended.stderr
     return ended.stdout if code == 0 else ended.stderr

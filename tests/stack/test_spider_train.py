@@ -65,7 +65,7 @@ def test_writer_checker_and_rewriter_are_recorded_and_the_checker_is_not_trained
         f"runs_dir={tmp_path}",
         "name=run",
     ]
-    command = [sys.executable, "-m", "agent_lightning.cli", "train", *options]
+    command = [sys.executable, "-m", "agent_lightning", "train", *options]
     subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"CHECKER_BASE_URL": ""})
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(summary["val_reward_by"]) == {"easy", "medium"}

@@ -34,7 +34,7 @@ SMALL = [
 
 
 def agl(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "agent_lightning.cli", *arguments]
+    return [sys.executable, "-m", "agent_lightning", *arguments]
 
 
 def records(run: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @contextmanager
 def serving(place: Path) -> Iterator[Iterator[str]]:
     """Run `agl view PLACE`; yields the lines that it prints, the first of which is its address."""
-    command = [sys.executable, "-m", "agent_lightning.cli", "view", str(place)]
+    command = [sys.executable, "-m", "agent_lightning", "view", str(place)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

@@ -406,7 +406,7 @@ def test_bad_input_is_one_line(runs: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_the_command_prints_an_address_that_opens(runs: Path) -> None:
-    command = [sys.executable, "-m", "agent_lightning.cli", "view", str(runs / "finished")]
+    command = [sys.executable, "-m", "agent_lightning", "view", str(runs / "finished")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         address = process.stdout.readline().strip()

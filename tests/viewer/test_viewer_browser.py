@@ -102,7 +102,7 @@ def test_a_running_run_shows_what_it_writes(page: Any, runs: Path) -> None:
 
 def test_the_file_for_colleagues_opens_without_a_server(page: Any, runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "run.html"
-    command = [sys.executable, "-m", "agent_lightning.cli", "view", str(runs / "hostile"), "--out", str(out)]
+    command = [sys.executable, "-m", "agent_lightning", "view", str(runs / "hostile"), "--out", str(out)]
     subprocess.run(command, check=True)
     page.goto(out.as_uri())
     assert page.locator("section.page:visible").count() == 1

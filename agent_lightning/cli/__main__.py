@@ -1,8 +1,0 @@
-"""`python -m agent_lightning.cli` is `agl`."""
-
-import sys
-
-from agent_lightning.cli.main import main
-
-if __name__ == "__main__":
-    sys.exit(main())
