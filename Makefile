@@ -67,6 +67,7 @@ check: venv ## lint, format, types, import contracts, house figures
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy --strict agent_lightning
+	MYPYPATH=examples/musique:tests/support:benchmarks $(BIN)/mypy --ignore-missing-imports --disable-error-code no-any-return benchmarks
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python scripts/house.py
 

@@ -39,8 +39,8 @@ from agent_lightning.spans.tree import RawSpan
 from agent_lightning.testing.world import ToyWorld
 
 WORDS = tuple("0123456789")
-JSON = {"content-type": "application/json"}
-PACKED = JSON | {"content-encoding": "gzip"}
+JSON: Mapping[str, str] = {"content-type": "application/json"}
+PACKED: Mapping[str, str] = {**JSON} | {"content-encoding": "gzip"}
 
 
 def span(number: int, attributes: Mapping[str, Any], parent: int = 0) -> RawSpan:
@@ -172,8 +172,7 @@ class Agent:
 async def wave(world: ToyWorld, tasks: list[Task], per_task: int) -> tuple[float, list[Group]]:
     """Rollouts per second of the tasks that attack in no round, until the last of them has ended; and all groups."""
     begun = time.time()
-    groups = await world.loop.generate(tasks, split="train", num_rollouts=per_task)
-    assert groups is not None
+    groups = await world.generate(tasks, num_rollouts=per_task)
     honest = [t for g in groups if not g.task.payload["attack"] for t in g.trajectories]
     assert all(t.outcome is Outcome.FINISHED and len(t.calls) == 2 for t in honest), honest[0].error
     measured = [t for g in groups if int(g.task.task_id) % 10 for t in g.trajectories]
@@ -229,7 +228,7 @@ async def measure(options: argparse.Namespace, folder: Path, pipe: Connection, c
             assert stats.admitted == stats.trained + sum(stats.dropped.values())
             await wave(world, first, options.per_task)
     without, with_them = (statistics.median(rates[hostile]) for hostile in (False, True))
-    row = {
+    row: dict[str, Any] = {
         "rollouts_per_s": without,
         "with_adversaries": with_them,
         "share": with_them / without,

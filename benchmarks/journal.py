@@ -58,9 +58,8 @@ async def rollouts(concurrent: int, journal: Path | None, config: BufferConfig) 
         options: dict[str, Any] = {"agent": spec, "concurrency": concurrent, "tasks": tasks, "words": WORDS}
         async with ToyWorld(**options, journal=journal, buffer_config=config) as world:
             started, working = time.perf_counter(), time.process_time()
-            groups = await world.loop.generate(tasks, split="train", num_rollouts=12)
+            groups = await world.generate(tasks, num_rollouts=12)
             seconds, worked = time.perf_counter() - started, time.process_time() - working
-            assert groups is not None
             ended = [trajectory for group in groups for trajectory in group.trajectories]
             assert all(trajectory.outcome is Outcome.FINISHED and len(trajectory.calls) == 2 for trajectory in ended), (
                 ended[0].error

@@ -40,7 +40,7 @@ DIMENSION, RANK, QUERIES, K = 768, 32, 200, 10
 CUTOFFS = (2, 5, 10, 20)
 
 
-def timed(search: Callable[[Any], Any], queries: Sequence[Any]) -> tuple[list[Any], dict[str, float]]:
+def timed(search: Callable[[Any], Any], queries: Any) -> tuple[list[Any], dict[str, float]]:
     """One query after the other: its answer, and the latency."""
     answers, seconds = [], []
     for query in queries:

@@ -20,6 +20,7 @@ import uvicorn
 
 from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.buffer.buffer import Buffer
+from agent_lightning.buffer.taken import take_groups
 from agent_lightning.config.learning import AlgorithmConfig
 from agent_lightning.config.running import Agent, AgentConfig, BufferConfig, LoopConfig
 from agent_lightning.core.types import Floats, Group, Split, Task
@@ -186,6 +187,12 @@ class ToyWorld:
         """Train until the run has made `steps` steps in all. Raises StepFailed, EngineError."""
         self.loop.plan = replace(self.loop.plan, steps=steps)
         return await self.loop.run()
+
+    async def generate(self, tasks: Sequence[Task], *, num_rollouts: int) -> list[Group]:
+        """Run training rollouts of each task to their ends, without training, and return the groups."""
+        for task in tasks:
+            await self.buffer.admit(task, split="train", num_rollouts=num_rollouts)
+        return await take_groups(self.buffer, len(tasks), split="train")
 
     def stop(self) -> None:
         """Stop the running step: `train` writes a checkpoint and returns."""
