@@ -125,3 +125,16 @@ def test_a_function_of_a_cell_is_trained_and_resumed(tmp_path: Path) -> None:
     assert run.summary["steps"] == 1
     assert set(run.rollouts.task_id) <= {row["id"] for row in rows}
     assert agl.train(resume=run, steps=2).summary["steps"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.stack
+def test_chats_are_learnt_and_the_model_leaves(tmp_path: Path) -> None:
+    chats = [
+        {"messages": [{"role": "user", "content": f"What is {n} + 1?"}, {"role": "assistant", "content": f"{n + 1}"}]}
+        for n in range(8)
+    ]
+    keys = {"algorithm.tasks_per_step": 4, "tracking.wandb": "disabled"}
+    run = agl.sft(chats, val=chats[:2], experiment="calc_tiny", steps=1, runs_dir=str(tmp_path), **keys)
+    assert run.summary["val_loss_last"] < run.summary["val_loss_first"]
+    assert (run.export_model(tmp_path / "warm") / "config.json").is_file()
