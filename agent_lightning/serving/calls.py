@@ -136,19 +136,21 @@ async def take_traces(
     be read, 409 if the rollout has ended, and 413 if it has sent too much or the journal is full: exporters repeat none
     of these."""
     content_type = headers.get("content-type", otlp.PROTOBUF)
-    digest = hashlib.sha256(f"{content_type}\n".encode() + raw).digest()
-    if digest in attempt.traces:
-        body, kind = attempt.traces[digest]
-        return Response(body, media_type=kind)
 
-    def decode() -> tuple[Mapping[str, tuple[RawSpan, ...]], Mapping[str, int]]:
+    def decode() -> tuple[bytes, Mapping[str, tuple[RawSpan, ...]], Mapping[str, int]]:
+        digest = hashlib.sha256(f"{content_type}\n".encode() + raw).digest()
+        if digest in attempt.traces:
+            return digest, {}, {}
         if attempt.over_budget:  # since this body has come
             raise OverBudget(attempt.over_budget)
         options = {"content_type": content_type, "secret": attempt.secret}
-        return otlp.decode(raw, max_bytes=len(raw), max_spans=_MAX_SPANS, **options)
+        return digest, *otlp.decode(raw, max_bytes=len(raw), max_spans=_MAX_SPANS, **options)
 
     try:
-        traces, faults = await reader.apart(attempt, len(raw), decode)
+        digest, traces, faults = await reader.apart(attempt, len(raw), decode)
+        if digest in attempt.traces:  # the same body has come before
+            body, kind = attempt.traces[digest]
+            return Response(body, media_type=kind)
         spans = tuple(span for trace in traces.values() for span in trace)
         lost = sum(count for reason, count in faults.items() if not reason.startswith("repaired"))
         rejected = lost + await recorder.record_spans(attempt.key, spans, faults)

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -45,6 +46,9 @@ REASONS = {
 """Every reason for which `decode` refuses or repairs a span, and its meaning. Repaired spans are kept."""
 _UNREADABLE = (json_format.ParseError, ValueError, TypeError, AttributeError, RecursionError, SystemError)
 """Errors that protobuf raises for JSON; SystemError is for a field whose name has half of a surrogate pair."""
+_LONG = 4096
+"""Characters from which on a text does not go through protobuf's reader of JSON, which searches each for halves of
+surrogate pairs, at 25 ns a character, and holds Python's lock meanwhile."""
 _DEPTH = 16
 """Lists and mappings that may be nested in each other in the value of an attribute."""
 _EVENTS = "gen_ai.events"
@@ -191,10 +195,49 @@ def _json_spans(trees: Iterable[Mapping[str, Any]], refused: Counter[str]) -> It
         known = {name: value for name, value in span.items() if name not in ("links", "kind", *_IDS, *_IDS.values())}
         known |= {name: _base64(span.get(name, span.get(snake))) for name, snake in _IDS.items()}
         known |= {"status": {**status, "code": 2}} if isinstance(status, dict) and failed else {}
+        texts: dict[str, str] = {}
         try:
-            yield json_format.ParseDict(known, trace_pb2.Span(), ignore_unknown_fields=True)
+            message = json_format.ParseDict(_shorten(known, texts), trace_pb2.Span(), ignore_unknown_fields=True)
+            yield _lengthen(message, texts) if texts else message
         except _UNREADABLE:
             refused["a span that cannot be read"] += 1
+
+
+def _shorten(value: Any, texts: dict[str, str]) -> Any:
+    """The JSON of a span with a name for each long text, which `texts` then has. Raises ValueError for one with half of
+    a surrogate pair, and RecursionError."""
+    if isinstance(value, dict):
+        # Bytes are written in base64, which a name is not.
+        return {k: v if k in ("bytesValue", "bytes_value") else _shorten(v, texts) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_shorten(part, texts) for part in value]
+    if not isinstance(value, str) or len(value) < _LONG:
+        return value
+    value.encode()
+    texts[name := secrets.token_hex(16)] = value  # nobody can guess it, and so write it
+    return name
+
+
+def _lengthen(span: trace_pb2.Span, texts: Mapping[str, str]) -> trace_pb2.Span:
+    """The span with the texts that `_shorten` has taken out."""
+
+    def restore(value: AnyValue) -> None:
+        if value.string_value in texts:
+            value.string_value = texts[value.string_value]
+        for part in value.array_value.values if value.HasField("array_value") else ():
+            restore(part)
+        restore_all(value.kvlist_value.values if value.HasField("kvlist_value") else ())
+
+    def restore_all(pairs: Iterable[KeyValue]) -> None:
+        for pair in pairs:
+            pair.key = texts.get(pair.key, pair.key)
+            restore(pair.value)
+
+    for part in (span, *span.events):
+        part.name = texts.get(part.name, part.name)
+        restore_all(part.attributes)
+    span.status.message = texts.get(span.status.message, span.status.message)
+    return span
 
 
 def _dicts(value: Any) -> Iterable[dict[str, Any]]:

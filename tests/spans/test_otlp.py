@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,6 +56,32 @@ def test_spans_that_are_sent_come_back_as_they_were(spans: tuple[RawSpan, ...], 
     for content_type, body in bodies.items():
         packed = {"": body, "gzip": gzip.compress(body), "deflate": zlib.compress(body)}[encoding]
         assert decode(packed, content_type=content_type, content_encoding=encoding, **LIMITS) == (spans, {})
+
+
+def test_long_texts_are_read_as_short_ones_are() -> None:
+    """They do not go through protobuf's reader of JSON."""
+    long = "é\U0001f600" * 5000
+    values: Any = {f"{long}k": long, "list": [long, {long: [long, 1]}], "short": "x", "n": 2}
+    span = RawSpan(span_id="1" * 16, parent_id="", name=f"{long}n", started_at=1e9, ended_at=2e9, attributes=values)
+    sent = (replace(span, error=f"{long}e"),)
+    for content_type, body in {
+        PROTOBUF: encode(sent, trace_id="t", resource={}),
+        JSON: encode_json(sent, trace_id="t", resource={}).encode(),
+    }.items():
+        assert decode(body, content_type=content_type, **LIMITS) == (sent, {})
+    tree = json.loads(encode_json((span,), trace_id="t", resource={}))
+    (read,) = tree["resourceSpans"][0]["scopeSpans"][0]["spans"]
+    text, packed = {"stringValue": long}, {"bytesValue": base64.b64encode(long.encode()).decode()}
+    read["attributes"] = [{"key": "bytes", "value": packed}]
+    read["events"] = [{"name": "gen_ai.choice", "attributes": [{"key": long, "value": text}]}]
+    ((got,), refused) = decode(json.dumps(tree).encode(), content_type=JSON, **LIMITS)
+    assert got.attributes == {
+        "bytes": long.encode().hex(),
+        "gen_ai.events": [{"event.name": "gen_ai.choice", long: long}],
+    }
+    assert refused == {}
+    read["name"] = f"{long}\ud800"
+    assert decode(json.dumps(tree).encode(), content_type=JSON, **LIMITS) == ((), {"a span that cannot be read": 1})
 
 
 @given(st.binary(max_size=200), st.sampled_from([PROTOBUF, JSON]), st.sampled_from(["", "gzip", "deflate"]))
