@@ -34,6 +34,7 @@ from agent_lightning.config.learning import AlgorithmConfig, CreditConfig
 from agent_lightning.config.running import AgentConfig
 from agent_lightning.core.types import Group, Outcome, Policy, Task
 from agent_lightning.credit.assign import CreditRules, assign
+from agent_lightning.serving.bodies import prepare_process
 from agent_lightning.spans.otlp import encode_json
 from agent_lightning.spans.tree import RawSpan
 from agent_lightning.testing.world import ToyWorld
@@ -180,6 +181,7 @@ async def wave(world: ToyWorld, tasks: list[Task], per_task: int) -> tuple[float
 
 
 async def measure(options: argparse.Namespace, folder: Path, pipe: Connection, checks: Connection) -> None:
+    prepare_process()  # as a gateway on Ray Serve does
     kinds = pipe.recv()
     rules = CreditRules(credit=CreditConfig(method="return_to_go"))
     rates: dict[bool, list[float]] = {False: [], True: []}
