@@ -80,7 +80,8 @@ class Attempt:
                         system = await _first(stack.enter_async_context(self.start(places)), stop.wait())
                         if isinstance(system, bool):
                             progress.stop()
-                            raise Stopped("stopped before it had started; nothing is changed")
+                            self.console.print(text := "stopped before it had started; nothing is changed")
+                            raise Stopped(text)
                         start_s = time.monotonic() - started
                         from agent_lightning.core.actors import head_is_lost
 
