@@ -10,9 +10,9 @@ import base64
 import hashlib
 import json
 import re
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -44,11 +44,8 @@ REASONS = {
     "repaired: a value nested too deep": "kept, without what is nested deeper than 16",
 }
 """Every reason for which `decode` refuses or repairs a span, and its meaning. Repaired spans are kept."""
-_UNREADABLE = (json_format.ParseError, ValueError, TypeError, AttributeError, RecursionError, SystemError)
-"""Errors that protobuf raises for JSON; SystemError is for a field whose name has half of a surrogate pair."""
-_LONG = 4096
-"""Characters from which on a text does not go through protobuf's reader of JSON, which searches each for halves of
-surrogate pairs, at 25 ns a character, and holds Python's lock meanwhile."""
+_UNREADABLE = (ValueError, TypeError, AttributeError, RecursionError, OverflowError)
+"""Errors of reading a span in JSON that is no OTLP."""
 _DEPTH = 16
 """Lists and mappings that may be nested in each other in the value of an attribute."""
 _EVENTS = "gen_ai.events"
@@ -75,7 +72,7 @@ def decode(
         raise DataError(f"OTLP body of more than {max_bytes} bytes: send fewer spans at once")
     refused: Counter[str] = Counter()
     kind = content_type.partition(";")[0].strip().lower()
-    messages: Iterable[trace_pb2.Span]
+    sent: Iterable[_Sent]
     if kind == PROTOBUF:
         request = trace_service_pb2.ExportTraceServiceRequest()
         try:
@@ -85,7 +82,7 @@ def decode(
         if plain and not request.resource_spans:
             raise DataError("body is protobuf, but no OTLP trace request")
         scopes = (scope for resource in request.resource_spans for scope in resource.scope_spans)
-        messages = (span for scope in scopes for span in scope.spans)
+        sent = (_of_message(span) for scope in scopes for span in scope.spans)
     elif kind == JSON:
         try:
             tree = json.loads(plain)
@@ -93,10 +90,10 @@ def decode(
             raise DataError("OTLP body is truncated or not JSON") from None
         if not isinstance(tree, dict) or (tree and not any(name in tree for name in RESOURCES)):
             raise DataError("body is JSON, but no OTLP trace request: it has no resourceSpans")
-        messages = _json_spans([tree], refused)
+        sent = _json_spans([tree], refused)
     else:
         raise DataError(f"content type {kind!r}: OTLP is {PROTOBUF} or {JSON}")
-    return _by_trace(messages, refused, max_spans), +refused
+    return _by_trace(sent, refused, max_spans), +refused
 
 
 def read_json(records: Iterable[Mapping[str, Any]], refused: Counter[str]) -> Mapping[str, tuple[RawSpan, ...]]:
@@ -104,17 +101,31 @@ def read_json(records: Iterable[Mapping[str, Any]], refused: Counter[str]) -> Ma
     return _by_trace(_json_spans(records, refused), refused, 10**9)
 
 
-def _by_trace(
-    messages: Iterable[trace_pb2.Span], refused: Counter[str], max_spans: int
-) -> dict[str, tuple[RawSpan, ...]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sent:
+    """A span as a client has sent it."""
+
+    trace_id: bytes
+    span_id: bytes
+    parent_id: bytes
+    name: str
+    start_ns: int
+    end_ns: int
+    attributes: Mapping[str, Any]
+    events: Sequence[Mapping[str, Any]]  # the name of each is its "event.name"
+    failed: bool
+    message: str  # of the status
+
+
+def _by_trace(sent: Iterable[_Sent], refused: Counter[str], max_spans: int) -> dict[str, tuple[RawSpan, ...]]:
     traces: dict[str, dict[str, RawSpan]] = {}
-    for number, message in enumerate(messages):
+    for number, own in enumerate(sent):
         if number >= max_spans:
             raise DataError(f"OTLP body of more than {max_spans} spans: send fewer at once")
-        span = _raw_span(message, refused)
+        span = _raw_span(own, refused)
         if span is None:
             continue
-        spans = traces.setdefault(message.trace_id.hex(), {})
+        spans = traces.setdefault(own.trace_id.hex(), {})
         refused["a span id for the second time"] += span.span_id in spans
         spans.setdefault(span.span_id, span)
     return {trace_id: tuple(spans.values()) for trace_id, spans in traces.items()}
@@ -183,105 +194,143 @@ def acknowledge(content_type: str, *, rejected: int, message: str) -> tuple[byte
 RESOURCES = ("resourceSpans", "resource_spans", "batches")
 """Keys under which a request in JSON has its spans: OTLP's, the same as protobuf names it, and Grafana Tempo's."""
 _SCOPES = ("scopeSpans", "scope_spans", "instrumentationLibrarySpans", "instrumentation_library_spans")
-_IDS = {"traceId": "trace_id", "spanId": "span_id", "parentSpanId": "parent_span_id"}
+_KINDS = ("string", "bool", "int", "double", "array", "kvlist", "bytes")
+_VALUE = {f"{kind}{ending}": kind for kind in _KINDS for ending in ("Value", "_value")}
+"""Key of an AnyValue in JSON -> its kind."""
 
 
-def _json_spans(trees: Iterable[Mapping[str, Any]], refused: Counter[str]) -> Iterator[trace_pb2.Span]:
+def _json_spans(trees: Iterable[Mapping[str, Any]], refused: Counter[str]) -> Iterator[_Sent]:
+    """The spans of requests in JSON. protobuf would take 90 us to read a small span, and 100 ms for a text of 4 MB, in
+    which it holds Python's lock."""
     resources = (part for tree in trees for name in RESOURCES for part in _dicts(tree.get(name)))
     scopes = (scope for part in resources for name in _SCOPES for scope in _dicts(part.get(name)))
     for span in (span for scope in scopes for span in _dicts(scope.get("spans"))):
-        status = span.get("status")
-        failed = isinstance(status, dict) and str(status.get("code")).upper().endswith("ERROR")
-        known = {name: value for name, value in span.items() if name not in ("links", "kind", *_IDS, *_IDS.values())}
-        known |= {name: _base64(span.get(name, span.get(snake))) for name, snake in _IDS.items()}
-        known |= {"status": {**status, "code": 2}} if isinstance(status, dict) and failed else {}
-        texts: dict[str, str] = {}
         try:
-            message = json_format.ParseDict(_shorten(known, texts), trace_pb2.Span(), ignore_unknown_fields=True)
-            yield _lengthen(message, texts) if texts else message
+            yield _of_json(span)
         except _UNREADABLE:
             refused["a span that cannot be read"] += 1
 
 
-def _shorten(value: Any, texts: dict[str, str]) -> Any:
-    """The JSON of a span with a name for each long text, which `texts` then has. Raises ValueError for one with half of
-    a surrogate pair, and RecursionError."""
-    if isinstance(value, dict):
-        # Bytes are written in base64, which a name is not.
-        return {k: v if k in ("bytesValue", "bytes_value") else _shorten(v, texts) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_shorten(part, texts) for part in value]
-    if not isinstance(value, str) or len(value) < _LONG:
-        return value
+def _of_json(span: Mapping[str, Any]) -> _Sent:
+    """A span in JSON; every key may be as OTLP writes it, or as protobuf names it. Raises what `_UNREADABLE` lists."""
+    status = span.get("status")
+    status = status if isinstance(status, dict) else {}
+    return _Sent(
+        trace_id=_identity_of(span.get("traceId", span.get("trace_id"))),
+        span_id=_identity_of(span.get("spanId", span.get("span_id"))),
+        parent_id=_identity_of(span.get("parentSpanId", span.get("parent_span_id"))),
+        name=_text(span.get("name") or ""),
+        start_ns=_integer(span.get("startTimeUnixNano", span.get("start_time_unix_nano")) or 0, 0, 2**64),
+        end_ns=_integer(span.get("endTimeUnixNano", span.get("end_time_unix_nano")) or 0, 0, 2**64),
+        attributes=_json_attributes(span.get("attributes")),
+        events=[
+            {"event.name": _text(event.get("name") or ""), **_json_attributes(event.get("attributes"))}
+            for event in span.get("events") or ()
+        ],
+        failed=str(status.get("code")) == "2" or str(status.get("code")).upper().endswith("ERROR"),
+        message=_text(status.get("message") or ""),
+    )
+
+
+def _json_attributes(pairs: Any) -> dict[str, Any]:
+    return {_text(pair.get("key") or ""): _json_value(pair.get("value") or {}) for pair in pairs or ()}
+
+
+def _json_value(value: Mapping[str, Any]) -> Any:
+    """An AnyValue in JSON as a plain value; None if it has none. Raises ValueError if it has several."""
+    given = [(_VALUE[name], part) for name, part in value.items() if name in _VALUE and part is not None]
+    if not given:
+        return None
+    ((kind, part),) = given
+    match kind:
+        case "string":
+            return _text(part)
+        case "bool" if isinstance(part, bool):
+            return part
+        case "int":
+            return _integer(part, -(2**63), 2**63)
+        case "double":
+            return float(part)
+        case "array":
+            return [_json_value(item) for item in part.get("values") or ()]
+        case "kvlist":
+            return _json_attributes(part.get("values"))
+        case "bytes":
+            return base64.b64decode(part.replace("-", "+").replace("_", "/") + "==").hex()
+    raise TypeError(f"no {kind}: {part!r}")
+
+
+def _text(value: Any) -> str:
+    """A text that UTF-8 can hold. Raises ValueError for half of a surrogate pair, AttributeError for no text."""
     value.encode()
-    texts[name := secrets.token_hex(16)] = value  # nobody can guess it, and so write it
-    return name
+    return str(value)
 
 
-def _lengthen(span: trace_pb2.Span, texts: Mapping[str, str]) -> trace_pb2.Span:
-    """The span with the texts that `_shorten` has taken out."""
-
-    def restore(value: AnyValue) -> None:
-        if value.string_value in texts:
-            value.string_value = texts[value.string_value]
-        for part in value.array_value.values if value.HasField("array_value") else ():
-            restore(part)
-        restore_all(value.kvlist_value.values if value.HasField("kvlist_value") else ())
-
-    def restore_all(pairs: Iterable[KeyValue]) -> None:
-        for pair in pairs:
-            pair.key = texts.get(pair.key, pair.key)
-            restore(pair.value)
-
-    for part in (span, *span.events):
-        part.name = texts.get(part.name, part.name)
-        restore_all(part.attributes)
-    span.status.message = texts.get(span.status.message, span.status.message)
-    return span
+def _integer(value: Any, least: int, beyond: int) -> int:
+    """An integer of JSON, which may be written as a text, or as a number with an exponent. Raises ValueError."""
+    number = int(value)
+    exact = re.fullmatch("-?[0-9]+", value) if isinstance(value, str) else number == value
+    if not exact or isinstance(value, bool) or not least <= number < beyond:
+        raise ValueError(f"no integer from {least} on: {str(value)[:50]}")
+    return number
 
 
 def _dicts(value: Any) -> Iterable[dict[str, Any]]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def _base64(identity: Any) -> str:
-    """An id in the base64 of protobuf's JSON. OTLP writes ids in hexadecimal, protobuf's own JSON and Tempo in base64.
-    "" if it is neither."""
-    text = identity.strip() if isinstance(identity, str) else ""
+def _identity_of(text: Any) -> bytes:
+    """An id: OTLP writes ids in hexadecimal, protobuf's own JSON and Tempo in base64. b"" if it is neither."""
+    text = text.strip() if isinstance(text, str) else ""
     if re.fullmatch(r"([0-9a-fA-F]{2})*", text):
-        return base64.b64encode(bytes.fromhex(text)).decode()
+        return bytes.fromhex(text)
     plain = text.rstrip("=").replace("-", "+").replace("_", "/")
-    return f"{plain}{'=' * (-len(plain) % 4)}" if re.fullmatch("[0-9A-Za-z+/]{11}|[0-9A-Za-z+/]{22}", plain) else ""
+    is_base64 = re.fullmatch("[0-9A-Za-z+/]{11}|[0-9A-Za-z+/]{22}", plain)
+    return base64.b64decode(plain + "==") if is_base64 else b""
 
 
-def _raw_span(message: trace_pb2.Span, refused: Counter[str]) -> RawSpan | None:
-    if not message.span_id.strip(b"\0"):
+def _of_message(span: trace_pb2.Span) -> _Sent:
+    return _Sent(
+        trace_id=span.trace_id,
+        span_id=span.span_id,
+        parent_id=span.parent_span_id,
+        name=span.name,
+        start_ns=span.start_time_unix_nano,
+        end_ns=span.end_time_unix_nano,
+        attributes=_plain_attributes(span.attributes),
+        events=[{"event.name": event.name, **_plain_attributes(event.attributes)} for event in span.events],
+        failed=span.status.code == trace_pb2.Status.STATUS_CODE_ERROR,
+        message=span.status.message,
+    )
+
+
+def _raw_span(sent: _Sent, refused: Counter[str]) -> RawSpan | None:
+    if not sent.span_id.strip(b"\0"):
         refused["a span without id"] += 1
         return None
-    if message.start_time_unix_nano == 0:
+    if sent.start_ns == 0:
         refused["a span without start time"] += 1
         return None
-    if message.end_time_unix_nano < message.start_time_unix_nano:
+    if sent.end_ns < sent.start_ns:
         refused["repaired: end before start"] += 1
-    attributes = _plain_attributes(message.attributes)
-    events = [{"event.name": event.name, **_plain_attributes(event.attributes)} for event in message.events]
+    attributes, events = sent.attributes, sent.events
     if is_deeper([attributes, *events], _DEPTH + 2):
         refused["repaired: a value nested too deep"] += 1
         attributes, events = _shallow(attributes, _DEPTH + 1), [_shallow(event, _DEPTH + 1) for event in events]
     chat = [event for event in events if event["event.name"].startswith("gen_ai.")]
     error = ""
-    if message.status.code == trace_pb2.Status.STATUS_CODE_ERROR:
-        error = message.status.message or "error"
+    if sent.failed:
+        error = sent.message or "error"
         for event in events:  # the last exception counts
             if event["event.name"] == "exception":
                 words = [str(event.get(f"exception.{part}") or "") for part in ("type", "message")]
                 error = ": ".join(filter(None, words)) or "exception"
     return RawSpan(
-        span_id=message.span_id.hex(),
-        parent_id=message.parent_span_id.hex() if message.parent_span_id.strip(b"\0") else "",
-        name=message.name,
-        started_at=message.start_time_unix_nano / _NANO,
-        ended_at=max(message.start_time_unix_nano, message.end_time_unix_nano) / _NANO,
+        span_id=sent.span_id.hex(),
+        parent_id=sent.parent_id.hex() if sent.parent_id.strip(b"\0") else "",
+        name=sent.name,
+        started_at=sent.start_ns / _NANO,
+        ended_at=max(sent.start_ns, sent.end_ns) / _NANO,
         attributes={**attributes, **({_EVENTS: chat} if chat else {})},
         error=error,
     )

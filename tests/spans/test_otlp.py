@@ -10,9 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from google.protobuf import json_format
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from agent_lightning.core.errors import DataError
 from agent_lightning.spans import otlp
@@ -59,7 +61,6 @@ def test_spans_that_are_sent_come_back_as_they_were(spans: tuple[RawSpan, ...], 
 
 
 def test_long_texts_are_read_as_short_ones_are() -> None:
-    """They do not go through protobuf's reader of JSON."""
     long = "é\U0001f600" * 5000
     values: Any = {f"{long}k": long, "list": [long, {long: [long, 1]}], "short": "x", "n": 2}
     span = RawSpan(span_id="1" * 16, parent_id="", name=f"{long}n", started_at=1e9, ended_at=2e9, attributes=values)
@@ -184,6 +185,37 @@ def test_the_error_of_a_span_is_its_exception_else_its_status() -> None:
     cases = [({"code": 2}, "ValueError: no"), ({"code": 1}, ""), ({}, "")]
     assert [_sent({**raised, "status": status})[0][0].error for status, _ in cases] == [error for _, error in cases]
     assert _sent({**GOOD, "status": {"code": "STATUS_CODE_ERROR", "message": "broke"}})[0][0].error == "broke"
+
+
+odd = (
+    numbers
+    | st.booleans()
+    | st.none()
+    | st.sampled_from(["7", " 7", "7.0", "-9223372036854775809", "NaN", "x", "\ud800"])
+)
+kinds = st.sampled_from(["stringValue", "boolValue", "int_value", "doubleValue", "unknown"])
+
+
+lists = st.sampled_from([{"arrayValue": {"values": [{"intValue": 1}, {}]}}, {"array_value": {}}, {"kvlistValue": {}}])
+
+
+@given(st.dictionaries(kinds, odd | texts, max_size=2) | lists)
+def test_a_value_is_read_as_protobuf_reads_it(value: dict[str, Any]) -> None:
+    """Or refused, if it is no OTLP."""
+    message = Span()
+    try:
+        json_format.ParseDict({"attributes": [{"key": "k", "value": value}]}, message, ignore_unknown_fields=True)
+    except (json_format.ParseError, OverflowError):
+        expected: Any = "refused"
+    else:
+        body = ExportTraceServiceRequest()
+        message.span_id, message.start_time_unix_nano = b"1" * 8, 1
+        body.resource_spans.add().scope_spans.add().spans.append(message)
+        ((span,), _) = decode(body.SerializeToString(), content_type=PROTOBUF, **LIMITS)
+        expected = span.attributes["k"]
+    sent = _sent({**GOOD, "attributes": [{"key": "k", "value": value}]})[0]
+    got = sent[0].attributes["k"] if sent else "refused"
+    assert got == expected or (got != got and expected != expected), (got, expected)
 
 
 def test_two_traces_of_a_body_stay_apart() -> None:
