@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -249,7 +250,7 @@ def _json_value(value: Mapping[str, Any]) -> Any:
             return part
         case "int":
             return _integer(part, -(2**63), 2**63)
-        case "double":
+        case "double" if isinstance(part, str) or math.isfinite(part):  # else it is written as a text
             return float(part)
         case "array":
             return [_json_value(item) for item in part.get("values") or ()]
@@ -267,10 +268,11 @@ def _text(value: Any) -> str:
 
 
 def _integer(value: Any, least: int, beyond: int) -> int:
-    """An integer of JSON, which may be written as a text, or as a number with an exponent. Raises ValueError."""
+    """An integer of JSON, which may be written as a text, and as a number with an exponent. Raises ValueError."""
+    if isinstance(value, str) and value == value.strip():
+        value = int(value) if re.fullmatch("-?[0-9]+", value) else float(value)
     number = int(value)
-    exact = re.fullmatch("-?[0-9]+", value) if isinstance(value, str) else number == value
-    if not exact or isinstance(value, bool) or not least <= number < beyond:
+    if number != value or isinstance(value, bool) or not least <= number < beyond:
         raise ValueError(f"no integer from {least} on: {str(value)[:50]}")
     return number
 
