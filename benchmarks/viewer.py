@@ -56,9 +56,9 @@ def measure(root: Path, name: str) -> dict[str, float]:
     from agent_lightning.viewer.folder import Library
 
     figures: dict[str, float] = {}
-    with TestClient(
-        Viewer(Library(root), find_rules, token="t").app, base_url="http://127.0.0.1", cookies={"agl_view": "t"}
-    ) as client:
+    viewer = Viewer(Library(root), find_rules, token="t")
+    viewer.prepare()  # as `agl view` does before it prints its address
+    with TestClient(viewer.app, base_url="http://127.0.0.1", cookies={"agl_view": "t"}) as client:
         for page in PAGES:
             seconds = []
             for _ in range(6):

@@ -148,6 +148,14 @@ class RolloutIndex:
         return [parts[number] for number in sorted(set(table.column("part").to_pylist()))]
 
 
+def load_libraries() -> None:
+    """Import what reading an index takes: a quarter of a second, which the first reader would wait for."""
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    pyarrow.array([0])  # imports pandas, if it is installed
+
+
 def _newest(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
     """The rows of all parts with the columns `part` and `row`, their numbers; of rows of a rollout, the last."""
     import pyarrow as pa

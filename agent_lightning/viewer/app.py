@@ -26,6 +26,7 @@ from agent_lightning.core.errors import AgentLightningError, UserError
 from agent_lightning.core.text import error_line
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.launch.sweeps.plan import SweepFolder, best_of
+from agent_lightning.run import index
 from agent_lightning.run.index import Filters
 from agent_lightning.run.report import duration
 from agent_lightning.viewer import pages, rollout, tokens
@@ -85,6 +86,12 @@ class Viewer:
             ],
             exception_handlers={HTTPException: self._failed},
         )
+
+    def prepare(self) -> None:
+        """Do what the first page of each kind would wait for: import what reads rollouts, and compile the templates."""
+        index.load_libraries()
+        for name in self._templates.list_templates():
+            self._templates.get_template(name)
 
     def render(self, template: str, context: Context) -> str:
         return self._templates.get_template(template).render(context)
@@ -278,6 +285,7 @@ async def serve(viewer: Viewer, port: int, show: Callable[[str], None]) -> None:
             listener.bind(("127.0.0.1", port))
         except OSError as error:
             raise UserError(f"port {port}: {error.strerror}; choose another, or leave --port out") from error
+        viewer.prepare()
         config = uvicorn.Config(viewer.app, log_level="error", timeout_graceful_shutdown=1, server_header=False)
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
