@@ -134,7 +134,7 @@ def test_chats_are_learnt_and_the_model_leaves(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": f"What is {n} + 1?"}, {"role": "assistant", "content": f"{n + 1}"}]}
         for n in range(8)
     ]
-    keys = {"algorithm.tasks_per_step": 4, "tracking.wandb": "disabled"}
-    run = agl.sft(chats, val=chats[:2], experiment="calc_tiny", steps=1, runs_dir=str(tmp_path), **keys)
+    keys: Any = {"algorithm.tasks_per_step": 4, "algorithm.lr": 1e-3, "algorithm.lr_warmup_steps": 0}
+    run = agl.sft(chats, val=chats[:2], experiment="calc_tiny", steps=2, runs_dir=str(tmp_path), **keys)
     assert run.summary["val_loss_last"] < run.summary["val_loss_first"]
     assert (run.export_model(tmp_path / "warm") / "config.json").is_file()
