@@ -2,7 +2,7 @@
 
 import sys
 
-from agent_lightning.cli.main import main
+from agent_lightning.api.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

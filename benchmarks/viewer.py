@@ -51,9 +51,9 @@ def measure(root: Path, name: str) -> dict[str, float]:
     """Seconds to the first byte of each page, and the largest memory of the process in MiB."""
     from starlette.testclient import TestClient
 
-    from agent_lightning.viewer.app import Viewer
-    from agent_lightning.viewer.command import find_rules
-    from agent_lightning.viewer.folder import Library
+    from agent_lightning.api.viewer.app import Viewer
+    from agent_lightning.api.viewer.command import find_rules
+    from agent_lightning.api.viewer.folder import Library
 
     figures: dict[str, float] = {}
     viewer = Viewer(Library(root), find_rules, token="t")

@@ -44,7 +44,7 @@ class Run:
         """A row for each step, a column for each metric; of a step that was logged twice, the last values."""
         import pandas as pd
 
-        from agent_lightning.viewer.folder import RunFiles
+        from agent_lightning.api.viewer.folder import RunFiles
 
         rows = pd.DataFrame(RunFiles(self.path).metrics())
         return rows.groupby("step").last() if len(rows) else rows
@@ -63,7 +63,7 @@ class Run:
 
     def explain(self, rollout: str, *, tokens: bool = False) -> None:
         """Print what became of a rollout, as `agl explain` does. Raises UserError."""
-        from agent_lightning.viewer import terminal
+        from agent_lightning.api.viewer import terminal
 
         terminal.show_rollout(self.path, rollout, tokens=tokens)
 
@@ -84,7 +84,7 @@ class Run:
     def view(self, out: str | Path) -> Path:
         """Write the pages of `agl view` to one HTML file. In a notebook: IPython.display.IFrame(run.view("run.html"),
         900, 600)."""
-        from agent_lightning.viewer import command
+        from agent_lightning.api.viewer import command
 
         command.write(self.path, Path(out))
         return Path(out)

@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from agent_lightning.cli import benchmarks
+from agent_lightning.api.cli import benchmarks
 from agent_lightning.config.load import Config, load, reload
 from agent_lightning.core.errors import UserError
 from agent_lightning.launch.sweeps.trials import PROGRAM

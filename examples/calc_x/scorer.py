@@ -7,7 +7,7 @@ from typing import Any
 
 from compare import same
 
-from agent_lightning.cli.benchmarks import means, text_of
+from agent_lightning.api.cli.benchmarks import means, text_of
 
 
 def score(row: Mapping[str, Any]) -> dict[str, float]:

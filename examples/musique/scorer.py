@@ -7,7 +7,7 @@ from typing import Any
 
 from answers import exact_match, f1
 
-from agent_lightning.cli.benchmarks import means, text_of
+from agent_lightning.api.cli.benchmarks import means, text_of
 from agent_lightning.core.errors import DataError
 
 

@@ -17,12 +17,12 @@ from agents_for_tests import RUN_SECRET, make_call, make_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent_lightning.api.cli.main import main
 from agent_lightning.buffer import segments
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.codec import decode, encode
 from agent_lightning.buffer.events import KINDS, Admitted, Base, Called
 from agent_lightning.buffer.taken import TakenGroup, take_groups
-from agent_lightning.cli.main import main
 from agent_lightning.config.running import BufferConfig
 from agent_lightning.core.errors import DataError, JournalError, JournalFull, UnknownRollout
 from agent_lightning.core.types import Ending, Outcome, RolloutKey, Task

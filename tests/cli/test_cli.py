@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from agent_lightning import __version__
-from agent_lightning.cli.main import USER_ERROR, main
+from agent_lightning.api.cli.main import USER_ERROR, main
 from agent_lightning.config.load import load, project_folder, to_yaml
 from agent_lightning.launch.sweeps.plan import plan_sweep
 from agent_lightning.run.state import State, checkpoint_folder, write_state
@@ -233,7 +233,9 @@ def test_a_refused_run_leaves_no_folder(model: str, tmp_path: Path, capfd: pytes
 
 
 def test_bad_input_is_refused_before_ray_is_imported(model: str) -> None:
-    script = "import sys; from agent_lightning.cli.main import main; main(sys.argv[1:]); sys.exit('ray' in sys.modules)"
+    script = (
+        "import sys; from agent_lightning.api.cli.main import main; main(sys.argv[1:]); sys.exit('ray' in sys.modules)"
+    )
     # The tasks are the last thing that is checked.
     command = [sys.executable, "-c", script, "train", "experiment=calc_mawps", model, "data.root=/nope"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)

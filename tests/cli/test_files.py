@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strict_otlp import read_strictly
 
-from agent_lightning.cli.main import main
+from agent_lightning.api.cli.main import main
 from agent_lightning.config.load import load, to_yaml
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.json_values import compact

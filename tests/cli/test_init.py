@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_lightning.cli.main import main
+from agent_lightning.api.cli.main import main
 from agent_lightning.config.load import load
 from agent_lightning.core.types import Task
 from agent_lightning.launch.checks import load_tasks

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from agent_lightning.cli import benchmarks
+from agent_lightning.api.cli import benchmarks
 from agent_lightning.config.load import load, to_yaml
 from agent_lightning.core.errors import UserError
 from agent_lightning.rollouts.agents import load as load_target

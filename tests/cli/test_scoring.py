@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from agent_lightning.cli.main import USER_ERROR, main
+from agent_lightning.api.cli.main import USER_ERROR, main
 from agent_lightning.rollouts.agents import load
 from agent_lightning.run.tasks import load_jsonl
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from agent_lightning.cli import FAILED, USER_ERROR
-from agent_lightning.cli.files import init_project
-from agent_lightning.cli.main import main
-from agent_lightning.cli.try_one import try_one
+from agent_lightning.api.cli import FAILED, USER_ERROR
+from agent_lightning.api.cli.files import init_project
+from agent_lightning.api.cli.main import main
+from agent_lightning.api.cli.try_one import try_one
 from agent_lightning.core.errors import UserError
 
 EXPERIMENT = "experiment=experiment/mine.yaml"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_lightning.cli import benchmarks
+from agent_lightning.api.cli import benchmarks
 
 ROOT = Path(__file__).parents[2]
 

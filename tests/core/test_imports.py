@@ -19,7 +19,7 @@ HEAVY_MODULES = {
     "agent_lightning.learners.verl_cpu",
     "agent_lightning.learners.head",
     "agent_lightning.learners.verl_engines",
-    "agent_lightning.cli.submit",
+    "agent_lightning.api.cli.submit",
     "agent_lightning.learners.verl_worker",
     "agent_lightning.launch.nodes",
     "agent_lightning.serving.app",

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from agent_lightning.cli.dry_run import assumed, show
-from agent_lightning.cli.main import USER_ERROR, main
+from agent_lightning.api.cli.dry_run import assumed, show
+from agent_lightning.api.cli.main import USER_ERROR, main
 from agent_lightning.config.load import load, project_folder
 from agent_lightning.core.errors import ConfigError, UserError
 from agent_lightning.launch.checks import inspect, load_tasks, require

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_lightning.cli.main import main
+from agent_lightning.api.cli.main import main
 from agent_lightning.config.load import load
 
 ROOT = Path(__file__).parents[2]

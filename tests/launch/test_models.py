@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agent_lightning.cli.main import main
+from agent_lightning.api.cli.main import main
 from agent_lightning.config.load import load, resolve_path
 from agent_lightning.core.errors import UserError
 from agent_lightning.launch import models

@@ -11,15 +11,15 @@ import pytest
 from rich.console import Console, RenderableType
 from viewer_runs import write_run, write_sweep
 
-from agent_lightning.cli.main import main
+from agent_lightning.api.cli.main import main
+from agent_lightning.api.viewer.decode import decoder
+from agent_lightning.api.viewer.terminal import coloured, explain, list_runs, token_counts
 from agent_lightning.config.load import load, to_yaml
 from agent_lightning.core.types import Group, ModelCall, Outcome, RolloutKey, Task, Trajectory
 from agent_lightning.credit.assign import CallCredit
 from agent_lightning.credit.tools import tool_calls
 from agent_lightning.run.archive import RolloutWriter, read_group
 from agent_lightning.run.tracking import RunDirectory, take_folder
-from agent_lightning.viewer.decode import decoder
-from agent_lightning.viewer.terminal import coloured, explain, list_runs, token_counts
 
 DECODE = decoder(Path(__file__).parents[2] / "examples/calc_x/tiny_policy/tokenizer.json")
 TOOL_CALLS = [{"id": "t", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "1/0"}'}}]

@@ -19,17 +19,17 @@ from starlette.testclient import TestClient
 from viewer_runs import HOSTILE, group, trajectory, write_library, write_run, write_sweep
 
 import agent_lightning
-from agent_lightning.cli.main import main
+from agent_lightning.api.cli.main import main
+from agent_lightning.api.viewer.app import Viewer
+from agent_lightning.api.viewer.command import find_rules
+from agent_lightning.api.viewer.folder import Library, RunFiles, sweep_state
+from agent_lightning.api.viewer.pages import rewards_by_step
+from agent_lightning.api.viewer.rollout import common_prefix, turns
 from agent_lightning.config.learning import CreditConfig
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.run.archive import RolloutWriter
 from agent_lightning.run.index import Filters, RolloutIndex, error_form
 from agent_lightning.run.tracking import take_folder
-from agent_lightning.viewer.app import Viewer
-from agent_lightning.viewer.command import find_rules
-from agent_lightning.viewer.folder import Library, RunFiles, sweep_state
-from agent_lightning.viewer.pages import rewards_by_step
-from agent_lightning.viewer.rollout import common_prefix, turns
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_what_is_not_there_is_a_page_that_says_so(client: TestClient, path: str,
 
 def test_every_metric_that_the_page_of_a_run_draws_is_written_by_a_run() -> None:
     library = Path(agent_lightning.__file__).parent
-    template = (library / "viewer/templates/run.html").read_text()
+    template = (library / "api/viewer/templates/run.html").read_text()
     keys = [key for part in re.findall(r"curves\([^{]*({[^}]*})", template) for key in re.findall(r"'([\w/]+)':", part)]
     rooms = ("core", "credit", "learners", "run")
     written = "".join(path.read_text() for room in rooms for path in (library / room).glob("*.py"))

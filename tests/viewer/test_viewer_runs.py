@@ -18,8 +18,8 @@ import toy_runs
 from browsing import CHROMIUM, check_page, let_in, serving, watched_page
 from optional import needs
 
+from agent_lightning.api.viewer.folder import RunFiles
 from agent_lightning.run.archive import read_rollouts
-from agent_lightning.viewer.folder import RunFiles
 
 pytestmark = [
     needs("playwright", "axe_playwright_python", "agents", "bm25s"),

@@ -22,6 +22,11 @@ from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Re
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from agent_lightning.api.viewer import pages, rollout, tokens
+from agent_lightning.api.viewer.charts import Line, line_chart, number_text
+from agent_lightning.api.viewer.decode import Decode
+from agent_lightning.api.viewer.folder import Library, RunFiles
+from agent_lightning.api.viewer.pages import Context, Links
 from agent_lightning.core.errors import AgentLightningError, UserError
 from agent_lightning.core.text import error_line
 from agent_lightning.credit.assign import CreditRules
@@ -29,11 +34,6 @@ from agent_lightning.launch.sweeps.plan import SweepFolder, best_of
 from agent_lightning.run import index
 from agent_lightning.run.index import Filters
 from agent_lightning.run.report import duration
-from agent_lightning.viewer import pages, rollout, tokens
-from agent_lightning.viewer.charts import Line, line_chart, number_text
-from agent_lightning.viewer.decode import Decode
-from agent_lightning.viewer.folder import Library, RunFiles
-from agent_lightning.viewer.pages import Context, Links
 
 HERE: Final = Path(__file__).parent
 COOKIE: Final = "agl_view"

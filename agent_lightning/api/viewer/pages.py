@@ -11,12 +11,12 @@ from urllib.parse import urlencode
 
 import numpy as np
 
+from agent_lightning.api.viewer.charts import Chart, Line, Link, line_chart, sparkline, stacked_chart
+from agent_lightning.api.viewer.folder import Library, RunFiles, sweep_state
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.metrics import Z95, interval
 from agent_lightning.credit.tools import canonical_arguments
 from agent_lightning.run.index import Filters, error_form
-from agent_lightning.viewer.charts import Chart, Line, Link, line_chart, sparkline, stacked_chart
-from agent_lightning.viewer.folder import Library, RunFiles, sweep_state
 
 if TYPE_CHECKING:
     import pyarrow

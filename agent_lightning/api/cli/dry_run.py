@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agent_lightning.cli import USER_ERROR
+from agent_lightning.api.cli import USER_ERROR
 from agent_lightning.config.load import Config, load, reload
 from agent_lightning.core.errors import ConfigError
 from agent_lightning.launch import backend, checks, placement

@@ -15,7 +15,7 @@ from typing import Any, Final
 from rich.console import Console
 
 from agent_lightning import __version__
-from agent_lightning.cli import FAILED, STOPPED, USER_ERROR, benchmarks
+from agent_lightning.api.cli import FAILED, STOPPED, USER_ERROR, benchmarks
 from agent_lightning.core.errors import AgentLightningError, Stopped, UserError
 from agent_lightning.core.text import one_line
 from agent_lightning.core.types import Outcome
@@ -48,11 +48,11 @@ async def _run(options: argparse.Namespace) -> int:
     given = vars(options)
     match options.command:
         case "doctor":
-            from agent_lightning.cli import doctor
+            from agent_lightning.api.cli import doctor
 
             return doctor.doctor_model(options.overrides) if options.overrides else doctor.doctor()
         case "import" | "export" | "journal" | "init":
-            from agent_lightning.cli import files
+            from agent_lightning.api.cli import files
 
             if options.command == "init":
                 return files.init_project(options.folder)
@@ -80,12 +80,12 @@ async def _run(options: argparse.Namespace) -> int:
             from agent_lightning.core.ray_private import use_token
 
             use_token()  # before Ray is imported, which reads it
-            from agent_lightning.cli.submit import submit
+            from agent_lightning.api.cli.submit import submit
 
             settings = {name: given[name] for name in ("address", "runtime_env", "wait", "follow", "out")}
             return await submit(options.overrides, **settings)
         case "train" if options.dry_run and not options.multirun:
-            from agent_lightning.cli import dry_run
+            from agent_lightning.api.cli import dry_run
 
             overrides, resume = _split_resume(options.overrides)
             return dry_run.dry_run(overrides, options.assume, resume)
@@ -123,15 +123,15 @@ def _split_resume(words: Sequence[str]) -> tuple[list[str], str | None]:
 async def _look(options: argparse.Namespace) -> int:
     """Run a command that shows what agents did."""
     if options.command == "try":
-        from agent_lightning.cli.try_one import try_one
+        from agent_lightning.api.cli.try_one import try_one
 
         settings = {name: vars(options)[name] for name in ("task", "split", "toy", "url", "model")}
         return await try_one(options.overrides, **settings)
     if options.command == "view":
-        from agent_lightning.viewer.command import view
+        from agent_lightning.api.viewer.command import view
 
         return await view(options.place, options.port, options.out)
-    from agent_lightning.viewer import terminal
+    from agent_lightning.api.viewer import terminal
 
     if options.command == "explain":
         return terminal.show_rollout(options.run, options.rollout, tokens=options.tokens)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Final
 
+from agent_lightning.api.viewer.charts import number_text
+from agent_lightning.api.viewer.decode import Decode
+from agent_lightning.api.viewer.pages import Context
+from agent_lightning.api.viewer.rollout import Credits, find
 from agent_lightning.core.types import Group, ModelCall
 from agent_lightning.credit.assign import CallCredit
-from agent_lightning.viewer.charts import number_text
-from agent_lightning.viewer.decode import Decode
-from agent_lightning.viewer.pages import Context
-from agent_lightning.viewer.rollout import Credits, find
 
 SHADES: Final = 5
 """Shades of a colour on each side of zero."""

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from agent_lightning.api.viewer.pages import Context
 from agent_lightning.core.types import Group, ModelCall, ToolCall, Trajectory
 from agent_lightning.credit.assign import CallCredit
-from agent_lightning.viewer.pages import Context
 
 Credits = Sequence[Sequence[CallCredit] | None]
 """The credit of each call of each rollout of a group; None for rollouts that are held out, or of unknown credit."""

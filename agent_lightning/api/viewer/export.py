@@ -9,12 +9,12 @@ from typing import Final
 
 from markupsafe import Markup
 
+from agent_lightning.api.viewer import pages, rollout, tokens
+from agent_lightning.api.viewer.app import HERE, FindRules, templates
+from agent_lightning.api.viewer.folder import RunFiles
+from agent_lightning.api.viewer.pages import Context, Links
 from agent_lightning.core import files
 from agent_lightning.run.index import Filters
-from agent_lightning.viewer import pages, rollout, tokens
-from agent_lightning.viewer.app import HERE, FindRules, templates
-from agent_lightning.viewer.folder import RunFiles
-from agent_lightning.viewer.pages import Context, Links
 
 GROUPS: Final = 12
 """Groups in the file: those with the widest spread of rewards, the newest of them first."""

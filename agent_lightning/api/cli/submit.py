@@ -22,7 +22,7 @@ import yaml
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from agent_lightning.cli import FAILED, STOPPED
+from agent_lightning.api.cli import FAILED, STOPPED
 from agent_lightning.config.load import load, project_folder
 from agent_lightning.core.actors import check_answers
 from agent_lightning.core.errors import UserError

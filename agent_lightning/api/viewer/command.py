@@ -11,15 +11,15 @@ from urllib.parse import quote
 
 from rich.console import Console
 
+from agent_lightning.api.viewer.app import Viewer, serve
+from agent_lightning.api.viewer.decode import Decode, decoder, decoder_of
+from agent_lightning.api.viewer.export import write_file
+from agent_lightning.api.viewer.folder import Library, RunFiles, is_run
 from agent_lightning.config.load import reload
 from agent_lightning.core.errors import AgentLightningError, UserError
 from agent_lightning.credit.assign import CreditRules
 from agent_lightning.run import storage
 from agent_lightning.run.state import credit_rules
-from agent_lightning.viewer.app import Viewer, serve
-from agent_lightning.viewer.decode import Decode, decoder, decoder_of
-from agent_lightning.viewer.export import write_file
-from agent_lightning.viewer.folder import Library, RunFiles, is_run
 
 FETCH_SECONDS = 15.0
 """Seconds between two looks at a remote place."""

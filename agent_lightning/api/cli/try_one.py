@@ -10,9 +10,10 @@ from typing import Any, Final
 import aiohttp
 from rich.console import Console
 
+from agent_lightning.api.cli import FAILED
+from agent_lightning.api.viewer.terminal import explain
 from agent_lightning.buffer.buffer import Buffer
 from agent_lightning.buffer.taken import take_groups
-from agent_lightning.cli import FAILED
 from agent_lightning.config.load import Config, load
 from agent_lightning.core.errors import UserError
 from agent_lightning.core.text import error_line
@@ -20,7 +21,6 @@ from agent_lightning.core.types import Outcome, Split, Task
 from agent_lightning.launch import checks, launch
 from agent_lightning.serving.engine import Completion, Part, Refusal, engine_error, parse_reply
 from agent_lightning.testing.world import ToyWorld
-from agent_lightning.viewer.terminal import explain
 
 _OURS: Final = ("return_token_ids", "include_reasoning", "logprobs", "top_logprobs", "stream", "stream_options")
 """Fields of an engine's request that other servers need not know."""

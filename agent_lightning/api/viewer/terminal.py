@@ -13,6 +13,10 @@ from rich.console import Group as Lines
 from rich.table import Table
 from rich.text import Text
 
+from agent_lightning.api.viewer.decode import Decode, decoder_of
+from agent_lightning.api.viewer.folder import RunFiles, sweep_state
+from agent_lightning.api.viewer.pages import run_row
+from agent_lightning.api.viewer.rollout import spans, turns
 from agent_lightning.config.load import reload
 from agent_lightning.core.errors import DataError
 from agent_lightning.core.text import one_line
@@ -24,10 +28,6 @@ from agent_lightning.run.archive import read_credits, read_group, read_rollouts
 from agent_lightning.run.report import duration, number, with_interval
 from agent_lightning.run.state import credit_rules
 from agent_lightning.run.tracking import RunDirectory
-from agent_lightning.viewer.decode import Decode, decoder_of
-from agent_lightning.viewer.folder import RunFiles, sweep_state
-from agent_lightning.viewer.pages import run_row
-from agent_lightning.viewer.rollout import spans, turns
 
 BAR_WIDTH = 24  # most characters of the bars that show when a span began and how long it took
 MESSAGE_LENGTH = 2000  # characters that are shown of a message
