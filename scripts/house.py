@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 TARGETS: Mapping[str, float] = {
-    "lines in all": 27_358,
+    "lines in all": 27_370,
     "entries of the package": 14,
     "most files in a folder": 14,
     "headers, % of lines": 9.0,

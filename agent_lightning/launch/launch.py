@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from agent_lightning.buffer.breaker import Breaker
 from agent_lightning.buffer.buffer import Buffer
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from agent_lightning.serving.app import Deployment, Service
 
 logger = logging.getLogger(__name__)
+
+PATIENCE_SECONDS: Final = 15.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,8 +103,7 @@ async def system(
         learning = start_thread(partial(_learner, config, facts, serving) if train else lambda: None, "learner")
         if not own:  # the end of a cluster of our own ends the service too
             stack.callback(lambda: None if serving.exception() else serving.result().stop())
-        # Both threads are awaited, even if one of them fails.
-        await asyncio.gather(asyncio.wrap_future(serving), asyncio.wrap_future(learning), return_exceptions=True)
+        await _all_ended(serving, learning)
         service, learner = serving.result(), learning.result()
         await wait_until_healthy(service.url, 60.0)
         await _start_workers(config, buffer, service, workers, stack, logs)
@@ -193,6 +194,17 @@ async def _start_ray(config: Config, stack: AsyncExitStack, logs: Path | None) -
         return await asyncio.shield(joining)
     except asyncio.CancelledError:
         await asyncio.gather(joining, return_exceptions=True)  # Ray can be shut down only once it has started
+        raise
+
+
+async def _all_ended(*threads: Future[Any]) -> None:
+    """Wait for threads, also if some of them fail. If it is cancelled, they get PATIENCE_SECONDS more: a thread that
+    calls Ray while Ray is shut down prints a trace, or ends the process."""
+    ending = asyncio.gather(*map(asyncio.wrap_future, threads), return_exceptions=True)
+    try:
+        await asyncio.shield(ending)
+    except asyncio.CancelledError:
+        await asyncio.wait((ending,), timeout=PATIENCE_SECONDS)
         raise
 
 
